@@ -1,0 +1,135 @@
+"""The catalog: a TOML file that declares trunks, and the models that stand on them."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from models.errors import CatalogError, ModelNotFoundError
+
+BUILT_IN = Path(__file__).with_name("catalogs")
+TASKS = ("classify", "embed", "segment")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrunkEntry:
+    """A backbone. `source` says where its bytes come from (see `models/sources.py`).
+
+    `architecture` is timm's or open_clip's name, needed where the checkpoint does not tell;
+    `arguments` are what else it does not tell; `preprocess` overrides single settings of the
+    checkpoint's own transform. The rest is left to the server's defaults where None.
+    """
+
+    name: str
+    source: str
+    library: str = "timm"
+    architecture: str | None = None
+    pretrained: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    preprocess: Mapping[str, Any] = field(default_factory=dict)
+    channels_last: bool | None = None
+    dtype: str | None = None
+    max_batch_size: int | None = None
+    max_queue_delay_ms: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelEntry:
+    """What a request names: a head on a trunk, with labels."""
+
+    name: str
+    trunk: str
+    task: str
+    head: str | None = None
+    labels: str | list[str] | None = None
+    description: str = ""
+    licence: str = "unknown"
+    parameters: str = ""
+    paper: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Catalog:
+    """All entries by name; `startup` are loaded when a server starts, `defaults` is by task."""
+
+    path: Path
+    trunks: Mapping[str, TrunkEntry]
+    models: Mapping[str, ModelEntry]
+    defaults: Mapping[str, str]
+    startup: tuple[str, ...]
+
+    def model(self, name: str) -> ModelEntry:
+        """The entry of that name, or ModelNotFoundError naming a few that exist."""
+        try:
+            return self.models[name]
+        except KeyError:
+            some = ", ".join(sorted(self.models)[:10])
+            raise ModelNotFoundError(f"no model {name!r} in the catalog; it has {some}") from None
+
+    def default_model(self, task: str) -> ModelEntry:
+        """The model that serves `task` when a request names none."""
+        if task not in self.defaults:
+            raise ModelNotFoundError(f"no model in the catalog does the task {task!r}")
+        return self.models[self.defaults[task]]
+
+
+def load_catalog(name_or_path: str | Path) -> Catalog:
+    """Read a catalog: the name of a built-in one (`demo`, `hub`), or a path.
+
+    Raises:
+        CatalogError: unreadable, an unknown key, or a reference to nothing.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".toml" and (BUILT_IN / f"{name_or_path}.toml").is_file():
+        path = BUILT_IN / f"{name_or_path}.toml"
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        built_in = ", ".join(sorted(item.stem for item in BUILT_IN.glob("*.toml")))
+        raise CatalogError(
+            f"catalog {name_or_path}: no such file, and no built-in catalog (there are {built_in})"
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise CatalogError(f"catalog {path}: {error}") from error
+    return _parse(path, content)
+
+
+def _parse(path: Path, content: dict[str, Any]) -> Catalog:
+    if unknown := content.keys() - {"trunks", "models", "defaults", "startup"}:
+        raise CatalogError(f"catalog {path}: unknown table {', '.join(sorted(unknown))}")
+    trunks = {n: _entry(TrunkEntry, path, n, t) for n, t in content.get("trunks", {}).items()}
+    models = {n: _entry(ModelEntry, path, n, t) for n, t in content.get("models", {}).items()}
+    for model in models.values():
+        if model.trunk not in trunks:
+            raise CatalogError(f"catalog {path}: {model.name}: no trunk {model.trunk!r}")
+        if model.task not in TASKS:
+            raise CatalogError(
+                f"catalog {path}: {model.name}: no task {model.task!r}; there are {TASKS}"
+            )
+    first = {model.task: model.name for model in reversed(models.values())}
+    defaults = {**first, **content.get("defaults", {})}
+    startup = tuple(content.get("startup", models))
+    if missing := {*defaults.values(), *startup} - models.keys():
+        raise CatalogError(f"catalog {path}: no model {', '.join(sorted(missing))}")
+    return Catalog(path=path, trunks=trunks, models=models, defaults=defaults, startup=startup)
+
+
+Entry = TypeVar("Entry", TrunkEntry, ModelEntry)
+
+
+def _entry(entry_class: type[Entry], path: Path, name: str, table: Mapping[str, Any]) -> Entry:
+    known = {item.name for item in fields(entry_class)} - {"name"}
+    required = {
+        item.name
+        for item in fields(entry_class)
+        if item.default is MISSING and item.default_factory is MISSING
+    } - {"name"}
+    if unknown := table.keys() - known:
+        raise CatalogError(
+            f"catalog {path}: {name}: unknown {', '.join(sorted(unknown))}; "
+            f"known are {', '.join(sorted(known))}"
+        )
+    if missing := required - table.keys():
+        raise CatalogError(f"catalog {path}: {name}: {', '.join(sorted(missing))} is missing")
+    return entry_class(name=name, **table)

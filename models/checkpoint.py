@@ -1,0 +1,53 @@
+"""A checkpoint after translation: what every format converts to, and its one stored form."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from models.preprocess import Preprocess
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """Weights under an architecture's own names.
+
+    `architecture` is a timm name and `arguments` go to `timm.create_model`; `heads` are state
+    dicts of heads that came in the same file, by name; `dropped` are keys known to be
+    training-only; `reason` says how the format was recognised.
+    """
+
+    format: str
+    architecture: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    state_dict: Mapping[str, Tensor]
+    heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    preprocess: Preprocess | None = None
+    dropped: tuple[str, ...] = ()
+    reason: str = ""
+
+
+METADATA_KEY = "vitrail"
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+    """Write one safetensors file that loads without conversion (read by `checkpoints/vitrail.py`).
+
+    Trunk tensors are stored as `trunk.KEY`, those of heads as `head.NAME.KEY`.
+    """
+    tensors = {f"trunk.{key}": value for key, value in checkpoint.state_dict.items()}
+    for name, state_dict in checkpoint.heads.items():
+        tensors |= {f"head.{name}.{key}": value for key, value in state_dict.items()}
+    metadata = {
+        "format": checkpoint.format,
+        "architecture": checkpoint.architecture,
+        "arguments": dict(checkpoint.arguments),
+        "preprocess": asdict(checkpoint.preprocess) if checkpoint.preprocess else None,
+        "reason": checkpoint.reason,
+    }
+    contiguous = {key: value.contiguous() for key, value in tensors.items()}
+    save_file(contiguous, path, metadata={METADATA_KEY: json.dumps(metadata)})

@@ -1,0 +1,105 @@
+"""Safe reading of the files that checkpoints come in. Nothing here ever runs code from a file."""
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from models.errors import CheckpointError
+
+# Containers nest the weights under one of these, as the common training scripts write them.
+WRAPPERS = ("state_dict", "model", "module")
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """What a checkpoint file holds: its tensors by name, and the metadata beside them.
+
+    For ONNX files `graph` is the graph, since anonymous weights are named by their use in it.
+    """
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    graph: Any = None
+
+
+def open_container(path: Path) -> Container:
+    """Read `.safetensors`, `.npz`, `.onnx`, or a torch file (any other suffix).
+
+    Raises:
+        CheckpointError: missing, damaged, or a pickle that would need code to be run.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    match path.suffix:
+        case ".safetensors":
+            return _open_safetensors(path)
+        case ".npz":
+            return _open_npz(path)
+        case ".onnx":
+            return _open_onnx(path)
+        case _:
+            return _open_torch(path)
+
+
+def _open_safetensors(path: Path) -> Container:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return Container(path, tensors, file.metadata() or {})
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def _open_npz(path: Path) -> Container:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return Container(path, {key: torch.from_numpy(file[key]) for key in file.files})
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path}: not a readable npz file: {error}") from error
+
+
+def _open_onnx(path: Path) -> Container:
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+        tensors = {
+            item.name: torch.from_numpy(onnx.numpy_helper.to_array(item).copy())
+            for item in graph.initializer
+        }
+    except Exception as error:  # protobuf's and onnx's errors share no base class
+        raise CheckpointError(f"{path}: not a readable ONNX file: {error}") from error
+    return Container(path, tensors, graph=graph)
+
+
+def _open_torch(path: Path) -> Container:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: holds Python objects other than tensors and plain values, and loading those "
+            "could run code. Re-save its state dict alone, best as .safetensors."
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path}: not a readable torch file: {error}") from error
+    return Container(path, _find_state_dict(path, content))
+
+
+def _find_state_dict(path: Path, content: Any) -> dict[str, Tensor]:
+    for wrapper in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(f"{path}: holds no state dict")
+    strangers = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if strangers:
+        raise CheckpointError(f"{path}: entries are not tensors: {', '.join(strangers[:10])}")
+    return {str(key).removeprefix("module."): value for key, value in content.items()}

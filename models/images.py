@@ -1,0 +1,89 @@
+"""Encoded image bytes to an upright RGB image, with every limit checked before decoding."""
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from models.errors import ImageTooLargeError, InputError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+
+# Pillow's own bomb check warns at one size and raises at twice that; ours is exact and per call.
+Image.MAX_IMAGE_PIXELS = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageLimits:
+    """Largest image that is decoded. `max_bytes` encoded bytes, `max_pixels`, `max_side` pixels."""
+
+    max_bytes: int = 20 * 2**20
+    max_pixels: int = 50_000_000
+    max_side: int = 16_384
+
+
+DEFAULT_LIMITS = ImageLimits()
+
+
+def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
+    """Decode JPEG, PNG, WebP, GIF (first frame), BMP or TIFF to an RGB image, upright by EXIF.
+
+    Alpha is composited on white; 16-bit greyscale keeps its upper eight bits.
+
+    Raises:
+        ImageTooLargeError: over a limit; known from the header, before pixels are decoded.
+        InputError: empty, truncated, damaged, or in a format that is not served.
+    """
+    if not data:
+        raise InputError("the image is empty (0 bytes)")
+    if len(data) > limits.max_bytes:
+        raise ImageTooLargeError(
+            f"the image has {len(data)} bytes; the limit is {limits.max_bytes}"
+        )
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError as error:
+        raise InputError(f"not an image in a served format ({', '.join(FORMATS)})") from error
+    except Exception as error:  # Pillow's parsers raise many types on damaged headers
+        raise InputError(f"the image's header cannot be read: {error}") from error
+    _check_size(image.size, limits)
+    try:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except MemoryError:
+        raise
+    except Exception as error:  # as above, for damaged or truncated pixel data
+        raise InputError(f"the {image.format} image cannot be decoded: {error}") from error
+
+
+def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise InputError(f"the image has no pixels ({width}x{height})")
+    if max(width, height) > limits.max_side:
+        raise ImageTooLargeError(
+            f"the image is {width}x{height}; the limit is {limits.max_side} pixels a side"
+        )
+    if width * height > limits.max_pixels:
+        raise ImageTooLargeError(
+            f"the image is {width}x{height} = {width * height} pixels; "
+            f"the limit is {limits.max_pixels}"
+        )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):  # convert("RGB") would clip everything above 255 to white
+        return Image.fromarray(_upper_byte(np.asarray(image))).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _upper_byte(grey: np.ndarray) -> np.ndarray:
+    """(H, W) integers of 16 bits, in a 16- or 32-bit container, to uint8."""
+    return (np.clip(grey, 0, 0xFFFF).astype(np.uint16) >> 8).astype(np.uint8)

@@ -1,0 +1,134 @@
+"""An RGB image to the tensor a trunk expects: the checkpoint's own evaluation transform."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast
+
+import torch
+from PIL import Image
+from timm.data import create_transform as create_timm_transform
+from timm.data import resolve_model_data_config
+
+from models.errors import CatalogError
+
+CropMode = Literal["center", "squash", "border", "letterbox"]
+Transform = Callable[[Image.Image], torch.Tensor]
+
+# Beyond this, resizing the short side first would build an image of gigabytes only to crop it.
+MAX_ASPECT_RATIO = {"center": 8, "border": 64}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preprocess:
+    """An evaluation transform, in timm's words.
+
+    `input_size` is (height, width) in pixels; `crop_mode` is timm's (`center`, `squash`,
+    `border`) or `letterbox`: longest side to size, centred on black, as albumentations'
+    LongestMaxSize + PadIfNeeded do it. `mean` and `std` are for pixels scaled to 0..1.
+    """
+
+    input_size: tuple[int, int] = (224, 224)
+    crop_mode: CropMode = "center"
+    crop_pct: float = 0.875
+    interpolation: str = "bicubic"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the transform's settings: equal digests mean equal input tensors."""
+        settings = json.dumps(asdict(self), sort_keys=True)
+        return "sha256:" + hashlib.sha256(settings.encode()).hexdigest()
+
+    def content_box(self, width: int, height: int) -> tuple[int, int, int, int] | None:
+        """Where a (width, height) image lies in the input: left, top, right, bottom pixels.
+
+        None where the whole input is covered by a crop of the image.
+        """
+        if self.crop_mode != "letterbox":
+            return None
+        return _letterbox(width, height, self.input_size)
+
+
+def preprocess_from_timm(network: torch.nn.Module) -> Preprocess:
+    """The evaluation transform that a timm network's pretrained configuration asks for."""
+    return preprocess_from_mapping(resolve_model_data_config(network))
+
+
+def preprocess_from_mapping(config: Mapping[str, Any], base: Preprocess | None = None) -> Preprocess:
+    """Read timm's data configuration or a catalog's `preprocess` table, over `base`.
+
+    Raises:
+        CatalogError: for a key or value that no transform has.
+    """
+    settings: dict[str, Any] = asdict(base) if base else {}
+    for key, value in config.items():
+        if key not in Preprocess.__dataclass_fields__:
+            known = ", ".join(Preprocess.__dataclass_fields__)
+            raise CatalogError(f"preprocess has no setting {key!r}; it has {known}")
+        settings[key] = tuple(value) if isinstance(value, list) else value
+    if len(size := settings.get("input_size", (224, 224))) == 3:  # timm's has channels first
+        settings["input_size"] = tuple(size[1:])
+    if settings.get("crop_mode", "center") not in ("center", "squash", "border", "letterbox"):
+        raise CatalogError(f"preprocess has no crop_mode {settings['crop_mode']!r}")
+    return Preprocess(**settings)
+
+
+def create_transform(spec: Preprocess) -> Transform:
+    """Build the transform: RGB image to (3, height, width) float32, normalised."""
+    if spec.crop_mode == "letterbox":
+        inner = _timm_transform(spec, crop_mode="squash", crop_pct=1.0)
+        return lambda image: inner(_paste_letterbox(image, spec))
+    transform = _timm_transform(spec, crop_mode=spec.crop_mode, crop_pct=spec.crop_pct)
+    if (max_ratio := MAX_ASPECT_RATIO.get(spec.crop_mode)) is None:
+        return transform
+    return lambda image: transform(_cut_sliver(image, max_ratio))
+
+
+def _timm_transform(spec: Preprocess, *, crop_mode: str, crop_pct: float) -> Transform:
+    transform = create_timm_transform(
+        input_size=(3, *spec.input_size),
+        is_training=False,
+        interpolation=spec.interpolation,
+        mean=spec.mean,
+        std=spec.std,
+        crop_pct=crop_pct,
+        crop_mode=crop_mode,
+    )
+    return cast("Transform", transform)
+
+
+def _cut_sliver(image: Image.Image, max_ratio: int) -> Image.Image:
+    """Cut the far ends off a very long image, evenly, so that its centre stays where it is."""
+    width, height = image.size
+    short, long = sorted(image.size)
+    if long <= short * max_ratio:
+        return image
+    excess = (long - short * max_ratio) // 2
+    if width > height:
+        return image.crop((excess, 0, width - excess, height))
+    return image.crop((0, excess, width, height - excess))
+
+
+def _letterbox(width: int, height: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    box_height, box_width = size
+    scale = min(box_height / height, box_width / width)
+    scaled_width = min(box_width, max(1, round(width * scale)))
+    scaled_height = min(box_height, max(1, round(height * scale)))
+    left = (box_width - scaled_width) // 2
+    top = (box_height - scaled_height) // 2
+    return left, top, left + scaled_width, top + scaled_height
+
+
+def _paste_letterbox(image: Image.Image, spec: Preprocess) -> Image.Image:
+    left, top, right, bottom = _letterbox(*image.size, spec.input_size)
+    # OpenCV's INTER_AREA, which this imitates, averages boxes to shrink and is linear to grow.
+    shrinks = right - left < image.width or bottom - top < image.height
+    resample = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
+    height, width = spec.input_size
+    canvas = Image.new("RGB", (width, height))
+    canvas.paste(image.resize((right - left, bottom - top), resample), (left, top))
+    return canvas

@@ -1,0 +1,180 @@
+"""Trunks: a backbone with its weights, what is shared between models and what gets batched.
+
+Shape suffixes: B batch, C channels, H W pixels, h w grid cells, T tokens, D embedding.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from models.preprocess import Preprocess
+
+
+@dataclass(frozen=True, slots=True)
+class TrunkOutput:
+    """What one trunk pass yields for a batch, before any head.
+
+    `features` is the backbone's own last output: (B, T, D) for token models, else (B, C, h, w).
+    `prefix` counts the class and register tokens before the patches; `grid` is (h, w).
+    """
+
+    features: Tensor
+    prefix: int
+    grid: tuple[int, int]
+
+    @property
+    def tokens_BTD(self) -> Tensor:
+        """All tokens, prefix first; a feature map's cells row by row."""
+        if self.features.dim() == 3:
+            return self.features
+        return self.features.flatten(2).transpose(1, 2)
+
+    @property
+    def patches_BTD(self) -> Tensor:
+        """The tokens that stand for places in the image."""
+        return self.tokens_BTD[:, self.prefix :]
+
+    @property
+    def feature_map_BChw(self) -> Tensor:
+        """The same features laid out in the image's plane."""
+        if self.features.dim() == 4:
+            return self.features
+        return self.patches_BTD.transpose(1, 2).unflatten(2, self.grid)
+
+    def rows(self, index: list[int]) -> "TrunkOutput":
+        """The output for some of the batch's images, in the order of `index`."""
+        if index == list(range(self.features.shape[0])):
+            return self
+        return TrunkOutput(self.features[index], self.prefix, self.grid)
+
+
+class Trunk(Protocol):
+    """A backbone that several models may share."""
+
+    architecture: str
+    preprocess: Preprocess
+    placement: "Placement"
+    digest: str
+    network: nn.Module
+
+    def forward(self, pixels_BCHW: Tensor) -> TrunkOutput:
+        """Run the backbone on a batch already on its device, in its dtype and layout."""
+
+    def pool(self, output: TrunkOutput) -> Tensor:
+        """(B, D): the backbone's own pooled representation, before any classifier."""
+
+    def classify(self, output: TrunkOutput) -> Tensor:
+        """(B, K) logits of the classifier that came with the checkpoint."""
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of that classifier; 0 where the checkpoint has none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where and how a trunk computes. `channels_last` is the layout convolutions prefer on CPUs."""
+
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+
+    def apply(self, network: nn.Module) -> nn.Module:
+        """Move a network here and freeze it for inference."""
+        network = network.eval().requires_grad_(False).to(self.device, self.dtype)
+        # the stubs know no `to` with a memory format alone
+        return network.to(memory_format=self.memory_format)  # type: ignore[call-overload,no-any-return]
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def move(self, pixels_BCHW: Tensor) -> Tensor:
+        """A batch of float32 pixels to where the network wants them."""
+        return pixels_BCHW.to(
+            self.device, self.dtype, non_blocking=True, memory_format=self.memory_format
+        )
+
+
+class TimmTrunk:
+    """A timm network with its classifier still attached, if it has one."""
+
+    def __init__(
+        self, architecture: str, network: nn.Module, preprocess: Preprocess, placement: Placement
+    ) -> None:
+        self.architecture = architecture
+        self.preprocess = preprocess
+        self.digest = state_digest(network.state_dict())
+        self.network: Any = placement.apply(network)
+        self.placement = placement
+
+    def forward(self, pixels_BCHW: Tensor) -> TrunkOutput:
+        features = self.network.forward_features(pixels_BCHW)
+        if features.dim() == 4:
+            return TrunkOutput(features, 0, (features.shape[-2], features.shape[-1]))
+        prefix = int(getattr(self.network, "num_prefix_tokens", 0))
+        return TrunkOutput(features, prefix, self._grid(pixels_BCHW))
+
+    def pool(self, output: TrunkOutput) -> Tensor:
+        pooled: Tensor = self.network.forward_head(output.features, pre_logits=True)
+        return pooled
+
+    def classify(self, output: TrunkOutput) -> Tensor:
+        logits: Tensor = self.network.forward_head(output.features)
+        return logits
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.network.num_classes)
+
+    def _grid(self, pixels_BCHW: Tensor) -> tuple[int, int]:
+        height, width = pixels_BCHW.shape[-2:]
+        patch_embed = getattr(self.network, "patch_embed", None)
+        rows, columns = getattr(patch_embed, "patch_size", (height, width))
+        return height // rows, width // columns
+
+
+class OpenClipTrunk:
+    """The image tower of an open_clip model; its pooled output is the projected embedding."""
+
+    num_classes = 0
+
+    def __init__(
+        self, architecture: str, network: nn.Module, preprocess: Preprocess, placement: Placement
+    ) -> None:
+        self.architecture = architecture
+        self.preprocess = preprocess
+        visual: Any = getattr(network, "visual", network)
+        self.digest = state_digest(visual.state_dict())
+        self.network: Any = placement.apply(visual)
+        self.placement = placement
+
+    def forward(self, pixels_BCHW: Tensor) -> TrunkOutput:
+        embedding = self.network(pixels_BCHW)
+        return TrunkOutput(embedding.unsqueeze(1), 1, (0, 0))
+
+    def pool(self, output: TrunkOutput) -> Tensor:
+        return output.features[:, 0]
+
+    def classify(self, output: TrunkOutput) -> Tensor:
+        raise NotImplementedError("an image tower has no classifier")
+
+
+def state_digest(state_dict: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and bytes of all weights: the same however they were stored."""
+    digest = hashlib.sha256()
+    for key, value in sorted(state_dict.items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return "sha256:" + digest.hexdigest()
+
+
+def parameter_bytes(network: nn.Module) -> int:
+    """Bytes that a network's parameters and buffers take on their device."""
+    tensors = [*network.parameters(), *network.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
