@@ -18,11 +18,13 @@ class Head(Protocol):
     """What every head offers.
 
     `forward_options` names the options that `forward` takes, and so decides which rows may share
-    a call; all others go to `finish`.
+    a call; all others go to `finish`. `finish_is_slow` where it takes milliseconds, so that a
+    server keeps it off its event loop.
     """
 
     task: str
     forward_options: frozenset[str]
+    finish_is_slow: bool
     network: nn.Module | None
 
     def check(self, options: Mapping[str, Any]) -> None:

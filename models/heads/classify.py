@@ -15,6 +15,7 @@ DEFAULT_TOP_K = 5
 class Classify:
     task = "classify"
     forward_options: frozenset[str] = frozenset()
+    finish_is_slow = False
     network = None
 
     def __init__(self, trunk: Trunk, labels: tuple[str, ...]) -> None:

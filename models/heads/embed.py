@@ -23,6 +23,7 @@ class Embed:
 
     task = "embed"
     forward_options = frozenset({"pooling"})
+    finish_is_slow = False
     network = None
 
     def __init__(self, trunk: Trunk) -> None:

@@ -45,6 +45,7 @@ class Decoder(nn.Module):
 class Saliency:
     task = "segment"
     forward_options: frozenset[str] = frozenset()
+    finish_is_slow = True
 
     def __init__(
         self, trunk: Trunk, labels: tuple[str, ...], weights: Mapping[str, Tensor] | None

@@ -1,0 +1,20 @@
+"""The `vitrail` command. Heavy imports wait until a command needs them."""
+
+import typer
+
+from service.cli import client, models, serve
+
+app = typer.Typer(
+    help="Serve vision transformers: any published checkpoint in, exact output out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command("serve")(serve.serve)
+app.add_typer(models.app, name="models")
+for task in client.COMMANDS:
+    app.command(task.__name__)(task)
+
+
+def main() -> None:
+    """Entry point."""
+    app()

@@ -1,0 +1,170 @@
+"""`vitrail classify|embed|segment PATH...`: ask a running server about files and folders."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from service.cli.tables import write_table
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+RETRY_STATUSES = (429, 503)
+MAX_TRIES = 5
+
+Paths = Annotated[list[Path], typer.Argument(exists=True, help="Images, or folders of images.")]
+Url = Annotated[str, typer.Option(envvar="VITRAIL_URL", help="The server.")]
+Key = Annotated[str | None, typer.Option(envvar="VITRAIL_API_KEY", help="API key, if it wants one.")]
+Model = Annotated[str | None, typer.Option(help="A model of the server's catalog.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
+Output = Annotated[Path | None, typer.Option(help="Write a .parquet or .npy file.")]
+Concurrency = Annotated[int, typer.Option(min=1, help="Requests at a time.")]
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+errors = Console(stderr=True)
+
+
+def classify(
+    paths: Paths,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    model: Model = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Classes an image.")] = 5,
+    as_json: Json = False,
+    output: Output = None,
+    concurrency: Concurrency = 8,
+) -> None:
+    """Name what images show."""
+    ask = _Client(url, key, "classify", {"model": model, "top_k": top_k}, concurrency)
+
+    def line(answer: dict[str, Any]) -> str:
+        return ", ".join(f"{p['label']} {p['score']:.3f}" for p in answer["predictions"])
+
+    ask.run(paths, as_json, output, line)
+
+
+def embed(
+    paths: Paths,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    model: Model = None,
+    pooling: Annotated[str | None, typer.Option(help="cls, mean, max or gem.")] = None,
+    as_json: Json = False,
+    output: Output = None,
+    concurrency: Concurrency = 8,
+) -> None:
+    """Embed images for retrieval."""
+    ask = _Client(url, key, "embed", {"model": model, "pooling": pooling}, concurrency)
+
+    def line(answer: dict[str, Any]) -> str:
+        vector = answer["embedding"]
+        return f"{len(vector)} dimensions: {', '.join(f'{v:.4f}' for v in vector[:4])}, ..."
+
+    ask.run(paths, as_json, output, line)
+
+
+def segment(
+    paths: Paths,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    model: Model = None,
+    threshold: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    as_json: Json = False,
+    output: Annotated[
+        Path | None, typer.Option(help="A .parquet file, or a folder for the masks as PNG.")
+    ] = None,
+    concurrency: Concurrency = 8,
+) -> None:
+    """Mask the subject of images."""
+    ask = _Client(url, key, "segment", {"model": model, "threshold": threshold}, concurrency)
+
+    def line(answer: dict[str, Any]) -> str:
+        total = answer["width"] * answer["height"]
+        shares = [f"{c['label']} {c['pixels'] / total:.1%}" for c in answer["classes"]]
+        return f"{answer['width']}x{answer['height']}: {', '.join(shares)}"
+
+    ask.run(paths, as_json, output, line)
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (classify, embed, segment)
+
+
+class _Client:
+    """Asks for one image a request, several at a time, and keeps the order of the paths."""
+
+    def __init__(
+        self, url: str, key: str | None, task: str, parameters: dict[str, Any], concurrency: int
+    ) -> None:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers["Content-Type"] = "application/octet-stream"
+        given = {name: value for name, value in parameters.items() if value is not None}
+        self._http = httpx.Client(base_url=url, headers=headers, params=given, timeout=120)
+        self._task = task
+        self._concurrency = concurrency
+
+    def run(
+        self,
+        paths: list[Path],
+        as_json: bool,
+        output: Path | None,
+        line: Callable[[dict[str, Any]], str],
+    ) -> None:
+        files = list(_expand(paths))
+        if not files:
+            errors.print("no image among the paths given")
+            raise typer.Exit(1)
+        rows: list[dict[str, Any]] = []
+        failed = 0
+        show_bar = len(files) > 1 and errors.is_terminal
+        with ThreadPoolExecutor(self._concurrency) as pool, Progress(
+            console=errors, disable=not show_bar
+        ) as progress:
+            bar = progress.add_task(self._task, total=len(files))
+            for path, answer in zip(files, pool.map(self._ask, files), strict=True):
+                progress.advance(bar)
+                if "error" in answer:
+                    failed += 1
+                    errors.print(f"{path}: {answer['error']}", markup=False, highlight=False)
+                else:
+                    rows.append({"path": str(path), **answer})
+                if as_json:
+                    typer.echo(json.dumps({"path": str(path), **answer}))
+                elif output is None and "error" not in answer:
+                    typer.echo(f"{path}: {line(answer)}")
+        if output is not None:
+            write_table(rows, output)
+            errors.print(f"{len(rows)} rows in {output}", highlight=False)
+        if failed:
+            raise typer.Exit(1)
+
+    def _ask(self, path: Path) -> dict[str, Any]:
+        """The answer's one entry, or `{"error": why}`."""
+        try:
+            for _ in range(MAX_TRIES):
+                response = self._http.post(f"/{self._task}", content=path.read_bytes())
+                if response.status_code not in RETRY_STATUSES:
+                    break
+                time.sleep(float(response.headers.get("Retry-After", 1)))
+            body = response.json()
+        except (httpx.HTTPError, OSError, ValueError) as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+        if response.status_code != 200:
+            return {"error": f"{response.status_code} {body.get('detail', '')}"}
+        entry: dict[str, Any] = body["results"][0]
+        return entry
+
+
+def _expand(paths: list[Path]) -> Iterator[Path]:
+    """Files as they are; folders as the images below them, sorted."""
+    for path in paths:
+        if path.is_dir():
+            yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        else:
+            yield path

@@ -1,0 +1,1 @@
+"""The HTTP side. It forwards encoded bytes and never imports torch."""

@@ -1,0 +1,43 @@
+"""The ASGI application."""
+
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from service.backend import Backend
+from service.gateway import model_routes, routes, system_routes
+from service.gateway.fetch import ImageFetcher
+from service.gateway.middleware import RequestContext
+from service.gateway.problems import install_handlers
+from service.metrics import Metrics
+from service.settings import Settings
+
+
+def create_app(
+    settings: Settings, backend: Backend, metrics: Metrics, catalog_names: Iterable[str]
+) -> FastAPI:
+    """Put routes and middleware around a backend; its lifespan starts and closes that backend."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await backend.start()
+        yield
+        await backend.close()
+        await app.state.fetcher.close()
+
+    app = FastAPI(
+        title="Vitrail",
+        description="Serving vision transformers: one trunk pass shared by all heads.",
+        lifespan=lifespan,
+    )
+    app.state.settings = settings
+    app.state.backend = backend
+    app.state.metrics = metrics
+    app.state.catalog_names = frozenset(catalog_names)
+    app.state.fetcher = ImageFetcher(settings)
+    app.add_middleware(RequestContext)
+    install_handlers(app)
+    for module in (routes, model_routes, system_routes):
+        app.include_router(module.router)
+    return app

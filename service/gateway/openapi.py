@@ -1,0 +1,45 @@
+"""What the OpenAPI page says of the routes that take images in three ways."""
+
+from typing import Any
+
+from service.parameters import Parameters
+
+_BINARY = {"type": "string", "format": "binary"}
+_IMAGE = {
+    "oneOf": [
+        {"type": "object", "properties": {"base64": {"type": "string"}}, "required": ["base64"]},
+        {"type": "object", "properties": {"url": {"type": "string"}}, "required": ["url"]},
+    ]
+}
+
+
+def image_body(parameters: type[Parameters]) -> dict[str, Any]:
+    """The `openapi_extra` of a route: its query parameters and the three forms of its body."""
+    schema = parameters.model_json_schema()
+    fields: dict[str, Any] = schema["properties"]
+    required = schema.get("required", [])
+    query = [
+        {
+            "name": name,
+            "in": "query",
+            "schema": field,
+            "description": field.get("description", ""),
+        }
+        for name, field in fields.items()
+    ]
+    images = {"type": "array", "items": _IMAGE, "minItems": 1}
+    form = {"image": {"type": "array", "items": _BINARY, "minItems": 1}, **fields}
+    body = {
+        "multipart/form-data": {
+            "schema": {"type": "object", "properties": form, "required": ["image", *required]}
+        },
+        "image/*": {"schema": _BINARY},
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "properties": {"images": images, **fields},
+                "required": ["images", *required],
+            }
+        },
+    }
+    return {"parameters": query, "requestBody": {"required": True, "content": body}}

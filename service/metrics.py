@@ -1,0 +1,83 @@
+"""Every counter and histogram, declared once, on a registry that is passed in.
+
+Label values are bounded: models and trunks of the catalog, tasks, and the outcomes below. A model
+that a client makes up is counted as `unknown`.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+OUTCOMES = ("ok", "invalid", "rejected", "timeout", "cancelled", "error")
+STAGES = ("decode", "queue", "compute", "postprocess")
+DROP_REASONS = ("expired", "cancelled")
+
+SECONDS = (
+    0.001, 0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1,
+    0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+)  # fmt: skip
+BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 48, 64, 96, 128)
+
+
+class Metrics:
+    """The request side (counted by the gateway) and the image side (counted by the worker)."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self.requests = Counter(
+            "vitrail_requests",
+            "Requests answered or given up.",
+            ("task", "model", "outcome"),
+            registry=registry,
+        )
+        self.request_duration = Histogram(
+            "vitrail_request_duration_seconds",
+            "From the first byte read to the answer handed over.",
+            ("task", "model", "outcome"),
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.images = Counter(
+            "vitrail_images",
+            "Images, each counted once for every model that was asked about it.",
+            ("task", "model", "outcome"),
+            registry=registry,
+        )
+        self.stage_duration = Histogram(
+            "vitrail_stage_duration_seconds",
+            "Time an image spent in a stage; compute is that of its whole batch.",
+            ("stage", "trunk"),
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.batch_size = Histogram(
+            "vitrail_batch_size",
+            "Images in a trunk pass.",
+            ("trunk",),
+            buckets=BATCH_SIZES,
+            registry=registry,
+        )
+        self.dropped = Counter(
+            "vitrail_queue_dropped_images",
+            "Images dropped from the queue before they cost compute.",
+            ("trunk", "reason"),
+            registry=registry,
+        )
+        self.trunk_failures = Counter(
+            "vitrail_trunk_failures",
+            "Trunk passes that failed and were retried in smaller batches, or given up.",
+            ("trunk",),
+            registry=registry,
+        )
+
+    def add_model(self, model: str, trunk: str, tasks: tuple[str, ...]) -> None:
+        """Create the children of a model at zero, so that rates exist before its first request."""
+        for task in tasks:
+            for outcome in OUTCOMES:
+                self.requests.labels(task, model, outcome)
+                self.images.labels(task, model, outcome)
+            self.request_duration.labels(task, model, "ok")
+        for stage in STAGES:
+            self.stage_duration.labels(stage, trunk)
+        for reason in DROP_REASONS:
+            self.dropped.labels(trunk, reason)
+        self.batch_size.labels(trunk)
+        self.trunk_failures.labels(trunk)

@@ -1,0 +1,87 @@
+"""The parameters of each task's route, as pydantic models: one declaration for form, query, JSON
+and the OpenAPI page."""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from service.types import Call
+
+MAX_LABELS = 1000
+MAX_MODELS = 256
+
+
+class Parameters(BaseModel):
+    """What every task takes. Unknown parameters are errors, so that a typo never passes."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    task: ClassVar[str | None] = None
+
+    timing: bool = Field(False, description="Add `timing`: milliseconds by stage.")
+
+    def calls(self) -> list[Call]:
+        """The models wanted, with the options for each."""
+        raise NotImplementedError
+
+
+class TaskParameters(Parameters):
+    """What the routes of a single model take."""
+
+    model: str | None = Field(
+        None, max_length=200, description="A model of the catalog; its default for the task."
+    )
+
+    def calls(self) -> list[Call]:
+        options = self.model_dump(exclude={"model", "timing", "encoding"}, exclude_none=True)
+        return [Call(self.model, self.task, options)]
+
+
+class ClassifyParameters(TaskParameters):
+    task = "classify"
+
+    top_k: int | None = Field(None, ge=1, le=MAX_LABELS, description="Best classes to return (5).")
+
+
+class EmbedParameters(TaskParameters):
+    task = "embed"
+
+    pooling: Literal["cls", "mean", "max", "gem", "ggem"] | None = Field(
+        None, description="How tokens become one vector; the model's own way if not given."
+    )
+    normalize: bool = Field(True, description="Scale to unit length.")
+    encoding: Literal["float", "base64"] = Field(
+        "float", description="A list of numbers, or base64 of little-endian float32."
+    )
+
+
+class SegmentParameters(TaskParameters):
+    task = "segment"
+
+    output: Literal["png", "rle", "polygons"] = Field(
+        "png", description="base64 of an indexed PNG, COCO run lengths, or polygons with holes."
+    )
+    threshold: float | None = Field(
+        None, ge=0, le=1, description="Foreground is above this (0.5)."
+    )
+    labels: list[str] | None = Field(
+        None, min_length=1, max_length=MAX_LABELS, description="For text-prompted models."
+    )
+
+
+class PredictParameters(Parameters):
+    models: list[str] = Field(
+        min_length=1, max_length=MAX_MODELS, description="Each answers with its own task."
+    )
+
+    def calls(self) -> list[Call]:
+        return [Call(name, None) for name in dict.fromkeys(self.models)]
+
+
+def list_fields(parameters: type[Parameters]) -> set[str]:
+    """The parameters that may be repeated in forms and queries."""
+    schema: dict[str, Any] = parameters.model_json_schema()["properties"]
+    return {
+        name
+        for name, field in schema.items()
+        if any(kind.get("type") == "array" for kind in (field, *field.get("anyOf", ())))
+    }

@@ -1,0 +1,1 @@
+"""The worker side: everything between an encoded image and its named arrays."""

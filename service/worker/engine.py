@@ -1,0 +1,366 @@
+"""The worker's engine, the in-process Backend: the order in which everything happens."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from models.errors import ModelsError
+from models.heads import Head
+from models.images import ImageLimits, decode_image
+from models.model import Model
+from models.registry import Registry, State
+from service.errors import (
+    DeadlineExceededError,
+    InternalError,
+    QueueFullError,
+    ServiceError,
+    UnavailableError,
+    from_library,
+)
+from service.metrics import Metrics
+from service.types import Call, Health, ImageResult, InferRequest, InferResult, ModelUsed, Timing
+from service.worker.batcher import Batcher
+from service.worker.options import EngineOptions
+from service.worker.runner import HeadCall, Item, ItemResult, Runner, Threads
+from service.worker.scheduler import Batch, BatchQueue, Entry, QueueFull, Scheduler
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Resolved:
+    """A call of a request, resolved: which model and head, and that head's options."""
+
+    model: Model
+    trunk: str
+    head: Head
+    head_call: HeadCall
+    finish: dict[str, Any]
+
+
+@dataclass(slots=True)
+class _Pass:
+    """The calls of a request that ride on one trunk pass, by their positions."""
+
+    trunk: str
+    model: Model
+    positions: list[int] = field(default_factory=list)
+    calls: list[HeadCall] = field(default_factory=list)
+
+
+class Engine:
+    """Owns the device, the decode pool and the registry of one process."""
+
+    def __init__(self, registry: Registry, options: EngineOptions, metrics: Metrics) -> None:
+        self.registry = registry
+        self.options = options.resolve(registry.device.type)
+        self._metrics = metrics
+        self._limits = ImageLimits(
+            max_bytes=options.max_image_bytes,
+            max_pixels=options.max_image_pixels,
+            max_side=options.max_image_side,
+        )
+        self._threads = Threads(lane=self.options.lane_threads, wide=self.options.threads)
+        self._runners: dict[str, Runner] = {}
+        self._users: dict[str, set[str]] = {name: set() for name in registry.catalog.trunks}
+        scheduler = Scheduler(
+            lanes=self.options.streams, split=registry.device.type == "cpu"
+        )
+        self.batcher = Batcher(scheduler, execute=self._execute, drop=self._drop)
+        self._pool = ThreadPoolExecutor(
+            self.options.decode_threads, "decode", initializer=lambda: Threads(1, 1).use(1)
+        )
+        self._loader = ThreadPoolExecutor(1, "loader")
+        self._probe_failures: dict[str, str] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = False
+        registry.on_load = self._serve_model
+        registry.on_unload = self._retire_model
+
+    # -- Backend ---------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        self.batcher.start()
+        for name in self.options.startup or self.registry.catalog.startup:
+            self.registry.catalog.model(name)
+            self._spawn(self._load_quietly(name))
+        self._spawn(self._probe())
+
+    async def close(self) -> None:
+        self._closing = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(self.batcher.close)
+        self._pool.shutdown()
+        self._loader.shutdown(wait=False, cancel_futures=True)
+
+    async def infer(self, request: InferRequest) -> InferResult:
+        resolved = [self._resolve(call) for call in request.calls]
+        passes = self._plan(resolved)
+        self._admit(passes, len(request.images))
+        # one request decodes on all threads at most, so that no request waits behind a big one
+        turn = asyncio.Semaphore(self.options.decode_threads)
+        flow = object()
+        images = await asyncio.gather(
+            *(self._infer_image(image, resolved, passes, request, flow, turn)
+              for image in request.images)
+        )  # fmt: skip
+        used = [
+            ModelUsed(r.model.name, r.head.task, r.model.digest, r.model.trunk.preprocess.digest)
+            for r in resolved
+        ]
+        return InferResult(used, images)
+
+    async def models(self) -> Sequence[dict[str, Any]]:
+        return [self.registry.describe(name) for name in self.registry.catalog.models]
+
+    async def model(self, name: str) -> dict[str, Any]:
+        try:
+            return self.registry.describe(name)
+        except ModelsError as error:
+            raise from_library(error) from error
+
+    async def load(self, name: str) -> dict[str, Any]:
+        await self._in_loader(self.registry.load, name)
+        return await self.model(name)
+
+    async def unload(self, name: str) -> dict[str, Any]:
+        await self._in_loader(self.registry.unload, name)
+        return await self.model(name)
+
+    def health(self) -> Health:
+        dead = []
+        if not self.batcher.alive():
+            dead.append("a device thread died")
+        if (stuck := self.batcher.stuck_for()) > self.options.stuck_after_s:
+            dead.append(f"no batch has finished for {stuck:.0f} s")
+        waiting = ["draining before exit"] if self._closing else []
+        waiting += [
+            f"model {name} is {state}"
+            for name in self.options.startup or self.registry.catalog.startup
+            if (state := self.registry.state(name)) is not State.READY
+        ]
+        waiting += [f"trunk {n}: {why}" for n, why in self._probe_failures.items()]
+        return Health(live=not dead, ready=not dead and not waiting, reasons=dead + waiting)
+
+    # -- a request's way -------------------------------------------------------------------
+
+    def _resolve(self, call: Call) -> _Resolved:
+        try:
+            catalog = self.registry.catalog
+            name = call.model or catalog.default_model(str(call.task)).name
+            model = self.registry.ready(name)
+            head = model.head(call.task, call.options)
+        except ModelsError as error:
+            raise from_library(error) from error
+        forward = {k: v for k, v in call.options.items() if k in head.forward_options}
+        finish = {k: v for k, v in call.options.items() if k not in head.forward_options}
+        head_call = HeadCall(head, tuple(sorted(forward.items())))
+        return _Resolved(model, catalog.models[name].trunk, head, head_call, finish)
+
+    def _plan(self, resolved: Sequence[_Resolved]) -> list[_Pass]:
+        """Group the calls by trunk: each image takes one pass of each."""
+        passes: dict[str, _Pass] = {}
+        for position, item in enumerate(resolved):
+            plan = passes.setdefault(item.trunk, _Pass(item.trunk, item.model))
+            plan.positions.append(position)
+            plan.calls.append(item.head_call)
+        return list(passes.values())
+
+    def _admit(self, passes: Sequence[_Pass], count: int) -> None:
+        """Take places for every image in every trunk's queue, or none at all."""
+        for done, plan in enumerate(passes):
+            try:
+                self.batcher.admit(plan.trunk, count)
+            except (QueueFull, KeyError) as error:
+                for admitted in passes[:done]:
+                    self.batcher.release(admitted.trunk, count)
+                if isinstance(error, KeyError):
+                    raise UnavailableError("the model is being unloaded", retry_after_s=1) from error
+                wait_s = max(1.0, self.batcher.queue_seconds())
+                raise QueueFullError(f"{plan.trunk}: {error}", retry_after_s=wait_s) from error
+
+    async def _infer_image(
+        self,
+        image: bytes,
+        resolved: Sequence[_Resolved],
+        passes: Sequence[_Pass],
+        request: InferRequest,
+        flow: object,
+        turn: asyncio.Semaphore,
+    ) -> ImageResult:
+        entries: list[Entry] = []
+        try:
+            async with asyncio.timeout(request.deadline - time.monotonic()):
+                async with turn:
+                    started = time.monotonic()
+                    pixels, size = await self._in_pool(self._prepare, image, passes)
+                    decode_s = time.monotonic() - started
+                for plan, pixels_CHW in zip(passes, pixels, strict=True):
+                    item = Item(plan.trunk, pixels_CHW, plan.calls)
+                    entries.append(Entry(item, flow, request.bulk, request.deadline))
+                    self.batcher.put(plan.trunk, entries[-1])
+                    self._metrics.stage_duration.labels("decode", plan.trunk).observe(decode_s)
+                results = [await asyncio.wrap_future(e.payload.future) for e in entries]
+                return await self._finish(resolved, passes, results, size, decode_s)
+        except TimeoutError:
+            return ImageResult(error=DeadlineExceededError("the deadline passed before the answer"))
+        except ModelsError as error:
+            return ImageResult(error=from_library(error))
+        except ServiceError as error:
+            return ImageResult(error=error)
+        finally:
+            for entry in entries:
+                entry.cancelled = True  # harmless once answered; else it is dropped unrun
+            for plan in passes[len(entries) :]:
+                self.batcher.release(plan.trunk, 1)
+
+    def _prepare(
+        self, image: bytes, passes: Sequence[_Pass]
+    ) -> tuple[list[torch.Tensor], tuple[int, int]]:
+        decoded = decode_image(image, self._limits)
+        return [plan.model.transform(decoded) for plan in passes], decoded.size
+
+    async def _finish(
+        self,
+        resolved: Sequence[_Resolved],
+        passes: Sequence[_Pass],
+        results: Sequence[ItemResult],
+        size: tuple[int, int],
+        decode_s: float,
+    ) -> ImageResult:
+        outputs: list[Any] = [None] * len(resolved)
+        for plan, result in zip(passes, results, strict=True):
+            for position, row in zip(plan.positions, result.rows, strict=True):
+                started = time.monotonic()
+                outputs[position] = await self._finish_one(resolved[position], row, size)
+                spent_s = time.monotonic() - started
+                self._metrics.stage_duration.labels("postprocess", plan.trunk).observe(spent_s)
+        failed = [output for output in outputs if isinstance(output, ServiceError)]
+        slowest = max(results, key=lambda result: result.queue_s + result.compute_s)
+        timing = Timing(
+            decode_s * 1e3, slowest.queue_s * 1e3, slowest.compute_s * 1e3, slowest.batch_size
+        )
+        if len(failed) == len(outputs):
+            return ImageResult(error=failed[0], timing=timing)
+        return ImageResult(outputs, timing=timing)
+
+    async def _finish_one(
+        self, call: _Resolved, row: dict[str, np.ndarray] | Exception, size: tuple[int, int]
+    ) -> dict[str, np.ndarray] | ServiceError:
+        if isinstance(row, Exception):
+            logger.error("model %s failed", call.model.name, exc_info=row)
+            return InternalError("the model failed on this image")
+        try:
+            if call.head.finish_is_slow:
+                return await self._in_pool(lambda: call.head.finish(row, size, **call.finish))
+            return call.head.finish(row, size, **call.finish)
+        except ModelsError as error:
+            return from_library(error)
+        except Exception:
+            logger.exception("model %s failed to finish", call.model.name)
+            return InternalError("the model failed on this image")
+
+    # -- called from the lanes -------------------------------------------------------------
+
+    def _execute(self, batch: Batch) -> None:
+        self._runners[batch.queue.name].execute(batch)
+
+    def _drop(self, entry: Entry) -> None:
+        trunk, future = entry.payload.trunk, entry.payload.future
+        reason = "expired" if entry.deadline <= time.monotonic() else "cancelled"
+        self._metrics.dropped.labels(trunk, reason).inc()
+        if future.set_running_or_notify_cancel():
+            future.set_exception(DeadlineExceededError("the deadline passed in the queue"))
+
+    # -- called by the registry ------------------------------------------------------------
+
+    def _serve_model(self, model: Model) -> None:
+        """Give the model's trunk a queue, warmed up, before the model counts as ready."""
+        name = self.registry.catalog.models[model.name].trunk
+        entry = self.registry.catalog.trunks[name]
+        if not self._users[name]:
+            queue = BatchQueue(
+                name,
+                max_batch_size=entry.max_batch_size or self.options.max_batch_size,
+                capacity=self.options.max_queue_size,
+                max_delay_s=(entry.max_queue_delay_ms or self.options.max_queue_delay_ms) / 1e3,
+            )
+            runner = Runner(name, model.trunk, self._threads, self._metrics)
+            runner.warm_up(queue)
+            self._runners[name] = runner
+            self.batcher.add_queue(queue)
+        self._users[name].add(model.name)
+        self._metrics.add_model(model.name, name, model.tasks)
+
+    def _retire_model(self, model: Model) -> None:
+        """Drain and drop the trunk's queue with the last model on it."""
+        name = self.registry.catalog.models[model.name].trunk
+        self._users[name].discard(model.name)
+        if not self._users[name]:
+            self.batcher.remove_queue(name)
+            del self._runners[name]
+            self._probe_failures.pop(name, None)
+
+    # -- background ------------------------------------------------------------------------
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _load_quietly(self, name: str) -> None:
+        try:
+            await self._in_loader(self.registry.load, name)
+        except ServiceError as error:
+            logger.error("model %s did not load: %s", name, error.detail)
+
+    async def _probe(self) -> None:
+        """Prove every idle trunk with a real pass now and then; busy ones prove themselves."""
+        while True:
+            await asyncio.sleep(self.options.probe_interval_s)
+            idle_s = time.monotonic() - self.batcher.last_finished
+            if idle_s >= self.options.probe_interval_s:
+                for name in list(self._runners):
+                    await self._probe_trunk(name)
+
+    async def _probe_trunk(self, name: str) -> None:
+        item = self._runners[name].blank_item()
+        deadline = time.monotonic() + self.options.stuck_after_s
+        try:
+            self.batcher.admit(name, 1)
+            self.batcher.put(name, Entry(item, "probe", bulk=True, deadline=deadline))
+            async with asyncio.timeout(self.options.stuck_after_s):
+                result = await asyncio.wrap_future(item.future)
+            failed = next((row for row in result.rows if isinstance(row, Exception)), None)
+        except (QueueFull, KeyError):
+            return
+        except (TimeoutError, ServiceError):
+            failed = TimeoutError("a probe got no answer in time")
+        if failed is None:
+            self._probe_failures.pop(name, None)
+        else:
+            self._probe_failures[name] = f"probe failed: {failed}"
+            logger.error("the probe of %s failed: %s", name, failed)
+
+    async def _in_pool(self, function: Any, *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+    async def _in_loader(self, function: Any, name: str) -> Any:
+        """Run the registry's slow work; whatever goes wrong comes back as a ServiceError."""
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._loader, function, name)
+        except ModelsError as error:
+            raise from_library(error) from error
+        except Exception as error:
+            logger.exception("loading or unloading %s failed", name)
+            raise UnavailableError(f"model {name} could not be loaded or unloaded") from error

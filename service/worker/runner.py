@@ -1,0 +1,192 @@
+"""Runs a batch on the device: the trunk once, then each head on the rows that want it."""
+
+import logging
+import statistics
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.heads import Head
+from models.trunk import Trunk
+from service.metrics import Metrics
+from service.worker.scheduler import Batch, BatchQueue, Entry
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadCall:
+    """A head, with the options that its `forward` takes; rows with equal calls share one."""
+
+    head: Head
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ItemResult:
+    """For each call of an item its row or what went wrong; and where the time went."""
+
+    rows: Sequence[Row | Exception]
+    queue_s: float
+    compute_s: float
+    batch_size: int
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """One preprocessed image, (3, H, W) float32, for a trunk, and what is wanted of it."""
+
+    trunk: str
+    pixels_CHW: Tensor
+    calls: Sequence[HeadCall]
+    future: "Future[ItemResult]" = field(default_factory=Future)
+
+
+@dataclass(frozen=True, slots=True)
+class Threads:
+    """CPU threads of a pass: `lane` in one lane among several, `wide` alone on the device."""
+
+    lane: int
+    wide: int
+
+    def use(self, count: int) -> None:
+        """Give torch's operators `count` threads when called from this thread.
+
+        Reading first makes torch set up the thread, which would else undo the setting later.
+        """
+        if torch.get_num_threads() != count:
+            torch.set_num_threads(count)
+
+
+class Runner:
+    """One trunk's passes. Called from the lanes' threads."""
+
+    def __init__(self, name: str, trunk: Trunk, threads: Threads, metrics: Metrics) -> None:
+        self.name = name
+        self.trunk = trunk
+        self._threads = threads
+        self._metrics = metrics
+        self._local = threading.local()
+
+    def execute(self, batch: Batch) -> None:
+        """Answer every entry of the batch, one way or another."""
+        self._threads.use(self._threads.wide if batch.wide else self._threads.lane)
+        started = time.monotonic()
+        results = self._run_safely(batch.queue, [entry.payload for entry in batch.entries])
+        compute_s = time.monotonic() - started
+        size = len(batch.entries)
+        self._metrics.batch_size.labels(self.name).observe(size)
+        for entry, rows in zip(batch.entries, results, strict=True):
+            queue_s = batch.started - entry.enqueued
+            self._metrics.stage_duration.labels("queue", self.name).observe(queue_s)
+            self._metrics.stage_duration.labels("compute", self.name).observe(compute_s)
+            answer(entry, ItemResult(rows, queue_s, compute_s, size))
+
+    def warm_up(self, queue: BatchQueue) -> None:
+        """Run the shapes to come once, and learn whether a lone image gains from all cores."""
+        sizes = {1, queue.max_batch_size} if self.trunk.placement.device.type == "cuda" else {1}
+        for size in sorted(sizes):
+            self._run([self.blank_item()] * size)
+        if self._threads.wide == self._threads.lane:
+            return
+        narrow, wide = (self._median_seconds(n) for n in (self._threads.lane, self._threads.wide))
+        queue.may_run_wide = wide < 0.9 * narrow
+        logger.info(
+            "%s: a lone image takes %.1f ms on %d threads, %.1f ms on %d",
+            self.name, narrow * 1e3, self._threads.lane, wide * 1e3, self._threads.wide,
+        )  # fmt: skip
+
+    def blank_item(self) -> Item:
+        """A black image that wants no head: enough to prove that the trunk computes."""
+        return Item(self.name, torch.zeros(3, *self.trunk.preprocess.input_size), ())
+
+    def _median_seconds(self, threads: int) -> float:
+        self._threads.use(threads)
+        seconds = []
+        for _ in range(4):
+            started = time.monotonic()
+            self._run([self.blank_item()])
+            seconds.append(time.monotonic() - started)
+        return statistics.median(seconds[1:])
+
+    def _run_safely(self, queue: BatchQueue, items: list[Item]) -> list[list[Row | Exception]]:
+        """Run; when the trunk fails, halve on memory or else isolate, so that only the item
+        that is at fault fails."""
+        try:
+            return self._run(items)
+        except torch.OutOfMemoryError as error:
+            self._metrics.trunk_failures.labels(self.name).inc()
+            torch.cuda.empty_cache()
+            if len(items) == 1:
+                return [[error] * len(items[0].calls)]
+            half = len(items) // 2
+            queue.max_batch_size = max(1, min(queue.max_batch_size, half))
+            logger.warning("%s: out of memory; batches now hold %d", self.name, half)
+            return self._run_safely(queue, items[:half]) + self._run_safely(queue, items[half:])
+        except Exception as error:
+            self._metrics.trunk_failures.labels(self.name).inc()
+            if len(items) == 1:
+                return [[error] * max(1, len(items[0].calls))]
+            logger.warning("%s: a batch failed, retrying one by one", self.name, exc_info=error)
+            return [self._run_safely(queue, [item])[0] for item in items]
+
+    def _run(self, items: Sequence[Item]) -> list[list[Row | Exception]]:
+        with torch.inference_mode(), self._stream():
+            pixels_BCHW = self._collate(items)
+            output = self.trunk.forward(self.trunk.placement.move(pixels_BCHW))
+            places: dict[HeadCall, list[tuple[int, int]]] = defaultdict(list)
+            for row, item in enumerate(items):
+                for position, call in enumerate(item.calls):
+                    places[call].append((row, position))
+            results: list[list[Row | Exception]] = [[{}] * len(item.calls) for item in items]
+            for call, wanted in places.items():
+                rows = self._run_head(call, output.rows([row for row, _ in wanted]), len(wanted))
+                for (row, position), result in zip(wanted, rows, strict=True):
+                    results[row][position] = result
+            if not places:
+                _ = output.features.flatten()[0].item()  # waits, so that a failure shows here
+            return results
+
+    def _run_head(self, call: HeadCall, output: Any, count: int) -> Sequence[Row | Exception]:
+        try:
+            tensors = call.head.forward(output, **dict(call.options))
+            arrays = {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()}
+            return [{name: array[row] for name, array in arrays.items()} for row in range(count)]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            logger.exception("a head on %s failed for its %d rows", self.name, count)
+            return [error] * count
+
+    def _collate(self, items: Sequence[Item]) -> Tensor:
+        """(B, 3, H, W) float32; in pinned memory for a GPU, so that the copy can overlap."""
+        if len(items) == 1:
+            return items[0].pixels_CHW.unsqueeze(0)
+        pixels = [item.pixels_CHW for item in items]
+        if self.trunk.placement.device.type != "cuda":
+            return torch.stack(pixels)
+        pinned = torch.empty((len(pixels), *pixels[0].shape), pin_memory=True)
+        return torch.stack(pixels, out=pinned)
+
+    def _stream(self) -> torch.cuda.StreamContext:
+        """This lane's own CUDA stream; on a CPU a context that does nothing."""
+        if self.trunk.placement.device.type == "cuda" and not hasattr(self._local, "stream"):
+            self._local.stream = torch.cuda.Stream(self.trunk.placement.device)
+        return torch.cuda.stream(getattr(self._local, "stream", None))
+
+
+def answer(entry: Entry, result: ItemResult) -> None:
+    """Resolve an entry's future, unless its caller has left."""
+    future: Future[ItemResult] = entry.payload.future
+    if future.set_running_or_notify_cancel():
+        future.set_result(result)
