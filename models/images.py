@@ -4,7 +4,7 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from models.errors import ImageTooLargeError, InputError
 
@@ -43,7 +43,7 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Ima
         )
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise InputError(f"not an image in a served format ({', '.join(FORMATS)})") from error
     except Exception as error:  # Pillow's parsers raise many types on damaged headers
         raise InputError(f"the image's header cannot be read: {error}") from error
@@ -86,4 +86,5 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _upper_byte(grey: np.ndarray) -> np.ndarray:
     """(H, W) integers of 16 bits, in a 16- or 32-bit container, to uint8."""
-    return (np.clip(grey, 0, 0xFFFF).astype(np.uint16) >> 8).astype(np.uint8)
+    upper: np.ndarray = np.clip(grey, 0, 0xFFFF).astype(np.uint16) >> 8
+    return upper.astype(np.uint8)

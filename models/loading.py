@@ -161,4 +161,3 @@ def _open_clip_preprocess(network: nn.Module) -> Preprocess:
             "std": tuple(config["std"]),
         }
     )
-

@@ -16,7 +16,7 @@ from models.errors import InputError, TaskError
 from models.heads import Head
 from models.heads.embed import Embed
 from models.images import DEFAULT_LIMITS, ImageLimits, decode_image
-from models.preprocess import create_transform
+from models.preprocess import collate, create_transform
 from models.trunk import Trunk, parameter_bytes, state_digest
 
 ImageLike = Image.Image | bytes | str | Path
@@ -77,7 +77,7 @@ class Model:
             return []
         head = self.head(task, options)
         decoded = [load_image(image, limits) for image in images]
-        pixels_BCHW = torch.stack([self.transform(image) for image in decoded])
+        pixels_BCHW = collate([self.transform(image) for image in decoded])
         rows = self.forward(pixels_BCHW, head, options)
         finish = {k: v for k, v in options.items() if k not in head.forward_options}
         return [
@@ -89,8 +89,8 @@ class Model:
     def forward(
         self, pixels_BCHW: Tensor, head: Head, options: Mapping[str, Any]
     ) -> list[dict[str, np.ndarray]]:
-        """Trunk and head for a batch of float32 pixels; named float32 arrays for each row."""
-        output = self.trunk.forward(self.trunk.placement.move(pixels_BCHW))
+        """Trunk and head for a batch of pixels; named float32 arrays for each row."""
+        output = self.trunk.forward(pixels_BCHW)
         forward = {k: v for k, v in options.items() if k in head.forward_options}
         tensors = head.forward(output, **forward)
         arrays = {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()}
@@ -102,7 +102,7 @@ class Model:
     def run(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """All named outputs for preprocessed pixels (B, 3, H, W): the head's, `embedding` (the
         trunk's own pooling, not normalised) and `tokens` or `feature_map`; float32 on the CPU."""
-        output = self.trunk.forward(self.trunk.placement.move(pixel_values))
+        output = self.trunk.forward(pixel_values)
         kind = "tokens" if output.features.dim() == 3 else "feature_map"
         named = {kind: output.features, "embedding": self.trunk.pool(output)}
         for head in self.heads.values():

@@ -1,9 +1,13 @@
-"""An RGB image to the tensor a trunk expects: the checkpoint's own evaluation transform."""
+"""An RGB image to the tensor a trunk expects: the checkpoint's own evaluation transform.
+
+It comes in two halves. The transform (resize, crop) works on one image on the CPU and leaves
+uint8, which is small to keep in a queue and to copy to a device; `normalize` does the arithmetic
+for a whole batch where the trunk is. Together they equal timm's transform bit for bit.
+"""
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
@@ -58,7 +62,9 @@ def preprocess_from_timm(network: torch.nn.Module) -> Preprocess:
     return preprocess_from_mapping(resolve_model_data_config(network))
 
 
-def preprocess_from_mapping(config: Mapping[str, Any], base: Preprocess | None = None) -> Preprocess:
+def preprocess_from_mapping(
+    config: Mapping[str, Any], base: Preprocess | None = None
+) -> Preprocess:
     """Read timm's data configuration or a catalog's `preprocess` table, over `base`.
 
     Raises:
@@ -78,7 +84,7 @@ def preprocess_from_mapping(config: Mapping[str, Any], base: Preprocess | None =
 
 
 def create_transform(spec: Preprocess) -> Transform:
-    """Build the transform: RGB image to (3, height, width) float32, normalised."""
+    """Build the transform: RGB image to (3, height, width) uint8."""
     if spec.crop_mode == "letterbox":
         inner = _timm_transform(spec, crop_mode="squash", crop_pct=1.0)
         return lambda image: inner(_paste_letterbox(image, spec))
@@ -88,15 +94,36 @@ def create_transform(spec: Preprocess) -> Transform:
     return lambda image: transform(_cut_sliver(image, max_ratio))
 
 
+def collate(pixels: Sequence[torch.Tensor], *, pin_memory: bool = False) -> torch.Tensor:
+    """Stack transformed images to (B, 3, H, W), in the pixel-by-pixel order they are in already."""
+    images_HWC = [image.permute(1, 2, 0) for image in pixels]
+    shape = (len(pixels), *images_HWC[0].shape)
+    batch = torch.empty(shape, dtype=images_HWC[0].dtype, pin_memory=pin_memory)
+    return torch.stack(images_HWC, out=batch).permute(0, 3, 1, 2)
+
+
+def normalize(pixels_BCHW: torch.Tensor, spec: Preprocess) -> torch.Tensor:
+    """uint8 pixels to normalised float32; float pixels are taken as normalised already.
+
+    The steps are torchvision's (`ToTensor`, then `Normalize`), in its order.
+    """
+    if pixels_BCHW.dtype != torch.uint8:
+        return pixels_BCHW
+    mean, std = (
+        torch.tensor(values, device=pixels_BCHW.device).view(3, 1, 1)
+        for values in (spec.mean, spec.std)
+    )
+    return pixels_BCHW.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
 def _timm_transform(spec: Preprocess, *, crop_mode: str, crop_pct: float) -> Transform:
     transform = create_timm_transform(
         input_size=(3, *spec.input_size),
         is_training=False,
         interpolation=spec.interpolation,
-        mean=spec.mean,
-        std=spec.std,
         crop_pct=crop_pct,
         crop_mode=crop_mode,
+        normalize=False,
     )
     return cast("Transform", transform)
 

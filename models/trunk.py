@@ -5,13 +5,13 @@ Shape suffixes: B batch, C channels, H W pixels, h w grid cells, T tokens, D emb
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from models.preprocess import Preprocess
+from models.preprocess import Preprocess, normalize
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class TrunkOutput:
         """The same features laid out in the image's plane."""
         if self.features.dim() == 4:
             return self.features
-        return self.patches_BTD.transpose(1, 2).unflatten(2, self.grid)
+        return self.patches_BTD.transpose(1, 2).reshape(*self.features.shape[::2], *self.grid)
 
     def rows(self, index: list[int]) -> "TrunkOutput":
         """The output for some of the batch's images, in the order of `index`."""
@@ -62,7 +62,7 @@ class Trunk(Protocol):
     network: nn.Module
 
     def forward(self, pixels_BCHW: Tensor) -> TrunkOutput:
-        """Run the backbone on a batch already on its device, in its dtype and layout."""
+        """Run the backbone on a batch of uint8 pixels, or of float pixels already normalised."""
 
     def pool(self, output: TrunkOutput) -> Tensor:
         """(B, D): the backbone's own pooled representation, before any classifier."""
@@ -79,25 +79,23 @@ class Trunk(Protocol):
 class Placement:
     """Where and how a trunk computes. `channels_last` is the layout convolutions prefer on CPUs."""
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
 
     def apply(self, network: nn.Module) -> nn.Module:
         """Move a network here and freeze it for inference."""
         network = network.eval().requires_grad_(False).to(self.device, self.dtype)
-        # the stubs know no `to` with a memory format alone
-        return network.to(memory_format=self.memory_format)  # type: ignore[call-overload,no-any-return]
+        return network.to(memory_format=self.memory_format)
 
     @property
     def memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
-    def move(self, pixels_BCHW: Tensor) -> Tensor:
-        """A batch of float32 pixels to where the network wants them."""
-        return pixels_BCHW.to(
-            self.device, self.dtype, non_blocking=True, memory_format=self.memory_format
-        )
+    def prepare(self, pixels_BCHW: Tensor, preprocess: Preprocess) -> Tensor:
+        """A batch of pixels, uint8 or normalised, as the network wants it and where."""
+        pixels_BCHW = normalize(pixels_BCHW.to(self.device, non_blocking=True), preprocess)
+        return pixels_BCHW.to(self.dtype, memory_format=self.memory_format)
 
 
 class TimmTrunk:
@@ -113,6 +111,7 @@ class TimmTrunk:
         self.placement = placement
 
     def forward(self, pixels_BCHW: Tensor) -> TrunkOutput:
+        pixels_BCHW = self.placement.prepare(pixels_BCHW, self.preprocess)
         features = self.network.forward_features(pixels_BCHW)
         if features.dim() == 4:
             return TrunkOutput(features, 0, (features.shape[-2], features.shape[-1]))
@@ -154,7 +153,7 @@ class OpenClipTrunk:
         self.placement = placement
 
     def forward(self, pixels_BCHW: Tensor) -> TrunkOutput:
-        embedding = self.network(pixels_BCHW)
+        embedding = self.network(self.placement.prepare(pixels_BCHW, self.preprocess))
         return TrunkOutput(embedding.unsqueeze(1), 1, (0, 0))
 
     def pool(self, output: TrunkOutput) -> Tensor:
@@ -169,7 +168,7 @@ def state_digest(state_dict: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for key, value in sorted(state_dict.items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return "sha256:" + digest.hexdigest()
 
 
@@ -177,4 +176,3 @@ def parameter_bytes(network: nn.Module) -> int:
     """Bytes that a network's parameters and buffers take on their device."""
     tensors = [*network.parameters(), *network.buffers()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-

@@ -1,10 +1,10 @@
 """Vitrail's service: how a request goes.
 
-    gateway/app.py         the ASGI application: middleware, routes, lifespan
-    gateway/images_in.py   multipart, raw or JSON body -> encoded images and parameters
-    gateway/routes.py      parameters -> InferRequest -> backend -> answer
-    worker/engine.py       admit, decode + preprocess in a pool, queue, finish
-    worker/scheduler.py    which images go to the device next: pure policy
-    worker/batcher.py      the threads that ask it
-    worker/runner.py       trunk once, each head on its own rows
+gateway/app.py         the ASGI application: middleware, routes, lifespan
+gateway/images_in.py   multipart, raw or JSON body -> encoded images and parameters
+gateway/routes.py      parameters -> InferRequest -> backend -> answer
+worker/engine.py       admit, decode + preprocess in a pool, queue, finish
+worker/scheduler.py    which images go to the device next: pure policy
+worker/batcher.py      the threads that ask it
+worker/runner.py       trunk once, each head on its own rows
 """

@@ -8,7 +8,6 @@ ends that. Measured by benchmarks/allocator.py.
 
 import ctypes
 
-
 # <malloc.h>
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 NEVER = 2**31 - 1

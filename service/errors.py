@@ -47,7 +47,12 @@ class PayloadTooLargeError(ServiceError):
 
 
 class UnsupportedMediaTypeError(ServiceError):
-    status, slug, title, outcome = 415, "unsupported-media-type", "Unsupported media type", "invalid"
+    status, slug, title, outcome = (
+        415,
+        "unsupported-media-type",
+        "Unsupported media type",
+        "invalid",
+    )
 
 
 class InvalidInputError(ServiceError):

@@ -1,6 +1,7 @@
 """The parameters of each task's route, as pydantic models: one declaration for form, query, JSON
 and the OpenAPI page."""
 
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -60,9 +61,7 @@ class SegmentParameters(TaskParameters):
     output: Literal["png", "rle", "polygons"] = Field(
         "png", description="base64 of an indexed PNG, COCO run lengths, or polygons with holes."
     )
-    threshold: float | None = Field(
-        None, ge=0, le=1, description="Foreground is above this (0.5)."
-    )
+    threshold: float | None = Field(None, ge=0, le=1, description="Foreground is above this (0.5).")
     labels: list[str] | None = Field(
         None, min_length=1, max_length=MAX_LABELS, description="For text-prompted models."
     )
@@ -77,11 +76,12 @@ class PredictParameters(Parameters):
         return [Call(name, None) for name in dict.fromkeys(self.models)]
 
 
-def list_fields(parameters: type[Parameters]) -> set[str]:
+@cache
+def list_fields(parameters: type[Parameters]) -> frozenset[str]:
     """The parameters that may be repeated in forms and queries."""
     schema: dict[str, Any] = parameters.model_json_schema()["properties"]
-    return {
+    return frozenset(
         name
         for name, field in schema.items()
         if any(kind.get("type") == "array" for kind in (field, *field.get("anyOf", ())))
-    }
+    )

@@ -20,7 +20,9 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="REST port.")
 
     catalog: str = Field("demo", description="A built-in catalog (demo, hub) or a TOML file.")
-    models: Names = Field((), description="Models to load at start; the catalog's own list if empty.")
+    models: Names = Field(
+        (), description="Models to load at start; the catalog's own list if empty."
+    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="What trunks compute in, unless the catalog says otherwise."

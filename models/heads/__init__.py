@@ -4,14 +4,14 @@ A head works in two steps. `forward` runs on the device for all rows of a batch 
 same thing. `finish` runs on the CPU for one image and applies that caller's other options.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor, nn
 
 from models.errors import CatalogError
-from models.trunk import Trunk, TrunkOutput
+from models.trunk import Trunk
 
 
 class Head(Protocol):
@@ -25,18 +25,22 @@ class Head(Protocol):
     task: str
     forward_options: frozenset[str]
     finish_is_slow: bool
-    network: nn.Module | None
+
+    @property
+    def network(self) -> nn.Module | None:
+        """The head's own weights, if it has any."""
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Raise InputError for options this model cannot honour, before anything is computed."""
 
-    def forward(self, output: TrunkOutput, **options: Any) -> dict[str, Tensor]:
-        """Named tensors for a batch, first dimension B."""
+    @property
+    def forward(self) -> Callable[..., dict[str, Tensor]]:
+        """`forward(output, **options)`: named tensors for a batch, first dimension B."""
 
-    def finish(
-        self, row: Mapping[str, np.ndarray], size: tuple[int, int], **options: Any
-    ) -> dict[str, np.ndarray]:
-        """One image's named arrays to its answer's; `size` is the image's (width, height)."""
+    @property
+    def finish(self) -> Callable[..., dict[str, np.ndarray]]:
+        """`finish(row, size, **options)`: one image's row of those to its answer's named arrays;
+        `size` is the image's (width, height)."""
 
 
 def create_head(

@@ -20,7 +20,9 @@ MAX_TRIES = 5
 
 Paths = Annotated[list[Path], typer.Argument(exists=True, help="Images, or folders of images.")]
 Url = Annotated[str, typer.Option(envvar="VITRAIL_URL", help="The server.")]
-Key = Annotated[str | None, typer.Option(envvar="VITRAIL_API_KEY", help="API key, if it wants one.")]
+Key = Annotated[
+    str | None, typer.Option(envvar="VITRAIL_API_KEY", help="API key, if it wants one.")
+]
 Model = Annotated[str | None, typer.Option(help="A model of the server's catalog.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
 Output = Annotated[Path | None, typer.Option(help="Write a .parquet or .npy file.")]
@@ -123,9 +125,10 @@ class _Client:
         rows: list[dict[str, Any]] = []
         failed = 0
         show_bar = len(files) > 1 and errors.is_terminal
-        with ThreadPoolExecutor(self._concurrency) as pool, Progress(
-            console=errors, disable=not show_bar
-        ) as progress:
+        with (
+            ThreadPoolExecutor(self._concurrency) as pool,
+            Progress(console=errors, disable=not show_bar) as progress,
+        ):
             bar = progress.add_task(self._task, total=len(files))
             for path, answer in zip(files, pool.map(self._ask, files), strict=True):
                 progress.advance(bar)

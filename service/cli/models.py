@@ -45,8 +45,9 @@ def list_models(catalog: CatalogName = "demo", as_json: Json = False) -> None:
 
 @app.command()
 def pull(
-    names: Annotated[list[str] | None, typer.Argument(help="Models; the start-up list if none.")]
-    = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Models; the start-up list if none.")
+    ] = None,
     catalog: CatalogName = "demo",
 ) -> None:
     """Download and convert models now, so that the server starts without the network."""

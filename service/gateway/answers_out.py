@@ -32,8 +32,7 @@ def task_response(request: Request, parameters: TaskParameters, result: InferRes
     entries = [_entry(used.task, image, encoding) for image in result.images]
     answer: dict[str, Any] = {"model": used.name, "results": entries}
     if used.task == "embed":
-        sizes = [len(i.outputs[0]["embedding"]) for i in result.images if _is_arrays(i)]
-        answer["dimensions"] = sizes[0] if sizes else None
+        answer["dimensions"] = _dimensions(result)
         answer["model_digest"] = used.model_digest
         answer["preprocess_digest"] = used.preprocess_digest
     return _json(request, answer, result, parameters.timing)
@@ -74,8 +73,11 @@ def _output(
     return answer_entry(task, output, encoding=encoding)
 
 
-def _is_arrays(image: ImageResult) -> bool:
-    return image.error is None and not isinstance(image.outputs[0], ServiceError)
+def _dimensions(result: InferResult) -> int | None:
+    for image in result.images:
+        if image.error is None and not isinstance(image.outputs[0], ServiceError):
+            return len(image.outputs[0]["embedding"])
+    return None
 
 
 def _first(images: Sequence[ImageResult]) -> Mapping[str, np.ndarray]:
@@ -98,9 +100,7 @@ def _npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _json(
-    request: Request, answer: dict[str, Any], result: InferResult, timing: bool
-) -> Response:
+def _json(request: Request, answer: dict[str, Any], result: InferResult, timing: bool) -> Response:
     if timing:
         answer["timing"] = _timing(request, result)
     return Response(json.dumps(answer, separators=(",", ":")), media_type="application/json")
@@ -117,4 +117,3 @@ def _timing(request: Request, result: InferResult) -> dict[str, float]:
         "total": round(total, 3),
         "batch_size": max((t.batch_size for t in timings), default=0),
     }
-

@@ -40,7 +40,9 @@ class ImageFetcher:
                     url = redirect
                 raise InvalidInputError(f"more than {MAX_REDIRECTS} redirects", field="url")
         except (TimeoutError, httpx.TimeoutException) as error:
-            raise InvalidInputError("the image's host did not answer in time", field="url") from error
+            raise InvalidInputError(
+                "the image's host did not answer in time", field="url"
+            ) from error
         except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
             raise InvalidInputError("the image could not be fetched", field="url") from error
 

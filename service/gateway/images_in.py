@@ -4,7 +4,7 @@ import asyncio
 import base64
 import binascii
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -105,7 +105,7 @@ async def _read_body(request: Request, settings: Settings) -> bytes:
     return b"".join(chunks)
 
 
-async def _read_form(request: Request, settings: Settings, lists: set[str]) -> _Body:
+async def _read_form(request: Request, settings: Settings, lists: frozenset[str]) -> _Body:
     content = await _read_body(request, settings)
     parser = MultiPartParser(
         request.headers,
@@ -178,11 +178,11 @@ async def _image_of(item: Any, fetcher: ImageFetcher) -> bytes | ServiceError:
     return InvalidInputError('an image is {"base64": "..."} or {"url": "..."}', field="images")
 
 
-async def _once(content: bytes) -> AsyncIterator[bytes]:
+async def _once(content: bytes) -> AsyncGenerator[bytes, None]:
     yield content
 
 
-def _collect(items: list[tuple[str, str]], lists: set[str]) -> dict[str, Any]:
+def _collect(items: list[tuple[str, str]], lists: frozenset[str]) -> dict[str, Any]:
     """Repeated fields as lists where the parameter is one; elsewhere repeating is an error."""
     fields: dict[str, Any] = {}
     for name, value in items:

@@ -49,14 +49,14 @@ def problem_response(error: ServiceError) -> JSONResponse:
         headers["WWW-Authenticate"] = "Bearer"
     if error.status in (408, 413):  # the rest of the body will not be read
         headers["Connection"] = "close"
-    return JSONResponse(
-        body, error.status, headers=headers, media_type="application/problem+json"
-    )
+    return JSONResponse(body, error.status, headers=headers, media_type="application/problem+json")
 
 
 def internal_problem() -> JSONResponse:
     """What a client learns of a fault of ours: nothing but the request's id."""
-    return problem_response(InternalError("an internal error; the log has it under this request_id"))
+    return problem_response(
+        InternalError("an internal error; the log has it under this request_id")
+    )
 
 
 def install_handlers(app: FastAPI) -> None:

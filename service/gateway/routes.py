@@ -65,9 +65,7 @@ async def _serve_task(request: Request, parameters: type[TaskParameters]) -> Res
     return await _serve(request, parameters, str(parameters.task), task_response)
 
 
-async def _serve(
-    request: Request, parameters: type[P], task: str, respond: Respond[P]
-) -> Response:
+async def _serve(request: Request, parameters: type[P], task: str, respond: Respond[P]) -> Response:
     metrics: Metrics = request.app.state.metrics
     seen = _Seen()
     try:
@@ -177,4 +175,3 @@ def _count(metrics: Metrics, request: Request, task: str, seen: _Seen) -> None:
             output = image.outputs[position] if image.outputs else image.error
             outcome = output.outcome if isinstance(output, ServiceError) else "ok"
             metrics.images.labels(used.task, used.name, outcome).inc()
-

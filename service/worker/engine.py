@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,9 +71,7 @@ class Engine:
         self._threads = Threads(lane=self.options.lane_threads, wide=self.options.threads)
         self._runners: dict[str, Runner] = {}
         self._users: dict[str, set[str]] = {name: set() for name in registry.catalog.trunks}
-        scheduler = Scheduler(
-            lanes=self.options.streams, split=registry.device.type == "cpu"
-        )
+        scheduler = Scheduler(lanes=self.options.streams, split=registry.device.type == "cpu")
         self.batcher = Batcher(scheduler, execute=self._execute, drop=self._drop)
         self._pool = ThreadPoolExecutor(
             self.options.decode_threads, "decode", initializer=lambda: Threads(1, 1).use(1)
@@ -184,7 +183,9 @@ class Engine:
                 for admitted in passes[:done]:
                     self.batcher.release(admitted.trunk, count)
                 if isinstance(error, KeyError):
-                    raise UnavailableError("the model is being unloaded", retry_after_s=1) from error
+                    raise UnavailableError(
+                        "the model is being unloaded", retry_after_s=1
+                    ) from error
                 wait_s = max(1.0, self.batcher.queue_seconds())
                 raise QueueFullError(f"{plan.trunk}: {error}", retry_after_s=wait_s) from error
 
@@ -261,7 +262,9 @@ class Engine:
             return InternalError("the model failed on this image")
         try:
             if call.head.finish_is_slow:
-                return await self._in_pool(lambda: call.head.finish(row, size, **call.finish))
+                finish = partial(call.head.finish, row, size, **call.finish)
+                finished: dict[str, np.ndarray] = await self._in_pool(finish)
+                return finished
             return call.head.finish(row, size, **call.finish)
         except ModelsError as error:
             return from_library(error)

@@ -41,7 +41,7 @@ class EngineOptions:
             threads=self.threads or cores,
             streams=self.streams or (min(cores, 8) if cpu else 2),
             decode_threads=self.decode_threads or max(2, cores),
-            max_batch_size=self.max_batch_size or (8 if cpu else 64),
+            max_batch_size=self.max_batch_size or (4 if cpu else 64),
         )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from models.heads import Head
+from models.preprocess import collate
 from models.trunk import Trunk
 from service.metrics import Metrics
 from service.worker.scheduler import Batch, BatchQueue, Entry
@@ -44,7 +45,7 @@ class ItemResult:
 
 @dataclass(slots=True, eq=False)
 class Item:
-    """One preprocessed image, (3, H, W) float32, for a trunk, and what is wanted of it."""
+    """One image for a trunk, (3, H, W) as its transform leaves it, and what is wanted of it."""
 
     trunk: str
     pixels_CHW: Tensor
@@ -108,7 +109,9 @@ class Runner:
 
     def blank_item(self) -> Item:
         """A black image that wants no head: enough to prove that the trunk computes."""
-        return Item(self.name, torch.zeros(3, *self.trunk.preprocess.input_size), ())
+        return Item(
+            self.name, torch.zeros(3, *self.trunk.preprocess.input_size, dtype=torch.uint8), ()
+        )
 
     def _median_seconds(self, threads: int) -> float:
         self._threads.use(threads)
@@ -128,7 +131,7 @@ class Runner:
             self._metrics.trunk_failures.labels(self.name).inc()
             torch.cuda.empty_cache()
             if len(items) == 1:
-                return [[error] * len(items[0].calls)]
+                return [[error] * max(1, len(items[0].calls))]
             half = len(items) // 2
             queue.max_batch_size = max(1, min(queue.max_batch_size, half))
             logger.warning("%s: out of memory; batches now hold %d", self.name, half)
@@ -142,8 +145,10 @@ class Runner:
 
     def _run(self, items: Sequence[Item]) -> list[list[Row | Exception]]:
         with torch.inference_mode(), self._stream():
-            pixels_BCHW = self._collate(items)
-            output = self.trunk.forward(self.trunk.placement.move(pixels_BCHW))
+            on_gpu = self.trunk.placement.device.type == "cuda"
+            pixels = [item.pixels_CHW for item in items]
+            # pinned, so that the copy to a GPU overlaps the other stream's computation
+            output = self.trunk.forward(collate(pixels, pin_memory=on_gpu))
             places: dict[HeadCall, list[tuple[int, int]]] = defaultdict(list)
             for row, item in enumerate(items):
                 for position, call in enumerate(item.calls):
@@ -168,20 +173,12 @@ class Runner:
             logger.exception("a head on %s failed for its %d rows", self.name, count)
             return [error] * count
 
-    def _collate(self, items: Sequence[Item]) -> Tensor:
-        """(B, 3, H, W) float32; in pinned memory for a GPU, so that the copy can overlap."""
-        if len(items) == 1:
-            return items[0].pixels_CHW.unsqueeze(0)
-        pixels = [item.pixels_CHW for item in items]
-        if self.trunk.placement.device.type != "cuda":
-            return torch.stack(pixels)
-        pinned = torch.empty((len(pixels), *pixels[0].shape), pin_memory=True)
-        return torch.stack(pixels, out=pinned)
-
     def _stream(self) -> torch.cuda.StreamContext:
         """This lane's own CUDA stream; on a CPU a context that does nothing."""
         if self.trunk.placement.device.type == "cuda" and not hasattr(self._local, "stream"):
-            self._local.stream = torch.cuda.Stream(self.trunk.placement.device)
+            self._local.stream = torch.cuda.Stream(  # type: ignore[no-untyped-call]
+                self.trunk.placement.device
+            )
         return torch.cuda.stream(getattr(self._local, "stream", None))
 
 

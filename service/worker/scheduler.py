@@ -16,7 +16,7 @@ from typing import Any
 BULK_SHARE = 4
 
 
-class QueueFull(Exception):  # noqa: N818 - a condition that callers translate, not a fault
+class QueueFull(Exception):
     """More images wait than the queue admits."""
 
 
@@ -100,7 +100,7 @@ class BatchQueue:
 
     def take(self, limit: int) -> list[Entry]:
         """Remove up to `limit` entries: one a flow in turn, interactive before bulk."""
-        taken = []
+        taken: list[Entry] = []
         while len(taken) < limit and (self._interactive or self._bulk):
             self._turn += 1
             bulk_turn = not self._interactive or (self._bulk and self._turn % BULK_SHARE == 0)
@@ -175,7 +175,7 @@ class Scheduler:
     def _share(self, queue: BatchQueue) -> int:
         waiting = len(queue)
         if self.split:
-            waiting = math.ceil(waiting / (self.lanes - len(self.running)))
+            waiting = math.ceil(waiting / self.lanes)
         return min(waiting, queue.max_batch_size)
 
     def _runs_wide(self, queue: BatchQueue) -> bool:

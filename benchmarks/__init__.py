@@ -1,0 +1,1 @@
+"""Measurements. Each prints ratios of things measured side by side in one run."""

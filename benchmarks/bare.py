@@ -1,0 +1,41 @@
+"""The bare loop: decode, preprocess and run the same model with no server around it."""
+
+import itertools
+import threading
+import time
+from collections.abc import Sequence
+
+import torch
+
+from models import Model
+from models.images import decode_image
+from models.preprocess import collate
+
+
+def bare_rate(model: Model, photos: Sequence[bytes], *, workers: int, threads: int, batch: int,
+              seconds: float) -> float:  # fmt: skip
+    """Images a second of `workers` loops, each with its own `threads` and batches of `batch`."""
+    done = [0] * workers
+    end = time.monotonic() + seconds
+
+    def loop(worker: int) -> None:
+        torch.get_num_threads()
+        torch.set_num_threads(threads)
+        head = model.head(None, {})
+        source = itertools.cycle(photos)
+        while time.monotonic() < end:
+            images = [decode_image(next(source)) for _ in range(batch)]
+            pixels = collate([model.transform(image) for image in images])
+            rows = model.forward(pixels, head, {})
+            for row, image in zip(rows, images, strict=True):
+                head.finish(row, image.size)
+            if time.monotonic() < end:
+                done[worker] += batch
+
+    running = [threading.Thread(target=loop, args=(worker,)) for worker in range(workers)]
+    started = time.monotonic()
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    return sum(done) / min(seconds, time.monotonic() - started)

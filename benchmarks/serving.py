@@ -1,0 +1,158 @@
+"""Served images a second against the bare loop: `python -m benchmarks.serving [--model NAME]`.
+
+The bare loop and the server take turns for several rounds on the same photos, model, threads and
+allocator; printed are medians over the rounds, and the served share of the best bare loop. The
+load generator runs in this process, on the same cores as the server it measures.
+"""
+
+import argparse
+import multiprocessing
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import httpx
+import uvloop
+
+from benchmarks.load import Load, build_requests, closed_loop, open_loop
+from benchmarks.photos import jpegs
+from service.allocator import keep_freed_memory
+
+CONNECTIONS = (1, 8, 32)
+OPEN_LOADS = (0.5, 0.8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="efficientnet-lite0")
+    parser.add_argument("--route", default="classify")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=6)
+    arguments = parser.parse_args()
+    cores = len(os.sched_getaffinity(0))
+    variants: dict[str, dict[str, Any]] = {
+        f"1 worker, {cores} threads, batch 1": {"workers": 1, "threads": cores, "batch": 1},
+        f"1 worker, {cores} threads, batch 16": {"workers": 1, "threads": cores, "batch": 16},
+        f"{cores} workers, 1 thread, batch 1": {"workers": cores, "threads": 1, "batch": 1},
+        f"{cores} workers, 1 thread, batch 4": {"workers": cores, "threads": 1, "batch": 4},
+    }
+    bare: dict[str, list[float]] = {name: [] for name in variants}
+    served: dict[int, list[Load]] = {count: [] for count in CONNECTIONS}
+    photos = jpegs()
+    path = f"/{arguments.route}?model={arguments.model}"
+    requests = build_requests(path, photos, "image/jpeg")
+    port = _free_port()
+    with _bare_process(arguments.model) as ask, _Server(port, arguments.model):
+        for _ in range(arguments.rounds):
+            for name, settings in variants.items():
+                bare[name].append(ask({**settings, "seconds": arguments.seconds}))
+            for count in CONNECTIONS:
+                run = closed_loop(port, requests, count, arguments.seconds)
+                served[count].append(uvloop.run(run))
+        rates = {name: statistics.median(values) for name, values in bare.items()}
+        best = max(rates.values())
+        lone = rates[f"1 worker, {cores} threads, batch 1"]
+        print(f"{arguments.model}, {arguments.rounds} rounds of {arguments.seconds:g} s, "
+              f"{cores} cores: medians")  # fmt: skip
+        for name, rate in rates.items():
+            print(f"  bare loop, {name:32} {rate:7.1f} images/s")
+        for count, loads in served.items():
+            _print_closed(count, loads, best, lone)
+        for share in OPEN_LOADS:
+            load = uvloop.run(
+                open_loop(port, requests, share * best, arguments.seconds * arguments.rounds / 2)
+            )
+            print(
+                f"  open loop, {share:.0%} of the bare rate: {load.rate:6.1f} images/s, "
+                f"p50 {load.percentile(0.5):.1f} p95 {load.percentile(0.95):.1f} "
+                f"p99 {load.percentile(0.99):.1f} ms, {load.failures} failed"
+            )
+
+
+def _print_closed(count: int, loads: list[Load], best: float, lone: float) -> None:
+    rate = statistics.median(load.rate for load in loads)
+    p50, p99 = (statistics.median(load.percentile(q) for load in loads) for q in (0.5, 0.99))
+    failures = sum(load.failures for load in loads)
+    against = f"{rate / best:.2f} of the best bare loop"
+    if count == 1:
+        against = f"{rate / lone:.2f} of the lone bare loop, {p50 - 1e3 / lone:+.1f} ms"
+    print(
+        f"  served, {count:2} connections: {rate:6.1f} images/s = {against}; "
+        f"p50 {p50:.1f} p99 {p99:.1f} ms, {failures} failed"
+    )
+
+
+class _bare_process:
+    """The bare loop in a process of its own, so that it shares no interpreter with anything."""
+
+    def __init__(self, model: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._ours, theirs = context.Pipe()
+        self._process = context.Process(target=_serve_bare, args=(model, theirs), daemon=True)
+
+    def __enter__(self) -> Any:
+        self._process.start()
+        self._ours.recv()
+        return self._ask
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+
+    def _ask(self, settings: dict[str, Any]) -> float:
+        self._ours.send(settings)
+        rate: float = self._ours.recv()
+        return rate
+
+
+def _serve_bare(name: str, pipe: Connection) -> None:
+    keep_freed_memory()
+    from benchmarks.bare import bare_rate
+    from models import Registry
+
+    model = Registry.from_catalog("demo").get(name)
+    photos = jpegs()
+    bare_rate(model, photos, workers=1, threads=2, batch=1, seconds=2)
+    pipe.send(None)
+    while True:
+        pipe.send(bare_rate(model, photos, **pipe.recv()))
+
+
+class _Server:
+    """`vitrail serve` as its user starts it."""
+
+    def __init__(self, port: int, model: str) -> None:
+        self._port = port
+        command = [sys.executable, "-m", "service.cli", "serve", "--port", str(port)]
+        self._command = [*command, "--models", model, "--log-level", "warning"]
+
+    def __enter__(self) -> None:
+        self._process = subprocess.Popen(self._command)
+        for _ in range(600):
+            try:
+                if httpx.get(f"http://127.0.0.1:{self._port}/readyz").status_code == 200:
+                    return
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.2)
+        raise SystemExit("the server did not become ready")
+
+    def __exit__(self, *_: object) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        self._process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+if __name__ == "__main__":
+    main()
