@@ -64,7 +64,7 @@ def _open_npz(path: Path) -> Container:
     try:
         with np.load(path, allow_pickle=False) as file:
             return Container(path, {key: torch.from_numpy(file[key]) for key in file.files})
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path}: not a readable npz file: {error}") from error
 
 

