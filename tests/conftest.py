@@ -115,13 +115,14 @@ class Running:
     engine: Engine
 
     def metric(self, name: str, **labels: str) -> float:
-        """A sample's value in `/metrics`; 0 if it is not there."""
+        """The sum of the samples in `/metrics` that have these labels."""
+        total = 0.0
         for line in self.client.get("/metrics").text.splitlines():
             sample, _, value = line.rpartition(" ")
             found, _, rest = sample.partition("{")
             if found == name and all(f'{k}="{v}"' in rest for k, v in labels.items()):
-                return float(value)
-        return 0.0
+                total += float(value)
+        return total
 
     def wait_ready(self) -> None:
         wait_until(lambda: self.client.get("/readyz").status_code == 200)

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 from fastapi import Request
 from pydantic import ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from service.errors import (
@@ -123,6 +123,13 @@ async def _read_form(request: Request, settings: Settings, lists: frozenset[str]
         raise BadRequestError(f"multipart body: {error.message}") from error
     except (KeyError, UnicodeError, ValueError) as error:
         raise BadRequestError("the multipart body cannot be parsed") from error
+    try:
+        return await _sort_parts(form, lists)
+    finally:
+        await form.close()
+
+
+async def _sort_parts(form: FormData, lists: frozenset[str]) -> _Body:
     images: list[bytes | ServiceError] = []
     fields: list[tuple[str, str]] = []
     for name, value in form.multi_items():

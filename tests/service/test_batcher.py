@@ -1,0 +1,144 @@
+"""The lanes around the policy, with a fake device whose gates the test opens."""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from service.worker.batcher import Batcher
+from service.worker.scheduler import Batch, BatchQueue, Entry, QueueFull, Scheduler
+from tests.conftest import wait_until
+
+
+class FakeDevice:
+    """Runs a batch when its gate is opened; remembers what ran and what was dropped."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Semaphore(0)
+        self.started: list[list[str]] = []
+        self.finished: list[str] = []
+        self.dropped: list[str] = []
+        self.poison: set[str] = set()
+
+    def execute(self, batch: Batch) -> None:
+        names = [entry.payload for entry in batch.entries]
+        self.started.append(names)
+        self.gate.acquire()
+        if self.poison & set(names):
+            raise RuntimeError("the fake device fails on poison")
+        self.finished += names
+
+    def drop(self, entry: Entry) -> None:
+        self.dropped.append(entry.payload)
+
+
+@pytest.fixture
+def device() -> FakeDevice:
+    return FakeDevice()
+
+
+@pytest.fixture
+def batcher(device: FakeDevice) -> Iterator[Batcher]:
+    made = Batcher(Scheduler(lanes=1, split=False), execute=device.execute, drop=device.drop)
+    made.add_queue(BatchQueue("q", max_batch_size=4, capacity=8))
+    made.start()
+    yield made
+    device.gate.release(1000)
+    made.close()
+
+
+def put(batcher: Batcher, *names: str) -> list[Entry]:
+    batcher.admit("q", len(names))
+    entries = [Entry(name, flow=name) for name in names]
+    for entry in entries:
+        batcher.put("q", entry)
+    return entries
+
+
+def test_a_batch_gathers_while_the_device_is_busy(batcher: Batcher, device: FakeDevice) -> None:
+    put(batcher, "a")
+    wait_until(lambda: device.started == [["a"]])
+    put(batcher, "b", "c", "d", "e", "f")
+    device.gate.release(3)
+    wait_until(lambda: len(device.finished) == 6)
+    assert device.started == [["a"], ["b", "c", "d", "e"], ["f"]]
+
+
+def test_a_cancelled_caller_costs_its_peers_nothing(batcher: Batcher, device: FakeDevice) -> None:
+    put(batcher, "a")
+    wait_until(lambda: device.started == [["a"]])
+    entries = put(batcher, "b", "c")
+    entries[0].cancelled = True
+    device.gate.release(2)
+    wait_until(lambda: device.finished == ["a", "c"])
+    assert device.dropped == ["b"]
+
+
+def test_a_failing_batch_does_not_kill_its_lane(batcher: Batcher, device: FakeDevice) -> None:
+    device.poison = {"bad"}
+    put(batcher, "bad")
+    device.gate.release()
+    wait_until(lambda: device.started == [["bad"]] and batcher.in_flight() == 0)
+    put(batcher, "good")
+    device.gate.release()
+    wait_until(lambda: device.finished == ["good"])
+    assert batcher.alive()
+
+
+def test_a_full_queue_refuses(batcher: Batcher, device: FakeDevice) -> None:
+    put(batcher, "a")
+    wait_until(lambda: device.started == [["a"]])
+    put(batcher, *"bcdefghi")
+    with pytest.raises(QueueFull):
+        batcher.admit("q", 1)
+    assert batcher.depth() == {"q": 8}
+
+
+def test_dead_entries_make_room_even_while_the_device_is_stuck(
+    batcher: Batcher, device: FakeDevice
+) -> None:
+    put(batcher, "a")
+    wait_until(lambda: device.started == [["a"]])
+    for entry in put(batcher, *"bcdefghi"):
+        entry.cancelled = True
+    put(batcher, "j")
+    assert sorted(device.dropped) == list("bcdefghi")
+
+
+def test_closing_runs_what_was_accepted(device: FakeDevice) -> None:
+    made = Batcher(Scheduler(lanes=2, split=True), execute=device.execute, drop=device.drop)
+    made.add_queue(BatchQueue("q", max_batch_size=2, capacity=99))
+    made.start()
+    put(made, *"abcdefgh")
+    device.gate.release(100)
+    made.close()
+    assert sorted(device.finished) == list("abcdefgh")
+
+
+def test_a_queue_is_removed_only_when_it_is_empty(batcher: Batcher, device: FakeDevice) -> None:
+    put(batcher, "a", "b")
+    remover = threading.Thread(target=batcher.remove_queue, args=("q",))
+    remover.start()
+    device.gate.release(2)
+    remover.join(10)
+    assert sorted(device.finished) == ["a", "b"]
+    with pytest.raises(KeyError):
+        batcher.admit("q", 1)
+
+
+def test_a_stuck_device_is_noticed(device: FakeDevice) -> None:
+    now = [100.0]
+    made = Batcher(
+        Scheduler(lanes=1, split=False),
+        execute=device.execute, drop=device.drop, clock=lambda: now[0],
+    )  # fmt: skip
+    made.add_queue(BatchQueue("q", max_batch_size=4, capacity=8))
+    made.start()
+    assert made.stuck_for() == 0
+    put(made, "a")
+    wait_until(lambda: device.started == [["a"]])
+    now[0] = 130.0
+    assert made.stuck_for() == 30
+    device.gate.release()
+    made.close()
+    assert made.stuck_for() == 0

@@ -1,0 +1,213 @@
+"""The policy in virtual time: no threads, no torch, no sleeping."""
+
+import math
+import random
+
+import pytest
+
+from service.worker.scheduler import Batch, BatchQueue, Entry, QueueFull, Scheduler
+
+
+def queue(name: str = "q", **settings: object) -> BatchQueue:
+    options: dict[str, object] = {"max_batch_size": 8, "capacity": 64, "may_run_wide": False}
+    return BatchQueue(name, **{**options, **settings})  # type: ignore[arg-type]
+
+
+def scheduler(*queues: BatchQueue, lanes: int = 1, split: bool = False) -> Scheduler:
+    made = Scheduler(lanes=lanes, split=split)
+    made.queues = {q.name: q for q in queues}
+    return made
+
+
+def put(target: BatchQueue, *names: str, now: float = 0, **settings: object) -> list[Entry]:
+    target.admit(len(names))
+    flow = settings.pop("flow", None)
+    entries = [Entry(name, flow or name, **settings) for name in names]  # type: ignore[arg-type]
+    for entry in entries:
+        target.put(entry, now)
+    return entries
+
+
+def names(batch: Batch | None) -> list[str]:
+    return [entry.payload for entry in batch.entries] if batch else []
+
+
+def take(policy: Scheduler, now: float = 0) -> list[str]:
+    return names(policy.next_batch(now)[0])
+
+
+def test_an_idle_device_takes_what_is_there_at_once() -> None:
+    q = queue()
+    policy = scheduler(q)
+    put(q, "a", now=5)
+    assert take(policy, now=5) == ["a"]
+
+
+def test_a_busy_device_lets_the_queue_grow_up_to_the_cap() -> None:
+    q = queue(max_batch_size=3)
+    policy = scheduler(q)
+    put(q, "a")
+    batch, _ = policy.next_batch(0)
+    assert batch is not None
+    put(q, "b", "c", "d", "e", now=1)
+    assert take(policy, now=1) == []
+    policy.finish(batch, 2)
+    assert take(policy, now=2) == ["b", "c", "d"]
+
+
+def test_two_batches_are_in_flight_at_most() -> None:
+    q = queue(max_batch_size=1)
+    policy = scheduler(q, lanes=2)
+    put(q, "a", "b", "c")
+    assert [take(policy), take(policy), take(policy)] == [["a"], ["b"], []]
+
+
+def test_a_delay_is_waited_only_if_asked_for_and_never_by_a_full_batch() -> None:
+    q = queue(max_batch_size=2, max_delay_s=0.010)
+    policy = scheduler(q)
+    put(q, "a", now=1.0)
+    assert policy.next_due() == pytest.approx(1.010)
+    assert take(policy, now=1.009) == []
+    put(q, "b", now=1.009)
+    assert take(policy, now=1.009) == ["a", "b"]
+    put(q, "c", now=2.0)
+    policy.finish(policy.running[0], 2.0)
+    assert take(policy, now=2.011) == ["c"]
+
+
+def test_the_expired_and_the_cancelled_never_run_and_give_their_places_back() -> None:
+    q = queue(capacity=3)
+    policy = scheduler(q)
+    late = put(q, "late", deadline=1.0)[0]
+    gone = put(q, "gone")[0]
+    put(q, "here")
+    gone.cancelled = True
+    batch, dead = policy.next_batch(1.0)
+    assert names(batch) == ["here"]
+    assert dead == [late, gone]
+    assert q.admitted == 0
+
+
+def test_a_full_queue_refuses_at_once_and_takes_none_of_the_request() -> None:
+    q = queue(capacity=3)
+    q.admit(2)
+    with pytest.raises(QueueFull):
+        q.admit(2)
+    q.admit(1)
+    q.release(3)
+    assert q.admitted == 0
+
+
+def test_requests_take_turns_so_that_a_large_one_cannot_block_singles() -> None:
+    q = queue(max_batch_size=4)
+    policy = scheduler(q)
+    put(q, *[f"big{i}" for i in range(100)][:50], flow="big")
+    put(q, "one", "two")
+    assert take(policy) == ["big0", "one", "two", "big1"]
+
+
+def test_order_within_a_request_is_kept() -> None:
+    q = queue()
+    policy = scheduler(q)
+    put(q, "1", "2", "3", flow="same")
+    assert take(policy) == ["1", "2", "3"]
+
+
+def test_interactive_goes_before_bulk_and_bulk_is_not_starved() -> None:
+    q = queue(max_batch_size=8, capacity=1000)
+    policy = scheduler(q)
+    put(q, *[f"bulk{i}" for i in range(20)], bulk=True)
+    put(q, *[f"user{i}" for i in range(20)])
+    taken = take(policy)
+    assert [name[:4] for name in taken].count("bulk") == 2
+    assert taken[0] == "user0"
+
+
+def test_a_lone_bulk_request_runs_at_once() -> None:
+    q = queue()
+    put(q, "bulk", bulk=True)
+    assert take(scheduler(q)) == ["bulk"]
+
+
+def test_queues_never_mix_and_the_longest_waiting_goes_first() -> None:
+    a, b = queue("a"), queue("b")
+    policy = scheduler(a, b, lanes=2)
+    put(b, "b1", now=1)
+    put(a, "a1", "a2", now=2)
+    assert take(policy, now=3) == ["b1"]
+    assert take(policy, now=3) == ["a1", "a2"]
+
+
+def test_streams_share_what_waits() -> None:
+    q = queue(max_batch_size=8)
+    policy = scheduler(q, lanes=2, split=True)
+    put(q, "a", "b", "c", "d", "e")
+    assert take(policy) == ["a", "b", "c"]
+    assert take(policy) == ["d"]
+
+
+def test_a_lone_image_runs_wide_with_the_device_to_itself() -> None:
+    q = queue(may_run_wide=True)
+    policy = scheduler(q, lanes=2, split=True)
+    put(q, "a", now=1)
+    batch, _ = policy.next_batch(1)
+    assert batch is not None
+    assert batch.wide
+    put(q, "b", now=1.5)
+    assert take(policy, now=1.5) == []
+    policy.finish(batch, 2)
+    # b had to wait, so more are on the way: side by side they get through sooner
+    narrow, _ = policy.next_batch(2)
+    assert narrow is not None
+    assert not narrow.wide
+
+
+def test_wide_is_only_for_lone_images_and_trunks_that_gain() -> None:
+    gains, gains_not = queue("a", may_run_wide=True), queue("b", may_run_wide=False)
+    policy = scheduler(gains, gains_not, lanes=2, split=True)
+    put(gains_not, "x")
+    batch, _ = policy.next_batch(0)
+    assert batch is not None
+    assert not batch.wide
+    put(gains, "y")
+    second, _ = policy.next_batch(0)
+    assert second is not None
+    assert not second.wide
+
+
+def test_the_estimate_of_queued_work_follows_what_batches_cost() -> None:
+    q = queue()
+    policy = scheduler(q, lanes=2)
+    put(q, "a", "b")
+    batch, _ = policy.next_batch(0)
+    assert batch is not None
+    policy.finish(batch, 1.0)  # half a lane-second an image
+    q.admit(8)
+    assert policy.queue_seconds() == pytest.approx(8 * 0.5 / 2)
+
+
+def test_nothing_is_lost_or_run_twice_whatever_happens() -> None:
+    chance = random.Random(1)
+    for _ in range(200):
+        q = queue(max_batch_size=chance.randint(1, 5), capacity=30, may_run_wide=True)
+        policy = scheduler(q, lanes=chance.randint(1, 3), split=chance.random() < 0.5)
+        admitted, ended, now = [], [], 0.0
+        for step in range(80):
+            now += chance.random()
+            if chance.random() < 0.6 and q.admitted < 30:
+                deadline = now + chance.random() * 5 if chance.random() < 0.3 else math.inf
+                bulk = chance.random() < 0.3
+                flow = str(chance.randint(0, 3))
+                admitted += put(q, str(step), now=now, flow=flow, deadline=deadline, bulk=bulk)
+            if chance.random() < 0.5:
+                batch, dead = policy.next_batch(now)
+                ended += dead + (batch.entries if batch else [])
+            if policy.running and chance.random() < 0.5:
+                policy.finish(chance.choice(policy.running), now)
+        while len(q):
+            for running in list(policy.running):
+                policy.finish(running, now)
+            batch, dead = policy.next_batch(now)
+            ended += dead + (batch.entries if batch else [])
+        assert sorted(e.payload for e in ended) == sorted(e.payload for e in admitted)
+        assert q.admitted == 0
