@@ -1,12 +1,16 @@
 """Gateway and worker in one process: the default way to run."""
 
-import uvicorn
+import contextlib
+import signal
+import sys
+
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 
 from models.catalog import load_catalog
 from models.registry import Registry
 from service.gateway.app import create_app
+from service.gateway.server import create_server
 from service.metrics import Metrics
 from service.settings import Settings
 from service.worker.collector import EngineCollector
@@ -29,12 +33,8 @@ def create_embedded_app(settings: Settings) -> FastAPI:
 
 def serve(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM; then stop accepting, answer what was accepted, and return."""
-    uvicorn.run(
-        create_embedded_app(settings),
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=int(settings.drain_timeout_s),
-    )
+    server = create_server(create_embedded_app(settings), settings)
+    # uvicorn drains and then raises the signal again, for whoever handled it before
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run()

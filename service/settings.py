@@ -41,6 +41,7 @@ class Settings(BaseSettings):
     max_image_bytes: int = Field(20 * 2**20, ge=1, description="Encoded bytes of an image.")
     max_image_pixels: int = Field(50_000_000, ge=1, description="Pixels of an image.")
     max_image_side: int = Field(16_384, ge=1, description="Longest side of an image in pixels.")
+    header_timeout_s: float = Field(10, gt=0, description="Seconds for headers to arrive.")
     body_timeout_s: float = Field(30, gt=0, description="Seconds for a body to arrive.")
     default_timeout_ms: float = Field(
         60_000, gt=0, description="Deadline of requests without X-Timeout-Ms, in milliseconds."

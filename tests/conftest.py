@@ -18,7 +18,6 @@ import pytest
 import skimage.data
 import timm
 import torch
-import uvicorn
 from PIL import Image
 from prometheus_client import CollectorRegistry
 from safetensors.torch import save_file
@@ -27,6 +26,7 @@ from models import Registry
 from models.errors import SourceError
 from models.store import Store
 from service.gateway.app import create_app
+from service.gateway.server import create_server
 from service.metrics import Metrics
 from service.settings import Settings
 from service.worker.collector import EngineCollector
@@ -146,7 +146,7 @@ def running(catalog: Path, **overrides: Any) -> Iterator[Running]:
     metrics.registry.register(EngineCollector(engine))
     app = create_app(settings, engine, metrics, registry.catalog.models)
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=20))
+    server = create_server(app, settings)
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -89,12 +89,9 @@ class Batcher:
         return all(thread.is_alive() for thread in self._threads)
 
     def stuck_for(self) -> float:
-        """Seconds for which batches have been running without any finishing; 0 if none runs."""
+        """Seconds that the longest running batch has been running; 0 if none runs."""
         with self._changed:
-            running = [batch.started for batch in self._scheduler.running]
-        if not running:
-            return 0.0
-        return self._clock() - max(self.last_finished, min(running))
+            return max((self._clock() - b.started for b in self._scheduler.running), default=0.0)
 
     def depth(self) -> dict[str, int]:
         """Images admitted and not yet running, by queue."""

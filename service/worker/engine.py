@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,6 @@ import numpy as np
 import torch
 
 from models.errors import ModelsError
-from models.heads import Head
 from models.images import ImageLimits, decode_image
 from models.model import Model
 from models.registry import Registry, State
@@ -26,34 +24,15 @@ from service.errors import (
     from_library,
 )
 from service.metrics import Metrics
-from service.types import Call, Health, ImageResult, InferRequest, InferResult, ModelUsed, Timing
+from service.types import Health, ImageResult, InferRequest, InferResult, Timing
 from service.worker.batcher import Batcher
 from service.worker.options import EngineOptions
-from service.worker.runner import HeadCall, Item, ItemResult, Runner, Threads
+from service.worker.plan import Resolved, TrunkPass, plan_passes, resolve
+from service.worker.prober import Prober
+from service.worker.runner import Item, ItemResult, Runner, Threads
 from service.worker.scheduler import Batch, BatchQueue, Entry, QueueFull, Scheduler
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Resolved:
-    """A call of a request, resolved: which model and head, and that head's options."""
-
-    model: Model
-    trunk: str
-    head: Head
-    head_call: HeadCall
-    finish: dict[str, Any]
-
-
-@dataclass(slots=True)
-class _Pass:
-    """The calls of a request that ride on one trunk pass, by their positions."""
-
-    trunk: str
-    model: Model
-    positions: list[int] = field(default_factory=list)
-    calls: list[HeadCall] = field(default_factory=list)
 
 
 class Engine:
@@ -63,6 +42,7 @@ class Engine:
         self.registry = registry
         self.options = options.resolve(registry.device.type)
         self._metrics = metrics
+        self._startup = options.startup or registry.catalog.startup
         self._limits = ImageLimits(
             max_bytes=options.max_image_bytes,
             max_pixels=options.max_image_pixels,
@@ -77,7 +57,12 @@ class Engine:
             self.options.decode_threads, "decode", initializer=lambda: Threads(1, 1).use(1)
         )
         self._loader = ThreadPoolExecutor(1, "loader")
-        self._probe_failures: dict[str, str] = {}
+        self._prober = Prober(
+            self.batcher,
+            self._runners,
+            interval_s=options.probe_interval_s,
+            limit_s=options.stuck_after_s,
+        )
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
         registry.on_load = self._serve_model
@@ -87,10 +72,10 @@ class Engine:
 
     async def start(self) -> None:
         self.batcher.start()
-        for name in self.options.startup or self.registry.catalog.startup:
+        for name in self._startup:
             self.registry.catalog.model(name)
             self._spawn(self._load_quietly(name))
-        self._spawn(self._probe())
+        self._spawn(self._prober.run())
 
     async def close(self) -> None:
         self._closing = True
@@ -102,21 +87,19 @@ class Engine:
         self._loader.shutdown(wait=False, cancel_futures=True)
 
     async def infer(self, request: InferRequest) -> InferResult:
-        resolved = [self._resolve(call) for call in request.calls]
-        passes = self._plan(resolved)
+        resolved = [resolve(self.registry, call) for call in request.calls]
+        passes = plan_passes(resolved)
         self._admit(passes, len(request.images))
         # one request decodes on all threads at most, so that no request waits behind a big one
         turn = asyncio.Semaphore(self.options.decode_threads)
         flow = object()
         images = await asyncio.gather(
-            *(self._infer_image(image, resolved, passes, request, flow, turn)
-              for image in request.images)
-        )  # fmt: skip
-        used = [
-            ModelUsed(r.model.name, r.head.task, r.model.digest, r.model.trunk.preprocess.digest)
-            for r in resolved
-        ]
-        return InferResult(used, images)
+            *(
+                self._infer_image(image, resolved, passes, request, flow, turn)
+                for image in request.images
+            )
+        )
+        return InferResult([item.used for item in resolved], images)
 
     async def models(self) -> Sequence[dict[str, Any]]:
         return [self.registry.describe(name) for name in self.registry.catalog.models]
@@ -140,41 +123,19 @@ class Engine:
         if not self.batcher.alive():
             dead.append("a device thread died")
         if (stuck := self.batcher.stuck_for()) > self.options.stuck_after_s:
-            dead.append(f"no batch has finished for {stuck:.0f} s")
+            dead.append(f"a batch has been running for {stuck:.0f} s")
         waiting = ["draining before exit"] if self._closing else []
         waiting += [
             f"model {name} is {state}"
-            for name in self.options.startup or self.registry.catalog.startup
+            for name in self._startup
             if (state := self.registry.state(name)) is not State.READY
         ]
-        waiting += [f"trunk {n}: {why}" for n, why in self._probe_failures.items()]
+        waiting += [f"trunk {n}: {why}" for n, why in self._prober.failures.items()]
         return Health(live=not dead, ready=not dead and not waiting, reasons=dead + waiting)
 
     # -- a request's way -------------------------------------------------------------------
 
-    def _resolve(self, call: Call) -> _Resolved:
-        try:
-            catalog = self.registry.catalog
-            name = call.model or catalog.default_model(str(call.task)).name
-            model = self.registry.ready(name)
-            head = model.head(call.task, call.options)
-        except ModelsError as error:
-            raise from_library(error) from error
-        forward = {k: v for k, v in call.options.items() if k in head.forward_options}
-        finish = {k: v for k, v in call.options.items() if k not in head.forward_options}
-        head_call = HeadCall(head, tuple(sorted(forward.items())))
-        return _Resolved(model, catalog.models[name].trunk, head, head_call, finish)
-
-    def _plan(self, resolved: Sequence[_Resolved]) -> list[_Pass]:
-        """Group the calls by trunk: each image takes one pass of each."""
-        passes: dict[str, _Pass] = {}
-        for position, item in enumerate(resolved):
-            plan = passes.setdefault(item.trunk, _Pass(item.trunk, item.model))
-            plan.positions.append(position)
-            plan.calls.append(item.head_call)
-        return list(passes.values())
-
-    def _admit(self, passes: Sequence[_Pass], count: int) -> None:
+    def _admit(self, passes: Sequence[TrunkPass], count: int) -> None:
         """Take places for every image in every trunk's queue, or none at all."""
         for done, plan in enumerate(passes):
             try:
@@ -192,8 +153,8 @@ class Engine:
     async def _infer_image(
         self,
         image: bytes,
-        resolved: Sequence[_Resolved],
-        passes: Sequence[_Pass],
+        resolved: Sequence[Resolved],
+        passes: Sequence[TrunkPass],
         request: InferRequest,
         flow: object,
         turn: asyncio.Semaphore,
@@ -225,15 +186,15 @@ class Engine:
                 self.batcher.release(plan.trunk, 1)
 
     def _prepare(
-        self, image: bytes, passes: Sequence[_Pass]
+        self, image: bytes, passes: Sequence[TrunkPass]
     ) -> tuple[list[torch.Tensor], tuple[int, int]]:
         decoded = decode_image(image, self._limits)
         return [plan.model.transform(decoded) for plan in passes], decoded.size
 
     async def _finish(
         self,
-        resolved: Sequence[_Resolved],
-        passes: Sequence[_Pass],
+        resolved: Sequence[Resolved],
+        passes: Sequence[TrunkPass],
         results: Sequence[ItemResult],
         size: tuple[int, int],
         decode_s: float,
@@ -255,17 +216,17 @@ class Engine:
         return ImageResult(outputs, timing=timing)
 
     async def _finish_one(
-        self, call: _Resolved, row: dict[str, np.ndarray] | Exception, size: tuple[int, int]
+        self, call: Resolved, row: dict[str, np.ndarray] | Exception, size: tuple[int, int]
     ) -> dict[str, np.ndarray] | ServiceError:
         if isinstance(row, Exception):
             logger.error("model %s failed", call.model.name, exc_info=row)
             return InternalError("the model failed on this image")
         try:
             if call.head.finish_is_slow:
-                finish = partial(call.head.finish, row, size, **call.finish)
+                finish = partial(call.head.finish, row, size, **call.finish_options)
                 finished: dict[str, np.ndarray] = await self._in_pool(finish)
                 return finished
-            return call.head.finish(row, size, **call.finish)
+            return call.head.finish(row, size, **call.finish_options)
         except ModelsError as error:
             return from_library(error)
         except Exception:
@@ -311,7 +272,7 @@ class Engine:
         if not self._users[name]:
             self.batcher.remove_queue(name)
             del self._runners[name]
-            self._probe_failures.pop(name, None)
+            self._prober.failures.pop(name, None)
 
     # -- background ------------------------------------------------------------------------
 
@@ -325,34 +286,6 @@ class Engine:
             await self._in_loader(self.registry.load, name)
         except ServiceError as error:
             logger.error("model %s did not load: %s", name, error.detail)
-
-    async def _probe(self) -> None:
-        """Prove every idle trunk with a real pass now and then; busy ones prove themselves."""
-        while True:
-            await asyncio.sleep(self.options.probe_interval_s)
-            idle_s = time.monotonic() - self.batcher.last_finished
-            if idle_s >= self.options.probe_interval_s:
-                for name in list(self._runners):
-                    await self._probe_trunk(name)
-
-    async def _probe_trunk(self, name: str) -> None:
-        item = self._runners[name].blank_item()
-        deadline = time.monotonic() + self.options.stuck_after_s
-        try:
-            self.batcher.admit(name, 1)
-            self.batcher.put(name, Entry(item, "probe", bulk=True, deadline=deadline))
-            async with asyncio.timeout(self.options.stuck_after_s):
-                result = await asyncio.wrap_future(item.future)
-            failed = next((row for row in result.rows if isinstance(row, Exception)), None)
-        except (QueueFull, KeyError):
-            return
-        except (TimeoutError, ServiceError):
-            failed = TimeoutError("a probe got no answer in time")
-        if failed is None:
-            self._probe_failures.pop(name, None)
-        else:
-            self._probe_failures[name] = f"probe failed: {failed}"
-            logger.error("the probe of %s failed: %s", name, failed)
 
     async def _in_pool(self, function: Any, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)

@@ -104,7 +104,7 @@ def test_requests_for_different_heads_ride_in_one_batch_and_agree_with_singles(
             assert np.allclose(first["embedding"], second["embedding"], atol=1e-5)
         else:
             scores = [[p["score"] for p in r["predictions"]] for r in (first, second)]
-            assert np.allclose(*scores, atol=1e-5)
+            assert np.allclose(scores[0], scores[1], atol=1e-5)
 
 
 def test_a_poisonous_image_fails_alone(server: Running, tap: Tap, jpegs: dict[str, bytes]) -> None:

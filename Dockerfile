@@ -1,0 +1,40 @@
+# One file for GPUs and CPUs.
+#
+#   docker build -t vitrail .
+#       torch's default build: runs on NVIDIA GPUs, and on CPUs too.
+#   docker build -t vitrail --build-arg TORCH_INDEX_URL=URL .
+#       torch from another index, such as PyTorch's own of CPU-only builds: gigabytes smaller.
+ARG PYTHON_VERSION=3.11
+
+FROM python:${PYTHON_VERSION}-slim AS build
+ARG TORCH_INDEX_URL=
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN python -m venv /opt/vitrail
+WORKDIR /src
+COPY constraints.txt ./
+RUN grep -E '^(torch|torchvision)==' constraints.txt > torch.txt \
+ && /opt/vitrail/bin/pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} -r torch.txt
+COPY pyproject.toml README.md LICENSE ./
+COPY models models
+COPY service service
+RUN /opt/vitrail/bin/pip install -c constraints.txt .
+
+FROM python:${PYTHON_VERSION}-slim
+# rasterio's wheel takes libexpat from the system
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends libexpat1 \
+ && rm -rf /var/lib/apt/lists/* \
+ && useradd --system --create-home vitrail \
+ && install -d -o vitrail /var/lib/vitrail
+COPY --from=build /opt/vitrail /opt/vitrail
+ENV PATH=/opt/vitrail/bin:$PATH \
+    VITRAIL_HOST=0.0.0.0 \
+    VITRAIL_STORE=/var/lib/vitrail \
+    HF_HOME=/var/lib/vitrail/hub
+USER vitrail
+VOLUME /var/lib/vitrail
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s \
+  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/healthz', timeout=4)"]
+ENTRYPOINT ["vitrail"]
+CMD ["serve"]

@@ -1,0 +1,63 @@
+"""The HTTP server around the application."""
+
+import asyncio
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from service.settings import Settings
+
+
+def create_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
+    """A server that on SIGINT or SIGTERM stops accepting and answers what it has accepted."""
+
+    class Protocol(ImpatientProtocol):
+        header_timeout_s = settings.header_timeout_s
+
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=Protocol,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(settings.drain_timeout_s),
+    )
+    return uvicorn.Server(config)
+
+
+class ImpatientProtocol(HttpToolsProtocol):
+    """Closes connections whose headers do not arrive in time, which uvicorn waits for forever.
+
+    Bodies are timed where they are read; idle keep-alive connections by uvicorn itself.
+    """
+
+    header_timeout_s: float
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._start_timer()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._start_timer()
+
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(error)
+
+    def _start_timer(self) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(self.header_timeout_s, self.transport.close)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()

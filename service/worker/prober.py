@@ -1,0 +1,57 @@
+"""Proof that idle trunks still compute: a real pass now and then. Busy ones prove themselves."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+
+from service.errors import ServiceError
+from service.worker.batcher import Batcher
+from service.worker.runner import Runner
+from service.worker.scheduler import Entry, QueueFull
+
+logger = logging.getLogger(__name__)
+
+
+class Prober:
+    """Puts a black image through every trunk that has been idle for `interval_s`.
+
+    `failures` holds, by trunk, why its last probe failed; a passed one clears it.
+    """
+
+    def __init__(
+        self, batcher: Batcher, runners: Mapping[str, Runner], *, interval_s: float, limit_s: float
+    ) -> None:
+        self._batcher = batcher
+        self._runners = runners
+        self._interval_s = interval_s
+        self._limit_s = limit_s
+        self.failures: dict[str, str] = {}
+
+    async def run(self) -> None:
+        """Probe until cancelled."""
+        while True:
+            await asyncio.sleep(self._interval_s)
+            if time.monotonic() - self._batcher.last_finished >= self._interval_s:
+                for name in list(self._runners):
+                    await self._probe(name)
+
+    async def _probe(self, name: str) -> None:
+        item = self._runners[name].blank_item()
+        deadline = time.monotonic() + self._limit_s
+        failed: Exception | None
+        try:
+            self._batcher.admit(name, 1)
+            self._batcher.put(name, Entry(item, "probe", bulk=True, deadline=deadline))
+            async with asyncio.timeout(self._limit_s):
+                result = await asyncio.wrap_future(item.future)
+            failed = next((row for row in result.rows if isinstance(row, Exception)), None)
+        except (QueueFull, KeyError):  # busy, or just unloaded
+            return
+        except (TimeoutError, ServiceError):
+            failed = TimeoutError("no answer in time")
+        if failed is None:
+            self.failures.pop(name, None)
+        else:
+            self.failures[name] = f"probe failed: {failed}"
+            logger.error("the probe of %s failed: %s", name, failed)

@@ -1,0 +1,34 @@
+import pytest
+from pydantic import ValidationError
+
+from service.settings import Settings
+from service.worker.options import EngineOptions, usable_cores
+
+
+def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VITRAIL_PORT", "9000")
+    monkeypatch.setenv("VITRAIL_MODELS", "a, b,")
+    monkeypatch.setenv("VITRAIL_API_KEYS", "")
+    assert Settings().port == 9000
+    assert Settings(port=9001).port == 9001
+    assert Settings().models == ("a", "b")
+    assert Settings().api_keys == ()
+
+
+def test_secrets_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VITRAIL_ADMIN_KEYS", "hush")
+    assert "hush" not in repr(Settings())
+
+
+@pytest.mark.parametrize("wrong", [{"port": -1}, {"dtype": "int3"}, {"max_images": 0}])
+def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        Settings(**wrong)  # type: ignore[arg-type]
+
+
+def test_defaults_fit_the_machine() -> None:
+    cpu = EngineOptions().resolve("cpu")
+    assert cpu.threads == usable_cores() >= 1
+    assert cpu.streams * cpu.lane_threads <= max(cpu.threads, cpu.streams)
+    assert EngineOptions().resolve("cuda").streams == 2
+    assert EngineOptions(streams=3, max_batch_size=5).resolve("cpu").max_batch_size == 5
