@@ -92,13 +92,8 @@ class Engine:
         self._admit(passes, len(request.images))
         # one request decodes on all threads at most, so that no request waits behind a big one
         turn = asyncio.Semaphore(self.options.decode_threads)
-        flow = object()
-        images = await asyncio.gather(
-            *(
-                self._infer_image(image, resolved, passes, request, flow, turn)
-                for image in request.images
-            )
-        )
+        way = (resolved, passes, request, object(), turn)
+        images = await asyncio.gather(*(self._infer_image(i, *way) for i in request.images))
         return InferResult([item.used for item in resolved], images)
 
     async def models(self) -> Sequence[dict[str, Any]]:
@@ -179,6 +174,9 @@ class Engine:
             return ImageResult(error=from_library(error))
         except ServiceError as error:
             return ImageResult(error=error)
+        except Exception:
+            logger.exception("an image failed")
+            return ImageResult(error=InternalError("the image could not be processed"))
         finally:
             for entry in entries:
                 entry.cancelled = True  # harmless once answered; else it is dropped unrun
@@ -208,9 +206,8 @@ class Engine:
                 self._metrics.stage_duration.labels("postprocess", plan.trunk).observe(spent_s)
         failed = [output for output in outputs if isinstance(output, ServiceError)]
         slowest = max(results, key=lambda result: result.queue_s + result.compute_s)
-        timing = Timing(
-            decode_s * 1e3, slowest.queue_s * 1e3, slowest.compute_s * 1e3, slowest.batch_size
-        )
+        stages_ms = (decode_s * 1e3, slowest.queue_s * 1e3, slowest.compute_s * 1e3)
+        timing = Timing(*stages_ms, slowest.batch_size)
         if len(failed) == len(outputs):
             return ImageResult(error=failed[0], timing=timing)
         return ImageResult(outputs, timing=timing)
@@ -252,11 +249,13 @@ class Engine:
         name = self.registry.catalog.models[model.name].trunk
         entry = self.registry.catalog.trunks[name]
         if not self._users[name]:
+            delay_ms = entry.max_queue_delay_ms
             queue = BatchQueue(
                 name,
                 max_batch_size=entry.max_batch_size or self.options.max_batch_size,
                 capacity=self.options.max_queue_size,
-                max_delay_s=(entry.max_queue_delay_ms or self.options.max_queue_delay_ms) / 1e3,
+                max_delay_s=(self.options.max_queue_delay_ms if delay_ms is None else delay_ms)
+                / 1e3,
             )
             runner = Runner(name, model.trunk, self._threads, self._metrics)
             runner.warm_up(queue)
