@@ -24,6 +24,7 @@ def create_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=75,  # longer than load balancers', so that they close first
         timeout_graceful_shutdown=int(settings.drain_timeout_s),
     )
     return uvicorn.Server(config)

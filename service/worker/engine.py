@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from models.errors import ModelsError
-from models.images import ImageLimits, decode_image
+from models.images import decode_image
 from models.model import Model
 from models.registry import Registry, State
 from service.errors import (
@@ -43,11 +43,7 @@ class Engine:
         self.options = options.resolve(registry.device.type)
         self._metrics = metrics
         self._startup = options.startup or registry.catalog.startup
-        self._limits = ImageLimits(
-            max_bytes=options.max_image_bytes,
-            max_pixels=options.max_image_pixels,
-            max_side=options.max_image_side,
-        )
+        self._limits = options.image_limits
         self._threads = Threads(lane=self.options.lane_threads, wide=self.options.threads)
         self._runners: dict[str, Runner] = {}
         self._users: dict[str, set[str]] = {name: set() for name in registry.catalog.trunks}
@@ -254,6 +250,7 @@ class Engine:
                 name,
                 max_batch_size=entry.max_batch_size or self.options.max_batch_size,
                 capacity=self.options.max_queue_size,
+                wide=entry.wide,
                 max_delay_s=(self.options.max_queue_delay_ms if delay_ms is None else delay_ms)
                 / 1e3,
             )

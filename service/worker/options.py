@@ -4,6 +4,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from models.images import ImageLimits
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
@@ -27,12 +29,22 @@ class EngineOptions:
         """Threads of one stream: an equal share, never more than there are cores in all."""
         return max(1, self.threads // self.streams)
 
+    @property
+    def image_limits(self) -> ImageLimits:
+        """The part that the decoder needs."""
+        return ImageLimits(
+            max_bytes=self.max_image_bytes,
+            max_pixels=self.max_image_pixels,
+            max_side=self.max_image_side,
+        )
+
     def resolve(self, device_type: str) -> "EngineOptions":
         """Fill in what is 0.
 
-        On a CPU: one single-threaded stream a core up to eight, measured on two cores to beat
-        one batch on both (benchmarks/README.md); small batches, which stay in cache. On a GPU:
-        two streams, so that one batch copies while another computes.
+        On a CPU: one single-threaded stream a core up to eight, and small batches; measured on
+        two cores to beat one batch on both for ViTs (a convolutional net gains more from `wide`
+        in its catalog entry). On a GPU: two streams, so that one batch copies while another
+        computes.
         """
         cores = usable_cores()
         cpu = device_type == "cpu"

@@ -94,9 +94,9 @@ class Runner:
             answer(entry, ItemResult(rows, queue_s, compute_s, size))
 
     def warm_up(self, queue: BatchQueue) -> None:
-        """Run the shapes to come once, and learn whether a lone image gains from all cores."""
-        sizes = {1, queue.max_batch_size} if self.trunk.placement.device.type == "cuda" else {1}
-        for size in sorted(sizes):
+        """Run once what is to come, and learn whether a lone image gains from all cores."""
+        self._threads.use(self._threads.wide)
+        for size in (1, queue.max_batch_size):  # the largest takes the memory that batches need
             self._run([self.blank_item()] * size)
         if self._threads.wide == self._threads.lane:
             return

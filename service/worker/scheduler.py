@@ -2,7 +2,7 @@
 
 The device has lanes, each of which runs one batch at a time. On a GPU two lanes keep one batch
 copying while another computes. On a CPU each lane is a stream with its share of the cores; there
-a lone image may run wide, on all cores at once, while the other lanes keep still.
+a batch may also run wide, on all cores at once, while the other lanes keep still.
 """
 
 import math
@@ -50,12 +50,16 @@ Flows = OrderedDict[Hashable, deque[Entry]]
 
 @dataclass(slots=True, eq=False)
 class BatchQueue:
-    """Images that wait for one trunk. `capacity` bounds images admitted but not yet running."""
+    """Images that wait for one trunk. `capacity` bounds images admitted but not yet running.
+
+    `wide`: all batches should run wide; `may_run_wide`: a lone image gains by it.
+    """
 
     name: str
     max_batch_size: int
     capacity: int
     max_delay_s: float = 0.0
+    wide: bool = False
     may_run_wide: bool = True
     lane_seconds_per_image: float = 0.0
     admitted: int = 0
@@ -148,7 +152,7 @@ class Scheduler:
             return None, dead
         queue = min(due, key=BatchQueue.oldest)
         wide = self._runs_wide(queue)
-        batch = Batch(queue, queue.take(self._share(queue)), wide, now)
+        batch = Batch(queue, queue.take(self._share(queue, wide)), wide, now)
         self.running.append(batch)
         return batch, dead
 
@@ -172,20 +176,21 @@ class Scheduler:
         work = sum(q.admitted * q.lane_seconds_per_image for q in self.queues.values())
         return work / self.lanes
 
-    def _share(self, queue: BatchQueue) -> int:
+    def _runs_wide(self, queue: BatchQueue) -> bool:
+        """Whether to give the whole device to the next batch, which only an idle device can do.
+
+        Some trunks always gain by it. Others only for a lone image that found the device idle:
+        one that had to wait has company on the way, and side by side in narrow lanes the two get
+        through sooner than one wide after the other.
+        """
+        if not self.split or self.lanes == 1 or self.running:
+            return False
+        lone = sum(len(other) for other in self.queues.values()) == 1
+        found_idle = queue.oldest() >= self.idle_since
+        return queue.wide or (queue.may_run_wide and lone and found_idle)
+
+    def _share(self, queue: BatchQueue, wide: bool) -> int:
         waiting = len(queue)
-        if self.split:
+        if self.split and not wide:
             waiting = math.ceil(waiting / self.lanes)
         return min(waiting, queue.max_batch_size)
-
-    def _runs_wide(self, queue: BatchQueue) -> bool:
-        """A lone image that found the device idle. One that had to wait has company on the way:
-        side by side in narrow lanes the two get through sooner than one wide after the other."""
-        return (
-            self.split
-            and self.lanes > 1
-            and queue.may_run_wide
-            and not self.running
-            and sum(len(other) for other in self.queues.values()) == 1
-            and queue.oldest() >= self.idle_since
-        )

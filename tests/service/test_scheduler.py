@@ -211,3 +211,21 @@ def test_nothing_is_lost_or_run_twice_whatever_happens() -> None:
             ended += dead + (batch.entries if batch else [])
         assert sorted(e.payload for e in ended) == sorted(e.payload for e in admitted)
         assert q.admitted == 0
+
+
+def test_a_wide_trunk_has_the_device_to_itself_whenever_it_is_free() -> None:
+    wide, other = queue("wide", wide=True, max_batch_size=16), queue("other")
+    policy = scheduler(wide, other, lanes=2, split=True)
+    put(wide, "a", "b", "c")
+    batch, _ = policy.next_batch(0)
+    assert batch is not None
+    assert batch.wide
+    assert names(batch) == ["a", "b", "c"]
+    put(other, "x")
+    assert take(policy) == []
+    policy.finish(batch, 1)
+    assert take(policy, now=1) == ["x"]
+    put(wide, "d", now=1)
+    narrow, _ = policy.next_batch(1)  # the other lane is busy: better narrow than idle
+    assert narrow is not None
+    assert not narrow.wide
