@@ -18,8 +18,7 @@ class TrunkEntry:
 
     `architecture` is timm's or open_clip's name, needed where the checkpoint does not tell;
     `arguments` are what else it does not tell; `preprocess` overrides single settings of the
-    checkpoint's own transform. `wide` makes every batch on a CPU run on all its threads, instead of
-    one batch a stream. The rest is left to the server's defaults where None.
+    checkpoint's own transform. The rest is left to the server's defaults where None.
     """
 
     name: str
@@ -33,7 +32,6 @@ class TrunkEntry:
     dtype: str | None = None
     max_batch_size: int | None = None
     max_queue_delay_ms: float | None = None
-    wide: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

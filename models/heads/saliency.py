@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, relu
 
-from models.errors import CatalogError
+from models.errors import CatalogError, InputError
 from models.masks import encode_mask
 from models.trunk import Trunk, TrunkOutput
 
@@ -62,7 +62,8 @@ class Saliency:
         self.network = trunk.placement.apply(decoder)
 
     def check(self, options: Mapping[str, Any]) -> None:
-        pass
+        if "labels" in options:
+            raise InputError("this model is not prompted by labels; leave them out", field="labels")
 
     def forward(self, output: TrunkOutput) -> dict[str, Tensor]:
         logits = self.network(output.feature_map_BChw)

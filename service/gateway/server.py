@@ -9,6 +9,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.settings import Settings
 
+MAX_HEADER_BYTES = 64 * 1024
+
 
 def create_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
     """A server that on SIGINT or SIGTERM stops accepting and answers what it has accepted."""
@@ -31,17 +33,26 @@ def create_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
 
 
 class ImpatientProtocol(HttpToolsProtocol):
-    """Closes connections whose headers do not arrive in time, which uvicorn waits for forever.
+    """Closes connections whose headers do not arrive in time or do not end, for which uvicorn
+    waits for ever.
 
     Bodies are timed where they are read; idle keep-alive connections by uvicorn itself.
     """
 
     header_timeout_s: float
     _timer: asyncio.TimerHandle | None = None
+    _header_bytes = 0
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._start_timer()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._timer is not None:
+            self._header_bytes += len(data)
+            if self._header_bytes > MAX_HEADER_BYTES:
+                self.transport.close()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -62,3 +73,5 @@ class ImpatientProtocol(HttpToolsProtocol):
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
+            self._header_bytes = 0

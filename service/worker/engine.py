@@ -29,7 +29,7 @@ from service.worker.batcher import Batcher
 from service.worker.options import EngineOptions
 from service.worker.plan import Resolved, TrunkPass, plan_passes, resolve
 from service.worker.prober import Prober
-from service.worker.runner import Item, ItemResult, Runner, Threads
+from service.worker.runner import Item, ItemResult, Runner, use_threads
 from service.worker.scheduler import Batch, BatchQueue, Entry, QueueFull, Scheduler
 
 logger = logging.getLogger(__name__)
@@ -44,15 +44,14 @@ class Engine:
         self._metrics = metrics
         self._startup = options.startup or registry.catalog.startup
         self._limits = options.image_limits
-        self._threads = Threads(lane=self.options.lane_threads, wide=self.options.threads)
         self._runners: dict[str, Runner] = {}
         self._users: dict[str, set[str]] = {name: set() for name in registry.catalog.trunks}
-        scheduler = Scheduler(lanes=self.options.streams, split=registry.device.type == "cpu")
+        scheduler = Scheduler(lanes=self.options.streams)
         self.batcher = Batcher(scheduler, execute=self._execute, drop=self._drop)
-        self._pool = ThreadPoolExecutor(
-            self.options.decode_threads, "decode", initializer=lambda: Threads(1, 1).use(1)
-        )
-        self._loader = ThreadPoolExecutor(1, "loader")
+        use_threads(1)  # here and in all threads to come, but the lanes: see there
+        alone = partial(use_threads, 1)
+        self._pool = ThreadPoolExecutor(self.options.decode_threads, "decode", initializer=alone)
+        self._loader = ThreadPoolExecutor(1, "loader", initializer=alone)
         self._prober = Prober(
             self.batcher,
             self._runners,
@@ -250,14 +249,13 @@ class Engine:
                 name,
                 max_batch_size=entry.max_batch_size or self.options.max_batch_size,
                 capacity=self.options.max_queue_size,
-                wide=entry.wide,
                 max_delay_s=(self.options.max_queue_delay_ms if delay_ms is None else delay_ms)
                 / 1e3,
             )
-            runner = Runner(name, model.trunk, self._threads, self._metrics)
-            runner.warm_up(queue)
-            self._runners[name] = runner
+            threads = self.options.lane_threads
+            self._runners[name] = Runner(name, model.trunk, threads, self._metrics)
             self.batcher.add_queue(queue)
+            self._prober.warm_up(name, queue.max_batch_size)
         self._users[name].add(model.name)
         self._metrics.add_model(model.name, name, model.tasks)
 

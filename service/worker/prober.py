@@ -1,10 +1,14 @@
-"""Proof that idle trunks still compute: a real pass now and then. Busy ones prove themselves."""
+"""Proof that trunks compute: real passes of black images, before they serve and while idle.
+
+Busy trunks prove themselves.
+"""
 
 import asyncio
 import logging
 import time
 from collections.abc import Mapping
 
+from models.errors import CheckpointError
 from service.errors import ServiceError
 from service.worker.batcher import Batcher
 from service.worker.runner import Runner
@@ -27,6 +31,22 @@ class Prober:
         self._interval_s = interval_s
         self._limit_s = limit_s
         self.failures: dict[str, str] = {}
+
+    def warm_up(self, name: str, max_batch_size: int) -> None:
+        """Run the smallest and the largest batch, which takes the memory that batches need.
+
+        Raises:
+            CheckpointError: the trunk does not run; its queue is gone again.
+        """
+        for size in (1, max_batch_size):
+            items = [self._runners[name].blank_item() for _ in range(size)]
+            self._batcher.admit(name, size)
+            for item in items:
+                self._batcher.put(name, Entry(item, "warm-up"))
+            rows = [row for item in items for row in item.future.result().rows]
+            if failed := next((row for row in rows if isinstance(row, Exception)), None):
+                self._batcher.remove_queue(name)
+                raise CheckpointError(f"the trunk does not run: {failed}") from failed
 
     async def run(self) -> None:
         """Probe until cancelled."""

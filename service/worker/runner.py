@@ -1,7 +1,6 @@
 """Runs a batch on the device: the trunk once, then each head on the rows that want it."""
 
 import logging
-import statistics
 import threading
 import time
 from collections import defaultdict
@@ -53,26 +52,22 @@ class Item:
     future: "Future[ItemResult]" = field(default_factory=Future)
 
 
-@dataclass(frozen=True, slots=True)
-class Threads:
-    """CPU threads of a pass: `lane` in one lane among several, `wide` alone on the device."""
+def use_threads(count: int) -> None:
+    """Give torch's operators `count` CPU threads when called from this thread.
 
-    lane: int
-    wide: int
-
-    def use(self, count: int) -> None:
-        """Give torch's operators `count` threads when called from this thread.
-
-        Reading first makes torch set up the thread, which would else undo the setting later.
-        """
-        if torch.get_num_threads() != count:
-            torch.set_num_threads(count)
+    Only one thread of a process should have more than one. GNU's OpenMP keeps a pool for each
+    that does, and once the pools hold more threads than there are cores, it puts waiting ones to
+    sleep at every barrier: EfficientNet-lite0 on two cores falls from 104 to 48 images/s.
+    """
+    # reading first makes torch set up the thread, which would else undo the setting later
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
 
 
 class Runner:
     """One trunk's passes. Called from the lanes' threads."""
 
-    def __init__(self, name: str, trunk: Trunk, threads: Threads, metrics: Metrics) -> None:
+    def __init__(self, name: str, trunk: Trunk, threads: int, metrics: Metrics) -> None:
         self.name = name
         self.trunk = trunk
         self._threads = threads
@@ -81,46 +76,27 @@ class Runner:
 
     def execute(self, batch: Batch) -> None:
         """Answer every entry of the batch, one way or another."""
-        self._threads.use(self._threads.wide if batch.wide else self._threads.lane)
+        use_threads(self._threads)
         started = time.monotonic()
         results = self._run_safely(batch.queue, [entry.payload for entry in batch.entries])
         compute_s = time.monotonic() - started
         size = len(batch.entries)
-        self._metrics.batch_size.labels(self.name).observe(size)
-        for entry, rows in zip(batch.entries, results, strict=True):
+        asked = [entry for entry in batch.entries if entry.payload.calls]
+        if asked:  # probes and warm-ups want nothing and are not counted
+            self._metrics.batch_size.labels(self.name).observe(size)
+        for entry in asked:
             queue_s = batch.started - entry.enqueued
             self._metrics.stage_duration.labels("queue", self.name).observe(queue_s)
             self._metrics.stage_duration.labels("compute", self.name).observe(compute_s)
+        for entry, rows in zip(batch.entries, results, strict=True):
+            queue_s = batch.started - entry.enqueued
             answer(entry, ItemResult(rows, queue_s, compute_s, size))
-
-    def warm_up(self, queue: BatchQueue) -> None:
-        """Run once what is to come, and learn whether a lone image gains from all cores."""
-        self._threads.use(self._threads.wide)
-        for size in (1, queue.max_batch_size):  # the largest takes the memory that batches need
-            self._run([self.blank_item()] * size)
-        if self._threads.wide == self._threads.lane:
-            return
-        narrow, wide = (self._median_seconds(n) for n in (self._threads.lane, self._threads.wide))
-        queue.may_run_wide = wide < 0.9 * narrow
-        logger.info(
-            "%s: a lone image takes %.1f ms on %d threads, %.1f ms on %d",
-            self.name, narrow * 1e3, self._threads.lane, wide * 1e3, self._threads.wide,
-        )  # fmt: skip
 
     def blank_item(self) -> Item:
         """A black image that wants no head: enough to prove that the trunk computes."""
         return Item(
             self.name, torch.zeros(3, *self.trunk.preprocess.input_size, dtype=torch.uint8), ()
         )
-
-    def _median_seconds(self, threads: int) -> float:
-        self._threads.use(threads)
-        seconds = []
-        for _ in range(4):
-            started = time.monotonic()
-            self._run([self.blank_item()])
-            seconds.append(time.monotonic() - started)
-        return statistics.median(seconds[1:])
 
     def _run_safely(self, queue: BatchQueue, items: list[Item]) -> list[list[Row | Exception]]:
         """Run; when the trunk fails, halve on memory or else isolate, so that only the item

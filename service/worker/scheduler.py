@@ -1,8 +1,7 @@
 """Which images go to the device next. Pure policy: time is an argument, nothing here waits.
 
 The device has lanes, each of which runs one batch at a time. On a GPU two lanes keep one batch
-copying while another computes. On a CPU each lane is a stream with its share of the cores; there
-a batch may also run wide, on all cores at once, while the other lanes keep still.
+copying while another computes.
 """
 
 import math
@@ -37,11 +36,10 @@ class Entry:
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """Entries to run together. `wide` batches have the device to themselves."""
+    """Entries to run together."""
 
     queue: "BatchQueue"
     entries: list[Entry]
-    wide: bool
     started: float
 
 
@@ -50,18 +48,13 @@ Flows = OrderedDict[Hashable, deque[Entry]]
 
 @dataclass(slots=True, eq=False)
 class BatchQueue:
-    """Images that wait for one trunk. `capacity` bounds images admitted but not yet running.
-
-    `wide`: all batches should run wide; `may_run_wide`: a lone image gains by it.
-    """
+    """Images that wait for one trunk. `capacity` bounds images admitted but not yet running."""
 
     name: str
     max_batch_size: int
     capacity: int
     max_delay_s: float = 0.0
-    wide: bool = False
-    may_run_wide: bool = True
-    lane_seconds_per_image: float = 0.0
+    seconds_per_image: float = 0.0
     admitted: int = 0
     _interactive: Flows = field(default_factory=OrderedDict)
     _bulk: Flows = field(default_factory=OrderedDict)
@@ -128,43 +121,30 @@ class BatchQueue:
 
 
 class Scheduler:
-    """The queues of one device, and its lanes.
+    """The queues of one device, and its lanes: how many batches are in flight at most."""
 
-    Args:
-        lanes: batches in flight at most.
-        split: share what waits between idle lanes (a CPU's streams) instead of filling one.
-    """
-
-    def __init__(self, *, lanes: int, split: bool) -> None:
+    def __init__(self, *, lanes: int) -> None:
         self.lanes = lanes
-        self.split = split
         self.queues: dict[str, BatchQueue] = {}
         self.running: list[Batch] = []
-        self.idle_since = -math.inf
 
     def next_batch(self, now: float) -> tuple[Batch | None, list[Entry]]:
         """The batch that an idle lane should run now, if any, and the entries found dead."""
         dead = [entry for queue in self.queues.values() for entry in queue.sweep(now)]
-        if len(self.running) >= self.lanes or any(batch.wide for batch in self.running):
-            return None, dead
         due = [queue for queue in self.queues.values() if len(queue) and queue.due() <= now]
-        if not due:
+        if not due or len(self.running) >= self.lanes:
             return None, dead
         queue = min(due, key=BatchQueue.oldest)
-        wide = self._runs_wide(queue)
-        batch = Batch(queue, queue.take(self._share(queue, wide)), wide, now)
+        batch = Batch(queue, queue.take(queue.max_batch_size), now)
         self.running.append(batch)
         return batch, dead
 
     def finish(self, batch: Batch, now: float) -> None:
         """A lane is idle again; what the batch cost refines the estimate of queued work."""
         self.running.remove(batch)
-        if not self.running:
-            self.idle_since = now
-        lanes = self.lanes if batch.wide else 1
-        cost = (now - batch.started) * lanes / len(batch.entries)
-        known = batch.queue.lane_seconds_per_image
-        batch.queue.lane_seconds_per_image = cost if not known else 0.8 * known + 0.2 * cost
+        cost = (now - batch.started) / len(batch.entries)
+        known = batch.queue.seconds_per_image
+        batch.queue.seconds_per_image = cost if not known else 0.8 * known + 0.2 * cost
 
     def next_due(self) -> float:
         """When to look again though nothing was put and no batch finished."""
@@ -173,24 +153,5 @@ class Scheduler:
 
     def queue_seconds(self) -> float:
         """Estimated time until all that is admitted now has been computed."""
-        work = sum(q.admitted * q.lane_seconds_per_image for q in self.queues.values())
+        work = sum(q.admitted * q.seconds_per_image for q in self.queues.values())
         return work / self.lanes
-
-    def _runs_wide(self, queue: BatchQueue) -> bool:
-        """Whether to give the whole device to the next batch, which only an idle device can do.
-
-        Some trunks always gain by it. Others only for a lone image that found the device idle:
-        one that had to wait has company on the way, and side by side in narrow lanes the two get
-        through sooner than one wide after the other.
-        """
-        if not self.split or self.lanes == 1 or self.running:
-            return False
-        lone = sum(len(other) for other in self.queues.values()) == 1
-        found_idle = queue.oldest() >= self.idle_since
-        return queue.wide or (queue.may_run_wide and lone and found_idle)
-
-    def _share(self, queue: BatchQueue, wide: bool) -> int:
-        waiting = len(queue)
-        if self.split and not wide:
-            waiting = math.ceil(waiting / self.lanes)
-        return min(waiting, queue.max_batch_size)

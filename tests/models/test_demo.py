@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from models import Registry
+from models.errors import InputError
 from models.preprocess import normalize
 from models.sources import fetch, parse_source
 from models.store import Store
@@ -111,6 +112,13 @@ def test_the_foreground_is_the_subject(demo: Registry, photos: dict[str, Image.I
     assert mask[150:380, 310:335].mean() > 0.7
     assert mask[:, :150].mean() < 0.05
     assert mask[:, -150:].mean() < 0.05
+
+
+def test_labels_are_for_text_prompted_models(
+    demo: Registry, photos: dict[str, Image.Image]
+) -> None:
+    with pytest.raises(InputError, match="not prompted"):
+        demo.get("dinov2-focus").predict([photos["coffee"]], labels=["cup"])
 
 
 @pytest.mark.parametrize("name", ["efficientnet-lite0-embed", "dinov2-focus-embed"])

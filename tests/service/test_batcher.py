@@ -39,7 +39,7 @@ def device() -> FakeDevice:
 
 @pytest.fixture
 def batcher(device: FakeDevice) -> Iterator[Batcher]:
-    made = Batcher(Scheduler(lanes=1, split=False), execute=device.execute, drop=device.drop)
+    made = Batcher(Scheduler(lanes=1), execute=device.execute, drop=device.drop)
     made.add_queue(BatchQueue("q", max_batch_size=4, capacity=8))
     made.start()
     yield made
@@ -106,7 +106,7 @@ def test_dead_entries_make_room_even_while_the_device_is_stuck(
 
 
 def test_closing_runs_what_was_accepted(device: FakeDevice) -> None:
-    made = Batcher(Scheduler(lanes=2, split=True), execute=device.execute, drop=device.drop)
+    made = Batcher(Scheduler(lanes=2), execute=device.execute, drop=device.drop)
     made.add_queue(BatchQueue("q", max_batch_size=2, capacity=99))
     made.start()
     put(made, *"abcdefgh")
@@ -129,7 +129,7 @@ def test_a_queue_is_removed_only_when_it_is_empty(batcher: Batcher, device: Fake
 def test_a_stuck_device_is_noticed(device: FakeDevice) -> None:
     now = [100.0]
     made = Batcher(
-        Scheduler(lanes=1, split=False),
+        Scheduler(lanes=1),
         execute=device.execute, drop=device.drop, clock=lambda: now[0],
     )  # fmt: skip
     made.add_queue(BatchQueue("q", max_batch_size=4, capacity=8))

@@ -351,6 +351,14 @@ def test_connections_that_never_ask_are_closed(tiny_catalog: Path) -> None:
                     pass
 
 
+def test_headers_that_never_end_are_cut_off(tiny: Running) -> None:
+    filler = b"GET /healthz HTTP/1.1\r\n" + b"".join(
+        b"X-Filler-%d: %s\r\n" % (number, b"x" * 1000) for number in range(10_000)
+    )
+    with connect(tiny) as client, pytest.raises(ConnectionError):
+        client.sendall(filler)
+
+
 # -- keys ----------------------------------------------------------------------------------
 
 

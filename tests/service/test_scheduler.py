@@ -9,12 +9,12 @@ from service.worker.scheduler import Batch, BatchQueue, Entry, QueueFull, Schedu
 
 
 def queue(name: str = "q", **settings: object) -> BatchQueue:
-    options: dict[str, object] = {"max_batch_size": 8, "capacity": 64, "may_run_wide": False}
+    options: dict[str, object] = {"max_batch_size": 8, "capacity": 64}
     return BatchQueue(name, **{**options, **settings})  # type: ignore[arg-type]
 
 
-def scheduler(*queues: BatchQueue, lanes: int = 1, split: bool = False) -> Scheduler:
-    made = Scheduler(lanes=lanes, split=split)
+def scheduler(*queues: BatchQueue, lanes: int = 1) -> Scheduler:
+    made = Scheduler(lanes=lanes)
     made.queues = {q.name: q for q in queues}
     return made
 
@@ -138,50 +138,13 @@ def test_queues_never_mix_and_the_longest_waiting_goes_first() -> None:
     assert take(policy, now=3) == ["a1", "a2"]
 
 
-def test_streams_share_what_waits() -> None:
-    q = queue(max_batch_size=8)
-    policy = scheduler(q, lanes=2, split=True)
-    put(q, "a", "b", "c", "d", "e")
-    assert take(policy) == ["a", "b", "c"]
-    assert take(policy) == ["d"]
-
-
-def test_a_lone_image_runs_wide_with_the_device_to_itself() -> None:
-    q = queue(may_run_wide=True)
-    policy = scheduler(q, lanes=2, split=True)
-    put(q, "a", now=1)
-    batch, _ = policy.next_batch(1)
-    assert batch is not None
-    assert batch.wide
-    put(q, "b", now=1.5)
-    assert take(policy, now=1.5) == []
-    policy.finish(batch, 2)
-    # b had to wait, so more are on the way: side by side they get through sooner
-    narrow, _ = policy.next_batch(2)
-    assert narrow is not None
-    assert not narrow.wide
-
-
-def test_wide_is_only_for_lone_images_and_trunks_that_gain() -> None:
-    gains, gains_not = queue("a", may_run_wide=True), queue("b", may_run_wide=False)
-    policy = scheduler(gains, gains_not, lanes=2, split=True)
-    put(gains_not, "x")
-    batch, _ = policy.next_batch(0)
-    assert batch is not None
-    assert not batch.wide
-    put(gains, "y")
-    second, _ = policy.next_batch(0)
-    assert second is not None
-    assert not second.wide
-
-
 def test_the_estimate_of_queued_work_follows_what_batches_cost() -> None:
     q = queue()
     policy = scheduler(q, lanes=2)
     put(q, "a", "b")
     batch, _ = policy.next_batch(0)
     assert batch is not None
-    policy.finish(batch, 1.0)  # half a lane-second an image
+    policy.finish(batch, 1.0)  # half a second an image
     q.admit(8)
     assert policy.queue_seconds() == pytest.approx(8 * 0.5 / 2)
 
@@ -189,8 +152,8 @@ def test_the_estimate_of_queued_work_follows_what_batches_cost() -> None:
 def test_nothing_is_lost_or_run_twice_whatever_happens() -> None:
     chance = random.Random(1)
     for _ in range(200):
-        q = queue(max_batch_size=chance.randint(1, 5), capacity=30, may_run_wide=True)
-        policy = scheduler(q, lanes=chance.randint(1, 3), split=chance.random() < 0.5)
+        q = queue(max_batch_size=chance.randint(1, 5), capacity=30)
+        policy = scheduler(q, lanes=chance.randint(1, 3))
         admitted, ended, now = [], [], 0.0
         for step in range(80):
             now += chance.random()
@@ -211,21 +174,3 @@ def test_nothing_is_lost_or_run_twice_whatever_happens() -> None:
             ended += dead + (batch.entries if batch else [])
         assert sorted(e.payload for e in ended) == sorted(e.payload for e in admitted)
         assert q.admitted == 0
-
-
-def test_a_wide_trunk_has_the_device_to_itself_whenever_it_is_free() -> None:
-    wide, other = queue("wide", wide=True, max_batch_size=16), queue("other")
-    policy = scheduler(wide, other, lanes=2, split=True)
-    put(wide, "a", "b", "c")
-    batch, _ = policy.next_batch(0)
-    assert batch is not None
-    assert batch.wide
-    assert names(batch) == ["a", "b", "c"]
-    put(other, "x")
-    assert take(policy) == []
-    policy.finish(batch, 1)
-    assert take(policy, now=1) == ["x"]
-    put(wide, "d", now=1)
-    narrow, _ = policy.next_batch(1)  # the other lane is busy: better narrow than idle
-    assert narrow is not None
-    assert not narrow.wide
