@@ -4,6 +4,7 @@ from pathlib import Path
 
 from timm.data import ImageNetInfo
 from timm.data.imagenet_info import infer_imagenet_subset
+from torch import nn
 
 from models.errors import CatalogError
 
@@ -30,11 +31,15 @@ def load_labels(labels: str | list[str], base: Path) -> tuple[str, ...]:
     return tuple(line.strip() for line in lines if line.strip())
 
 
-def labels_for_timm(architecture: object, num_classes: int) -> tuple[str, ...]:
-    """The names timm has for an ImageNet classifier, else the class numbers."""
-    subset = infer_imagenet_subset(architecture)
-    if subset is not None:
-        info = ImageNetInfo(subset)
-        if info.num_classes() == num_classes:
-            return tuple(info.index_to_description(i) for i in range(num_classes))
-    return tuple(str(i) for i in range(num_classes))
+def pretrained_labels(network: nn.Module) -> tuple[str, ...]:
+    """The names of an ImageNet classifier from the hub, or none where timm does not know them.
+
+    timm tells the subset by the number of classes, so this is only for weights known to be its own.
+    """
+    subset = infer_imagenet_subset(network)
+    return load_labels(subset, Path()) if subset else ()
+
+
+def numbered_labels(count: int) -> tuple[str, ...]:
+    """What classes are called when nobody said: their numbers."""
+    return tuple(str(index) for index in range(count))

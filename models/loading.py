@@ -15,7 +15,7 @@ from models.checkpoints import detect_format
 from models.containers import open_container
 from models.errors import CheckpointError, SourceError
 from models.heads import create_head
-from models.labels import labels_for_timm
+from models.labels import numbered_labels, pretrained_labels
 from models.model import Model
 from models.preprocess import (
     Preprocess,
@@ -29,11 +29,13 @@ from models.trunk import OpenClipTrunk, Placement, TimmTrunk, Trunk
 
 @dataclass(frozen=True, slots=True)
 class LoadedTrunk:
-    """A trunk, the weights of heads that came in its file, and which format that was."""
+    """A trunk, the weights of heads that came in its file, which format that was, and the names
+    of its classes where they are known."""
 
     trunk: Trunk
     heads: Mapping[str, Mapping[str, Tensor]]
     format: str
+    labels: tuple[str, ...] = ()
 
 
 def load_checkpoint(
@@ -57,8 +59,7 @@ def load_checkpoint(
     if "saliency" in checkpoint.heads:
         head = create_head("saliency", trunk, (), checkpoint.heads["saliency"])
     elif trunk.num_classes:
-        labels = labels_for_timm(checkpoint.architecture, trunk.num_classes)
-        head = create_head("classify", trunk, labels, None)
+        head = create_head("classify", trunk, numbered_labels(trunk.num_classes), None)
     else:
         head = create_head("embed", trunk, (), None)
     return Model(Path(path).stem, trunk, head)
@@ -131,22 +132,24 @@ def load_strictly(network: nn.Module, state_dict: Mapping[str, Tensor], name: st
 def _load_from_hub(entry: TrunkEntry, placement: Placement) -> LoadedTrunk:
     """Let timm or open_clip download and load, each by its own rules."""
     trunk: Trunk
+    labels: tuple[str, ...] = ()
     try:
         if entry.library == "open_clip":
             network = open_clip.create_model(entry.architecture, pretrained=entry.pretrained)
-            spec = preprocess_from_mapping(entry.preprocess, _open_clip_preprocess(network))
+            spec = preprocess_from_mapping(entry.preprocess, open_clip_preprocess(network))
             trunk = OpenClipTrunk(str(entry.architecture), network, spec, placement)
         else:
             network = timm.create_model(entry.source, pretrained=True, **entry.arguments)
             spec = preprocess_from_mapping(entry.preprocess, preprocess_from_timm(network))
             name = str(network.pretrained_cfg["architecture"])
+            labels = pretrained_labels(network)
             trunk = TimmTrunk(name, network, spec, placement)
     except (OSError, RuntimeError, ValueError) as error:
         raise SourceError(f"{entry.source}: {entry.library} could not load it: {error}") from error
-    return LoadedTrunk(trunk, {}, entry.library)
+    return LoadedTrunk(trunk, {}, entry.library, labels)
 
 
-def _open_clip_preprocess(network: nn.Module) -> Preprocess:
+def open_clip_preprocess(network: nn.Module) -> Preprocess:
     """open_clip's preprocessing configuration in timm's words; the transforms are the same."""
     config: Any = open_clip.get_model_preprocess_cfg(network)
     size = config["size"]

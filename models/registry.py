@@ -14,7 +14,7 @@ import torch
 from models.catalog import Catalog, ModelEntry, TrunkEntry, load_catalog
 from models.errors import CatalogError, ModelNotReadyError
 from models.heads import create_head
-from models.labels import labels_for_timm, load_labels
+from models.labels import load_labels, numbered_labels
 from models.loading import LoadedTrunk, load_trunk
 from models.model import Model
 from models.store import Store
@@ -190,7 +190,7 @@ class Registry:
         if entry.labels is not None:
             labels = load_labels(entry.labels, self.catalog.path.parent)
         elif name == "classify":
-            labels = labels_for_timm(loaded.trunk.architecture, loaded.trunk.num_classes)
+            labels = loaded.labels or numbered_labels(loaded.trunk.num_classes)
         head = create_head(name, loaded.trunk, labels, loaded.heads.get(name))
         if head.task != entry.task:
             raise CatalogError(f"{entry.name}: the head {name} does {head.task}, not {entry.task}")

@@ -144,17 +144,20 @@ def test_an_unknown_layout_is_told_with_its_keys_and_the_remedy(tmp_path: Path) 
         load_checkpoint(tmp_path / "a.safetensors", {"architecture": "vit_gigantic"})
 
 
-@pytest.fixture
-def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=[7])
+def hub_cache(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The cache of a hub that has one repository, `stub/tiny`; nothing else can be reached."""
+    classes = request.param
     snapshot = tmp_path / "models--stub--tiny" / "snapshots" / "0"
     snapshot.mkdir(parents=True)
     (tmp_path / "models--stub--tiny" / "refs").mkdir()
     (tmp_path / "models--stub--tiny" / "refs" / "main").write_text("0")
-    network = timm.create_model("test_vit", num_classes=7)
+    network = timm.create_model("test_vit", num_classes=classes)
     save_file(network.state_dict(), snapshot / "model.safetensors")
-    pretrained = {"input_size": [3, 160, 160], "crop_pct": 0.5, "num_classes": 7}
-    config = {"architecture": "test_vit", "num_classes": 7, "pretrained_cfg": pretrained}
+    pretrained = {"input_size": [3, 160, 160], "crop_pct": 0.5, "num_classes": classes}
+    config = {"architecture": "test_vit", "num_classes": classes, "pretrained_cfg": pretrained}
     (snapshot / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
 
@@ -177,6 +180,19 @@ def test_a_hub_model_loads_by_timms_own_rules(tmp_path: Path) -> None:
     assert model.trunk.preprocess.crop_pct == 0.5
     answer = model.predict([Image.new("RGB", (50, 50), "red")], top_k=7)
     assert len(answer[0]["predictions"]) == 7
+
+
+@pytest.mark.parametrize("hub_cache", [1000], indirect=True)
+@pytest.mark.usefixtures("hub_cache")
+def test_a_hub_classifier_of_imagenet_has_its_names(tmp_path: Path) -> None:
+    path = tmp_path / "hub.toml"
+    path.write_text(HUB.format(name="tiny"))
+    best = (
+        Registry(load_catalog(path), device="cpu").get("stub").predict([Image.new("RGB", (9, 9))])
+    )
+    predictions = {p["index"]: p["label"] for p in best[0]["predictions"]}
+    info = timm.data.ImageNetInfo("imagenet-1k")
+    assert predictions == {index: info.index_to_description(index) for index in predictions}
 
 
 @pytest.mark.usefixtures("hub_cache")
