@@ -37,7 +37,7 @@ class Batcher:
         self._closing = False
         self.last_finished = clock()
         self._threads = [
-            threading.Thread(target=self._run_lane, name=f"lane-{lane}", daemon=True)
+            threading.Thread(target=self._run_lane, args=(lane,), name=f"lane-{lane}", daemon=True)
             for lane in range(scheduler.lanes)
         ]
 
@@ -82,7 +82,7 @@ class Batcher:
     def put(self, name: str, entry: Entry) -> None:
         with self._changed:
             self._scheduler.queues[name].put(entry, self._clock())
-            self._changed.notify()
+            self._changed.notify_all()  # a lone image is for lane 0, which one alone may not be
 
     def alive(self) -> bool:
         """Whether every lane's thread runs."""
@@ -107,8 +107,8 @@ class Batcher:
         with self._changed:
             return self._scheduler.queue_seconds()
 
-    def _run_lane(self) -> None:
-        while (batch := self._wait_for_batch()) is not None:
+    def _run_lane(self, lane: int) -> None:
+        while (batch := self._wait_for_batch(lane)) is not None:
             try:
                 self._execute(batch)
             except Exception:
@@ -118,11 +118,11 @@ class Batcher:
                 self._scheduler.finish(batch, self.last_finished)
                 self._changed.notify_all()
 
-    def _wait_for_batch(self) -> Batch | None:
+    def _wait_for_batch(self, lane: int) -> Batch | None:
         with self._changed:
             while True:
                 now = self._clock()
-                batch, dead = self._scheduler.next_batch(now)
+                batch, dead = self._scheduler.next_batch(now, lane)
                 for entry in dead:
                     self._drop(entry)
                 if batch is not None:

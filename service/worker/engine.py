@@ -29,7 +29,7 @@ from service.worker.batcher import Batcher
 from service.worker.options import EngineOptions
 from service.worker.plan import Resolved, TrunkPass, plan_passes, resolve
 from service.worker.prober import Prober
-from service.worker.runner import Item, ItemResult, Runner, use_threads
+from service.worker.runner import Item, ItemResult, Runner, Threads, use_threads
 from service.worker.scheduler import Batch, BatchQueue, Entry, QueueFull, Scheduler
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,10 @@ class Engine:
         self._limits = options.image_limits
         self._runners: dict[str, Runner] = {}
         self._users: dict[str, set[str]] = {name: set() for name in registry.catalog.trunks}
-        scheduler = Scheduler(lanes=self.options.streams)
+        self._threads = Threads(lane=self.options.lane_threads, wide=self.options.threads)
+        # with streams of several threads each, a wide pass would only add to the pools
+        cpu = registry.device.type == "cpu" and self._threads.lane == 1
+        scheduler = Scheduler(lanes=self.options.streams, cpu=cpu)
         self.batcher = Batcher(scheduler, execute=self._execute, drop=self._drop)
         use_threads(1)  # here and in all threads to come, but the lanes: see there
         alone = partial(use_threads, 1)
@@ -252,8 +255,7 @@ class Engine:
                 max_delay_s=(self.options.max_queue_delay_ms if delay_ms is None else delay_ms)
                 / 1e3,
             )
-            threads = self.options.lane_threads
-            self._runners[name] = Runner(name, model.trunk, threads, self._metrics)
+            self._runners[name] = Runner(name, model.trunk, self._threads, self._metrics)
             self.batcher.add_queue(queue)
             self._prober.warm_up(name, queue.max_batch_size)
         self._users[name].add(model.name)

@@ -52,12 +52,21 @@ class Item:
     future: "Future[ItemResult]" = field(default_factory=Future)
 
 
+@dataclass(frozen=True, slots=True)
+class Threads:
+    """CPU threads of a pass: in a lane among others, and wide, alone on the device."""
+
+    lane: int
+    wide: int
+
+
 def use_threads(count: int) -> None:
     """Give torch's operators `count` CPU threads when called from this thread.
 
-    Only one thread of a process should have more than one. GNU's OpenMP keeps a pool for each
-    that does, and once the pools hold more threads than there are cores, it puts waiting ones to
-    sleep at every barrier: EfficientNet-lite0 on two cores falls from 104 to 48 images/s.
+    At most one thread of a process should ever have more than its share. GNU's OpenMP keeps a
+    pool for each that has several, and once the pools hold more threads than there are cores, it
+    puts waiting ones to sleep at every barrier: a lone image of EfficientNet-lite0 then takes 21
+    instead of 9 ms on two cores (benchmarks/streams.py).
     """
     # reading first makes torch set up the thread, which would else undo the setting later
     if torch.get_num_threads() != count:
@@ -67,7 +76,7 @@ def use_threads(count: int) -> None:
 class Runner:
     """One trunk's passes. Called from the lanes' threads."""
 
-    def __init__(self, name: str, trunk: Trunk, threads: int, metrics: Metrics) -> None:
+    def __init__(self, name: str, trunk: Trunk, threads: Threads, metrics: Metrics) -> None:
         self.name = name
         self.trunk = trunk
         self._threads = threads
@@ -76,7 +85,7 @@ class Runner:
 
     def execute(self, batch: Batch) -> None:
         """Answer every entry of the batch, one way or another."""
-        use_threads(self._threads)
+        use_threads(self._threads.wide if batch.wide else self._threads.lane)
         started = time.monotonic()
         results = self._run_safely(batch.queue, [entry.payload for entry in batch.entries])
         compute_s = time.monotonic() - started

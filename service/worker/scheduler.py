@@ -1,7 +1,8 @@
 """Which images go to the device next. Pure policy: time is an argument, nothing here waits.
 
 The device has lanes, each of which runs one batch at a time. On a GPU two lanes keep one batch
-copying while another computes.
+copying while another computes. On a CPU each lane is a stream with its share of the cores; there
+lane 0 may also run a lone image wide, on all cores at once, while the other lanes keep still.
 """
 
 import math
@@ -36,11 +37,12 @@ class Entry:
 
 @dataclass(slots=True, eq=False)
 class Batch:
-    """Entries to run together."""
+    """Entries to run together; a wide batch has the device to itself."""
 
     queue: "BatchQueue"
     entries: list[Entry]
     started: float
+    wide: bool = False
 
 
 Flows = OrderedDict[Hashable, deque[Entry]]
@@ -54,7 +56,7 @@ class BatchQueue:
     max_batch_size: int
     capacity: int
     max_delay_s: float = 0.0
-    seconds_per_image: float = 0.0
+    lane_seconds_per_image: float = 0.0
     admitted: int = 0
     _interactive: Flows = field(default_factory=OrderedDict)
     _bulk: Flows = field(default_factory=OrderedDict)
@@ -121,30 +123,42 @@ class BatchQueue:
 
 
 class Scheduler:
-    """The queues of one device, and its lanes: how many batches are in flight at most."""
+    """The queues of one device, and its lanes: how many batches are in flight at most.
 
-    def __init__(self, *, lanes: int) -> None:
+    `cpu`: lanes share the cores. Then what waits is shared between them instead of filling one.
+    """
+
+    def __init__(self, *, lanes: int, cpu: bool = False) -> None:
         self.lanes = lanes
+        self.cpu = cpu
+        self.idle_since = -math.inf
         self.queues: dict[str, BatchQueue] = {}
         self.running: list[Batch] = []
 
-    def next_batch(self, now: float) -> tuple[Batch | None, list[Entry]]:
-        """The batch that an idle lane should run now, if any, and the entries found dead."""
+    def next_batch(self, now: float, lane: int = 0) -> tuple[Batch | None, list[Entry]]:
+        """The batch that this idle lane should run now, if any, and the entries found dead."""
         dead = [entry for queue in self.queues.values() for entry in queue.sweep(now)]
         due = [queue for queue in self.queues.values() if len(queue) and queue.due() <= now]
-        if not due or len(self.running) >= self.lanes:
+        if not due or len(self.running) >= self.lanes or any(b.wide for b in self.running):
             return None, dead
         queue = min(due, key=BatchQueue.oldest)
-        batch = Batch(queue, queue.take(queue.max_batch_size), now)
+        wide = self._runs_wide(queue)
+        if wide and lane != 0:
+            return None, dead
+        share = math.ceil(len(queue) / self.lanes) if self.cpu else len(queue)
+        batch = Batch(queue, queue.take(min(share, queue.max_batch_size)), now, wide)
         self.running.append(batch)
         return batch, dead
 
     def finish(self, batch: Batch, now: float) -> None:
         """A lane is idle again; what the batch cost refines the estimate of queued work."""
         self.running.remove(batch)
-        cost = (now - batch.started) / len(batch.entries)
-        known = batch.queue.seconds_per_image
-        batch.queue.seconds_per_image = cost if not known else 0.8 * known + 0.2 * cost
+        if not self.running:
+            self.idle_since = now
+        lanes = self.lanes if batch.wide else 1
+        cost = (now - batch.started) * lanes / len(batch.entries)
+        known = batch.queue.lane_seconds_per_image
+        batch.queue.lane_seconds_per_image = cost if not known else 0.8 * known + 0.2 * cost
 
     def next_due(self) -> float:
         """When to look again though nothing was put and no batch finished."""
@@ -153,5 +167,13 @@ class Scheduler:
 
     def queue_seconds(self) -> float:
         """Estimated time until all that is admitted now has been computed."""
-        work = sum(q.admitted * q.seconds_per_image for q in self.queues.values())
+        work = sum(q.admitted * q.lane_seconds_per_image for q in self.queues.values())
         return work / self.lanes
+
+    def _runs_wide(self, queue: BatchQueue) -> bool:
+        """Whether the one image that waits should have all cores: it does if it found the device
+        idle. One that had to wait has company on the way, and side by side in their lanes the two
+        get through sooner than one wide after the other."""
+        waiting = sum(len(other) for other in self.queues.values())
+        lone = waiting == 1 and not self.running and queue.oldest() >= self.idle_since
+        return self.cpu and self.lanes > 1 and lone

@@ -13,8 +13,8 @@ def queue(name: str = "q", **settings: object) -> BatchQueue:
     return BatchQueue(name, **{**options, **settings})  # type: ignore[arg-type]
 
 
-def scheduler(*queues: BatchQueue, lanes: int = 1) -> Scheduler:
-    made = Scheduler(lanes=lanes)
+def scheduler(*queues: BatchQueue, lanes: int = 1, cpu: bool = False) -> Scheduler:
+    made = Scheduler(lanes=lanes, cpu=cpu)
     made.queues = {q.name: q for q in queues}
     return made
 
@@ -138,6 +138,41 @@ def test_queues_never_mix_and_the_longest_waiting_goes_first() -> None:
     assert take(policy, now=3) == ["a1", "a2"]
 
 
+def test_streams_share_what_waits() -> None:
+    q = queue(max_batch_size=8)
+    policy = scheduler(q, lanes=2, cpu=True)
+    put(q, "a", "b", "c", "d", "e")
+    assert take(policy) == ["a", "b", "c"]
+    assert take(policy) == ["d"]
+
+
+def test_a_lone_image_has_all_cores_in_lane_0_while_the_others_keep_still() -> None:
+    q = queue()
+    policy = scheduler(q, lanes=2, cpu=True)
+    put(q, "a", now=1)
+    assert policy.next_batch(1, lane=1) == (None, [])
+    batch, _ = policy.next_batch(1, lane=0)
+    assert batch is not None
+    assert batch.wide
+    put(q, "b", now=1.5)
+    assert policy.next_batch(1.5, lane=1) == (None, [])
+    policy.finish(batch, 2)
+    # b had to wait, so more are on the way: side by side they get through sooner
+    narrow, _ = policy.next_batch(2, lane=1)
+    assert narrow is not None
+    assert not narrow.wide
+
+
+def test_company_in_any_queue_means_narrow_lanes() -> None:
+    a, b = queue("a"), queue("b")
+    policy = scheduler(a, b, lanes=2, cpu=True)
+    put(a, "x")
+    put(b, "y")
+    batches = [policy.next_batch(0, lane)[0] for lane in (1, 0)]
+    assert [names(batch) for batch in batches] == [["x"], ["y"]]
+    assert not any(batch.wide for batch in batches if batch)
+
+
 def test_the_estimate_of_queued_work_follows_what_batches_cost() -> None:
     q = queue()
     policy = scheduler(q, lanes=2)
@@ -153,7 +188,7 @@ def test_nothing_is_lost_or_run_twice_whatever_happens() -> None:
     chance = random.Random(1)
     for _ in range(200):
         q = queue(max_batch_size=chance.randint(1, 5), capacity=30)
-        policy = scheduler(q, lanes=chance.randint(1, 3))
+        policy = scheduler(q, lanes=chance.randint(1, 3), cpu=chance.random() < 0.5)
         admitted, ended, now = [], [], 0.0
         for step in range(80):
             now += chance.random()
