@@ -5,11 +5,10 @@ import threading
 import time
 from collections.abc import Sequence
 
-import torch
-
 from models import Model
 from models.images import decode_image
 from models.preprocess import collate
+from service.worker.runner import use_threads
 
 
 def bare_rate(model: Model, photos: Sequence[bytes], *, workers: int, threads: int, batch: int,
@@ -19,8 +18,7 @@ def bare_rate(model: Model, photos: Sequence[bytes], *, workers: int, threads: i
     end = time.monotonic() + seconds
 
     def loop(worker: int) -> None:
-        torch.get_num_threads()
-        torch.set_num_threads(threads)
+        use_threads(threads)
         head = model.head(None, {})
         source = itertools.cycle(photos)
         while time.monotonic() < end:

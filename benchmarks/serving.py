@@ -114,7 +114,9 @@ def _serve_bare(name: str, pipe: Connection) -> None:
     keep_freed_memory()
     from benchmarks.bare import bare_rate
     from models import Registry
+    from service.worker.runner import use_threads
 
+    use_threads(1)  # so that a loop's OpenMP pool is the only one: the fastest it can be
     model = Registry.from_catalog("demo").get(name)
     photos = jpegs()
     bare_rate(model, photos, workers=1, threads=2, batch=1, seconds=2)

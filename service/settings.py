@@ -28,9 +28,9 @@ class Settings(BaseSettings):
         "float32", description="What trunks compute in, unless the catalog says otherwise."
     )
     threads: int = Field(0, ge=0, description="CPU threads in all; 0: the usable cores.")
-    streams: int = Field(0, ge=0, description="Batches in flight; 0: one a core, 2 on a GPU.")
+    streams: int = Field(0, ge=0, description="Batches in flight; 0: 1, 2 on a GPU.")
     decode_threads: int = Field(0, ge=0, description="Image decoders; 0: the usable cores.")
-    max_batch_size: int = Field(0, ge=0, description="Images in a batch; 0: 4, 64 on a GPU.")
+    max_batch_size: int = Field(0, ge=0, description="Images in a batch; 0: 16, 64 on a GPU.")
     max_queue_size: int = Field(256, ge=1, description="Images waiting for a trunk, then 429.")
     max_queue_delay_ms: float = Field(
         0, ge=0, description="Milliseconds that an idle device waits for company."
