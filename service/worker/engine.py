@@ -257,7 +257,7 @@ class Engine:
             )
             self._runners[name] = Runner(name, model.trunk, self._threads, self._metrics)
             self.batcher.add_queue(queue)
-            self._prober.warm_up(name, queue.max_batch_size)
+            self._prober.warm_up(name, min(queue.max_batch_size, queue.capacity))
         self._users[name].add(model.name)
         self._metrics.add_model(model.name, name, model.tasks)
 

@@ -32,13 +32,13 @@ class Prober:
         self._limit_s = limit_s
         self.failures: dict[str, str] = {}
 
-    def warm_up(self, name: str, max_batch_size: int) -> None:
-        """Run the smallest and the largest batch, which takes the memory that batches need.
+    def warm_up(self, name: str, largest: int) -> None:
+        """Run one image, then `largest` of them, which takes the memory that batches need.
 
         Raises:
             CheckpointError: the trunk does not run; its queue is gone again.
         """
-        for size in (1, max_batch_size):
+        for size in (1, largest):
             items = [self._runners[name].blank_item() for _ in range(size)]
             self._batcher.admit(name, size)
             for item in items:
