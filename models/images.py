@@ -50,7 +50,7 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Ima
     _check_size(image.size, limits)
     try:
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return to_upright_rgb(image)
     except MemoryError:
         raise
     except Exception as error:  # as above, for damaged or truncated pixel data
@@ -72,7 +72,9 @@ def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
         )
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_upright_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as RGB: turned as EXIF says, alpha on white, 16 bits to their upper 8."""
+    image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):  # convert("RGB") would clip everything above 255 to white

@@ -1,7 +1,6 @@
 """A model: what a request names. A head on a trunk, with the trunk's own preprocessing."""
 
 import hashlib
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from models.answers import answer_entry
 from models.errors import InputError, TaskError
 from models.heads import Head
 from models.heads.embed import Embed
-from models.images import DEFAULT_LIMITS, ImageLimits, decode_image
+from models.images import DEFAULT_LIMITS, ImageLimits, decode_image, to_upright_rgb
 from models.preprocess import collate, create_transform
 from models.trunk import Trunk, parameter_bytes, state_digest
 
@@ -25,7 +24,7 @@ ImageLike = Image.Image | bytes | str | Path
 class Model:
     """Serves its head's task; and `embed`, since every trunk can be pooled.
 
-    `digest` changes whenever the same image could get another answer.
+    `digest` is over weights, transform and task: while it stays, so do embeddings (of one dtype).
     """
 
     def __init__(self, name: str, trunk: Trunk, head: Head) -> None:
@@ -115,11 +114,7 @@ def load_image(image: ImageLike, limits: ImageLimits = DEFAULT_LIMITS) -> Image.
     if isinstance(image, bytes):
         return decode_image(image, limits)
     if isinstance(image, Image.Image):
-        buffer = io.BytesIO()
-        if image.mode == "RGB":
-            return image
-        image.save(buffer, "PNG")  # the same treatment of modes and alpha as for files
-        return decode_image(buffer.getvalue(), limits)
+        return to_upright_rgb(image)
     try:
         return decode_image(Path(image).read_bytes(), limits)
     except OSError as error:

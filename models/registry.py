@@ -35,6 +35,7 @@ class _Slot:
     state: State = State.UNLOADED
     reason: str = ""
     model: Model | None = None
+    format: str = ""
     load_seconds: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -111,27 +112,24 @@ class Registry:
                     self.on_load(model)
             except BaseException as error:
                 slot.state, slot.reason = State.FAILED, str(error)
+                self._drop_unused_trunk(entry.trunk)
                 raise
             slot.load_seconds = time.monotonic() - started
+            slot.format = self._trunks[entry.trunk].format
             slot.model, slot.state = model, State.READY
             logger.info("model %s loaded in %.1f s", name, slot.load_seconds)
             return model
 
     def unload(self, name: str) -> None:
         """Let a model go, and its trunk with the last model on it."""
-        self.catalog.model(name)
+        entry = self.catalog.model(name)
         slot = self._slots[name]
         with slot.lock:
             model, slot.model = slot.model, None
             slot.state, slot.reason = State.UNLOADED, ""
             if model is not None and self.on_unload:
                 self.on_unload(model)
-        with self._trunk_locks[self.catalog.models[name].trunk]:
-            trunk = self.catalog.models[name].trunk
-            if not any(self._uses(other, trunk) for other in self._slots):
-                self._trunks.pop(trunk, None)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._drop_unused_trunk(entry.trunk)
 
     def state(self, name: str) -> State:
         """The state of a model that is in the catalog."""
@@ -160,7 +158,7 @@ class Registry:
             trunk = model.trunk
             labels = getattr(model.heads[model.task], "labels", ())
             described |= {
-                "format": self._trunks[entry.trunk].format,
+                "format": slot.format,
                 "architecture": trunk.architecture,
                 "memory_bytes": parameter_bytes(trunk.network) + model.head_bytes,
                 "preprocess": asdict(trunk.preprocess),
@@ -170,6 +168,13 @@ class Registry:
                 "load_seconds": round(slot.load_seconds, 3),
             }
         return described
+
+    def _drop_unused_trunk(self, trunk: str) -> None:
+        with self._trunk_locks[trunk]:
+            if not any(self._uses(name, trunk) for name in self._slots):
+                self._trunks.pop(trunk, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _uses(self, name: str, trunk: str) -> bool:
         slot = self._slots[name]

@@ -5,7 +5,7 @@ Shape suffixes: B batch, C channels, H W pixels, h w grid cells, T tokens, D emb
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,20 +18,22 @@ from models.preprocess import Preprocess, normalize
 class TrunkOutput:
     """What one trunk pass yields for a batch, before any head.
 
-    `features` is the backbone's own last output: (B, T, D) for token models, else (B, C, h, w).
+    `features` is the backbone's own last output, which its own pooling and classifier want:
+    (B, T, D) for token models, else (B, C, h, w), or (B, h, w, C) if `channels_last` (Swin).
     `prefix` counts the class and register tokens before the patches; `grid` is (h, w).
     """
 
     features: Tensor
     prefix: int
     grid: tuple[int, int]
+    channels_last: bool = False
 
     @property
     def tokens_BTD(self) -> Tensor:
         """All tokens, prefix first; a feature map's cells row by row."""
         if self.features.dim() == 3:
             return self.features
-        return self.features.flatten(2).transpose(1, 2)
+        return self.feature_map_BChw.flatten(2).transpose(1, 2)
 
     @property
     def patches_BTD(self) -> Tensor:
@@ -42,24 +44,28 @@ class TrunkOutput:
     def feature_map_BChw(self) -> Tensor:
         """The same features laid out in the image's plane."""
         if self.features.dim() == 4:
-            return self.features
+            return self.features.permute(0, 3, 1, 2) if self.channels_last else self.features
         return self.patches_BTD.transpose(1, 2).reshape(*self.features.shape[::2], *self.grid)
 
     def rows(self, index: list[int]) -> "TrunkOutput":
         """The output for some of the batch's images, in the order of `index`."""
         if index == list(range(self.features.shape[0])):
             return self
-        return TrunkOutput(self.features[index], self.prefix, self.grid)
+        return replace(self, features=self.features[index])
 
 
 class Trunk(Protocol):
-    """A backbone that several models may share."""
+    """A backbone that several models may share.
+
+    `has_tokens` is False where `forward` yields nothing but the pooled embedding.
+    """
 
     architecture: str
     preprocess: Preprocess
     placement: "Placement"
     digest: str
     network: nn.Module
+    has_tokens: bool
 
     def forward(self, pixels_BCHW: Tensor) -> TrunkOutput:
         """Run the backbone on a batch of uint8 pixels, or of float pixels already normalised."""
@@ -101,6 +107,8 @@ class Placement:
 class TimmTrunk:
     """A timm network with its classifier still attached, if it has one."""
 
+    has_tokens = True
+
     def __init__(
         self, architecture: str, network: nn.Module, preprocess: Preprocess, placement: Placement
     ) -> None:
@@ -114,7 +122,9 @@ class TimmTrunk:
         pixels_BCHW = self.placement.prepare(pixels_BCHW, self.preprocess)
         features = self.network.forward_features(pixels_BCHW)
         if features.dim() == 4:
-            return TrunkOutput(features, 0, (features.shape[-2], features.shape[-1]))
+            channels_last = getattr(self.network, "output_fmt", "NCHW") == "NHWC"
+            rows, columns = features.shape[1:3] if channels_last else features.shape[2:]
+            return TrunkOutput(features, 0, (rows, columns), channels_last)
         prefix = int(getattr(self.network, "num_prefix_tokens", 0))
         return TrunkOutput(features, prefix, self._grid(pixels_BCHW))
 
@@ -141,6 +151,7 @@ class OpenClipTrunk:
     """The image tower of an open_clip model; its pooled output is the projected embedding."""
 
     num_classes = 0
+    has_tokens = False
 
     def __init__(
         self, architecture: str, network: nn.Module, preprocess: Preprocess, placement: Placement

@@ -37,7 +37,14 @@ class Embed:
                 field="pooling",
             )
         if pooling is not None and pooling not in POOLINGS:
-            raise InputError(f"pooling is {pooling!r}; it can be {', '.join(POOLINGS)}")
+            raise InputError(
+                f"pooling is {pooling!r}; it can be {', '.join(POOLINGS)}", field="pooling"
+            )
+        if pooling is not None and not self.trunk.has_tokens:
+            raise InputError(
+                f"{self.trunk.architecture} yields one embedding; leave pooling out",
+                field="pooling",
+            )
         if pooling == "cls" and not getattr(self.trunk.network, "num_prefix_tokens", 0):
             raise InputError(
                 f"pooling cls needs a class token; {self.trunk.architecture} has none",

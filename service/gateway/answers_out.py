@@ -103,7 +103,9 @@ def _npy(array: np.ndarray) -> bytes:
 def _json(request: Request, answer: dict[str, Any], result: InferResult, timing: bool) -> Response:
     if timing:
         answer["timing"] = _timing(request, result)
-    return Response(json.dumps(answer, separators=(",", ":")), media_type="application/json")
+    return Response(
+        json.dumps(answer, separators=(",", ":"), allow_nan=False), media_type="application/json"
+    )
 
 
 def _timing(request: Request, result: InferResult) -> dict[str, float]:

@@ -35,7 +35,6 @@ class Batcher:
         self._clock = clock
         self._changed = threading.Condition()
         self._closing = False
-        self.last_finished = clock()
         self._threads = [
             threading.Thread(target=self._run_lane, args=(lane,), name=f"lane-{lane}", daemon=True)
             for lane in range(scheduler.lanes)
@@ -64,7 +63,8 @@ class Batcher:
                 busy = any(batch.queue is queue for batch in self._scheduler.running)
                 if not busy and queue.admitted == 0:
                     del self._scheduler.queues[name]
-                self._changed.wait(0.05)
+                else:
+                    self._changed.wait(0.05)
 
     def admit(self, name: str, count: int) -> None:
         """Reserve places for images about to be decoded; raises QueueFull, or KeyError for a
@@ -114,8 +114,7 @@ class Batcher:
             except Exception:
                 logger.exception("a batch of %s failed unanswered", batch.queue.name)
             with self._changed:
-                self.last_finished = self._clock()
-                self._scheduler.finish(batch, self.last_finished)
+                self._scheduler.finish(batch, self._clock())
                 self._changed.notify_all()
 
     def _wait_for_batch(self, lane: int) -> Batch | None:

@@ -13,7 +13,6 @@ import torch
 
 from models.errors import ModelsError
 from models.images import decode_image
-from models.model import Model
 from models.registry import Registry, State
 from service.errors import (
     DeadlineExceededError,
@@ -25,12 +24,11 @@ from service.errors import (
 )
 from service.metrics import Metrics
 from service.types import Health, ImageResult, InferRequest, InferResult, Timing
-from service.worker.batcher import Batcher
 from service.worker.options import EngineOptions
 from service.worker.plan import Resolved, TrunkPass, plan_passes, resolve
-from service.worker.prober import Prober
-from service.worker.runner import Item, ItemResult, Runner, Threads, use_threads
-from service.worker.scheduler import Batch, BatchQueue, Entry, QueueFull, Scheduler
+from service.worker.runner import Item, ItemResult, use_threads
+from service.worker.scheduler import Entry, QueueFull
+from service.worker.trunks import ServedTrunks
 
 logger = logging.getLogger(__name__)
 
@@ -44,27 +42,16 @@ class Engine:
         self._metrics = metrics
         self._startup = options.startup or registry.catalog.startup
         self._limits = options.image_limits
-        self._runners: dict[str, Runner] = {}
-        self._users: dict[str, set[str]] = {name: set() for name in registry.catalog.trunks}
-        self._threads = Threads(lane=self.options.lane_threads, wide=self.options.threads)
-        # with streams of several threads each, a wide pass would only add to the pools
-        cpu = registry.device.type == "cpu" and self._threads.lane == 1
-        scheduler = Scheduler(lanes=self.options.streams, cpu=cpu)
-        self.batcher = Batcher(scheduler, execute=self._execute, drop=self._drop)
+        self.trunks = ServedTrunks(registry, self.options, metrics)
+        self.batcher = self.trunks.batcher
         use_threads(1)  # here and in all threads to come, but the lanes: see there
         alone = partial(use_threads, 1)
         self._pool = ThreadPoolExecutor(self.options.decode_threads, "decode", initializer=alone)
         self._loader = ThreadPoolExecutor(1, "loader", initializer=alone)
-        self._prober = Prober(
-            self.batcher,
-            self._runners,
-            interval_s=options.probe_interval_s,
-            limit_s=options.stuck_after_s,
-        )
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
-        registry.on_load = self._serve_model
-        registry.on_unload = self._retire_model
+        registry.on_load = self.trunks.serve
+        registry.on_unload = self.trunks.retire
 
     # -- Backend ---------------------------------------------------------------------------
 
@@ -73,7 +60,7 @@ class Engine:
         for name in self._startup:
             self.registry.catalog.model(name)
             self._spawn(self._load_quietly(name))
-        self._spawn(self._prober.run())
+        self._spawn(self.trunks.prober.run())
 
     async def close(self) -> None:
         self._closing = True
@@ -123,7 +110,7 @@ class Engine:
             for name in self._startup
             if (state := self.registry.state(name)) is not State.READY
         ]
-        waiting += [f"trunk {n}: {why}" for n, why in self._prober.failures.items()]
+        waiting += [f"trunk {n}: {why}" for n, why in self.trunks.prober.failures.items()]
         return Health(live=not dead, ready=not dead and not waiting, reasons=dead + waiting)
 
     # -- a request's way -------------------------------------------------------------------
@@ -227,48 +214,6 @@ class Engine:
         except Exception:
             logger.exception("model %s failed to finish", call.model.name)
             return InternalError("the model failed on this image")
-
-    # -- called from the lanes -------------------------------------------------------------
-
-    def _execute(self, batch: Batch) -> None:
-        self._runners[batch.queue.name].execute(batch)
-
-    def _drop(self, entry: Entry) -> None:
-        trunk, future = entry.payload.trunk, entry.payload.future
-        reason = "expired" if entry.deadline <= time.monotonic() else "cancelled"
-        self._metrics.dropped.labels(trunk, reason).inc()
-        if future.set_running_or_notify_cancel():
-            future.set_exception(DeadlineExceededError("the deadline passed in the queue"))
-
-    # -- called by the registry ------------------------------------------------------------
-
-    def _serve_model(self, model: Model) -> None:
-        """Give the model's trunk a queue, warmed up, before the model counts as ready."""
-        name = self.registry.catalog.models[model.name].trunk
-        entry = self.registry.catalog.trunks[name]
-        if not self._users[name]:
-            delay_ms = entry.max_queue_delay_ms
-            queue = BatchQueue(
-                name,
-                max_batch_size=entry.max_batch_size or self.options.max_batch_size,
-                capacity=self.options.max_queue_size,
-                max_delay_s=(self.options.max_queue_delay_ms if delay_ms is None else delay_ms)
-                / 1e3,
-            )
-            self._runners[name] = Runner(name, model.trunk, self._threads, self._metrics)
-            self.batcher.add_queue(queue)
-            self._prober.warm_up(name, min(queue.max_batch_size, queue.capacity))
-        self._users[name].add(model.name)
-        self._metrics.add_model(model.name, name, model.tasks)
-
-    def _retire_model(self, model: Model) -> None:
-        """Drain and drop the trunk's queue with the last model on it."""
-        name = self.registry.catalog.models[model.name].trunk
-        self._users[name].discard(model.name)
-        if not self._users[name]:
-            self.batcher.remove_queue(name)
-            del self._runners[name]
-            self._prober.failures.pop(name, None)
 
     # -- background ------------------------------------------------------------------------
 

@@ -41,8 +41,8 @@ class EngineOptions:
     def resolve(self, device_type: str) -> "EngineOptions":
         """Fill in what is 0.
 
-        On a CPU: one batch at a time on all cores, which on two cores served a fifth to a third
-        more EfficientNet-lite0 images than a stream a core. On a machine shared with other busy
+        On a CPU: one batch at a time on all cores, the fastest way on two of them
+        (benchmarks/streams.py). On a machine shared with other busy
         programs a stream a core is the safer choice: a batch on all cores waits for the slowest.
         On a GPU: two streams, so that one batch copies while another computes.
         """

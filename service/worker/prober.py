@@ -36,7 +36,7 @@ class Prober:
         """Run one image, then `largest` of them, which takes the memory that batches need.
 
         Raises:
-            CheckpointError: the trunk does not run; its queue is gone again.
+            CheckpointError: the trunk does not run.
         """
         for size in (1, largest):
             items = [self._runners[name].blank_item() for _ in range(size)]
@@ -45,15 +45,14 @@ class Prober:
                 self._batcher.put(name, Entry(item, "warm-up"))
             rows = [row for item in items for row in item.future.result().rows]
             if failed := next((row for row in rows if isinstance(row, Exception)), None):
-                self._batcher.remove_queue(name)
                 raise CheckpointError(f"the trunk does not run: {failed}") from failed
 
     async def run(self) -> None:
         """Probe until cancelled."""
         while True:
             await asyncio.sleep(self._interval_s)
-            if time.monotonic() - self._batcher.last_finished >= self._interval_s:
-                for name in list(self._runners):
+            for name, runner in list(self._runners.items()):
+                if time.monotonic() - runner.last_passed >= self._interval_s:
                     await self._probe(name)
 
     async def _probe(self, name: str) -> None:

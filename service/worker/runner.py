@@ -65,8 +65,8 @@ def use_threads(count: int) -> None:
 
     At most one thread of a process should ever have more than its share. GNU's OpenMP keeps a
     pool for each that has several, and once the pools hold more threads than there are cores, it
-    puts waiting ones to sleep at every barrier: a lone image of EfficientNet-lite0 then takes 21
-    instead of 9 ms on two cores (benchmarks/streams.py).
+    puts waiting ones to sleep at every barrier: lone images of EfficientNet-lite0 then come at 35
+    instead of 96 a second on two cores (benchmarks/streams.py).
     """
     # reading first makes torch set up the thread, which would else undo the setting later
     if torch.get_num_threads() != count:
@@ -74,7 +74,7 @@ def use_threads(count: int) -> None:
 
 
 class Runner:
-    """One trunk's passes. Called from the lanes' threads."""
+    """One trunk's passes, called from the lanes' threads. `last_passed` is when one last worked."""
 
     def __init__(self, name: str, trunk: Trunk, threads: Threads, metrics: Metrics) -> None:
         self.name = name
@@ -82,6 +82,7 @@ class Runner:
         self._threads = threads
         self._metrics = metrics
         self._local = threading.local()
+        self.last_passed = time.monotonic()
 
     def execute(self, batch: Batch) -> None:
         """Answer every entry of the batch, one way or another."""
@@ -145,6 +146,7 @@ class Runner:
                     results[row][position] = result
             if not places:
                 _ = output.features.flatten()[0].item()  # waits, so that a failure shows here
+            self.last_passed = time.monotonic()
             return results
 
     def _run_head(self, call: HeadCall, output: Any, count: int) -> Sequence[Row | Exception]:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
 from pycocotools import mask as coco
 from rasterio.features import rasterize
@@ -14,7 +16,11 @@ from shapely.geometry import shape
 from models import Registry
 from models.answers import encode_embedding
 from models.errors import CatalogError, InputError, TaskError
+from models.heads.embed import Embed
 from models.masks import encode_mask
+from models.model import Model
+from models.preprocess import collate, normalize, preprocess_from_timm
+from models.trunk import Placement, TimmTrunk
 from tests.conftest import encode
 
 
@@ -55,6 +61,22 @@ def test_poolings_are_what_they_are_called(
     assert np.allclose(ours, expected, atol=1e-5)
 
 
+def test_swins_channels_last_features_are_pooled_over_places(
+    photos: dict[str, Image.Image],
+) -> None:
+    torch.manual_seed(0)
+    network = timm.create_model("swin_tiny_patch4_window7_224").eval()
+    trunk = TimmTrunk("swin", network, preprocess_from_timm(network), Placement())
+    model = Model("swin", trunk, Embed(trunk))
+    pixels = normalize(collate([model.transform(photos["rocket"])]), trunk.preprocess)
+    with torch.inference_mode():
+        features = network.forward_features(pixels.contiguous())
+    assert features.shape == (1, 7, 7, 768)
+    for pooling, expected in (("mean", features.mean((1, 2))), ("max", features.amax((1, 2)))):
+        entry = model.predict([photos["rocket"]], pooling=pooling, normalize=False)[0]
+        assert np.allclose(entry["embedding"], expected[0], atol=1e-5)
+
+
 def test_embeddings_have_unit_length_unless_told_otherwise(
     registry: Registry, photos: dict[str, Image.Image]
 ) -> None:
@@ -89,6 +111,11 @@ def test_bytes_paths_and_images_give_one_answer(
     assert json.dumps(answers[0])
     assert answers[0]["predictions"][0]["label"] == answers[1]["predictions"][0]["label"]
     assert registry.get("tiny").predict([]) == []
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "1"])
+def test_pillow_images_of_any_mode_are_taken(registry: Registry, mode: str) -> None:
+    assert registry.get("tiny").predict([Image.new(mode, (20, 20))])
 
 
 def test_a_batch_gives_what_single_images_give(

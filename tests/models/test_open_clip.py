@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from models.errors import InputError
 from models.heads.embed import Embed
 from models.loading import open_clip_preprocess
 from models.model import Model
@@ -39,3 +40,6 @@ def test_embeddings_and_transforms_are_open_clips(
     entries = model.predict(list(photos.values()), normalize=False)
     ours = torch.tensor([entry["embedding"] for entry in entries])
     assert torch.allclose(ours, embeddings, atol=1e-5)
+    for pooling in ("cls", "mean", "max", "gem"):
+        with pytest.raises(InputError, match="leave pooling out"):
+            model.predict([photos["coffee"]], pooling=pooling)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from models import Registry, load_checkpoint
+from models import Model, Registry, load_checkpoint
 from models.catalog import load_catalog
 from models.errors import CatalogError, CheckpointError, ModelNotReadyError, SourceError
 from models.registry import State
@@ -67,6 +67,17 @@ def test_digests_follow_the_weights_and_nothing_else(registry: Registry) -> None
     assert digest != registry.get("conv").digest
     registry.unload("tiny")
     assert registry.get("tiny").digest == digest
+
+
+def test_a_trunk_whose_model_failed_is_not_kept(tiny_catalog: Path) -> None:
+    def fail(model: Model) -> None:
+        raise CheckpointError("the trunk does not run")
+
+    registry = Registry.from_catalog(tiny_catalog, device="cpu", on_load=fail)
+    with pytest.raises(CheckpointError):
+        registry.load("tiny")
+    assert registry.state("tiny") is State.FAILED
+    assert registry._trunks == {}
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import httpx
@@ -148,7 +147,5 @@ def test_sigterm_answers_everything_accepted(tiny_catalog: Path, jpegs: dict[str
         for thread in threads:
             thread.join()
         assert statuses == [200] * 12
-        started = time.monotonic()
         assert server.wait(30) == 0
-        assert time.monotonic() - started < 30
         assert not answers(f"{url}/healthz")

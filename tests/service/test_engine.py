@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from models.trunk import TrunkOutput
+from models.trunk import TimmTrunk, TrunkOutput
 from service.worker.runner import Runner
 from tests.conftest import Running, encode, running, wait_until
 
@@ -46,7 +46,7 @@ class Tap:
 
 @pytest.fixture
 def tap(server: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tap]:
-    made = Tap(server.engine._runners["tiny"], monkeypatch)
+    made = Tap(server.engine.trunks.runners["tiny"], monkeypatch)
     yield made
     made.gate.set()
 
@@ -241,7 +241,7 @@ def test_health_tells_of_a_failing_probe_and_of_its_recovery(
 ) -> None:
     with running(tiny_catalog, probe_interval_s=0.1, stuck_after_s=5) as server:
         server.wait_ready()
-        tap = Tap(server.engine._runners["tiny"], monkeypatch)
+        tap = Tap(server.engine.trunks.runners["tiny"], monkeypatch)
 
         def fail(pixels: torch.Tensor) -> None:
             raise RuntimeError("the device fell off the bus")
@@ -254,12 +254,48 @@ def test_health_tells_of_a_failing_probe_and_of_its_recovery(
         wait_until(lambda: server.client.get("/readyz").status_code == 200)
 
 
+def test_a_broken_trunk_does_not_hide_behind_a_busy_one(
+    tiny_catalog: Path, monkeypatch: pytest.MonkeyPatch, jpegs: dict[str, bytes]
+) -> None:
+    with running(tiny_catalog, probe_interval_s=0.3, stuck_after_s=5) as server:
+        server.wait_ready()
+        tap = Tap(server.engine.trunks.runners["tiny"], monkeypatch)
+
+        def fail(pixels: torch.Tensor) -> None:
+            raise RuntimeError("kernel fault")
+
+        tap.fault = fail
+
+        def unready_under_traffic() -> bool:
+            assert post(server, "/classify?model=conv", jpegs["coffee"]).status_code == 200
+            return server.client.get("/readyz").status_code == 503
+
+        wait_until(unready_under_traffic)
+
+
+def test_a_trunk_that_does_not_run_fails_its_model_and_leaves_no_queue(
+    tiny_catalog: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: TimmTrunk, pixels: torch.Tensor) -> TrunkOutput:
+        raise RuntimeError("kernel fault")
+
+    monkeypatch.setattr(TimmTrunk, "forward", fail)
+    with running(tiny_catalog, admin_keys="admin") as server:
+        wait_until(lambda: server.client.get("/models/conv").json()["state"] == "failed")
+        assert "kernel fault" in server.client.get("/models/tiny").json()["reason"]
+        assert server.engine.batcher.depth() == {}
+        monkeypatch.undo()
+        for name in ("tiny", "tiny-embed", "conv"):
+            loaded = server.client.post(f"/models/{name}/load", headers={"X-API-Key": "admin"})
+            assert loaded.json()["state"] == "ready"
+
+
 def test_health_tells_of_a_stuck_device(
     tiny_catalog: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running(tiny_catalog, probe_interval_s=0.1, stuck_after_s=0.3) as server:
         server.wait_ready()
-        tap = Tap(server.engine._runners["tiny"], monkeypatch)
+        tap = Tap(server.engine.trunks.runners["tiny"], monkeypatch)
         tap.gate.clear()
         wait_until(lambda: server.client.get("/healthz").status_code == 503)
         assert server.metric("vitrail_worker_up") == 0

@@ -1,0 +1,89 @@
+"""The trunks being served: each with its queue, its runner and the models that stand on it."""
+
+import time
+
+from models.errors import CheckpointError
+from models.model import Model
+from models.registry import Registry
+from service.errors import DeadlineExceededError
+from service.metrics import Metrics
+from service.worker.batcher import Batcher
+from service.worker.options import EngineOptions
+from service.worker.prober import Prober
+from service.worker.runner import Runner, Threads
+from service.worker.scheduler import Batch, BatchQueue, Entry, Scheduler
+
+
+class ServedTrunks:
+    """Brings trunks into service with the first model on them, and out with the last."""
+
+    def __init__(self, registry: Registry, options: EngineOptions, metrics: Metrics) -> None:
+        self._registry = registry
+        self._options = options
+        self._metrics = metrics
+        self.runners: dict[str, Runner] = {}
+        self._users: dict[str, set[str]] = {name: set() for name in registry.catalog.trunks}
+        self._threads = Threads(lane=options.lane_threads, wide=options.threads)
+        # with streams of several threads each, a wide pass would only add to the pools
+        cpu = registry.device.type == "cpu" and self._threads.lane == 1
+        scheduler = Scheduler(lanes=options.streams, cpu=cpu)
+        self.batcher = Batcher(scheduler, execute=self._execute, drop=self._drop)
+        self.prober = Prober(
+            self.batcher,
+            self.runners,
+            interval_s=options.probe_interval_s,
+            limit_s=options.stuck_after_s,
+        )
+
+    def serve(self, model: Model) -> None:
+        """Give the model's trunk a queue, warmed up, before the model counts as ready.
+
+        Raises:
+            CheckpointError: the trunk does not run; it is out of service again.
+        """
+        name = self._registry.catalog.models[model.name].trunk
+        if not self._users[name]:
+            queue = self._queue(name)
+            self.runners[name] = Runner(name, model.trunk, self._threads, self._metrics)
+            self.batcher.add_queue(queue)
+            try:
+                self.prober.warm_up(name, min(queue.max_batch_size, queue.capacity))
+            except CheckpointError:
+                self._drop_trunk(name)
+                raise
+        self._users[name].add(model.name)
+        self._metrics.add_model(model.name, name, model.tasks)
+
+    def retire(self, model: Model) -> None:
+        """Drain and drop the trunk's queue with the last model on it."""
+        name = self._registry.catalog.models[model.name].trunk
+        self._users[name].discard(model.name)
+        if not self._users[name]:
+            self._drop_trunk(name)
+
+    def _queue(self, name: str) -> BatchQueue:
+        entry, options = self._registry.catalog.trunks[name], self._options
+        delay_ms = entry.max_queue_delay_ms
+        return BatchQueue(
+            name,
+            max_batch_size=entry.max_batch_size or options.max_batch_size,
+            capacity=options.max_queue_size,
+            max_delay_s=(options.max_queue_delay_ms if delay_ms is None else delay_ms) / 1e3,
+        )
+
+    def _drop_trunk(self, name: str) -> None:
+        self.batcher.remove_queue(name)
+        del self.runners[name]
+        self.prober.failures.pop(name, None)
+
+    # -- called from the lanes -------------------------------------------------------------
+
+    def _execute(self, batch: Batch) -> None:
+        self.runners[batch.queue.name].execute(batch)
+
+    def _drop(self, entry: Entry) -> None:
+        trunk, future = entry.payload.trunk, entry.payload.future
+        reason = "expired" if entry.deadline <= time.monotonic() else "cancelled"
+        self._metrics.dropped.labels(trunk, reason).inc()
+        if future.set_running_or_notify_cancel():
+            future.set_exception(DeadlineExceededError("the deadline passed in the queue"))
