@@ -51,8 +51,11 @@ def _segmentation(arrays: Arrays) -> dict[str, Any]:
         {"index": index, "label": label, "pixels": pixels}
         for index, label, pixels in zip(*columns, strict=True)
     ]
-    if "png" in arrays:
-        mask: Any = base64.b64encode(arrays["png"].tobytes()).decode()
+    mask: Any
+    if "mask" in arrays:
+        mask = arrays["mask"]
+    elif "png" in arrays:
+        mask = base64.b64encode(arrays["png"].tobytes()).decode()
     else:
         text = arrays["rle"] if "rle" in arrays else arrays["polygons"]
         mask = json.loads(text.tobytes())

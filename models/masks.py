@@ -9,16 +9,19 @@ from PIL import Image
 from pycocotools import mask as coco
 from rasterio.features import shapes
 
-Output = Literal["png", "rle", "polygons"]
+Output = Literal["png", "rle", "polygons", "mask"]
 
 
 def encode_mask(mask_HW: np.ndarray, output: str, palette: list[int]) -> np.ndarray:
-    """Encode an (H, W) uint8 mask of class indices, 0 being background, as uint8 bytes.
+    """Encode an (H, W) uint8 mask of class indices, 0 being background, as uint8 bytes; `mask`
+    is the mask itself, as it came.
 
     `png` is an indexed PNG; `rle` and `polygons` are JSON, one object for a mask with a single
     foreground class. RLE is COCO's compressed form; polygons are GeoJSON's MultiPolygon
     coordinates in pixels: exterior ring first, then holes.
     """
+    if output == "mask":
+        return mask_HW
     if output == "png":
         return np.frombuffer(_png(mask_HW, palette), dtype=np.uint8)
     encoded = _rle(mask_HW) if output == "rle" else _polygons(mask_HW)

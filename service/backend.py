@@ -30,5 +30,8 @@ class Backend(Protocol):
     async def unload(self, name: str) -> dict[str, Any]:
         """Unload a model and describe it."""
 
+    def knows(self, model: str) -> bool:
+        """Whether the catalog has a model of that name; quick, and from what is known now."""
+
     def health(self) -> Health:
         """Whether the worker side is alive and ready."""

@@ -1,79 +1,109 @@
-"""Every way a request can fail, in one table: HTTP status, title, outcome in the metrics."""
+"""Every way a request can fail, in one table: HTTP status, gRPC status, outcome in the metrics."""
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
 
 from models import errors as library
+
+
+class FieldError(NamedTuple):
+    """What is wrong with one field of a request."""
+
+    field: str
+    detail: str
 
 
 class ServiceError(Exception):
     """Base. `slug` names the problem type; `retry_after_s` becomes the Retry-After header."""
 
-    status: ClassVar[int] = 500
-    slug: ClassVar[str] = "internal"
-    title: ClassVar[str] = "Internal error"
-    outcome: ClassVar[str] = "error"
+    status: ClassVar[int]
+    grpc: ClassVar[str]
+    slug: ClassVar[str]
+    title: ClassVar[str]
+    outcome: ClassVar[str]
 
     def __init__(
-        self, detail: str, *, field: str | None = None, retry_after_s: float | None = None
+        self,
+        detail: str,
+        *,
+        field: str | None = None,
+        fields: Sequence[FieldError] = (),
+        retry_after_s: float | None = None,
     ) -> None:
         super().__init__(detail)
         self.detail = detail
-        self.field = field
+        self.fields = [FieldError(field, detail)] if field else list(fields)
         self.retry_after_s = retry_after_s
 
 
 class BadRequestError(ServiceError):
-    status, slug, title, outcome = 400, "bad-request", "Malformed request", "invalid"
+    status, grpc = 400, "INVALID_ARGUMENT"
+    slug, title, outcome = "bad-request", "Malformed request", "invalid"
 
 
 class UnauthenticatedError(ServiceError):
-    status, slug, title, outcome = 401, "unauthenticated", "API key required", "invalid"
+    status, grpc = 401, "UNAUTHENTICATED"
+    slug, title, outcome = "unauthenticated", "API key required", "invalid"
 
 
 class PermissionDeniedError(ServiceError):
-    status, slug, title, outcome = 403, "permission-denied", "Not permitted", "invalid"
+    status, grpc = 403, "PERMISSION_DENIED"
+    slug, title, outcome = "permission-denied", "Not permitted", "invalid"
 
 
 class NotFoundError(ServiceError):
-    status, slug, title, outcome = 404, "not-found", "Not found", "invalid"
+    status, grpc = 404, "NOT_FOUND"
+    slug, title, outcome = "not-found", "Not found", "invalid"
 
 
 class RequestTimeoutError(ServiceError):
-    status, slug, title, outcome = 408, "request-timeout", "Request body too slow", "timeout"
+    status, grpc = 408, "DEADLINE_EXCEEDED"
+    slug, title, outcome = "request-timeout", "Request body too slow", "timeout"
 
 
 class PayloadTooLargeError(ServiceError):
-    status, slug, title, outcome = 413, "payload-too-large", "Payload too large", "invalid"
+    status, grpc = 413, "INVALID_ARGUMENT"
+    slug, title, outcome = "payload-too-large", "Payload too large", "invalid"
 
 
 class UnsupportedMediaTypeError(ServiceError):
-    status, slug, title, outcome = (
-        415,
-        "unsupported-media-type",
-        "Unsupported media type",
-        "invalid",
-    )
+    status, grpc = 415, "INVALID_ARGUMENT"
+    slug, title, outcome = "unsupported-media-type", "Unsupported media type", "invalid"
 
 
 class InvalidInputError(ServiceError):
-    status, slug, title, outcome = 422, "invalid-input", "Invalid input", "invalid"
+    status, grpc = 422, "INVALID_ARGUMENT"
+    slug, title, outcome = "invalid-input", "Invalid input", "invalid"
+
+
+class InvalidParametersError(ServiceError):
+    status, grpc = 422, "INVALID_ARGUMENT"
+    slug, title, outcome = "invalid-parameters", "Invalid parameters", "invalid"
 
 
 class QueueFullError(ServiceError):
-    status, slug, title, outcome = 429, "queue-full", "Queue full", "rejected"
+    status, grpc = 429, "RESOURCE_EXHAUSTED"
+    slug, title, outcome = "queue-full", "Queue full", "rejected"
 
 
 class InternalError(ServiceError):
     """What is not the caller's fault and has no better name; the detail says nothing of why."""
 
+    status, grpc = 500, "INTERNAL"
+    slug, title, outcome = "internal", "Internal error", "error"
+
 
 class UnavailableError(ServiceError):
-    status, slug, title, outcome = 503, "unavailable", "Unavailable", "rejected"
+    status, grpc = 503, "UNAVAILABLE"
+    slug, title, outcome = "unavailable", "Unavailable", "rejected"
 
 
 class DeadlineExceededError(ServiceError):
-    status, slug, title, outcome = 504, "deadline-exceeded", "Deadline exceeded", "timeout"
+    status, grpc = 504, "DEADLINE_EXCEEDED"
+    slug, title, outcome = "deadline-exceeded", "Deadline exceeded", "timeout"
 
+
+BY_SLUG = {error.slug: error for error in ServiceError.__subclasses__()}
 
 LOADING_RETRY_AFTER_S = 2.0
 

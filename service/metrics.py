@@ -4,7 +4,10 @@ Label values are bounded: models and trunks of the catalog, tasks, and the outco
 that a client makes up is counted as `unknown`.
 """
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+import os
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 OUTCOMES = ("ok", "invalid", "rejected", "timeout", "cancelled", "error")
 STAGES = ("decode", "queue", "compute", "postprocess")
@@ -81,3 +84,12 @@ class Metrics:
             self.dropped.labels(trunk, reason)
         self.batch_size.labels(trunk)
         self.trunk_failures.labels(trunk)
+
+
+def exposition(registry: CollectorRegistry) -> bytes:
+    """Prometheus' text: of this process, or of all that share PROMETHEUS_MULTIPROC_DIR."""
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return generate_latest(registry)
+    together = CollectorRegistry()
+    MultiProcessCollector(together)  # type: ignore[no-untyped-call]
+    return generate_latest(together)

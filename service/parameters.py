@@ -1,11 +1,13 @@
 """The parameters of each task's route, as pydantic models: one declaration for form, query, JSON
 and the OpenAPI page."""
 
+from collections.abc import Mapping
 from functools import cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from service.errors import FieldError, InvalidInputError, InvalidParametersError
 from service.types import Call
 
 MAX_LABELS = 1000
@@ -74,6 +76,41 @@ class PredictParameters(Parameters):
 
     def calls(self) -> list[Call]:
         return [Call(name, None) for name in dict.fromkeys(self.models)]
+
+
+TASKS = {str(p.task): p for p in (ClassifyParameters, EmbedParameters, SegmentParameters)}
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def validate(model: type[M], fields: Mapping[str, Any]) -> M:
+    """The fields as a pydantic model.
+
+    Raises:
+        InvalidParametersError: with one entry for each field that is wrong.
+    """
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        wrong = [
+            FieldError(".".join(str(part) for part in item["loc"]), item["msg"])
+            for item in error.errors(include_url=False, include_input=False, include_context=False)
+        ]
+        summary = "; ".join(f"{field}: {detail}" for field, detail in wrong)
+        raise InvalidParametersError(summary, fields=wrong) from error
+
+
+def validated_call(model: str | None, task: str | None, options: Mapping[str, Any]) -> Call:
+    """A call whose options came as plain values, not through a route.
+
+    Raises:
+        ServiceError: a wrong option, or options for a task that is not named.
+    """
+    if task in TASKS:
+        return validate(TASKS[task], {**options, "model": model}).calls()[0]
+    if options and task is None:
+        raise InvalidInputError("options need a task", field="task")
+    return Call(model, task, options)  # no model does an unknown task, and that will be told
 
 
 @cache

@@ -17,7 +17,14 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="VITRAIL_", frozen=True, extra="forbid")
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
-    port: int = Field(8000, ge=0, le=65535, description="REST port.")
+    port: int = Field(8000, ge=0, le=65535, description="REST port; 0 for any free one.")
+    grpc_port: int = Field(8001, ge=0, le=65535, description="gRPC port; 0 for any free one.")
+    metrics_port: int = Field(
+        8002, ge=0, le=65535, description="A worker's port for /metrics; 0 for none."
+    )
+    workers: Names = Field(
+        (), description="A gateway's workers: host:port, dns:///name:port or unix:path each."
+    )
 
     catalog: str = Field("demo", description="A built-in catalog (demo, hub) or a TOML file.")
     models: Names = Field(
@@ -67,12 +74,21 @@ class Settings(BaseSettings):
         "info", description="Lowest level logged."
     )
 
-    @field_validator("models", "url_hosts", "api_keys", "admin_keys", mode="before")
+    @field_validator("models", "workers", "url_hosts", "api_keys", "admin_keys", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    @field_validator("workers")
+    @classmethod
+    def _check_workers(cls, workers: tuple[str, ...]) -> tuple[str, ...]:
+        for worker in workers:
+            _, colon, port = worker.removeprefix("dns:///").rpartition(":")
+            if not worker.startswith("unix:") and not (colon and port.isdigit()):
+                raise ValueError(f"{worker!r} is not host:port, dns:///name:port or unix:path")
+        return workers
 
     @property
     def engine(self) -> EngineOptions:

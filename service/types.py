@@ -8,6 +8,10 @@ import numpy as np
 
 from service.errors import ServiceError
 
+# Failures of one image among several stay in its entry; these say that nothing was wrong with
+# the images, so when all fail the same way the whole answer does.
+WHOLE_REQUEST_STATUSES = (429, 500, 503, 504)
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -21,11 +25,15 @@ class Call:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+# An encoded image, or one already preprocessed: (3, H, W) float32, normalised.
+Input = bytes | np.ndarray
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferRequest:
-    """Encoded images, and what to do with each. `deadline` is in `time.monotonic` seconds."""
+    """Inputs, and what to do with each. `deadline` is in `time.monotonic` seconds."""
 
-    images: Sequence[bytes]
+    inputs: Sequence[Input]
     calls: Sequence[Call]
     deadline: float
     bulk: bool = False
@@ -66,6 +74,14 @@ class InferResult:
 
     models: Sequence[ModelUsed]
     images: Sequence[ImageResult]
+
+    def raise_if_all_failed(self) -> None:
+        """Raise the error of a lone image, or the one reason why none could be answered."""
+        errors = [image.error for image in self.images if image.error is not None]
+        if not errors or len(errors) < len(self.images):
+            return
+        if len(errors) == 1 or all(error.status in WHOLE_REQUEST_STATUSES for error in errors):
+            raise errors[0]
 
 
 @dataclass(frozen=True, slots=True)

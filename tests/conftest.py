@@ -144,7 +144,7 @@ def running(catalog: Path, **overrides: Any) -> Iterator[Running]:
     registry = Registry.from_catalog(catalog, device="cpu", store=Store(catalog.parent / "store"))
     engine = Engine(registry, settings.engine, metrics)
     metrics.registry.register(EngineCollector(engine))
-    app = create_app(settings, engine, metrics, registry.catalog.models)
+    app = create_app(settings, engine, metrics)
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     server = create_server(app, settings)
     thread = threading.Thread(target=server.run, args=([listener],))

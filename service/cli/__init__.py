@@ -9,7 +9,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command("serve")(serve.serve)
+for command in (serve.serve, serve.gateway, serve.worker):
+    app.command(command.__name__)(command)
 app.add_typer(models.app, name="models")
 for task in client.COMMANDS:
     app.command(task.__name__)(task)

@@ -1,47 +1,151 @@
-"""`vitrail serve`."""
+"""`vitrail serve`, `vitrail gateway` and `vitrail worker`."""
 
-import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 
+from service.cli.starting import read_settings, told_plainly
 from service.settings import Settings
+
+Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
+Port = Annotated[int | None, typer.Option(help="REST port.")]
+GrpcPort = Annotated[int | None, typer.Option(help="gRPC port.")]
+Catalog = Annotated[str | None, typer.Option(help="demo, hub, or a TOML file.")]
+Models = Annotated[str | None, typer.Option(help="Models to load, comma-separated.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+Streams = Annotated[int | None, typer.Option(help="Batches in flight.")]
+LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning, error.")]
+Processes = Annotated[int, typer.Option(min=1, help="Gateway processes, on one port.")]
+Supervised = Annotated[bool, typer.Option(hidden=True)]
 
 
 def serve(
-    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="REST port.")] = None,
-    catalog: Annotated[str | None, typer.Option(help="demo, hub, or a TOML file.")] = None,
-    models: Annotated[str | None, typer.Option(help="Models to load, comma-separated.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    streams: Annotated[int | None, typer.Option(help="Batches in flight.")] = None,
-    log_level: Annotated[str | None, typer.Option(help="debug, info, warning, error.")] = None,
+    host: Host = None,
+    port: Port = None,
+    grpc_port: GrpcPort = None,
+    catalog: Catalog = None,
+    models: Models = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    streams: Streams = None,
+    log_level: LogLevel = None,
+    workers: Annotated[
+        str, typer.Option(help="Worker processes; auto: one a GPU; 0: all in one process.")
+    ] = "0",
+    processes: Processes = 1,
 ) -> None:
-    """Serve a catalog over HTTP: gateway and worker in one process.
+    """Serve a catalog over HTTP and gRPC: gateway and worker in one process, or --workers N.
 
     Every setting can also come from the environment as VITRAIL_NAME; flags win.
     """
-    flags: dict[str, Any] = {k: v for k, v in locals().items() if v is not None}
-    try:
-        settings = Settings(**flags)
-    except ValidationError as error:
-        for item in error.errors():
-            typer.echo(f"{'.'.join(map(str, item['loc']))}: {item['msg']}", err=True)
-        raise typer.Exit(2) from error
+    settings = read_settings(
+        {"host": host, "port": port, "grpc_port": grpc_port, "catalog": catalog, "models": models,
+         "device": device, "dtype": dtype, "streams": streams, "log_level": log_level}
+    )  # fmt: skip
+    if workers != "auto" and not workers.isdigit():
+        raise typer.BadParameter(f"--workers is {workers!r}; it is a number, or auto")
+    with told_plainly():
+        if workers == "0":
+            if processes > 1:
+                raise typer.BadParameter("several --processes need --workers")
+            _serve_embedded(settings)
+        else:
+            from service.processes.shares import count_gpus
+            from service.processes.supervisor import supervise
+
+            count = max(1, count_gpus()) if workers == "auto" else int(workers)
+            raise typer.Exit(supervise(settings, workers=count, processes=processes, grpc=True))
+
+
+def gateway(
+    workers: Annotated[
+        str | None,
+        typer.Option(help="host:port, dns:///name:port or unix:path each, comma-separated."),
+    ] = None,
+    host: Host = None,
+    port: Port = None,
+    grpc_port: Annotated[int | None, typer.Option(help="Serve gRPC too, on this port.")] = None,
+    log_level: LogLevel = None,
+    processes: Processes = 1,
+    listen_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
+    supervised: Supervised = False,
+) -> None:
+    """Serve HTTP for workers elsewhere. Needs no torch.
+
+    Every setting can also come from the environment as VITRAIL_NAME; flags win.
+    """
+    settings = read_settings(
+        {"workers": workers, "host": host, "port": port, "grpc_port": grpc_port,
+         "log_level": log_level}
+    )  # fmt: skip
+    if not settings.workers:
+        raise typer.BadParameter("name the --workers, or set VITRAIL_WORKERS")
+    if supervised:
+        _end_with_parent(settings)
+    with told_plainly():
+        if processes > 1:
+            from service.processes.supervisor import supervise
+
+            grpc = grpc_port is not None
+            raise typer.Exit(supervise(settings, workers=0, processes=processes, grpc=grpc))
+
+        import socket
+
+        from service.processes.gateway import serve
+
+        listener = None if listen_fd is None else socket.socket(fileno=listen_fd)
+        rpc_address = None if grpc_port is None else f"{settings.host}:{grpc_port}"
+        serve(settings, rpc_address, listener)
+
+
+def worker(
+    host: Host = None,
+    port: GrpcPort = None,
+    metrics_port: Annotated[int | None, typer.Option(help="Port for /metrics; 0 for none.")] = None,
+    catalog: Catalog = None,
+    models: Models = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    streams: Streams = None,
+    log_level: LogLevel = None,
+    address: Annotated[
+        str | None, typer.Option(help="Listen here instead of on host and port: unix:path.")
+    ] = None,
+    supervised: Supervised = False,
+) -> None:
+    """Serve a catalog over gRPC: a process that owns a device, for gateways or for clients.
+
+    Every setting can also come from the environment as VITRAIL_NAME; flags win.
+    """
+    settings = read_settings(
+        {"host": host, "grpc_port": port, "metrics_port": metrics_port, "catalog": catalog,
+         "models": models, "device": device, "dtype": dtype, "streams": streams,
+         "log_level": log_level}
+    )  # fmt: skip
+    if supervised:
+        _end_with_parent(settings)
 
     from service.allocator import keep_freed_memory
-    from service.logs import configure_logs
 
     keep_freed_memory()
-    configure_logs(settings.log_level)
+    with told_plainly():
+        from service.processes.worker import serve
 
-    from models.errors import ModelsError
-    from service.embedded import serve as serve_embedded
+        serve(settings, address or f"{settings.host}:{settings.grpc_port}")
 
-    try:
-        serve_embedded(settings)
-    except ModelsError as error:
-        typer.echo(f"vitrail: {error}", err=True)
-        sys.exit(2)
+
+def _serve_embedded(settings: Settings) -> None:
+    from service.allocator import keep_freed_memory
+
+    keep_freed_memory()
+
+    from service.processes.embedded import serve
+
+    serve(settings)
+
+
+def _end_with_parent(settings: Settings) -> None:
+    from service.processes.orphan import end_with_parent
+
+    end_with_parent(settings.drain_timeout_s)

@@ -1,28 +1,35 @@
 """The ASGI application."""
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
 from service.backend import Backend
-from service.gateway import model_routes, routes, system_routes
+from service.gateway import model_routes, open_inference_routes, routes, system_routes
 from service.gateway.fetch import ImageFetcher
 from service.gateway.middleware import RequestContext
 from service.gateway.problems import install_handlers
 from service.metrics import Metrics
+from service.rpc.server import RpcServer
 from service.settings import Settings
 
 
 def create_app(
-    settings: Settings, backend: Backend, metrics: Metrics, catalog_names: Iterable[str]
+    settings: Settings, backend: Backend, metrics: Metrics, rpc_address: str | None = None
 ) -> FastAPI:
-    """Put routes and middleware around a backend; its lifespan starts and closes that backend."""
+    """Put routes and middleware around a backend; its lifespan starts and closes that backend,
+    and a gRPC server beside it if there is an address for one."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await backend.start()
+        rpc = RpcServer(backend, settings, metrics)
+        if rpc_address is not None:
+            await rpc.start(rpc_address)
         yield
+        if rpc_address is not None:
+            await rpc.stop(settings.drain_timeout_s)
         await backend.close()
         await app.state.fetcher.close()
 
@@ -34,10 +41,9 @@ def create_app(
     app.state.settings = settings
     app.state.backend = backend
     app.state.metrics = metrics
-    app.state.catalog_names = frozenset(catalog_names)
     app.state.fetcher = ImageFetcher(settings)
     app.add_middleware(RequestContext)
     install_handlers(app)
-    for module in (routes, model_routes, system_routes):
+    for module in (routes, model_routes, open_inference_routes, system_routes):
         app.include_router(module.router)
     return app

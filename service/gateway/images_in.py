@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from fastapi import Request
-from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -22,8 +21,7 @@ from service.errors import (
     UnsupportedMediaTypeError,
 )
 from service.gateway.fetch import ImageFetcher
-from service.gateway.problems import InvalidParametersError
-from service.parameters import Parameters, list_fields
+from service.parameters import Parameters, list_fields, validate
 from service.settings import Settings
 
 P = TypeVar("P", bound=Parameters)
@@ -63,17 +61,14 @@ async def read_images(request: Request, parameters: type[P]) -> ImagesIn[P]:
         case ("application", _, "json"):
             body = await _read_json(request, settings)
         case ("image", _, _) | ("application", _, "octet-stream") | ("", _, _):
-            body = _Body([await _read_body(request, settings)], {})
+            body = _Body([await read_body(request, settings)], {})
         case _:
             raise UnsupportedMediaTypeError(
                 f"Content-Type {content_type!r}; send multipart/form-data with parts named "
                 "'image', one image as image/* or application/octet-stream, or application/json"
             )
     fields = _collect(request.query_params.multi_items(), lists) | body.fields
-    try:
-        validated = parameters.model_validate(fields)
-    except ValidationError as error:
-        raise InvalidParametersError(error) from error
+    validated = validate(parameters, fields)
     if not body.images:
         raise InvalidInputError("the request holds no image", field="image")
     if len(body.images) > settings.max_images:
@@ -83,7 +78,7 @@ async def read_images(request: Request, parameters: type[P]) -> ImagesIn[P]:
     return ImagesIn(body.images, validated)
 
 
-async def _read_body(request: Request, settings: Settings) -> bytes:
+async def read_body(request: Request, settings: Settings) -> bytes:
     """The whole body, given up as soon as it is known to be too large or too slow."""
     limit = settings.max_request_bytes
     declared = request.headers.get("content-length", "")
@@ -106,7 +101,7 @@ async def _read_body(request: Request, settings: Settings) -> bytes:
 
 
 async def _read_form(request: Request, settings: Settings, lists: frozenset[str]) -> _Body:
-    content = await _read_body(request, settings)
+    content = await read_body(request, settings)
     parser = MultiPartParser(
         request.headers,
         _once(content),
@@ -147,7 +142,7 @@ async def _sort_parts(form: FormData, lists: frozenset[str]) -> _Body:
 
 
 async def _read_json(request: Request, settings: Settings) -> _Body:
-    content = await _read_body(request, settings)
+    content = await read_body(request, settings)
     try:
         if len(content) > SLOW_JSON_BYTES:
             fields = await asyncio.to_thread(json.loads, content)

@@ -5,24 +5,10 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from service.errors import InternalError, ServiceError
 from service.logs import request_id
-
-
-class InvalidParametersError(ServiceError):
-    """Parameters that do not validate; `errors` has one entry for each."""
-
-    status, slug, title, outcome = 422, "invalid-parameters", "Invalid parameters", "invalid"
-
-    def __init__(self, error: ValidationError) -> None:
-        self.errors = [
-            {"field": ".".join(str(part) for part in item["loc"]), "detail": item["msg"]}
-            for item in error.errors(include_url=False, include_input=False, include_context=False)
-        ]
-        super().__init__("; ".join(f"{e['field']}: {e['detail']}" for e in self.errors))
 
 
 def describe(error: ServiceError) -> dict[str, Any]:
@@ -35,13 +21,13 @@ def describe(error: ServiceError) -> dict[str, Any]:
     }
 
 
-def problem_response(error: ServiceError) -> JSONResponse:
-    """The error as a whole answer."""
+def problem_response(error: ServiceError, path: str = "") -> JSONResponse:
+    """The error as the whole answer to a request of `path`."""
     body = describe(error) | {"request_id": request_id.get()}
-    if isinstance(error, InvalidParametersError):
-        body["errors"] = error.errors
-    elif error.field:
-        body["errors"] = [{"field": error.field, "detail": error.detail}]
+    if path.startswith("/v2/"):  # where clients of the Open Inference Protocol look for it
+        body["error"] = error.detail
+    if error.fields:
+        body["errors"] = [item._asdict() for item in error.fields]
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
@@ -64,12 +50,11 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ServiceError)
     async def _service_error(request: Request, error: ServiceError) -> JSONResponse:
-        return problem_response(error)
+        return problem_response(error, request.url.path)
 
     @app.exception_handler(HTTPException)
     async def _http_exception(request: Request, error: HTTPException) -> JSONResponse:
-        problem = ServiceError(str(error.detail))
-        body = describe(problem) | {
+        body = {
             "type": "about:blank",
             "title": str(error.detail),
             "status": error.status_code,

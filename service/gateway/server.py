@@ -1,6 +1,10 @@
 """The HTTP server around the application."""
 
 import asyncio
+import contextlib
+import signal
+import socket
+import sys
 from typing import Any
 
 import uvicorn
@@ -30,6 +34,15 @@ def create_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
         timeout_graceful_shutdown=int(settings.drain_timeout_s),
     )
     return uvicorn.Server(config)
+
+
+def run_server(app: FastAPI, settings: Settings, listener: socket.socket | None = None) -> None:
+    """Serve until SIGINT or SIGTERM; then stop accepting, answer what was accepted, and return."""
+    server = create_server(app, settings)
+    # uvicorn drains and then raises the signal again, for whoever handled it before
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(None if listener is None else [listener])
 
 
 class ImpatientProtocol(HttpToolsProtocol):

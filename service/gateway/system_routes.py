@@ -4,8 +4,9 @@ from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 
+from service.metrics import exposition
 from service.types import Health
 
 router = APIRouter(tags=["system"])
@@ -37,7 +38,7 @@ async def readyz(request: Request) -> JSONResponse:
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     return Response(
-        generate_latest(request.app.state.metrics.registry),
+        exposition(request.app.state.metrics.registry),
         headers={"Content-Type": CONTENT_TYPE_LATEST},
     )
 

@@ -1,8 +1,10 @@
 """What is true of the worker right now, read when Prometheus asks."""
 
+import asyncio
 from collections.abc import Iterator
 
 import torch
+from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -73,3 +75,31 @@ class EngineCollector(Collector):
         gpu.add_metric(("allocated",), torch.cuda.memory_allocated(device))
         gpu.add_metric(("reserved",), torch.cuda.memory_reserved(device))
         yield gpu
+
+
+SHARE_INTERVAL_S = 1.0
+
+
+async def share_gauges(collector: Collector) -> None:
+    """Copy a collector's gauges, once a second, to where the gateway's `/metrics` sums them up.
+
+    Collectors run only in their own process; processes that share PROMETHEUS_MULTIPROC_DIR see
+    each other's plain gauges.
+    """
+    registry = CollectorRegistry()
+    gauges: dict[str, Gauge] = {}
+    while True:
+        for metric in collector.collect():
+            for sample in metric.samples:
+                if metric.name not in gauges:
+                    gauges[metric.name] = Gauge(
+                        metric.name,
+                        metric.documentation,
+                        tuple(sample.labels),
+                        registry=registry,
+                        multiprocess_mode="livesum",
+                    )
+                gauge = gauges[metric.name]
+                child = gauge.labels(**sample.labels) if sample.labels else gauge
+                child.set(sample.value)
+        await asyncio.sleep(SHARE_INTERVAL_S)

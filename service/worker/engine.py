@@ -23,9 +23,9 @@ from service.errors import (
     from_library,
 )
 from service.metrics import Metrics
-from service.types import Health, ImageResult, InferRequest, InferResult, Timing
+from service.types import Health, ImageResult, InferRequest, InferResult, Input, Timing
 from service.worker.options import EngineOptions
-from service.worker.plan import Resolved, TrunkPass, plan_passes, resolve
+from service.worker.plan import Resolved, TrunkPass, plan_passes, prepared_pixels, resolve
 from service.worker.runner import Item, ItemResult, use_threads
 from service.worker.scheduler import Entry, QueueFull
 from service.worker.trunks import ServedTrunks
@@ -74,21 +74,25 @@ class Engine:
     async def infer(self, request: InferRequest) -> InferResult:
         resolved = [resolve(self.registry, call) for call in request.calls]
         passes = plan_passes(resolved)
-        self._admit(passes, len(request.images))
+        self._admit(passes, len(request.inputs))
         # one request decodes on all threads at most, so that no request waits behind a big one
         turn = asyncio.Semaphore(self.options.decode_threads)
         way = (resolved, passes, request, object(), turn)
-        images = await asyncio.gather(*(self._infer_image(i, *way) for i in request.images))
+        images = await asyncio.gather(*(self._infer_image(i, *way) for i in request.inputs))
         return InferResult([item.used for item in resolved], images)
 
     async def models(self) -> Sequence[dict[str, Any]]:
-        return [self.registry.describe(name) for name in self.registry.catalog.models]
+        return [await self.model(name) for name in self.registry.catalog.models]
 
     async def model(self, name: str) -> dict[str, Any]:
         try:
-            return self.registry.describe(name)
+            described = self.registry.describe(name)
         except ModelsError as error:
             raise from_library(error) from error
+        described["startup"] = name in self._startup
+        if failure := self.trunks.prober.failures.get(described["trunk"]):
+            described["reason"] = failure
+        return described
 
     async def load(self, name: str) -> dict[str, Any]:
         await self._in_loader(self.registry.load, name)
@@ -97,6 +101,9 @@ class Engine:
     async def unload(self, name: str) -> dict[str, Any]:
         await self._in_loader(self.registry.unload, name)
         return await self.model(name)
+
+    def knows(self, model: str) -> bool:
+        return model in self.registry.catalog.models
 
     def health(self) -> Health:
         dead = []
@@ -132,7 +139,7 @@ class Engine:
 
     async def _infer_image(
         self,
-        image: bytes,
+        image: Input,
         resolved: Sequence[Resolved],
         passes: Sequence[TrunkPass],
         request: InferRequest,
@@ -169,8 +176,11 @@ class Engine:
                 self.batcher.release(plan.trunk, 1)
 
     def _prepare(
-        self, image: bytes, passes: Sequence[TrunkPass]
+        self, image: Input, passes: Sequence[TrunkPass]
     ) -> tuple[list[torch.Tensor], tuple[int, int]]:
+        if isinstance(image, np.ndarray):
+            height, width = image.shape[-2:]
+            return [prepared_pixels(image, plan.model) for plan in passes], (width, height)
         decoded = decode_image(image, self._limits)
         return [plan.model.transform(decoded) for plan in passes], decoded.size
 

@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from models.errors import ModelsError
+import numpy as np
+import torch
+
+from models.errors import InputError, ModelsError
 from models.heads import Head
 from models.model import Model
 from models.registry import Registry
@@ -65,3 +68,20 @@ def plan_passes(resolved: Sequence[Resolved]) -> list[TrunkPass]:
         shared.positions.append(position)
         shared.calls.append(item.head_call)
     return list(passes.values())
+
+
+def prepared_pixels(pixels: np.ndarray, model: Model) -> torch.Tensor:
+    """Pixels that the caller has preprocessed, as the model's trunk takes them.
+
+    Raises:
+        InputError: not (3, H, W) of the trunk's input size, or not finite.
+    """
+    wanted = (3, *model.trunk.preprocess.input_size)
+    if pixels.shape != wanted:
+        raise InputError(
+            f"pixel_values for {model.name} have shape {list(wanted)}, not {list(pixels.shape)}",
+            field="pixel_values",
+        )
+    if not np.isfinite(pixels).all():
+        raise InputError("pixel_values has values that are not finite", field="pixel_values")
+    return torch.from_numpy(pixels.astype(np.float32))  # a copy: the message's memory is read-only

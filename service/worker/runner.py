@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from models.heads import Head
-from models.preprocess import collate
+from models.preprocess import collate, normalize
 from models.trunk import Trunk
 from service.metrics import Metrics
 from service.worker.scheduler import Batch, BatchQueue, Entry
@@ -132,7 +132,7 @@ class Runner:
     def _run(self, items: Sequence[Item]) -> list[list[Row | Exception]]:
         with torch.inference_mode(), self._stream():
             on_gpu = self.trunk.placement.device.type == "cuda"
-            pixels = [item.pixels_CHW for item in items]
+            pixels = self._of_one_type([item.pixels_CHW for item in items])
             # pinned, so that the copy to a GPU overlaps the other stream's computation
             output = self.trunk.forward(collate(pixels, pin_memory=on_gpu))
             places: dict[HeadCall, list[tuple[int, int]]] = defaultdict(list)
@@ -148,6 +148,12 @@ class Runner:
                 _ = output.features.flatten()[0].item()  # waits, so that a failure shows here
             self.last_passed = time.monotonic()
             return results
+
+    def _of_one_type(self, pixels: list[Tensor]) -> list[Tensor]:
+        """Decoded images are uint8, those that came preprocessed are not; together, none are."""
+        if len({image_CHW.dtype for image_CHW in pixels}) == 1:
+            return pixels
+        return [normalize(image_CHW[None], self.trunk.preprocess)[0] for image_CHW in pixels]
 
     def _run_head(self, call: HeadCall, output: Any, count: int) -> Sequence[Row | Exception]:
         try:

@@ -1,0 +1,74 @@
+"""Counting requests: each once, whatever becomes of it, over REST and gRPC alike."""
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from starlette.requests import ClientDisconnect
+
+from service.errors import ServiceError
+from service.metrics import Metrics
+from service.types import InferResult
+
+
+class Account:
+    """What is known of one request so far."""
+
+    def __init__(self) -> None:
+        self.models: list[str] = []
+        self.result: InferResult | None = None
+        self.deadline = math.inf
+
+    def answered(self, result: InferResult) -> None:
+        """Note the backend's result, and with it the models that were used."""
+        self.models = [used.name for used in result.models]
+        self.result = result
+
+
+@contextmanager
+def counted(
+    metrics: Metrics, known: Callable[[str], bool], task: str, started: float
+) -> Iterator[Account]:
+    """Count the request that the block serves.
+
+    `known` tells whether a name is one of the catalog's, so that labels stay bounded; `started`
+    is in `time.monotonic` seconds.
+    """
+    account, outcome = Account(), "ok"
+    try:
+        yield account
+    except ServiceError as error:
+        outcome = error.outcome
+        raise
+    except (ClientDisconnect, asyncio.CancelledError):
+        outcome = "timeout" if time.monotonic() >= account.deadline else "cancelled"
+        raise
+    except Exception:
+        outcome = "error"
+        raise
+    finally:
+        label = _label(account.models, known)
+        metrics.requests.labels(task, label, outcome).inc()
+        elapsed = time.monotonic() - started
+        metrics.request_duration.labels(task, label, outcome).observe(elapsed)
+        if account.result is not None:
+            _count_images(metrics, account.result)
+
+
+def _label(models: list[str], known: Callable[[str], bool]) -> str:
+    if len(models) > 1:
+        return "several"
+    name = "".join(models)
+    if not name:
+        return "default"
+    return name if known(name) else "unknown"
+
+
+def _count_images(metrics: Metrics, result: InferResult) -> None:
+    for image in result.images:
+        for position, used in enumerate(result.models):
+            output = image.outputs[position] if image.outputs else image.error
+            outcome = output.outcome if isinstance(output, ServiceError) else "ok"
+            metrics.images.labels(used.task, used.name, outcome).inc()

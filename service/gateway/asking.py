@@ -1,0 +1,82 @@
+"""Asking the backend on behalf of a request: its deadline, its priority, and its leaving."""
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+
+from service.backend import Backend
+from service.errors import InvalidInputError
+from service.settings import Settings
+from service.types import Call, InferRequest, InferResult, Input
+
+T = TypeVar("T")
+
+
+async def ask(
+    request: Request,
+    inputs: Sequence[Input],
+    calls: Sequence[Call],
+    *,
+    timeout_ms: float | None = None,
+) -> InferResult:
+    """The backend's answer; dropped as soon as the client leaves.
+
+    Args:
+        timeout_ms: from the request's own body; without it `X-Timeout-Ms` or the setting counts.
+
+    Raises:
+        ServiceError: the request as a whole was refused.
+        ClientDisconnect: the client left.
+    """
+    backend: Backend = request.app.state.backend
+    wanted = InferRequest(
+        inputs=inputs,
+        calls=calls,
+        deadline=_deadline(request, timeout_ms),
+        bulk=_is_bulk(request),
+    )
+    return await _while_connected(request, backend.infer(wanted))
+
+
+def _deadline(request: Request, timeout_ms: float | None) -> float:
+    settings: Settings = request.app.state.settings
+    header = request.headers.get("x-timeout-ms")
+    try:
+        if timeout_ms is None:
+            timeout_ms = float(header) if header is not None else settings.default_timeout_ms
+    except ValueError:
+        timeout_ms = float("nan")
+    if not 0 < timeout_ms < float("inf"):
+        raise InvalidInputError(f"X-Timeout-Ms is {header!r}; it must be a positive number")
+    started: float = request.scope["state"]["started"]
+    return started + timeout_ms / 1e3
+
+
+def _is_bulk(request: Request) -> bool:
+    priority = request.headers.get("x-priority", "interactive")
+    if priority not in ("interactive", "bulk"):
+        raise InvalidInputError(f"X-Priority is {priority!r}; it can be interactive or bulk")
+    return priority == "bulk"
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`, but cancel it as soon as the client leaves."""
+    task = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((task, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        leaving.cancel()
+        task.cancel()
+        await asyncio.gather(task, leaving, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

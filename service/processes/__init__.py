@@ -1,0 +1,1 @@
+"""The processes Vitrail runs as: everything in one, or gateways and workers apart."""

@@ -1,0 +1,145 @@
+"""One process that a supervisor keeps running."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client.multiprocess import mark_process_dead
+
+logger = logging.getLogger(__name__)
+
+FIRST_BACKOFF_S = 0.5
+MAX_BACKOFF_S = 30.0
+# A child that has run for so long starts with the first back-off again.
+STABLE_S = 60.0
+
+
+class Child:
+    """A `vitrail` command, restarted with back-off until stopped."""
+
+    MISCONFIGURED = 2
+
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        metrics: Path,
+        files: Sequence[int] = (),
+        health_address: str = "",
+    ) -> None:
+        self.name = name
+        self._arguments = arguments
+        self._environment = environment
+        self._metrics = metrics
+        self._files = files
+        self._health_address = health_address
+        self._process: asyncio.subprocess.Process | None = None
+        self._stopping = asyncio.Event()
+        self._on_purpose = False
+        self._exited = asyncio.Event()
+
+    async def keep(self) -> int:
+        """Run, and run again, until stopped; the last exit status is returned."""
+        backoff_s, proven = FIRST_BACKOFF_S, False
+        while True:
+            started = time.monotonic()
+            status = await self._run_once()
+            lived_s = time.monotonic() - started
+            if self._stopping.is_set():
+                return status
+            if status == self.MISCONFIGURED and not proven:
+                return status
+            if self._on_purpose:
+                self._on_purpose = False
+                continue
+            proven = proven or lived_s > STABLE_S
+            backoff_s = FIRST_BACKOFF_S if lived_s > STABLE_S else backoff_s
+            logger.error(
+                "%s ended with %d after %.1f s; again in %.1f s",
+                self.name, status, lived_s, backoff_s,
+            )  # fmt: skip
+            if await self._stopped_within(backoff_s):
+                return status
+            backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
+
+    async def stop(self, grace_s: float) -> None:
+        """End for good: politely, and after `grace_s` by force."""
+        self._stopping.set()
+        await self._end(grace_s)
+
+    async def restart(self, grace_s: float) -> None:
+        """End and begin again, without back-off."""
+        self._on_purpose = True
+        await self._end(grace_s)
+
+    def kill(self) -> None:
+        """End at once."""
+        self._signal(signal.SIGKILL)
+
+    async def wait_ready(self) -> None:
+        """Until the child's gRPC health is SERVING, or it is stopped."""
+        while not await self._is_serving():
+            if await self._stopped_within(0.2):
+                return
+
+    async def _run_once(self) -> int:
+        self._exited.clear()
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "service.cli", *self._arguments, "--supervised",
+            env=self._environment,
+            stdin=asyncio.subprocess.PIPE,  # closes when this process dies, in whatever way
+            pass_fds=self._files,
+            start_new_session=True,  # so that Ctrl-C reaches the supervisor alone
+        )  # fmt: skip
+        self._process = process
+        logger.info("%s started", self.name, extra={"pid": process.pid})
+        if self._stopping.is_set():
+            self._signal(signal.SIGTERM)
+        try:
+            return await process.wait()
+        finally:
+            self._process = None
+            self._exited.set()
+            mark_process_dead(process.pid, str(self._metrics))  # type: ignore[no-untyped-call]
+
+    async def _end(self, grace_s: float) -> None:
+        if self._process is None:
+            return
+        self._signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._exited.wait()
+        except TimeoutError:
+            logger.error("%s did not end within %.0f s; killed", self.name, grace_s)
+            self.kill()
+            await self._exited.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(number)
+
+    async def _stopped_within(self, seconds: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._stopping.wait()
+        return self._stopping.is_set()
+
+    async def _is_serving(self) -> bool:
+        async with grpc.aio.insecure_channel(self._health_address) as channel:
+            try:
+                answer = await health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined]
+                    health_pb2.HealthCheckRequest(), timeout=2
+                )
+            except grpc.aio.AioRpcError:
+                return False
+            return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

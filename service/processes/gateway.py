@@ -1,0 +1,29 @@
+"""A process that owns the HTTP side and asks workers over gRPC. Never imports torch."""
+
+import socket
+
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
+
+from service.gateway.app import create_app
+from service.gateway.server import run_server
+from service.metrics import Metrics
+from service.remote.backend import RemoteBackend
+from service.remote.metrics import RemoteMetrics
+from service.settings import Settings
+
+
+def create_gateway_app(settings: Settings, rpc_address: str | None) -> FastAPI:
+    """The application with the settings' workers behind it."""
+    metrics = Metrics(CollectorRegistry())
+    ProcessCollector(registry=metrics.registry)
+    PlatformCollector(registry=metrics.registry)
+    backend = RemoteBackend(settings, RemoteMetrics(metrics.registry))
+    return create_app(settings, backend, metrics, rpc_address)
+
+
+def serve(
+    settings: Settings, rpc_address: str | None = None, listener: socket.socket | None = None
+) -> None:
+    """Serve until SIGINT or SIGTERM, on a socket that is listening already if there is one."""
+    run_server(create_gateway_app(settings, rpc_address), settings, listener)

@@ -1,0 +1,131 @@
+"""Gateways and local workers under one roof: started, restarted with back-off, stopped in order."""
+
+import asyncio
+import logging
+import shutil
+import signal
+import socket
+import tempfile
+from pathlib import Path
+
+from service.processes.child import Child
+from service.processes.shares import child_environment, count_gpus, worker_settings
+from service.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+# Between two workers of a rolling restart, so that every gateway has learnt of the first.
+PAUSE_S = 2.0
+WORKER_GRACE_S = 10.0
+
+
+def supervise(settings: Settings, *, workers: int, processes: int, grpc: bool) -> int:
+    """Run until a signal; the exit status is returned.
+
+    SIGTERM and SIGINT stop the gateways once they have answered, then the workers; a second one
+    kills. SIGUSR1 restarts the workers one by one.
+
+    Args:
+        workers: local ones, besides those that the settings name.
+        processes: gateways, which share the REST port.
+        grpc: whether the gateways serve gRPC too.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="vitrail-"))
+    try:
+        with socket.create_server(
+            (settings.host, settings.port),
+            family=socket.AF_INET6 if ":" in settings.host else socket.AF_INET,
+            backlog=2048,
+        ) as listener:
+            supervisor = _Supervisor(settings, folder, listener, workers, processes, grpc)
+            return asyncio.run(supervisor.run())
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Supervisor:
+    def __init__(
+        self,
+        settings: Settings,
+        folder: Path,
+        listener: socket.socket,
+        workers: int,
+        processes: int,
+        grpc: bool,
+    ) -> None:
+        self._settings = settings
+        metrics = folder / "metrics"
+        metrics.mkdir()
+        shared = {"PROMETHEUS_MULTIPROC_DIR": str(metrics)}
+        sockets = [f"unix:{folder}/worker-{i}.sock" for i in range(workers)]
+        gpus = count_gpus() if workers and settings.device == "auto" else 0
+        self._workers = [
+            Child(
+                f"worker-{i}",
+                ["worker", "--address", address],
+                child_environment(worker_settings(settings, i, workers, gpus)) | shared,
+                metrics=metrics,
+                health_address=address,
+            )
+            for i, address in enumerate(sockets)
+        ]
+        known = [*settings.workers, *sockets]
+        environment = child_environment(settings) | {"VITRAIL_WORKERS": ",".join(known)} | shared
+        listen = ["--listen-fd", str(listener.fileno())]
+        rpc = ["--grpc-port", str(settings.grpc_port)] if grpc else []
+        self._gateways = [
+            Child(
+                f"gateway-{i}",
+                ["gateway", *listen, *rpc],
+                environment,
+                metrics=metrics,
+                files=(listener.fileno(),),
+            )
+            for i in range(processes)
+        ]
+        self._stop = asyncio.Event()
+        self._restart = asyncio.Event()
+        self._status = 0
+        host, port = listener.getsockname()[:2]
+        logger.info("%d workers, %d gateways on %s:%d", workers, processes, host, port)
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_stop)
+        loop.add_signal_handler(signal.SIGUSR1, self._restart.set)
+        children = [*self._workers, *self._gateways]
+        keepers = [asyncio.create_task(self._keep(child)) for child in children]
+        rolling = asyncio.create_task(self._roll())
+        await self._stop.wait()
+        rolling.cancel()
+        drain_s = self._settings.drain_timeout_s
+        await asyncio.gather(
+            *(gateway.stop(drain_s + WORKER_GRACE_S) for gateway in self._gateways)
+        )
+        await asyncio.gather(*(worker.stop(WORKER_GRACE_S) for worker in self._workers))
+        await asyncio.gather(*keepers)
+        return self._status
+
+    async def _keep(self, child: Child) -> None:
+        """Keep a child running; one that cannot start for what it was told ends everything."""
+        if await child.keep() == Child.MISCONFIGURED:
+            self._status = Child.MISCONFIGURED
+            self._stop.set()
+
+    async def _roll(self) -> None:
+        while True:
+            await self._restart.wait()
+            self._restart.clear()
+            for worker in self._workers:
+                logger.info("restarting %s", worker.name)
+                await worker.restart(self._settings.drain_timeout_s + WORKER_GRACE_S)
+                await worker.wait_ready()
+                await asyncio.sleep(PAUSE_S)
+            logger.info("all workers are restarted")
+
+    def _on_stop(self) -> None:
+        if self._stop.is_set():
+            for child in (*self._gateways, *self._workers):
+                child.kill()
+        self._stop.set()

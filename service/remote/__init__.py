@@ -1,0 +1,1 @@
+"""Workers in other processes, as one backend: gRPC out, errors back, nothing accepted lost."""

@@ -1,0 +1,44 @@
+"""What a gateway counts of its workers."""
+
+import contextlib
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+
+class RemoteMetrics:
+    """By the worker's address; summed over a gateway's processes."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.up = Gauge(
+            "vitrail_gateway_worker_up",
+            "1 while the gateway reaches the worker; the least over the gateway's processes.",
+            ("worker",),
+            registry=registry,
+            multiprocess_mode="livemin",
+        )
+        self.outstanding = Gauge(
+            "vitrail_gateway_worker_outstanding_images",
+            "Images given to the worker and not yet answered.",
+            ("worker",),
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self.retries = Counter(
+            "vitrail_gateway_retries",
+            "Requests given to another worker because this one was lost.",
+            ("worker",),
+            registry=registry,
+        )
+
+    def add_worker(self, address: str) -> None:
+        """Create a worker's children at zero."""
+        self.up.labels(address).set(0)
+        self.outstanding.labels(address).set(0)
+        self.retries.labels(address)
+
+    def remove_worker(self, address: str) -> None:
+        """Let the gauges of a worker go that is no more."""
+        for gauge in (self.up, self.outstanding):
+            gauge.labels(address).set(0)
+            with contextlib.suppress(KeyError):
+                gauge.remove(address)

@@ -1,0 +1,238 @@
+"""One worker as a gateway sees it: what it has, how it is, and how much it has been given."""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import grpc
+
+from service.errors import (
+    DeadlineExceededError,
+    InternalError,
+    PayloadTooLargeError,
+    UnavailableError,
+)
+from service.logs import request_id
+from service.remote.metrics import RemoteMetrics
+from service.rpc.context import ERROR_KEY, GATEWAY_KEY
+from service.rpc.wire import from_error, from_response, to_request
+from service.settings import Settings
+from service.stubs import vision_pb2 as pb
+from service.stubs.vision_pb2_grpc import VisionStub
+from service.types import Health, InferRequest, InferResult
+
+logger = logging.getLogger(__name__)
+
+PROBE_INTERVAL_S = 1.0
+PROBE_TIMEOUT_S = 5.0
+DOWN_INTERVAL_S = 0.25
+EJECTION_S = 5.0
+MAX_EJECTION_S = 60.0
+FAILURES_TO_EJECT = 3
+# The worker answers by the deadline itself, with what it has; this is for the way back.
+WAY_BACK_S = 1.0
+
+OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.keepalive_time_ms", 5000),
+    ("grpc.keepalive_timeout_ms", 5000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+    # gateways in one process share no connection, so that each address stands for itself
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+class WorkerLostError(Exception):
+    """The call did not come through, or the answer did not come back."""
+
+
+class Worker:
+    """A channel to one address, probed until closed.
+
+    `up` is whether the last probe or call came through; `models` are the descriptions by name
+    that it sent last, and are kept while it is down.
+    """
+
+    def __init__(self, address: str, settings: Settings, metrics: RemoteMetrics) -> None:
+        self.address = address
+        self.up = False
+        self.outstanding = 0
+        self.models: dict[str, dict[str, Any]] = {}
+        self.health = Health(live=True, ready=False, reasons=("not reached yet",))
+        self._ready: set[str] = set()
+        self._failures = 0
+        self._ejections = 0
+        self._ejected_until = 0.0
+        self._metrics = metrics
+        keys = settings.admin_keys or settings.api_keys
+        self._key = keys[0].get_secret_value() if keys else None
+        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
+        self._stub = VisionStub(self._channel)
+        self._probe_now = asyncio.Event()
+        self._prober = asyncio.create_task(self._probe())
+        metrics.add_worker(address)
+
+    def has_ready(self, model: str) -> bool:
+        """Whether the model answers there, as far as is known."""
+        return self.up and model in self._ready
+
+    @property
+    def ejected(self) -> bool:
+        """Whether it has lately done nothing but fail."""
+        return time.monotonic() < self._ejected_until
+
+    async def infer(self, request: InferRequest) -> InferResult:
+        """Ask this worker.
+
+        Raises:
+            ServiceError: what the worker said.
+            WorkerLostError: it could not be reached, or went away; asking another is safe.
+        """
+        remaining_s = request.deadline - time.monotonic()
+        if remaining_s <= 0:
+            raise DeadlineExceededError("the deadline passed before a worker answered")
+        images = max(1, len(request.inputs))
+        self._add_outstanding(images)
+        try:
+            result = from_response(
+                await self._stub.Predict(
+                    to_request(request, remaining_s),
+                    timeout=remaining_s + WAY_BACK_S,
+                    metadata=self._metadata(),
+                )
+            )
+        except grpc.aio.AioRpcError as error:
+            raise self._translated(error) from error
+        finally:
+            self._add_outstanding(-images)
+        self._note(result)
+        return result
+
+    async def load(self, model: str) -> None:
+        """Load a model there."""
+        await self._admin(
+            self._stub.LoadModel(pb.LoadModelRequest(model=model), metadata=self._metadata())
+        )
+
+    async def unload(self, model: str) -> None:
+        """Unload a model there."""
+        await self._admin(
+            self._stub.UnloadModel(pb.UnloadModelRequest(model=model), metadata=self._metadata())
+        )
+
+    async def close(self) -> None:
+        """Forget the worker; what it still answers is waited for."""
+        self._prober.cancel()
+        self._metrics.remove_worker(self.address)
+        await self._channel.close(grace=None if self.outstanding == 0 else MAX_EJECTION_S)
+
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        metadata = ((GATEWAY_KEY, "1"), ("x-request-id", request_id.get() or "gateway"))
+        return metadata if self._key is None else (*metadata, ("x-api-key", self._key))
+
+    def _add_outstanding(self, images: int) -> None:
+        self.outstanding += images
+        self._metrics.outstanding.labels(self.address).set(self.outstanding)
+
+    async def _admin(self, call: Any) -> None:
+        try:
+            await call
+            await self.refresh()
+        except grpc.aio.AioRpcError as error:
+            try:
+                raise self._translated(error) from error
+            except WorkerLostError as lost:
+                raise UnavailableError("a worker went away meanwhile") from lost
+
+    def _translated(self, error: grpc.aio.AioRpcError) -> Exception:
+        """The worker's own error; or, where it sent none, what its status means."""
+        for key, value in error.trailing_metadata() or ():
+            if key == ERROR_KEY and isinstance(value, bytes):
+                return from_error(pb.Error.FromString(value))
+        match error.code():
+            case grpc.StatusCode.DEADLINE_EXCEEDED:
+                return DeadlineExceededError("the deadline passed before a worker answered")
+            case grpc.StatusCode.RESOURCE_EXHAUSTED:
+                return PayloadTooLargeError(f"the worker does not take that: {error.details()}")
+            case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED | grpc.StatusCode.UNKNOWN:
+                self._lose(f"{error.code().name}: {error.details()}")
+                return WorkerLostError(self.address)
+            case _:
+                logger.error("worker %s: %s %s", self.address, error.code(), error.details())
+                return InternalError("the worker failed")
+
+    def _lose(self, why: str) -> None:
+        if self.up:
+            logger.warning("worker %s is lost: %s", self.address, why)
+        self._set_up(False)
+        self._probe_now.set()
+
+    def _set_up(self, up: bool) -> None:
+        self.up = up
+        self._metrics.up.labels(self.address).set(up)
+
+    def _note(self, result: InferResult) -> None:
+        """Eject a worker that fails every image of several requests in a row: having nothing to
+        do, it would else be given everything."""
+        failed = [image for image in result.images if isinstance(image.error, InternalError)]
+        if not failed or len(failed) < len(result.images):
+            self._failures = self._ejections = 0
+            return
+        self._failures += 1
+        if self._failures >= FAILURES_TO_EJECT and not self.ejected:
+            away_s = min(EJECTION_S * 2**self._ejections, MAX_EJECTION_S)
+            self._ejected_until = time.monotonic() + away_s
+            self._ejections += 1
+            logger.warning("worker %s keeps failing; ejected for %.0f s", self.address, away_s)
+
+    async def _probe(self) -> None:
+        """Learn what the worker has, now and then, and at once when a call has failed."""
+        while True:
+            self._probe_now.clear()
+            try:
+                await self.refresh()
+            except grpc.aio.AioRpcError as error:
+                if self.up:
+                    logger.warning("worker %s: %s %s", self.address, error.code(), error.details())
+                reason = error.details() or error.code().name
+                self.health = Health(live=True, ready=False, reasons=(reason,))
+                self._set_up(False)
+            except Exception:  # not ours, or not this version
+                logger.exception("worker %s cannot be understood", self.address)
+                self._set_up(False)
+            if not self.up:
+                await asyncio.sleep(DOWN_INTERVAL_S)
+                continue
+            try:
+                async with asyncio.timeout(PROBE_INTERVAL_S):
+                    await self._probe_now.wait()
+            except TimeoutError:
+                pass
+
+    async def refresh(self) -> None:
+        """Learn at once what the worker has and how it is."""
+        response = await self._stub.ListModels(
+            pb.ListModelsRequest(), timeout=PROBE_TIMEOUT_S, metadata=self._metadata()
+        )
+        if not self.up:
+            logger.info("worker %s is up", self.address)
+        self.models = {model.name: json.loads(model.description_json) for model in response.models}
+        self._ready = {model.name for model in response.models if model.ready}
+        self.health = Health(
+            live=response.live, ready=response.ready, reasons=tuple(response.reasons)
+        )
+        self._set_up(True)
+
+
+def best_description(name: str, workers: list[Worker]) -> Mapping[str, Any] | None:
+    """A model as the worker describes it that is furthest with it."""
+    order = ("ready", "loading", "failed", "unloaded")
+    found = [worker.models[name] for worker in workers if name in worker.models]
+    return min(found, key=lambda model: order.index(model["state"]), default=None)

@@ -1,0 +1,1 @@
+"""gRPC in front of a backend: Vision, the Open Inference Protocol, health and reflection."""

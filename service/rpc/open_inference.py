@@ -1,0 +1,155 @@
+"""The Open Inference Protocol's gRPC service."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from service.accounting import counted
+from service.errors import InvalidInputError
+from service.open_inference.inputs import InputTensor, to_inputs
+from service.open_inference.metadata import (
+    VERSION,
+    check_version,
+    is_ready,
+    model_metadata,
+    repository_index,
+    server_metadata,
+)
+from service.open_inference.outputs import Plan, RequestedOutput
+from service.rpc.context import Context, Deps, answering, check_count
+from service.stubs import open_inference_pb2 as pb
+from service.stubs.open_inference_pb2_grpc import GRPCInferenceServiceServicer
+from service.tensors import datatype_of, to_bytes
+from service.types import InferRequest
+
+
+class OpenInference(GRPCInferenceServiceServicer):
+    def __init__(self, deps: Deps) -> None:
+        self._deps = deps
+        self._backend = deps.backend
+
+    async def ServerLive(
+        self, request: pb.ServerLiveRequest, context: Context
+    ) -> pb.ServerLiveResponse:
+        return pb.ServerLiveResponse(live=self._backend.health().live)
+
+    async def ServerReady(
+        self, request: pb.ServerReadyRequest, context: Context
+    ) -> pb.ServerReadyResponse:
+        return pb.ServerReadyResponse(ready=self._backend.health().ready)
+
+    async def ModelReady(
+        self, request: pb.ModelReadyRequest, context: Context
+    ) -> pb.ModelReadyResponse:
+        async with answering(self._deps, context, "ModelReady"):
+            check_version(request.version)
+            return pb.ModelReadyResponse(ready=is_ready(await self._backend.model(request.name)))
+
+    async def ServerMetadata(
+        self, request: pb.ServerMetadataRequest, context: Context
+    ) -> pb.ServerMetadataResponse:
+        return pb.ServerMetadataResponse(**server_metadata())
+
+    async def ModelMetadata(
+        self, request: pb.ModelMetadataRequest, context: Context
+    ) -> pb.ModelMetadataResponse:
+        async with answering(self._deps, context, "ModelMetadata"):
+            check_version(request.version)
+            return pb.ModelMetadataResponse(
+                **model_metadata(await self._backend.model(request.name))
+            )
+
+    async def RepositoryIndex(
+        self, request: pb.RepositoryIndexRequest, context: Context
+    ) -> pb.RepositoryIndexResponse:
+        async with answering(self._deps, context, "RepositoryIndex"):
+            index = repository_index(await self._backend.models(), request.ready)
+            models = [pb.RepositoryIndexResponse.ModelIndex(**entry) for entry in index]
+            return pb.RepositoryIndexResponse(models=models)
+
+    async def RepositoryModelLoad(
+        self, request: pb.RepositoryModelLoadRequest, context: Context
+    ) -> pb.RepositoryModelLoadResponse:
+        async with answering(self._deps, context, "RepositoryModelLoad", admin=True):
+            await self._backend.load(request.model_name)
+            return pb.RepositoryModelLoadResponse()
+
+    async def RepositoryModelUnload(
+        self, request: pb.RepositoryModelUnloadRequest, context: Context
+    ) -> pb.RepositoryModelUnloadResponse:
+        async with answering(self._deps, context, "RepositoryModelUnload", admin=True):
+            await self._backend.unload(request.model_name)
+            return pb.RepositoryModelUnloadResponse()
+
+    async def ModelInfer(
+        self, request: pb.ModelInferRequest, context: Context
+    ) -> pb.ModelInferResponse:
+        deps = self._deps
+        async with answering(deps, context, "ModelInfer") as caller:
+            known = deps.backend.knows
+            with counted(deps.metrics, known, "open-inference", caller.started) as account:
+                account.models = [request.model_name]
+                check_version(request.model_version)
+                model = await deps.backend.model(request.model_name)
+                options = _values(request.parameters)
+                timeout_ms = (
+                    float(options.pop("timeout", 0)) / 1e3
+                )  # microseconds, as Triton has it
+                account.deadline = caller.deadline(deps.settings, timeout_ms)
+                plan = Plan(model, [_requested(output) for output in request.outputs], options)
+                inputs = to_inputs(_tensors(request))
+                check_count(deps.settings, len(inputs))
+                result = await deps.backend.infer(
+                    InferRequest(inputs=inputs, calls=plan.calls, deadline=account.deadline)
+                )
+                account.answered(result)
+                return _response(request, plan, plan.collect(result))
+
+
+def _tensors(request: pb.ModelInferRequest) -> list[InputTensor]:
+    raw = list(request.raw_input_contents)
+    if raw and len(raw) != len(request.inputs):
+        raise InvalidInputError(
+            f"{len(raw)} raw_input_contents for {len(request.inputs)} inputs", field="inputs"
+        )
+    return [
+        InputTensor(
+            name=tensor.name,
+            datatype=tensor.datatype,
+            shape=list(tensor.shape),
+            raw=raw[position] if raw else None,
+            values=tensor.contents.bytes_contents or tensor.contents.fp32_contents,
+        )
+        for position, tensor in enumerate(request.inputs)
+    ]
+
+
+def _requested(output: pb.ModelInferRequest.InferRequestedOutputTensor) -> RequestedOutput:
+    count = _values(output.parameters).get("classification", 0)
+    if not isinstance(count, int):
+        raise InvalidInputError("classification is a positive number", field="outputs")
+    return RequestedOutput(output.name, classification=count)
+
+
+def _values(parameters: Mapping[str, pb.InferParameter]) -> dict[str, Any]:
+    return {
+        name: getattr(value, choice)
+        for name, value in parameters.items()
+        if (choice := value.WhichOneof("parameter_choice"))
+    }
+
+
+def _response(
+    request: pb.ModelInferRequest, plan: Plan, arrays: list[Any]
+) -> pb.ModelInferResponse:
+    return pb.ModelInferResponse(
+        model_name=request.model_name,
+        model_version=VERSION,
+        id=request.id,
+        outputs=[
+            pb.ModelInferResponse.InferOutputTensor(
+                name=output.name, datatype=datatype_of(array), shape=array.shape
+            )
+            for output, array in zip(plan.requested, arrays, strict=True)
+        ],
+        raw_output_contents=[to_bytes(array) for array in arrays],
+    )

@@ -1,0 +1,195 @@
+"""The values of `service.types` as the messages of `vision.proto`, and back."""
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.struct_pb2 import Struct
+
+from service.errors import BY_SLUG, FieldError, InternalError, InvalidInputError, ServiceError
+from service.parameters import validated_call
+from service.stubs import vision_pb2 as pb
+from service.tensors import datatype_of, from_bytes, to_bytes
+from service.types import (
+    Call,
+    ImageResult,
+    InferRequest,
+    InferResult,
+    Input,
+    ModelUsed,
+    Timing,
+)
+
+Output = Mapping[str, np.ndarray] | ServiceError
+
+
+# -- requests ------------------------------------------------------------------------------
+
+
+def to_request(request: InferRequest, remaining_s: float) -> pb.PredictRequest:
+    """What a gateway asks of a worker; `remaining_s` is the time until the deadline."""
+    images = [item for item in request.inputs if isinstance(item, bytes)]
+    pixels = [item for item in request.inputs if isinstance(item, np.ndarray)]
+    return pb.PredictRequest(
+        images=images,
+        pixel_values=to_tensors({"pixel_values": array} for array in pixels),
+        calls=[_to_call(call) for call in request.calls],
+        timeout_ms=max(remaining_s, 0.001) * 1e3,
+        priority=pb.PRIORITY_BULK if request.bulk else pb.PRIORITY_INTERACTIVE,
+    )
+
+
+def from_inputs(request: pb.TaskRequest | pb.PredictRequest) -> list[Input]:
+    """A request's encoded images, or its preprocessed ones.
+
+    Raises:
+        InvalidInputError: both, or a tensor that is not what it says.
+    """
+    if request.images and request.pixel_values:
+        raise InvalidInputError("send images or pixel_values, not both", field="images")
+    return list(request.images) or [from_tensor(tensor) for tensor in request.pixel_values]
+
+
+def from_call(call: pb.Call) -> Call:
+    """A call, validated as its task's route would."""
+    return validated_call(call.model or None, call.task or None, from_options(call.options))
+
+
+def from_options(options: Struct) -> dict[str, Any]:
+    """A Struct as plain values."""
+    return MessageToDict(options)
+
+
+def _to_call(call: Call) -> pb.Call:
+    options = Struct()
+    options.update(dict(call.options))
+    return pb.Call(model=call.model or "", task=call.task or "", options=options)
+
+
+# -- results -------------------------------------------------------------------------------
+
+
+def to_task_response(result: InferResult) -> pb.TaskResponse:
+    """The answer of the one model that was asked."""
+    return pb.TaskResponse(
+        model=_to_used(result.models[0]), results=[_to_result(image) for image in result.images]
+    )
+
+
+def to_response(result: InferResult) -> pb.PredictResponse:
+    """The answers of all models."""
+    return pb.PredictResponse(
+        models=[_to_used(used) for used in result.models],
+        results=[
+            pb.PredictResult(
+                outputs=[_to_output(output) for output in image.outputs],
+                error=to_error(image.error) if image.error else None,
+                timing=_to_timing(image.timing),
+            )
+            for image in result.images
+        ],
+    )
+
+
+def from_response(response: pb.PredictResponse) -> InferResult:
+    """The answers as the in-process engine would give them."""
+    models = [
+        ModelUsed(used.name, used.task, used.model_digest, used.preprocess_digest)
+        for used in response.models
+    ]
+    return InferResult(models, [_from_result(result) for result in response.results])
+
+
+def to_error(error: ServiceError) -> pb.Error:
+    """An error, whole."""
+    return pb.Error(
+        code=error.slug,
+        detail=error.detail,
+        fields=[pb.FieldError(field=item.field, detail=item.detail) for item in error.fields],
+        retry_after_s=error.retry_after_s,
+    )
+
+
+def from_error(error: pb.Error) -> ServiceError:
+    """The error that a server sent; a code that is not known here is an internal one."""
+    return BY_SLUG.get(error.code, InternalError)(
+        error.detail,
+        fields=[FieldError(item.field, item.detail) for item in error.fields],
+        retry_after_s=error.retry_after_s if error.HasField("retry_after_s") else None,
+    )
+
+
+def to_tensors(named: Iterable[Mapping[str, np.ndarray]]) -> list[pb.Tensor]:
+    """Named arrays as tensors, in order."""
+    return [
+        pb.Tensor(
+            name=name, datatype=datatype_of(array), shape=array.shape, contents=to_bytes(array)
+        )
+        for arrays in named
+        for name, array in arrays.items()
+    ]
+
+
+def from_tensor(tensor: pb.Tensor) -> np.ndarray:
+    """A tensor's array."""
+    return from_bytes(tensor.name, tensor.datatype, list(tensor.shape), tensor.contents)
+
+
+def _to_result(image: ImageResult) -> pb.Result:
+    output: Output = image.error or image.outputs[0]
+    timing = _to_timing(image.timing)
+    if isinstance(output, ServiceError):
+        return pb.Result(error=to_error(output), timing=timing)
+    return pb.Result(tensors=to_tensors([output]), timing=timing)
+
+
+def _to_output(output: Output) -> pb.Output:
+    if isinstance(output, ServiceError):
+        return pb.Output(error=to_error(output))
+    return pb.Output(tensors=to_tensors([output]))
+
+
+def _from_result(result: pb.PredictResult) -> ImageResult:
+    timing = None
+    if result.HasField("timing"):
+        sent = result.timing
+        timing = Timing(sent.decode_ms, sent.queue_ms, sent.compute_ms, sent.batch_size)
+    if result.HasField("error"):
+        return ImageResult(error=from_error(result.error), timing=timing)
+    return ImageResult([_from_output(output) for output in result.outputs], timing=timing)
+
+
+def _from_output(output: pb.Output) -> Output:
+    if output.HasField("error"):
+        return from_error(output.error)
+    return {tensor.name: from_tensor(tensor) for tensor in output.tensors}
+
+
+def _to_used(used: ModelUsed) -> pb.ModelUsed:
+    return pb.ModelUsed(
+        name=used.name,
+        task=used.task,
+        model_digest=used.model_digest,
+        preprocess_digest=used.preprocess_digest,
+    )
+
+
+def _to_timing(timing: Timing | None) -> pb.Timing | None:
+    if timing is None:
+        return None
+    return pb.Timing(
+        decode_ms=timing.decode_ms,
+        queue_ms=timing.queue_ms,
+        compute_ms=timing.compute_ms,
+        batch_size=timing.batch_size,
+    )
+
+
+def to_model(described: Mapping[str, Any]) -> pb.Model:
+    """A model as `GET /models/{name}` describes it; one with a reason not to is not ready."""
+    ready = described["state"] == "ready" and not described["reason"]
+    return pb.Model(
+        name=described["name"], ready=ready, description_json=json.dumps(dict(described))
+    )

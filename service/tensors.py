@@ -1,0 +1,98 @@
+"""numpy arrays as the Open Inference Protocol's data types and bytes, and back.
+
+BYTES elements are each preceded by their length, 4 bytes little-endian; all other types are
+little-endian and row by row. BF16, which numpy lacks, is read as float32.
+"""
+
+import math
+import struct
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from service.errors import InvalidInputError
+
+DTYPES = {
+    "BOOL": "?", "UINT8": "u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8",
+    "INT8": "i1", "INT16": "<i2", "INT32": "<i4", "INT64": "<i8",
+    "FP16": "<f2", "FP32": "<f4", "FP64": "<f8",
+}  # fmt: skip
+_DATATYPES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+
+
+def datatype_of(array: np.ndarray) -> str:
+    """The protocol's name for an array's type; strings and objects are BYTES."""
+    return "BYTES" if array.dtype.kind in "USO" else _DATATYPES[array.dtype.newbyteorder("<")]
+
+
+def to_bytes(array: np.ndarray) -> bytes:
+    """An array's contents, in the protocol's layout."""
+    if datatype_of(array) == "BYTES":
+        return pack(_as_bytes(element) for element in array.ravel().tolist())
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
+
+
+def from_bytes(name: str, datatype: str, shape: Sequence[int], contents: bytes) -> np.ndarray:
+    """The array that `contents` hold; read-only where no conversion was needed, BYTES as text.
+
+    Raises:
+        InvalidInputError: unknown data type, negative shape, or contents of another size.
+    """
+    count = element_count(name, shape)
+    if datatype == "BYTES":
+        texts = [element.decode(errors="replace") for element in unpack(name, contents, count)]
+        return np.array(texts, dtype=str).reshape(shape)
+    width = 2 if datatype == "BF16" else np.dtype(_dtype(name, datatype)).itemsize
+    if len(contents) != count * width:
+        raise InvalidInputError(
+            f"{name}: {datatype} of shape {list(shape)} takes {count * width} bytes; "
+            f"{len(contents)} came",
+            field=name,
+        )
+    if datatype == "BF16":
+        halves = np.frombuffer(contents, "<u2").astype(np.uint32) << 16
+        return halves.view(np.float32).reshape(shape)
+    return np.frombuffer(contents, _dtype(name, datatype)).reshape(shape)
+
+
+def element_count(name: str, shape: Sequence[int]) -> int:
+    """How many elements a tensor of this shape has; refuses negative sizes."""
+    if any(size < 0 for size in shape):
+        raise InvalidInputError(f"{name}: shape {list(shape)} has a negative size", field=name)
+    return math.prod(shape)
+
+
+def pack(elements: Iterable[bytes]) -> bytes:
+    """BYTES elements in one run, each after its length."""
+    return b"".join(part for item in elements for part in (struct.pack("<I", len(item)), item))
+
+
+def unpack(name: str, contents: bytes, count: int) -> list[bytes]:
+    """The `count` BYTES elements that `contents` hold.
+
+    Raises:
+        InvalidInputError: lengths that do not add up, or another number of elements.
+    """
+    elements: list[bytes] = []
+    position = 0
+    while position + 4 <= len(contents) and len(elements) <= count:
+        (size,) = struct.unpack_from("<I", contents, position)
+        elements.append(contents[position + 4 : position + 4 + size])
+        position += 4 + size
+    if position != len(contents) or len(elements) != count:
+        raise InvalidInputError(
+            f"{name}: the {len(contents)} bytes are not {count} elements, each after its length "
+            "as 4 bytes, little-endian",
+            field=name,
+        )
+    return elements
+
+
+def _as_bytes(element: str | bytes) -> bytes:
+    return element.encode() if isinstance(element, str) else element
+
+
+def _dtype(name: str, datatype: str) -> str:
+    if datatype not in DTYPES:
+        raise InvalidInputError(f"{name}: no data type {datatype!r}", field=name)
+    return DTYPES[datatype]
