@@ -2,10 +2,12 @@
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
+GRPC_PORT ?= 8001
+OUT ?= .
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help serve test check format bench clean
+.PHONY: help serve test check format proto bench clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -19,8 +21,8 @@ $(VENV)/dev.stamp: $(VENV)/serve.stamp
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-serve: $(VENV)/serve.stamp ## Serve the demo on http://HOST:PORT
-	$(BIN)/vitrail serve --host $(HOST) --port $(PORT)
+serve: $(VENV)/serve.stamp ## Serve the demo on http://HOST:PORT, gRPC on GRPC_PORT
+	$(BIN)/vitrail serve --host $(HOST) --port $(PORT) --grpc-port $(GRPC_PORT)
 
 test: $(VENV)/dev.stamp ## Run the tests
 	$(BIN)/python -m pytest
@@ -28,11 +30,20 @@ test: $(VENV)/dev.stamp ## Run the tests
 check: $(VENV)/dev.stamp ## Lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/protolint lint proto
 	$(BIN)/mypy
 
 format: $(VENV)/dev.stamp ## Format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+proto: $(VENV)/dev.stamp ## Generate service/stubs from proto/
+	$(BIN)/python -m grpc_tools.protoc \
+		-Iservice/stubs=proto/vitrail/v1 -Iservice/stubs=proto/inference \
+		--plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
+		--plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+		--python_out=$(OUT) --grpc_python_out=$(OUT) --mypy_out=$(OUT) --mypy_grpc_out=$(OUT) \
+		service/stubs/vision.proto service/stubs/open_inference.proto
 
 bench: $(VENV)/dev.stamp ## Measure serving against the bare loop
 	$(BIN)/python -m benchmarks.serving

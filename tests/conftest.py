@@ -1,5 +1,6 @@
 """Shared parts: real photos, a tiny catalog with random weights, and servers on loopback."""
 
+import asyncio
 import io
 import os
 import socket
@@ -18,8 +19,9 @@ import pytest
 import skimage.data
 import timm
 import torch
+from fastapi import FastAPI
 from PIL import Image
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, generate_latest
 from safetensors.torch import save_file
 
 from models import Registry
@@ -28,6 +30,9 @@ from models.store import Store
 from service.gateway.app import create_app
 from service.gateway.server import create_server
 from service.metrics import Metrics
+from service.remote.backend import RemoteBackend
+from service.remote.metrics import RemoteMetrics
+from service.rpc.server import RpcServer
 from service.settings import Settings
 from service.worker.collector import EngineCollector
 from service.worker.engine import Engine
@@ -108,16 +113,28 @@ def tiny_catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Running:
-    """A server in a thread of this process, with its engine at hand for fault injection."""
+    """A server in threads of this process, with its engine at hand for fault injection.
+
+    `grpc` is the address of the engine's own gRPC server.
+    """
 
     url: str
     client: httpx.Client
     engine: Engine
+    grpc: str
+    worker_metrics: CollectorRegistry | None = None
+
+    def metrics(self) -> str:
+        """All metrics there are: the gateway's, and the worker's where that is apart."""
+        text = self.client.get("/metrics").text
+        if self.worker_metrics is not None:
+            text += generate_latest(self.worker_metrics).decode()
+        return text
 
     def metric(self, name: str, **labels: str) -> float:
-        """The sum of the samples in `/metrics` that have these labels."""
+        """The sum of the samples that have these labels."""
         total = 0.0
-        for line in self.client.get("/metrics").text.splitlines():
+        for line in self.metrics().splitlines():
             sample, _, value = line.rpartition(" ")
             found, _, rest = sample.partition("{")
             if found == name and all(f'{k}="{v}"' in rest for k, v in labels.items()):
@@ -125,6 +142,7 @@ class Running:
         return total
 
     def wait_ready(self) -> None:
+        """Until all models of the catalog answer."""
         wait_until(lambda: self.client.get("/readyz").status_code == 200)
 
 
@@ -137,14 +155,36 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
 
 
 @contextmanager
-def running(catalog: Path, **overrides: Any) -> Iterator[Running]:
-    """Serve a catalog on a free port, in this process."""
-    settings = Settings(catalog=str(catalog), device="cpu", **overrides)
+def running(catalog: Path, *, apart: bool = False, **overrides: Any) -> Iterator[Running]:
+    """Serve a catalog on free ports: in one piece, or a gateway and a worker with gRPC between."""
+    port = free_port()
+    settings = Settings(catalog=str(catalog), device="cpu", grpc_port=port, **overrides)
+    address = f"127.0.0.1:{port}"
     metrics = Metrics(CollectorRegistry())
     registry = Registry.from_catalog(catalog, device="cpu", store=Store(catalog.parent / "store"))
     engine = Engine(registry, settings.engine, metrics)
     metrics.registry.register(EngineCollector(engine))
-    app = create_app(settings, engine, metrics)
+    if not apart:
+        with serving(create_app(settings, engine, metrics, address), settings) as (url, client):
+            yield Running(url, client, engine, address)
+        return
+    with serving_rpc(engine, settings, metrics, address), gateway(settings, address) as front:
+        yield Running(*front, engine, address, metrics.registry)
+
+
+@contextmanager
+def gateway(settings: Settings, *workers: str) -> Iterator[tuple[str, httpx.Client]]:
+    """A gateway for these workers, in a thread of this process."""
+    settings = settings.model_copy(update={"workers": workers})
+    metrics = Metrics(CollectorRegistry())
+    backend = RemoteBackend(settings, RemoteMetrics(metrics.registry))
+    with serving(create_app(settings, backend, metrics), settings) as front:
+        yield front
+
+
+@contextmanager
+def serving(app: FastAPI, settings: Settings) -> Iterator[tuple[str, httpx.Client]]:
+    """An application behind its real server, in a thread."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     server = create_server(app, settings)
     thread = threading.Thread(target=server.run, args=([listener],))
@@ -152,17 +192,41 @@ def running(catalog: Path, **overrides: Any) -> Iterator[Running]:
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
         with httpx.Client(base_url=url, timeout=60) as client:
-            yield Running(url, client, engine)
+            yield url, client
     finally:
         server.should_exit = True
         thread.join()
         listener.close()
 
 
-@pytest.fixture(scope="module")
-def tiny(tiny_catalog: Path) -> Iterator[Running]:
+@contextmanager
+def serving_rpc(
+    engine: Engine, settings: Settings, metrics: Metrics, address: str
+) -> Iterator[None]:
+    """An engine behind its real gRPC server, in a thread."""
+    stop: threading.Event = threading.Event()
+
+    async def serve() -> None:
+        server = RpcServer(engine, settings, metrics)
+        await engine.start()
+        await server.start(address)
+        await asyncio.to_thread(stop.wait)
+        await server.stop(5)
+        await engine.close()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.fixture(scope="module", params=["in one process", "gateway and worker apart"])
+def tiny(tiny_catalog: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
     """The tiny catalog, served and ready."""
-    with running(tiny_catalog) as server:
+    with running(tiny_catalog, apart="apart" in request.param) as server:
         server.wait_ready()
         yield server
 

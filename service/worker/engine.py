@@ -179,8 +179,8 @@ class Engine:
         self, image: Input, passes: Sequence[TrunkPass]
     ) -> tuple[list[torch.Tensor], tuple[int, int]]:
         if isinstance(image, np.ndarray):
-            height, width = image.shape[-2:]
-            return [prepared_pixels(image, plan.model) for plan in passes], (width, height)
+            prepared = [prepared_pixels(image, plan.model) for plan in passes]
+            return prepared, (image.shape[2], image.shape[1])
         decoded = decode_image(image, self._limits)
         return [plan.model.transform(decoded) for plan in passes], decoded.size
 

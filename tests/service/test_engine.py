@@ -19,9 +19,12 @@ from tests.conftest import Running, encode, running, wait_until
 Forward = Callable[[torch.Tensor], TrunkOutput]
 
 
-@pytest.fixture
-def server(tiny_catalog: Path) -> Iterator[Running]:
-    with running(tiny_catalog, max_queue_size=8, streams=1, admin_keys="admin") as started:
+@pytest.fixture(params=["in one process", "gateway and worker apart"])
+def server(tiny_catalog: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
+    apart = "apart" in request.param
+    with running(
+        tiny_catalog, apart=apart, max_queue_size=8, streams=1, admin_keys="admin"
+    ) as started:
         started.wait_ready()
         yield started
 

@@ -362,9 +362,10 @@ def test_headers_that_never_end_are_cut_off(tiny: Running) -> None:
 # -- keys ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def locked(tiny_catalog: Path) -> Iterator[Running]:
-    with running(tiny_catalog, api_keys="user-1,user-2", admin_keys="boss") as server:
+@pytest.fixture(scope="module", params=["in one process", "gateway and worker apart"])
+def locked(tiny_catalog: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
+    keys = {"api_keys": "user-1,user-2", "admin_keys": "boss"}
+    with running(tiny_catalog, apart="apart" in request.param, **keys) as server:
         server.wait_ready()
         yield server
 
@@ -447,7 +448,11 @@ def test_urls_are_off_unless_configured(tiny: Running, image_host: str) -> None:
 def test_urls_come_from_allowed_hosts_within_limits(
     tiny_catalog: Path, image_host: str, jpegs: dict[str, bytes]
 ) -> None:
-    allowed = {"url_hosts": "127.0.0.1", "url_allow_private": True, "url_timeout_s": 1}
+    allowed: dict[str, Any] = {
+        "url_hosts": "127.0.0.1",
+        "url_allow_private": True,
+        "url_timeout_s": 1,
+    }
     with running(tiny_catalog, **allowed) as server:
         server.wait_ready()
         direct = server.client.post("/classify", content=jpegs["coffee"]).json()

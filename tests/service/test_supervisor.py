@@ -1,0 +1,167 @@
+"""`vitrail serve --workers N`: one roof, no orphans, nothing lost in a rolling restart."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.conftest import answers, free_port, process, wait_until
+from tests.service.test_remote import load, more, post
+
+START_S = 120
+
+
+@contextmanager
+def supervised(catalog: Path, *flags: str) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
+    """`vitrail serve` with two workers, ready; its URL and the supervisor."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    arguments = ["serve", "--workers", "2", "--catalog", str(catalog), "--device", "cpu"]
+    arguments += ["--port", str(port), "--grpc-port", str(free_port()), "--log-level", "warning"]
+    with process(*arguments, *flags) as started:
+        wait_until(lambda: answers(f"{url}/readyz") or started.poll() is not None, START_S)
+        assert started.poll() is None
+        wait_until(lambda: healthy(url) == 2, START_S)
+        children = descendants(started.pid)
+        try:
+            yield url, started
+        finally:
+            started.terminate()
+            started.wait(60)
+            wait_until(lambda: not alive(children))
+
+
+def healthy(url: str) -> int:
+    """How many workers are up and ready, by the gateway's word."""
+    reasons = httpx.get(f"{url}/readyz").json()["reasons"]
+    up = re.findall(r"^vitrail_gateway_worker_up\{.*\} 1\.0$", metrics(url), re.MULTILINE)
+    return len(up) if not reasons else 0
+
+
+def metrics(url: str) -> str:
+    return httpx.get(f"{url}/metrics").text
+
+
+def descendants(pid: int) -> list[int]:
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in listed]
+
+
+def command(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+
+
+def alive(pids: list[int]) -> list[int]:
+    """Those that still run; a zombie, whose new parent has not looked yet, does not."""
+    found = []
+    for pid in pids:
+        status = Path(f"/proc/{pid}/status")
+        try:
+            if "State:\tZ" not in status.read_text():
+                found.append(pid)
+        except FileNotFoundError:
+            pass
+    return found
+
+
+def test_workers_restart_one_by_one_and_after_a_crash_and_nothing_fails(
+    tiny_catalog: Path, jpegs: dict[str, bytes]
+) -> None:
+    with supervised(tiny_catalog) as (url, supervisor):
+        before = {pid for pid in descendants(supervisor.pid) if " worker " in command(pid)}
+        assert len(before) == 2
+        with load(url, jpegs["coffee"]) as made:
+            more(made, 20)
+            supervisor.send_signal(signal.SIGUSR1)
+
+            def all_new() -> bool:
+                now = {pid for pid in descendants(supervisor.pid) if " worker " in command(pid)}
+                return len(now) == 2 and not now & before
+
+            wait_until(all_new, START_S)
+            wait_until(lambda: healthy(url) == 2, START_S)
+            more(made, 20)
+            victim = next(pid for pid in descendants(supervisor.pid) if " worker " in command(pid))
+            os.kill(victim, signal.SIGKILL)
+            more(made, 50)
+            wait_until(lambda: healthy(url) == 2, START_S)
+            more(made, 20)
+        assert made.statuses.keys() == {200}, made.failures
+
+
+def test_several_gateways_share_a_port_and_count_as_one(
+    tiny_catalog: Path, jpegs: dict[str, bytes]
+) -> None:
+    with supervised(tiny_catalog, "--processes", "2") as (url, supervisor):
+
+        def total(name: str) -> float:
+            pattern = rf"^vitrail_{name}_total\{{.*outcome=\"ok\".*\}} (.+)$"
+            return sum(map(float, re.findall(pattern, metrics(url), re.MULTILINE)))
+
+        def up() -> str | None:
+            found = re.search(r"^vitrail_worker_up (.+)$", metrics(url), re.MULTILINE)
+            return found and found[1]
+
+        gateways = [pid for pid in descendants(supervisor.pid) if " gateway " in command(pid)]
+        assert len(gateways) == 2
+        before = total("requests")
+        for _ in range(40):  # each on a connection of its own, so that both gateways get some
+            with httpx.Client(base_url=url) as client:
+                assert post(client, "/classify", jpegs["coffee"]).status_code == 200
+        assert total("requests") == before + 40
+        assert total("images") == before + 40
+        wait_until(lambda: up() == "2.0")
+        batches = re.findall(r"^vitrail_batch_size_sum\{.*\} (.+)$", metrics(url), re.MULTILINE)
+        assert sum(map(float, batches)) == before + 40
+        os.kill(gateways[0], signal.SIGKILL)
+        wait_until(lambda: len([p for p in descendants(supervisor.pid)
+                                if " gateway " in command(p)]) == 2)  # fmt: skip
+        wait_until(lambda: total("requests") == before + 40)  # what the dead one counted stays
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_everything_after_the_accepted_is_answered(
+    tiny_catalog: Path, jpegs: dict[str, bytes], number: signal.Signals
+) -> None:
+    with supervised(tiny_catalog) as (url, supervisor):
+        children = descendants(supervisor.pid)
+        with load(url, jpegs["coffee"], clients=3) as made:
+            more(made, 10)
+            made.stop.set()
+            supervisor.send_signal(number)
+        assert made.statuses.keys() == {200}, made.failures
+        assert supervisor.wait(60) == 0
+        assert alive(children) == []
+
+
+def test_no_orphan_is_left_however_the_supervisor_dies(tiny_catalog: Path) -> None:
+    with supervised(tiny_catalog) as (_, supervisor):
+        children = descendants(supervisor.pid)
+        assert len(children) == 3
+        supervisor.kill()
+        supervisor.wait()
+        wait_until(lambda: alive(children) == [])
+
+
+def test_a_wrong_catalog_ends_the_supervisor_with_a_line(tmp_path: Path) -> None:
+    with process("serve", "--workers", "1", "--catalog", str(tmp_path / "none.toml"),
+                 "--port", "0", "--grpc-port", str(free_port())) as started:  # fmt: skip
+        assert started.wait(60) == 2
+
+
+def test_no_leftovers_in_the_temporary_folder(tiny_catalog: Path, tmp_path: Path) -> None:
+    environment = {"TMPDIR": str(tmp_path)}
+    with process("serve", "--workers", "1", "--catalog", str(tiny_catalog), "--port", "0",
+                 "--grpc-port", str(free_port()), **environment) as started:  # fmt: skip
+        wait_until(lambda: len(list(tmp_path.glob("vitrail-*/worker-0.sock"))) == 1, START_S)
+        time.sleep(0.2)
+        started.send_signal(signal.SIGTERM)
+        assert started.wait(60) == 0
+    assert list(tmp_path.iterdir()) == []
