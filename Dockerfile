@@ -1,40 +1,61 @@
-# One file for GPUs and CPUs.
+# Two images from one file:
 #
 #   docker build -t vitrail .
-#       torch's default build: runs on NVIDIA GPUs, and on CPUs too.
+#       Everything; torch's default build runs on NVIDIA GPUs, and on CPUs too.
 #   docker build -t vitrail --build-arg TORCH_INDEX_URL=URL .
 #       torch from another index, such as PyTorch's own of CPU-only builds: gigabytes smaller.
+#   docker build -t vitrail-gateway --target gateway .
+#       The gateway alone, without torch.
 ARG PYTHON_VERSION=3.11
 
+FROM python:${PYTHON_VERSION}-slim AS base
+RUN useradd --system --create-home vitrail \
+ && install -d -o vitrail /var/lib/vitrail
+ENV PATH=/opt/vitrail/bin:$PATH \
+    VITRAIL_HOST=0.0.0.0
+ENTRYPOINT ["vitrail"]
+
 FROM python:${PYTHON_VERSION}-slim AS build
-ARG TORCH_INDEX_URL=
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/vitrail
 WORKDIR /src
-COPY constraints.txt ./
+COPY constraints.txt pyproject.toml README.md LICENSE ./
+
+FROM build AS build-gateway
+COPY deploy/gateway-requirements.txt ./
+RUN /opt/vitrail/bin/pip install -c constraints.txt -r gateway-requirements.txt
+COPY models models
+COPY service service
+RUN /opt/vitrail/bin/pip install --no-deps .
+
+FROM base AS gateway
+COPY --from=build-gateway /opt/vitrail /opt/vitrail
+USER vitrail
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=10s \
+  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/healthz', timeout=4)"]
+CMD ["gateway"]
+
+FROM build AS build-all
+ARG TORCH_INDEX_URL=
 RUN grep -E '^(torch|torchvision)==' constraints.txt > torch.txt \
  && /opt/vitrail/bin/pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} -r torch.txt
-COPY pyproject.toml README.md LICENSE ./
 COPY models models
 COPY service service
 RUN /opt/vitrail/bin/pip install -c constraints.txt .
 
-FROM python:${PYTHON_VERSION}-slim
+FROM base
 # rasterio's wheel takes libexpat from the system
 RUN apt-get update \
  && apt-get install -y --no-install-recommends libexpat1 \
- && rm -rf /var/lib/apt/lists/* \
- && useradd --system --create-home vitrail \
- && install -d -o vitrail /var/lib/vitrail
-COPY --from=build /opt/vitrail /opt/vitrail
-ENV PATH=/opt/vitrail/bin:$PATH \
-    VITRAIL_HOST=0.0.0.0 \
-    VITRAIL_STORE=/var/lib/vitrail \
+ && rm -rf /var/lib/apt/lists/*
+COPY --from=build-all /opt/vitrail /opt/vitrail
+ENV VITRAIL_STORE=/var/lib/vitrail \
     HF_HOME=/var/lib/vitrail/hub
 USER vitrail
 VOLUME /var/lib/vitrail
-EXPOSE 8000
+EXPOSE 8000 8001 8002
+# of `vitrail serve`; a worker alone answers no HTTP but /metrics, see docker-compose.yml
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s \
   CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/healthz', timeout=4)"]
-ENTRYPOINT ["vitrail"]
 CMD ["serve"]

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted([*ROOT.glob("models/**/*.py"), *ROOT.glob("service/**/*.py")])
+FILES = (*ROOT.glob("models/**/*.py"), *ROOT.glob("service/**/*.py"))
+SOURCES = sorted(path for path in FILES if path.parent.name != "stubs")
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -29,9 +30,18 @@ def test_the_library_knows_nothing_of_the_service_or_the_web() -> None:
     assert not roots & {"service", "fastapi", "starlette", "uvicorn", "grpc", "pydantic"}
 
 
-def test_the_gateway_and_the_worker_do_not_know_each_other() -> None:
-    assert not {name for name in imported("service/gateway") if "worker" in name}
-    assert not {name for name in imported("service/worker") if "gateway" in name}
+def test_the_sides_do_not_know_each_other() -> None:
+    """Gateway, worker, and the two that carry requests between them, meet in `processes`."""
+    sides = ("service.gateway", "service.worker", "service.remote", "service.processes")
+    for folder, allowed in (
+        ("gateway", ("service.gateway",)),
+        ("worker", ("service.worker",)),
+        ("rpc", ()),
+        ("open_inference", ()),
+        ("remote", ("service.remote",)),
+    ):
+        names = {name for name in imported(f"service/{folder}") if name.startswith(sides)}
+        assert {name for name in names if not name.startswith(allowed or ("none",))} == set()
 
 
 def test_the_policy_knows_no_threads_clocks_or_tensors() -> None:
@@ -39,7 +49,15 @@ def test_the_policy_knows_no_threads_clocks_or_tensors() -> None:
     assert not names & {"threading", "asyncio", "time", "torch", "numpy"}
 
 
-@pytest.mark.parametrize("module", ["service.gateway.app", "service.cli", "service.settings"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "service.processes.gateway",
+        "service.processes.supervisor",
+        "service.cli",
+        "service.settings",
+    ],
+)
 def test_the_gateway_and_the_command_line_start_without_torch(module: str) -> None:
     program = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
@@ -57,10 +75,11 @@ def test_the_settings_are_these() -> None:
 
     assert sorted(Settings.model_fields) == [
         "admin_keys", "api_keys", "body_timeout_s", "catalog", "decode_threads",
-        "default_timeout_ms", "device", "drain_timeout_s", "dtype", "header_timeout_s", "host",
+        "default_timeout_ms", "device", "drain_timeout_s", "dtype", "grpc_port", "header_timeout_s",
+        "host",
         "log_level", "max_batch_size", "max_image_bytes", "max_image_pixels", "max_image_side",
-        "max_images", "max_queue_delay_ms", "max_queue_size", "max_request_bytes", "models",
-        "port", "probe_interval_s", "streams", "stuck_after_s", "threads", "url_allow_private",
-        "url_hosts", "url_timeout_s",
+        "max_images", "max_queue_delay_ms", "max_queue_size", "max_request_bytes",
+        "metrics_port", "models", "port", "probe_interval_s", "streams", "stuck_after_s", "threads",
+        "url_allow_private", "url_hosts", "url_timeout_s", "workers",
     ]  # fmt: skip
     assert all(field.description for field in Settings.model_fields.values())

@@ -7,7 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
+import venv
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,51 +21,88 @@ import yaml
 
 from models import Registry
 from models.store import default_store_path
-from tests.conftest import answers, free_port, wait_until
+from tests.conftest import answers, free_port, running, wait_until
 
 ROOT = Path(__file__).parents[1]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+GATEWAY = ROOT / "deploy/gateway-requirements.txt"
 ALERTS = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text())
 DASHBOARD = json.loads((ROOT / "deploy/grafana/dashboards/vitrail.json").read_text())
 
 
-def compose_environment(service: str) -> dict[str, str]:
-    """The service's environment with `${NAME:-default}` filled in, as compose does."""
-    given = COMPOSE["services"][service].get("environment", {})
-    return {k: re.sub(r"\$\{\w+:-(.*?)\}", r"\1", v) for k, v in given.items()}
+def filled(text: str) -> str:
+    """`${NAME:-default}` filled in, as compose does."""
+    return re.sub(r"\$\{\w+:-(.*?)\}", r"\1", text)
 
 
 def dockerfile_environment() -> dict[str, str]:
-    final = (ROOT / "Dockerfile").read_text().rpartition("\nFROM ")[2].replace("\\\n", " ")
-    return dict(re.findall(r"(VITRAIL_\w+|HF_HOME)=(\S+)", final))
+    text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+    return dict(re.findall(r"(VITRAIL_\w+|HF_HOME)=(\S+)", text))
 
 
-@pytest.fixture(scope="module")
-def service(demo: Registry) -> Iterator[str]:
-    """The compose file's `vitrail` service as a process; its address."""
-    port = free_port()
-    environment = {**os.environ, **dockerfile_environment(), **compose_environment("vitrail")}
-    environment |= {"VITRAIL_PORT": str(port), "VITRAIL_STORE": str(default_store_path())}
-    environment["VITRAIL_HOST"] = "127.0.0.1"
-    command = [sys.executable, "-m", "service.cli", *COMPOSE["services"]["vitrail"]["command"]]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as server:
+@dataclass
+class Deployed:
+    """Where the compose file's services listen here."""
+
+    gateway: str
+    worker: str
+    worker_metrics: str
+
+
+@contextmanager
+def compose_process(name: str, **changes: str) -> Iterator[None]:
+    """A compose service's own command and environment as a process, but for its addresses."""
+    service = COMPOSE["services"][name]
+    environment = {**os.environ, **dockerfile_environment(), "VITRAIL_HOST": "127.0.0.1"}
+    environment |= {key: filled(value) for key, value in service["environment"].items()}
+    environment |= {"VITRAIL_STORE": str(default_store_path())}
+    command = [changes.get(part, part) for part in service["command"]]
+    environment |= {key: value for key, value in changes.items() if key.isupper()}
+    with subprocess.Popen(
+        [sys.executable, "-m", "service.cli", *command], env=environment, stderr=subprocess.DEVNULL
+    ) as started:
         try:
-            wait_until(lambda: answers(f"http://127.0.0.1:{port}/readyz"), 120)
-            yield f"127.0.0.1:{port}"
+            yield
         finally:
-            server.terminate()
+            started.terminate()
 
 
 @pytest.fixture(scope="module")
-def prometheus(service: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The compose file's `prometheus` service as a process that scrapes that address; its URL."""
+def deployed(demo: Registry) -> Iterator[Deployed]:
+    """The compose file's gateway and CPU worker as processes."""
+    ports = [str(free_port()) for _ in range(3)]
+    gateway, worker, metrics = (f"127.0.0.1:{port}" for port in ports)
+    changes = {"dns:///workers:8001": worker, "VITRAIL_PORT": ports[0]}
+    with (
+        compose_process("worker", VITRAIL_GRPC_PORT=ports[1], VITRAIL_METRICS_PORT=ports[2]),
+        compose_process("gateway", **changes),
+    ):
+        wait_until(lambda: answers(f"http://{gateway}/readyz"), 120)
+        yield Deployed(gateway, worker, metrics)
+
+
+@pytest.fixture(scope="module")
+def service(deployed: Deployed) -> str:
+    """The address that users have."""
+    return deployed.gateway
+
+
+@pytest.fixture(scope="module")
+def prometheus(deployed: Deployed, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The compose file's `prometheus` service as a process that scrapes them; its URL."""
     if shutil.which("prometheus") is None:
         pytest.skip("prometheus is not installed (apt-get install prometheus)")
     folder = tmp_path_factory.mktemp("prometheus")
     shutil.copytree(ROOT / "deploy/prometheus", folder / "etc")
     config = folder / "etc/prometheus.yml"
-    text = config.read_text().replace("vitrail:8000", service).replace(": 5s", ": 1s")
-    config.write_text(text)
+    settings = yaml.safe_load(config.read_text().replace(": 5s", ": 1s"))
+    gateways, workers = settings["scrape_configs"]
+    assert gateways["static_configs"] == [{"targets": ["gateway:8000"]}]
+    gateways["static_configs"] = [{"targets": [deployed.gateway]}]
+    [discovery] = workers.pop("dns_sd_configs")
+    assert (discovery["names"], discovery["port"]) == (["workers"], 8002)
+    workers["static_configs"] = [{"targets": [deployed.worker_metrics]}]
+    config.write_text(yaml.safe_dump(settings))
     mounts = {"/etc/prometheus": str(folder / "etc"), "/prometheus": str(folder / "data")}
     command = ["prometheus"]
     for argument in COMPOSE["services"]["prometheus"]["command"]:
@@ -150,32 +191,78 @@ def test_every_mounted_path_exists_and_every_volume_is_declared() -> None:
                 assert source in COMPOSE["volumes"]
 
 
-def test_the_image_copies_what_it_needs_and_runs_as_nobody_special() -> None:
+def test_the_images_copy_what_they_need_and_run_as_nobody_special() -> None:
     text = (ROOT / "Dockerfile").read_text()
     for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.M):
         for source in line.split()[:-1]:
             assert (ROOT / source).exists(), source
             ignored = (ROOT / ".dockerignore").read_text()
             assert f"!{source}\n" in ignored
-    final = text.rpartition("\nFROM ")[2]
-    assert "USER vitrail" in final
-    assert "HEALTHCHECK" in final
+    stages = re.split(r"\nFROM ", text)
+    for stage in (next(s for s in stages if "AS gateway" in s), stages[-1]):
+        assert "USER vitrail" in stage
+        assert "HEALTHCHECK" in stage
     assert "ARG TORCH_INDEX_URL" in text
+    assert "torch" not in next(s for s in stages if "AS build-gateway" in s)
 
 
 def test_the_grace_period_outlasts_the_drain() -> None:
     from service.settings import Settings
 
-    grace = COMPOSE["services"]["vitrail"]["stop_grace_period"]
-    assert int(grace.removesuffix("s")) > Settings().drain_timeout_s
+    for name in ("gateway", "worker", "worker-gpu-0"):
+        grace = COMPOSE["services"][name]["stop_grace_period"]
+        assert int(grace.removesuffix("s")) > Settings().drain_timeout_s
 
 
-def test_the_health_check_of_the_image_passes_on_the_running_service(service: str) -> None:
+def test_every_profile_has_its_workers_and_each_gpu_one() -> None:
+    for profile, gpus in (("gpu", 1), ("gpus-2", 2), ("gpus-4", 4), ("gpus-8", 8)):
+        found = [s for s in COMPOSE["services"].values() if profile in s.get("profiles", ())]
+        devices = [s["deploy"]["resources"]["reservations"]["devices"][0] for s in found]
+        assert [device["device_ids"] for device in devices] == [[str(n)] for n in range(gpus)]
+        assert all(s["environment"]["VITRAIL_DEVICE"] == "cuda" for s in found)
+        assert all(s["networks"]["default"]["aliases"] == ["workers"] for s in found)
+    assert COMPOSE["services"]["worker"]["profiles"] == ["cpu"]
+    assert "COMPOSE_PROFILES=cpu\n" in (ROOT / ".env").read_text()
+
+
+def test_the_health_checks_pass_on_the_running_services(deployed: Deployed) -> None:
     text = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
-    found = re.search(r"HEALTHCHECK .*? CMD (\[.*\])", text)
-    assert found
-    _, *arguments = json.loads(found[1].replace("127.0.0.1:8000", service))
-    assert subprocess.run([sys.executable, *arguments], check=False).returncode == 0
+    for found in re.findall(r"HEALTHCHECK .*? CMD (\[.*\])", text):
+        _, *arguments = json.loads(found.replace("127.0.0.1:8000", deployed.gateway))
+        assert subprocess.run([sys.executable, *arguments], check=False).returncode == 0
+    _, _, *arguments = COMPOSE["services"]["worker"]["healthcheck"]["test"]
+    for address, status in ((deployed.worker, 0), (f"127.0.0.1:{free_port()}", 1)):
+        here = [argument.replace("127.0.0.1:8001", address) for argument in arguments]
+        command = [sys.executable, "-m", "service.cli", *here]
+        assert subprocess.run(command, check=False, capture_output=True).returncode == status
+
+
+def test_the_gateway_runs_with_its_own_requirements_alone(
+    tiny_catalog: Path, jpegs: dict[str, bytes], tmp_path: Path
+) -> None:
+    """As its image does: no torch, no timm, nothing else that the list leaves out."""
+    listed = {line for line in GATEWAY.read_text().splitlines() if not line.startswith("#")}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert listed < {re.split(r"[>;]", line)[0] for line in project["dependencies"]}
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv/bin/python"
+    install = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    pinned = [*install, "-c", str(ROOT / "constraints.txt"), "-r", str(GATEWAY)]
+    if subprocess.run(pinned, check=False).returncode:
+        pytest.skip("the gateway's requirements cannot be installed here")
+    with running(tiny_catalog) as worker:
+        worker.wait_ready()
+        port = free_port()
+        command = [str(python), "-m", "service.cli", "gateway", "--workers", worker.grpc]
+        with subprocess.Popen([*command, "--port", str(port)], cwd=ROOT) as gateway:
+            try:
+                url = f"http://127.0.0.1:{port}"
+                wait_until(lambda: answers(f"{url}/readyz") or gateway.poll() is not None)
+                image = jpegs["coffee"]
+                there = httpx.post(f"{url}/classify", content=image)
+                assert there.json() == worker.client.post("/classify", content=image).json()
+            finally:
+                gateway.terminate()
 
 
 def test_the_dashboard_uses_the_provisioned_data_source() -> None:

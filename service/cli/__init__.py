@@ -2,14 +2,14 @@
 
 import typer
 
-from service.cli import client, models, serve
+from service.cli import client, health, models, serve
 
 app = typer.Typer(
     help="Serve vision transformers: any published checkpoint in, exact output out.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (serve.serve, serve.gateway, serve.worker):
+for command in (serve.serve, serve.gateway, serve.worker, health.health):
     app.command(command.__name__)(command)
 app.add_typer(models.app, name="models")
 for task in client.COMMANDS:

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.multiprocess import mark_process_dead
+
+from service.rpc.health import check_health
 
 logger = logging.getLogger(__name__)
 
@@ -135,11 +136,7 @@ class Child:
         return self._stopping.is_set()
 
     async def _is_serving(self) -> bool:
-        async with grpc.aio.insecure_channel(self._health_address) as channel:
-            try:
-                answer = await health_pb2_grpc.HealthStub(channel).Check(  # type: ignore[attr-defined]
-                    health_pb2.HealthCheckRequest(), timeout=2
-                )
-            except grpc.aio.AioRpcError:
-                return False
-            return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+        try:
+            return await asyncio.to_thread(check_health, self._health_address)
+        except grpc.RpcError:
+            return False

@@ -1,0 +1,24 @@
+"""`vitrail health`."""
+
+from typing import Annotated
+
+import typer
+
+
+def health(
+    address: Annotated[str, typer.Argument(help="host:port or unix:path of a gRPC server.")],
+    service: Annotated[str, typer.Option(help="A model's name; the server itself if empty.")] = "",
+    timeout_s: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 4,
+) -> None:
+    """Ask a server's gRPC health; exits with 0 if it is serving. For health checks of workers."""
+    import grpc
+
+    from service.rpc.health import check_health
+
+    try:
+        serving = check_health(address, service, timeout_s)
+    except grpc.RpcError as error:
+        typer.echo(f"{address}: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo("serving" if serving else "not serving")
+    raise typer.Exit(0 if serving else 1)

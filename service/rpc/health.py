@@ -1,0 +1,21 @@
+"""Asking grpc.health.v1 of a server."""
+
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+
+def check_health(address: str, service: str = "", timeout_s: float = 2) -> bool:
+    """Whether the server at `address` (`host:port` or `unix:path`) says SERVING.
+
+    Args:
+        service: a model's name; "" for the server itself.
+
+    Raises:
+        grpc.RpcError: no answer in time, or no such service.
+    """
+    with grpc.insecure_channel(address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_s)
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
