@@ -8,20 +8,15 @@ load generator runs in this process, on the same cores as the server it measures
 import argparse
 import multiprocessing
 import os
-import signal
-import socket
 import statistics
-import subprocess
-import sys
-import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-import httpx
 import uvloop
 
 from benchmarks.load import Load, build_requests, closed_loop, open_loop
 from benchmarks.photos import jpegs
+from benchmarks.servers import Server, free_port
 from service.allocator import keep_freed_memory
 
 CONNECTIONS = (1, 8, 32)
@@ -47,8 +42,8 @@ def main() -> None:
     photos = jpegs()
     path = f"/{arguments.route}?model={arguments.model}"
     requests = build_requests(path, photos, "image/jpeg")
-    port = _free_port()
-    with _bare_process(arguments.model) as ask, _Server(port, arguments.model):
+    port = free_port()
+    with _bare_process(arguments.model) as ask, Server(port, arguments.model):
         for _ in range(arguments.rounds):
             for name, settings in variants.items():
                 bare[name].append(ask({**settings, "seconds": arguments.seconds}))
@@ -123,37 +118,6 @@ def _serve_bare(name: str, pipe: Connection) -> None:
     pipe.send(None)
     while True:
         pipe.send(bare_rate(model, photos, **pipe.recv()))
-
-
-class _Server:
-    """`vitrail serve` as its user starts it."""
-
-    def __init__(self, port: int, model: str) -> None:
-        self._port = port
-        command = [sys.executable, "-m", "service.cli", "serve", "--port", str(port)]
-        self._command = [*command, "--models", model, "--log-level", "warning"]
-
-    def __enter__(self) -> None:
-        self._process = subprocess.Popen(self._command)
-        for _ in range(600):
-            try:
-                if httpx.get(f"http://127.0.0.1:{self._port}/readyz").status_code == 200:
-                    return
-            except httpx.HTTPError:
-                pass
-            time.sleep(0.2)
-        raise SystemExit("the server did not become ready")
-
-    def __exit__(self, *_: object) -> None:
-        self._process.send_signal(signal.SIGTERM)
-        self._process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
 
 
 if __name__ == "__main__":

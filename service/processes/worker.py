@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 
+import uvloop
 from prometheus_client import (
     CollectorRegistry,
     PlatformCollector,
@@ -36,7 +37,7 @@ def create_engine(settings: Settings) -> tuple[Engine, Metrics]:
 
 def serve(settings: Settings, address: str) -> None:
     """Serve gRPC on an address until SIGINT or SIGTERM; then answer what was accepted."""
-    asyncio.run(_serve(settings, address))
+    uvloop.run(_serve(settings, address))
 
 
 async def _serve(settings: Settings, address: str) -> None:

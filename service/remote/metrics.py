@@ -1,6 +1,7 @@
 """What a gateway counts of its workers."""
 
-import contextlib
+import math
+import os
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
@@ -38,7 +39,9 @@ class RemoteMetrics:
 
     def remove_worker(self, address: str) -> None:
         """Let the gauges of a worker go that is no more."""
-        for gauge in (self.up, self.outstanding):
-            gauge.labels(address).set(0)
-            with contextlib.suppress(KeyError):
-                gauge.remove(address)
+        self.outstanding.labels(address).set(0)
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:  # where labels cannot be removed
+            self.up.labels(address).set(math.nan)
+        else:
+            self.up.remove(address)
+            self.outstanding.remove(address)
