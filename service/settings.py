@@ -81,6 +81,11 @@ class Settings(BaseSettings):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
+    def rpc_address(self) -> str:
+        """Where gRPC listens."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.grpc_port}"
+
     @field_validator("workers")
     @classmethod
     def _check_workers(cls, workers: tuple[str, ...]) -> tuple[str, ...]:

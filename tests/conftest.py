@@ -38,6 +38,7 @@ from service.worker.collector import EngineCollector
 from service.worker.engine import Engine
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["VITRAIL_GRPC_PORT"] = "0"  # any free one, unless a test says which
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
 

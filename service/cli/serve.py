@@ -95,7 +95,7 @@ def gateway(
         from service.processes.gateway import serve
 
         listener = None if listen_fd is None else socket.socket(fileno=listen_fd)
-        rpc_address = None if grpc_port is None else f"{settings.host}:{grpc_port}"
+        rpc_address = None if grpc_port is None else settings.rpc_address()
         serve(settings, rpc_address, listener)
 
 
@@ -132,7 +132,7 @@ def worker(
     with told_plainly():
         from service.processes.worker import serve
 
-        serve(settings, address or f"{settings.host}:{settings.grpc_port}")
+        serve(settings, address or settings.rpc_address())
 
 
 def _serve_embedded(settings: Settings) -> None:

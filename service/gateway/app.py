@@ -16,17 +16,22 @@ from service.settings import Settings
 
 
 def create_app(
-    settings: Settings, backend: Backend, metrics: Metrics, rpc_address: str | None = None
+    settings: Settings,
+    backend: Backend,
+    metrics: Metrics,
+    rpc_address: str | None = None,
+    *,
+    shared: bool = False,
 ) -> FastAPI:
     """Put routes and middleware around a backend; its lifespan starts and closes that backend,
-    and a gRPC server beside it if there is an address for one."""
+    and a gRPC server beside it if there is an address for one, `shared` with other processes."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await backend.start()
         rpc = RpcServer(backend, settings, metrics)
         if rpc_address is not None:
-            await rpc.start(rpc_address)
+            await rpc.start(rpc_address, shared=shared)
         yield
         if rpc_address is not None:
             await rpc.stop(settings.drain_timeout_s)

@@ -45,6 +45,12 @@ def run_server(app: FastAPI, settings: Settings, listener: socket.socket | None 
         server.run(None if listener is None else [listener])
 
 
+def check_free(host: str, port: int) -> None:
+    """Raise OSError if the port cannot be had: told before anything has started."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    socket.create_server((host, port), family=family).close()
+
+
 class ImpatientProtocol(HttpToolsProtocol):
     """Closes connections whose headers do not arrive in time or do not end, for which uvicorn
     waits for ever.

@@ -3,7 +3,7 @@
 from fastapi import FastAPI
 
 from service.gateway.app import create_app
-from service.gateway.server import run_server
+from service.gateway.server import check_free, run_server
 from service.processes.worker import create_engine
 from service.settings import Settings
 
@@ -11,9 +11,11 @@ from service.settings import Settings
 def create_embedded_app(settings: Settings) -> FastAPI:
     """The application with its engine behind it in this process, gRPC included."""
     engine, metrics = create_engine(settings)
-    return create_app(settings, engine, metrics, f"{settings.host}:{settings.grpc_port}")
+    return create_app(settings, engine, metrics, settings.rpc_address())
 
 
 def serve(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM; then stop accepting, answer what was accepted, and return."""
-    run_server(create_embedded_app(settings), settings)
+    app = create_embedded_app(settings)
+    check_free(settings.host, settings.grpc_port)
+    run_server(app, settings)

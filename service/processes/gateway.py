@@ -13,17 +13,18 @@ from service.remote.metrics import RemoteMetrics
 from service.settings import Settings
 
 
-def create_gateway_app(settings: Settings, rpc_address: str | None) -> FastAPI:
-    """The application with the settings' workers behind it."""
+def create_gateway_app(settings: Settings, rpc_address: str | None, *, shared: bool) -> FastAPI:
+    """The application with the settings' workers behind it, and gRPC if there is an address."""
     metrics = Metrics(CollectorRegistry())
     ProcessCollector(registry=metrics.registry)
     PlatformCollector(registry=metrics.registry)
     backend = RemoteBackend(settings, RemoteMetrics(metrics.registry))
-    return create_app(settings, backend, metrics, rpc_address)
+    return create_app(settings, backend, metrics, rpc_address, shared=shared)
 
 
 def serve(
     settings: Settings, rpc_address: str | None = None, listener: socket.socket | None = None
 ) -> None:
-    """Serve until SIGINT or SIGTERM, on a socket that is listening already if there is one."""
-    run_server(create_gateway_app(settings, rpc_address), settings, listener)
+    """Serve until SIGINT or SIGTERM, on a socket that listens already if there is one."""
+    app = create_gateway_app(settings, rpc_address, shared=listener is not None)
+    run_server(app, settings, listener)

@@ -46,8 +46,11 @@ class RpcServer:
         self._teller: asyncio.Task[None] | None = None
         self._deps = Deps(backend, settings, metrics)
 
-    async def start(self, address: str) -> int:
+    async def start(self, address: str, *, shared: bool = False) -> int:
         """Listen on `host:port` or `unix:path`; the port is returned.
+
+        Args:
+            shared: let other processes listen there, too; each gets some of the connections.
 
         Raises:
             OSError: the address cannot be had.
@@ -57,6 +60,7 @@ class RpcServer:
             options=(
                 ("grpc.max_receive_message_length", settings.max_request_bytes + ROOM_FOR_THE_REST),
                 ("grpc.max_send_message_length", -1),
+                ("grpc.so_reuseport", int(shared)),
                 # clients may ping as often as Vitrail's gateway does, so that both ends soon
                 # learn of a dead one
                 ("grpc.keepalive_permit_without_calls", 1),
@@ -88,6 +92,11 @@ class RpcServer:
 
     async def _tell_health(self) -> None:
         while True:
+            await self._tell_once()
+            await asyncio.sleep(HEALTH_INTERVAL_S)
+
+    async def _tell_once(self) -> None:
+        try:
             ready = self._backend.health().ready
             now = dict.fromkeys(("", *SERVICES), ready)
             now |= {model["name"]: is_ready(model) for model in await self._backend.models()}
@@ -95,4 +104,5 @@ class RpcServer:
                 if self._told.get(name) is not serving:
                     await self._health.set(name, SERVING if serving else NOT_SERVING)
             self._told = now
-            await asyncio.sleep(HEALTH_INTERVAL_S)
+        except Exception:  # what cannot be told now is told next time
+            logger.exception("health cannot be told")

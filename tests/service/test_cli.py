@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -114,6 +115,17 @@ def test_wrong_settings_end_the_start_with_a_line_each() -> None:
     assert done.returncode == 2
     assert "no such file" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_taken_port_ends_the_start_with_a_line(tiny_catalog: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for flags in (["serve", "--grpc-port", port], ["worker", "--port", port]):
+            done = vitrail(*flags, "--catalog", str(tiny_catalog))
+            assert done.returncode == 2
+            assert any(line.startswith("vitrail: ") for line in done.stderr.splitlines())
+            assert port in done.stderr
+            assert "Traceback" not in done.stderr
 
 
 def test_sigterm_answers_everything_accepted(tiny_catalog: Path, jpegs: dict[str, bytes]) -> None:
