@@ -14,12 +14,12 @@ def answer_entry(task: str, arrays: Arrays, *, encoding: str = "float") -> dict[
     """One entry of `results`, as the contract words it.
 
     Args:
-        task: `classify`, `embed` or `segment`.
+        task: `classify`, `zero-shot`, `embed` or `segment`.
         arrays: what that task's head returned for one image.
-        encoding: for embeddings, `float` (a list) or `base64` (little-endian float32).
+        encoding: for embeddings, see `encode_embedding`.
     """
     match task:
-        case "classify":
+        case "classify" | "zero-shot":
             return {"predictions": _predictions(arrays)}
         case "embed":
             return {"embedding": encode_embedding(arrays["embedding"], encoding)}
@@ -28,12 +28,29 @@ def answer_entry(task: str, arrays: Arrays, *, encoding: str = "float") -> dict[
     raise ValueError(f"no task {task!r}")
 
 
-def encode_embedding(embedding: np.ndarray, encoding: str) -> list[float] | str:
-    """A (D,) float32 vector as a list of floats, or as base64 of little-endian float32."""
+def encode_embedding(embedding: np.ndarray, encoding: str) -> list[float] | list[int] | str:
+    """A (D,) float32 vector as a list of floats, as base64 of little-endian float32 (`base64`), or
+    as a list of whole numbers (`int8`, `binary`: see `quantize`)."""
     if encoding == "base64":
         return base64.b64encode(embedding.astype("<f4").tobytes()).decode()
-    vector: list[float] = embedding.tolist()
-    return vector
+    plain: list[float] = quantize(embedding, encoding).tolist()
+    return plain
+
+
+def quantize(vectors: np.ndarray, encoding: str) -> np.ndarray:
+    """Vectors (..., D) in fewer bits; `float` and `base64` leave them as they are.
+
+    `int8`: 127 times the values, which lie in -1..1 for vectors of unit length, as int8 (..., D).
+    `binary`: whether a value is above 0, eight to a byte, first one highest; uint8 (..., D / 8).
+    """
+    match encoding:
+        case "int8":
+            rounded: np.ndarray = np.clip(np.rint(vectors * 127), -127, 127).astype(np.int8)
+            return rounded
+        case "binary":
+            packed: np.ndarray = np.packbits(vectors > 0, axis=-1)
+            return packed
+    return vectors
 
 
 def _predictions(arrays: Arrays) -> list[dict[str, Any]]:

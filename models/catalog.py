@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from models.errors import CatalogError, ModelNotFoundError
 
 BUILT_IN = Path(__file__).with_name("catalogs")
-TASKS = ("classify", "embed", "segment")
+TASKS = ("classify", "zero-shot", "embed", "segment")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +18,9 @@ class TrunkEntry:
 
     `architecture` is timm's or open_clip's name, needed where the checkpoint does not tell;
     `arguments` are what else it does not tell; `preprocess` overrides single settings of the
-    checkpoint's own transform. The rest is left to the server's defaults where None.
+    checkpoint's own transform. `tower` is `image` or `text`: the two of a CLIP are two trunks,
+    of one source. `tokenizer` is the source of a text tower's `tokenizer.json`. The rest is left
+    to the server's defaults where None.
     """
 
     name: str
@@ -26,6 +28,8 @@ class TrunkEntry:
     library: str = "timm"
     architecture: str | None = None
     pretrained: str | None = None
+    tower: str = "image"
+    tokenizer: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     preprocess: Mapping[str, Any] = field(default_factory=dict)
     channels_last: bool | None = None
@@ -36,17 +40,30 @@ class TrunkEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelEntry:
-    """What a request names: a head on a trunk, with labels."""
+    """What a request names: a head on a trunk, with labels.
+
+    `text` is the trunk that reads the labels of a zero-shot model, `templates` what it reads
+    them in (see `models/prompts.py`), and `join` how towers that were not trained together are
+    brought to one space (`ridge`, see `models/joining.py`).
+    """
 
     name: str
     trunk: str
     task: str
+    text: str | None = None
+    templates: str | list[str] | None = None
+    join: str | None = None
     head: str | None = None
     labels: str | list[str] | None = None
     description: str = ""
     licence: str = "unknown"
     parameters: str = ""
     paper: str = ""
+
+    @property
+    def trunks(self) -> tuple[str, ...]:
+        """The names of the trunks that it stands on."""
+        return (self.trunk,) if self.text in (None, self.trunk) else (self.trunk, str(self.text))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +118,11 @@ def _parse(path: Path, content: dict[str, Any]) -> Catalog:
     trunks = {n: _entry(TrunkEntry, path, n, t) for n, t in content.get("trunks", {}).items()}
     models = {n: _entry(ModelEntry, path, n, t) for n, t in content.get("models", {}).items()}
     for model in models.values():
-        if model.trunk not in trunks:
-            raise CatalogError(f"catalog {path}: {model.name}: no trunk {model.trunk!r}")
+        for trunk in model.trunks:
+            if trunk not in trunks:
+                raise CatalogError(f"catalog {path}: {model.name}: no trunk {trunk!r}")
+        if model.task == "zero-shot" and model.text is None:
+            raise CatalogError(f"catalog {path}: {model.name}: zero-shot needs text = 'TRUNK'")
         if model.task not in TASKS:
             raise CatalogError(
                 f"catalog {path}: {model.name}: no task {model.task!r}; there are {TASKS}"

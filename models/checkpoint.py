@@ -16,13 +16,15 @@ from models.preprocess import Preprocess
 class Checkpoint:
     """Weights under an architecture's own names.
 
-    `architecture` is a timm name and `arguments` go to `timm.create_model`; `heads` are state
+    `architecture` is a timm name and `arguments` go to `timm.create_model`, unless `library` says
+    that another builds it (see `models/loading.py`); `heads` are state
     dicts of heads that came in the same file, by name; `dropped` are keys known to be
     training-only; `reason` says how the format was recognised.
     """
 
     format: str
     architecture: str
+    library: str = "timm"
     arguments: Mapping[str, Any] = field(default_factory=dict)
     state_dict: Mapping[str, Tensor]
     heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)

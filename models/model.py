@@ -1,22 +1,30 @@
 """A model: what a request names. A head on a trunk, with the trunk's own preprocessing."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from models.answers import answer_entry
 from models.errors import InputError, TaskError
 from models.heads import Head
 from models.heads.embed import Embed
+from models.heads.zero_shot import ZeroShot
 from models.images import DEFAULT_LIMITS, ImageLimits, decode_image, to_upright_rgb
 from models.preprocess import collate, create_transform
-from models.trunk import Trunk, parameter_bytes, state_digest
+from models.prompts import ensemble, prompts
+from models.text import TextTrunk
+from models.trunk import OpenClipTrunk, Trunk, TrunkOutput, parameter_bytes, state_digest
+
+TEXT_BATCH = 32
+
+Outputs = Callable[["Model", TrunkOutput], dict[str, Tensor]]
 
 ImageLike = Image.Image | bytes | str | Path
 
@@ -24,19 +32,83 @@ ImageLike = Image.Image | bytes | str | Path
 class Model:
     """Serves its head's task; and `embed`, since every trunk can be pooled.
 
+    `text` is the trunk that reads texts, if there is one; of a model of texts alone it is `trunk`.
+
     `digest` is over weights, transform and task: while it stays, so do embeddings (of one dtype).
     """
 
-    def __init__(self, name: str, trunk: Trunk, head: Head) -> None:
+    def __init__(
+        self,
+        name: str,
+        trunk: Trunk,
+        head: Head,
+        *,
+        text: TextTrunk | None = None,
+        text_embed: Embed | None = None,
+        outputs: Outputs | None = None,
+    ) -> None:
+        """
+        Args:
+            text_embed: what makes embeddings of the text trunk's output, if not its pooling alone.
+            outputs: what `run` gives besides, by the names of the checkpoint's authors.
+        """
         self.name = name
         self.trunk = trunk
         self.task = head.task
-        self.heads: dict[str, Head] = {"embed": Embed(trunk), head.task: head}
-        self.transform = create_transform(trunk.preprocess)
-        weights = state_digest(head.network.state_dict()) if head.network else ""
-        parts = f"{trunk.digest} {trunk.preprocess.digest} {head.task} {weights}"
-        self.digest = "sha256:" + hashlib.sha256(parts.encode()).hexdigest()
-        self.head_bytes = parameter_bytes(head.network) if head.network else 0
+        self.text = trunk if isinstance(trunk, TextTrunk) else text
+        embed = head.embed if isinstance(head, ZeroShot) else head
+        embed = embed if isinstance(embed, Embed) else Embed(trunk)
+        self._outputs = outputs
+        self.heads: dict[str, Head] = {"embed": embed, head.task: head}
+        if self.takes_images:
+            self.transform = create_transform(trunk.preprocess)
+        if self.text is not None:
+            self.text_embed = text_embed or Embed(self.text)
+        networks = [head.network, self.text_embed.network if self.text else None]
+        self.head_bytes = sum(parameter_bytes(network) for network in networks if network)
+        self.digest = self._digest(networks)
+
+    def _digest(self, networks: Sequence[nn.Module | None]) -> str:
+        weights = [state_digest(network.state_dict()) for network in networks if network]
+        text = f" {self.text.digest} {self.text.preprocess.digest}" if self.text else ""
+        parts = f"{self.trunk.digest} {self.trunk.preprocess.digest} {self.task} "
+        parts += " ".join(weights) + text
+        return "sha256:" + hashlib.sha256(parts.encode()).hexdigest()
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether there is an image trunk."""
+        return self.trunk.modality == "image"
+
+    def trunk_for(self, modality: str) -> Trunk:
+        """The trunk that takes `image` or `text` inputs.
+
+        Raises:
+            InputError: the model takes only the other.
+        """
+        if modality == "text" and self.text is None:
+            raise InputError(f"model {self.name!r} takes images, not texts", field="texts")
+        if modality == "image" and not self.takes_images:
+            raise InputError(f"model {self.name!r} takes texts, not images", field="image")
+        if modality == "text" and self.text is not None:
+            return self.text
+        return self.trunk
+
+    def head_for(self, modality: str, task: str | None, options: Mapping[str, Any]) -> Head:
+        """The head that answers `task` for such inputs, having checked `options` with it.
+
+        Raises:
+            TaskError, InputError: as `head` and `trunk_for`.
+        """
+        self.trunk_for(modality)
+        if modality == "image":
+            return self.head(task, options)
+        if (task or self.task) != "embed":
+            raise InputError(
+                f"texts can be embedded, not asked for {task or self.task}", field="texts"
+            )
+        self.text_embed.check(options)
+        return self.text_embed
 
     def head(self, task: str | None, options: Mapping[str, Any]) -> Head:
         """The head for `task` (the model's own if None), having checked `options` with it.
@@ -75,6 +147,10 @@ class Model:
         if not images:
             return []
         head = self.head(task, options)
+        if isinstance(head, ZeroShot):
+            labels, templates = head.prompt(options)
+            options = {"multi_label": options.get("multi_label"), "labels": labels}
+            options["classes"] = self.class_embeddings(labels, templates)
         decoded = [load_image(image, limits) for image in images]
         pixels_BCHW = collate([self.transform(image) for image in decoded])
         rows = self.forward(pixels_BCHW, head, options)
@@ -97,16 +173,66 @@ class Model:
             {name: array[row] for name, array in arrays.items()} for row in range(len(pixels_BCHW))
         ]
 
+    def embed_texts(self, texts: Sequence[str], **options: Any) -> np.ndarray:
+        """(N, D) float32 embeddings of texts, as the server would give them."""
+        head = self.head_for("text", "embed", options)
+        text = self.trunk_for("text")
+        assert isinstance(text, TextTrunk)
+        rows = []
+        for start in range(0, len(texts), TEXT_BATCH):
+            ids = [text.tokenize(item) for item in texts[start : start + TEXT_BATCH]]
+            with torch.inference_mode():
+                embedded = head.forward(text.forward(text.collate(ids)))["embedding"]
+            rows += [{"embedding": row} for row in embedded.float().cpu().numpy()]
+        return np.stack([head.finish(row, (0, 0), **options)["embedding"] for row in rows])
+
+    def class_embeddings(self, labels: Sequence[str], templates: Sequence[str]) -> np.ndarray:
+        """(labels, D) float32 of unit length: what a zero-shot head compares images with."""
+        return ensemble(self.embed_texts(prompts(labels, templates)), len(templates))
+
     @torch.inference_mode()
-    def run(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """All named outputs for preprocessed pixels (B, 3, H, W): the head's, `embedding` (the
-        trunk's own pooling, not normalised) and `tokens` or `feature_map`; float32 on the CPU."""
-        output = self.trunk.forward(pixel_values)
-        kind = "tokens" if output.features.dim() == 3 else "feature_map"
-        named = {kind: output.features, "embedding": self.trunk.pool(output)}
-        for head in self.heads.values():
-            named |= head.forward(output)
+    def run(
+        self, pixel_values: Tensor | None = None, token_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """All named outputs, float32 on the CPU.
+
+        Args:
+            pixel_values: preprocessed images (B, 3, H, W): the head's outputs, `embedding` (the
+                trunk's own pooling, not normalised) and `tokens` or `feature_map`; of a model of
+                two towers `image_embedding` and what it is projected from.
+            token_ids: (N, T) for `text_embedding`; with images `logits_per_image` (B, N).
+        """
+        named: dict[str, Tensor] = {}
+        if isinstance(head := self.heads[self.task], ZeroShot):
+            named = run_towers(self, head, pixel_values, token_ids)
+        elif pixel_values is not None:
+            output = self.trunk.forward(pixel_values)
+            kind = "tokens" if output.features.dim() == 3 else "feature_map"
+            named = {kind: output.features, "embedding": self.trunk.pool(output)}
+            for each in self.heads.values():
+                named |= each.forward(output)
+            if self._outputs is not None:
+                named |= self._outputs(self, output)
         return {name: tensor.float().cpu() for name, tensor in named.items()}
+
+
+def run_towers(
+    model: Model, head: ZeroShot, pixel_values: Tensor | None, token_ids: Tensor | None
+) -> dict[str, Tensor]:
+    """The outputs of two towers, by upstream's names; embeddings are not normalised."""
+    named = {"logit_scale": torch.tensor([head.scale])}
+    if pixel_values is not None:
+        named["image_embedding"] = head.forward(model.trunk.forward(pixel_values))["embedding"]
+        if isinstance(model.trunk, OpenClipTrunk):
+            named |= model.trunk.before_projection(pixel_values)
+    if token_ids is not None:
+        text = model.trunk_for("text")
+        named["text_embedding"] = model.text_embed.forward(text.forward(token_ids))["embedding"]
+    if pixel_values is not None and token_ids is not None:
+        image = normalize(named["image_embedding"], dim=-1)
+        text_unit = normalize(named["text_embedding"], dim=-1)
+        named["logits_per_image"] = head.scale * image @ text_unit.T + (head.bias or 0.0)
+    return named
 
 
 def load_image(image: ImageLike, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:

@@ -14,11 +14,16 @@ import torch
 from models.catalog import Catalog, ModelEntry, TrunkEntry, load_catalog
 from models.errors import CatalogError, ModelNotReadyError
 from models.heads import create_head
+from models.heads.embed import Embed, Projection
+from models.heads.zero_shot import ZeroShot
+from models.joining import SCALE, join_by_labels, load_joined, save_joined
 from models.labels import load_labels, numbered_labels
 from models.loading import LoadedTrunk, load_trunk
 from models.model import Model
+from models.prompts import DEFAULT_TEMPLATES, expand_templates
 from models.store import Store
-from models.trunk import Placement, parameter_bytes
+from models.text import TextTrunk
+from models.trunk import Placement, Trunk, parameter_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +117,7 @@ class Registry:
                     self.on_load(model)
             except BaseException as error:
                 slot.state, slot.reason = State.FAILED, str(error)
-                self._drop_unused_trunk(entry.trunk)
+                self._drop_unused_trunks(entry)
                 raise
             slot.load_seconds = time.monotonic() - started
             slot.format = self._trunks[entry.trunk].format
@@ -129,7 +134,7 @@ class Registry:
             slot.state, slot.reason = State.UNLOADED, ""
             if model is not None and self.on_unload:
                 self.on_unload(model)
-        self._drop_unused_trunk(entry.trunk)
+        self._drop_unused_trunks(entry)
 
     def state(self, name: str) -> State:
         """The state of a model that is in the catalog."""
@@ -146,6 +151,7 @@ class Registry:
             "tasks": list(dict.fromkeys((entry.task, "embed"))),
             "default_for": [task for task, best in self.catalog.defaults.items() if best == name],
             "trunk": entry.trunk,
+            "text_trunk": entry.text,
             "state": str(slot.state),
             "reason": slot.reason or None,
             "source": trunk_entry.source,
@@ -165,41 +171,82 @@ class Registry:
                 "labels": len(labels),
                 "model_digest": model.digest,
                 "preprocess_digest": trunk.preprocess.digest,
+                "modalities": ["image"] * model.takes_images + ["text"] * (model.text is not None),
                 "load_seconds": round(slot.load_seconds, 3),
             }
         return described
 
-    def _drop_unused_trunk(self, trunk: str) -> None:
-        with self._trunk_locks[trunk]:
-            if not any(self._uses(name, trunk) for name in self._slots):
-                self._trunks.pop(trunk, None)
+    def _drop_unused_trunks(self, entry: ModelEntry) -> None:
+        for trunk in entry.trunks:
+            with self._trunk_locks[trunk]:
+                if not any(self._uses(name, trunk) for name in self._slots):
+                    self._trunks.pop(trunk, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _uses(self, name: str, trunk: str) -> bool:
         slot = self._slots[name]
         in_use = slot.model is not None or slot.state is State.LOADING
-        return in_use and self.catalog.models[name].trunk == trunk
+        return in_use and trunk in self.catalog.models[name].trunks
 
     def _build(self, entry: ModelEntry) -> Model:
-        trunk_entry = self.catalog.trunks[entry.trunk]
-        with self._trunk_locks[entry.trunk]:
-            if entry.trunk not in self._trunks:
-                placement = self._placement(trunk_entry)
-                base = self.catalog.path.parent
-                loaded = load_trunk(trunk_entry, self.store, base, placement)
-                self._trunks[entry.trunk] = loaded
-            loaded = self._trunks[entry.trunk]
+        loaded = self._trunk(entry.trunk)
+        if entry.task == "zero-shot":
+            return self._build_zero_shot(entry, loaded)
         name = entry.head or {"segment": "saliency"}.get(entry.task, entry.task)
         labels: tuple[str, ...] = ()
         if entry.labels is not None:
             labels = load_labels(entry.labels, self.catalog.path.parent)
         elif name == "classify":
             labels = loaded.labels or numbered_labels(loaded.trunk.num_classes)
-        head = create_head(name, loaded.trunk, labels, loaded.heads.get(name))
+        weights = loaded.heads.get("pca" if name == "embed" else name)
+        head = create_head(name, loaded.trunk, labels, weights)
         if head.task != entry.task:
             raise CatalogError(f"{entry.name}: the head {name} does {head.task}, not {entry.task}")
-        return Model(entry.name, loaded.trunk, head)
+        text = self._trunk(entry.text).trunk if entry.text else None
+        return Model(entry.name, loaded.trunk, head, text=as_text(entry, text))
+
+    def _build_zero_shot(self, entry: ModelEntry, loaded: LoadedTrunk) -> Model:
+        text = as_text(entry, self._trunk(str(entry.text)).trunk)
+        assert text is not None
+        labels: tuple[str, ...] = ()
+        if entry.labels is not None:
+            labels = load_labels(entry.labels, self.catalog.path.parent)
+        templates = expand_templates(entry.templates or DEFAULT_TEMPLATES)
+        text_embed = None
+        if entry.join == "ridge":
+            image_map, text_map = self._joined(entry, loaded.trunk, text)
+            embed = Embed(loaded.trunk, projection=image_map)
+            text_embed = Embed(text, projection=text_map)
+            head = ZeroShot(embed, SCALE, None, templates, labels)
+        elif loaded.towers is not None:
+            towers = loaded.towers
+            head = ZeroShot(Embed(loaded.trunk), towers.scale, towers.bias, templates, labels)
+        else:
+            raise CatalogError(f"{entry.name}: its towers were not trained together; set join")
+        return Model(entry.name, loaded.trunk, head, text=text, text_embed=text_embed)
+
+    def _joined(
+        self, entry: ModelEntry, image: Trunk, text: TextTrunk
+    ) -> tuple[Projection, Projection]:
+        """The maps between towers, worked out once and kept in the store."""
+        labels = load_labels("imagenet-1k", self.catalog.path.parent)
+        key = f"joined 1 {image.digest} {text.digest} {text.preprocess.digest}"
+        path = self.store.get(
+            key,
+            ".safetensors",
+            lambda target: save_joined(join_by_labels(image, text, labels), target),
+        )
+        return load_joined(path)
+
+    def _trunk(self, name: str) -> LoadedTrunk:
+        """The trunk, loaded now if it is not yet."""
+        entry = self.catalog.trunks[name]
+        with self._trunk_locks[name]:
+            if name not in self._trunks:
+                base = self.catalog.path.parent
+                self._trunks[name] = load_trunk(entry, self.store, base, self._placement(entry))
+            return self._trunks[name]
 
     def _placement(self, entry: TrunkEntry) -> Placement:
         return Placement(
@@ -207,6 +254,13 @@ class Registry:
             dtype=resolve_dtype(entry.dtype or self.dtype),
             channels_last=bool(entry.channels_last),
         )
+
+
+def as_text(entry: ModelEntry, trunk: Trunk | None) -> TextTrunk | None:
+    """The trunk that a model names as its `text`, which must be one."""
+    if trunk is None or isinstance(trunk, TextTrunk):
+        return trunk
+    raise CatalogError(f"{entry.name}: text = {entry.text!r} is a trunk for images")
 
 
 def resolve_device(device: str) -> torch.device:

@@ -4,14 +4,15 @@ Shape suffixes: B batch, C channels, H W pixels, h w grid cells, T tokens, D emb
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from models.preprocess import Preprocess, normalize
+from models.pooling import ggem
+from models.preprocess import Preprocess, collate, normalize
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +55,42 @@ class TrunkOutput:
         return replace(self, features=self.features[index])
 
 
+class InputSpec(Protocol):
+    """How inputs are prepared for a trunk: a dataclass, equal digests meaning equal tensors."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything that decides what tensor an input becomes."""
+
+
 class Trunk(Protocol):
     """A backbone that several models may share.
 
-    `has_tokens` is False where `forward` yields nothing but the pooled embedding.
+    `modality` is `image` or `text`; `has_tokens` is False where `forward` yields nothing but the
+    pooled embedding; `exponents` (G,) are those of a pooling by group generalized mean, or None.
     """
 
     architecture: str
-    preprocess: Preprocess
+    modality: str
     placement: "Placement"
     digest: str
     network: nn.Module
     has_tokens: bool
+    exponents: Any
 
-    def forward(self, pixels_BCHW: Tensor) -> TrunkOutput:
-        """Run the backbone on a batch of uint8 pixels, or of float pixels already normalised."""
+    @property
+    def preprocess(self) -> Any:
+        """The InputSpec: a `Preprocess` for images."""
+
+    def collate(self, inputs: Sequence[Tensor], *, pin_memory: bool = False) -> Tensor:
+        """Prepared inputs as the batch that `forward` takes."""
+
+    def blank(self) -> Tensor:
+        """An input that stands for none: enough to prove that the trunk computes."""
+
+    def forward(self, batch: Tensor) -> TrunkOutput:
+        """Run the backbone on a batch: for images uint8 pixels (B, 3, H, W), or float pixels
+        already normalised; for texts token ids (B, T)."""
 
     def pool(self, output: TrunkOutput) -> Tensor:
         """(B, D): the backbone's own pooled representation, before any classifier."""
@@ -104,7 +126,24 @@ class Placement:
         return pixels_BCHW.to(self.dtype, memory_format=self.memory_format)
 
 
-class TimmTrunk:
+class ImageTrunk:
+    """What image trunks share: how prepared images become a batch."""
+
+    modality = "image"
+    exponents: Tensor | None = None
+    preprocess: Preprocess
+
+    def collate(self, inputs: Sequence[Tensor], *, pin_memory: bool = False) -> Tensor:
+        # decoded images are uint8, those that came preprocessed are not; together, none are
+        if len({image_CHW.dtype for image_CHW in inputs}) > 1:
+            inputs = [normalize(image_CHW[None], self.preprocess)[0] for image_CHW in inputs]
+        return collate(inputs, pin_memory=pin_memory)
+
+    def blank(self) -> Tensor:
+        return torch.zeros(3, *self.preprocess.input_size, dtype=torch.uint8)
+
+
+class TimmTrunk(ImageTrunk):
     """A timm network with its classifier still attached, if it has one."""
 
     has_tokens = True
@@ -129,11 +168,17 @@ class TimmTrunk:
         return TrunkOutput(features, prefix, self._grid(pixels_BCHW))
 
     def pool(self, output: TrunkOutput) -> Tensor:
+        if self.exponents is not None:
+            return ggem(output.patches_BTD, self.exponents)
         pooled: Tensor = self.network.forward_head(output.features, pre_logits=True)
         return pooled
 
     def classify(self, output: TrunkOutput) -> Tensor:
-        logits: Tensor = self.network.forward_head(output.features)
+        logits: Tensor
+        if self.exponents is not None:
+            logits = self.network.head(self.pool(output).to(self.placement.dtype))
+        else:
+            logits = self.network.forward_head(output.features)
         return logits
 
     @property
@@ -147,7 +192,7 @@ class TimmTrunk:
         return height // rows, width // columns
 
 
-class OpenClipTrunk:
+class OpenClipTrunk(ImageTrunk):
     """The image tower of an open_clip model; its pooled output is the projected embedding."""
 
     num_classes = 0
@@ -169,6 +214,14 @@ class OpenClipTrunk:
 
     def pool(self, output: TrunkOutput) -> Tensor:
         return output.features[:, 0]
+
+    def before_projection(self, pixels_BCHW: Tensor) -> dict[str, Tensor]:
+        """`image_features_pre_projection` (B, width), of towers that are open_clip's own ViT."""
+        if getattr(self.network, "proj", None) is None:
+            return {}
+        pixels_BCHW = self.placement.prepare(pixels_BCHW, self.preprocess)
+        hidden = self.network.transformer(self.network._embeds(pixels_BCHW))
+        return {"image_features_pre_projection": self.network._pool(hidden)[0]}
 
     def classify(self, output: TrunkOutput) -> Tensor:
         raise NotImplementedError("an image tower has no classifier")

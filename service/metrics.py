@@ -64,6 +64,14 @@ class Metrics:
             ("trunk", "reason"),
             registry=registry,
         )
+        self.label_sets = Counter(
+            "vitrail_label_sets",
+            "Label sets asked for, by whether their embeddings were kept from before.",
+            ("result",),
+            registry=registry,
+        )
+        for result in ("hit", "miss"):
+            self.label_sets.labels(result)
         self.trunk_failures = Counter(
             "vitrail_trunk_failures",
             "Trunk passes that failed and were retried in smaller batches, or given up.",

@@ -12,6 +12,7 @@ from service.types import Call
 
 MAX_LABELS = 1000
 MAX_MODELS = 256
+MAX_TEXTS = 2048
 
 
 class Parameters(BaseModel):
@@ -26,6 +27,10 @@ class Parameters(BaseModel):
         """The models wanted, with the options for each."""
         raise NotImplementedError
 
+    def given_texts(self) -> list[str] | None:
+        """The texts that come instead of images."""
+        return None
+
 
 class TaskParameters(Parameters):
     """What the routes of a single model take."""
@@ -35,7 +40,9 @@ class TaskParameters(Parameters):
     )
 
     def calls(self) -> list[Call]:
-        options = self.model_dump(exclude={"model", "timing", "encoding"}, exclude_none=True)
+        options = self.model_dump(
+            exclude={"model", "timing", "encoding", "texts"}, exclude_none=True
+        )
         return [Call(self.model, self.task, options)]
 
 
@@ -45,16 +52,45 @@ class ClassifyParameters(TaskParameters):
     top_k: int | None = Field(None, ge=1, le=MAX_LABELS, description="Best classes to return (5).")
 
 
+class ZeroShotParameters(TaskParameters):
+    task = "zero-shot"
+
+    labels: list[str] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_LABELS,
+        description="What the images may show; the model's own set if it has one.",
+    )
+    templates: list[str] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_LABELS,
+        description="Sentences with {} for the label, or imagenet-80, imagenet-7, photo, plain.",
+    )
+    multi_label: bool | None = Field(
+        None, description="Score each label by itself; as the model was trained if not given."
+    )
+
+
 class EmbedParameters(TaskParameters):
     task = "embed"
 
+    texts: list[str] | None = Field(
+        None, min_length=1, max_length=MAX_TEXTS, description="Texts instead of images."
+    )
     pooling: Literal["cls", "mean", "max", "gem", "ggem"] | None = Field(
         None, description="How tokens become one vector; the model's own way if not given."
     )
     normalize: bool = Field(True, description="Scale to unit length.")
-    encoding: Literal["float", "base64"] = Field(
-        "float", description="A list of numbers, or base64 of little-endian float32."
+    dimensions: int | None = Field(None, ge=1, description="Keep only the first so many.")
+    encoding: Literal["float", "base64", "int8", "binary"] = Field(
+        "float",
+        description="A list of numbers; base64 of little-endian float32; whole numbers from -127 "
+        "to 127 for -1 to 1; or a bit a dimension, eight to a number, first one highest.",
     )
+
+    def given_texts(self) -> list[str] | None:
+        return self.texts
 
 
 class SegmentParameters(TaskParameters):
@@ -78,7 +114,8 @@ class PredictParameters(Parameters):
         return [Call(name, None) for name in dict.fromkeys(self.models)]
 
 
-TASKS = {str(p.task): p for p in (ClassifyParameters, EmbedParameters, SegmentParameters)}
+_TASKS = (ClassifyParameters, ZeroShotParameters, EmbedParameters, SegmentParameters)
+TASKS = {str(p.task): p for p in _TASKS}
 
 M = TypeVar("M", bound=BaseModel)
 

@@ -63,6 +63,10 @@ class Settings(BaseSettings):
         60, gt=0, description="Seconds without a finished batch that mean the device is stuck."
     )
 
+    label_cache_bytes: int = Field(
+        256 * 2**20, ge=0, description="Bytes kept of label sets' embeddings, for zero-shot."
+    )
+
     api_keys: Secrets = Field((), description="Keys that may use the service; open if empty.")
     admin_keys: Secrets = Field((), description="Keys that may load and unload; off if empty.")
     url_hosts: Names = Field((), description="Hosts that images may be fetched from; off if empty.")

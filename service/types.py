@@ -25,8 +25,8 @@ class Call:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-# An encoded image, or one already preprocessed: (3, H, W) float32, normalised.
-Input = bytes | np.ndarray
+# An encoded image, or one already preprocessed: (3, H, W) float32, normalised; or a text.
+Input = bytes | np.ndarray | str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ import skimage.data
 import timm
 import torch
 from fastapi import FastAPI
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, convert_weights_to_fp16
 from PIL import Image
 from prometheus_client import CollectorRegistry, generate_latest
 from safetensors.torch import save_file
@@ -110,6 +111,64 @@ def tiny_catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "tiny.toml"
     path.write_text(TINY_CATALOG)
     return path
+
+
+CLIP_CATALOG = """
+[defaults]
+zero-shot = "clip"
+embed = "clip"
+
+[trunks.clip-image]
+source = "file:clip.pt"
+
+[trunks.clip-text]
+source = "file:clip.pt"
+tower = "text"
+
+[models.clip]
+trunk = "clip-image"
+text = "clip-text"
+task = "zero-shot"
+
+[models.clip-named]
+trunk = "clip-image"
+text = "clip-text"
+task = "zero-shot"
+labels = ["cat", "dog", "coffee"]
+templates = "imagenet-7"
+
+[models.texts]
+trunk = "clip-text"
+task = "embed"
+
+[models.images]
+trunk = "clip-image"
+task = "embed"
+"""
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A catalog with a tiny random CLIP in OpenAI's layout, and open_clip's own model."""
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    network = CLIP(
+        embed_dim=48,
+        vision_cfg=CLIPVisionCfg(layers=2, width=64, patch_size=16, image_size=64),
+        text_cfg=CLIPTextCfg(context_length=77, width=64, heads=1, layers=2),
+        quick_gelu=True,
+    ).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    with torch.no_grad():
+        network.logit_scale.fill_(2.0)
+    # half precision is what upstream stores; both sides get its values
+    convert_weights_to_fp16(network)
+    network.float()
+    torch.save(network.state_dict(), folder / "clip.pt")
+    path = folder / "clip.toml"
+    path.write_text(CLIP_CATALOG)
+    return path, network
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """Checkpoint formats: one file per published layout, found by looking into this package.
 
 A format is a module with `NAME`, `matches(container, arguments) -> str | None` (why it is this
-format, or None) and `convert(container, arguments) -> Checkpoint`.
+format, or None) and `convert(container, arguments) -> Checkpoint`. Where the authors have more
+outputs than trunk and heads, also `outputs(model, output) -> dict[str, Tensor]`.
 """
 
 import importlib
@@ -33,6 +34,12 @@ def checkpoint_formats() -> tuple[CheckpointFormat, ...]:
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
     modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
     return tuple(cast("CheckpointFormat", module) for module in modules)
+
+
+def format_outputs(name: str) -> Any:
+    """The `outputs` of the format of that name, if it has any."""
+    found = (module for module in checkpoint_formats() if name == module.NAME)
+    return getattr(next(found, None), "outputs", None)
 
 
 def detect_format(

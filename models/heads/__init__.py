@@ -19,12 +19,14 @@ class Head(Protocol):
 
     `forward_options` names the options that `forward` takes, and so decides which rows may share
     a call; all others go to `finish`. `finish_is_slow` where it takes milliseconds, so that a
-    server keeps it off its event loop.
+    server keeps it off its event loop. A head that `is_prompted` compares images with texts: see
+    `ZeroShot.prompt`, and the `classes` that its `finish` takes.
     """
 
     task: str
     forward_options: frozenset[str]
     finish_is_slow: bool
+    is_prompted: bool
 
     @property
     def network(self) -> nn.Module | None:
@@ -52,14 +54,18 @@ def create_head(
         CatalogError: no such head, or the trunk lacks what it needs.
     """
     from models.heads.classify import Classify
-    from models.heads.embed import Embed
+    from models.heads.embed import Embed, pca
     from models.heads.saliency import Saliency
 
     match name:
         case "classify":
             return Classify(trunk, labels)
         case "embed":
-            return Embed(trunk)
+            return (
+                Embed(trunk)
+                if weights is None
+                else Embed(trunk, projection=pca(weights), pooling="cls")
+            )
         case "saliency":
             return Saliency(trunk, labels, weights)
     raise CatalogError(f"no head {name!r}; there are classify, embed, saliency")

@@ -16,6 +16,7 @@ class Classify:
     task = "classify"
     forward_options: frozenset[str] = frozenset()
     finish_is_slow = False
+    is_prompted = False
     network = None
 
     def __init__(self, trunk: Trunk, labels: tuple[str, ...]) -> None:

@@ -46,6 +46,7 @@ class Saliency:
     task = "segment"
     forward_options: frozenset[str] = frozenset()
     finish_is_slow = True
+    is_prompted = False
 
     def __init__(
         self, trunk: Trunk, labels: tuple[str, ...], weights: Mapping[str, Tensor] | None

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from fastapi import Request, Response
 
-from models.answers import answer_entry
+from models.answers import answer_entry, quantize
 from service.errors import ServiceError
 from service.gateway.problems import describe
 from service.parameters import PredictParameters, TaskParameters
@@ -24,8 +24,9 @@ def task_response(request: Request, parameters: TaskParameters, result: InferRes
     used = result.models[0]
     accept = request.headers.get("accept", "")
     if used.task == "embed" and NPY in accept:
-        vectors = [arrays["embedding"] for arrays in _all_arrays(result)]
-        return Response(_npy(np.stack(vectors)), media_type=NPY)
+        vectors = np.stack([arrays["embedding"] for arrays in _all_arrays(result)])
+        encoding = getattr(parameters, "encoding", "float")
+        return Response(_npy(quantize(vectors, encoding)), media_type=NPY)
     if used.task == "segment" and PNG in accept and "png" in (first := _first(result.images)):
         return Response(first["png"].tobytes(), media_type=PNG)
     encoding = getattr(parameters, "encoding", "float")

@@ -6,7 +6,13 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from service.backend import Backend
-from service.gateway import model_routes, open_inference_routes, routes, system_routes
+from service.gateway import (
+    model_routes,
+    open_inference_routes,
+    openai_routes,
+    routes,
+    system_routes,
+)
 from service.gateway.fetch import ImageFetcher
 from service.gateway.middleware import RequestContext
 from service.gateway.problems import install_handlers
@@ -49,6 +55,7 @@ def create_app(
     app.state.fetcher = ImageFetcher(settings)
     app.add_middleware(RequestContext)
     install_handlers(app)
-    for module in (routes, model_routes, open_inference_routes, system_routes):
+    modules = (routes, model_routes, open_inference_routes, openai_routes, system_routes)
+    for module in modules:
         app.include_router(module.router)
     return app

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -13,6 +14,8 @@ from service.settings import Settings
 from service.types import Call, InferRequest, InferResult, Input
 
 T = TypeVar("T")
+
+CHUNK = 64
 
 
 async def ask(
@@ -35,13 +38,23 @@ async def ask(
     wanted = InferRequest(
         inputs=inputs,
         calls=calls,
-        deadline=_deadline(request, timeout_ms),
-        bulk=_is_bulk(request),
+        deadline=deadline_of(request, timeout_ms),
+        bulk=is_bulk(request),
     )
-    return await _while_connected(request, backend.infer(wanted))
+    return await _while_connected(request, _in_chunks(backend, wanted))
 
 
-def _deadline(request: Request, timeout_ms: float | None) -> float:
+async def _in_chunks(backend: Backend, wanted: InferRequest) -> InferResult:
+    """Many texts a few at a time, for no queue takes them all at once."""
+    results = []
+    for start in range(0, max(1, len(wanted.inputs)), CHUNK):
+        inputs = wanted.inputs[start : start + CHUNK]
+        results.append(await backend.infer(replace(wanted, inputs=inputs)))
+    return InferResult(results[0].models, [image for r in results for image in r.images])
+
+
+def deadline_of(request: Request, timeout_ms: float | None = None) -> float:
+    """In `time.monotonic` seconds: by `timeout_ms`, or else `X-Timeout-Ms` or the setting."""
     settings: Settings = request.app.state.settings
     header = request.headers.get("x-timeout-ms")
     try:
@@ -55,7 +68,8 @@ def _deadline(request: Request, timeout_ms: float | None) -> float:
     return started + timeout_ms / 1e3
 
 
-def _is_bulk(request: Request) -> bool:
+def is_bulk(request: Request) -> bool:
+    """Whether `X-Priority` is bulk."""
     priority = request.headers.get("x-priority", "interactive")
     if priority not in ("interactive", "bulk"):
         raise InvalidInputError(f"X-Priority is {priority!r}; it can be interactive or bulk")

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+from urllib.parse import parse_qsl
 
 from fastapi import Request
 from starlette.datastructures import FormData, UploadFile
@@ -60,6 +61,8 @@ async def read_images(request: Request, parameters: type[P]) -> ImagesIn[P]:
             body = await _read_form(request, settings, lists)
         case ("application", _, "json"):
             body = await _read_json(request, settings)
+        case ("application", _, "x-www-form-urlencoded"):
+            body = await _read_urlencoded(request, settings, lists)
         case ("image", _, _) | ("application", _, "octet-stream") | ("", _, _):
             body = _Body([await read_body(request, settings)], {})
         case _:
@@ -69,7 +72,10 @@ async def read_images(request: Request, parameters: type[P]) -> ImagesIn[P]:
             )
     fields = _collect(request.query_params.multi_items(), lists) | body.fields
     validated = validate(parameters, fields)
-    if not body.images:
+    texts = validated.given_texts()
+    if texts is not None and body.images:
+        raise InvalidInputError("send images or texts, not both", field="texts")
+    if texts is None and not body.images:
         raise InvalidInputError("the request holds no image", field="image")
     if len(body.images) > settings.max_images:
         raise PayloadTooLargeError(
@@ -124,6 +130,18 @@ async def _read_form(request: Request, settings: Settings, lists: frozenset[str]
         await form.close()
 
 
+async def _read_urlencoded(request: Request, settings: Settings, lists: frozenset[str]) -> _Body:
+    """A form without files, as `curl -d texts=...` sends it."""
+    content = await read_body(request, settings)
+    try:
+        fields = parse_qsl(content.decode(), keep_blank_values=True, max_num_fields=MAX_FIELDS)
+    except ValueError as error:  # curl names any body so, if not told otherwise
+        raise UnsupportedMediaTypeError(
+            "the body is no form of texts; send an image as image/* or application/octet-stream"
+        ) from error
+    return _Body([], _collect(fields, lists))
+
+
 async def _sort_parts(form: FormData, lists: frozenset[str]) -> _Body:
     images: list[bytes | ServiceError] = []
     fields: list[tuple[str, str]] = []
@@ -160,11 +178,12 @@ async def _read_json(request: Request, settings: Settings) -> _Body:
             f"{len(items)} images in one request; the limit is {settings.max_images}"
         )
     fetcher: ImageFetcher = request.app.state.fetcher
-    images = await asyncio.gather(*(_image_of(item, fetcher) for item in items))
+    images = await asyncio.gather(*(image_of(item, fetcher) for item in items))
     return _Body(images, fields)
 
 
-async def _image_of(item: Any, fetcher: ImageFetcher) -> bytes | ServiceError:
+async def image_of(item: Any, fetcher: ImageFetcher) -> bytes | ServiceError:
+    """The encoded image of `{"base64": ...}` or `{"url": ...}`, or why there is none."""
     match item:
         case {"base64": str(text), **rest} if not rest:
             _, comma, payload = text.partition(",")

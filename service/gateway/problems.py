@@ -26,6 +26,8 @@ def problem_response(error: ServiceError, path: str = "") -> JSONResponse:
     body = describe(error) | {"request_id": request_id.get()}
     if path.startswith("/v2/"):  # where clients of the Open Inference Protocol look for it
         body["error"] = error.detail
+    if path.startswith("/v1/"):  # and OpenAI's
+        body["error"] = {"message": error.detail, "type": error.slug, "param": None, "code": None}
     if error.fields:
         body["errors"] = [item._asdict() for item in error.fields]
     headers = {}

@@ -11,6 +11,7 @@ from service.gateway.asking import ask
 from service.gateway.auth import require_key
 from service.gateway.images_in import ImagesIn, read_images
 from service.gateway.openapi import image_body
+from service.gateway.streaming import NDJSON, stream_answers
 from service.parameters import (
     ClassifyParameters,
     EmbedParameters,
@@ -18,6 +19,7 @@ from service.parameters import (
     PredictParameters,
     SegmentParameters,
     TaskParameters,
+    ZeroShotParameters,
 )
 from service.types import ImageResult, InferResult
 
@@ -33,10 +35,24 @@ async def classify(request: Request) -> Response:
     return await _serve_task(request, ClassifyParameters)
 
 
+@router.post("/zero-shot", openapi_extra=image_body(ZeroShotParameters))
+async def zero_shot(request: Request) -> Response:
+    """Score labels of your own, as texts: all of them, best first."""
+    return await _serve_task(request, ZeroShotParameters)
+
+
 @router.post("/embed", openapi_extra=image_body(EmbedParameters))
 async def embed(request: Request) -> Response:
-    """One vector for each image, for retrieval. `Accept: application/x-npy` for one array."""
-    return await _serve_task(request, EmbedParameters)
+    """One vector for each image, or text of `texts`, for retrieval. `Accept: application/x-npy`
+    for one array, `application/x-ndjson` for a line each, as they get done."""
+    if NDJSON not in request.headers.get("accept", ""):
+        return await _serve_task(request, EmbedParameters)
+    received = await read_images(request, EmbedParameters)
+    parameters = received.parameters
+    inputs = parameters.given_texts() or received.images
+    return await stream_answers(
+        request, "embed", inputs, parameters.calls()[0], parameters.encoding
+    )
 
 
 @router.post("/segment", openapi_extra=image_body(SegmentParameters))
@@ -69,7 +85,11 @@ async def _serve(request: Request, parameters: type[P], task: str, respond: Resp
 
 
 async def _infer(request: Request, received: ImagesIn[P]) -> InferResult:
-    """Ask the backend for the images that arrived, and put the others back in their places."""
+    """Ask the backend for the images that arrived, and put the others back in their places; or
+    for the texts."""
+    texts = received.parameters.given_texts()
+    if texts is not None:
+        return await ask(request, texts, received.parameters.calls())
     images = [image for image in received.images if isinstance(image, bytes)]
     result = await ask(request, images, received.parameters.calls())
     answered = iter(result.images)

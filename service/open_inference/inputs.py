@@ -27,40 +27,55 @@ class InputTensor:
 
 
 def to_inputs(tensors: Sequence[InputTensor]) -> list[Input]:
-    """The encoded images, or preprocessed ones as (3, H, W) float32, of a request.
+    """The encoded images, preprocessed ones as (3, H, W) float32, or texts of a request.
 
     Raises:
         InvalidInputError: a wrong name, data type or shape, or contents that do not fit them.
     """
-    if len(tensors) != 1 or tensors[0].name not in ("image", "pixel_values"):
+    if len(tensors) != 1 or tensors[0].name not in ("image", "pixel_values", "text"):
         names = ", ".join(repr(tensor.name) for tensor in tensors) or "none"
         raise InvalidInputError(
-            f"send one input, image (BYTES) or pixel_values (FP32); these came: {names}",
+            f"send one input: image (BYTES), pixel_values (FP32) or text (BYTES); came: {names}",
             field="inputs",
         )
     tensor = tensors[0]
-    inputs = list(_images(tensor) if tensor.name == "image" else _pixels(tensor))
+    inputs: list[Input]
+    match tensor.name:
+        case "image":
+            inputs = [_decoded(element) for element in _elements(tensor)]
+        case "text":
+            inputs = [_text(element) for element in _elements(tensor)]
+        case _:
+            inputs = list(_pixels(tensor))
     if not inputs:
         raise InvalidInputError(f"{tensor.name} holds no image", field=tensor.name)
     return inputs
 
 
-def _images(tensor: InputTensor) -> list[bytes]:
+def _elements(tensor: InputTensor) -> Sequence[Any]:
+    name = tensor.name
     if tensor.datatype != "BYTES":
-        raise InvalidInputError(f"image is BYTES, not {tensor.datatype}", field="image")
-    count = element_count("image", tensor.shape)
+        raise InvalidInputError(f"{name} is BYTES, not {tensor.datatype}", field=name)
+    count = element_count(name, tensor.shape)
     if not 1 <= len(tensor.shape) <= 2 or count != tensor.shape[0]:
         raise InvalidInputError(
-            f"image has shape [N] or [N, 1], not {list(tensor.shape)}", field="image"
+            f"{name} has shape [N] or [N, 1], not {list(tensor.shape)}", field=name
         )
     if tensor.raw is not None:
-        return unpack("image", tensor.raw, count)
+        return unpack(name, tensor.raw, count)
     if len(tensor.values) != count:
         raise InvalidInputError(
-            f"image: shape {list(tensor.shape)} takes {count} elements; {len(tensor.values)} came",
-            field="image",
+            f"{name}: shape {list(tensor.shape)} takes {count} elements; {len(tensor.values)} came",
+            field=name,
         )
-    return [_decoded(value) for value in tensor.values]
+    return tensor.values
+
+
+def _text(value: Any) -> str:
+    try:
+        return value.decode() if isinstance(value, bytes) else str(value)
+    except UnicodeDecodeError as error:
+        raise InvalidInputError("text is not UTF-8", field="text") from error
 
 
 def _decoded(value: Any) -> bytes:

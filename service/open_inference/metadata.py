@@ -27,10 +27,14 @@ def check_version(given: str) -> None:
 def model_metadata(model: Mapping[str, Any]) -> dict[str, Any]:
     """`GET /v2/models/{name}`, from a model's description."""
     size = model.get("preprocess", {}).get("input_size", (-1, -1))
-    inputs = [
-        {"name": "image", "datatype": "BYTES", "shape": [-1]},
-        {"name": "pixel_values", "datatype": PIXEL_TYPES[0], "shape": [-1, 3, *size]},
-    ]
+    modalities = model.get("modalities", ("image",))
+    inputs: list[dict[str, Any]] = []
+    if "image" in modalities:
+        inputs.append({"name": "image", "datatype": "BYTES", "shape": [-1]})
+        shape = [-1, 3, *size]
+        inputs.append({"name": "pixel_values", "datatype": PIXEL_TYPES[0], "shape": shape})
+    if "text" in modalities:
+        inputs.append({"name": "text", "datatype": "BYTES", "shape": [-1]})
     outputs = [
         {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)}
         for _, spec in outputs_of(model).values()

@@ -32,6 +32,11 @@ SPECS: Mapping[str, Sequence[TensorSpec]] = {
         TensorSpec("score", "FP32", (-1, -1)),
         TensorSpec("probabilities", "FP32", (-1, -1), on_request=True),
     ),
+    "zero-shot": (
+        TensorSpec("index", "INT64", (-1, -1)),
+        TensorSpec("label", "BYTES", (-1, -1)),
+        TensorSpec("score", "FP32", (-1, -1)),
+    ),
     "embed": (TensorSpec("embedding", "FP32", (-1, -1)),),
     "segment": (
         TensorSpec("size", "INT64", (-1, 2)),

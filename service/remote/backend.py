@@ -56,7 +56,19 @@ class RemoteBackend:
 
     async def infer(self, request: InferRequest) -> InferResult:
         calls = [self._with_model(call) for call in request.calls]
-        return await self._infer(replace(request, calls=calls), Nobody)
+        request = replace(request, calls=calls)
+        kinds = {type(item): None for item in request.inputs}
+        if len(kinds) < 2:
+            return await self._infer(request, Nobody)
+        # a message holds inputs of one kind
+        groups = [[n for n, item in enumerate(request.inputs) if type(item) is k] for k in kinds]
+        results = await _all(
+            self._infer(replace(request, inputs=[request.inputs[n] for n in group]), Nobody)
+            for group in groups
+        )
+        pairs = zip(groups, results, strict=True)
+        images = {n: i for group, r in pairs for n, i in zip(group, r.images, strict=True)}
+        return InferResult(results[0].models, [images[n] for n in range(len(images))])
 
     async def models(self) -> Sequence[dict[str, Any]]:
         return [await self.model(name) for name in self._names()]

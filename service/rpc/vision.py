@@ -127,7 +127,7 @@ class Vision(VisionServicer):
                         raise
                     await asyncio.sleep(wait_s)
         except ServiceError as error:
-            count = len(request.images) + len(request.pixel_values)
+            count = len(request.images) + len(request.pixel_values) + len(request.texts)
             return pb.TaskResponse(results=[pb.Result(error=to_error(error))] * max(1, count))
 
     async def _infer(
@@ -156,7 +156,7 @@ class Vision(VisionServicer):
         account.models = [call.model or "" for call in calls]
         inputs = from_inputs(request)
         if not inputs and not caller.is_gateway:
-            raise InvalidInputError("the request holds no image", field="images")
+            raise InvalidInputError("the request holds no image and no text", field="images")
         check_count(self._deps.settings, len(inputs))
         account.deadline = caller.deadline(self._deps.settings, request.timeout_ms)
         wanted = InferRequest(

@@ -35,6 +35,7 @@ def to_request(request: InferRequest, remaining_s: float) -> pb.PredictRequest:
     return pb.PredictRequest(
         images=images,
         pixel_values=to_tensors({"pixel_values": array} for array in pixels),
+        texts=[item for item in request.inputs if isinstance(item, str)],
         calls=[_to_call(call) for call in request.calls],
         timeout_ms=max(remaining_s, 0.001) * 1e3,
         priority=pb.PRIORITY_BULK if request.bulk else pb.PRIORITY_INTERACTIVE,
@@ -42,13 +43,16 @@ def to_request(request: InferRequest, remaining_s: float) -> pb.PredictRequest:
 
 
 def from_inputs(request: pb.TaskRequest | pb.PredictRequest) -> list[Input]:
-    """A request's encoded images, or its preprocessed ones.
+    """A request's encoded images, its preprocessed ones, or its texts.
 
     Raises:
-        InvalidInputError: both, or a tensor that is not what it says.
+        InvalidInputError: several kinds, or a tensor that is not what it says.
     """
-    if request.images and request.pixel_values:
-        raise InvalidInputError("send images or pixel_values, not both", field="images")
+    kinds = (request.images, request.pixel_values, request.texts)
+    if sum(map(bool, kinds)) > 1:
+        raise InvalidInputError("send images, pixel_values or texts", field="images")
+    if request.texts:
+        return list(request.texts)
     return list(request.images) or [from_tensor(tensor) for tensor in request.pixel_values]
 
 

@@ -25,55 +25,55 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aservice/stubs/vision.proto\x12\nvitrail.v1\x1a\x1cgoogle/protobuf/struct.proto\"\xbc\x01\n\x0bTaskRequest\x12\x0e\n\x06images\x18\x01 \x03(\x0c\x12(\n\x0cpixel_values\x18\x02 \x03(\x0b\x32\x12.vitrail.v1.Tensor\x12\r\n\x05model\x18\x03 \x01(\t\x12(\n\x07options\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x12\n\ntimeout_ms\x18\x05 \x01(\x01\x12&\n\x08priority\x18\x06 \x01(\x0e\x32\x14.vitrail.v1.Priority\"Y\n\x0cTaskResponse\x12$\n\x05model\x18\x01 \x01(\x0b\x32\x15.vitrail.v1.ModelUsed\x12#\n\x07results\x18\x02 \x03(\x0b\x32\x12.vitrail.v1.Result\"\xa7\x01\n\x0ePredictRequest\x12\x0e\n\x06images\x18\x01 \x03(\x0c\x12(\n\x0cpixel_values\x18\x02 \x03(\x0b\x32\x12.vitrail.v1.Tensor\x12\x1f\n\x05\x63\x61lls\x18\x03 \x03(\x0b\x32\x10.vitrail.v1.Call\x12\x12\n\ntimeout_ms\x18\x04 \x01(\x01\x12&\n\x08priority\x18\x05 \x01(\x0e\x32\x14.vitrail.v1.Priority\"M\n\x04\x43\x61ll\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12(\n\x07options\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\"d\n\x0fPredictResponse\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.vitrail.v1.ModelUsed\x12*\n\x07results\x18\x02 \x03(\x0b\x32\x19.vitrail.v1.PredictResult\"I\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x10\n\x08\x63ontents\x18\x04 \x01(\x0c\"s\n\x06Result\x12#\n\x07tensors\x18\x01 \x03(\x0b\x32\x12.vitrail.v1.Tensor\x12 \n\x05\x65rror\x18\x02 \x01(\x0b\x32\x11.vitrail.v1.Error\x12\"\n\x06timing\x18\x03 \x01(\x0b\x32\x12.vitrail.v1.Timing\"z\n\rPredictResult\x12#\n\x07outputs\x18\x01 \x03(\x0b\x32\x12.vitrail.v1.Output\x12 \n\x05\x65rror\x18\x02 \x01(\x0b\x32\x11.vitrail.v1.Error\x12\"\n\x06timing\x18\x03 \x01(\x0b\x32\x12.vitrail.v1.Timing\"O\n\x06Output\x12#\n\x07tensors\x18\x01 \x03(\x0b\x32\x12.vitrail.v1.Tensor\x12 \n\x05\x65rror\x18\x02 \x01(\x0b\x32\x11.vitrail.v1.Error\"X\n\tModelUsed\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\x12\x19\n\x11preprocess_digest\x18\x04 \x01(\t\"U\n\x06Timing\x12\x11\n\tdecode_ms\x18\x01 \x01(\x01\x12\x10\n\x08queue_ms\x18\x02 \x01(\x01\x12\x12\n\ncompute_ms\x18\x03 \x01(\x01\x12\x12\n\nbatch_size\x18\x04 \x01(\x05\"{\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12&\n\x06\x66ields\x18\x03 \x03(\x0b\x32\x16.vitrail.v1.FieldError\x12\x1a\n\rretry_after_s\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_retry_after_s\"+\n\nFieldError\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"\x13\n\x11ListModelsRequest\"e\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.vitrail.v1.Model\x12\x0c\n\x04live\x18\x02 \x01(\x08\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x0f\n\x07reasons\x18\x04 \x03(\t\">\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x18\n\x10\x64\x65scription_json\x18\x03 \x01(\t\"!\n\x10LoadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"5\n\x11LoadModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.vitrail.v1.Model\"#\n\x12UnloadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"7\n\x13UnloadModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.vitrail.v1.Model*Q\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x11\n\rPRIORITY_BULK\x10\x02\x32\xf1\x04\n\x06Vision\x12=\n\x08\x43lassify\x12\x17.vitrail.v1.TaskRequest\x1a\x18.vitrail.v1.TaskResponse\x12=\n\x08ZeroShot\x12\x17.vitrail.v1.TaskRequest\x1a\x18.vitrail.v1.TaskResponse\x12:\n\x05\x45mbed\x12\x17.vitrail.v1.TaskRequest\x1a\x18.vitrail.v1.TaskResponse\x12<\n\x07Segment\x12\x17.vitrail.v1.TaskRequest\x1a\x18.vitrail.v1.TaskResponse\x12\x42\n\x07Predict\x12\x1a.vitrail.v1.PredictRequest\x1a\x1b.vitrail.v1.PredictResponse\x12\x44\n\x0b\x45mbedStream\x12\x17.vitrail.v1.TaskRequest\x1a\x18.vitrail.v1.TaskResponse(\x01\x30\x01\x12K\n\nListModels\x12\x1d.vitrail.v1.ListModelsRequest\x1a\x1e.vitrail.v1.ListModelsResponse\x12H\n\tLoadModel\x12\x1c.vitrail.v1.LoadModelRequest\x1a\x1d.vitrail.v1.LoadModelResponse\x12N\n\x0bUnloadModel\x12\x1e.vitrail.v1.UnloadModelRequest\x1a\x1f.vitrail.v1.UnloadModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aservice/stubs/vision.proto\x12\nvitrail.v1\x1a\x1cgoogle/protobuf/struct.proto\"\xcb\x01\n\x0bTaskRequest\x12\x0e\n\x06images\x18\x01 \x03(\x0c\x12(\n\x0cpixel_values\x18\x02 \x03(\x0b\x32\x12.vitrail.v1.Tensor\x12\r\n\x05texts\x18\x07 \x03(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12(\n\x07options\x18\x04 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x12\n\ntimeout_ms\x18\x05 \x01(\x01\x12&\n\x08priority\x18\x06 \x01(\x0e\x32\x14.vitrail.v1.Priority\"Y\n\x0cTaskResponse\x12$\n\x05model\x18\x01 \x01(\x0b\x32\x15.vitrail.v1.ModelUsed\x12#\n\x07results\x18\x02 \x03(\x0b\x32\x12.vitrail.v1.Result\"\xb6\x01\n\x0ePredictRequest\x12\x0e\n\x06images\x18\x01 \x03(\x0c\x12(\n\x0cpixel_values\x18\x02 \x03(\x0b\x32\x12.vitrail.v1.Tensor\x12\r\n\x05texts\x18\x06 \x03(\t\x12\x1f\n\x05\x63\x61lls\x18\x03 \x03(\x0b\x32\x10.vitrail.v1.Call\x12\x12\n\ntimeout_ms\x18\x04 \x01(\x01\x12&\n\x08priority\x18\x05 \x01(\x0e\x32\x14.vitrail.v1.Priority\"M\n\x04\x43\x61ll\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12(\n\x07options\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\"d\n\x0fPredictResponse\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.vitrail.v1.ModelUsed\x12*\n\x07results\x18\x02 \x03(\x0b\x32\x19.vitrail.v1.PredictResult\"I\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x10\n\x08\x63ontents\x18\x04 \x01(\x0c\"s\n\x06Result\x12#\n\x07tensors\x18\x01 \x03(\x0b\x32\x12.vitrail.v1.Tensor\x12 \n\x05\x65rror\x18\x02 \x01(\x0b\x32\x11.vitrail.v1.Error\x12\"\n\x06timing\x18\x03 \x01(\x0b\x32\x12.vitrail.v1.Timing\"z\n\rPredictResult\x12#\n\x07outputs\x18\x01 \x03(\x0b\x32\x12.vitrail.v1.Output\x12 \n\x05\x65rror\x18\x02 \x01(\x0b\x32\x11.vitrail.v1.Error\x12\"\n\x06timing\x18\x03 \x01(\x0b\x32\x12.vitrail.v1.Timing\"O\n\x06Output\x12#\n\x07tensors\x18\x01 \x03(\x0b\x32\x12.vitrail.v1.Tensor\x12 \n\x05\x65rror\x18\x02 \x01(\x0b\x32\x11.vitrail.v1.Error\"X\n\tModelUsed\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04task\x18\x02 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\x12\x19\n\x11preprocess_digest\x18\x04 \x01(\t\"U\n\x06Timing\x12\x11\n\tdecode_ms\x18\x01 \x01(\x01\x12\x10\n\x08queue_ms\x18\x02 \x01(\x01\x12\x12\n\ncompute_ms\x18\x03 \x01(\x01\x12\x12\n\nbatch_size\x18\x04 \x01(\x05\"{\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12&\n\x06\x66ields\x18\x03 \x03(\x0b\x32\x16.vitrail.v1.FieldError\x12\x1a\n\rretry_after_s\x18\x04 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_retry_after_s\"+\n\nFieldError\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\"\x13\n\x11ListModelsRequest\"e\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.vitrail.v1.Model\x12\x0c\n\x04live\x18\x02 \x01(\x08\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x0f\n\x07reasons\x18\x04 \x03(\t\">\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x18\n\x10\x64\x65scription_json\x18\x03 \x01(\t\"!\n\x10LoadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"5\n\x11LoadModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.vitrail.v1.Model\"#\n\x12UnloadModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\"7\n\x13UnloadModelResponse\x12 \n\x05model\x18\x01 \x01(\x0b\x32\x11.vitrail.v1.Model*Q\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x11\n\rPRIORITY_BULK\x10\x02\x32\xf1\x04\n\x06Vision\x12=\n\x08\x43lassify\x12\x17.vitrail.v1.TaskRequest\x1a\x18.vitrail.v1.TaskResponse\x12=\n\x08ZeroShot\x12\x17.vitrail.v1.TaskRequest\x1a\x18.vitrail.v1.TaskResponse\x12:\n\x05\x45mbed\x12\x17.vitrail.v1.TaskRequest\x1a\x18.vitrail.v1.TaskResponse\x12<\n\x07Segment\x12\x17.vitrail.v1.TaskRequest\x1a\x18.vitrail.v1.TaskResponse\x12\x42\n\x07Predict\x12\x1a.vitrail.v1.PredictRequest\x1a\x1b.vitrail.v1.PredictResponse\x12\x44\n\x0b\x45mbedStream\x12\x17.vitrail.v1.TaskRequest\x1a\x18.vitrail.v1.TaskResponse(\x01\x30\x01\x12K\n\nListModels\x12\x1d.vitrail.v1.ListModelsRequest\x1a\x1e.vitrail.v1.ListModelsResponse\x12H\n\tLoadModel\x12\x1c.vitrail.v1.LoadModelRequest\x1a\x1d.vitrail.v1.LoadModelResponse\x12N\n\x0bUnloadModel\x12\x1e.vitrail.v1.UnloadModelRequest\x1a\x1f.vitrail.v1.UnloadModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'service.stubs.vision_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PRIORITY']._serialized_start=1821
-  _globals['_PRIORITY']._serialized_end=1902
+  _globals['_PRIORITY']._serialized_start=1851
+  _globals['_PRIORITY']._serialized_end=1932
   _globals['_TASKREQUEST']._serialized_start=73
-  _globals['_TASKREQUEST']._serialized_end=261
-  _globals['_TASKRESPONSE']._serialized_start=263
-  _globals['_TASKRESPONSE']._serialized_end=352
-  _globals['_PREDICTREQUEST']._serialized_start=355
-  _globals['_PREDICTREQUEST']._serialized_end=522
-  _globals['_CALL']._serialized_start=524
-  _globals['_CALL']._serialized_end=601
-  _globals['_PREDICTRESPONSE']._serialized_start=603
-  _globals['_PREDICTRESPONSE']._serialized_end=703
-  _globals['_TENSOR']._serialized_start=705
-  _globals['_TENSOR']._serialized_end=778
-  _globals['_RESULT']._serialized_start=780
-  _globals['_RESULT']._serialized_end=895
-  _globals['_PREDICTRESULT']._serialized_start=897
-  _globals['_PREDICTRESULT']._serialized_end=1019
-  _globals['_OUTPUT']._serialized_start=1021
-  _globals['_OUTPUT']._serialized_end=1100
-  _globals['_MODELUSED']._serialized_start=1102
-  _globals['_MODELUSED']._serialized_end=1190
-  _globals['_TIMING']._serialized_start=1192
-  _globals['_TIMING']._serialized_end=1277
-  _globals['_ERROR']._serialized_start=1279
-  _globals['_ERROR']._serialized_end=1402
-  _globals['_FIELDERROR']._serialized_start=1404
-  _globals['_FIELDERROR']._serialized_end=1447
-  _globals['_LISTMODELSREQUEST']._serialized_start=1449
-  _globals['_LISTMODELSREQUEST']._serialized_end=1468
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1470
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1571
-  _globals['_MODEL']._serialized_start=1573
-  _globals['_MODEL']._serialized_end=1635
-  _globals['_LOADMODELREQUEST']._serialized_start=1637
-  _globals['_LOADMODELREQUEST']._serialized_end=1670
-  _globals['_LOADMODELRESPONSE']._serialized_start=1672
-  _globals['_LOADMODELRESPONSE']._serialized_end=1725
-  _globals['_UNLOADMODELREQUEST']._serialized_start=1727
-  _globals['_UNLOADMODELREQUEST']._serialized_end=1762
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=1764
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=1819
-  _globals['_VISION']._serialized_start=1905
-  _globals['_VISION']._serialized_end=2530
+  _globals['_TASKREQUEST']._serialized_end=276
+  _globals['_TASKRESPONSE']._serialized_start=278
+  _globals['_TASKRESPONSE']._serialized_end=367
+  _globals['_PREDICTREQUEST']._serialized_start=370
+  _globals['_PREDICTREQUEST']._serialized_end=552
+  _globals['_CALL']._serialized_start=554
+  _globals['_CALL']._serialized_end=631
+  _globals['_PREDICTRESPONSE']._serialized_start=633
+  _globals['_PREDICTRESPONSE']._serialized_end=733
+  _globals['_TENSOR']._serialized_start=735
+  _globals['_TENSOR']._serialized_end=808
+  _globals['_RESULT']._serialized_start=810
+  _globals['_RESULT']._serialized_end=925
+  _globals['_PREDICTRESULT']._serialized_start=927
+  _globals['_PREDICTRESULT']._serialized_end=1049
+  _globals['_OUTPUT']._serialized_start=1051
+  _globals['_OUTPUT']._serialized_end=1130
+  _globals['_MODELUSED']._serialized_start=1132
+  _globals['_MODELUSED']._serialized_end=1220
+  _globals['_TIMING']._serialized_start=1222
+  _globals['_TIMING']._serialized_end=1307
+  _globals['_ERROR']._serialized_start=1309
+  _globals['_ERROR']._serialized_end=1432
+  _globals['_FIELDERROR']._serialized_start=1434
+  _globals['_FIELDERROR']._serialized_end=1477
+  _globals['_LISTMODELSREQUEST']._serialized_start=1479
+  _globals['_LISTMODELSREQUEST']._serialized_end=1498
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1500
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1601
+  _globals['_MODEL']._serialized_start=1603
+  _globals['_MODEL']._serialized_end=1665
+  _globals['_LOADMODELREQUEST']._serialized_start=1667
+  _globals['_LOADMODELREQUEST']._serialized_end=1700
+  _globals['_LOADMODELRESPONSE']._serialized_start=1702
+  _globals['_LOADMODELRESPONSE']._serialized_end=1755
+  _globals['_UNLOADMODELREQUEST']._serialized_start=1757
+  _globals['_UNLOADMODELREQUEST']._serialized_end=1792
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=1794
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=1849
+  _globals['_VISION']._serialized_start=1935
+  _globals['_VISION']._serialized_end=2560
 # @@protoc_insertion_point(module_scope)

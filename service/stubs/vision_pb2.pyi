@@ -51,6 +51,7 @@ class TaskRequest(_message.Message):
 
     IMAGES_FIELD_NUMBER: _builtins.int
     PIXEL_VALUES_FIELD_NUMBER: _builtins.int
+    TEXTS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
@@ -71,6 +72,10 @@ class TaskRequest(_message.Message):
         """Or preprocessed ones: FP32, shape (3, height, width), normalised as the model wants it."""
 
     @_builtins.property
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Or texts, for models that read them."""
+
+    @_builtins.property
     def options(self) -> _struct_pb2.Struct:
         """The task's options, by the names of the REST parameters."""
 
@@ -79,6 +84,7 @@ class TaskRequest(_message.Message):
         *,
         images: _abc.Iterable[_builtins.bytes] | None = ...,
         pixel_values: _abc.Iterable[Global___Tensor] | None = ...,
+        texts: _abc.Iterable[_builtins.str] | None = ...,
         model: _builtins.str = ...,
         options: _struct_pb2.Struct | None = ...,
         timeout_ms: _builtins.float = ...,
@@ -86,7 +92,7 @@ class TaskRequest(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images", "model", b"model", "options", b"options", "pixel_values", b"pixel_values", "priority", b"priority", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images", "model", b"model", "options", b"options", "pixel_values", b"pixel_values", "priority", b"priority", "texts", b"texts", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -128,6 +134,7 @@ class PredictRequest(_message.Message):
 
     IMAGES_FIELD_NUMBER: _builtins.int
     PIXEL_VALUES_FIELD_NUMBER: _builtins.int
+    TEXTS_FIELD_NUMBER: _builtins.int
     CALLS_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
@@ -143,19 +150,24 @@ class PredictRequest(_message.Message):
         """Or preprocessed ones: FP32, shape (3, height, width), normalised as the model wants it."""
 
     @_builtins.property
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Or texts, for models that read them."""
+
+    @_builtins.property
     def calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___Call]: ...
     def __init__(
         self,
         *,
         images: _abc.Iterable[_builtins.bytes] | None = ...,
         pixel_values: _abc.Iterable[Global___Tensor] | None = ...,
+        texts: _abc.Iterable[_builtins.str] | None = ...,
         calls: _abc.Iterable[Global___Call] | None = ...,
         timeout_ms: _builtins.float = ...,
         priority: Global___Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "images", b"images", "pixel_values", b"pixel_values", "priority", b"priority", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "images", b"images", "pixel_values", b"pixel_values", "priority", b"priority", "texts", b"texts", "timeout_ms", b"timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

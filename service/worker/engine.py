@@ -2,17 +2,19 @@
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
 from models.errors import ModelsError
-from models.images import decode_image
+from models.heads.zero_shot import ZeroShot
+from models.model import Model
 from models.registry import Registry, State
 from service.errors import (
     DeadlineExceededError,
@@ -23,14 +25,25 @@ from service.errors import (
     from_library,
 )
 from service.metrics import Metrics
-from service.types import Health, ImageResult, InferRequest, InferResult, Input, Timing
+from service.types import Call, Health, ImageResult, InferRequest, InferResult, Input
+from service.worker.finisher import Finisher
 from service.worker.options import EngineOptions
-from service.worker.plan import Resolved, TrunkPass, plan_passes, prepared_pixels, resolve
-from service.worker.runner import Item, ItemResult, use_threads
+from service.worker.plan import (
+    Resolved,
+    Way,
+    modality_of,
+    plan_way,
+    prepare,
+    resolve,
+)
+from service.worker.prompts import PromptCache
+from service.worker.runner import Item, use_threads
 from service.worker.scheduler import Entry, QueueFull
 from service.worker.trunks import ServedTrunks
 
 logger = logging.getLogger(__name__)
+
+MANY = 100  # texts of a label set; more of them step behind interactive requests
 
 
 class Engine:
@@ -48,9 +61,11 @@ class Engine:
         alone = partial(use_threads, 1)
         self._pool = ThreadPoolExecutor(self.options.decode_threads, "decode", initializer=alone)
         self._loader = ThreadPoolExecutor(1, "loader", initializer=alone)
+        self._finisher = Finisher(metrics, self._in_pool)
+        self._prompts = PromptCache(self._embed_texts, options.label_cache_bytes, metrics)
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
-        registry.on_load = self.trunks.serve
+        registry.on_load = self._on_load
         registry.on_unload = self.trunks.retire
 
     # -- Backend ---------------------------------------------------------------------------
@@ -72,14 +87,20 @@ class Engine:
         self._loader.shutdown(wait=False, cancel_futures=True)
 
     async def infer(self, request: InferRequest) -> InferResult:
-        resolved = [resolve(self.registry, call) for call in request.calls]
-        passes = plan_passes(resolved)
-        self._admit(passes, len(request.inputs))
+        modalities = dict.fromkeys(map(modality_of, request.inputs)) or {"image": None}
+        ways = {modality: await self._way(request, modality) for modality in modalities}
+        self._admit(ways, request.inputs)
         # one request decodes on all threads at most, so that no request waits behind a big one
         turn = asyncio.Semaphore(self.options.decode_threads)
-        way = (resolved, passes, request, object(), turn)
-        images = await asyncio.gather(*(self._infer_image(i, *way) for i in request.inputs))
-        return InferResult([item.used for item in resolved], images)
+        flow = object()
+        results = await asyncio.gather(
+            *(
+                self._infer_input(item, ways[modality_of(item)], request, flow, turn)
+                for item in request.inputs
+            )
+        )
+        first = next(iter(ways.values()))
+        return InferResult([item.used for item in first.resolved], results)
 
     async def models(self) -> Sequence[dict[str, Any]]:
         return [await self.model(name) for name in self.registry.catalog.models]
@@ -122,44 +143,68 @@ class Engine:
 
     # -- a request's way -------------------------------------------------------------------
 
-    def _admit(self, passes: Sequence[TrunkPass], count: int) -> None:
-        """Take places for every image in every trunk's queue, or none at all."""
-        for done, plan in enumerate(passes):
-            try:
-                self.batcher.admit(plan.trunk, count)
-            except (QueueFull, KeyError) as error:
-                for admitted in passes[:done]:
-                    self.batcher.release(admitted.trunk, count)
-                if isinstance(error, KeyError):
-                    raise UnavailableError(
-                        "the model is being unloaded", retry_after_s=1
-                    ) from error
-                wait_s = max(1.0, self.batcher.queue_seconds())
-                raise QueueFullError(f"{plan.trunk}: {error}", retry_after_s=wait_s) from error
+    async def _way(self, request: InferRequest, modality: str) -> Way:
+        """Resolve the calls for inputs of one modality; prompted heads get their classes."""
+        resolved = [resolve(self.registry, call, modality) for call in request.calls]
+        try:
+            async with _until(request.deadline):
+                return plan_way([await self._prompted(item) for item in resolved])
+        except TimeoutError as error:
+            raise DeadlineExceededError(
+                "the deadline passed before the labels were read"
+            ) from error
 
-    async def _infer_image(
+    async def _prompted(self, item: Resolved) -> Resolved:
+        if not isinstance(item.head, ZeroShot):
+            return item
+        labels, templates = item.head.prompt(item.finish_options)
+        classes = await self._prompts.get(item.model, labels, templates)
+        options = {"labels": labels, "multi_label": item.finish_options.get("multi_label")}
+        return replace(item, finish_options={**options, "classes": classes})
+
+    def _admit(self, ways: Mapping[str, Way], inputs: Sequence[Input]) -> None:
+        """Take places for every input in every trunk's queue, or none at all."""
+        admitted: list[tuple[str, int]] = []
+        for modality, way in ways.items():
+            count = sum(modality_of(item) == modality for item in inputs)
+            for plan in way.passes:
+                try:
+                    self.batcher.admit(plan.trunk, count)
+                except (QueueFull, KeyError) as error:
+                    for trunk, places in admitted:
+                        self.batcher.release(trunk, places)
+                    raise self._refusal(plan.trunk, error) from error
+                admitted.append((plan.trunk, count))
+
+    def _refusal(self, trunk: str, error: Exception) -> ServiceError:
+        if isinstance(error, KeyError):
+            return UnavailableError("the model is being unloaded", retry_after_s=1)
+        wait_s = max(1.0, self.batcher.queue_seconds())
+        return QueueFullError(f"{trunk}: {error}", retry_after_s=wait_s)
+
+    async def _infer_input(
         self,
-        image: Input,
-        resolved: Sequence[Resolved],
-        passes: Sequence[TrunkPass],
+        given: Input,
+        way: Way,
         request: InferRequest,
         flow: object,
         turn: asyncio.Semaphore,
     ) -> ImageResult:
         entries: list[Entry] = []
+        passes = way.passes
         try:
-            async with asyncio.timeout(request.deadline - time.monotonic()):
+            async with _until(request.deadline):
                 async with turn:
                     started = time.monotonic()
-                    pixels, size = await self._in_pool(self._prepare, image, passes)
+                    prepared, size = await self._in_pool(prepare, given, passes, self._limits)
                     decode_s = time.monotonic() - started
-                for plan, pixels_CHW in zip(passes, pixels, strict=True):
-                    item = Item(plan.trunk, pixels_CHW, plan.calls)
+                for plan, ready in zip(passes, prepared, strict=True):
+                    item = Item(plan.trunk, ready, plan.calls)
                     entries.append(Entry(item, flow, request.bulk, request.deadline))
                     self.batcher.put(plan.trunk, entries[-1])
                     self._metrics.stage_duration.labels("decode", plan.trunk).observe(decode_s)
                 results = [await asyncio.wrap_future(e.payload.future) for e in entries]
-                return await self._finish(resolved, passes, results, size, decode_s)
+                return await self._finisher.finish(way, results, size, decode_s)
         except TimeoutError:
             return ImageResult(error=DeadlineExceededError("the deadline passed before the answer"))
         except ModelsError as error:
@@ -167,65 +212,54 @@ class Engine:
         except ServiceError as error:
             return ImageResult(error=error)
         except Exception:
-            logger.exception("an image failed")
-            return ImageResult(error=InternalError("the image could not be processed"))
+            logger.exception("an input failed")
+            return ImageResult(error=InternalError("the input could not be processed"))
         finally:
             for entry in entries:
                 entry.cancelled = True  # harmless once answered; else it is dropped unrun
             for plan in passes[len(entries) :]:
                 self.batcher.release(plan.trunk, 1)
 
-    def _prepare(
-        self, image: Input, passes: Sequence[TrunkPass]
-    ) -> tuple[list[torch.Tensor], tuple[int, int]]:
-        if isinstance(image, np.ndarray):
-            prepared = [prepared_pixels(image, plan.model) for plan in passes]
-            return prepared, (image.shape[2], image.shape[1])
-        decoded = decode_image(image, self._limits)
-        return [plan.model.transform(decoded) for plan in passes], decoded.size
+    async def _embed_texts(self, model: Model, texts: Sequence[str]) -> np.ndarray:
+        """(N, D) embeddings by way of the queue, a few at a time, so that others get turns."""
+        call = Call(model.name, "embed", {"normalize": True})
+        rows: list[np.ndarray] = [np.empty(0)] * len(texts)
+        left = iter(enumerate(texts))
 
-    async def _finish(
-        self,
-        resolved: Sequence[Resolved],
-        passes: Sequence[TrunkPass],
-        results: Sequence[ItemResult],
-        size: tuple[int, int],
-        decode_s: float,
-    ) -> ImageResult:
-        outputs: list[Any] = [None] * len(resolved)
-        for plan, result in zip(passes, results, strict=True):
-            for position, row in zip(plan.positions, result.rows, strict=True):
-                started = time.monotonic()
-                outputs[position] = await self._finish_one(resolved[position], row, size)
-                spent_s = time.monotonic() - started
-                self._metrics.stage_duration.labels("postprocess", plan.trunk).observe(spent_s)
-        failed = [output for output in outputs if isinstance(output, ServiceError)]
-        slowest = max(results, key=lambda result: result.queue_s + result.compute_s)
-        stages_ms = (decode_s * 1e3, slowest.queue_s * 1e3, slowest.compute_s * 1e3)
-        timing = Timing(*stages_ms, slowest.batch_size)
-        if len(failed) == len(outputs):
-            return ImageResult(error=failed[0], timing=timing)
-        return ImageResult(outputs, timing=timing)
+        async def embed_some() -> None:
+            for position, text in left:
+                way = plan_way([resolve(self.registry, call, "text")])
+                while True:
+                    try:
+                        self._admit({"text": way}, [text])
+                        break
+                    except QueueFullError:
+                        await asyncio.sleep(0.02)
+                wanted = InferRequest(
+                    inputs=(), calls=(), deadline=math.inf, bulk=len(texts) > MANY
+                )
+                result = await self._infer_input(text, way, wanted, left, asyncio.Semaphore())
+                output = result.error or result.outputs[0]
+                if isinstance(output, ServiceError):
+                    raise output
+                rows[position] = output["embedding"]
 
-    async def _finish_one(
-        self, call: Resolved, row: dict[str, np.ndarray] | Exception, size: tuple[int, int]
-    ) -> dict[str, np.ndarray] | ServiceError:
-        if isinstance(row, Exception):
-            logger.error("model %s failed", call.model.name, exc_info=row)
-            return InternalError("the model failed on this image")
         try:
-            if call.head.finish_is_slow:
-                finish = partial(call.head.finish, row, size, **call.finish_options)
-                finished: dict[str, np.ndarray] = await self._in_pool(finish)
-                return finished
-            return call.head.finish(row, size, **call.finish_options)
-        except ModelsError as error:
-            return from_library(error)
-        except Exception:
-            logger.exception("model %s failed to finish", call.model.name)
-            return InternalError("the model failed on this image")
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(len(texts), 2 * self.options.max_batch_size)):
+                    group.create_task(embed_some())
+        except* ServiceError as errors:
+            raise errors.exceptions[0] from None
+        return np.stack(rows)
 
     # -- background ------------------------------------------------------------------------
+
+    def _on_load(self, model: Model) -> None:
+        """Bring the model into service; the label set of its catalog entry is read already."""
+        self.trunks.serve(model)
+        head = model.heads[model.task]
+        if isinstance(head, ZeroShot) and head.labels:
+            self._prompts.prepare(model, head.labels, head.templates)
 
     def _spawn(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -251,3 +285,8 @@ class Engine:
         except Exception as error:
             logger.exception("loading or unloading %s failed", name)
             raise UnavailableError(f"model {name} could not be loaded or unloaded") from error
+
+
+def _until(deadline: float) -> asyncio.Timeout:
+    """A timeout at a `time.monotonic` moment, which may be infinite."""
+    return asyncio.timeout(None if deadline == math.inf else deadline - time.monotonic())

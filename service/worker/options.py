@@ -23,6 +23,7 @@ class EngineOptions:
     max_image_side: int = 16_384
     probe_interval_s: float = 30.0
     stuck_after_s: float = 60.0
+    label_cache_bytes: int = 256 * 2**20
 
     @property
     def lane_threads(self) -> int:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from models.heads import Head
-from models.preprocess import collate, normalize
 from models.trunk import Trunk
 from service.metrics import Metrics
 from service.worker.scheduler import Batch, BatchQueue, Entry
@@ -44,10 +43,10 @@ class ItemResult:
 
 @dataclass(slots=True, eq=False)
 class Item:
-    """One image for a trunk, (3, H, W) as its transform leaves it, and what is wanted of it."""
+    """One input for a trunk, as its preprocessing leaves it, and what is wanted of it."""
 
     trunk: str
-    pixels_CHW: Tensor
+    prepared: Tensor
     calls: Sequence[HeadCall]
     future: "Future[ItemResult]" = field(default_factory=Future)
 
@@ -103,10 +102,8 @@ class Runner:
             answer(entry, ItemResult(rows, queue_s, compute_s, size))
 
     def blank_item(self) -> Item:
-        """A black image that wants no head: enough to prove that the trunk computes."""
-        return Item(
-            self.name, torch.zeros(3, *self.trunk.preprocess.input_size, dtype=torch.uint8), ()
-        )
+        """A blank input that wants no head: enough to prove that the trunk computes."""
+        return Item(self.name, self.trunk.blank(), ())
 
     def _run_safely(self, queue: BatchQueue, items: list[Item]) -> list[list[Row | Exception]]:
         """Run; when the trunk fails, halve on memory or else isolate, so that only the item
@@ -132,9 +129,9 @@ class Runner:
     def _run(self, items: Sequence[Item]) -> list[list[Row | Exception]]:
         with torch.inference_mode(), self._stream():
             on_gpu = self.trunk.placement.device.type == "cuda"
-            pixels = self._of_one_type([item.pixels_CHW for item in items])
+            inputs = [item.prepared for item in items]
             # pinned, so that the copy to a GPU overlaps the other stream's computation
-            output = self.trunk.forward(collate(pixels, pin_memory=on_gpu))
+            output = self.trunk.forward(self.trunk.collate(inputs, pin_memory=on_gpu))
             places: dict[HeadCall, list[tuple[int, int]]] = defaultdict(list)
             for row, item in enumerate(items):
                 for position, call in enumerate(item.calls):
@@ -148,12 +145,6 @@ class Runner:
                 _ = output.features.flatten()[0].item()  # waits, so that a failure shows here
             self.last_passed = time.monotonic()
             return results
-
-    def _of_one_type(self, pixels: list[Tensor]) -> list[Tensor]:
-        """Decoded images are uint8, those that came preprocessed are not; together, none are."""
-        if len({image_CHW.dtype for image_CHW in pixels}) == 1:
-            return pixels
-        return [normalize(image_CHW[None], self.trunk.preprocess)[0] for image_CHW in pixels]
 
     def _run_head(self, call: HeadCall, output: Any, count: int) -> Sequence[Row | Exception]:
         try:

@@ -5,6 +5,7 @@ import time
 from models.errors import CheckpointError
 from models.model import Model
 from models.registry import Registry
+from models.trunk import Trunk
 from service.errors import DeadlineExceededError
 from service.metrics import Metrics
 from service.worker.batcher import Batcher
@@ -36,30 +37,45 @@ class ServedTrunks:
         )
 
     def serve(self, model: Model) -> None:
-        """Give the model's trunk a queue, warmed up, before the model counts as ready.
+        """Give the model's trunks a queue each, warmed up, before the model counts as ready.
 
         Raises:
-            CheckpointError: the trunk does not run; it is out of service again.
+            CheckpointError: a trunk does not run; what was begun is undone.
         """
-        name = self._registry.catalog.models[model.name].trunk
-        if not self._users[name]:
-            queue = self._queue(name)
-            self.runners[name] = Runner(name, model.trunk, self._threads, self._metrics)
-            self.batcher.add_queue(queue)
-            try:
-                self.prober.warm_up(name, min(queue.max_batch_size, queue.capacity))
-            except CheckpointError:
-                self._drop_trunk(name)
-                raise
-        self._users[name].add(model.name)
-        self._metrics.add_model(model.name, name, model.tasks)
+        for name, trunk in self._trunks_of(model):
+            if not self._users[name]:
+                try:
+                    self._begin(name, trunk)
+                except CheckpointError:
+                    self.retire(model)
+                    raise
+            self._users[name].add(model.name)
+            self._metrics.add_model(model.name, name, model.tasks)
 
     def retire(self, model: Model) -> None:
-        """Drain and drop the trunk's queue with the last model on it."""
-        name = self._registry.catalog.models[model.name].trunk
-        self._users[name].discard(model.name)
-        if not self._users[name]:
+        """Drain and drop the queues of trunks that no other model stands on."""
+        for name, _ in self._trunks_of(model):
+            if model.name in self._users[name]:
+                self._users[name].discard(model.name)
+                if not self._users[name]:
+                    self._drop_trunk(name)
+
+    def _trunks_of(self, model: Model) -> list[tuple[str, Trunk]]:
+        entry = self._registry.catalog.models[model.name]
+        found = [(entry.trunk, model.trunk)]
+        if entry.text is not None and entry.text != entry.trunk and model.text is not None:
+            found.append((entry.text, model.text))
+        return found
+
+    def _begin(self, name: str, trunk: Trunk) -> None:
+        queue = self._queue(name)
+        self.runners[name] = Runner(name, trunk, self._threads, self._metrics)
+        self.batcher.add_queue(queue)
+        try:
+            self.prober.warm_up(name, min(queue.max_batch_size, queue.capacity))
+        except CheckpointError:
             self._drop_trunk(name)
+            raise
 
     def _queue(self, name: str) -> BatchQueue:
         entry, options = self._registry.catalog.trunks[name], self._options

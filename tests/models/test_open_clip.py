@@ -7,9 +7,9 @@ from PIL import Image
 
 from models.errors import InputError
 from models.heads.embed import Embed
-from models.loading import open_clip_preprocess
 from models.model import Model
 from models.preprocess import collate, create_transform, normalize
+from models.towers import open_clip_preprocess
 from models.trunk import OpenClipTrunk, Placement
 
 pytestmark = pytest.mark.filterwarnings("ignore")

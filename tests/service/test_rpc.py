@@ -122,8 +122,8 @@ def test_images_and_pixels_ride_in_one_batch(
     runner = server.engine.trunks.runners["tiny"]
     model = server.engine.registry.get("tiny")
     pixels = model.transform(_jpeg(jpegs["coffee"]))
-    mixed = runner._of_one_type([pixels, normalize(pixels[None], model.trunk.preprocess)[0]])
-    assert all(rows.dtype == torch.float32 for rows in mixed)
+    mixed = runner.trunk.collate([pixels, normalize(pixels[None], model.trunk.preprocess)[0]])
+    assert mixed.dtype == torch.float32
     assert torch.equal(mixed[0], mixed[1])
 
 

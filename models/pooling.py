@@ -1,0 +1,30 @@
+"""Poolings of patch tokens (B, T, D) to (B, D)."""
+
+import torch
+from torch import Tensor
+
+from models.errors import CheckpointError
+
+GEM_P = 3.0
+GEM_EPS = 1e-6
+
+
+def gem(patches_BTD: Tensor, p: float = GEM_P) -> Tensor:
+    """Generalized mean (Radenovic et al., arXiv 1711.02512)."""
+    return patches_BTD.clamp(min=GEM_EPS).pow(p).mean(1).pow(1 / p)
+
+
+def ggem(patches_BTD: Tensor, exponents_G: Tensor) -> Tensor:
+    """Group generalized mean (arXiv 2212.04114): channels in G contiguous blocks, each with an
+    exponent of its own. In logarithms, since eps ** p underflows in float32 for p above 6.
+
+    Raises:
+        CheckpointError: the groups do not divide the channels.
+    """
+    tokens, dim = patches_BTD.shape[1:]
+    if dim % len(exponents_G):
+        raise CheckpointError(f"{len(exponents_G)} groups do not divide {dim} channels")
+    p_D = exponents_G.repeat_interleave(dim // len(exponents_G))
+    logs = patches_BTD.float().clamp(min=GEM_EPS).log() * p_D
+    mean = logs.logsumexp(1) - torch.log(torch.tensor(float(tokens), device=logs.device))
+    return (mean / p_D).exp()

@@ -1,0 +1,21 @@
+"""OpenAI's tokenizer for CLIP: open_clip's, which names the special tokens differently.
+
+Their names in a text stand for the tokens themselves, as in https://github.com/openai/CLIP.
+"""
+
+import regex
+from open_clip.tokenizer import SimpleTokenizer
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+
+
+class OpenAITokenizer(SimpleTokenizer):  # type: ignore[misc]
+    """Texts to (N, context_length) int64 ids: start, the text's first ones, end, zeros."""
+
+    def __init__(self, context_length: int = 77) -> None:
+        super().__init__(context_length=context_length)
+        self.encoder |= {START: self.sot_token_id, END: self.eot_token_id}
+        self.cache |= {START: START, END: END}
+        special = "|".join(map(regex.escape, (START, END)))
+        self.pat = regex.compile(f"{special}|{_WORDS}", regex.IGNORECASE)

@@ -1,0 +1,76 @@
+"""The inputs of OpenAI's embeddings interface, in the dialects that are spoken.
+
+OpenAI: strings. Infinity: URLs and data URIs with `modality: image`. NVIDIA's NV-CLIP: data URIs
+among strings. Jina: objects with `text` or `image`. vLLM: `messages` with parts.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from service.errors import InvalidInputError
+
+# A text, or an image as `{"base64": ...}` or `{"url": ...}`.
+Given = str | dict[str, str]
+
+
+class EmbeddingsRequest(BaseModel):
+    """The members that count; others are let pass, as clients send many."""
+
+    model: str | None = None
+    input: str | list[Any] | None = None
+    messages: list[Any] | None = None
+    modality: Literal["text", "image"] = "text"
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+
+
+def read_inputs(body: EmbeddingsRequest) -> list[Given]:
+    """What is to be embedded, in order.
+
+    Raises:
+        InvalidInputError: nothing, or something in no dialect.
+    """
+    if (body.input is None) == (body.messages is None):
+        raise InvalidInputError("send input, or messages", field="input")
+    if body.messages is not None:
+        return [_of_messages(body.messages)]
+    items = [body.input] if isinstance(body.input, str) else body.input or []
+    if not items:
+        raise InvalidInputError("input is empty", field="input")
+    return [_of_item(item, body.modality) for item in items]
+
+
+def _of_item(item: Any, modality: str) -> Given:
+    match item:
+        case str() if modality == "image" or item.startswith("data:image/"):
+            return _image(item)
+        case str():
+            return item
+        case {"text": str(text), **rest} if not rest:
+            return text
+        case {"image": str(image), **rest} if not rest:
+            return _image(image)
+        case int() | [int(), *_]:
+            raise InvalidInputError("input of token ids is not taken; send text", field="input")
+    raise InvalidInputError(
+        'an input is a string, {"text": "..."} or {"image": "URL or base64"}', field="input"
+    )
+
+
+def _of_messages(messages: list[Any]) -> Given:
+    """vLLM's form: one user message, whose content is one text or one image."""
+    match messages:
+        case [{"content": str(text)}]:
+            return text
+        case [{"content": [{"type": "text", "text": str(text)}]}]:
+            return text
+        case [{"content": [{"type": "image_url", "image_url": {"url": str(url)}}]}]:
+            return _image(url)
+    raise InvalidInputError(
+        "messages holds one message with one text or image_url", field="messages"
+    )
+
+
+def _image(text: str) -> dict[str, str]:
+    return {"url": text} if text.startswith(("http://", "https://")) else {"base64": text}

@@ -1,0 +1,193 @@
+"""The dialects over the same core: OpenAI's official client, its image forms, and NDJSON."""
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import HTTPServer, SimpleHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+
+from tests.conftest import Running, running
+
+
+@pytest.fixture(scope="module")
+def image_host(jpegs: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "coffee.jpg").write_bytes(jpegs["coffee"])
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    server = HTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/coffee.jpg"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture(scope="module", params=["in one process", "gateway and worker apart"])
+def server(clip: tuple[Path, Any], request: pytest.FixtureRequest) -> Iterator[Running]:
+    apart = "apart" in request.param
+    hosts: dict[str, Any] = {"url_hosts": "127.0.0.1", "url_allow_private": True}
+    with running(clip[0], apart=apart, max_queue_size=80, **hosts) as started:
+        started.wait_ready()
+        yield started
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as opened:
+        yield opened
+
+
+def data_uri(jpeg: bytes) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
+
+
+def ours(server: Running, **body: Any) -> Any:
+    answer = server.client.post("/embed", json=body)
+    return [entry["embedding"] for entry in answer.json()["results"]]
+
+
+def image_entry(jpeg: bytes) -> dict[str, str]:
+    return {"base64": base64.b64encode(jpeg).decode()}
+
+
+@pytest.mark.parametrize("encoding", ["float", "base64"])
+def test_the_official_client_embeds_texts(
+    client: openai.OpenAI, server: Running, encoding: Any
+) -> None:
+    texts = ["a cat", "a dog"]
+    answer = client.embeddings.create(model="clip", input=texts, encoding_format=encoding)
+    vectors = [item.embedding for item in answer.data]
+    if encoding == "base64":
+        vectors = [np.frombuffer(base64.b64decode(str(v)), "<f4").tolist() for v in vectors]
+    assert np.allclose(vectors, ours(server, texts=texts), atol=1e-6)
+    assert [item.index for item in answer.data] == [0, 1]
+    assert answer.model == "clip"
+
+
+def test_the_official_client_as_it_comes(client: openai.OpenAI, server: Running) -> None:
+    answer = client.embeddings.create(model="clip", input="a cat", dimensions=8)
+    assert np.allclose(
+        answer.data[0].embedding, ours(server, texts=["a cat"], dimensions=8)[0], atol=1e-6
+    )
+
+
+def test_more_texts_than_the_queue_holds_are_taken_in_turns(
+    client: openai.OpenAI, server: Running
+) -> None:
+    texts = [f"photo number {n}" for n in range(200)]
+    answer = client.embeddings.create(model="clip", input=texts)
+    last = ours(server, texts=texts[-1:])[0]
+    assert len(answer.data) == 200
+    assert np.allclose(answer.data[-1].embedding, last, atol=1e-5)
+
+
+def test_models_are_listed(client: openai.OpenAI) -> None:
+    assert {model.id for model in client.models.list()} == {
+        "clip", "clip-named", "texts", "images",
+    }  # fmt: skip
+    assert client.models.retrieve("clip").id == "clip"
+    with pytest.raises(openai.NotFoundError, match="no model 'none'"):
+        client.models.retrieve("none")
+
+
+def test_four_image_dialects_and_mixtures(
+    server: Running, jpegs: dict[str, bytes], image_host: str
+) -> None:
+    uri = data_uri(jpegs["coffee"])
+    [wanted] = ours(server, model="clip", images=[image_entry(jpegs["coffee"])])
+    [text] = ours(server, model="clip", texts=["a cat"])
+    encoded = uri.partition(",")[2]
+    parts = [{"type": "image_url", "image_url": {"url": uri}}]
+    for body, expected in (
+        ({"input": [uri], "modality": "image"}, [wanted]),
+        ({"input": [image_host], "modality": "image"}, [wanted]),
+        ({"input": ["a cat", uri]}, [text, wanted]),
+        ({"input": [{"text": "a cat"}, {"image": image_host}, {"image": encoded}]},
+         [text, wanted, wanted]),
+        ({"messages": [{"role": "user", "content": parts}]}, [wanted]),
+        ({"messages": [{"role": "user", "content": "a cat"}]}, [text]),
+    ):  # fmt: skip
+        for path in ("/v1/embeddings", "/embeddings"):
+            answer = server.client.post(path, json={"model": "clip", **body})
+            assert answer.status_code == 200, answer.text
+            vectors = [item["embedding"] for item in answer.json()["data"]]
+            assert np.allclose(vectors, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({}, "send input"),
+        ({"input": []}, "empty"),
+        ({"input": [[1, 2, 3]]}, "token ids"),
+        ({"input": [{"video": "x"}]}, "an input is"),
+        ({"input": ["ok", "data:image/png;base64,!!!"]}, "input 1"),
+        ({"input": ["ok", ""]}, "input 1"),
+        ({"input": "x", "encoding_format": "hex"}, "encoding_format"),
+        ({"messages": [{"content": 3}]}, "messages"),
+    ],
+)
+def test_wrong_requests_are_told_in_openais_words(
+    server: Running, client: openai.OpenAI, body: dict[str, Any], says: str
+) -> None:
+    answer = server.client.post("/v1/embeddings", json={"model": "clip", **body})
+    assert answer.status_code == 422
+    assert says in answer.json()["error"]["message"]
+
+
+def lines(answer: httpx.Response) -> list[dict[str, Any]]:
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["Content-Type"].startswith("application/x-ndjson")
+    return [json.loads(line) for line in answer.text.splitlines()]
+
+
+def test_ndjson_is_a_line_each_in_order_with_its_own_errors(
+    server: Running, jpegs: dict[str, bytes]
+) -> None:
+    names = list(jpegs) * 6
+    files = [("image", jpegs[name]) for name in names]
+    files[5] = ("image", b"no image")
+    accept = {"Accept": "application/x-ndjson"}
+    got = lines(server.client.post("/embed?model=clip", files=files, headers=accept))
+    assert [line["index"] for line in got] == list(range(24))
+    assert got[5]["error"]["status"] == 422
+    alone = {name: ours(server, images=[image_entry(jpegs[name])])[0] for name in jpegs}
+    for line, name in zip(got, names, strict=True):
+        if line["index"] != 5:
+            assert np.allclose(line["embedding"], alone[name], atol=1e-5)
+            assert line["model_digest"].startswith("sha256:")
+
+
+def test_ndjson_comes_before_all_is_done_and_refuses_before_it_begins(
+    server: Running, monkeypatch: pytest.MonkeyPatch, jpegs: dict[str, bytes]
+) -> None:
+    accept = {"Accept": "application/x-ndjson"}
+    runner = server.engine.trunks.runners["clip-text"]
+    gate, forward = threading.Event(), runner.trunk.forward
+    seen: list[int] = []
+
+    def jam_second(batch: Any) -> Any:
+        seen.append(len(batch))
+        if len(seen) > 1:
+            assert gate.wait(30)
+        return forward(batch)
+
+    monkeypatch.setattr(runner.trunk, "forward", jam_second)
+    body = {"model": "texts", "texts": [f"text {n}" for n in range(70)]}
+    with server.client.stream("POST", "/embed", json=body, headers=accept) as answer:
+        received = answer.iter_lines()
+        assert json.loads(next(received))["index"] == 0
+        gate.set()
+        assert len(list(received)) == 69
+    refused = server.client.post("/embed?model=none", files=[("image", jpegs["coffee"])],
+                                 headers=accept)  # fmt: skip
+    assert refused.status_code == 404

@@ -1,0 +1,251 @@
+"""Zero-shot and text embeddings against open_clip's own, over REST and gRPC, apart and together."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+import torch
+from google.protobuf.struct_pb2 import Struct
+from torch.nn.functional import normalize
+
+from models.images import decode_image
+from models.preprocess import normalize as normalize_pixels
+from models.prompts import NAMED_TEMPLATES
+from models.tokenizer import OpenAITokenizer
+from service.stubs import vision_pb2 as pb
+from service.stubs.vision_pb2_grpc import VisionStub
+from service.tensors import from_bytes
+from tests.conftest import Running, running, wait_until
+
+LABELS = ["cat", "dog", "coffee", "rocket"]
+
+
+@pytest.fixture(scope="module", params=["in one process", "gateway and worker apart"])
+def server(clip: tuple[Path, Any], request: pytest.FixtureRequest) -> Iterator[Running]:
+    with running(clip[0], apart="apart" in request.param) as started:
+        started.wait_ready()
+        yield started
+
+
+@torch.inference_mode()
+def text_features(network: Any, texts: list[str]) -> torch.Tensor:
+    return normalize(network.encode_text(OpenAITokenizer(77)(texts)), dim=-1)
+
+
+@torch.inference_mode()
+def image_features(server: Running, network: Any, jpeg: bytes) -> torch.Tensor:
+    model = server.engine.registry.get("clip")
+    pixels = model.transform(decode_image(jpeg))[None]
+    return normalize(
+        network.encode_image(normalize_pixels(pixels, model.trunk.preprocess)), dim=-1
+    )[0]
+
+
+def expected(
+    server: Running, network: Any, jpeg: bytes, templates: tuple[str, ...] = ("a photo of a {}.",)
+) -> dict[str, torch.Tensor]:
+    """Each label's scaled similarity, by open_clip's own model."""
+    image = image_features(server, network, jpeg)
+    found = {}
+    for label in LABELS:
+        texts = [template.replace("{}", label) for template in templates]
+        mean = normalize(text_features(network, texts).mean(0), dim=-1)
+        found[label] = network.logit_scale.detach().exp() * (image @ mean)
+    return found
+
+
+def ask(server: Running, jpeg: bytes, **options: Any) -> httpx.Response:
+    files = [("image", ("x", jpeg))]
+    return server.client.post("/zero-shot", files=files, data={"labels": LABELS, **options})
+
+
+def scores(response: httpx.Response) -> dict[str, float]:
+    assert response.status_code == 200, response.text
+    predictions = response.json()["results"][0]["predictions"]
+    values = [item["score"] for item in predictions]
+    assert values == sorted(values, reverse=True)
+    return {item["label"]: item["score"] for item in predictions}
+
+
+@pytest.mark.parametrize("templates", [None, "imagenet-7", "imagenet-80"])
+def test_scores_are_open_clips(
+    server: Running, clip: tuple[Path, Any], jpegs: dict[str, bytes], templates: str | None
+) -> None:
+    named = NAMED_TEMPLATES[templates] if templates else ("a photo of a {}.",)
+    logits = expected(server, clip[1], jpegs["chelsea"], named)
+    options = {"templates": templates} if templates else {}
+    got = scores(ask(server, jpegs["chelsea"], **options))
+    softmax = torch.stack(list(logits.values())).softmax(0)
+    for label, score in zip(logits, softmax, strict=True):
+        assert got[label] == pytest.approx(float(score), abs=1e-5)
+
+
+def test_labels_may_be_scored_each_by_itself(
+    server: Running, clip: tuple[Path, Any], jpegs: dict[str, bytes]
+) -> None:
+    got = scores(ask(server, jpegs["coffee"], multi_label="true"))
+    for label, logit in expected(server, clip[1], jpegs["coffee"]).items():
+        assert got[label] == pytest.approx(float(logit.sigmoid()), abs=1e-5)
+
+
+def test_grpc_gives_the_same(server: Running, jpegs: dict[str, bytes]) -> None:
+    options = Struct()
+    options.update({"labels": LABELS})
+    with grpc.insecure_channel(server.grpc) as channel:
+        vision: Any = VisionStub(channel)
+        ask_rpc = pb.TaskRequest(images=[jpegs["chelsea"]], options=options)
+        [result] = vision.ZeroShot(ask_rpc).results
+        [text] = vision.Embed(pb.TaskRequest(texts=["a cat"])).results
+    tensors = {
+        t.name: from_bytes(t.name, t.datatype, t.shape, t.contents)
+        for t in (*result.tensors, *text.tensors)
+    }
+    rest = scores(ask(server, jpegs["chelsea"]))
+    got = dict(zip(tensors["label"].tolist(), tensors["score"].tolist(), strict=True))
+    assert got == pytest.approx(rest, abs=1e-6)
+    embedded = server.client.post("/embed", json={"texts": ["a cat"]}).json()["results"][0]
+    assert np.allclose(tensors["embedding"], embedded["embedding"], atol=1e-6)
+
+
+def test_texts_and_images_embed_into_one_space(
+    server: Running, clip: tuple[Path, Any], jpegs: dict[str, bytes]
+) -> None:
+    texts = ["a cat", "a dog on the moon", "犬"]
+    answer = server.client.post("/embed", json={"texts": texts, "model": "clip"}).json()
+    got = [entry["embedding"] for entry in answer["results"]]
+    assert np.allclose(got, text_features(clip[1], texts).numpy(), atol=1e-5)
+    image = server.client.post("/embed?model=clip", content=jpegs["rocket"]).json()
+    wanted = image_features(server, clip[1], jpegs["rocket"]).numpy()
+    assert np.allclose(image["results"][0]["embedding"], wanted, atol=1e-5)
+    assert answer["model_digest"] == image["model_digest"]
+    alone = server.client.post("/embed", data={"texts": texts, "model": "texts"}).json()
+    assert np.allclose([e["embedding"] for e in alone["results"]], got, atol=1e-6)
+
+
+def test_vectors_come_shorter_and_in_fewer_bits(server: Running) -> None:
+    def embed(**options: Any) -> Any:
+        body = {"texts": ["a cat"], **options}
+        return server.client.post("/embed", json=body).json()["results"][0]["embedding"]
+
+    whole = np.array(embed())
+    short = np.array(embed(dimensions=8))
+    assert np.allclose(short, whole[:8] / np.linalg.norm(whole[:8]), atol=1e-6)
+    assert embed(encoding="int8") == np.rint(whole * 127).astype(int).tolist()
+    assert embed(encoding="binary") == np.packbits(whole > 0).tolist()
+
+
+def hits(server: Running) -> tuple[float, float]:
+    name = "vitrail_label_sets_total"
+    return server.metric(name, result="hit"), server.metric(name, result="miss")
+
+
+def passes(server: Running) -> float:
+    return server.metric("vitrail_batch_size_count", trunk="clip-text")
+
+
+def test_a_label_set_is_read_once(server: Running, jpegs: dict[str, bytes]) -> None:
+    data = {"labels": ["apple", "pear"]}
+    first = server.client.post("/zero-shot", files=[("image", jpegs["coffee"])], data=data)
+    before = passes(server)
+    hit, miss = hits(server)
+    again = server.client.post("/zero-shot", files=[("image", jpegs["coffee"])], data=data)
+    assert again.json()["results"] == first.json()["results"]
+    assert passes(server) == before
+    assert hits(server) == (hit + 1, miss)
+
+
+def test_first_requests_at_once_share_one_reading(
+    server: Running, jpegs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk = server.engine.trunks.runners["clip-text"].trunk
+    gate, texts = threading.Event(), []
+    forward = trunk.forward
+
+    def wait(batch: torch.Tensor) -> Any:
+        texts.append(len(batch))
+        assert gate.wait(30)
+        return forward(batch)
+
+    monkeypatch.setattr(trunk, "forward", wait)
+    _, miss = hits(server)
+    data = {"labels": ["kiwi", "plum", "fig"]}
+
+    def post() -> int:
+        files = [("image", jpegs["rocket"])]
+        return httpx.post(f"{server.url}/zero-shot", files=files, data=data, timeout=60).status_code
+
+    with ThreadPoolExecutor(30) as pool:
+        futures = [pool.submit(post) for _ in range(30)]
+        try:
+            wait_until(lambda: hits(server)[1] == miss + 30)
+        finally:
+            gate.set()
+        assert [future.result() for future in futures] == [200] * 30
+    assert sum(texts) == 3
+
+
+def test_a_catalogs_label_set_is_ready_before_the_first_request(
+    clip: tuple[Path, Any], jpegs: dict[str, bytes]
+) -> None:
+    with running(clip[0]) as fresh:
+        fresh.wait_ready()
+        files = [("image", jpegs["coffee"])]
+        answer = fresh.client.post("/zero-shot?model=clip-named", files=files)
+        labels = {item["label"] for item in answer.json()["results"][0]["predictions"]}
+        assert labels == {"cat", "dog", "coffee"}
+        assert hits(fresh) == (1, 0)
+        assert passes(fresh) == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "says"),
+    [
+        ("/zero-shot", {"labels": []}, 422, "labels"),
+        ("/zero-shot", {}, 422, "labels are missing"),
+        ("/zero-shot", {"labels": ["a", "a"]}, 422, "twice"),
+        ("/zero-shot", {"labels": ["a", " "]}, 422, "empty"),
+        ("/zero-shot", {"labels": ["x" * 10_000_000]}, 422, "characters"),
+        ("/zero-shot", {"labels": [str(n) for n in range(1001)]}, 422, "1000"),
+        ("/zero-shot", {"labels": ["a"], "templates": ["no place"]}, 422, "{}"),
+        ("/zero-shot", {"labels": ["a"], "model": "images"}, 422, "does not do"),
+        ("/embed", {"model": "images", "texts": ["a"]}, 422, "not both"),
+        ("/embed", {"model": "texts"}, 422, "takes texts"),
+        ("/embed", {"dimensions": 1000}, 422, "48"),
+        ("/embed", {"pooling": "mean"}, 422, "one embedding"),
+    ],
+)
+def test_wrong_use_is_told(
+    server: Running,
+    jpegs: dict[str, bytes],
+    path: str,
+    body: dict[str, Any],
+    status: int,
+    says: str,
+) -> None:
+    import base64
+
+    image = {"base64": base64.b64encode(jpegs["coffee"]).decode()}
+    answer = server.client.post(path, json={"images": [image], **body})
+    assert answer.status_code == status, answer.text[:300]
+    assert says in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"texts": ["a"], "model": "images"}, "takes images, not texts"),
+        ({"texts": []}, "texts"),
+        ({"texts": [" "]}, "empty"),
+        ({"texts": ["x" * 20_000]}, "characters"),
+    ],
+)
+def test_wrong_texts_are_told(server: Running, body: dict[str, Any], says: str) -> None:
+    answer = server.client.post("/embed", json=body)
+    assert answer.status_code == 422, answer.text[:300]
+    assert says in answer.json()["detail"]
