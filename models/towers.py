@@ -10,6 +10,7 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.model import build_model_from_openai_state_dict
+from open_clip.pretrained import get_pretrained_cfg
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ def towers_of_openai(checkpoint: Checkpoint, placement: Placement) -> Towers:
     except (RuntimeError, KeyError, AssertionError) as error:
         raise CheckpointError(f"not a whole CLIP: {error}") from error
     tokenizer = OpenAITokenizer(network.context_length)
-    return _split(
+    return split_towers(
         checkpoint.architecture,
         network,
         checkpoint.preprocess or Preprocess(),
@@ -84,9 +85,17 @@ def load_open_clip(
     Raises:
         OSError, RuntimeError, ValueError: as open_clip does.
     """
-    network = open_clip.create_model(architecture, pretrained=pretrained)
+    # open_clip only warns where the weights were trained with another activation than its default
+    quick_gelu = bool(get_pretrained_cfg(architecture, pretrained or "").get("quick_gelu", False))
+    network = open_clip.create_model(
+        architecture,
+        pretrained=pretrained,
+        force_quick_gelu=quick_gelu or architecture.endswith("-quickgelu"),
+    )
     spec = preprocess_from_mapping(preprocess, open_clip_preprocess(network))
-    return _split(architecture, network, spec, open_clip.get_tokenizer(architecture), placement)
+    return split_towers(
+        architecture, network, spec, open_clip.get_tokenizer(architecture), placement
+    )
 
 
 def open_clip_preprocess(network: nn.Module) -> Preprocess:
@@ -147,9 +156,10 @@ def _bert_config(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) ->
     )
 
 
-def _split(
+def split_towers(
     architecture: str, network: Any, spec: Preprocess, tokenizer: Any, placement: Placement
 ) -> Towers:
+    """An open_clip model as two trunks; the model itself is used up."""
     scale = float(network.logit_scale.detach().exp())
     bias = getattr(network, "logit_bias", None)
     image = OpenClipTrunk(architecture, network, spec, placement)

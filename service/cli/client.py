@@ -1,9 +1,10 @@
-"""`vitrail classify|embed|segment PATH...`: ask a running server about files and folders."""
+"""`vitrail classify|zero-shot|segment PATH...`: ask a running server about files and folders."""
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,12 +26,12 @@ Key = Annotated[
 ]
 Model = Annotated[str | None, typer.Option(help="A model of the server's catalog.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
-Output = Annotated[Path | None, typer.Option(help="Write a .parquet or .npy file.")]
+Output = Annotated[Path | None, typer.Option(help="Write a .parquet file.")]
 Concurrency = Annotated[int, typer.Option(min=1, help="Requests at a time.")]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
-errors = Console(stderr=True)
+errors = Console(stderr=True, soft_wrap=True)  # lines stay whole where they are searched
 
 
 def classify(
@@ -44,32 +45,25 @@ def classify(
     concurrency: Concurrency = 8,
 ) -> None:
     """Name what images show."""
-    ask = _Client(url, key, "classify", {"model": model, "top_k": top_k}, concurrency)
-
-    def line(answer: dict[str, Any]) -> str:
-        return ", ".join(f"{p['label']} {p['score']:.3f}" for p in answer["predictions"])
-
-    ask.run(paths, as_json, output, line)
+    ask = Client(url, key, "classify", {"model": model, "top_k": top_k}, concurrency)
+    ask.run(paths, as_json, output, _predictions)
 
 
-def embed(
+def zero_shot(
     paths: Paths,
+    labels: Annotated[list[str], typer.Option(help="What it may be; once for each.")],
     url: Url = DEFAULT_URL,
     key: Key = None,
     model: Model = None,
-    pooling: Annotated[str | None, typer.Option(help="cls, mean, max or gem.")] = None,
+    templates: Annotated[list[str] | None, typer.Option(help="Sentences with {}.")] = None,
     as_json: Json = False,
     output: Output = None,
     concurrency: Concurrency = 8,
 ) -> None:
-    """Embed images for retrieval."""
-    ask = _Client(url, key, "embed", {"model": model, "pooling": pooling}, concurrency)
-
-    def line(answer: dict[str, Any]) -> str:
-        vector = answer["embedding"]
-        return f"{len(vector)} dimensions: {', '.join(f'{v:.4f}' for v in vector[:4])}, ..."
-
-    ask.run(paths, as_json, output, line)
+    """Score images by labels of your own."""
+    parameters = {"model": model, "labels": labels, "templates": templates}
+    client = Client(url, key, "zero-shot", parameters, concurrency)
+    client.run(paths, as_json, output, _predictions)
 
 
 def segment(
@@ -85,7 +79,7 @@ def segment(
     concurrency: Concurrency = 8,
 ) -> None:
     """Mask the subject of images."""
-    ask = _Client(url, key, "segment", {"model": model, "threshold": threshold}, concurrency)
+    ask = Client(url, key, "segment", {"model": model, "threshold": threshold}, concurrency)
 
     def line(answer: dict[str, Any]) -> str:
         total = answer["width"] * answer["height"]
@@ -95,11 +89,12 @@ def segment(
     ask.run(paths, as_json, output, line)
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (classify, embed, segment)
+def _predictions(answer: dict[str, Any]) -> str:
+    return ", ".join(f"{p['label']} {p['score']:.3f}" for p in answer["predictions"])
 
 
-class _Client:
-    """Asks for one image a request, several at a time, and keeps the order of the paths."""
+class Client:
+    """Asks about one image a request, several at a time, and keeps the order of the paths."""
 
     def __init__(
         self, url: str, key: str | None, task: str, parameters: dict[str, Any], concurrency: int
@@ -118,7 +113,7 @@ class _Client:
         output: Path | None,
         line: Callable[[dict[str, Any]], str],
     ) -> None:
-        files = list(_expand(paths))
+        files = list(expand(paths))
         if not files:
             errors.print("no image among the paths given")
             raise typer.Exit(1)
@@ -130,7 +125,7 @@ class _Client:
             Progress(console=errors, disable=not show_bar) as progress,
         ):
             bar = progress.add_task(self._task, total=len(files))
-            for path, answer in zip(files, pool.map(self._ask, files), strict=True):
+            for path, answer in self._in_order(pool, files):
                 progress.advance(bar)
                 if "error" in answer:
                     failed += 1
@@ -147,24 +142,57 @@ class _Client:
         if failed:
             raise typer.Exit(1)
 
-    def _ask(self, path: Path) -> dict[str, Any]:
-        """The answer's one entry, or `{"error": why}`."""
+    def ask_all(self, files: list[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Every file with its answer, in order, several asked about at a time."""
+        with ThreadPoolExecutor(self._concurrency) as pool:
+            yield from self._in_order(pool, files)
+
+    def ask(self, path: Path) -> dict[str, Any]:
+        """The answer's one entry with the model that gave it, or `{"error": why}`."""
+        try:
+            return self._post(content=path.read_bytes())
+        except OSError as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+
+    def ask_text(self, text: str) -> dict[str, Any]:
+        """The same for a text."""
+        return self._post(json={"texts": [text]}, headers={"Content-Type": "application/json"})
+
+    def _in_order(
+        self, pool: ThreadPoolExecutor, files: list[Path]
+    ) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """As `pool.map`, but no further ahead than what keeps it busy."""
+        ahead: deque[tuple[Path, Future[dict[str, Any]]]] = deque()
+        try:
+            for path in files:
+                ahead.append((path, pool.submit(self.ask, path)))
+                if len(ahead) > 2 * self._concurrency:
+                    first, answer = ahead.popleft()
+                    yield first, answer.result()
+            while ahead:
+                first, answer = ahead.popleft()
+                yield first, answer.result()
+        finally:
+            for _, answer in ahead:
+                answer.cancel()
+
+    def _post(self, **request: Any) -> dict[str, Any]:
         try:
             for _ in range(MAX_TRIES):
-                response = self._http.post(f"/{self._task}", content=path.read_bytes())
+                response = self._http.post(f"/{self._task}", **request)
                 if response.status_code not in RETRY_STATUSES:
                     break
                 time.sleep(float(response.headers.get("Retry-After", 1)))
             body = response.json()
-        except (httpx.HTTPError, OSError, ValueError) as error:
+        except (httpx.HTTPError, ValueError) as error:
             return {"error": f"{type(error).__name__}: {error}"}
         if response.status_code != 200:
             return {"error": f"{response.status_code} {body.get('detail', '')}"}
-        entry: dict[str, Any] = body["results"][0]
-        return entry
+        given = {k: body[k] for k in ("model", "model_digest", "preprocess_digest") if k in body}
+        return {**body["results"][0], **given}
 
 
-def _expand(paths: list[Path]) -> Iterator[Path]:
+def expand(paths: list[Path]) -> Iterator[Path]:
     """Files as they are; folders as the images below them, sorted."""
     for path in paths:
         if path.is_dir():

@@ -8,35 +8,22 @@ import typer
 
 
 def write_table(rows: list[dict[str, Any]], output: Path) -> None:
-    """Write rows as parquet (every column), npy (embeddings, with the paths beside them), or,
-    for masks, one PNG an image in a folder."""
+    """Write rows as parquet (every column) or, for masks, one PNG an image in a folder."""
     match output.suffix:
         case ".parquet":
             import pyarrow as pa
             import pyarrow.parquet as pq
 
             pq.write_table(pa.Table.from_pylist(rows), output)
-        case ".npy":
-            _write_npy(rows, output)
         case "":
             _write_masks(rows, output)
         case suffix:
-            raise typer.BadParameter(f"cannot write {suffix} files; .parquet and .npy are known")
-
-
-def _write_npy(rows: list[dict[str, Any]], output: Path) -> None:
-    import numpy as np
-
-    if not rows or "embedding" not in rows[0]:
-        raise typer.BadParameter("only embeddings fit in .npy; use .parquet")
-    np.save(output, np.array([row["embedding"] for row in rows], dtype=np.float32))
-    names = "".join(f"{row['path']}\n" for row in rows)
-    output.with_suffix(".paths.txt").write_text(names, encoding="utf-8")
+            raise typer.BadParameter(f"cannot write {suffix} files; .parquet is known")
 
 
 def _write_masks(rows: list[dict[str, Any]], folder: Path) -> None:
     if not rows or not isinstance(rows[0].get("mask"), str):
-        raise typer.BadParameter("only masks go into a folder; name a .parquet or .npy file")
+        raise typer.BadParameter("only masks go into a folder; name a .parquet file")
     folder.mkdir(parents=True, exist_ok=True)
     for row in rows:
         # the whole path in the name, so that equal names in two folders do not meet

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.conftest import answers, free_port, process, wait_until
+from tests.conftest import answers, free_port, process, running, wait_until
 
 
 def vitrail(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -58,6 +58,82 @@ def test_embeddings_go_to_npy_and_parquet(demo_server: str, folder: Path, tmp_pa
     table = pq.read_table(tmp_path / "vectors.parquet").to_pydict()
     assert table["path"] == paths
     assert np.allclose(table["embedding"], vectors)
+
+
+def test_zero_shot_scores_labels_of_ones_own(demo_server: str, folder: Path) -> None:
+    labels = [part for label in ("cat", "dog", "car", "coffee", "rocket")
+              for part in ("--labels", label)]  # fmt: skip
+    done = vitrail("zero-shot", str(folder), *labels, "--url", demo_server, "--json")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    best = {Path(row["path"]).stem: row["predictions"][0]["label"] for row in rows}
+    assert best["chelsea"] == "cat"
+    assert best["coffee"] == "coffee"
+    assert best["rocket"] == "rocket"
+
+
+@pytest.mark.parametrize("name", ["vectors.npy", "vectors.parquet"])
+def test_photos_are_found_by_text_and_by_image(
+    demo_server: str, folder: Path, tmp_path: Path, name: str
+) -> None:
+    index = str(tmp_path / name)
+    server = ("--url", demo_server)
+    embedded = vitrail("embed", str(folder), "--model", "lite0-minilm", "--output", index, *server)
+    assert embedded.returncode == 0, embedded.stderr
+    for text, wanted in (("a cat", "chelsea"), ("a cup of coffee", "coffee")):
+        found = vitrail("search", index, "--text", text, "--top", "2", *server)
+        assert found.returncode == 0, found.stderr
+        best = found.stdout.splitlines()[0]
+        assert wanted in best
+    photo = folder / "rocket.jpg"
+    same = vitrail("search", index, "--image", str(photo), "--json", *server)
+    first = json.loads(same.stdout.splitlines()[0])
+    assert Path(first["path"]) == photo
+    assert first["score"] == pytest.approx(1, abs=1e-4)
+    assert vitrail("search", index, *server).returncode == 2
+    no_index = vitrail("search", str(photo), "--text", "a cat", *server)
+    assert no_index.returncode == 1
+    assert "no index" in no_index.stderr
+
+
+def test_an_interrupted_embedding_is_resumed_exactly(tiny_catalog: Path, tmp_path: Path) -> None:
+    """Killed in the middle, then run again: the file is that of a run without a break."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(1200):
+        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(photos / f"{number:04}.png")
+    (photos / "0700.png").write_bytes(b"no image")
+    with running(tiny_catalog) as server:
+        server.wait_ready()
+        flags = ["--url", server.url, "--model", "tiny-embed"]
+        whole = tmp_path / "whole.parquet"
+        once = vitrail("embed", str(photos), "--output", str(whole), *flags)
+        assert once.returncode == 1  # for the image that is none
+        assert "0700.png" in once.stderr
+        broken = tmp_path / "broken.parquet"
+        parts = tmp_path / "broken.parquet.parts"
+        with process("embed", str(photos), "--output", str(broken), *flags) as started:
+            wait_until(lambda: (parts / "000000.parquet").exists())
+            started.kill()
+            started.wait()
+        assert not broken.exists()
+        asked = server.metric("vitrail_requests_total", task="embed", outcome="ok")
+        again = vitrail("embed", str(photos), "--output", str(broken), *flags)
+        assert "done already" in again.stderr
+        assert server.metric("vitrail_requests_total", task="embed", outcome="ok") - asked < 1000
+        assert not parts.exists()
+        first, second = (pq.read_table(path).to_pydict() for path in (whole, broken))
+        assert len(first["path"]) == 1199
+        assert first["path"] == second["path"]
+        assert np.allclose(first["embedding"], second["embedding"], atol=1e-5)
+
+        (tmp_path / "other.parquet.parts").mkdir()
+        note = {"model": "tiny", "model_digest": "sha256:old", "preprocess_digest": "x"}
+        (tmp_path / "other.parquet.parts/made_by.json").write_text(json.dumps(note))
+        other = vitrail("embed", str(photos), "--output", str(tmp_path / "other.parquet"), *flags)
+        assert other.returncode == 1
+        assert "was begun with model tiny" in other.stderr
 
 
 def test_masks_go_to_a_folder(demo_server: str, folder: Path, tmp_path: Path) -> None:

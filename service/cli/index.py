@@ -1,0 +1,176 @@
+"""Embeddings of a folder as a file: written in parts, so that it may be interrupted and resumed.
+
+`OUTPUT.parts/` holds the parts while it is being made: parquet files of rows in order, and which
+model they come from. Each part appears whole or not at all.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+PART_ROWS = 500
+KEY = b"vitrail"
+SCHEMA = pa.schema(
+    [("path", pa.string()), ("embedding", pa.list_(pa.float32())), ("error", pa.string())]
+)
+FINAL = pa.schema([("path", pa.string()), ("embedding", pa.list_(pa.float32()))])
+
+
+class IndexFileError(Exception):
+    """An index that cannot be read, or gone on with; the text says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class MadeBy:
+    """The model whose embeddings an index holds."""
+
+    model: str
+    model_digest: str
+    preprocess_digest: str
+
+
+class IndexWriter:
+    """Takes rows in order and keeps them; `finish` makes one file of them."""
+
+    def __init__(self, output: Path) -> None:
+        """
+        Raises:
+            IndexFileError: another kind of file was asked for.
+        """
+        if output.suffix not in (".parquet", ".npy"):
+            raise IndexFileError(f"{output}: embeddings go to .parquet or .npy files")
+        self._output = output
+        self._parts = output.with_name(output.name + ".parts")
+        self._rows: list[dict[str, Any]] = []
+        self._made_by: MadeBy | None = None
+        if (note := self._parts / "made_by.json").is_file():
+            self._made_by = MadeBy(**json.loads(note.read_text(encoding="utf-8")))
+
+    def done(self) -> set[str]:
+        """The paths that parts of an earlier run hold."""
+        return {path for part in self._files() for path in part.column("path").to_pylist()}
+
+    def add(self, path: str, embedding: list[float] | None, error: str | None) -> None:
+        """Keep a row, or what went wrong with its image."""
+        self._rows.append({"path": path, "embedding": embedding, "error": error})
+        if len(self._rows) >= PART_ROWS:
+            self.flush()
+
+    def check(self, made_by: MadeBy) -> None:
+        """Note the model of the first answer; refuse others.
+
+        Raises:
+            IndexFileError: the embeddings so far come from another model.
+        """
+        if self._made_by is None:
+            self._made_by = made_by
+            self._parts.mkdir(parents=True, exist_ok=True)
+            note = self._parts / "made_by.json"
+            note.write_text(json.dumps(asdict(made_by)), encoding="utf-8")
+        elif self._made_by != made_by:
+            raise IndexFileError(
+                f"{self._output} was begun with model {self._made_by.model} "
+                f"({self._made_by.model_digest[:19]}...), and the server now answers with "
+                f"{made_by.model} ({made_by.model_digest[:19]}...); remove {self._parts} to begin "
+                "again"
+            )
+
+    def flush(self) -> None:
+        """Write what has come since the last part."""
+        if not self._rows:
+            return
+        self._parts.mkdir(parents=True, exist_ok=True)
+        number = len(list(self._parts.glob("*.parquet")))
+        table = pa.Table.from_pylist(self._rows, schema=SCHEMA)
+        unfinished = self._parts / "unfinished"
+        pq.write_table(table, unfinished)
+        unfinished.rename(self._parts / f"{number:06}.parquet")
+        self._rows = []
+
+    def finish(self) -> tuple[int, int]:
+        """Make the output of all parts, and remove them; rows written, and images that failed."""
+        self.flush()
+        made_by = json.dumps(asdict(self._made_by)) if self._made_by else "{}"
+        unfinished = self._output.with_name(self._output.name + ".unfinished")
+        if self._output.suffix == ".npy":
+            table = unfinished.with_suffix(".parquet")
+            counts = self._write_parquet(table, made_by)
+            self._write_npy(table, unfinished)
+            table.unlink()
+            self._output.with_suffix(".made_by.json").write_text(made_by, encoding="utf-8")
+        else:
+            counts = self._write_parquet(unfinished, made_by)
+        unfinished.rename(self._output)
+        shutil.rmtree(self._parts, ignore_errors=True)
+        return counts
+
+    def _files(self) -> Iterator[pa.Table]:
+        for path in sorted(self._parts.glob("*.parquet")):
+            yield pq.read_table(path)
+
+    def _write_parquet(self, target: Path, made_by: str) -> tuple[int, int]:
+        rows = failed = 0
+        with pq.ParquetWriter(target, FINAL.with_metadata({KEY: made_by})) as writer:
+            for part in self._files():
+                good = part.filter(pc.is_null(part.column("error")))
+                writer.write_table(good.select(["path", "embedding"]).cast(FINAL))
+                rows, failed = rows + good.num_rows, failed + part.num_rows - good.num_rows
+        return rows, failed
+
+    def _write_npy(self, table: Path, target: Path) -> None:
+        """The vectors of a parquet file, a few at a time, and their paths beside the output."""
+        source = pq.ParquetFile(table)
+        place = 0
+        vectors = np.empty((0, 0), np.float32)
+        with self._output.with_suffix(".paths.txt").open("w", encoding="utf-8") as paths:
+            for batch in source.iter_batches(PART_ROWS):
+                block = np.array(batch.column("embedding").to_pylist(), np.float32)
+                if place == 0:
+                    shape = (source.metadata.num_rows, block.shape[1])
+                    vectors = np.lib.format.open_memmap(target, "w+", np.float32, shape)
+                vectors[place : place + len(block)] = block
+                place += len(block)
+                paths.writelines(f"{path}\n" for path in batch.column("path").to_pylist())
+        if place == 0:
+            with target.open("wb") as file:
+                np.save(file, vectors)
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """What `vitrail embed` wrote: (N, D) float32 vectors, their paths, and their model."""
+
+    paths: list[str]
+    vectors: np.ndarray
+    made_by: MadeBy
+
+
+def read_index(path: Path) -> Index:
+    """Read a `.parquet` or `.npy` that `IndexWriter` made.
+
+    Raises:
+        IndexFileError: it is none, or lacks the files beside it.
+    """
+    try:
+        if path.suffix == ".npy":
+            vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+            names = path.with_suffix(".paths.txt").read_text(encoding="utf-8").splitlines()
+            note = path.with_suffix(".made_by.json").read_text(encoding="utf-8")
+        else:
+            table = pq.read_table(path)
+            names = table.column("path").to_pylist()
+            vectors = np.array(table.column("embedding").to_pylist(), np.float32)
+            note = (table.schema.metadata or {})[KEY].decode()
+        return Index(names, vectors, MadeBy(**json.loads(note)))
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise IndexFileError(
+            f"{path} is no index that `vitrail embed --output` wrote: {error}"
+        ) from error
