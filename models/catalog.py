@@ -44,7 +44,7 @@ class ModelEntry:
 
     `text` is the trunk that reads the labels of a zero-shot model, `templates` what it reads
     them in (see `models/prompts.py`), and `join` how towers that were not trained together are
-    brought to one space (`ridge`, see `models/joining.py`).
+    brought to one space (`classes`, see `models/joining.py`).
     """
 
     name: str

@@ -1,9 +1,8 @@
-"""Towers that were not trained together, brought to one space by a linear map in closed form.
+"""Towers that were not trained together, brought to one space without any training.
 
-An image classifier's rows and the sentence embeddings of its class names are pairs that need no
-training data: ridge regression takes rows, centred and normalised, to embeddings, centred. An image
-is then where its features, normalised, are taken. A stand-in for a CLIP where there is none: it
-knows what the classifier's classes span.
+An image lies where its likely classes' names lie: the sentence embeddings of an image classifier's
+class names, weighted by the softened probabilities (ConSE: Norouzi et al., arXiv 1312.5650). A
+stand-in for a CLIP where there is none: it knows what the classifier's classes span.
 """
 
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from models.errors import CatalogError
@@ -19,43 +18,63 @@ from models.heads.embed import Projection
 from models.text import TextTrunk
 from models.trunk import Trunk
 
-RIDGE = 10.0
-# Similarities of this space reach 0.4; a softmax over them needs as much. Not calibrated.
-SCALE = 25.0
+# Softer than the classifier's own probabilities, so that related classes count
+# (benchmarks/zero_shot.py).
+TEMPERATURE = 2.0
+# From similarities to logits. Not calibrated.
+SCALE = 15.0
 BATCH = 32
 
 
-class NormalisedProjection(Projection):
-    """A projection of vectors brought to unit length."""
+class LikelyClasses(nn.Module):
+    """(B, D) pooled features to (B, E): the classes' embeddings (K, E) by their probabilities."""
+
+    weight: Tensor
+    bias: Tensor
+    classes: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor, classes: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.register_buffer("classes", classes)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        logits_BK = x_BD @ self.weight.T + self.bias
+        embedded: Tensor = (logits_BK / TEMPERATURE).softmax(-1) @ self.classes
+        return embedded
+
+
+class Centred(Projection):
+    """(B, E) embeddings of texts, brought to unit length, less their mean."""
 
     def forward(self, x_BD: Tensor) -> Tensor:
         return super().forward(normalize(x_BD, dim=-1))
 
 
+Joined = tuple[LikelyClasses, Centred]
+
+
 @torch.inference_mode()
-def join_by_labels(
-    image: Trunk, text: TextTrunk, labels: Sequence[str]
-) -> tuple[Projection, Projection]:
-    """The projections of the image and of the text trunk's embeddings.
+def join_by_classes(image: Trunk, text: TextTrunk, labels: Sequence[str]) -> Joined:
+    """What takes the image and the text trunk's embeddings to one space.
 
     Raises:
         CatalogError: the image trunk has no linear classifier over its pooled features, or other
             classes than there are labels.
     """
     classifier = getattr(image.network, "get_classifier", lambda: None)()
-    rows = getattr(classifier, "weight", None)
-    if rows is None or len(rows) != len(labels):
+    if not isinstance(classifier, nn.Linear) or classifier.out_features != len(labels):
         raise CatalogError(
             f"join needs a classifier of {image.architecture} with a label for each class"
         )
     texts = embed_texts(text, labels)
     mean = texts.mean(0)
-    rows_KD = rows.detach().float().cpu()
-    rows_KD = normalize(rows_KD - rows_KD.mean(0), dim=-1)
-    gram = rows_KD.T @ rows_KD + RIDGE * torch.eye(rows_KD.shape[1])
-    weight = torch.linalg.solve(gram, rows_KD.T @ (texts - mean))
-    zero = torch.zeros(rows_KD.shape[1])
-    return NormalisedProjection(zero, weight), NormalisedProjection(mean, torch.eye(len(mean)))
+    weight, bias = (value.detach().float().cpu() for value in (classifier.weight, classifier.bias))
+    return (
+        LikelyClasses(weight.clone(), bias.clone(), texts - mean),
+        Centred(mean, torch.eye(len(mean))),
+    )
 
 
 @torch.inference_mode()
@@ -68,21 +87,18 @@ def embed_texts(text: TextTrunk, texts: Sequence[str]) -> Tensor:
     return normalize(torch.cat(found), dim=-1)
 
 
-def save_joined(projections: tuple[Projection, Projection], path: Path) -> None:
-    """Keep both maps in one safetensors file."""
+def save_joined(joined: Joined, path: Path) -> None:
+    """Keep both in one safetensors file."""
     tensors = {
         f"{tower}.{name}": value.contiguous()
-        for tower, projection in zip(("image", "text"), projections, strict=True)
-        for name, value in projection.state_dict().items()
+        for tower, module in zip(("image", "text"), joined, strict=True)
+        for name, value in module.state_dict().items()
     }
     save_file(tensors, path)
 
 
-def load_joined(path: Path) -> tuple[Projection, Projection]:
-    """Both maps again."""
+def load_joined(path: Path) -> Joined:
+    """Both again."""
     tensors = load_file(path)
-    image, text = (
-        NormalisedProjection(tensors[f"{tower}.mean"], tensors[f"{tower}.weight"])
-        for tower in ("image", "text")
-    )
-    return image, text
+    image = (tensors[f"image.{name}"] for name in ("weight", "bias", "classes"))
+    return LikelyClasses(*image), Centred(tensors["text.mean"], tensors["text.weight"])

@@ -14,9 +14,9 @@ import torch
 from models.catalog import Catalog, ModelEntry, TrunkEntry, load_catalog
 from models.errors import CatalogError, ModelNotReadyError
 from models.heads import create_head
-from models.heads.embed import Embed, Projection
+from models.heads.embed import Embed
 from models.heads.zero_shot import ZeroShot
-from models.joining import SCALE, join_by_labels, load_joined, save_joined
+from models.joining import SCALE, Joined, join_by_classes, load_joined, save_joined
 from models.labels import load_labels, numbered_labels
 from models.loading import LoadedTrunk, load_trunk
 from models.model import Model
@@ -214,7 +214,7 @@ class Registry:
             labels = load_labels(entry.labels, self.catalog.path.parent)
         templates = expand_templates(entry.templates or DEFAULT_TEMPLATES)
         text_embed = None
-        if entry.join == "ridge":
+        if entry.join == "classes":
             image_map, text_map = self._joined(entry, loaded.trunk, text)
             embed = Embed(loaded.trunk, projection=image_map)
             text_embed = Embed(text, projection=text_map)
@@ -226,16 +226,14 @@ class Registry:
             raise CatalogError(f"{entry.name}: its towers were not trained together; set join")
         return Model(entry.name, loaded.trunk, head, text=text, text_embed=text_embed)
 
-    def _joined(
-        self, entry: ModelEntry, image: Trunk, text: TextTrunk
-    ) -> tuple[Projection, Projection]:
+    def _joined(self, entry: ModelEntry, image: Trunk, text: TextTrunk) -> Joined:
         """The maps between towers, worked out once and kept in the store."""
         labels = load_labels("imagenet-1k", self.catalog.path.parent)
-        key = f"joined 1 {image.digest} {text.digest} {text.preprocess.digest}"
+        key = f"joined 2 {image.digest} {text.digest} {text.preprocess.digest}"
         path = self.store.get(
             key,
             ".safetensors",
-            lambda target: save_joined(join_by_labels(image, text, labels), target),
+            lambda target: save_joined(join_by_classes(image, text, labels), target),
         )
         return load_joined(path)
 

@@ -51,11 +51,12 @@ class Embed:
         self,
         trunk: Trunk,
         *,
-        projection: Projection | None = None,
+        projection: nn.Module | None = None,
         pooling: str | None = None,
     ) -> None:
         """
         Args:
+            projection: what follows the pooling, (B, D) to (B, E).
             pooling: what None means in a request; None: the trunk's own.
         """
         self.trunk = trunk
