@@ -126,6 +126,8 @@ def build_trunk(
     network = timm.create_model(checkpoint.architecture, **checkpoint.arguments)
     load_strictly(network, checkpoint.state_dict, checkpoint.architecture)
     own = checkpoint.preprocess or preprocess_from_timm(network)
+    if checkpoint.preprocess is None and (size := checkpoint.arguments.get("img_size")):
+        own = replace(own, input_size=(size, size) if isinstance(size, int) else tuple(size))
     spec = preprocess_from_mapping(preprocess or {}, own)
     trunk = TimmTrunk(checkpoint.architecture, network, spec, placement)
     if "ggem" in checkpoint.heads:

@@ -65,7 +65,7 @@ class TextTrunk:
         return batch.pin_memory() if pin_memory else batch
 
     def blank(self) -> Tensor:
-        return self.tokenize("")
+        return self.tokenize("a " * self.preprocess.context_length)  # the longest, for warming up
 
     def forward(self, batch: Tensor) -> TrunkOutput:
         embedding = self.encode(batch.to(self.placement.device, non_blocking=True))

@@ -12,6 +12,7 @@ from models.checkpoint import Checkpoint
 from models.containers import Container
 from models.model import Model
 from models.pooling import gem, ggem
+from models.preprocess import Preprocess
 from models.trunk import TrunkOutput
 from models.vit_keys import MARKS, vit_arguments
 
@@ -29,12 +30,13 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     tensors = dict(container.tensors)
     exponents = tensors.pop(EXPONENTS)
-    known = {"num_heads": len(exponents), **arguments}
+    built = vit_arguments(tensors, {"num_heads": len(exponents), **arguments})
     return Checkpoint(
         format=NAME,
         architecture="vit_small_patch16_224",
-        arguments=vit_arguments(tensors, known),
+        arguments=built,
         state_dict=tensors,
+        preprocess=Preprocess(input_size=(built["img_size"], built["img_size"])),
         heads={"ggem": {"p": exponents}},
     )
 

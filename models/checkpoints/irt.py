@@ -17,6 +17,7 @@ from models.containers import Container
 from models.errors import CheckpointError
 from models.model import Model
 from models.pooling import gem
+from models.preprocess import Preprocess
 from models.trunk import TrunkOutput
 from models.vit_keys import MARKS, vit_arguments
 
@@ -39,12 +40,14 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     path = _pca_path(container, arguments)
     heads = {"pca": _read_pca(path)} if path.is_file() else {}
     distilled = "dist_token" in tensors
+    built = vit_arguments(tensors, arguments)
     return Checkpoint(
         format=NAME,
         architecture="deit_small_distilled_patch16_224" if distilled else "deit_small_patch16_224",
-        arguments=vit_arguments(tensors, arguments),
+        arguments=built,
         state_dict=tensors,
-        heads={"descriptor": {}, **heads},
+        preprocess=Preprocess(input_size=(built["img_size"], built["img_size"])),
+        heads=heads,
         dropped=tuple(key for key in CLASSIFIERS if key in container.tensors),
     )
 

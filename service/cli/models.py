@@ -81,22 +81,28 @@ def inspect(
 
 
 def _describe(file: Path, architecture: str | None) -> dict[str, Any]:
-    from models.loading import build_trunk, read_checkpoint
-    from models.trunk import Placement
+    from models.loading import load_checkpoint, read_checkpoint
 
-    checkpoint = read_checkpoint(file, {"architecture": architecture} if architecture else {})
-    trunk = build_trunk(checkpoint, Placement())
+    arguments = {"architecture": architecture} if architecture else {}
+    checkpoint = read_checkpoint(file, arguments)
+    model = load_checkpoint(file, arguments)
+    trunk = model.trunk
+    towers = {"image": trunk} if model.text is None else {"image": trunk, "text": model.text}
     return {
         "format": checkpoint.format,
         "because": checkpoint.reason,
         "architecture": checkpoint.architecture,
         "arguments": dict(checkpoint.arguments),
-        "parameters": sum(p.numel() for p in trunk.network.parameters()),
+        "task": model.task,
+        "parameters": {
+            name: sum(p.numel() for p in tower.network.parameters())
+            for name, tower in towers.items()
+        },
         "classes": trunk.num_classes,
         "heads": sorted(checkpoint.heads),
         "dropped": list(checkpoint.dropped),
         "preprocess": asdict(trunk.preprocess),
-        "digest": trunk.digest,
+        "digest": model.digest,
     }
 
 

@@ -1,15 +1,20 @@
 """Published layouts against the outputs of the authors' own code, from `shared/goldens`."""
 
+import argparse
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from models import load_checkpoint
+from models.errors import CheckpointError
 from models.model import Model
 from models.tokenizer import OpenAITokenizer
 
@@ -63,3 +68,55 @@ def test_the_served_descriptor_is_reduced_by_the_pca() -> None:
     served = model.heads["embed"].finish(row, (64, 64))["embedding"]
     assert served.shape == (meta["hyperparameters"]["pca_dim"],)
     assert np.allclose(served, golden["embedding_pca"][0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["clip", "clip_jit", "ggem", "irt"])
+def test_real_photos_are_answered_from_the_file_as_it_is(
+    name: str, photos: dict[str, Image.Image]
+) -> None:
+    """By the file's own input size and preprocessing, which `run` on given pixels does not use."""
+    model, _, meta = fixture(name)
+    preprocess = model.trunk.preprocess
+    assert preprocess.input_size == tuple(meta["preprocess"]["size"])
+    assert preprocess.crop_pct == meta["preprocess"]["crop_pct"]
+    assert preprocess.mean == tuple(meta["preprocess"]["mean"])
+    assert preprocess.std == tuple(meta["preprocess"]["std"])
+    [answer] = model.predict([photos["chelsea"]], task="embed")
+    assert np.isfinite(answer["embedding"]).all()
+
+
+@pytest.mark.parametrize("numpy_name", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_training_leftovers_that_run_nothing_are_let_pass(tmp_path: Path, numpy_name: str) -> None:
+    """Schedules leave numpy's scalars in optimizers, under numpy 1's and 2's names of them."""
+    network = timm.create_model("test_vit")
+    path = tmp_path / "training.pth"
+    learning_rate = np.float64(0.1)
+    content = {
+        "model": network.state_dict(),
+        "optimizer": {"param_groups": [{"lr": learning_rate, "step": np.int64(3)}]},
+        "args": argparse.Namespace(lr=learning_rate),
+    }
+    torch.save(content, path)
+    raw = path.read_bytes()
+    swapped = tmp_path / "renamed.pth"
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(swapped, "w") as new:
+        for item in old.infolist():
+            data = old.read(item)
+            if item.filename.endswith("data.pkl"):
+                for name in (b"numpy._core.multiarray", b"numpy.core.multiarray"):
+                    data = data.replace(name + b"\n", numpy_name.encode() + b"\n")
+            new.writestr(item, data)
+    assert b"multiarray" in raw
+    model = load_checkpoint(swapped, {"architecture": "test_vit"})
+    assert model.task == "classify"
+
+
+def test_code_in_a_torchscript_archive_is_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "evil.pt"
+    evil = b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR."
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("evil/data.pkl", evil)
+        archive.writestr("evil/constants.pkl", b"")
+    with pytest.raises(CheckpointError, match=r"os\.system"):
+        load_checkpoint(path)
+    assert not (tmp_path / "ran").exists()

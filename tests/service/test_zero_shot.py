@@ -1,5 +1,6 @@
 """Zero-shot and text embeddings against open_clip's own, over REST and gRPC, apart and together."""
 
+import base64
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -128,6 +129,27 @@ def test_texts_and_images_embed_into_one_space(
     assert np.allclose([e["embedding"] for e in alone["results"]], got, atol=1e-6)
 
 
+def test_the_open_inference_protocol_takes_texts_and_labels(
+    server: Running, jpegs: dict[str, bytes]
+) -> None:
+    def infer(model: str, name: str, element: str, **parameters: Any) -> dict[str, Any]:
+        tensor = {"name": name, "datatype": "BYTES", "shape": [1], "data": [element]}
+        body = {"inputs": [tensor], "parameters": parameters}
+        answer = server.client.post(f"/v2/models/{model}/infer", json=body)
+        assert answer.status_code == 200, answer.text
+        return {output["name"]: output["data"] for output in answer.json()["outputs"]}
+
+    embedded = server.client.post("/embed", json={"texts": ["a cat"], "model": "texts"}).json()
+    got = infer("texts", "text", "a cat")["embedding"]
+    assert np.allclose(got, embedded["results"][0]["embedding"], atol=1e-6)
+    image = base64.b64encode(jpegs["chelsea"]).decode()
+    scored = infer("clip", "image", image, labels=LABELS)
+    rest = scores(ask(server, jpegs["chelsea"]))
+    assert dict(zip(scored["label"], scored["score"], strict=True)) == pytest.approx(rest, abs=1e-6)
+    inputs = server.client.get("/v2/models/texts").json()["inputs"]
+    assert [entry["name"] for entry in inputs] == ["text"]
+
+
 def test_vectors_come_shorter_and_in_fewer_bits(server: Running) -> None:
     def embed(**options: Any) -> Any:
         body = {"texts": ["a cat"], **options}
@@ -228,8 +250,6 @@ def test_wrong_use_is_told(
     status: int,
     says: str,
 ) -> None:
-    import base64
-
     image = {"base64": base64.b64encode(jpegs["coffee"]).decode()}
     answer = server.client.post(path, json={"images": [image], **body})
     assert answer.status_code == status, answer.text[:300]
