@@ -128,6 +128,8 @@ def _parse(path: Path, content: dict[str, Any]) -> Catalog:
                 f"catalog {path}: {model.name}: no task {model.task!r}; there are {TASKS}"
             )
     first = {model.task: model.name for model in reversed(models.values())}
+    if "zero-shot" in first:  # whose towers are made for it
+        first.setdefault("embed", first["zero-shot"])
     defaults = {**first, **content.get("defaults", {})}
     startup = tuple(content.get("startup", models))
     if missing := {*defaults.values(), *startup} - models.keys():

@@ -6,19 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.catalog import TrunkEntry
 from models.checkpoint import Checkpoint, save_checkpoint
 from models.checkpoints import detect_format, format_outputs
 from models.containers import open_container
-from models.errors import CheckpointError, SourceError
+from models.errors import SourceError
 from models.heads import create_head
 from models.labels import numbered_labels, pretrained_labels
 from models.model import Model
 from models.preprocess import preprocess_from_mapping, preprocess_from_timm
 from models.sources import fetch, parse_source
 from models.store import Store
+from models.strict import load_strictly
 from models.towers import (
     Towers,
     load_open_clip,
@@ -88,6 +89,11 @@ def load_trunk(entry: TrunkEntry, store: Store, base: Path, placement: Placement
         tokenizer = fetch(parse_source(entry.tokenizer), store, base)
         text = load_sentence_encoder(path, tokenizer, entry.arguments, placement)
         return LoadedTrunk(text, {}, "sentence-transformers")
+    if entry.library == "open_clip":
+        tensors = open_container(path).tensors
+        name = str(entry.architecture)
+        towers = load_open_clip(name, None, placement, entry.preprocess, tensors)
+        return _tower(entry, towers, entry.library)
     arguments = dict(entry.arguments)
     if entry.architecture:
         arguments["architecture"] = entry.architecture
@@ -133,26 +139,6 @@ def build_trunk(
     if "ggem" in checkpoint.heads:
         trunk.exponents = checkpoint.heads["ggem"]["p"].float().to(placement.device)
     return trunk
-
-
-def load_strictly(network: nn.Module, state_dict: Mapping[str, Tensor], name: str) -> None:
-    """Load a state dict; CheckpointError names the first keys that miss, are left or differ."""
-    expected = network.state_dict()
-    missing = [key for key in expected if key not in state_dict]
-    left = [key for key in state_dict if key not in expected]
-    wrong = [
-        f"{key} {tuple(state_dict[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in state_dict and state_dict[key].shape != value.shape
-    ]
-    problems = [
-        f"{what}: {', '.join(keys[:10])}" + (f" and {len(keys) - 10} more" if keys[10:] else "")
-        for what, keys in (("missing", missing), ("left over", left), ("wrong shape", wrong))
-        if keys
-    ]
-    if problems:
-        raise CheckpointError(f"the weights do not fit {name}; {'; '.join(problems)}")
-    network.load_state_dict(dict(state_dict))
 
 
 def _load_from_hub(entry: TrunkEntry, placement: Placement) -> LoadedTrunk:

@@ -22,6 +22,7 @@ from models.heads.embed import Embed
 from models.heads.zero_shot import ZeroShot
 from models.preprocess import Preprocess, preprocess_from_mapping
 from models.prompts import DEFAULT_TEMPLATES, expand_templates
+from models.strict import load_strictly
 from models.text import OpenClipText, SentenceEncoder, TextPreprocess, Tokenize, fast_tokenizer
 from models.tokenizer import OpenAITokenizer
 from models.trunk import OpenClipTrunk, Placement
@@ -79,12 +80,16 @@ def load_open_clip(
     pretrained: str | None,
     placement: Placement,
     preprocess: Mapping[str, Any],
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> Towers:
-    """The towers of one of open_clip's models; `pretrained` None leaves random weights.
+    """The towers of one of open_clip's models, with the weights of a tag or of a state dict.
 
     Raises:
+        CheckpointError: the state dict does not fit, or open_clip has no such architecture.
         OSError, RuntimeError, ValueError: as open_clip does.
     """
+    if architecture not in open_clip.list_models():
+        raise CheckpointError(f"open_clip has no architecture {architecture!r}")
     # open_clip only warns where the weights were trained with another activation than its default
     quick_gelu = bool(get_pretrained_cfg(architecture, pretrained or "").get("quick_gelu", False))
     network = open_clip.create_model(
@@ -92,6 +97,8 @@ def load_open_clip(
         pretrained=pretrained,
         force_quick_gelu=quick_gelu or architecture.endswith("-quickgelu"),
     )
+    if tensors is not None:
+        load_strictly(network, tensors, architecture)
     spec = preprocess_from_mapping(preprocess, open_clip_preprocess(network))
     return split_towers(
         architecture, network, spec, open_clip.get_tokenizer(architecture), placement

@@ -87,17 +87,14 @@ def _describe(file: Path, architecture: str | None) -> dict[str, Any]:
     checkpoint = read_checkpoint(file, arguments)
     model = load_checkpoint(file, arguments)
     trunk = model.trunk
-    towers = {"image": trunk} if model.text is None else {"image": trunk, "text": model.text}
+    towers = [trunk] if model.text in (None, trunk) else [trunk, model.text]
     return {
         "format": checkpoint.format,
         "because": checkpoint.reason,
         "architecture": checkpoint.architecture,
         "arguments": dict(checkpoint.arguments),
         "task": model.task,
-        "parameters": {
-            name: sum(p.numel() for p in tower.network.parameters())
-            for name, tower in towers.items()
-        },
+        "parameters": sum(p.numel() for t in towers for p in t.network.parameters()),
         "classes": trunk.num_classes,
         "heads": sorted(checkpoint.heads),
         "dropped": list(checkpoint.dropped),

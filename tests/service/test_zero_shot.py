@@ -10,9 +10,11 @@ from typing import Any
 import grpc
 import httpx
 import numpy as np
+import open_clip
 import pytest
 import torch
 from google.protobuf.struct_pb2 import Struct
+from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
 from models.images import decode_image
@@ -269,3 +271,58 @@ def test_wrong_texts_are_told(server: Running, body: dict[str, Any], says: str) 
     answer = server.client.post("/embed", json=body)
     assert answer.status_code == 422, answer.text[:300]
     assert says in answer.json()["detail"]
+
+
+FAMILY_CATALOG = """
+[trunks.image]
+source = "file:weights.safetensors"
+library = "open_clip"
+architecture = "NAME"
+
+[trunks.text]
+source = "file:weights.safetensors"
+library = "open_clip"
+architecture = "NAME"
+tower = "text"
+
+[models.family]
+trunk = "image"
+text = "text"
+task = "zero-shot"
+"""
+
+
+@pytest.mark.parametrize("name", ["ViT-S-32-alt", "MobileCLIP-S1", "EVA02-B-16"])
+def test_open_clips_families_are_served_from_their_files(
+    name: str, jpegs: dict[str, bytes], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    network = open_clip.create_model(name).eval()
+    save_file(network.state_dict(), tmp_path / "weights.safetensors")
+    (tmp_path / "catalog.toml").write_text(FAMILY_CATALOG.replace("NAME", name))
+    texts = open_clip.get_tokenizer(name)([f"a photo of a {label}." for label in LABELS])
+    with running(tmp_path / "catalog.toml", apart=True, max_batch_size=2) as served:
+        served.wait_ready()
+        model = served.engine.registry.get("family")
+        image = model.transform(decode_image(jpegs["rocket"]))[None]
+        with torch.inference_mode():
+            pixels = normalize_pixels(image, model.trunk.preprocess)
+            seen = network.encode_image(pixels, normalize=True)
+            read = network.encode_text(texts, normalize=True)
+            wanted = (network.logit_scale.exp() * seen @ read.T).softmax(-1)[0].tolist()
+        got = scores(ask(served, jpegs["rocket"]))
+        assert [got[label] for label in LABELS] == pytest.approx(wanted, abs=1e-5)
+        options = Struct()
+        options.update({"labels": LABELS})
+        with grpc.insecure_channel(served.grpc) as channel:
+            vision: Any = VisionStub(channel)
+            request = pb.TaskRequest(images=[jpegs["rocket"]], options=options)
+            [result] = vision.ZeroShot(request).results
+            [embedded] = vision.Embed(pb.TaskRequest(images=[jpegs["rocket"]])).results
+        tensors = {
+            t.name: from_bytes(t.name, t.datatype, t.shape, t.contents)
+            for t in (*result.tensors, *embedded.tensors)
+        }
+        by_label = dict(zip(tensors["label"].tolist(), tensors["score"].tolist(), strict=True))
+        assert [by_label[label] for label in LABELS] == pytest.approx(wanted, abs=1e-5)
+        assert np.allclose(tensors["embedding"], seen[0].numpy(), atol=1e-5)

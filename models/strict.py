@@ -1,0 +1,27 @@
+"""Weights into a network, with nothing missing and nothing left over."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from models.errors import CheckpointError
+
+
+def load_strictly(network: nn.Module, state_dict: Mapping[str, Tensor], name: str) -> None:
+    """Load a state dict; CheckpointError names the first keys that miss, are left or differ."""
+    expected = network.state_dict()
+    missing = [key for key in expected if key not in state_dict]
+    left = [key for key in state_dict if key not in expected]
+    wrong = [
+        f"{key} {tuple(state_dict[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in state_dict and state_dict[key].shape != value.shape
+    ]
+    problems = [
+        f"{what}: {', '.join(keys[:10])}" + (f" and {len(keys) - 10} more" if keys[10:] else "")
+        for what, keys in (("missing", missing), ("left over", left), ("wrong shape", wrong))
+        if keys
+    ]
+    if problems:
+        raise CheckpointError(f"the weights do not fit {name}; {'; '.join(problems)}")
+    network.load_state_dict(dict(state_dict))
