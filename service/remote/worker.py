@@ -70,6 +70,7 @@ class Worker:
         self._failures = 0
         self._ejections = 0
         self._ejected_until = 0.0
+        self._closed = False
         self._metrics = metrics
         keys = settings.admin_keys or settings.api_keys
         self._key = keys[0].get_secret_value() if keys else None
@@ -130,6 +131,7 @@ class Worker:
     async def close(self) -> None:
         """Forget the worker; what it still answers is waited for."""
         self._prober.cancel()
+        self._closed = True
         self._metrics.remove_worker(self.address)
         await self._channel.close(grace=None if self.outstanding == 0 else MAX_EJECTION_S)
 
@@ -139,7 +141,8 @@ class Worker:
 
     def _add_outstanding(self, images: int) -> None:
         self.outstanding += images
-        self._metrics.outstanding.labels(self.address).set(self.outstanding)
+        if not self._closed:  # or its gauges, removed by now, would come back
+            self._metrics.outstanding.labels(self.address).set(self.outstanding)
 
     async def _admin(self, call: Any) -> None:
         try:
@@ -176,7 +179,8 @@ class Worker:
 
     def _set_up(self, up: bool) -> None:
         self.up = up
-        self._metrics.up.labels(self.address).set(up)
+        if not self._closed:
+            self._metrics.up.labels(self.address).set(up)
 
     def _note(self, result: InferResult) -> None:
         """Eject a worker that fails every image of several requests in a row: having nothing to
