@@ -11,7 +11,7 @@ from service.gateway.asking import ask
 from service.gateway.auth import require_key
 from service.gateway.images_in import ImagesIn, read_images
 from service.gateway.openapi import image_body
-from service.gateway.streaming import NDJSON, stream_answers
+from service.gateway.streaming import NDJSON, stream_embeddings
 from service.parameters import (
     ClassifyParameters,
     EmbedParameters,
@@ -47,12 +47,7 @@ async def embed(request: Request) -> Response:
     for one array, `application/x-ndjson` for a line each, as they get done."""
     if NDJSON not in request.headers.get("accept", ""):
         return await _serve_task(request, EmbedParameters)
-    received = await read_images(request, EmbedParameters)
-    parameters = received.parameters
-    inputs = parameters.given_texts() or received.images
-    return await stream_answers(
-        request, "embed", inputs, parameters.calls()[0], parameters.encoding
-    )
+    return await stream_embeddings(request)
 
 
 @router.post("/segment", openapi_extra=image_body(SegmentParameters))

@@ -16,35 +16,39 @@ from service.accounting import Account, counted
 from service.backend import Backend
 from service.errors import QueueFullError, ServiceError
 from service.gateway.asking import deadline_of, is_bulk
+from service.gateway.images_in import read_images
 from service.gateway.problems import describe
-from service.types import Call, ImageResult, InferRequest, InferResult, Input
+from service.parameters import EmbedParameters
+from service.types import ImageResult, InferRequest, InferResult, Input
 
 NDJSON = "application/x-ndjson"
 IN_FLIGHT = 32
 
 
-async def stream_answers(
-    request: Request, task: str, inputs: Sequence[Input | ServiceError], call: Call, encoding: str
-) -> StreamingResponse:
+async def stream_embeddings(request: Request) -> StreamingResponse:
     """One request of the backend for each input; while the queue is full, they wait.
 
     Raises:
         ServiceError: what is wrong with the request as a whole, before the first line.
     """
     state = request.app.state
-    wanted = InferRequest(
-        inputs=(), calls=[call], deadline=deadline_of(request), bulk=is_bulk(request)
-    )
     with ExitStack() as stack:
         started = request.scope["state"]["started"]
-        seen = stack.enter_context(counted(state.metrics, state.backend.knows, task, started))
-        seen.models, seen.deadline = [call.model or ""], wanted.deadline
+        seen = stack.enter_context(counted(state.metrics, state.backend.knows, "embed", started))
+        received = await read_images(request, EmbedParameters)
+        parameters = received.parameters
+        calls = parameters.calls()
+        wanted = InferRequest(
+            inputs=(), calls=calls, deadline=deadline_of(request), bulk=is_bulk(request)
+        )
+        seen.models, seen.deadline = [calls[0].model or ""], wanted.deadline
+        inputs = parameters.given_texts() or received.images
         room = asyncio.Semaphore(IN_FLIGHT)
         tasks = [asyncio.create_task(_answer(state.backend, item, wanted, room)) for item in inputs]
         stack.callback(lambda: [task.cancel() for task in tasks])
         await asyncio.wait(tasks[:1])
         _raise_if_refused(tasks[0], inputs[0])
-        lines = _lines(tasks, seen, stack.pop_all(), encoding)
+        lines = _lines(tasks, seen, stack.pop_all(), parameters.encoding)
         return StreamingResponse(lines, media_type=NDJSON)
 
 

@@ -191,3 +191,11 @@ def test_ndjson_comes_before_all_is_done_and_refuses_before_it_begins(
     refused = server.client.post("/embed?model=none", files=[("image", jpegs["coffee"])],
                                  headers=accept)  # fmt: skip
     assert refused.status_code == 404
+
+    def invalid() -> float:
+        return server.metric("vitrail_requests_total", task="embed", outcome="invalid")
+
+    before = invalid()
+    wrong = server.client.post("/embed?poling=max", content=jpegs["coffee"], headers=accept)
+    assert wrong.status_code == 422
+    assert invalid() == before + 1
