@@ -30,11 +30,12 @@ class IndexFileError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class MadeBy:
-    """The model whose embeddings an index holds."""
+    """The model whose embeddings an index holds, and how it pooled where that was asked for."""
 
     model: str
     model_digest: str
     preprocess_digest: str
+    pooling: str | None = None
 
 
 class IndexWriter:

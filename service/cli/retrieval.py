@@ -20,8 +20,6 @@ from service.cli.client import (
     expand,
 )
 
-Normalize = Annotated[bool, typer.Option(help="Scale to unit length.")]
-
 
 def embed(
     paths: Paths,
@@ -41,7 +39,7 @@ def embed(
     parameters = {"model": model, "pooling": pooling, "dimensions": dimensions}
     client = Client(url, key, "embed", parameters, concurrency)
     if output is not None:
-        _write_index(client, paths, output)
+        _write_index(client, paths, output, pooling)
         return
 
     def line(answer: dict[str, Any]) -> str:
@@ -74,7 +72,8 @@ def search(
     except IndexFileError as error:
         errors.print(str(error), highlight=False)
         raise typer.Exit(1) from error
-    client = Client(url, key, "embed", {"model": found.made_by.model}, 1)
+    wanted = {"model": found.made_by.model, "pooling": found.made_by.pooling}
+    client = Client(url, key, "embed", wanted, 1)
     answer = client.ask(image) if image is not None else client.ask_text(str(text))
     if "error" in answer:
         errors.print(str(answer["error"]), markup=False, highlight=False)
@@ -95,7 +94,7 @@ def search(
         )
 
 
-def _write_index(client: Client, paths: list[Path], output: Path) -> None:
+def _write_index(client: Client, paths: list[Path], output: Path, pooling: str | None) -> None:
     from service.cli.index import IndexFileError, IndexWriter, MadeBy
 
     try:
@@ -116,7 +115,7 @@ def _write_index(client: Client, paths: list[Path], output: Path) -> None:
                         writer.add(str(path), None, str(answer["error"]))
                     else:
                         names = ("model", "model_digest", "preprocess_digest")
-                        writer.check(MadeBy(*(answer[name] for name in names)))
+                        writer.check(MadeBy(**{n: answer[n] for n in names}, pooling=pooling))
                         writer.add(str(path), answer["embedding"], None)
                     progress.advance(bar)
             except BaseException:

@@ -15,8 +15,6 @@ from service.types import Call, InferRequest, InferResult, Input
 
 T = TypeVar("T")
 
-CHUNK = 64
-
 
 async def ask(
     request: Request,
@@ -41,14 +39,15 @@ async def ask(
         deadline=deadline_of(request, timeout_ms),
         bulk=is_bulk(request),
     )
-    return await _while_connected(request, _in_chunks(backend, wanted))
+    settings: Settings = request.app.state.settings
+    return await _while_connected(request, _in_chunks(backend, wanted, settings.max_images))
 
 
-async def _in_chunks(backend: Backend, wanted: InferRequest) -> InferResult:
-    """Many texts a few at a time, for no queue takes them all at once."""
+async def _in_chunks(backend: Backend, wanted: InferRequest, size: int) -> InferResult:
+    """Many texts a few at a time, as many as a request may hold images: no queue takes more."""
     results = []
-    for start in range(0, max(1, len(wanted.inputs)), CHUNK):
-        inputs = wanted.inputs[start : start + CHUNK]
+    for start in range(0, max(1, len(wanted.inputs)), size):
+        inputs = wanted.inputs[start : start + size]
         results.append(await backend.infer(replace(wanted, inputs=inputs)))
     return InferResult(results[0].models, [image for r in results for image in r.images])
 
@@ -63,7 +62,10 @@ def deadline_of(request: Request, timeout_ms: float | None = None) -> float:
     except ValueError:
         timeout_ms = float("nan")
     if not 0 < timeout_ms < float("inf"):
-        raise InvalidInputError(f"X-Timeout-Ms is {header!r}; it must be a positive number")
+        given = (
+            f"X-Timeout-Ms is {header!r}" if header is not None else f"timeout is {timeout_ms} ms"
+        )
+        raise InvalidInputError(f"{given}; it must be a positive number")
     started: float = request.scope["state"]["started"]
     return started + timeout_ms / 1e3
 

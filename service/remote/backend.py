@@ -10,6 +10,7 @@ from typing import Any
 
 from service.errors import (
     LOADING_RETRY_AFTER_S,
+    DeadlineExceededError,
     NotFoundError,
     ServiceError,
     UnavailableError,
@@ -96,7 +97,7 @@ class RemoteBackend:
         startup = {name for w in workers for name, model in w.models.items() if model["startup"]}
         missing = [name for name in startup if not any(w.has_ready(name) for w in workers)]
         reasons = [f"model {name} is ready nowhere" for name in sorted(missing)]
-        if not startup:
+        if not any(worker.up for worker in workers):
             reasons = ["no worker is within reach"]
         if self._closing:
             reasons = ["draining before exit", *reasons]
@@ -145,9 +146,13 @@ class RemoteBackend:
         while True:
             try:
                 return self._choose([str(call.model) for call in request.calls], avoid)
-            except UnavailableError:
-                all_up = all(worker.up for worker in self._workers.values())
-                if all_up or time.monotonic() >= until:
+            except UnavailableError as error:
+                if time.monotonic() >= until:
+                    if avoid:
+                        text = "the deadline passed before there was a worker again"
+                        raise DeadlineExceededError(text) from error
+                    raise
+                if not avoid and all(worker.up for worker in self._workers.values()):
                     raise
             await asyncio.sleep(POLL_S)
 

@@ -91,10 +91,10 @@ class OpenInference(GRPCInferenceServiceServicer):
                 check_version(request.model_version)
                 model = await deps.backend.model(request.model_name)
                 options = _values(request.parameters)
-                timeout_ms = (
-                    float(options.pop("timeout", 0)) / 1e3
-                )  # microseconds, as Triton has it
-                account.deadline = caller.deadline(deps.settings, timeout_ms)
+                timeout_us = options.pop("timeout", 0)  # in microseconds, as Triton has it
+                if not isinstance(timeout_us, int | float):
+                    raise InvalidInputError("timeout is a number of microseconds", field="timeout")
+                account.deadline = caller.deadline(deps.settings, timeout_us / 1e3)
                 plan = Plan(model, [_requested(output) for output in request.outputs], options)
                 inputs = to_inputs(_tensors(request))
                 check_count(deps.settings, len(inputs))

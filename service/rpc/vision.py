@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from service.accounting import Account, counted
 from service.errors import InvalidInputError, QueueFullError, ServiceError
-from service.parameters import validated_call
+from service.parameters import MAX_MODELS, validated_call
 from service.rpc.context import Caller, Context, Deps, answering, check_count
 from service.rpc.wire import (
     from_call,
@@ -43,6 +43,10 @@ class Vision(VisionServicer):
 
     async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
         async with answering(self._deps, context, "Predict") as caller:
+            if not 1 <= len(request.calls) <= MAX_MODELS:
+                raise InvalidInputError(
+                    f"{len(request.calls)} calls; there can be 1 to {MAX_MODELS}", field="calls"
+                )
             calls = [from_call(call) for call in request.calls]
             result = await self._infer("predict", request, calls, caller)
             return to_response(result)
@@ -62,8 +66,10 @@ class Vision(VisionServicer):
                         tasks.add(task)
                         task.add_done_callback(tasks.discard)
                         await answers.put(task)
-                finally:
+                except Exception:
                     await answers.put(None)
+                    raise
+                await answers.put(None)  # not when cancelled: nobody makes room any more
 
             tasks: set[asyncio.Task[object]] = set()
             tasks.add(reader := asyncio.create_task(read()))

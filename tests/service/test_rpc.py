@@ -1,5 +1,7 @@
 """The Vision service through real channels: answers as REST gives them, statuses, streams."""
 
+import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,10 +117,8 @@ def _jpeg(data: bytes) -> Image.Image:
     return decode_image(data)
 
 
-def test_images_and_pixels_ride_in_one_batch(
-    vision: Any, server: Running, jpegs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The batch mixes uint8 and float32 rows; both must come out as they do alone."""
+def test_images_and_pixels_collate_to_equal_rows(server: Running, jpegs: dict[str, bytes]) -> None:
+    """A batch may mix uint8 and float32 rows; both must come out as they do alone."""
     runner = server.engine.trunks.runners["tiny"]
     model = server.engine.registry.get("tiny")
     pixels = model.transform(_jpeg(jpegs["coffee"]))
@@ -203,6 +203,12 @@ def test_tasks_that_no_model_does_are_told(vision: Any, jpegs: dict[str, bytes])
     )
     assert status is grpc.StatusCode.INVALID_ARGUMENT
     assert error.fields[0].field == "task"
+    for count in (0, 257):
+        calls = [pb.Call(model="tiny")] * count
+        request = pb.PredictRequest(images=[jpegs["coffee"]], calls=calls)
+        status, error = refused(vision.Predict, request)
+        assert status is grpc.StatusCode.INVALID_ARGUMENT
+        assert error.fields[0].field == "calls"
 
 
 def test_messages_over_the_limit_are_refused_by_grpc(vision: Any) -> None:
@@ -232,6 +238,33 @@ def test_a_stream_answers_in_order_and_survives_bad_requests(
             name = list(jpegs)[position % len(jpegs)]
             got = arrays(answer.results[0])["embedding"]
             assert np.allclose(got, alone[name]["embedding"], atol=1e-5)
+
+
+def test_a_stream_that_is_left_leaves_nothing_behind(
+    vision: Any, server: Running, jpegs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk = server.engine.trunks.runners["tiny"].trunk
+    gate, forward = threading.Event(), trunk.forward
+
+    def jam(batch: Any) -> Any:
+        assert gate.wait(30)
+        return forward(batch)
+
+    monkeypatch.setattr(trunk, "forward", jam)
+    loop = next(iter(server.engine._tasks)).get_loop()
+
+    def of_the_stream() -> int:
+        names = [task.get_coro().__qualname__ for task in asyncio.all_tasks(loop)]  # type: ignore[union-attr]
+        return sum("EmbedStream" in name or "_embed_patiently" in name for name in names)
+
+    request = pb.TaskRequest(images=[jpegs["coffee"]], model="tiny-embed")
+    call = vision.EmbedStream(iter([request] * 100))
+    try:
+        wait_until(lambda: of_the_stream() > 32)  # more than are taken in: its reader is held up
+        call.cancel()
+        wait_until(lambda: of_the_stream() == 0, 20)
+    finally:
+        gate.set()
 
 
 def test_a_stream_waits_while_the_queue_is_full(
