@@ -12,13 +12,21 @@ from torch import Tensor
 from models.preprocess import Preprocess
 
 
+@dataclass(frozen=True, slots=True)
+class HeadState:
+    """A head's weights, and what their shapes do not tell."""
+
+    tensors: Mapping[str, Tensor]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """Weights under an architecture's own names.
 
     `architecture` is a timm name and `arguments` go to `timm.create_model`, unless `library` says
-    that another builds it (see `models/loading.py`); `heads` are state
-    dicts of heads that came in the same file, by name; `dropped` are keys known to be
+    that another builds it (see `models/loading.py`); `heads` came in the same file, by name;
+    `dropped` are keys known to be
     training-only; `reason` says how the format was recognised.
     """
 
@@ -27,7 +35,7 @@ class Checkpoint:
     library: str = "timm"
     arguments: Mapping[str, Any] = field(default_factory=dict)
     state_dict: Mapping[str, Tensor]
-    heads: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    heads: Mapping[str, HeadState] = field(default_factory=dict)
     preprocess: Preprocess | None = None
     dropped: tuple[str, ...] = ()
     reason: str = ""
@@ -42,13 +50,14 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     Trunk tensors are stored as `trunk.KEY`, those of heads as `head.NAME.KEY`.
     """
     tensors = {f"trunk.{key}": value for key, value in checkpoint.state_dict.items()}
-    for name, state_dict in checkpoint.heads.items():
-        tensors |= {f"head.{name}.{key}": value for key, value in state_dict.items()}
+    for name, head in checkpoint.heads.items():
+        tensors |= {f"head.{name}.{key}": value for key, value in head.tensors.items()}
     metadata = {
         "format": checkpoint.format,
         "architecture": checkpoint.architecture,
         "arguments": dict(checkpoint.arguments),
         "preprocess": asdict(checkpoint.preprocess) if checkpoint.preprocess else None,
+        "heads": {name: dict(head.settings) for name, head in checkpoint.heads.items()},
         "reason": checkpoint.reason,
     }
     contiguous = {key: value.contiguous() for key, value in tensors.items()}

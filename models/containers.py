@@ -37,12 +37,14 @@ HARMLESS: list[Any] = [
 class Container:
     """What a checkpoint file holds: its tensors by name, and the metadata beside them.
 
-    For ONNX files `graph` is the graph, since anonymous weights are named by their use in it.
+    `beside` are the other entries of a torch file, as training scripts leave them: those that are
+    text or numbers with their values, the others as None. For ONNX files `graph` is the graph, since anonymous weights are named by their use in it.
     """
 
     path: Path
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    beside: Mapping[str, Any] = field(default_factory=dict)
     graph: Any = None
 
 
@@ -107,7 +109,13 @@ def _open_torch(path: Path) -> Container:
         ) from error
     except (RuntimeError, EOFError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path}: not a readable torch file: {error}") from error
-    return Container(path, _find_state_dict(path, content))
+    plain = (str, int, float, bool)
+    beside = {
+        str(key): value if isinstance(value, plain) else None
+        for key, value in (content.items() if isinstance(content, dict) else ())
+        if not isinstance(value, Tensor) or value.dim() == 0
+    }
+    return Container(path, _find_state_dict(path, content), beside=beside)
 
 
 def _find_state_dict(path: Path, content: Any) -> dict[str, Tensor]:

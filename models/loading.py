@@ -9,11 +9,12 @@ import timm
 from torch import Tensor
 
 from models.catalog import TrunkEntry
-from models.checkpoint import Checkpoint, save_checkpoint
+from models.checkpoint import Checkpoint, HeadState, save_checkpoint
 from models.checkpoints import detect_format, format_outputs
 from models.containers import open_container
 from models.errors import SourceError
 from models.heads import create_head
+from models.heads.linear import CLASSIFIER, create_classifier, last_size
 from models.labels import numbered_labels, pretrained_labels
 from models.model import Model
 from models.preprocess import preprocess_from_mapping, preprocess_from_timm
@@ -36,7 +37,7 @@ class LoadedTrunk:
     classes where they are known, and the towers it is one of."""
 
     trunk: Trunk
-    heads: Mapping[str, Mapping[str, Tensor]]
+    heads: Mapping[str, HeadState]
     format: str
     labels: tuple[str, ...] = ()
     towers: Towers | None = None
@@ -64,13 +65,24 @@ def load_checkpoint(
         towers = towers_of_openai(checkpoint, placement)
         return Model(name, towers.image, zero_shot_head(towers), text=towers.text)
     trunk = build_trunk(checkpoint, placement)
-    if "saliency" in checkpoint.heads:
-        head = create_head("saliency", trunk, (), checkpoint.heads["saliency"])
-    elif trunk.num_classes:
-        head = create_head("classify", trunk, numbered_labels(trunk.num_classes), None)
-    else:
-        head = create_head("embed", trunk, (), checkpoint.heads.get("pca"))
-    return Model(name, trunk, head, outputs=format_outputs(checkpoint.format))
+    kind = own_head(checkpoint.heads, trunk)
+    state = checkpoint.heads.get("pca" if kind == "embed" else kind)
+    head = create_head(kind, trunk, numbered_labels(class_count(trunk, state)), state)
+    outputs, need = format_outputs(checkpoint.format, trunk)
+    return Model(name, trunk, head, outputs=outputs, need=need)
+
+
+def own_head(heads: Mapping[str, HeadState], trunk: Trunk) -> str:
+    """What a checkpoint is for: the kind of the head that it brought, or that its trunk allows."""
+    brought = [kind for kind in ("saliency", "vqt", "linear") if kind in heads]
+    return brought[0] if brought else "classify" if trunk.num_classes else "embed"
+
+
+def class_count(trunk: Trunk, state: HeadState | None) -> int:
+    """Classes of a head that was trained for some, or else of the trunk's own classifier."""
+    if state is None or not any(key.startswith(CLASSIFIER) for key in state.tensors):
+        return trunk.num_classes
+    return last_size(create_classifier(state.tensors))
 
 
 def load_trunk(entry: TrunkEntry, store: Store, base: Path, placement: Placement) -> LoadedTrunk:
@@ -137,7 +149,7 @@ def build_trunk(
     spec = preprocess_from_mapping(preprocess or {}, own)
     trunk = TimmTrunk(checkpoint.architecture, network, spec, placement)
     if "ggem" in checkpoint.heads:
-        trunk.exponents = checkpoint.heads["ggem"]["p"].float().to(placement.device)
+        trunk.exponents = checkpoint.heads["ggem"].tensors["p"].float().to(placement.device)
     return trunk
 
 

@@ -17,6 +17,7 @@ from models.heads import Head
 from models.heads.embed import Embed
 from models.heads.zero_shot import ZeroShot
 from models.images import DEFAULT_LIMITS, ImageLimits, decode_image, to_upright_rgb
+from models.need import NOTHING, Need, need_of
 from models.preprocess import collate, create_transform
 from models.prompts import ensemble, prompts
 from models.text import TextTrunk
@@ -46,11 +47,13 @@ class Model:
         text: TextTrunk | None = None,
         text_embed: Embed | None = None,
         outputs: Outputs | None = None,
+        need: Need = NOTHING,
     ) -> None:
         """
         Args:
             text_embed: what makes embeddings of the text trunk's output, if not its pooling alone.
-            outputs: what `run` gives besides, by the names of the checkpoint's authors.
+            outputs: what `run` gives besides, by the names of the checkpoint's authors; and what
+                it `need`s of the pass.
         """
         self.name = name
         self.trunk = trunk
@@ -59,6 +62,7 @@ class Model:
         embed = head.embed if isinstance(head, ZeroShot) else head
         embed = embed if isinstance(embed, Embed) else Embed(trunk)
         self._outputs = outputs
+        self._need = need
         self.heads: dict[str, Head] = {"embed": embed, head.task: head}
         if self.takes_images:
             self.transform = create_transform(trunk.preprocess)
@@ -165,7 +169,7 @@ class Model:
         self, pixels_BCHW: Tensor, head: Head, options: Mapping[str, Any]
     ) -> list[dict[str, np.ndarray]]:
         """Trunk and head for a batch of pixels; named float32 arrays for each row."""
-        output = self.trunk.forward(pixels_BCHW)
+        output = self.trunk.forward(pixels_BCHW, need_of([(head, range(len(pixels_BCHW)))]))
         forward = {k: v for k, v in options.items() if k in head.forward_options}
         tensors = head.forward(output, **forward)
         arrays = {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()}
@@ -206,7 +210,10 @@ class Model:
         if isinstance(head := self.heads[self.task], ZeroShot):
             named = run_towers(self, head, pixel_values, token_ids)
         elif pixel_values is not None:
-            output = self.trunk.forward(pixel_values)
+            rows = range(len(pixel_values))
+            output = self.trunk.forward(
+                pixel_values, self._need | need_of((each, rows) for each in self.heads.values())
+            )
             kind = "tokens" if output.features.dim() == 3 else "feature_map"
             named = {kind: output.features, "embedding": self.trunk.pool(output)}
             for each in self.heads.values():

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from models.need import NOTHING, Need
 from models.trunk import Placement, TrunkOutput, state_digest
 
 # Of a text before it is tokenized; what a tokenizer keeps is far less.
@@ -40,6 +41,7 @@ class TextTrunk:
     modality = "text"
     num_classes = 0
     has_tokens = False
+    blocks: Sequence[Any] = ()
     exponents = None
     pad_id = 0
 
@@ -67,7 +69,7 @@ class TextTrunk:
     def blank(self) -> Tensor:
         return self.tokenize("a " * self.preprocess.context_length)  # the longest, for warming up
 
-    def forward(self, batch: Tensor) -> TrunkOutput:
+    def forward(self, batch: Tensor, need: Need = NOTHING) -> TrunkOutput:
         embedding = self.encode(batch.to(self.placement.device, non_blocking=True))
         return TrunkOutput(embedding.unsqueeze(1), 1, (0, 0))
 

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from models.blocks import BlockReader
+from models.need import NOTHING, Need, Queries
 from models.pooling import ggem
 from models.preprocess import Preprocess, collate, normalize
 
@@ -21,13 +23,20 @@ class TrunkOutput:
 
     `features` is the backbone's own last output, which its own pooling and classifier want:
     (B, T, D) for token models, else (B, C, h, w), or (B, h, w, C) if `channels_last` (Swin).
-    `prefix` counts the class and register tokens before the patches; `grid` is (h, w).
+    `prefix` counts the class and register tokens before the patches; `grid` is (h, w). The rest
+    is there where it was needed: blocks' outputs by number, (B, T, D), as the final norm leaves
+    them; their attention probabilities (B, h, T, T); keys and values of each block, (B, h, T, d);
+    and for each head's queries (rows, L, T, D), of the rows that it answers for.
     """
 
     features: Tensor
     prefix: int
     grid: tuple[int, int]
     channels_last: bool = False
+    layers: Mapping[int, Tensor] = field(default_factory=dict)
+    attention: Mapping[int, Tensor] = field(default_factory=dict)
+    keys_values: Sequence[tuple[Tensor, Tensor]] = ()
+    queries: Mapping[Queries, Tensor] = field(default_factory=dict)
 
     @property
     def tokens_BTD(self) -> Tensor:
@@ -49,10 +58,17 @@ class TrunkOutput:
         return self.patches_BTD.transpose(1, 2).reshape(*self.features.shape[::2], *self.grid)
 
     def rows(self, index: list[int]) -> "TrunkOutput":
-        """The output for some of the batch's images, in the order of `index`."""
+        """The output for some of the batch's images, in the order of `index`; queries are by
+        head already."""
         if index == list(range(self.features.shape[0])):
             return self
-        return replace(self, features=self.features[index])
+        return replace(
+            self,
+            features=self.features[index],
+            layers={number: layer[index] for number, layer in self.layers.items()},
+            attention={number: map_[index] for number, map_ in self.attention.items()},
+            keys_values=[(keys[index], values[index]) for keys, values in self.keys_values],
+        )
 
 
 class InputSpec(Protocol):
@@ -67,7 +83,8 @@ class Trunk(Protocol):
     """A backbone that several models may share.
 
     `modality` is `image` or `text`; `has_tokens` is False where `forward` yields nothing but the
-    pooled embedding; `exponents` (G,) are those of a pooling by group generalized mean, or None.
+    pooled embedding; `exponents` (G,) are those of a pooling by group generalized mean, or None;
+    `blocks` are those that heads can read and have queries ride along, none where they cannot.
     """
 
     architecture: str
@@ -77,6 +94,7 @@ class Trunk(Protocol):
     network: nn.Module
     has_tokens: bool
     exponents: Any
+    blocks: Sequence[Any]
 
     @property
     def preprocess(self) -> Any:
@@ -88,9 +106,10 @@ class Trunk(Protocol):
     def blank(self) -> Tensor:
         """An input that stands for none: enough to prove that the trunk computes."""
 
-    def forward(self, batch: Tensor) -> TrunkOutput:
+    def forward(self, batch: Tensor, need: Need = NOTHING) -> TrunkOutput:
         """Run the backbone on a batch: for images uint8 pixels (B, 3, H, W), or float pixels
-        already normalised; for texts token ids (B, T)."""
+        already normalised; for texts token ids (B, T). Trunks with `blocks` also yield what is
+        needed of those."""
 
     def pool(self, output: TrunkOutput) -> Tensor:
         """(B, D): the backbone's own pooled representation, before any classifier."""
@@ -156,10 +175,24 @@ class TimmTrunk(ImageTrunk):
         self.digest = state_digest(network.state_dict())
         self.network: Any = placement.apply(network)
         self.placement = placement
+        self._reader = BlockReader(network)
+        self.blocks: Sequence[Any] = self._reader.blocks
 
-    def forward(self, pixels_BCHW: Tensor) -> TrunkOutput:
+    def forward(self, pixels_BCHW: Tensor, need: Need = NOTHING) -> TrunkOutput:
         pixels_BCHW = self.placement.prepare(pixels_BCHW, self.preprocess)
-        features = self.network.forward_features(pixels_BCHW)
+        if need == NOTHING:
+            return self._output(self.network.forward_features(pixels_BCHW), pixels_BCHW)
+        with self._reader.reading(need) as reading:
+            features = self.network.forward_features(pixels_BCHW)
+        return replace(
+            self._output(features, pixels_BCHW),
+            layers=reading.layers,
+            attention=reading.attention,
+            keys_values=reading.keys_values,
+            queries=reading.queries(),
+        )
+
+    def _output(self, features: Tensor, pixels_BCHW: Tensor) -> TrunkOutput:
         if features.dim() == 4:
             channels_last = getattr(self.network, "output_fmt", "NCHW") == "NHWC"
             rows, columns = features.shape[1:3] if channels_last else features.shape[2:]
@@ -197,6 +230,7 @@ class OpenClipTrunk(ImageTrunk):
 
     num_classes = 0
     has_tokens = False
+    blocks: Sequence[Any] = ()
 
     def __init__(
         self, architecture: str, network: nn.Module, preprocess: Preprocess, placement: Placement
@@ -208,7 +242,7 @@ class OpenClipTrunk(ImageTrunk):
         self.network: Any = placement.apply(visual)
         self.placement = placement
 
-    def forward(self, pixels_BCHW: Tensor) -> TrunkOutput:
+    def forward(self, pixels_BCHW: Tensor, need: Need = NOTHING) -> TrunkOutput:
         embedding = self.network(self.placement.prepare(pixels_BCHW, self.preprocess))
         return TrunkOutput(embedding.unsqueeze(1), 1, (0, 0))
 

@@ -2,7 +2,8 @@
 
 A format is a module with `NAME`, `matches(container, arguments) -> str | None` (why it is this
 format, or None) and `convert(container, arguments) -> Checkpoint`. Where the authors have more
-outputs than trunk and heads, also `outputs(model, output) -> dict[str, Tensor]`.
+outputs than trunk and heads, also `outputs(model, output) -> dict[str, Tensor]`, and if these want
+more of a pass than its last output, `need(trunk) -> Need`.
 """
 
 import importlib
@@ -14,6 +15,8 @@ from typing import Any, Protocol, cast
 from models.checkpoint import Checkpoint
 from models.containers import Container
 from models.errors import CheckpointError
+from models.need import NOTHING, Need
+from models.trunk import Trunk
 
 
 class CheckpointFormat(Protocol):
@@ -36,10 +39,11 @@ def checkpoint_formats() -> tuple[CheckpointFormat, ...]:
     return tuple(cast("CheckpointFormat", module) for module in modules)
 
 
-def format_outputs(name: str) -> Any:
-    """The `outputs` of the format of that name, if it has any."""
-    found = (module for module in checkpoint_formats() if name == module.NAME)
-    return getattr(next(found, None), "outputs", None)
+def format_outputs(name: str, trunk: Trunk) -> tuple[Any, Need]:
+    """The `outputs` of the format of that name, None if it has none, and their need."""
+    found = next((module for module in checkpoint_formats() if name == module.NAME), None)
+    need = getattr(found, "need", None)
+    return getattr(found, "outputs", None), need(trunk) if need else NOTHING
 
 
 def detect_format(

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from models.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint, HeadState
 from models.containers import Container
 from models.model import Model
 from models.pooling import gem, ggem
@@ -37,7 +37,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         arguments=built,
         state_dict=tensors,
         preprocess=Preprocess(input_size=(built["img_size"], built["img_size"])),
-        heads={"ggem": {"p": exponents}},
+        heads={"ggem": HeadState({"p": exponents})},
     )
 
 

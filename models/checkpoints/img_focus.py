@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from models.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint, HeadState
 from models.containers import Container
 from models.errors import CheckpointError
 from models.preprocess import Preprocess
@@ -48,7 +48,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         architecture="vit_small_patch14_dinov2",
         arguments={"img_size": GRID * 14, "num_classes": 0},
         state_dict=trunk,
-        heads={"saliency": decoder},
+        heads={"saliency": HeadState(decoder)},
         preprocess=Preprocess(crop_mode="letterbox"),
     )
 

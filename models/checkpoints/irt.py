@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from models.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint, HeadState
 from models.containers import Container
 from models.errors import CheckpointError
 from models.model import Model
@@ -38,7 +38,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     tensors = {k: v for k, v in container.tensors.items() if k not in CLASSIFIERS}
     path = _pca_path(container, arguments)
-    heads = {"pca": _read_pca(path)} if path.is_file() else {}
+    heads = {"pca": HeadState(_read_pca(path))} if path.is_file() else {}
     distilled = "dist_token" in tensors
     built = vit_arguments(tensors, arguments)
     return Checkpoint(

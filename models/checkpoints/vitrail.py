@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from models.checkpoint import METADATA_KEY, Checkpoint
+from models.checkpoint import METADATA_KEY, Checkpoint, HeadState
 from models.containers import Container
 from models.preprocess import preprocess_from_mapping
 
@@ -30,12 +30,13 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             head, name = rest.split(".", 1)
             heads[head][name] = value
     preprocess = metadata["preprocess"]
+    settings = metadata.get("heads", {})
     return Checkpoint(
         format=metadata["format"],
         architecture=metadata["architecture"],
         arguments=metadata["arguments"],
         state_dict=trunk,
-        heads=heads,
+        heads={n: HeadState(tensors, settings.get(n, {})) for n, tensors in heads.items()},
         preprocess=preprocess_from_mapping(preprocess) if preprocess else None,
         reason=metadata["reason"],
     )

@@ -10,7 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor, nn
 
+from models.checkpoint import HeadState
 from models.errors import CatalogError
+from models.need import Need, Queries
 from models.trunk import Trunk
 
 
@@ -20,13 +22,22 @@ class Head(Protocol):
     `forward_options` names the options that `forward` takes, and so decides which rows may share
     a call; all others go to `finish`. `finish_is_slow` where it takes milliseconds, so that a
     server keeps it off its event loop. A head that `is_prompted` compares images with texts: see
-    `ZeroShot.prompt`, and the `classes` that its `finish` takes.
+    `ZeroShot.prompt`, and the `classes` that its `finish` takes. `need` and `queries` are what it
+    wants of a pass beyond the trunk's last output.
     """
 
     task: str
     forward_options: frozenset[str]
     finish_is_slow: bool
     is_prompted: bool
+
+    @property
+    def need(self) -> Need:
+        """What it wants of every pass, but for its queries."""
+
+    @property
+    def queries(self) -> Queries | None:
+        """Its queries, if it has any."""
 
     @property
     def network(self) -> nn.Module | None:
@@ -46,26 +57,33 @@ class Head(Protocol):
 
 
 def create_head(
-    name: str, trunk: Trunk, labels: tuple[str, ...], weights: Mapping[str, Tensor] | None
+    name: str, trunk: Trunk, labels: tuple[str, ...], state: HeadState | None = None
 ) -> Head:
-    """Build a head by its catalog name.
+    """Build a head by its kind; `state` is what it has been trained to.
 
     Raises:
         CatalogError: no such head, or the trunk lacks what it needs.
+        CheckpointError: the head's weights do not fit the trunk.
     """
     from models.heads.classify import Classify
     from models.heads.embed import Embed, pca
+    from models.heads.linear import Linear
     from models.heads.saliency import Saliency
+    from models.heads.vqt import Vqt
 
-    match name:
-        case "classify":
+    if state is None and name in ("linear", "saliency", "vqt"):
+        raise CatalogError(f"the head {name} needs a file that holds its weights")
+    match name, state:
+        case "classify", _:
             return Classify(trunk, labels)
-        case "embed":
-            return (
-                Embed(trunk)
-                if weights is None
-                else Embed(trunk, projection=pca(weights), pooling="cls")
-            )
-        case "saliency":
-            return Saliency(trunk, labels, weights)
-    raise CatalogError(f"no head {name!r}; there are classify, embed, saliency")
+        case "embed", None:
+            return Embed(trunk)
+        case "embed", HeadState():
+            return Embed(trunk, projection=pca(state.tensors), pooling="cls")
+        case "linear", HeadState():
+            return Linear(trunk, labels, state)
+        case "saliency", HeadState():
+            return Saliency(trunk, labels, state.tensors)
+        case "vqt", HeadState():
+            return Vqt(trunk, labels, state)
+    raise CatalogError(f"no head {name!r}; there are classify, embed, linear, saliency, vqt")

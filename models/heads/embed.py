@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from models.errors import InputError
+from models.need import NOTHING
 from models.pooling import gem, ggem
 from models.trunk import Trunk, TrunkOutput
 
@@ -46,6 +47,8 @@ class Embed:
     forward_options = frozenset({"pooling"})
     finish_is_slow = False
     is_prompted = False
+    need = NOTHING
+    queries = None
 
     def __init__(
         self,

@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, relu
 
-from models.errors import CatalogError, InputError
+from models.errors import InputError
 from models.masks import encode_mask
+from models.need import NOTHING
 from models.trunk import Trunk, TrunkOutput
 
 LABELS = ("background", "foreground")
@@ -47,12 +48,12 @@ class Saliency:
     forward_options: frozenset[str] = frozenset()
     finish_is_slow = True
     is_prompted = False
+    need = NOTHING
+    queries = None
 
     def __init__(
-        self, trunk: Trunk, labels: tuple[str, ...], weights: Mapping[str, Tensor] | None
+        self, trunk: Trunk, labels: tuple[str, ...], weights: Mapping[str, Tensor]
     ) -> None:
-        if weights is None:
-            raise CatalogError("the saliency head needs a checkpoint that holds its decoder")
         self.trunk = trunk
         self.labels = labels or LABELS
         with torch.device("meta"):

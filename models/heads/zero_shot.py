@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.errors import InputError
 from models.heads.embed import Embed
+from models.need import NOTHING
 from models.prompts import check_labels, expand_templates
 from models.trunk import TrunkOutput
 
@@ -21,6 +22,8 @@ class ZeroShot:
     forward_options: frozenset[str] = frozenset()
     finish_is_slow = False
     is_prompted = True
+    need = NOTHING
+    queries = None
 
     def __init__(
         self,

@@ -1,0 +1,45 @@
+"""What heads over fixed classes share: logits in, the best classes by probability out."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from models.errors import InputError
+from models.need import NOTHING, Need, Queries
+
+DEFAULT_TOP_K = 5
+
+
+class Ranking:
+    """A subclass gives `forward`, with `logits` (B, labels)."""
+
+    task = "classify"
+    forward_options: frozenset[str] = frozenset()
+    finish_is_slow = False
+    is_prompted = False
+    need: Need = NOTHING
+    queries: Queries | None = None
+    network: nn.Module | None = None
+
+    def __init__(self, labels: Sequence[str]) -> None:
+        self.labels = np.array(labels)
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        top_k = options.get("top_k")
+        if top_k is not None and not 1 <= top_k <= len(self.labels):
+            raise InputError(
+                f"top_k is {top_k}; this model has {len(self.labels)} classes", field="top_k"
+            )
+
+    def finish(
+        self, row: Mapping[str, np.ndarray], size: tuple[int, int], *, top_k: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """`index` (k,) int64, `label` (k,) str, `score` (k,) float32, best first."""
+        logits = row["logits"]
+        exponents = np.exp(logits - logits.max())
+        scores = exponents / exponents.sum()
+        count = min(top_k or DEFAULT_TOP_K, len(scores))
+        index = np.argsort(-scores, kind="stable")[:count]
+        return {"index": index, "label": self.labels[index], "score": scores[index]}
