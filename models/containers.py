@@ -38,7 +38,8 @@ class Container:
     """What a checkpoint file holds: its tensors by name, and the metadata beside them.
 
     `beside` are the other entries of a torch file, as training scripts leave them: those that are
-    text or numbers with their values, the others as None. For ONNX files `graph` is the graph, since anonymous weights are named by their use in it.
+    text or numbers with their values, the others as None. For ONNX files `graph` is the graph,
+    since anonymous weights are named by their use in it.
     """
 
     path: Path

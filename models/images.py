@@ -9,6 +9,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from models.errors import ImageTooLargeError, InputError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 # Pillow's own bomb check warns at one size and raises at twice that; ours is exact and per call.
 Image.MAX_IMAGE_PIXELS = None

@@ -67,6 +67,6 @@ def resize_corners(table_1ND: Tensor, grid: tuple[int, int]) -> Tensor:
     side = round((table_1ND.shape[1] - 1) ** 0.5)
     if (side, side) == grid:
         return table_1ND
-    cells = table_1ND[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    cells = torch.unflatten(table_1ND[:, 1:], 1, (side, side)).permute(0, 3, 1, 2)
     resized = interpolate(cells, size=grid, mode="bilinear", align_corners=True)
     return torch.cat([table_1ND[:, :1], resized.flatten(2).transpose(1, 2)], 1)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from torch import Tensor
 
 from models.catalog import TrunkEntry
 from models.checkpoint import Checkpoint, HeadState, save_checkpoint

@@ -15,6 +15,7 @@ from models.answers import answer_entry
 from models.errors import InputError, TaskError
 from models.heads import Head
 from models.heads.embed import Embed
+from models.heads.linear import Linear
 from models.heads.zero_shot import ZeroShot
 from models.images import DEFAULT_LIMITS, ImageLimits, decode_image, to_upright_rgb
 from models.need import NOTHING, Need, need_of
@@ -48,12 +49,14 @@ class Model:
         text_embed: Embed | None = None,
         outputs: Outputs | None = None,
         need: Need = NOTHING,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
             text_embed: what makes embeddings of the text trunk's output, if not its pooling alone.
             outputs: what `run` gives besides, by the names of the checkpoint's authors; and what
                 it `need`s of the pass.
+            about: how a head of a file of its own came to be.
         """
         self.name = name
         self.trunk = trunk
@@ -63,17 +66,23 @@ class Model:
         embed = embed if isinstance(embed, Embed) else Embed(trunk)
         self._outputs = outputs
         self._need = need
+        self.about = about or {}
         self.heads: dict[str, Head] = {"embed": embed, head.task: head}
         if self.takes_images:
             self.transform = create_transform(trunk.preprocess)
         if self.text is not None:
             self.text_embed = text_embed or Embed(self.text)
         networks = [head.network, self.text_embed.network if self.text else None]
+        self.trunk_bytes = parameter_bytes(trunk.network)
         self.head_bytes = sum(parameter_bytes(network) for network in networks if network)
+        if head.queries is not None:
+            self.head_bytes += head.queries.nbytes
         self.digest = self._digest(networks)
 
     def _digest(self, networks: Sequence[nn.Module | None]) -> str:
         weights = [state_digest(network.state_dict()) for network in networks if network]
+        if isinstance(head := self.heads[self.task], Linear):
+            weights = [head.digest]
         text = f" {self.text.digest} {self.text.preprocess.digest}" if self.text else ""
         parts = f"{self.trunk.digest} {self.trunk.preprocess.digest} {self.task} "
         parts += " ".join(weights) + text

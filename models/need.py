@@ -20,6 +20,11 @@ class Queries:
         """T, queries a block."""
         return self.raw_LTD.shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return self.raw_LTD.nbytes + self.projected_LThd.nbytes
+
 
 @dataclass(frozen=True, slots=True)
 class Ride:

@@ -34,14 +34,14 @@ def project(block: Any, raw_TD: Tensor) -> Tensor:
     asked = linear(
         block.norm1(raw_TD), attention.qkv.weight[:size], None if bias is None else bias[:size]
     )
-    projected: Tensor = attention.q_norm(asked.unflatten(-1, (attention.num_heads, -1)))
+    projected: Tensor = attention.q_norm(torch.unflatten(asked, -1, (attention.num_heads, -1)))
     return projected
 
 
 def keys_values(block: Any, qkv_BKE: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values, (B, h, K, d) each, from what the block's `qkv` layer gave."""
     attention = block.attn
-    split = qkv_BKE.unflatten(-1, (3, attention.num_heads, attention.head_dim))
+    split = torch.unflatten(qkv_BKE, -1, (3, attention.num_heads, attention.head_dim))
     _, keys, values = split.permute(2, 0, 3, 1, 4).unbind(0)
     return attention.k_norm(keys), values
 
@@ -49,10 +49,11 @@ def keys_values(block: Any, qkv_BKE: Tensor) -> tuple[Tensor, Tensor]:
 def attention_map(block: Any, qkv_BKE: Tensor) -> Tensor:
     """(B, h, K, K) probabilities with which the block's tokens read one another."""
     attention = block.attn
-    split = qkv_BKE.unflatten(-1, (3, attention.num_heads, attention.head_dim))
+    split = torch.unflatten(qkv_BKE, -1, (3, attention.num_heads, attention.head_dim))
     queries, keys, _ = split.permute(2, 0, 3, 1, 4).unbind(0)
     queries, keys = attention.q_norm(queries) * attention.scale, attention.k_norm(keys)
-    return (queries @ keys.transpose(-2, -1)).softmax(-1)
+    probabilities: Tensor = (queries @ keys.transpose(-2, -1)).softmax(-1)
+    return probabilities
 
 
 def read(projected_BThd: Tensor, keys_BhKd: Tensor, values_BhKd: Tensor) -> Tensor:
@@ -65,8 +66,8 @@ def finish_block(block: Any, raw: Tensor, found: Tensor) -> Tensor:
     """The rest of the block for tokens (..., D) that have read `found` (..., h * d)."""
     attention = block.attn
     x = raw + block.ls1(attention.proj(attention.norm(found)))
-    x = x + block.ls2(block.mlp(block.norm2(x)))
-    return x
+    finished: Tensor = x + block.ls2(block.mlp(block.norm2(x)))
+    return finished
 
 
 class Riding:
@@ -111,7 +112,7 @@ class Riding:
             here, asked_Nhd = asked_Nhd.tensor_split([len(rows) * count])
             whole = rows == list(range(len(keys)))
             theirs = (keys, values) if whole else (keys[index], values[index])
-            found.append(read(here.unflatten(0, (len(rows), count)), *theirs).flatten(0, 1))
+            found.append(read(torch.unflatten(here, 0, (len(rows), count)), *theirs).flatten(0, 1))
         raw_ND = self._raw_LUD[number][self._tokens_N]
         self._outputs.append(finish_block(block, raw_ND, torch.cat(found)))
 
@@ -123,7 +124,8 @@ class Riding:
             count = ride.queries.count
             slots = [self._slots[number, row] + t for row in ride.rows for t in range(count)]
             picked = together_LND[:, self._tensor(slots)]
-            outputs[ride.queries] = picked.unflatten(1, (len(ride.rows), count)).transpose(0, 1)
+            by_row = torch.unflatten(picked, 1, (len(ride.rows), count))
+            outputs[ride.queries] = by_row.transpose(0, 1)
         return outputs
 
     def _tensor(self, values: list[int]) -> Tensor:

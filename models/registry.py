@@ -4,26 +4,20 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from models.assembly import Assembly
 from models.catalog import Catalog, ModelEntry, TrunkEntry, load_catalog
-from models.errors import CatalogError, ModelNotReadyError
-from models.heads import create_head
-from models.heads.embed import Embed
-from models.heads.zero_shot import ZeroShot
-from models.joining import SCALE, Joined, join_by_classes, load_joined, save_joined
-from models.labels import load_labels, numbered_labels
+from models.errors import CatalogError, ModelNotFoundError, ModelNotReadyError
 from models.loading import LoadedTrunk, load_trunk
 from models.model import Model
-from models.prompts import DEFAULT_TEMPLATES, expand_templates
 from models.store import Store
-from models.text import TextTrunk
-from models.trunk import Placement, Trunk, parameter_bytes
+from models.trunk import Placement
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +31,7 @@ class State(StrEnum):
 
 @dataclass(slots=True)
 class _Slot:
+    entry: ModelEntry
     state: State = State.UNLOADED
     reason: str = ""
     model: Model | None = None
@@ -71,9 +66,10 @@ class Registry:
         self.dtype = dtype
         self.on_load = on_load
         self.on_unload = on_unload
-        self._slots = {name: _Slot() for name in catalog.models}
+        self._slots = {name: _Slot(entry) for name, entry in catalog.models.items()}
         self._trunks: dict[str, LoadedTrunk] = {}
         self._trunk_locks = {name: threading.Lock() for name in catalog.trunks}
+        self._assembly = Assembly(catalog.path.parent, self.store, self._trunk)
 
     @classmethod
     def from_catalog(cls, name_or_path: str | Path, **options: Any) -> "Registry":
@@ -91,8 +87,7 @@ class Registry:
             ModelNotFoundError: not in the catalog.
             ModelNotReadyError: in the catalog, but not ready.
         """
-        entry = self.catalog.model(name)
-        slot = self._slots[entry.name]
+        slot = self._slot(name)
         if slot.state is State.READY and slot.model is not None:
             return slot.model
         reason = f": {slot.reason}" if slot.reason else ""
@@ -104,15 +99,17 @@ class Registry:
         Raises:
             ModelsError: whatever kept it from loading; its state is then `failed`, with the reason.
         """
-        entry = self.catalog.model(name)
-        slot = self._slots[name]
+        slot = self._slot(name)
+        entry = slot.entry
         with slot.lock:
             if slot.model is not None:
                 return slot.model
+            if self._slots.get(name) is not slot:
+                raise ModelNotFoundError(f"model {name!r} was removed meanwhile")
             slot.state, slot.reason = State.LOADING, ""
             started = time.monotonic()
             try:
-                model = self._build(entry)
+                model = self._assembly.build(entry)
                 if self.on_load:
                     self.on_load(model)
             except BaseException as error:
@@ -127,24 +124,44 @@ class Registry:
 
     def unload(self, name: str) -> None:
         """Let a model go, and its trunk with the last model on it."""
-        entry = self.catalog.model(name)
-        slot = self._slots[name]
+        slot = self._slot(name)
         with slot.lock:
             model, slot.model = slot.model, None
             slot.state, slot.reason = State.UNLOADED, ""
             if model is not None and self.on_unload:
                 self.on_unload(model)
-        self._drop_unused_trunks(entry)
+        self._drop_unused_trunks(slot.entry)
+
+    def add(self, entry: ModelEntry) -> None:
+        """Declare a model that the catalog's file does not.
+
+        Raises:
+            CatalogError: the name is taken, or there is no such trunk.
+        """
+        if entry.name in self.catalog.models:
+            raise CatalogError(f"there is a model {entry.name!r} already")
+        if entry.trunk not in self.catalog.trunks:
+            some = ", ".join(self.catalog.trunks)
+            raise CatalogError(f"{entry.name}: no trunk {entry.trunk!r}; there are {some}")
+        self._slots[entry.name] = _Slot(entry)
+        self.catalog = replace(self.catalog, models={**self.catalog.models, entry.name: entry})
+
+    def remove(self, name: str) -> None:
+        """Let a model go, and forget that it was declared."""
+        self.unload(name)
+        self._slots.pop(name, None)
+        models = {other: entry for other, entry in self.catalog.models.items() if other != name}
+        self.catalog = replace(self.catalog, models=models)
 
     def state(self, name: str) -> State:
         """The state of a model that is in the catalog."""
-        return self._slots[self.catalog.model(name).name].state
+        return self._slot(name).state
 
     def describe(self, name: str) -> dict[str, Any]:
         """What `GET /models/{name}` tells: from the catalog, and from the weights once loaded."""
-        entry = self.catalog.model(name)
+        slot = self._slot(name)
+        entry = slot.entry
         trunk_entry = self.catalog.trunks[entry.trunk]
-        slot = self._slots[name]
         described: dict[str, Any] = {
             "name": name,
             "task": entry.task,
@@ -166,7 +183,9 @@ class Registry:
             described |= {
                 "format": slot.format,
                 "architecture": trunk.architecture,
-                "memory_bytes": parameter_bytes(trunk.network) + model.head_bytes,
+                "memory_bytes": model.trunk_bytes + model.head_bytes,
+                "head_bytes": model.head_bytes,
+                "head": dict(model.about) or None,
                 "preprocess": asdict(trunk.preprocess),
                 "labels": len(labels),
                 "model_digest": model.digest,
@@ -176,66 +195,20 @@ class Registry:
             }
         return described
 
+    def _slot(self, name: str) -> _Slot:
+        entry = self.catalog.model(name)
+        try:
+            return self._slots[entry.name]
+        except KeyError as error:  # removed since
+            raise ModelNotFoundError(f"no model {name!r}") from error
+
     def _drop_unused_trunks(self, entry: ModelEntry) -> None:
         for trunk in entry.trunks:
             with self._trunk_locks[trunk]:
-                if not any(self._uses(name, trunk) for name in self._slots):
+                if not any(_uses(slot, trunk) for slot in list(self._slots.values())):
                     self._trunks.pop(trunk, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _uses(self, name: str, trunk: str) -> bool:
-        slot = self._slots[name]
-        in_use = slot.model is not None or slot.state is State.LOADING
-        return in_use and trunk in self.catalog.models[name].trunks
-
-    def _build(self, entry: ModelEntry) -> Model:
-        loaded = self._trunk(entry.trunk)
-        if entry.task == "zero-shot":
-            return self._build_zero_shot(entry, loaded)
-        name = entry.head or {"segment": "saliency"}.get(entry.task, entry.task)
-        labels: tuple[str, ...] = ()
-        if entry.labels is not None:
-            labels = load_labels(entry.labels, self.catalog.path.parent)
-        elif name == "classify":
-            labels = loaded.labels or numbered_labels(loaded.trunk.num_classes)
-        weights = loaded.heads.get("pca" if name == "embed" else name)
-        head = create_head(name, loaded.trunk, labels, weights)
-        if head.task != entry.task:
-            raise CatalogError(f"{entry.name}: the head {name} does {head.task}, not {entry.task}")
-        text = self._trunk(entry.text).trunk if entry.text else None
-        return Model(entry.name, loaded.trunk, head, text=as_text(entry, text))
-
-    def _build_zero_shot(self, entry: ModelEntry, loaded: LoadedTrunk) -> Model:
-        text = as_text(entry, self._trunk(str(entry.text)).trunk)
-        assert text is not None
-        labels: tuple[str, ...] = ()
-        if entry.labels is not None:
-            labels = load_labels(entry.labels, self.catalog.path.parent)
-        templates = expand_templates(entry.templates or DEFAULT_TEMPLATES)
-        text_embed = None
-        if entry.join == "classes":
-            image_map, text_map = self._joined(entry, loaded.trunk, text)
-            embed = Embed(loaded.trunk, projection=image_map)
-            text_embed = Embed(text, projection=text_map)
-            head = ZeroShot(embed, SCALE, None, templates, labels)
-        elif loaded.towers is not None:
-            towers = loaded.towers
-            head = ZeroShot(Embed(loaded.trunk), towers.scale, towers.bias, templates, labels)
-        else:
-            raise CatalogError(f"{entry.name}: its towers were not trained together; set join")
-        return Model(entry.name, loaded.trunk, head, text=text, text_embed=text_embed)
-
-    def _joined(self, entry: ModelEntry, image: Trunk, text: TextTrunk) -> Joined:
-        """The maps between towers, worked out once and kept in the store."""
-        labels = load_labels("imagenet-1k", self.catalog.path.parent)
-        key = f"joined 2 {image.digest} {text.digest} {text.preprocess.digest}"
-        path = self.store.get(
-            key,
-            ".safetensors",
-            lambda target: save_joined(join_by_classes(image, text, labels), target),
-        )
-        return load_joined(path)
 
     def _trunk(self, name: str) -> LoadedTrunk:
         """The trunk, loaded now if it is not yet."""
@@ -254,11 +227,9 @@ class Registry:
         )
 
 
-def as_text(entry: ModelEntry, trunk: Trunk | None) -> TextTrunk | None:
-    """The trunk that a model names as its `text`, which must be one."""
-    if trunk is None or isinstance(trunk, TextTrunk):
-        return trunk
-    raise CatalogError(f"{entry.name}: text = {entry.text!r} is a trunk for images")
+def _uses(slot: _Slot, trunk: str) -> bool:
+    in_use = slot.model is not None or slot.state is State.LOADING
+    return in_use and trunk in slot.entry.trunks
 
 
 def resolve_device(device: str) -> torch.device:

@@ -78,9 +78,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         architecture="vit_base_patch16_224",
         arguments=built | ({"global_pool": "avg"} if is_mae else {}),
         state_dict=trunk,
-        heads={
-            "vqt": HeadState(head, {"normalize": bool(arguments.get("normalize_feats", True))})
-        },
+        heads={"vqt": HeadState(head, {"normalize": bool(arguments.get("normalize_feats", True))})},
         preprocess=Preprocess(
             input_size=(built["img_size"], built["img_size"]),
             crop_pct=1.0,

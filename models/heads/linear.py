@@ -5,8 +5,8 @@ The features are the trunk's own pooled output; or, as DINO's evaluation has the
 its patch tokens.
 """
 
+import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from models.checkpoint import HeadState
 from models.errors import CheckpointError
 from models.heads.ranking import Ranking
-from models.need import NOTHING, Need
-from models.trunk import Trunk, TrunkOutput
+from models.need import Need
+from models.trunk import Trunk, TrunkOutput, state_digest
 
 CLASSIFIER = "classifier."
 
@@ -38,6 +38,7 @@ class Linear(Ranking):
         outputs = last_size(self.network)
         if outputs != len(labels):
             raise CheckpointError(f"the head has {len(labels)} labels for {outputs} outputs")
+        self.digest = state_digest(state.tensors) + json.dumps(state.settings, sort_keys=True)
         self.read_settings(state)
 
     def read_settings(self, state: HeadState) -> None:
@@ -81,14 +82,16 @@ def create_classifier(tensors: Mapping[str, Tensor]) -> nn.Sequential:
     by_number: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith(CLASSIFIER):
-            number, _, name = key.removeprefix(CLASSIFIER).partition(".")
-            by_number.setdefault(int(number), {})[name] = value.float()
+            place, _, name = key.removeprefix(CLASSIFIER).partition(".")
+            if not place.isdecimal():
+                raise CheckpointError(f"{key} is no layer of a classifier")
+            by_number.setdefault(int(place), {})[name] = value.float()
     if not by_number or "weight" not in by_number[max(by_number)]:
         raise CheckpointError("the head has no classifier")
     layers: list[nn.Module] = []
     size = None
     for number, state in sorted(by_number.items()):
-        layer = _norm(state) if "running_mean" in state else _linear(state)
+        layer = _layer(state)
         inputs = state["weight"].shape[-1]
         if size not in (None, inputs):
             raise CheckpointError(f"layer {number} of the classifier takes {inputs}, not {size}")
@@ -109,20 +112,16 @@ def last_size(network: nn.Module) -> int:
     return [layer.out_features for layer in network.modules() if isinstance(layer, nn.Linear)][-1]
 
 
-def _linear(state: dict[str, Tensor]) -> nn.Linear:
-    outputs, inputs = state["weight"].shape
-    layer = nn.Linear(inputs, outputs, bias="bias" in state)
-    return _filled(layer, state)
-
-
-def _norm(state: dict[str, Tensor]) -> nn.BatchNorm1d:
-    layer = nn.BatchNorm1d(len(state["running_mean"]))
-    return _filled(layer, {"num_batches_tracked": torch.tensor(0), **state})
-
-
-def _filled(layer: Any, state: dict[str, Tensor]) -> Any:
+def _layer(state: dict[str, Tensor]) -> nn.Module:
     try:
+        layer: nn.Module
+        if "running_mean" in state:
+            layer = nn.BatchNorm1d(len(state["running_mean"]))
+            state = {"num_batches_tracked": torch.tensor(0), **state}
+        else:
+            outputs, inputs = state["weight"].shape
+            layer = nn.Linear(inputs, outputs, bias="bias" in state)
         layer.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"the head's classifier does not fit together: {error}") from error
     return layer

@@ -4,8 +4,6 @@ The features are the trunk's pooled output and each block's query outputs, each 
 unit length; then a classifier, on a selection of them where training has selected some.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -14,7 +12,7 @@ from models.checkpoint import HeadState
 from models.errors import CheckpointError
 from models.heads.linear import Linear, check_has_blocks, first_size
 from models.queries import prepare_queries
-from models.trunk import Trunk, TrunkOutput
+from models.trunk import TrunkOutput
 
 
 class Vqt(Linear):
@@ -90,7 +88,7 @@ def selection(state: HeadState, available: int, wanted: int) -> Tensor | None:
         return None
     if indices.shape != (wanted,) or indices.dtype != torch.int64:
         raise CheckpointError(f"indices must be {wanted} whole numbers (int64)")
-    if wanted and not (0 <= int(indices.min()) and int(indices.max()) < available):
+    if wanted and not (int(indices.min()) >= 0 and int(indices.max()) < available):
         raise CheckpointError(f"indices must lie in 0..{available - 1}")
     return indices
 

@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from models.images import SUFFIXES
 from service.cli.tables import write_table
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 RETRY_STATUSES = (429, 503)
 MAX_TRIES = 5
 

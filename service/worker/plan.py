@@ -66,14 +66,14 @@ def resolve(registry: Registry, call: Call, modality: str) -> Resolved:
             the other modality.
     """
     try:
-        name = call.model or registry.catalog.default_model(str(call.task)).name
-        model = registry.ready(name)
+        catalog = registry.catalog
+        entry = catalog.model(call.model) if call.model else catalog.default_model(str(call.task))
+        model = registry.ready(entry.name)
         head = model.head_for(modality, call.task, call.options)
     except ModelsError as error:
         raise from_library(error) from error
     forward = {k: v for k, v in call.options.items() if k in head.forward_options}
     finish = {k: v for k, v in call.options.items() if k not in head.forward_options}
-    entry = registry.catalog.models[name]
     trunk = entry.text if modality == "text" and entry.text else entry.trunk
     head_call = HeadCall(head, tuple(sorted(forward.items())))
     return Resolved(model, trunk, modality, head, head_call, finish)

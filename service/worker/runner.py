@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from models.heads import Head
+from models.need import need_of
 from models.trunk import Trunk
 from service.metrics import Metrics
 from service.worker.scheduler import Batch, BatchQueue, Entry
@@ -131,11 +132,13 @@ class Runner:
             on_gpu = self.trunk.placement.device.type == "cuda"
             inputs = [item.prepared for item in items]
             # pinned, so that the copy to a GPU overlaps the other stream's computation
-            output = self.trunk.forward(self.trunk.collate(inputs, pin_memory=on_gpu))
+            batch = self.trunk.collate(inputs, pin_memory=on_gpu)
             places: dict[HeadCall, list[tuple[int, int]]] = defaultdict(list)
             for row, item in enumerate(items):
                 for position, call in enumerate(item.calls):
                     places[call].append((row, position))
+            asked = ((call.head, [row for row, _ in rows]) for call, rows in places.items())
+            output = self.trunk.forward(batch, need_of(asked))
             results: list[list[Row | Exception]] = [[{}] * len(item.calls) for item in items]
             for call, wanted in places.items():
                 rows = self._run_head(call, output.rows([row for row, _ in wanted]), len(wanted))

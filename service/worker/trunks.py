@@ -61,7 +61,7 @@ class ServedTrunks:
                     self._drop_trunk(name)
 
     def _trunks_of(self, model: Model) -> list[tuple[str, Trunk]]:
-        entry = self._registry.catalog.models[model.name]
+        entry = self._registry.catalog.model(model.name)
         found = [(entry.trunk, model.trunk)]
         if entry.text is not None and entry.text != entry.trunk and model.text is not None:
             found.append((entry.text, model.text))

@@ -1,0 +1,143 @@
+"""Many VQT heads on one trunk, against a model each and against the bare trunk.
+
+    python -m benchmarks.heads [--model dinov2-focus-embed] [--heads 1,8,64,256] [--images 64]
+
+Heads have random weights and one query a block (as published). `mixed`: each image wants one head,
+drawn at random; `all`: each image wants all of them. `apart`: as mixed, but every head is a model
+with a queue of its own, as servers without shared trunks have it. All go through the real batcher
+and runner, in alternating rounds; figures are medians.
+"""
+
+import argparse
+import random
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from prometheus_client import CollectorRegistry
+
+from models import Registry
+from models.checkpoint import HeadState
+from models.heads import create_head
+from models.trunk import Trunk, parameter_bytes
+from service.metrics import Metrics
+from service.worker.batcher import Batcher
+from service.worker.options import EngineOptions
+from service.worker.runner import HeadCall, Item, Runner, Threads
+from service.worker.scheduler import BatchQueue, Entry, Scheduler
+
+LABELS = tuple(map(str, range(20)))
+
+Wanted = list[tuple[str, Sequence[HeadCall]]]
+
+
+class Bench:
+    """A trunk behind one queue for all heads, and behind one for each head."""
+
+    def __init__(self, trunk: Trunk, count: int, batch: int) -> None:
+        options = EngineOptions().resolve(trunk.placement.device.type)
+        threads = Threads(lane=options.lane_threads, wide=options.threads)
+        metrics = Metrics(CollectorRegistry())
+        self.trunk = trunk
+        names = ["shared", *map(str, range(count))]
+        self._runners = {name: Runner(name, trunk, threads, metrics) for name in names}
+        self._batcher = Batcher(
+            Scheduler(lanes=options.streams),
+            execute=lambda b: self._runners[b.queue.name].execute(b),
+            drop=lambda entry: None,
+        )
+        for name in names:
+            self._batcher.add_queue(BatchQueue(name, max_batch_size=batch, capacity=10**6))
+        self._batcher.start()
+
+    def run(self, wanted: Wanted) -> float:
+        """Images a second, all waiting from the start."""
+        items = [Item(queue, self.trunk.blank(), calls) for queue, calls in wanted]
+        started = time.perf_counter()
+        for item in items:
+            self._batcher.admit(item.trunk, 1)
+            self._batcher.put(item.trunk, Entry(item, object()))
+        for item in items:
+            for row in item.future.result().rows:
+                if isinstance(row, Exception):
+                    raise row
+        return len(items) / (time.perf_counter() - started)
+
+
+def random_head(trunk: Trunk, seed: int) -> HeadCall:
+    generator = torch.Generator().manual_seed(seed)
+    depth, dim = len(trunk.blocks), trunk.blocks[0].attn.qkv.in_features
+    tensors = {
+        "queries": torch.randn(depth, 1, dim, generator=generator) * 0.05,
+        "classifier.0.weight": torch.randn(len(LABELS), dim * (1 + depth), generator=generator),
+        "classifier.0.bias": torch.zeros(len(LABELS)),
+    }
+    return HeadCall(create_head("vqt", trunk, LABELS, HeadState(tensors)))
+
+
+def resident_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", default="dinov2-focus-embed", help="a model on the trunk")
+    parser.add_argument("--heads", default="1,8,64,256")
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    given = parser.parse_args()
+    counts = [int(count) for count in given.heads.split(",")]
+    trunk = Registry.from_catalog("demo", device=given.device).get(given.model).trunk
+    before = resident_bytes()
+    heads = [random_head(trunk, seed) for seed in range(max(counts))]
+    grown = resident_bytes() - before
+    bench = Bench(trunk, len(heads), given.batch)
+    images = given.images
+
+    def mixed(count: int) -> Wanted:
+        return [("shared", [random.choice(heads[:count])]) for _ in range(images)]
+
+    def every(count: int) -> Wanted:
+        return [("shared", heads[:count])] * images
+
+    def apart(count: int) -> Wanted:
+        return [(str(i), [heads[i]]) for i in random.choices(range(count), k=images)]
+
+    ways: dict[str, Callable[[], Wanted]] = {"bare trunk": lambda: [("shared", ())] * images}
+    for count in counts:
+        ways[f"{count} mixed"] = partial(mixed, count)
+        ways[f"{count} all"] = partial(every, count)
+        ways[f"{count} apart"] = partial(apart, count)
+    for make in ways.values():
+        bench.run(make()[: given.batch])
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(given.rounds):
+        for name, make in ways.items():
+            rates[name].append(bench.run(make()))
+    print(f"{trunk.architecture}, batches of {given.batch}, {given.rounds} rounds")
+    one = statistics.median(rates["1 mixed"])
+    for name, found in rates.items():
+        rate = statistics.median(found)
+        print(f"{name:>12}: {rate:8.1f} images/s, {one / rate:5.2f} times the time of one head")
+    size = parameter_bytes(trunk.network)
+    each = heads[0].head
+    held = (
+        sum(t.nbytes for t in (each.queries.raw_LTD, each.queries.projected_LThd))
+        if each.queries
+        else 0
+    )
+    held += parameter_bytes(each.network) if each.network else 0
+    print(f"trunk {size / 2**20:.1f} MB; a head {held / 2**20:.3f} MB")
+    share = len(heads) * held / (len(heads) * size)
+    print(
+        f"{len(heads)} heads: {share:.2%} of as many trunks; resident memory grew by {grown / 2**20:.1f} MB"
+    )
+
+
+if __name__ == "__main__":
+    main()

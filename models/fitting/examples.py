@@ -1,0 +1,146 @@
+"""Labelled images: folders named by class, a CSV file, or a zip archive of such folders."""
+
+import csv
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import numpy as np
+
+from models.errors import InputError
+from models.images import SUFFIXES
+
+MAX_MEMBERS = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """An encoded image, or where it lies, and its class."""
+
+    name: str
+    label: str
+    image: bytes | Path
+
+    def read(self) -> bytes:
+        """The encoded image; OSError if it is a file that cannot be read."""
+        return self.image if isinstance(self.image, bytes) else self.image.read_bytes()
+
+
+def read_examples(path: Path) -> list[Example]:
+    """The examples below a folder, or those that a `.csv` with the columns path and label names
+    (paths relative to it).
+
+    Raises:
+        InputError: neither, or nothing in it.
+    """
+    examples = list(_of_csv(path) if path.suffix == ".csv" else _of_folder(path))
+    if not examples:
+        raise InputError(f"{path}: no image in a folder named by its class")
+    return examples
+
+
+def read_archive(file: BinaryIO, max_bytes: int) -> list[Example]:
+    """The examples in a zip archive whose folders are classes; one folder around all is let be.
+
+    Args:
+        max_bytes: of all images together, and so of what is held in memory.
+
+    Raises:
+        InputError: not a zip archive, encrypted, too much, or images outside of folders.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return _of_archive(archive, max_bytes)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+        raise InputError(f"the archive cannot be read: {error}", field="archive") from error
+
+
+def check_classes(examples: Sequence[Example]) -> None:
+    """Raise InputError unless there are two classes with two images each."""
+    counts = Counter(example.label for example in examples)
+    if len(counts) < 2:
+        raise InputError(f"{len(counts)} class; a head tells at least two apart", field="labels")
+    lone = sorted(label for label, count in counts.items() if count < 2)
+    if lone:
+        raise InputError(
+            f"a single image of {', '.join(lone[:10])}; each class needs two at least, one to "
+            "learn from and one held out",
+            field="labels",
+        )
+
+
+def split(labels: Sequence[str], holdout: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions to learn from, and positions held out: of each class the share `holdout`, but at
+    least one and never all."""
+    random = np.random.default_rng(seed)
+    kept: list[int] = []
+    held: list[int] = []
+    for label in sorted(set(labels)):
+        positions = [i for i, other in enumerate(labels) if other == label]
+        random.shuffle(positions)
+        count = min(len(positions) - 1, max(1, round(holdout * len(positions))))
+        held += positions[:count]
+        kept += positions[count:]
+    return np.array(sorted(kept)), np.array(sorted(held))
+
+
+def _of_folder(folder: Path) -> Iterator[Example]:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    for path in sorted(folder.rglob("*")):
+        below = path.relative_to(folder)
+        if path.suffix.lower() in SUFFIXES and len(below.parts) > 1 and path.is_file():
+            yield Example(str(below), below.parts[0], path)
+
+
+def _of_csv(path: Path) -> Iterator[Example]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            if not {"path", "label"} <= set(rows.fieldnames or ()):
+                raise InputError(f"{path}: its first line must name the columns path and label")
+            for row in rows:
+                if row["path"] and row["label"]:
+                    yield Example(row["path"], row["label"], path.parent / row["path"])
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a readable CSV file: {error}") from error
+
+
+def _of_archive(archive: zipfile.ZipFile, max_bytes: int) -> list[Example]:
+    members = [
+        (PurePosixPath(item.filename), item)
+        for item in archive.infolist()
+        if not item.is_dir() and _is_image(PurePosixPath(item.filename))
+    ]
+    total = sum(item.file_size for _, item in members)
+    if len(members) > MAX_MEMBERS or total > max_bytes:
+        raise InputError(
+            f"the archive holds {len(members)} images of {total} bytes; the limits are "
+            f"{MAX_MEMBERS} and {max_bytes}",
+            field="archive",
+        )
+    skip = 0
+    while members and all(len(path.parts) > skip + 2 for path, _ in members):
+        if len({path.parts[skip] for path, _ in members}) > 1:
+            break
+        skip += 1
+    if outside := next((path for path, _ in members if len(path.parts) < skip + 2), None):
+        raise InputError(f"{outside} lies in no folder named by its class", field="archive")
+    examples = []
+    for path, item in members:
+        with archive.open(item) as file:
+            content = file.read(item.file_size + 1)
+        if len(content) != item.file_size:
+            raise InputError(f"{path} is longer than the archive says", field="archive")
+        examples.append(Example(str(path), path.parts[skip], content))
+    if not examples:
+        raise InputError("the archive holds no image", field="archive")
+    return examples
+
+
+def _is_image(path: PurePosixPath) -> bool:
+    hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
+    return path.suffix.lower() in SUFFIXES and not hidden

@@ -1,0 +1,110 @@
+"""What a frozen trunk makes of the examples: computed once, and kept on disk while it fits."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.heads.linear import Linear, check_has_blocks
+from models.heads.ranking import Ranking
+from models.need import Need
+from models.trunk import Trunk, TrunkOutput
+
+# Keys and values are read once an epoch: half the bits are half the time, and training has noise.
+STORED = np.float16
+
+
+class ReadFeatures(Ranking):
+    """Stands where a head would, and passes on what a head of that kind is made from.
+
+    For `linear`: `features` (B, F). For `vqt`: `pooled` (B, D) and `keys_values`
+    (B, L, 2, h, T, d).
+    """
+
+    def __init__(self, trunk: Trunk, kind: str, linear: Linear | None) -> None:
+        super().__init__(())
+        self.trunk = trunk
+        self._linear = linear
+        self.need = linear.need if linear is not None else Need(keys_values=True)
+        if kind == "vqt":
+            check_has_blocks(trunk)
+
+    def forward(self, output: TrunkOutput) -> dict[str, Tensor]:
+        if self._linear is not None:
+            return {"features": self._linear.features(output)}
+        both = [torch.stack(pair, 1) for pair in output.keys_values]
+        return {"pooled": self.trunk.pool(output), "keys_values": torch.stack(both, 1)}
+
+
+Row = dict[str, np.ndarray]
+Compute = Callable[[Sequence[int]], list[Row]]
+
+
+@dataclass(slots=True)
+class Features:
+    """Rows by position, from `compute`. The first ones, as many as fit into `limit_bytes` on disk,
+    are computed once; the others anew each time they are asked for."""
+
+    compute: Compute
+    count: int
+    folder: Path
+    limit_bytes: int
+    _kept: dict[str, np.memmap] | None = None
+    _known: np.ndarray | None = None
+
+    def fill(self, order: Iterable[Sequence[int]], done: Callable[[int], None]) -> None:
+        """Compute all that is kept, a batch of positions at a time."""
+        for positions in order:
+            wanted = [p for p in positions if self._known is None or p < len(self._known)]
+            if wanted:
+                self.rows(wanted)
+            done(len(positions))
+
+    def rows(self, positions: Sequence[int]) -> dict[str, Tensor]:
+        """Tensors (len(positions), ...) by name, float32 but for keys and values."""
+        missing = [p for p in positions if not self._has(p)]
+        computed = dict(zip(missing, self.compute(missing) if missing else [], strict=True))
+        for position, row in computed.items():
+            self._keep(position, row)
+        names = next(iter(computed.values())) if self._kept is None else self._kept
+        return {
+            name: torch.from_numpy(
+                np.stack([computed[p][name] if p in computed else self._at(name, p)
+                          for p in positions])
+            )
+            for name in names
+        }  # fmt: skip
+
+    def _has(self, position: int) -> bool:
+        known = self._known
+        return known is not None and position < len(known) and bool(known[position])
+
+    def _at(self, name: str, position: int) -> np.ndarray:
+        assert self._kept is not None
+        return np.asarray(self._kept[name][position])
+
+    def _keep(self, position: int, row: Row) -> None:
+        for name in row:
+            if name == "keys_values":
+                row[name] = row[name].astype(STORED)
+        if self._kept is None:
+            each = sum(array.nbytes for array in row.values())
+            capacity = min(self.count, self.limit_bytes // each)
+            self._known = np.zeros(capacity, bool)
+            self._kept = {
+                name: np.memmap(
+                    self.folder / f"{name}.bin",
+                    dtype=array.dtype,
+                    mode="w+",
+                    shape=(max(1, capacity), *array.shape),
+                )
+                for name, array in row.items()
+            }
+        assert self._known is not None
+        if position < len(self._known):
+            for name, array in row.items():
+                self._kept[name][position] = array
+            self._known[position] = True

@@ -1,0 +1,234 @@
+"""Gradient descent on a head's own weights, over features of a frozen trunk."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, dropout
+
+from models.fitting.features import Features
+from models.fitting.options import FitOptions
+from models.heads.vqt import vqt_features
+from models.queries import finish_block, project
+from models.trunk import Trunk
+
+QUERY_DROPOUT = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """One point of the learning curve."""
+
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    holdout_loss: float
+    holdout_accuracy: float
+
+
+Watch = Callable[[Epoch], None]
+
+
+class Learner(nn.Module):
+    """Features in the making, and the classifier on them."""
+
+    classifier: nn.Linear
+
+    def features(self, rows: Mapping[str, Tensor]) -> Tensor:
+        """(B, F), all of them, of stored rows."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights as a head's file has them, but for the classifier's."""
+        raise NotImplementedError
+
+
+class LinearLearner(Learner):
+    """Features as they are, scaled by what the examples to learn from look like."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, features: Features, learn: np.ndarray, classes: int) -> None:
+        super().__init__()
+        sums = [(rows := features.rows(some)["features"], rows.square()) for some in _runs(learn)]
+        count = len(learn)
+        mean = torch.stack([rows.sum(0) for rows, _ in sums]).sum(0) / count
+        square = torch.stack([squares.sum(0) for _, squares in sums]).sum(0) / count
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", (square - mean.square()).clamp(min=1e-8).sqrt())
+        self.classifier = _zero_linear(len(mean), classes)
+
+    def features(self, rows: Mapping[str, Tensor]) -> Tensor:
+        return (rows["features"] - self.mean) / self.std
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+
+class VqtLearner(Learner):
+    """Queries that read each block's keys and values; see `models/queries.py`."""
+
+    def __init__(self, trunk: Trunk, queries: int, classes: int) -> None:
+        super().__init__()
+        depth, dim = len(trunk.blocks), trunk.blocks[0].attn.qkv.in_features
+        self._trunk = [trunk]  # in a list, so that it is no part of what is trained
+        network: Any = trunk.network
+        rows, columns = network.patch_embed.patch_size
+        bound = math.sqrt(6 / (3 * rows * columns + dim))  # upstream's initialisation
+        self.queries = nn.Parameter(torch.empty(depth, queries, dim).uniform_(-bound, bound))
+        self.classifier = _zero_linear(dim * (1 + depth * queries), classes)
+        self._dtype = trunk.placement.dtype
+
+    def features(self, rows: Mapping[str, Tensor]) -> Tensor:
+        pooled_BD, stored = rows["pooled"], rows["keys_values"]
+        outputs = []
+        for number, block in enumerate(self._trunk[0].blocks):
+            # each of the two laid out for itself, or every product would copy it again
+            keys, values = (stored[:, number, i].to(self._dtype).contiguous() for i in (0, 1))
+            raw_TD = dropout(self.queries[number], QUERY_DROPOUT, self.training).to(self._dtype)
+            asked = project(block, raw_TD).expand(len(keys), -1, -1, -1)
+            found = _read(block.attn.scale * asked, keys, values)
+            outputs.append(finish_block(block, raw_TD.expand(len(keys), -1, -1), found))
+        return vqt_features(pooled_BD, torch.stack(outputs, 1), None, True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"queries": self.queries.detach()}
+
+
+class Training:
+    """Trains a learner until what is held out gets no better.
+
+    The classes' indices of all positions are `targets`; `learn` and `held` are positions.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        features: Features,
+        targets: np.ndarray,
+        learn: np.ndarray,
+        held: np.ndarray,
+        options: FitOptions,
+        device: torch.device,
+        watch: Watch,
+    ) -> None:
+        self._learner = learner.to(device)
+        self._device = device
+        self._features = features
+        self._targets = torch.from_numpy(targets).to(device)
+        self._learn = learn
+        self._held = held
+        self._options = options
+        self._watch = watch
+        self._random = np.random.default_rng(options.seed)
+        self.curve: list[Epoch] = []
+
+    def run(self, indices: Tensor | None = None, lasso: float = 0.0) -> Epoch:
+        """Leave the learner as it was in its best epoch, which is returned.
+
+        Args:
+            indices: the features that the classifier sees; None: all.
+            lasso: weight of the sum over features of their columns' norms in the classifier.
+        """
+        learner, options = self._learner, self._options
+        optimizer = torch.optim.AdamW(
+            learner.parameters(), options.learning_rate, weight_decay=options.weight_decay
+        )
+        best: Epoch | None = None
+        kept: dict[str, Any] = {}
+        for _ in range(options.epochs):
+            learner.train()
+            sums = np.zeros(2)
+            for positions in self._shuffled():
+                optimizer.zero_grad()
+                loss, correct = self._loss(positions, indices)
+                penalty = lasso * learner.classifier.weight.norm(dim=0).sum() if lasso else 0
+                torch.autograd.backward(loss + penalty)
+                optimizer.step()
+                sums += loss.item() * len(positions), correct
+            train_loss, train_accuracy = sums / len(self._learn)
+            held_loss, held_accuracy = self._evaluate(indices)
+            point = Epoch(len(self.curve) + 1, train_loss, train_accuracy, held_loss, held_accuracy)
+            self.curve.append(point)
+            self._watch(point)
+            if best is None or _better(point, best):
+                best = point
+                kept = {name: value.clone() for name, value in learner.state_dict().items()}
+            elif point.epoch - best.epoch >= options.patience:
+                break
+        assert best is not None
+        learner.load_state_dict(kept)
+        return best
+
+    def predict(self, indices: Tensor | None) -> np.ndarray:
+        """(held,) indices of the classes that the held out images are taken for."""
+        self._learner.eval()
+        with torch.no_grad():
+            return np.concatenate(
+                [self._logits(some, indices).argmax(-1).cpu().numpy() for some in _runs(self._held)]
+            )
+
+    def _shuffled(self) -> Iterator[list[int]]:
+        order = self._random.permutation(self._learn)
+        size = self._options.batch_size
+        for start in range(0, len(order), size):
+            yield sorted(order[start : start + size].tolist())
+
+    def _logits(self, positions: Sequence[int], indices: Tensor | None) -> Tensor:
+        rows = self._features.rows(positions)
+        on_device = {name: tensor.to(self._device) for name, tensor in rows.items()}
+        seen = self._learner.features(on_device)
+        seen = seen if indices is None else seen[:, indices]
+        logits: Tensor = self._learner.classifier(seen)
+        return logits
+
+    def _loss(self, positions: Sequence[int], indices: Tensor | None) -> tuple[Tensor, int]:
+        logits = self._logits(positions, indices)
+        targets = self._targets[list(positions)]
+        return cross_entropy(logits, targets), int((logits.argmax(-1) == targets).sum())
+
+    def _evaluate(self, indices: Tensor | None) -> tuple[float, float]:
+        self._learner.eval()
+        loss, correct = 0.0, 0
+        with torch.no_grad():
+            for positions in _runs(self._held):
+                some, right = self._loss(positions, indices)
+                loss += some.item() * len(positions)
+                correct += right
+        return loss / len(self._held), correct / len(self._held)
+
+
+def _read(asked_BThd: Tensor, keys_BhKd: Tensor, values_BhKd: Tensor) -> Tensor:
+    """As `models.queries.read`, but with gradients for the queries alone, which is much less work
+    than fused kernels do."""
+    scores = asked_BThd.transpose(1, 2) @ keys_BhKd.transpose(-2, -1)
+    found = scores.softmax(-1) @ values_BhKd
+    return found.transpose(1, 2).flatten(2)
+
+
+def _better(point: Epoch, best: Epoch) -> bool:
+    """By accuracy, and among equals by loss."""
+    ours = (point.holdout_accuracy, -point.holdout_loss)
+    return ours > (best.holdout_accuracy, -best.holdout_loss)
+
+
+def _runs(positions: np.ndarray, size: int = 64) -> Iterator[list[int]]:
+    for start in range(0, len(positions), size):
+        yield positions[start : start + size].tolist()
+
+
+def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def curve_rows(curve: Sequence[Epoch]) -> list[dict[str, float]]:
+    """The learning curve as plain values."""
+    return [asdict(point) for point in curve]

@@ -1,0 +1,150 @@
+"""Trained heads as files: one safetensors file, its metadata saying what it was made for."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from safetensors.torch import save as save_bytes
+from torch import Tensor, isfinite
+
+from models.checkpoint import HeadState
+from models.errors import CheckpointError
+
+METADATA_KEY = "vitrail-head"
+VERSION = 1
+KINDS = ("linear", "vqt")
+MAX_LABELS = 100_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadFile:
+    """A head for `trunk` (its name where it was made), and for no other than that of `trunk_digest`
+    with the transform of `preprocess_digest`. `training` sums up how it was made."""
+
+    kind: str
+    trunk: str
+    trunk_digest: str
+    preprocess_digest: str
+    labels: tuple[str, ...]
+    state: HeadState
+    task: str = "classify"
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    def check_trunk(self, trunk_digest: str, preprocess_digest: str) -> None:
+        """Raise CheckpointError unless the head was made for this trunk and transform."""
+        for what, wanted, given in (
+            ("trunk", self.trunk_digest, trunk_digest),
+            ("preprocessing", self.preprocess_digest, preprocess_digest),
+        ):
+            if wanted != given:
+                raise CheckpointError(
+                    f"the head was made for another {what} ({wanted[:19]}..., of {self.trunk!r}), "
+                    f"not for this ({given[:19]}...)"
+                )
+
+
+def encode_head(head: HeadFile) -> bytes:
+    """The file's bytes."""
+    tensors = {key: value.contiguous().cpu() for key, value in head.state.tensors.items()}
+    return save_bytes(tensors, metadata={METADATA_KEY: json.dumps(_metadata(head))})
+
+
+def save_head(head: HeadFile, path: Path) -> None:
+    """Write the file, under its name only when complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, encode_head(head))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that a crash at any moment leaves either all of it or nothing of it."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def read_head(path: Path) -> HeadFile:
+    """Read a head's file.
+
+    Raises:
+        CheckpointError: missing, damaged, or no head.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    try:
+        return decode_head(content)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def decode_head(content: bytes) -> HeadFile:
+    """A head from its file's bytes, checked but for its trunk.
+
+    Raises:
+        CheckpointError: damaged, not a head, or with weights that are not finite.
+    """
+    try:
+        tensors = load(content)
+        size = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + size])
+        metadata = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "null"))
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"not a readable safetensors file: {error}") from error
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"a safetensors file, but no head: its metadata lack {METADATA_KEY}")
+    if metadata.get("version") != VERSION:
+        raise CheckpointError(f"a head of version {metadata.get('version')}; {VERSION} is known")
+    return _checked(metadata, tensors)
+
+
+def _checked(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> HeadFile:
+    texts = ("kind", "trunk", "trunk_digest", "preprocess_digest", "task")
+    if wrong := [name for name in texts if not isinstance(metadata.get(name), str)]:
+        raise CheckpointError(f"the head's metadata lack {', '.join(wrong)}")
+    if metadata["kind"] not in KINDS or metadata["task"] != "classify":
+        kinds = ", ".join(KINDS)
+        raise CheckpointError(
+            f"a {metadata['kind']!r} head for the task {metadata['task']!r}; known are {kinds} "
+            "for classify"
+        )
+    labels = metadata.get("labels")
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise CheckpointError("the head's metadata lack labels")
+    if not 1 <= len(labels) <= MAX_LABELS:
+        raise CheckpointError(f"the head has {len(labels)} labels")
+    for part in ("settings", "training"):
+        if not isinstance(metadata.get(part, {}), dict):
+            raise CheckpointError(f"the head's {part} are no object")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(isfinite(tensor).all()):
+            raise CheckpointError(f"the head's {name} has values that are not finite")
+    return HeadFile(
+        **{name: metadata[name] for name in texts},
+        labels=tuple(labels),
+        state=HeadState(tensors, metadata.get("settings", {})),
+        training=metadata.get("training", {}),
+    )
+
+
+def _metadata(head: HeadFile) -> dict[str, Any]:
+    names = ("kind", "trunk", "trunk_digest", "preprocess_digest", "task")
+    return {
+        "version": VERSION,
+        **{name: getattr(head, name) for name in names},
+        "labels": list(head.labels),
+        "settings": dict(head.state.settings),
+        "training": dict(head.training),
+    }
