@@ -22,6 +22,7 @@ from prometheus_client import CollectorRegistry
 from models import Registry
 from models.checkpoint import HeadState
 from models.heads import create_head
+from models.heads.vqt import Vqt
 from models.trunk import Trunk, parameter_bytes
 from service.metrics import Metrics
 from service.worker.batcher import Batcher
@@ -125,18 +126,12 @@ def main() -> None:
         rate = statistics.median(found)
         print(f"{name:>12}: {rate:8.1f} images/s, {one / rate:5.2f} times the time of one head")
     size = parameter_bytes(trunk.network)
-    each = heads[0].head
-    held = (
-        sum(t.nbytes for t in (each.queries.raw_LTD, each.queries.projected_LThd))
-        if each.queries
-        else 0
-    )
-    held += parameter_bytes(each.network) if each.network else 0
-    print(f"trunk {size / 2**20:.1f} MB; a head {held / 2**20:.3f} MB")
-    share = len(heads) * held / (len(heads) * size)
-    print(
-        f"{len(heads)} heads: {share:.2%} of as many trunks; resident memory grew by {grown / 2**20:.1f} MB"
-    )
+    head = heads[0].head
+    assert isinstance(head, Vqt)
+    assert head.network is not None
+    held = head.queries.nbytes + parameter_bytes(head.network)
+    print(f"trunk {size / 2**20:.1f} MB; a head {held / 2**20:.3f} MB, {held / size:.2%} of it")
+    print(f"{len(heads)} heads: resident memory grew by {grown / 2**20:.1f} MB")
 
 
 if __name__ == "__main__":

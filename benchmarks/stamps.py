@@ -59,7 +59,8 @@ class Passes:
         self._rows: dict[str, Row] = {}
 
     def __call__(self, pixels_BCHW: Tensor, head: ReadFeatures) -> list[Row]:
-        what = f"{head.need.keys_values} {sorted(head.need.layers)}"
+        need = head.needs([0])
+        what = f"{bool(need.keys_values)} {sorted(need.layers)}"
         keys = [what + hashlib.sha256(image.numpy()).hexdigest() for image in pixels_BCHW]
         new = [i for i, key in enumerate(keys) if key not in self._rows]
         if new:
@@ -121,7 +122,17 @@ def main() -> None:
             result = fitted([examples[i] for i in learn], trunk, name, wanted, passes)
             found.append(accuracy(result, trunk, [examples[i] for i in aside]))
             r = result.report
-            print("   ", way, seed, f"{found[-1]:.3f}", r["holdout_accuracy"], r["best_epoch"], r["seconds"], r["curve"][-1], flush=True)
+            print(
+                "   ",
+                way,
+                seed,
+                f"{found[-1]:.3f}",
+                r["holdout_accuracy"],
+                r["best_epoch"],
+                r["seconds"],
+                r["curve"][-1],
+                flush=True,
+            )
         spread = statistics.stdev(found) if len(found) > 1 else 0.0
         each = " ".join(f"{value:.3f}" for value in found)
         print(f"{way:>22}: {statistics.mean(found):.3f} +- {spread:.3f}  ({each})", flush=True)

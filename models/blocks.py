@@ -40,7 +40,8 @@ class Reading:
         if number in self._need.attention:
             self.attention[number] = attention_map(self._blocks[number], qkv_BKE)
         if self._need.keys_values:
-            self.keys_values.append(keys_values(self._blocks[number], qkv_BKE))
+            rows = list(self._need.keys_values)
+            self.keys_values.append(keys_values(self._blocks[number], qkv_BKE[rows]))
         if self._riding is not None:
             self._riding.at_block(number, qkv_BKE)
 

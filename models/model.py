@@ -16,9 +16,10 @@ from models.errors import InputError, TaskError
 from models.heads import Head
 from models.heads.embed import Embed
 from models.heads.linear import Linear
+from models.heads.vqt import Vqt
 from models.heads.zero_shot import ZeroShot
 from models.images import DEFAULT_LIMITS, ImageLimits, decode_image, to_upright_rgb
-from models.need import NOTHING, Need, need_of
+from models.need import NOTHING, Need, together
 from models.preprocess import collate, create_transform
 from models.prompts import ensemble, prompts
 from models.text import TextTrunk
@@ -75,7 +76,7 @@ class Model:
         networks = [head.network, self.text_embed.network if self.text else None]
         self.trunk_bytes = parameter_bytes(trunk.network)
         self.head_bytes = sum(parameter_bytes(network) for network in networks if network)
-        if head.queries is not None:
+        if isinstance(head, Vqt):
             self.head_bytes += head.queries.nbytes
         self.digest = self._digest(networks)
 
@@ -178,7 +179,7 @@ class Model:
         self, pixels_BCHW: Tensor, head: Head, options: Mapping[str, Any]
     ) -> list[dict[str, np.ndarray]]:
         """Trunk and head for a batch of pixels; named float32 arrays for each row."""
-        output = self.trunk.forward(pixels_BCHW, need_of([(head, range(len(pixels_BCHW)))]))
+        output = self.trunk.forward(pixels_BCHW, head.needs(range(len(pixels_BCHW))))
         forward = {k: v for k, v in options.items() if k in head.forward_options}
         tensors = head.forward(output, **forward)
         arrays = {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()}
@@ -220,9 +221,8 @@ class Model:
             named = run_towers(self, head, pixel_values, token_ids)
         elif pixel_values is not None:
             rows = range(len(pixel_values))
-            output = self.trunk.forward(
-                pixel_values, self._need | need_of((each, rows) for each in self.heads.values())
-            )
+            needs = [self._need, *(each.needs(rows) for each in self.heads.values())]
+            output = self.trunk.forward(pixel_values, together(needs))
             kind = "tokens" if output.features.dim() == 3 else "feature_map"
             named = {kind: output.features, "embedding": self.trunk.pool(output)}
             for each in self.heads.values():

@@ -1,8 +1,7 @@
 """What heads want of a trunk's pass beyond its last output. Nothing else is computed or kept."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
@@ -37,44 +36,24 @@ class Ride:
 @dataclass(frozen=True, slots=True)
 class Need:
     """`layers` and `attention` name blocks by index: their outputs, and their attention
-    probabilities. `keys_values` of all blocks. `rides` are queries to be computed along."""
+    probabilities. `keys_values` are rows whose keys and values of all blocks are wanted. `rides`
+    are queries to be computed along."""
 
     layers: frozenset[int] = frozenset()
     attention: frozenset[int] = frozenset()
-    keys_values: bool = False
+    keys_values: tuple[int, ...] = ()
     rides: tuple[Ride, ...] = ()
-
-    def __or__(self, other: "Need") -> "Need":
-        return Need(
-            self.layers | other.layers,
-            self.attention | other.attention,
-            self.keys_values or other.keys_values,
-            self.rides + other.rides,
-        )
 
 
 NOTHING = Need()
 
 
-class Needy(Protocol):
-    """The part of a head that says what it wants."""
-
-    @property
-    def need(self) -> Need:
-        """What it wants of every pass, but for its queries."""
-
-    @property
-    def queries(self) -> Queries | None:
-        """Its queries, if it has any."""
-
-
-def need_of(wanted: Iterable[tuple[Needy, Sequence[int]]]) -> Need:
-    """What a batch needs, from its heads and the rows that each of them answers for."""
-    together = NOTHING
-    rides = []
-    for head, rows in wanted:
-        if head.need is not NOTHING:
-            together |= head.need
-        if head.queries is not None:
-            rides.append(Ride(head.queries, tuple(rows)))
-    return together | Need(rides=tuple(rides)) if rides else together
+def together(needs: Iterable[Need]) -> Need:
+    """What heads of one batch need between them."""
+    wanted = [need for need in needs if need is not NOTHING]
+    return Need(
+        frozenset(number for need in wanted for number in need.layers),
+        frozenset(number for need in wanted for number in need.attention),
+        tuple(sorted({row for need in wanted for row in need.keys_values})),
+        tuple(ride for need in wanted for ride in need.rides),
+    )

@@ -69,7 +69,7 @@ class Registry:
         self._slots = {name: _Slot(entry) for name, entry in catalog.models.items()}
         self._trunks: dict[str, LoadedTrunk] = {}
         self._trunk_locks = {name: threading.Lock() for name in catalog.trunks}
-        self._assembly = Assembly(catalog.path.parent, self.store, self._trunk)
+        self._assembly = Assembly(catalog.path.parent, self.store, self.load_trunk)
 
     @classmethod
     def from_catalog(cls, name_or_path: str | Path, **options: Any) -> "Registry":
@@ -132,18 +132,28 @@ class Registry:
                 self.on_unload(model)
         self._drop_unused_trunks(slot.entry)
 
+    def loaded_trunk(self, name: str) -> LoadedTrunk | None:
+        """A trunk that some model stands on now."""
+        return self._trunks.get(name)
+
     def add(self, entry: ModelEntry) -> None:
-        """Declare a model that the catalog's file does not.
+        """Declare a model that the catalog's file does not. One of that name that is loaded on the
+        same trunk goes on until this one is loaded, and is replaced by it at once.
 
         Raises:
-            CatalogError: the name is taken, or there is no such trunk.
+            CatalogError: there is no such trunk.
+            ModelsError: the model that was to replace another does not load; that one stays.
         """
-        if entry.name in self.catalog.models:
-            raise CatalogError(f"there is a model {entry.name!r} already")
         if entry.trunk not in self.catalog.trunks:
             some = ", ".join(self.catalog.trunks)
             raise CatalogError(f"{entry.name}: no trunk {entry.trunk!r}; there are {some}")
-        self._slots[entry.name] = _Slot(entry)
+        slot, old = _Slot(entry), self._slots.get(entry.name)
+        if old is not None and old.model is not None:
+            if old.entry.trunk != entry.trunk:
+                raise CatalogError(f"{entry.name} stands on {old.entry.trunk!r}; remove it first")
+            slot.model, slot.state = self._assembly.build(entry), State.READY
+            slot.format, slot.load_seconds = old.format, old.load_seconds
+        self._slots[entry.name] = slot
         self.catalog = replace(self.catalog, models={**self.catalog.models, entry.name: entry})
 
     def remove(self, name: str) -> None:
@@ -210,8 +220,16 @@ class Registry:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _trunk(self, name: str) -> LoadedTrunk:
-        """The trunk, loaded now if it is not yet."""
+    def load_trunk(self, name: str) -> LoadedTrunk:
+        """A trunk of the catalog, loaded now if it is not yet.
+
+        Raises:
+            CatalogError: there is none of that name.
+            SourceError, CheckpointError: it cannot be had.
+        """
+        if name not in self.catalog.trunks:
+            some = ", ".join(self.catalog.trunks)
+            raise CatalogError(f"no trunk {name!r} in the catalog; it has {some}")
         entry = self.catalog.trunks[name]
         with self._trunk_locks[name]:
             if name not in self._trunks:

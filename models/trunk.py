@@ -25,8 +25,8 @@ class TrunkOutput:
     (B, T, D) for token models, else (B, C, h, w), or (B, h, w, C) if `channels_last` (Swin).
     `prefix` counts the class and register tokens before the patches; `grid` is (h, w). The rest
     is there where it was needed: blocks' outputs by number, (B, T, D), as the final norm leaves
-    them; their attention probabilities (B, h, T, T); keys and values of each block, (B, h, T, d);
-    and for each head's queries (rows, L, T, D), of the rows that it answers for.
+    them; their attention probabilities (B, h, T, T); each block's keys and values, (rows, h, T, d),
+    of `keys_values_rows`; and for each head's queries (rows, L, T, D), of those it answers for.
     """
 
     features: Tensor
@@ -36,6 +36,7 @@ class TrunkOutput:
     layers: Mapping[int, Tensor] = field(default_factory=dict)
     attention: Mapping[int, Tensor] = field(default_factory=dict)
     keys_values: Sequence[tuple[Tensor, Tensor]] = ()
+    keys_values_rows: tuple[int, ...] = ()
     queries: Mapping[Queries, Tensor] = field(default_factory=dict)
 
     @property
@@ -62,12 +63,14 @@ class TrunkOutput:
         head already."""
         if index == list(range(self.features.shape[0])):
             return self
+        places = [self.keys_values_rows.index(i) for i in index if i in self.keys_values_rows]
         return replace(
             self,
             features=self.features[index],
             layers={number: layer[index] for number, layer in self.layers.items()},
             attention={number: map_[index] for number, map_ in self.attention.items()},
-            keys_values=[(keys[index], values[index]) for keys, values in self.keys_values],
+            keys_values=[(keys[places], values[places]) for keys, values in self.keys_values],
+            keys_values_rows=tuple(range(len(places))),
         )
 
 
@@ -189,6 +192,7 @@ class TimmTrunk(ImageTrunk):
             layers=reading.layers,
             attention=reading.attention,
             keys_values=reading.keys_values,
+            keys_values_rows=need.keys_values,
             queries=reading.queries(),
         )
 

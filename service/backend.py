@@ -3,11 +3,39 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from service.types import Health, InferRequest, InferResult
+from service.types import FitRequest, HeadUpload, Health, InferRequest, InferResult
+
+PARTS = ("head.safetensors", "report.json", "curve.png", "confusion.png")
+
+
+class Heads(Protocol):
+    """Heads that came after the catalog: uploaded, or fitted here. They are models, too."""
+
+    async def all(self) -> Sequence[dict[str, Any]]:
+        """Every head, described as a model; those being fitted with their `progress`."""
+
+    async def get(self, name: str) -> dict[str, Any]:
+        """One head, described."""
+
+    async def put(self, upload: HeadUpload) -> dict[str, Any]:
+        """Take a trained head, keep it, and serve it."""
+
+    async def fit(self, request: FitRequest) -> dict[str, Any]:
+        """Begin to fit a head in the background, and describe it."""
+
+    async def delete(self, name: str) -> None:
+        """Forget a head, or stop fitting it."""
+
+    async def read(self, name: str, part: str) -> bytes:
+        """A file of a head: one of PARTS."""
 
 
 class Backend(Protocol):
     """What the gateway needs. All methods raise ServiceError and nothing else on purpose."""
+
+    @property
+    def heads(self) -> Heads:
+        """The heads that may come and go."""
 
     async def start(self) -> None:
         """Begin loading the start-up models; returns without waiting for them."""

@@ -61,6 +61,11 @@ class RequestTimeoutError(ServiceError):
     slug, title, outcome = "request-timeout", "Request body too slow", "timeout"
 
 
+class ConflictError(ServiceError):
+    status, grpc = 409, "ALREADY_EXISTS"
+    slug, title, outcome = "conflict", "Conflict", "invalid"
+
+
 class PayloadTooLargeError(ServiceError):
     status, grpc = 413, "INVALID_ARGUMENT"
     slug, title, outcome = "payload-too-large", "Payload too large", "invalid"

@@ -30,6 +30,12 @@ def check_admin_key(settings: Settings, api_key: str | None, authorization: str 
     _check(settings.admin_keys, api_key, authorization)
 
 
+def check_head_key(settings: Settings, api_key: str | None, authorization: str | None) -> None:
+    """Pass with an admin key; without any configured, as `check_key` does. Raises as those do."""
+    check = check_admin_key if settings.admin_keys else check_key
+    check(settings, api_key, authorization)
+
+
 def _check(keys: tuple[SecretStr, ...], api_key: str | None, authorization: str | None) -> None:
     scheme, _, token = (authorization or "").partition(" ")
     given = api_key if api_key is not None or scheme.lower() != "bearer" else token.strip()

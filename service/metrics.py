@@ -72,6 +72,11 @@ class Metrics:
         )
         for result in ("hit", "miss"):
             self.label_sets.labels(result)
+        self.fits = Counter(
+            "vitrail_fits", "Heads fitted, or not.", ("outcome",), registry=registry
+        )
+        for outcome in ("ok", "invalid", "cancelled", "error"):
+            self.fits.labels(outcome)
         self.trunk_failures = Counter(
             "vitrail_trunk_failures",
             "Trunk passes that failed and were retried in smaller batches, or given up.",

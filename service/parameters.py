@@ -114,6 +114,37 @@ class PredictParameters(Parameters):
         return [Call(name, None) for name in dict.fromkeys(self.models)]
 
 
+class HeadParameters(BaseModel):
+    """What `POST /heads` takes either way."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(description="What to call the head; the model's name.")
+    trunk: str | None = Field(
+        None, description="The trunk to fit on; of an upload only where its name differs here."
+    )
+    replace: bool = Field(False, description="Instead of the head of that name.")
+
+
+class FitParameters(BaseModel):
+    """How to fit; see `models/fitting/options.py`, which has the defaults and bounds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Literal["linear", "vqt"] | None = None
+    seed: int | None = None
+    holdout: float | None = None
+    epochs: int | None = None
+    patience: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    queries: int | None = None
+    layers: int | None = None
+    keep: float | None = None
+    lasso: float | None = None
+
+
 _TASKS = (ClassifyParameters, ZeroShotParameters, EmbedParameters, SegmentParameters)
 TASKS = {str(p.task): p for p in _TASKS}
 

@@ -67,6 +67,10 @@ class Settings(BaseSettings):
         256 * 2**20, ge=0, description="Bytes kept of label sets' embeddings, for zero-shot."
     )
 
+    heads_folder: str = Field(
+        "", description="Where heads that were uploaded or fitted are kept; in the store if empty."
+    )
+
     api_keys: Secrets = Field((), description="Keys that may use the service; open if empty.")
     admin_keys: Secrets = Field((), description="Keys that may load and unload; off if empty.")
     url_hosts: Names = Field((), description="Hosts that images may be fetched from; off if empty.")

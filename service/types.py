@@ -84,6 +84,28 @@ class InferResult:
             raise errors[0]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadUpload:
+    """A trained head's file. `trunk` where it is another name here than where it was trained;
+    `replace`: instead of the one of that name, if there is one."""
+
+    name: str
+    content: bytes
+    trunk: str | None = None
+    replace: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitRequest:
+    """A head to be fitted to the images of a zip archive whose folders are classes."""
+
+    name: str
+    trunk: str
+    archive: bytes
+    options: Mapping[str, Any] = field(default_factory=dict)
+    replace: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Health:
     """`live`: restarting would not help. `ready`: send traffic. `reasons` say why not."""

@@ -76,7 +76,7 @@ def test_the_settings_are_these() -> None:
     assert sorted(Settings.model_fields) == [
         "admin_keys", "api_keys", "body_timeout_s", "catalog", "decode_threads",
         "default_timeout_ms", "device", "drain_timeout_s", "dtype", "grpc_port", "header_timeout_s",
-        "host", "label_cache_bytes",
+        "heads_folder", "host", "label_cache_bytes",
         "log_level", "max_batch_size", "max_image_bytes", "max_image_pixels", "max_image_side",
         "max_images", "max_queue_delay_ms", "max_queue_size", "max_request_bytes",
         "metrics_port", "models", "port", "probe_interval_s", "streams", "stuck_after_s", "threads",

@@ -28,9 +28,13 @@ class ReadFeatures(Ranking):
         super().__init__(())
         self.trunk = trunk
         self._linear = linear
-        self.need = linear.need if linear is not None else Need(keys_values=True)
         if kind == "vqt":
             check_has_blocks(trunk)
+
+    def needs(self, rows: Sequence[int]) -> Need:
+        if self._linear is not None:
+            return self._linear.needs(rows)
+        return Need(keys_values=tuple(rows))
 
     def forward(self, output: TrunkOutput) -> dict[str, Tensor]:
         if self._linear is not None:

@@ -63,7 +63,7 @@ def run_directly(trunk: Trunk) -> Run:
 
     def run(pixels_BCHW: Tensor, head: ReadFeatures) -> list[Row]:
         with torch.inference_mode():
-            tensors = head.forward(trunk.forward(pixels_BCHW, head.need))
+            tensors = head.forward(trunk.forward(pixels_BCHW, head.needs(range(len(pixels_BCHW)))))
             arrays = {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()}
         return [{name: array[i] for name, array in arrays.items()} for i in range(len(pixels_BCHW))]
 
@@ -94,11 +94,8 @@ def fit(
         CheckpointError: the trunk cannot carry such a head.
     """
     started = time.monotonic()
-    options.check()
-    if trunk.modality != "image":
-        raise InputError(f"{trunk_name} takes no images", field="trunk")
+    reader = create_reader(trunk, trunk_name, options)
     check_classes(examples)
-    reader = ReadFeatures(trunk, options.kind, _linear(trunk, options))
     pixels, readable, skipped = _prepare(examples, trunk, folder, limits, progress)
     try:
         check_classes(readable)
@@ -135,15 +132,23 @@ def fit(
         learner = LinearLearner(features, learn, len(labels))
     else:
         learner = VqtLearner(trunk, options.queries, len(labels))
-    best = 0.0
+    at = Progress("training", 0, options.epochs)
 
     def watch(point: Epoch) -> None:
-        nonlocal best
-        best = max(best, point.holdout_accuracy)
-        progress(Progress("training", point.epoch, options.epochs, best))
+        nonlocal at
+        best = max(at.accuracy or 0.0, point.holdout_accuracy)
+        at = replace(at, done=point.epoch, accuracy=best)
 
     training = Training(
-        learner, features, targets, learn, held, options, trunk.placement.device, watch
+        learner,
+        features,
+        targets,
+        learn,
+        held,
+        options,
+        trunk.placement.device,
+        watch,
+        lambda: progress(at),
     )
     indices, point = _train(training, learner, options)
     predicted = training.predict(indices)
@@ -218,6 +223,19 @@ def _state(learner: Learner, indices: Tensor | None, options: FitOptions) -> Hea
     tensors |= {"classifier.0.weight": weight, "classifier.0.bias": bias}
     settings = {"layers": list(range(-options.layers, 0))} if options.kind == "linear" else {}
     return HeadState({name: tensor.cpu() for name, tensor in tensors.items()}, settings)
+
+
+def create_reader(trunk: Trunk, trunk_name: str, options: FitOptions) -> ReadFeatures:
+    """What reads the features that such a head is made from.
+
+    Raises:
+        InputError: an option out of range, or a trunk that takes no images.
+        CheckpointError: the trunk cannot carry such a head.
+    """
+    options.check()
+    if trunk.modality != "image":
+        raise InputError(f"{trunk_name} takes no images", field="trunk")
+    return ReadFeatures(trunk, options.kind, _linear(trunk, options))
 
 
 def _linear(trunk: Trunk, options: FitOptions) -> Linear | None:

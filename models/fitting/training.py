@@ -116,7 +116,13 @@ class Training:
         options: FitOptions,
         device: torch.device,
         watch: Watch,
+        step: Callable[[], None],
     ) -> None:
+        """
+        Args:
+            watch: called after every epoch.
+            step: called before every batch; what it raises ends the training.
+        """
         self._learner = learner.to(device)
         self._device = device
         self._features = features
@@ -125,6 +131,7 @@ class Training:
         self._held = held
         self._options = options
         self._watch = watch
+        self._step = step
         self._random = np.random.default_rng(options.seed)
         self.curve: list[Epoch] = []
 
@@ -145,6 +152,7 @@ class Training:
             learner.train()
             sums = np.zeros(2)
             for positions in self._shuffled():
+                self._step()
                 optimizer.zero_grad()
                 loss, correct = self._loss(positions, indices)
                 penalty = lasso * learner.classifier.weight.norm(dim=0).sum() if lasso else 0

@@ -4,7 +4,7 @@ A head works in two steps. `forward` runs on the device for all rows of a batch 
 same thing. `finish` runs on the CPU for one image and applies that caller's other options.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.checkpoint import HeadState
 from models.errors import CatalogError
-from models.need import Need, Queries
+from models.need import Need
 from models.trunk import Trunk
 
 
@@ -22,8 +22,8 @@ class Head(Protocol):
     `forward_options` names the options that `forward` takes, and so decides which rows may share
     a call; all others go to `finish`. `finish_is_slow` where it takes milliseconds, so that a
     server keeps it off its event loop. A head that `is_prompted` compares images with texts: see
-    `ZeroShot.prompt`, and the `classes` that its `finish` takes. `need` and `queries` are what it
-    wants of a pass beyond the trunk's last output.
+    `ZeroShot.prompt`, and the `classes` that its `finish` takes. `needs` is what it wants of a
+    pass beyond the trunk's last output.
     """
 
     task: str
@@ -31,13 +31,8 @@ class Head(Protocol):
     finish_is_slow: bool
     is_prompted: bool
 
-    @property
-    def need(self) -> Need:
-        """What it wants of every pass, but for its queries."""
-
-    @property
-    def queries(self) -> Queries | None:
-        """Its queries, if it has any."""
+    def needs(self, rows: Sequence[int]) -> Need:
+        """What it wants of a pass in which it answers for these rows of the batch."""
 
     @property
     def network(self) -> nn.Module | None:

@@ -1,13 +1,13 @@
 """Pooled features of a trunk as a retrieval embedding."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from models.errors import InputError
-from models.need import NOTHING
+from models.need import NOTHING, Need
 from models.pooling import gem, ggem
 from models.trunk import Trunk, TrunkOutput
 
@@ -47,8 +47,6 @@ class Embed:
     forward_options = frozenset({"pooling"})
     finish_is_slow = False
     is_prompted = False
-    need = NOTHING
-    queries = None
 
     def __init__(
         self,
@@ -67,6 +65,9 @@ class Embed:
         if projection is not None:
             self.network = trunk.placement.apply(projection)
         self.pooling = pooling
+
+    def needs(self, rows: Sequence[int]) -> Need:
+        return NOTHING
 
     def check(self, options: Mapping[str, Any]) -> None:
         pooling = options.get("pooling")

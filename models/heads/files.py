@@ -65,6 +65,7 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that a crash at any moment leaves either all of it or nothing of it."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as file:
         try:
+            os.fchmod(file.fileno(), 0o644)  # others on a shared volume may read it
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

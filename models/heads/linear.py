@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models.checkpoint import HeadState
 from models.errors import CheckpointError
 from models.heads.ranking import Ranking
-from models.need import Need
+from models.need import NOTHING, Need
 from models.trunk import Trunk, TrunkOutput, state_digest
 
 CLASSIFIER = "classifier."
@@ -47,7 +47,9 @@ class Linear(Ranking):
         self.interleave_mean = bool(state.settings.get("interleave_mean", False))
         if self.layers:
             check_has_blocks(self.trunk)
-            self.need: Need = Need(layers=frozenset(self.layers))
+
+    def needs(self, rows: Sequence[int]) -> Need:
+        return Need(layers=frozenset(self.layers)) if self.layers else NOTHING
 
     def features(self, output: TrunkOutput) -> Tensor:
         """(B, F) float32: what the classifier sees."""

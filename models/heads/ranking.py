@@ -7,7 +7,7 @@ import numpy as np
 from torch import nn
 
 from models.errors import InputError
-from models.need import NOTHING, Need, Queries
+from models.need import NOTHING, Need
 
 DEFAULT_TOP_K = 5
 
@@ -19,12 +19,13 @@ class Ranking:
     forward_options: frozenset[str] = frozenset()
     finish_is_slow = False
     is_prompted = False
-    need: Need = NOTHING
-    queries: Queries | None = None
     network: nn.Module | None = None
 
     def __init__(self, labels: Sequence[str]) -> None:
         self.labels = np.array(labels)
+
+    def needs(self, rows: Sequence[int]) -> Need:
+        return NOTHING
 
     def check(self, options: Mapping[str, Any]) -> None:
         top_k = options.get("top_k")

@@ -4,7 +4,7 @@ Three transposed convolutions (x8), a 1x1 convolution, a bilinear resize to the 
 sigmoid, as in the published ONNX graph.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate, relu
 
 from models.errors import InputError
 from models.masks import encode_mask
-from models.need import NOTHING
+from models.need import NOTHING, Need
 from models.trunk import Trunk, TrunkOutput
 
 LABELS = ("background", "foreground")
@@ -48,8 +48,6 @@ class Saliency:
     forward_options: frozenset[str] = frozenset()
     finish_is_slow = True
     is_prompted = False
-    need = NOTHING
-    queries = None
 
     def __init__(
         self, trunk: Trunk, labels: tuple[str, ...], weights: Mapping[str, Tensor]
@@ -62,6 +60,9 @@ class Saliency:
         counters = {k: torch.tensor(0) for k in decoder.state_dict() if k.endswith("_tracked")}
         decoder.load_state_dict({**weights, **counters}, assign=True)
         self.network = trunk.placement.apply(decoder)
+
+    def needs(self, rows: Sequence[int]) -> Need:
+        return NOTHING
 
     def check(self, options: Mapping[str, Any]) -> None:
         if "labels" in options:

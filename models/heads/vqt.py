@@ -4,6 +4,8 @@ The features are the trunk's pooled output and each block's query outputs, each 
 unit length; then a classifier, on a selection of them where training has selected some.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -11,6 +13,7 @@ from torch.nn.functional import normalize
 from models.checkpoint import HeadState
 from models.errors import CheckpointError
 from models.heads.linear import Linear, check_has_blocks, first_size
+from models.need import Need, Ride
 from models.queries import prepare_queries
 from models.trunk import TrunkOutput
 
@@ -48,9 +51,11 @@ class Vqt(Linear):
         assert self.network is not None
         return first_size(self.network)
 
+    def needs(self, rows: Sequence[int]) -> Need:
+        return Need(rides=(Ride(self.queries, tuple(rows)),))
+
     def features(self, output: TrunkOutput) -> Tensor:
         """(B, F) float32: what the classifier sees."""
-        assert self.queries is not None
         features = vqt_features(
             self.trunk.pool(output), output.queries[self.queries], self.combine_LT, self.normalize
         )

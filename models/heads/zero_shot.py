@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.errors import InputError
 from models.heads.embed import Embed
-from models.need import NOTHING
+from models.need import NOTHING, Need
 from models.prompts import check_labels, expand_templates
 from models.trunk import TrunkOutput
 
@@ -22,8 +22,6 @@ class ZeroShot:
     forward_options: frozenset[str] = frozenset()
     finish_is_slow = False
     is_prompted = True
-    need = NOTHING
-    queries = None
 
     def __init__(
         self,
@@ -39,6 +37,9 @@ class ZeroShot:
         self.bias = bias
         self.templates = tuple(templates)
         self.labels = tuple(labels)
+
+    def needs(self, rows: Sequence[int]) -> Need:
+        return NOTHING
 
     def check(self, options: Mapping[str, Any]) -> None:
         labels = options.get("labels")

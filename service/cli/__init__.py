@@ -2,7 +2,7 @@
 
 import typer
 
-from service.cli import client, health, models, retrieval, serve
+from service.cli import client, fit, health, models, retrieval, serve
 
 app = typer.Typer(
     help="Serve vision transformers: any published checkpoint in, exact output out.",
@@ -11,6 +11,7 @@ app = typer.Typer(
 )
 for command in (serve.serve, serve.gateway, serve.worker, health.health):
     app.command(command.__name__)(command)
+app.command("fit")(fit.fit)
 app.add_typer(models.app, name="models")
 for task in (client.classify, client.zero_shot, client.segment, retrieval.embed, retrieval.search):
     app.command(task.__name__.replace("_", "-"))(task)

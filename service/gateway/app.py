@@ -7,6 +7,7 @@ from fastapi import FastAPI
 
 from service.backend import Backend
 from service.gateway import (
+    head_routes,
     model_routes,
     open_inference_routes,
     openai_routes,
@@ -55,7 +56,14 @@ def create_app(
     app.state.fetcher = ImageFetcher(settings)
     app.add_middleware(RequestContext)
     install_handlers(app)
-    modules = (routes, model_routes, open_inference_routes, openai_routes, system_routes)
+    modules = (
+        routes,
+        model_routes,
+        head_routes,
+        open_inference_routes,
+        openai_routes,
+        system_routes,
+    )
     for module in modules:
         app.include_router(module.router)
     return app

@@ -2,7 +2,7 @@
 
 from fastapi import Request
 
-from service.keys import check_admin_key, check_key
+from service.keys import check_admin_key, check_head_key, check_key
 
 
 def require_key(request: Request) -> None:
@@ -15,5 +15,13 @@ def require_admin_key(request: Request) -> None:
     """Let the request pass only with an admin key."""
     headers = request.headers
     check_admin_key(
+        request.app.state.settings, headers.get("x-api-key"), headers.get("authorization")
+    )
+
+
+def require_head_key(request: Request) -> None:
+    """Let the request pass with an admin key; without any configured, as `require_key` does."""
+    headers = request.headers
+    check_head_key(
         request.app.state.settings, headers.get("x-api-key"), headers.get("authorization")
     )

@@ -70,7 +70,7 @@ async def read_images(request: Request, parameters: type[P]) -> ImagesIn[P]:
                 f"Content-Type {content_type!r}; send multipart/form-data with parts named "
                 "'image', one image as image/* or application/octet-stream, or application/json"
             )
-    fields = _collect(request.query_params.multi_items(), lists) | body.fields
+    fields = collect(request.query_params.multi_items(), lists) | body.fields
     validated = validate(parameters, fields)
     texts = validated.given_texts()
     if texts is not None and body.images:
@@ -108,26 +108,37 @@ async def read_body(request: Request, settings: Settings) -> bytes:
 
 async def _read_form(request: Request, settings: Settings, lists: frozenset[str]) -> _Body:
     content = await read_body(request, settings)
+    form = await parse_form(request, content, max_files=settings.max_images, max_fields=MAX_FIELDS)
+    try:
+        return await _sort_parts(form, lists)
+    finally:
+        await form.close()
+
+
+async def parse_form(
+    request: Request, content: bytes, *, max_files: int, max_fields: int
+) -> FormData:
+    """The parts of a multipart body that is in memory.
+
+    Raises:
+        ServiceError: malformed, or too many parts.
+    """
     parser = MultiPartParser(
         request.headers,
         _once(content),
-        max_files=settings.max_images,
-        max_fields=MAX_FIELDS,
+        max_files=max_files,
+        max_fields=max_fields,
         max_part_size=MAX_FIELD_BYTES,
     )
     parser.spool_max_size = len(content)  # it is in memory already: never to disk
     try:
-        form = await parser.parse()
+        return await parser.parse()
     except MultiPartException as error:
         if error.message.startswith(("Too many", "Part exceeded")):
             raise PayloadTooLargeError(f"multipart body: {error.message}") from error
         raise BadRequestError(f"multipart body: {error.message}") from error
     except (KeyError, UnicodeError, ValueError) as error:
         raise BadRequestError("the multipart body cannot be parsed") from error
-    try:
-        return await _sort_parts(form, lists)
-    finally:
-        await form.close()
 
 
 async def _read_urlencoded(request: Request, settings: Settings, lists: frozenset[str]) -> _Body:
@@ -139,7 +150,7 @@ async def _read_urlencoded(request: Request, settings: Settings, lists: frozense
         raise UnsupportedMediaTypeError(
             "the body is no form of texts; send an image as image/* or application/octet-stream"
         ) from error
-    return _Body([], _collect(fields, lists))
+    return _Body([], collect(fields, lists))
 
 
 async def _sort_parts(form: FormData, lists: frozenset[str]) -> _Body:
@@ -156,7 +167,7 @@ async def _sort_parts(form: FormData, lists: frozenset[str]) -> _Body:
             )
         else:
             fields.append((name, value))
-    return _Body(images, _collect(fields, lists))
+    return _Body(images, collect(fields, lists))
 
 
 async def _read_json(request: Request, settings: Settings) -> _Body:
@@ -203,7 +214,7 @@ async def _once(content: bytes) -> AsyncGenerator[bytes, None]:
     yield content
 
 
-def _collect(items: list[tuple[str, str]], lists: frozenset[str]) -> dict[str, Any]:
+def collect(items: list[tuple[str, str]], lists: frozenset[str]) -> dict[str, Any]:
     """Repeated fields as lists where the parameter is one; elsewhere repeating is an error."""
     fields: dict[str, Any] = {}
     for name, value in items:

@@ -16,6 +16,7 @@ from service.errors import (
     UnavailableError,
 )
 from service.remote.discovery import Discovery
+from service.remote.heads import RemoteHeads
 from service.remote.metrics import RemoteMetrics
 from service.remote.worker import Worker, WorkerLostError, best_description
 from service.settings import Settings
@@ -41,6 +42,7 @@ class RemoteBackend:
         self._workers: dict[str, Worker] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
+        self.heads = RemoteHeads(lambda: self._workers.values())
 
     # -- Backend ---------------------------------------------------------------------------
 

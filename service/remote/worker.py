@@ -128,6 +128,35 @@ class Worker:
             self._stub.UnloadModel(pb.UnloadModelRequest(model=model), metadata=self._metadata())
         )
 
+    def has_trunk(self, trunk: str) -> bool:
+        """Whether a model on that trunk answers there."""
+        return any(self.models[name]["trunk"] == trunk for name in self._ready)
+
+    async def heads(self) -> list[dict[str, Any]]:
+        """The heads there, described."""
+        response = await self._answer(
+            self._stub.ListHeads(pb.ListHeadsRequest(), metadata=self._metadata())
+        )
+        return [json.loads(head.description_json) for head in response.heads]
+
+    async def put_head(self, request: pb.PutHeadRequest) -> None:
+        """Have the head served there."""
+        await self._admin(self._stub.PutHead(request, metadata=self._metadata()))
+
+    async def fit_head(self, request: pb.FitHeadRequest) -> None:
+        """Have the head fitted there."""
+        await self._admin(self._stub.FitHead(request, metadata=self._metadata()))
+
+    async def delete_head(self, request: pb.DeleteHeadRequest) -> None:
+        """Have the head forgotten there."""
+        await self._admin(self._stub.DeleteHead(request, metadata=self._metadata()))
+
+    async def read_head(self, request: pb.ReadHeadRequest) -> bytes:
+        """A file of the head."""
+        call = self._stub.ReadHead(request, metadata=self._metadata())
+        content: bytes = (await self._answer(call)).content
+        return content
+
     async def close(self) -> None:
         """Forget the worker; what it still answers is waited for."""
         self._prober.cancel()
@@ -145,9 +174,15 @@ class Worker:
             self._metrics.outstanding.labels(self.address).set(self.outstanding)
 
     async def _admin(self, call: Any) -> None:
+        await self._answer(call)
         try:
-            await call
             await self.refresh()
+        except grpc.aio.AioRpcError as error:
+            raise UnavailableError("a worker went away meanwhile") from error
+
+    async def _answer(self, call: Any) -> Any:
+        try:
+            return await call
         except grpc.aio.AioRpcError as error:
             try:
                 raise self._translated(error) from error

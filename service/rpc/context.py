@@ -15,7 +15,7 @@ import grpc
 
 from service.backend import Backend
 from service.errors import InternalError, InvalidInputError, PayloadTooLargeError, ServiceError
-from service.keys import check_admin_key, check_key
+from service.keys import check_admin_key, check_head_key, check_key
 from service.logs import request_id
 from service.metrics import Metrics
 from service.rpc.wire import to_error
@@ -65,7 +65,12 @@ class Caller:
 
 @asynccontextmanager
 async def answering(
-    deps: Deps, context: Context, method: str, *, admin: bool = False
+    deps: Deps,
+    context: Context,
+    method: str,
+    *,
+    admin: bool = False,
+    changes_heads: bool = False,
 ) -> AsyncIterator[Caller]:
     """Check the caller, then turn what goes wrong in the block into the call's status.
 
@@ -77,7 +82,7 @@ async def answering(
     request_id.set(given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex)
     status = "CANCELLED"
     try:
-        check = check_admin_key if admin else check_key
+        check = check_admin_key if admin else check_head_key if changes_heads else check_key
         check(deps.settings, metadata.get("x-api-key"), metadata.get("authorization"))
         remaining_s = context.time_remaining()
         grpc_deadline = math.inf if remaining_s is None else started + remaining_s

@@ -100,6 +100,7 @@ class RpcServer:
             ready = self._backend.health().ready
             now = dict.fromkeys(("", *SERVICES), ready)
             now |= {model["name"]: is_ready(model) for model in await self._backend.models()}
+            now |= dict.fromkeys(self._told.keys() - now, False)  # heads that are gone
             for name, serving in now.items():
                 if self._told.get(name) is not serving:
                     await self._health.set(name, SERVING if serving else NOT_SERVING)

@@ -8,7 +8,8 @@ from dataclasses import replace
 from service.accounting import Account, counted
 from service.errors import InvalidInputError, QueueFullError, ServiceError
 from service.parameters import MAX_MODELS, validated_call
-from service.rpc.context import Caller, Context, Deps, answering, check_count
+from service.rpc.context import Caller, Context, answering, check_count
+from service.rpc.heads import HeadCalls
 from service.rpc.wire import (
     from_call,
     from_inputs,
@@ -19,16 +20,12 @@ from service.rpc.wire import (
     to_task_response,
 )
 from service.stubs import vision_pb2 as pb
-from service.stubs.vision_pb2_grpc import VisionServicer
 from service.types import Call, InferRequest, InferResult
 
 STREAM_IN_FLIGHT = 32
 
 
-class Vision(VisionServicer):
-    def __init__(self, deps: Deps) -> None:
-        self._deps = deps
-
+class Vision(HeadCalls):
     async def Classify(self, request: pb.TaskRequest, context: Context) -> pb.TaskResponse:
         return await self._task("classify", request, context)
 

@@ -81,6 +81,31 @@ class VisionStub:
                 request_serializer=service_dot_stubs_dot_vision__pb2.UnloadModelRequest.SerializeToString,
                 response_deserializer=service_dot_stubs_dot_vision__pb2.UnloadModelResponse.FromString,
                 _registered_method=True)
+        self.ListHeads = channel.unary_unary(
+                '/vitrail.v1.Vision/ListHeads',
+                request_serializer=service_dot_stubs_dot_vision__pb2.ListHeadsRequest.SerializeToString,
+                response_deserializer=service_dot_stubs_dot_vision__pb2.ListHeadsResponse.FromString,
+                _registered_method=True)
+        self.PutHead = channel.unary_unary(
+                '/vitrail.v1.Vision/PutHead',
+                request_serializer=service_dot_stubs_dot_vision__pb2.PutHeadRequest.SerializeToString,
+                response_deserializer=service_dot_stubs_dot_vision__pb2.PutHeadResponse.FromString,
+                _registered_method=True)
+        self.FitHead = channel.unary_unary(
+                '/vitrail.v1.Vision/FitHead',
+                request_serializer=service_dot_stubs_dot_vision__pb2.FitHeadRequest.SerializeToString,
+                response_deserializer=service_dot_stubs_dot_vision__pb2.FitHeadResponse.FromString,
+                _registered_method=True)
+        self.DeleteHead = channel.unary_unary(
+                '/vitrail.v1.Vision/DeleteHead',
+                request_serializer=service_dot_stubs_dot_vision__pb2.DeleteHeadRequest.SerializeToString,
+                response_deserializer=service_dot_stubs_dot_vision__pb2.DeleteHeadResponse.FromString,
+                _registered_method=True)
+        self.ReadHead = channel.unary_unary(
+                '/vitrail.v1.Vision/ReadHead',
+                request_serializer=service_dot_stubs_dot_vision__pb2.ReadHeadRequest.SerializeToString,
+                response_deserializer=service_dot_stubs_dot_vision__pb2.ReadHeadResponse.FromString,
+                _registered_method=True)
 
 
 class VisionServicer:
@@ -151,6 +176,41 @@ class VisionServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListHeads(self, request, context):
+        """ListHeads describes heads that were uploaded or fitted, or are being fitted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PutHead(self, request, context):
+        """PutHead takes a trained head's file. Needs an admin key where there are any, as do the next.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FitHead(self, request, context):
+        """FitHead begins to fit a head to labelled images; ListHeads tells how far it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteHead(self, request, context):
+        """DeleteHead forgets a head, or stops fitting it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadHead(self, request, context):
+        """ReadHead returns a file of a head: head.safetensors, report.json, curve.png or confusion.png.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_VisionServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -198,6 +258,31 @@ def add_VisionServicer_to_server(servicer, server):
                     servicer.UnloadModel,
                     request_deserializer=service_dot_stubs_dot_vision__pb2.UnloadModelRequest.FromString,
                     response_serializer=service_dot_stubs_dot_vision__pb2.UnloadModelResponse.SerializeToString,
+            ),
+            'ListHeads': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListHeads,
+                    request_deserializer=service_dot_stubs_dot_vision__pb2.ListHeadsRequest.FromString,
+                    response_serializer=service_dot_stubs_dot_vision__pb2.ListHeadsResponse.SerializeToString,
+            ),
+            'PutHead': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutHead,
+                    request_deserializer=service_dot_stubs_dot_vision__pb2.PutHeadRequest.FromString,
+                    response_serializer=service_dot_stubs_dot_vision__pb2.PutHeadResponse.SerializeToString,
+            ),
+            'FitHead': grpc.unary_unary_rpc_method_handler(
+                    servicer.FitHead,
+                    request_deserializer=service_dot_stubs_dot_vision__pb2.FitHeadRequest.FromString,
+                    response_serializer=service_dot_stubs_dot_vision__pb2.FitHeadResponse.SerializeToString,
+            ),
+            'DeleteHead': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteHead,
+                    request_deserializer=service_dot_stubs_dot_vision__pb2.DeleteHeadRequest.FromString,
+                    response_serializer=service_dot_stubs_dot_vision__pb2.DeleteHeadResponse.SerializeToString,
+            ),
+            'ReadHead': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadHead,
+                    request_deserializer=service_dot_stubs_dot_vision__pb2.ReadHeadRequest.FromString,
+                    response_serializer=service_dot_stubs_dot_vision__pb2.ReadHeadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -445,6 +530,141 @@ class Vision:
             '/vitrail.v1.Vision/UnloadModel',
             service_dot_stubs_dot_vision__pb2.UnloadModelRequest.SerializeToString,
             service_dot_stubs_dot_vision__pb2.UnloadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListHeads(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vitrail.v1.Vision/ListHeads',
+            service_dot_stubs_dot_vision__pb2.ListHeadsRequest.SerializeToString,
+            service_dot_stubs_dot_vision__pb2.ListHeadsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutHead(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vitrail.v1.Vision/PutHead',
+            service_dot_stubs_dot_vision__pb2.PutHeadRequest.SerializeToString,
+            service_dot_stubs_dot_vision__pb2.PutHeadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FitHead(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vitrail.v1.Vision/FitHead',
+            service_dot_stubs_dot_vision__pb2.FitHeadRequest.SerializeToString,
+            service_dot_stubs_dot_vision__pb2.FitHeadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteHead(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vitrail.v1.Vision/DeleteHead',
+            service_dot_stubs_dot_vision__pb2.DeleteHeadRequest.SerializeToString,
+            service_dot_stubs_dot_vision__pb2.DeleteHeadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadHead(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vitrail.v1.Vision/ReadHead',
+            service_dot_stubs_dot_vision__pb2.ReadHeadRequest.SerializeToString,
+            service_dot_stubs_dot_vision__pb2.ReadHeadResponse.FromString,
             options,
             channel_credentials,
             insecure,

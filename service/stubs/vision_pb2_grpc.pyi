@@ -58,6 +58,16 @@ class VisionStub:
     """LoadModel loads a model and answers when it is ready. Needs an admin key."""
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_vision_pb2.UnloadModelRequest, _vision_pb2.UnloadModelResponse]
     """UnloadModel answers what was accepted, then frees the model. Needs an admin key."""
+    ListHeads: _grpc.UnaryUnaryMultiCallable[_vision_pb2.ListHeadsRequest, _vision_pb2.ListHeadsResponse]
+    """ListHeads describes heads that were uploaded or fitted, or are being fitted."""
+    PutHead: _grpc.UnaryUnaryMultiCallable[_vision_pb2.PutHeadRequest, _vision_pb2.PutHeadResponse]
+    """PutHead takes a trained head's file. Needs an admin key where there are any, as do the next."""
+    FitHead: _grpc.UnaryUnaryMultiCallable[_vision_pb2.FitHeadRequest, _vision_pb2.FitHeadResponse]
+    """FitHead begins to fit a head to labelled images; ListHeads tells how far it is."""
+    DeleteHead: _grpc.UnaryUnaryMultiCallable[_vision_pb2.DeleteHeadRequest, _vision_pb2.DeleteHeadResponse]
+    """DeleteHead forgets a head, or stops fitting it."""
+    ReadHead: _grpc.UnaryUnaryMultiCallable[_vision_pb2.ReadHeadRequest, _vision_pb2.ReadHeadResponse]
+    """ReadHead returns a file of a head: head.safetensors, report.json, curve.png or confusion.png."""
 
 @_typing.type_check_only
 class VisionAsyncStub(VisionStub):
@@ -84,6 +94,16 @@ class VisionAsyncStub(VisionStub):
     """LoadModel loads a model and answers when it is ready. Needs an admin key."""
     UnloadModel: _aio.UnaryUnaryMultiCallable[_vision_pb2.UnloadModelRequest, _vision_pb2.UnloadModelResponse]  # type: ignore[assignment]
     """UnloadModel answers what was accepted, then frees the model. Needs an admin key."""
+    ListHeads: _aio.UnaryUnaryMultiCallable[_vision_pb2.ListHeadsRequest, _vision_pb2.ListHeadsResponse]  # type: ignore[assignment]
+    """ListHeads describes heads that were uploaded or fitted, or are being fitted."""
+    PutHead: _aio.UnaryUnaryMultiCallable[_vision_pb2.PutHeadRequest, _vision_pb2.PutHeadResponse]  # type: ignore[assignment]
+    """PutHead takes a trained head's file. Needs an admin key where there are any, as do the next."""
+    FitHead: _aio.UnaryUnaryMultiCallable[_vision_pb2.FitHeadRequest, _vision_pb2.FitHeadResponse]  # type: ignore[assignment]
+    """FitHead begins to fit a head to labelled images; ListHeads tells how far it is."""
+    DeleteHead: _aio.UnaryUnaryMultiCallable[_vision_pb2.DeleteHeadRequest, _vision_pb2.DeleteHeadResponse]  # type: ignore[assignment]
+    """DeleteHead forgets a head, or stops fitting it."""
+    ReadHead: _aio.UnaryUnaryMultiCallable[_vision_pb2.ReadHeadRequest, _vision_pb2.ReadHeadResponse]  # type: ignore[assignment]
+    """ReadHead returns a file of a head: head.safetensors, report.json, curve.png or confusion.png."""
 
 class VisionServicer(metaclass=_abc_1.ABCMeta):
     """Vision answers questions about images. Errors of a whole request carry a serialized Error in
@@ -161,5 +181,45 @@ class VisionServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_vision_pb2.UnloadModelResponse, _abc.Awaitable[_vision_pb2.UnloadModelResponse]]:
         """UnloadModel answers what was accepted, then frees the model. Needs an admin key."""
+
+    @_abc_1.abstractmethod
+    def ListHeads(
+        self,
+        request: _vision_pb2.ListHeadsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vision_pb2.ListHeadsResponse, _abc.Awaitable[_vision_pb2.ListHeadsResponse]]:
+        """ListHeads describes heads that were uploaded or fitted, or are being fitted."""
+
+    @_abc_1.abstractmethod
+    def PutHead(
+        self,
+        request: _vision_pb2.PutHeadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vision_pb2.PutHeadResponse, _abc.Awaitable[_vision_pb2.PutHeadResponse]]:
+        """PutHead takes a trained head's file. Needs an admin key where there are any, as do the next."""
+
+    @_abc_1.abstractmethod
+    def FitHead(
+        self,
+        request: _vision_pb2.FitHeadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vision_pb2.FitHeadResponse, _abc.Awaitable[_vision_pb2.FitHeadResponse]]:
+        """FitHead begins to fit a head to labelled images; ListHeads tells how far it is."""
+
+    @_abc_1.abstractmethod
+    def DeleteHead(
+        self,
+        request: _vision_pb2.DeleteHeadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vision_pb2.DeleteHeadResponse, _abc.Awaitable[_vision_pb2.DeleteHeadResponse]]:
+        """DeleteHead forgets a head, or stops fitting it."""
+
+    @_abc_1.abstractmethod
+    def ReadHead(
+        self,
+        request: _vision_pb2.ReadHeadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vision_pb2.ReadHeadResponse, _abc.Awaitable[_vision_pb2.ReadHeadResponse]]:
+        """ReadHead returns a file of a head: head.safetensors, report.json, curve.png or confusion.png."""
 
 def add_VisionServicer_to_server(servicer: VisionServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

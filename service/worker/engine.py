@@ -1,6 +1,7 @@
 """The worker's engine, the in-process Backend: the order in which everything happens."""
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -8,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from models.registry import Registry, State
 from service.errors import (
     DeadlineExceededError,
     InternalError,
+    NotFoundError,
     QueueFullError,
     ServiceError,
     UnavailableError,
@@ -27,6 +30,9 @@ from service.errors import (
 from service.metrics import Metrics
 from service.types import Call, Health, ImageResult, InferRequest, InferResult, Input
 from service.worker.finisher import Finisher
+from service.worker.fits import Fits
+from service.worker.heads import HeadFolder
+from service.worker.loader import Loader
 from service.worker.options import EngineOptions
 from service.worker.plan import (
     Resolved,
@@ -60,7 +66,10 @@ class Engine:
         use_threads(1)  # here and in all threads to come, but the lanes: see there
         alone = partial(use_threads, 1)
         self._pool = ThreadPoolExecutor(self.options.decode_threads, "decode", initializer=alone)
-        self._loader = ThreadPoolExecutor(1, "loader", initializer=alone)
+        self._loader = Loader()
+        folder = Path(options.heads_folder or registry.store.root / "heads")
+        self._fits = Fits(registry, folder, self.batcher, self._limits, metrics)
+        self.heads = HeadFolder(registry, folder, self._fits, self._loader.run)
         self._finisher = Finisher(metrics, self._in_pool)
         self._prompts = PromptCache(self._embed_texts, options.label_cache_bytes, metrics)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -75,6 +84,7 @@ class Engine:
         for name in self._startup:
             self.registry.catalog.model(name)
             self._spawn(self._load_quietly(name))
+        self._spawn(self.heads.run())
         self._spawn(self.trunks.prober.run())
 
     async def close(self) -> None:
@@ -82,9 +92,10 @@ class Engine:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(self._fits.close)
         await asyncio.to_thread(self.batcher.close)
         self._pool.shutdown()
-        self._loader.shutdown(wait=False, cancel_futures=True)
+        self._loader.close()
 
     async def infer(self, request: InferRequest) -> InferResult:
         modalities = dict.fromkeys(map(modality_of, request.inputs)) or {"image": None}
@@ -103,7 +114,11 @@ class Engine:
         return InferResult([item.used for item in first.resolved], results)
 
     async def models(self) -> Sequence[dict[str, Any]]:
-        return [await self.model(name) for name in self.registry.catalog.models]
+        described = []
+        for name in self.registry.catalog.models:
+            with contextlib.suppress(NotFoundError):  # a head that was deleted meanwhile
+                described.append(await self.model(name))
+        return described
 
     async def model(self, name: str) -> dict[str, Any]:
         try:
@@ -116,11 +131,11 @@ class Engine:
         return described
 
     async def load(self, name: str) -> dict[str, Any]:
-        await self._in_loader(self.registry.load, name)
+        await self._loader.run(self.registry.load, name)
         return await self.model(name)
 
     async def unload(self, name: str) -> dict[str, Any]:
-        await self._in_loader(self.registry.unload, name)
+        await self._loader.run(self.registry.unload, name)
         return await self.model(name)
 
     def knows(self, model: str) -> bool:
@@ -138,6 +153,7 @@ class Engine:
             for name in self._startup
             if (state := self.registry.state(name)) is not State.READY
         ]
+        waiting += [] if self.heads.settled else ["the heads are not read yet"]
         waiting += [f"trunk {n}: {why}" for n, why in self.trunks.prober.failures.items()]
         return Health(live=not dead, ready=not dead and not waiting, reasons=dead + waiting)
 
@@ -268,23 +284,12 @@ class Engine:
 
     async def _load_quietly(self, name: str) -> None:
         try:
-            await self._in_loader(self.registry.load, name)
+            await self._loader.run(self.registry.load, name)
         except ServiceError as error:
             logger.error("model %s did not load: %s", name, error.detail)
 
     async def _in_pool(self, function: Any, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
-
-    async def _in_loader(self, function: Any, name: str) -> Any:
-        """Run the registry's slow work; whatever goes wrong comes back as a ServiceError."""
-        try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._loader, function, name)
-        except ModelsError as error:
-            raise from_library(error) from error
-        except Exception as error:
-            logger.exception("loading or unloading %s failed", name)
-            raise UnavailableError(f"model {name} could not be loaded or unloaded") from error
 
 
 def _until(deadline: float) -> asyncio.Timeout:

@@ -24,6 +24,7 @@ class EngineOptions:
     probe_interval_s: float = 30.0
     stuck_after_s: float = 60.0
     label_cache_bytes: int = 256 * 2**20
+    heads_folder: str = ""
 
     @property
     def lane_threads(self) -> int:

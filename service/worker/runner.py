@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from models.heads import Head
-from models.need import need_of
+from models.need import together
 from models.trunk import Trunk
 from service.metrics import Metrics
 from service.worker.scheduler import Batch, BatchQueue, Entry
@@ -137,8 +137,8 @@ class Runner:
             for row, item in enumerate(items):
                 for position, call in enumerate(item.calls):
                     places[call].append((row, position))
-            asked = ((call.head, [row for row, _ in rows]) for call, rows in places.items())
-            output = self.trunk.forward(batch, need_of(asked))
+            needs = (call.head.needs([row for row, _ in rows]) for call, rows in places.items())
+            output = self.trunk.forward(batch, together(needs))
             results: list[list[Row | Exception]] = [[{}] * len(item.calls) for item in items]
             for call, wanted in places.items():
                 rows = self._run_head(call, output.rows([row for row, _ in wanted]), len(wanted))

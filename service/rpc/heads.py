@@ -1,0 +1,56 @@
+"""The head calls of the Vision service: a backend's heads, listed, taken, fitted and deleted."""
+
+from service.parameters import FitParameters, validate
+from service.rpc.context import Context, Deps, answering
+from service.rpc.wire import from_options, to_model
+from service.stubs import vision_pb2 as pb
+from service.stubs.vision_pb2_grpc import VisionServicer
+from service.types import FitRequest, HeadUpload
+
+
+class HeadCalls(VisionServicer):
+    """The part of the servicer that is about heads."""
+
+    def __init__(self, deps: Deps) -> None:
+        self._deps = deps
+
+    async def ListHeads(
+        self, request: pb.ListHeadsRequest, context: Context
+    ) -> pb.ListHeadsResponse:
+        async with answering(self._deps, context, "ListHeads"):
+            described = await self._deps.backend.heads.all()
+            return pb.ListHeadsResponse(heads=[to_model(head) for head in described])
+
+    async def PutHead(self, request: pb.PutHeadRequest, context: Context) -> pb.PutHeadResponse:
+        async with answering(self._deps, context, "PutHead", changes_heads=True):
+            upload = HeadUpload(
+                name=request.name,
+                content=request.content,
+                trunk=request.trunk or None,
+                replace=request.replace,
+            )
+            return pb.PutHeadResponse(head=to_model(await self._deps.backend.heads.put(upload)))
+
+    async def FitHead(self, request: pb.FitHeadRequest, context: Context) -> pb.FitHeadResponse:
+        async with answering(self._deps, context, "FitHead", changes_heads=True):
+            asked = validate(FitParameters, from_options(request.options))
+            wanted = FitRequest(
+                name=request.name,
+                trunk=request.trunk,
+                archive=request.archive,
+                options=asked.model_dump(exclude_none=True),
+                replace=request.replace,
+            )
+            return pb.FitHeadResponse(head=to_model(await self._deps.backend.heads.fit(wanted)))
+
+    async def DeleteHead(
+        self, request: pb.DeleteHeadRequest, context: Context
+    ) -> pb.DeleteHeadResponse:
+        async with answering(self._deps, context, "DeleteHead", changes_heads=True):
+            await self._deps.backend.heads.delete(request.name)
+            return pb.DeleteHeadResponse()
+
+    async def ReadHead(self, request: pb.ReadHeadRequest, context: Context) -> pb.ReadHeadResponse:
+        async with answering(self._deps, context, "ReadHead"):
+            content = await self._deps.backend.heads.read(request.name, request.part)
+            return pb.ReadHeadResponse(content=content)
