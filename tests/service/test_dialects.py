@@ -175,11 +175,11 @@ def test_ndjson_comes_before_all_is_done_and_refuses_before_it_begins(
     gate, forward = threading.Event(), runner.trunk.forward
     seen: list[int] = []
 
-    def jam_second(batch: Any) -> Any:
+    def jam_second(batch: Any, need: Any) -> Any:
         seen.append(len(batch))
         if len(seen) > 1:
             assert gate.wait(30)
-        return forward(batch)
+        return forward(batch, need)
 
     monkeypatch.setattr(runner.trunk, "forward", jam_second)
     body = {"model": "texts", "texts": [f"text {n}" for n in range(70)]}

@@ -12,11 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from models.need import NOTHING, Need
 from models.trunk import TimmTrunk, TrunkOutput
 from service.worker.runner import Runner
 from tests.conftest import Running, encode, running, wait_until
 
-Forward = Callable[[torch.Tensor], TrunkOutput]
+Forward = Callable[..., TrunkOutput]
 
 
 @pytest.fixture(params=["in one process", "gateway and worker apart"])
@@ -40,11 +41,11 @@ class Tap:
         self._forward: Forward = runner.trunk.forward
         monkeypatch.setattr(runner.trunk, "forward", self._run)
 
-    def _run(self, pixels: torch.Tensor) -> TrunkOutput:
+    def _run(self, pixels: torch.Tensor, need: Need = NOTHING) -> TrunkOutput:
         self.sizes.append(len(pixels))
         assert self.gate.wait(30)
         self.fault(pixels)
-        return self._forward(pixels)
+        return self._forward(pixels, need)
 
 
 @pytest.fixture

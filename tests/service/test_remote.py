@@ -170,11 +170,11 @@ def test_the_least_busy_worker_is_asked(
         for _, engine in workers:
             trunk = engine.trunks.runners["tiny"].trunk
 
-            def jam_first(pixels: Any, forward: Any = trunk.forward) -> Any:
+            def jam_first(pixels: Any, need: Any, forward: Any = trunk.forward) -> Any:
                 if not jammed.is_set():
                     jammed.set()
                     assert gate.wait(60)
-                return forward(pixels)
+                return forward(pixels, need)
 
             monkeypatch.setattr(trunk, "forward", jam_first)
         with load(url, jpegs["coffee"], clients=1):
@@ -203,11 +203,11 @@ def test_a_worker_that_only_fails_is_left_alone_and_let_back(
         broken.set()
         forward = trunk.forward
 
-        def fail(pixels: Any) -> Any:
+        def fail(pixels: Any, need: Any) -> Any:
             asked.append(1)
             if broken.is_set():
                 raise RuntimeError("kernel fault")
-            return forward(pixels)
+            return forward(pixels, need)
 
         monkeypatch.setattr(trunk, "forward", fail)
 

@@ -246,9 +246,9 @@ def test_a_stream_that_is_left_leaves_nothing_behind(
     trunk = server.engine.trunks.runners["tiny"].trunk
     gate, forward = threading.Event(), trunk.forward
 
-    def jam(batch: Any) -> Any:
+    def jam(batch: Any, need: Any) -> Any:
         assert gate.wait(30)
-        return forward(batch)
+        return forward(batch, need)
 
     monkeypatch.setattr(trunk, "forward", jam)
     loop = next(iter(server.engine._tasks)).get_loop()

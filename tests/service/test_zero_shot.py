@@ -191,10 +191,10 @@ def test_first_requests_at_once_share_one_reading(
     gate, texts = threading.Event(), []
     forward = trunk.forward
 
-    def wait(batch: torch.Tensor) -> Any:
+    def wait(batch: torch.Tensor, need: Any) -> Any:
         texts.append(len(batch))
         assert gate.wait(30)
-        return forward(batch)
+        return forward(batch, need)
 
     monkeypatch.setattr(trunk, "forward", wait)
     _, miss = hits(server)

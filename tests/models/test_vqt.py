@@ -1,0 +1,187 @@
+"""Queries that ride along: what they gather, that they disturb nothing, and who may carry them."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from models.checkpoint import HeadState
+from models.errors import CheckpointError
+from models.heads import create_head
+from models.heads.vqt import Vqt
+from models.need import together
+from models.preprocess import preprocess_from_timm
+from models.trunk import Placement, TimmTrunk
+
+SMALL = {"img_size": 56, "patch_size": 14, "embed_dim": 24, "depth": 3, "num_heads": 3}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "class token": ("vit_small_patch16_224", SMALL),
+    "mean pooling": ("vit_small_patch16_224", SMALL | {"global_pool": "avg"}),
+    "registers and layer scale": ("vit_small_patch14_reg4_dinov2", SMALL),
+    "norms on queries and keys": ("vit_small_patch16_224", SMALL | {"qk_norm": True}),
+    "no biases": ("vit_small_patch16_224", SMALL | {"qkv_bias": False}),
+    "SwiGLU": (
+        "vit_giant_patch14_dinov2",
+        SMALL | {"num_classes": 5, "mlp_ratio": 2.0},
+    ),
+}
+
+
+def small_trunk(architecture: str, arguments: dict[str, Any]) -> TimmTrunk:
+    torch.manual_seed(1)
+    network = timm.create_model(architecture, **arguments)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    preprocess = replace(preprocess_from_timm(network), input_size=(56, 56), crop_pct=1.0)
+    return TimmTrunk(architecture, network, preprocess, Placement())
+
+
+@pytest.fixture(params=KINDS)
+def trunk(request: pytest.FixtureRequest) -> TimmTrunk:
+    return small_trunk(*KINDS[request.param])
+
+
+def random_head(trunk: TimmTrunk, seed: int, queries: int = 1, classes: int = 4) -> Vqt:
+    generator = torch.Generator().manual_seed(seed)
+    depth, dim = len(trunk.blocks), trunk.blocks[0].attn.qkv.in_features
+    tensors = {
+        "queries": torch.randn(depth, queries, dim, generator=generator),
+        "classifier.0.weight": torch.randn(
+            classes, dim * (1 + depth * queries), generator=generator
+        ),
+        "classifier.0.bias": torch.randn(classes, generator=generator),
+    }
+    labels = tuple(f"class {i}" for i in range(classes))
+    head = create_head("vqt", trunk, labels, HeadState(tensors))
+    assert isinstance(head, Vqt)
+    return head
+
+
+def as_published(trunk: TimmTrunk, head: Vqt, pixels: Tensor) -> Tensor:
+    """The paper's way: queries in front of the sequence, keys and values of the rest alone."""
+    network = trunk.network
+    x = network.norm_pre(network.patch_drop(network._pos_embed(network.patch_embed(pixels))))
+    segments = []
+    for number, block in enumerate(network.blocks):
+        raw = head.queries.raw_LTD[number].expand(len(x), -1, -1)
+        count = raw.shape[1]
+        sequence = torch.cat([raw, x], 1)
+        attention = block.attn
+        qkv = attention.qkv(block.norm1(sequence))
+        shape = (*qkv.shape[:2], 3, attention.num_heads, -1)
+        q, k, v = qkv.reshape(shape).permute(2, 0, 3, 1, 4)
+        q, k = attention.q_norm(q), attention.k_norm(k)
+        k, v = k[:, :, count:], v[:, :, count:]
+        scores = (q @ k.transpose(-2, -1) * attention.scale).softmax(-1)
+        read = attention.proj((scores @ v).transpose(1, 2).flatten(2))
+        sequence = sequence + block.ls1(read)
+        sequence = sequence + block.ls2(block.mlp(block.norm2(sequence)))
+        segments.append(normalize(sequence[:, :count].flatten(1), dim=-1))
+        x = sequence[:, count:]
+    pooled = network.forward_head(network.norm(x), pre_logits=True)
+    features = torch.cat([normalize(pooled, dim=-1), *segments], -1)
+    assert head.network is not None
+    logits: Tensor = head.network(features)
+    return logits
+
+
+@pytest.fixture
+def pixels() -> Tensor:
+    return torch.randn(5, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_head_reads_the_trunk_as_the_paper_does(
+    trunk: TimmTrunk, pixels: Tensor, queries: int
+) -> None:
+    head = random_head(trunk, 0, queries)
+    with torch.inference_mode():
+        logits = head.forward(trunk.forward(pixels, head.needs(range(5))))["logits"]
+        assert torch.allclose(logits, as_published(trunk, head, pixels), atol=1e-5, rtol=1e-5)
+
+
+def test_rows_get_their_own_heads_and_the_trunk_is_not_disturbed(
+    trunk: TimmTrunk, pixels: Tensor
+) -> None:
+    """Rows want none, one, and several heads, with different numbers of queries, in one pass."""
+    heads = [random_head(trunk, seed, queries) for seed, queries in ((1, 1), (2, 2), (3, 1))]
+    rows = ([0, 2, 4], [4, 2], [3])  # row 1 wants none; orders differ
+    needs = together(head.needs(some) for head, some in zip(heads, rows, strict=True))
+    with torch.inference_mode():
+        bare = trunk.forward(pixels)
+        output = trunk.forward(pixels, needs)
+        assert torch.equal(output.features, bare.features)
+        for head, some in zip(heads, rows, strict=True):
+            together_logits = head.forward(output.rows(list(some)))["logits"]
+            alone = head.forward(trunk.forward(pixels, head.needs(range(5))))["logits"][some]
+            assert torch.allclose(together_logits, alone, atol=1e-5)
+
+
+def test_threads_read_their_own_passes(pixels: Tensor) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    trunk = small_trunk(*KINDS["class token"])
+    heads = [random_head(trunk, seed) for seed in range(4)]
+
+    def run(number: int) -> Tensor:
+        head = heads[number % 4]
+        with torch.inference_mode():
+            return head.forward(trunk.forward(pixels, head.needs(range(5))))["logits"]
+
+    expected = [run(number) for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for number, logits in enumerate(pool.map(run, range(80))):
+            assert torch.allclose(logits, expected[number % 4], atol=1e-6)
+
+
+def test_features_can_be_a_selection(pixels: Tensor) -> None:
+    trunk = small_trunk(*KINDS["class token"])
+    whole = random_head(trunk, 0)
+    indices = torch.tensor([0, 5, 30, 95])
+    tensors = {
+        "queries": whole.queries.raw_LTD,
+        "indices": indices,
+        "classifier.0.weight": torch.eye(4),
+    }
+    head = create_head("vqt", trunk, tuple("abcd"), HeadState(tensors))
+    assert isinstance(head, Vqt)
+    with torch.inference_mode():
+        some = head.forward(trunk.forward(pixels, head.needs(range(5))))["logits"]
+        every = whole.features(trunk.forward(pixels, whole.needs(range(5))))
+    assert torch.allclose(some, every[:, indices], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"queries": torch.zeros(2, 1, 24)}, r"the trunk wants \(3, T, 24\)"),
+        ({"queries": torch.zeros(3, 24)}, "no queries of 3 dimensions"),
+        ({"combine": torch.zeros(3, 2)}, "combine does not fit"),
+        ({"classifier.0.weight": torch.zeros(4, 10)}, "takes 10 features of 96; which ones"),
+        ({"indices": torch.tensor([96] * 96)}, r"must lie in 0\.\.95"),
+        ({"indices": torch.tensor([1, 2])}, "indices must be 96 whole numbers"),
+        ({"classifier.0.weight": torch.zeros(3, 96)}, "4 labels for 3 outputs"),
+        ({"classifier.x.weight": torch.zeros(3, 96)}, "is no layer of a classifier"),
+    ],
+)
+def test_heads_that_do_not_fit_say_why(changed: dict[str, Tensor], message: str) -> None:
+    trunk = small_trunk(*KINDS["class token"])
+    tensors = {
+        "queries": torch.zeros(3, 1, 24),
+        "classifier.0.weight": torch.zeros(4, 96),
+        **changed,
+    }
+    with pytest.raises(CheckpointError, match=message):
+        create_head("vqt", trunk, tuple("abcd"), HeadState(tensors))
+
+
+def test_networks_without_such_blocks_carry_no_queries() -> None:
+    network = timm.create_model("test_convnext")
+    trunk = TimmTrunk("test_convnext", network, preprocess_from_timm(network), Placement())
+    tensors = {"queries": torch.zeros(3, 1, 24), "classifier.0.weight": torch.zeros(4, 96)}
+    with pytest.raises(CheckpointError, match="no plain ViT"):
+        create_head("vqt", trunk, tuple("abcd"), HeadState(tensors))
