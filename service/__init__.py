@@ -10,4 +10,6 @@ worker/engine.py       admit, decode + preprocess in a pool, queue, finish
 worker/scheduler.py    which images go to the device next: pure policy
 worker/batcher.py      the threads that ask it
 worker/runner.py       trunk once, each head on its own rows
+
+worker/heads.py        the folder of heads, and worker/fits.py: fitting them in the background
 """

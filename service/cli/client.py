@@ -39,7 +39,7 @@ def classify(
     url: Url = DEFAULT_URL,
     key: Key = None,
     model: Model = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Classes an image.")] = 5,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Classes an image (5).")] = None,
     as_json: Json = False,
     output: Output = None,
     concurrency: Concurrency = 8,

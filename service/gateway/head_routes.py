@@ -9,6 +9,7 @@ from service.backend import Heads
 from service.errors import InvalidInputError
 from service.gateway.auth import require_head_key, require_key
 from service.gateway.heads_in import read_head_body, zip_images
+from service.gateway.openapi import head_body
 from service.parameters import FitParameters, HeadParameters, validate
 from service.settings import Settings
 from service.types import FitRequest, HeadUpload
@@ -45,7 +46,12 @@ async def delete_head(request: Request, name: str) -> None:
     await _heads(request).delete(name)
 
 
-@router.post("/heads", status_code=201, dependencies=[Depends(require_head_key)])
+@router.post(
+    "/heads",
+    status_code=201,
+    dependencies=[Depends(require_head_key)],
+    openapi_extra=head_body(),
+)
 async def post_head(request: Request, response: Response) -> dict[str, Any]:
     """Upload a trained head (part `file`, or the body itself) under `name`; or fit one on `trunk`:
     to a zip archive of folders (part `archive`), to parts `image` with a field `label` each, or to

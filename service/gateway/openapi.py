@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from service.parameters import Parameters
+from service.parameters import FitParameters, HeadParameters, Parameters
 
 _BINARY = {"type": "string", "format": "binary"}
 _IMAGE = {
@@ -43,3 +43,39 @@ def image_body(parameters: type[Parameters]) -> dict[str, Any]:
         },
     }
     return {"parameters": query, "requestBody": {"required": True, "content": body}}
+
+
+def head_body() -> dict[str, Any]:
+    """The same for `POST /heads`."""
+    shared = HeadParameters.model_json_schema()["properties"]
+    options = FitParameters.model_json_schema()["properties"]
+    labels = {"type": "array", "items": {"type": "string"}}
+    labelled = {
+        "type": "object",
+        "properties": {"base64": {"type": "string"}, "label": {"type": "string"}},
+        "required": ["base64", "label"],
+    }
+    parts = {
+        "file": _BINARY,
+        "archive": _BINARY,
+        "image": {"type": "array", "items": _BINARY},
+        "label": labels,
+        **shared,
+        **options,
+    }
+    images = {"type": "array", "items": labelled}
+    body = {
+        "multipart/form-data": {
+            "schema": {"type": "object", "properties": parts, "required": ["name"]}
+        },
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "properties": {"images": images, **shared, **options},
+                "required": ["images", "name", "trunk"],
+            }
+        },
+        "application/octet-stream": {"schema": _BINARY},
+        "application/zip": {"schema": _BINARY},
+    }
+    return {"requestBody": {"required": True, "content": body}}

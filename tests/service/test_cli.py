@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import answers, free_port, process, running, wait_until
+from tests.service.test_heads import tinted
 
 
 def vitrail(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -237,3 +238,55 @@ def test_sigterm_answers_everything_accepted(tiny_catalog: Path, jpegs: dict[str
         assert statuses == [200] * 12
         assert server.wait(30) == 0
         assert not answers(f"{url}/healthz")
+
+
+def test_a_head_is_fitted_and_served(tiny_catalog: Path, tmp_path: Path) -> None:
+    """From a folder of classes to a running server, by its user's two commands."""
+    for label in ("red", "blue"):
+        (tmp_path / "tints" / label).mkdir(parents=True)
+        for seed in range(12):
+            (tmp_path / "tints" / label / f"{seed}.png").write_bytes(tinted(label, seed))
+    (tmp_path / "tints" / "red" / "broken.png").write_bytes(b"broken")
+    arguments = ["fit", str(tmp_path / "tints"), "--trunk", "tiny", "--name", "tints"]
+    arguments += ["--catalog", str(tiny_catalog), "--epochs", "4"]
+    arguments += ["--output", str(tmp_path / "out")]
+    with running(tiny_catalog, heads_folder=str(tmp_path / "heads")) as server:
+        server.wait_ready()
+        done = vitrail(*arguments, "--url", server.url)
+        assert done.returncode == 0, done.stderr
+        assert "skipped red/broken.png" in done.stderr
+        assert f"tints is served by {server.url}" in done.stdout
+        answer = vitrail(
+            "classify", str(tmp_path / "tints/blue/1.png"), "--model", "tints", "--url", server.url
+        )
+        assert answer.stdout.split(": ")[1].startswith("blue")
+        again = vitrail(*arguments, "--url", server.url)
+        assert again.returncode == 1
+        assert "there is a head 'tints'" in again.stderr
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found == {"tints.safetensors", "report.json", "curve.png", "confusion.png"}
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["holdout_accuracy"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trunk", "nowhere"], "no trunk 'nowhere'"),
+        (["--trunk", "tiny", "--kind", "magic"], "kind is 'magic'"),
+        (["--trunk", "conv", "--kind", "vqt"], "no plain ViT"),
+        (["--trunk", "tiny"], "a single image of red"),
+    ],
+)
+def test_a_fit_that_cannot_be_says_why(
+    tiny_catalog: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    for name in ("red/1.png", "blue/1.png", "blue/2.png"):
+        (tmp_path / "few" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "few" / name).write_bytes(tinted("red", 1))
+    catalog = ["--catalog", str(tiny_catalog), "--output", str(tmp_path / "out")]
+    done = vitrail("fit", str(tmp_path / "few"), "--name", "x", *catalog, *arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
