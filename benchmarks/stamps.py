@@ -33,11 +33,12 @@ from models.trunk import Trunk
 
 LEAST = 8
 WAYS = {
-    "linear, pooled": FitOptions(kind="linear"),
-    "linear, last 4 blocks": FitOptions(kind="linear", layers=4),
-    "linear, all 12 blocks": FitOptions(kind="linear", layers=12),
+    "linear": FitOptions(kind="linear"),
+    "linear, 4 blocks": FitOptions(kind="linear", layers=4),
+    "linear, 12 blocks": FitOptions(kind="linear", layers=12),
     "VQT, 1 query": FitOptions(kind="vqt"),
     "VQT, 4 queries": FitOptions(kind="vqt", queries=4),
+    "VQT, 1 query, half kept": FitOptions(kind="vqt", keep=0.5),
 }
 
 
@@ -121,18 +122,6 @@ def main() -> None:
             wanted = FitOptions(**{**_plain(options), "seed": seed, **json.loads(given.set)})
             result = fitted([examples[i] for i in learn], trunk, name, wanted, passes)
             found.append(accuracy(result, trunk, [examples[i] for i in aside]))
-            r = result.report
-            print(
-                "   ",
-                way,
-                seed,
-                f"{found[-1]:.3f}",
-                r["holdout_accuracy"],
-                r["best_epoch"],
-                r["seconds"],
-                r["curve"][-1],
-                flush=True,
-            )
         spread = statistics.stdev(found) if len(found) > 1 else 0.0
         each = " ".join(f"{value:.3f}" for value in found)
         print(f"{way:>22}: {statistics.mean(found):.3f} +- {spread:.3f}  ({each})", flush=True)

@@ -144,7 +144,7 @@ class Training:
         """
         learner, options = self._learner, self._options
         optimizer = torch.optim.AdamW(
-            learner.parameters(), options.learning_rate, weight_decay=options.weight_decay
+            learner.parameters(), options.rate, weight_decay=options.weight_decay
         )
         best: Epoch | None = None
         kept: dict[str, Any] = {}
