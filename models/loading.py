@@ -81,7 +81,7 @@ def class_count(trunk: Trunk, state: HeadState | None) -> int:
     """Classes of a head that was trained for some, or else of the trunk's own classifier."""
     if state is None or not any(key.startswith(CLASSIFIER) for key in state.tensors):
         return trunk.num_classes
-    return last_size(create_classifier(state.tensors))
+    return last_size(create_classifier(state))
 
 
 def load_trunk(entry: TrunkEntry, store: Store, base: Path, placement: Placement) -> LoadedTrunk:

@@ -48,7 +48,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         )
     head = HeadState(
         {"classifier.0.weight": weight, "classifier.0.bias": bias},
-        {"layers": list(range(-blocks, 0)), "interleave_mean": mean},
+        {"layers": list(range(-blocks, 0)), "mean": "interleaved" if mean else None},
     )
     return Checkpoint(
         format=NAME,

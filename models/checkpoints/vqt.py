@@ -73,12 +73,16 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         dim = queries.shape[-1]
         trunk |= {"fc_norm.weight": torch.ones(dim), "fc_norm.bias": torch.zeros(dim)}
     built = vit_arguments(trunk, told) | {"num_classes": 0}
+    settings = {
+        "normalize": bool(arguments.get("normalize_feats", True)),
+        "activations": _activations(head),
+    }
     return Checkpoint(
         format=NAME,
         architecture="vit_base_patch16_224",
         arguments=built | ({"global_pool": "avg"} if is_mae else {}),
         state_dict=trunk,
-        heads={"vqt": HeadState(head, {"normalize": bool(arguments.get("normalize_feats", True))})},
+        heads={"vqt": HeadState(head, settings)},
         preprocess=Preprocess(
             input_size=(built["img_size"], built["img_size"]),
             crop_pct=1.0,
@@ -111,6 +115,26 @@ def _classifier(container: Container) -> dict[str, Tensor]:
         **{f"classifier.{key}": value for key, value in hidden.items()},
         **{f"classifier.{after}.{key.split('.')[-1]}": value for key, value in last.items()},
     }
+
+
+def _activations(head: Mapping[str, Tensor]) -> dict[str, str]:
+    """A ReLU after each hidden linear layer."""
+    places = sorted(
+        int(key.split(".")[1])
+        for key, value in head.items()
+        if key.startswith("classifier.") and value.dim() == 2
+    )
+    return {str(place + 1): "relu" for place in places[:-1]}
+
+
+def _activations(head: Mapping[str, Tensor]) -> dict[str, str]:
+    """A ReLU after each hidden linear layer."""
+    places = sorted(
+        int(key.split(".")[1])
+        for key, value in head.items()
+        if key.startswith("classifier.") and value.dim() == 2
+    )
+    return {str(place + 1): "relu" for place in places[:-1]}
 
 
 def _backbone(

@@ -11,9 +11,10 @@ from models.heads.files import KINDS
 class FitOptions:
     """`holdout` is the share of each class that decides when to stop; `patience` is in epochs.
 
-    `learning_rate` None: what suits the kind. `queries`: query tokens a block (vqt). `layers`: class tokens of so many last blocks; 0 for the
-    trunk's own pooled output (linear). `keep` < 1: that share of the features is selected by a
-    group lasso of weight `lasso` first, as in the papers (Head2Toe, arXiv 2201.03529; VQT).
+    `learning_rate` None: what suits the kind. `queries`: query tokens a block (vqt). `layers`:
+    class tokens of so many last blocks; 0 for the trunk's own pooled output (linear). `keep` < 1:
+    that share of the features is selected by a group lasso of weight `lasso` first, as in the
+    papers (Head2Toe, arXiv 2201.03529; VQT).
     """
 
     kind: str = "vqt"

@@ -1,8 +1,7 @@
 """A classifier trained on a frozen trunk's features: a linear probe, or a small MLP.
 
-The features are the trunk's own pooled output; or, as DINO's evaluation has them (arXiv
-2104.14294), the class tokens of several blocks, or that of the last interleaved with the mean of
-its patch tokens.
+The features are the trunk's own pooled output; or, as the evaluations of self-supervised ViTs have
+them, the class tokens of several blocks, with or without the mean of the last one's patch tokens.
 """
 
 import json
@@ -18,11 +17,14 @@ from models.need import NOTHING, Need
 from models.trunk import Trunk, TrunkOutput, state_digest
 
 CLASSIFIER = "classifier."
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
 class Linear(Ranking):
     """Settings: `layers`, the blocks (counted from 0, or back from -1) whose class tokens are
-    taken, none for the trunk's pooling; `interleave_mean`.
+    taken, none for the trunk's pooling; `mean`: whether the mean of the last one's patch tokens
+    comes `interleaved` with these (DINO, arXiv 2104.14294), `appended` to them, or `alone`.
+    `activations` and `norm_eps` as `create_classifier` takes them.
 
     Tensors: `classifier.N...` as `create_classifier` reads them.
     """
@@ -34,7 +36,7 @@ class Linear(Ranking):
         """
         super().__init__(labels)
         self.trunk = trunk
-        self.network = create_classifier(state.tensors).to(trunk.placement.device)
+        self.network = create_classifier(state).to(trunk.placement.device)
         outputs = last_size(self.network)
         if outputs != len(labels):
             raise CheckpointError(f"the head has {len(labels)} labels for {outputs} outputs")
@@ -44,7 +46,9 @@ class Linear(Ranking):
     def read_settings(self, state: HeadState) -> None:
         depth = len(self.trunk.blocks)
         self.layers = [int(layer) % max(1, depth) for layer in state.settings.get("layers", ())]
-        self.interleave_mean = bool(state.settings.get("interleave_mean", False))
+        self.mean = state.settings.get("mean")
+        if self.mean not in (None, "interleaved", "appended", "alone"):
+            raise CheckpointError(f"the head's mean is {self.mean!r}, which is not known")
         if self.layers:
             check_has_blocks(self.trunk)
 
@@ -56,10 +60,15 @@ class Linear(Ranking):
         if not self.layers:
             return self.trunk.pool(output).float()
         class_tokens = torch.cat([output.layers[layer][:, 0] for layer in self.layers], -1).float()
-        if not self.interleave_mean:
+        if self.mean is None:
             return class_tokens
-        patches = output.layers[self.layers[-1]][:, output.prefix :].float()
-        return torch.stack([class_tokens, patches.mean(1)], -1).flatten(1)
+        mean = output.layers[self.layers[-1]][:, output.prefix :].float().mean(1)
+        match self.mean:
+            case "interleaved":
+                return torch.stack([class_tokens, mean], -1).flatten(1)
+            case "appended":
+                return torch.cat([class_tokens, mean], -1)
+        return mean
 
     def forward(self, output: TrunkOutput) -> dict[str, Tensor]:
         assert self.network is not None
@@ -74,13 +83,30 @@ def check_has_blocks(trunk: Trunk) -> None:
         )
 
 
-def create_classifier(tensors: Mapping[str, Tensor]) -> nn.Sequential:
-    """`classifier.N.weight` and so on as layers in the order of N: linear ones with a ReLU after
-    each but the last, and batch norms (those with a `running_mean`). In float32, frozen.
+def create_classifier(state: HeadState) -> nn.Sequential:
+    """`classifier.N.weight` and so on as layers in the order of N: linear ones, and batch norms
+    (those with a `running_mean`), with `activations` (`relu`, `gelu`, by their own N) in between.
+    In float32, frozen. `norm_eps` is that of the batch norms.
 
     Raises:
         CheckpointError: there is none, or the layers do not fit one another.
     """
+    layers: dict[int, nn.Module] = {}
+    for number, tensors in sorted(_by_number(state.tensors).items()):
+        layers[number] = _layer(tensors, float(state.settings.get("norm_eps", 1e-5)))
+    last = max(layers, default=-1)
+    if not isinstance(layers.get(last), nn.Linear):
+        raise CheckpointError("the head has no classifier")
+    for place, name in state.settings.get("activations", {}).items():
+        if name not in ACTIVATIONS or int(place) in layers or int(place) > last:
+            raise CheckpointError(f"the head's activation {name!r} at {place} is not known")
+        layers[int(place)] = ACTIVATIONS[name]()
+    _check_sizes(layers)
+    ordered = [layers[number] for number in sorted(layers)]
+    return nn.Sequential(*ordered).eval().requires_grad_(False)
+
+
+def _by_number(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
     by_number: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith(CLASSIFIER):
@@ -88,20 +114,37 @@ def create_classifier(tensors: Mapping[str, Tensor]) -> nn.Sequential:
             if not place.isdecimal():
                 raise CheckpointError(f"{key} is no layer of a classifier")
             by_number.setdefault(int(place), {})[name] = value.float()
-    if not by_number or "weight" not in by_number[max(by_number)]:
-        raise CheckpointError("the head has no classifier")
-    layers: list[nn.Module] = []
+    return by_number
+
+
+def _layer(state: dict[str, Tensor], norm_eps: float) -> nn.Module:
+    try:
+        layer: nn.Module
+        if "running_mean" in state:
+            size = len(state["running_mean"])
+            layer = nn.BatchNorm1d(size, norm_eps, affine="weight" in state)
+            state = {"num_batches_tracked": torch.tensor(0), **state}
+        else:
+            outputs, inputs = state["weight"].shape
+            layer = nn.Linear(inputs, outputs, bias="bias" in state)
+        layer.load_state_dict(state)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise CheckpointError(f"the head's classifier does not fit together: {error}") from error
+    return layer
+
+
+def _check_sizes(layers: Mapping[int, nn.Module]) -> None:
     size = None
-    for number, state in sorted(by_number.items()):
-        layer = _layer(state)
-        inputs = state["weight"].shape[-1]
-        if size not in (None, inputs):
-            raise CheckpointError(f"layer {number} of the classifier takes {inputs}, not {size}")
-        size = state["weight"].shape[0]
-        layers.append(layer)
-        if isinstance(layer, nn.Linear) and number != max(by_number):
-            layers.append(nn.ReLU())
-    return nn.Sequential(*layers).eval().requires_grad_(False)
+    for number in sorted(layers):
+        layer = layers[number]
+        if isinstance(layer, nn.Linear | nn.BatchNorm1d):
+            is_linear = isinstance(layer, nn.Linear)
+            inputs = layer.in_features if is_linear else layer.num_features
+            if size not in (None, inputs):
+                raise CheckpointError(
+                    f"layer {number} of the classifier takes {inputs}, not {size}"
+                )
+            size = layer.out_features if is_linear else inputs
 
 
 def first_size(network: nn.Module) -> int:
@@ -112,18 +155,3 @@ def first_size(network: nn.Module) -> int:
 def last_size(network: nn.Module) -> int:
     """Classes that it tells apart."""
     return [layer.out_features for layer in network.modules() if isinstance(layer, nn.Linear)][-1]
-
-
-def _layer(state: dict[str, Tensor]) -> nn.Module:
-    try:
-        layer: nn.Module
-        if "running_mean" in state:
-            layer = nn.BatchNorm1d(len(state["running_mean"]))
-            state = {"num_batches_tracked": torch.tensor(0), **state}
-        else:
-            outputs, inputs = state["weight"].shape
-            layer = nn.Linear(inputs, outputs, bias="bias" in state)
-        layer.load_state_dict(state)
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"the head's classifier does not fit together: {error}") from error
-    return layer

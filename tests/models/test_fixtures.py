@@ -183,11 +183,11 @@ def test_a_selection_of_features_needs_to_be_told(tmp_path: Path) -> None:
 def test_a_head_of_several_layers_is_read(tmp_path: Path) -> None:
     """MODEL.MLP_NUM above 0: Linear, ReLU, BatchNorm1d and Dropout, then the last layer."""
     torch.manual_seed(0)
-    hidden = torch.nn.Sequential(
-        torch.nn.Linear(192, 20), torch.nn.ReLU(), torch.nn.BatchNorm1d(20), torch.nn.Dropout()
-    ).eval()
-    torch.nn.init.normal_(hidden[2].running_mean)
-    torch.nn.init.uniform_(hidden[2].running_var, 0.5, 2)
+    norm: Any = torch.nn.BatchNorm1d(20)
+    torch.nn.init.normal_(norm.running_mean)
+    torch.nn.init.uniform_(norm.running_var, 0.5, 2)
+    first = torch.nn.Linear(192, 20)
+    hidden = torch.nn.Sequential(first, torch.nn.ReLU(), norm, torch.nn.Dropout()).eval()
     last = torch.nn.Linear(20, 7)
 
     def deepen(state: dict[str, torch.Tensor]) -> None:

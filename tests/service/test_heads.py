@@ -5,7 +5,7 @@ import io
 import json
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -88,13 +88,13 @@ def tinted(label: str, seed: int) -> bytes:
     return encode(Image.fromarray(noise.astype(np.uint8)), "PNG")
 
 
-def tinted_zip(count: int = 6, **extra: bytes) -> bytes:
+def tinted_zip(count: int = 6, extra: Mapping[str, bytes] | None = None) -> bytes:
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         for label in ("red", "blue"):
             for i in range(count):
                 archive.writestr(f"{label}/{i}.png", tinted(label, i))
-        for name, data in extra.items():
+        for name, data in (extra or {}).items():
             archive.writestr(name, data)
     return content.getvalue()
 
@@ -299,12 +299,12 @@ def test_fits_that_cannot_come_to_anything_are_refused(server: Running) -> None:
 
 
 def test_unreadable_images_fail_a_fit_only_if_too_few_are_left(server: Running) -> None:
-    some = tinted_zip(**{"red/bad.png": b"broken"})
+    some = tinted_zip(extra={"red/bad.png": b"broken"})
     assert begin_fit(server, "some", some).status_code == 202
     assert settle(server, "some")["state"] == "ready"
     skipped = server.client.get("/heads/some/report.json").json()["skipped"]
     assert [item["name"] for item in skipped] == ["red/bad.png"]
-    few = tinted_zip(**{"third/1.png": tinted("blue", 1), "third/2.png": b"broken"})
+    few = tinted_zip(extra={"third/1.png": tinted("blue", 1), "third/2.png": b"broken"})
     assert begin_fit(server, "few", few).status_code == 202
     failed = settle(server, "few")
     assert failed["state"] == "failed"
@@ -397,10 +397,10 @@ def test_heads_over_grpc(server: Running, make: Callable[..., HeadFile]) -> None
         assert stub.PutHead(put, metadata=metadata).head.ready
         with pytest.raises(grpc.RpcError) as caught:
             stub.PutHead(put, metadata=metadata)
-        assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS  # type: ignore[attr-defined]
+        assert caught.value.code() is grpc.StatusCode.ALREADY_EXISTS
         with pytest.raises(grpc.RpcError) as caught:
             stub.PutHead(put)
-        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED  # type: ignore[attr-defined]
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
         assert [head.name for head in stub.ListHeads(pb.ListHeadsRequest()).heads] == ["pets"]
         read = stub.ReadHead(pb.ReadHeadRequest(name="pets", part="head.safetensors")).content
         assert decode_head(read).labels == ("cat", "dog", "cow")
