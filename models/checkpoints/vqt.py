@@ -127,16 +127,6 @@ def _activations(head: Mapping[str, Tensor]) -> dict[str, str]:
     return {str(place + 1): "relu" for place in places[:-1]}
 
 
-def _activations(head: Mapping[str, Tensor]) -> dict[str, str]:
-    """A ReLU after each hidden linear layer."""
-    places = sorted(
-        int(key.split(".")[1])
-        for key, value in head.items()
-        if key.startswith("classifier.") and value.dim() == 2
-    )
-    return {str(place + 1): "relu" for place in places[:-1]}
-
-
 def _backbone(
     backbone: Container, told: dict[str, Any], is_mae: bool
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
