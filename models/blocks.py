@@ -27,9 +27,8 @@ def readable_blocks(network: nn.Module) -> list[Any]:
 class Reading:
     """What one pass has yielded so far, of what it was to yield."""
 
-    def __init__(self, blocks: list[Any], norm: nn.Module, need: Need) -> None:
+    def __init__(self, blocks: list[Any], need: Need) -> None:
         self._blocks = blocks
-        self._norm = norm
         self._need = need
         self._riding = Riding(blocks, need.rides) if need.rides else None
         self.layers: dict[int, Tensor] = {}
@@ -47,7 +46,7 @@ class Reading:
 
     def at_output(self, number: int, x_BKD: Tensor) -> None:
         if number in self._need.layers:
-            self.layers[number] = self._norm(x_BKD)
+            self.layers[number] = x_BKD
 
     def queries(self) -> dict[Queries, Tensor]:
         """What became of the queries that rode along."""
@@ -59,7 +58,6 @@ class BlockReader:
 
     def __init__(self, network: Any) -> None:
         self.blocks = readable_blocks(network)
-        self._norm = getattr(network, "norm", nn.Identity())
         self._local = threading.local()
         for number, block in enumerate(self.blocks):
             block.attn.qkv.register_forward_hook(partial(self._on_qkv, number))
@@ -68,7 +66,7 @@ class BlockReader:
     @contextmanager
     def reading(self, need: Need) -> Iterator[Reading]:
         """What this thread's pass inside the block yields of what is needed."""
-        self._local.reading = Reading(self.blocks, self._norm, need)
+        self._local.reading = Reading(self.blocks, need)
         try:
             yield self._local.reading
         finally:

@@ -25,9 +25,9 @@ class Checkpoint:
     """Weights under an architecture's own names.
 
     `architecture` is a timm name and `arguments` go to `timm.create_model`, unless `library` says
-    that another builds it (see `models/loading.py`); `heads` came in the same file, by name;
-    `dropped` are keys known to be
-    training-only; `reason` says how the format was recognised.
+    that another builds it: `vitrail`, which is `models/architectures`, or `openai-clip`; `heads`
+    came in the same file, by name; `dropped` are keys known to be training-only; `reason` says how
+    the format was recognised.
     """
 
     format: str

@@ -18,7 +18,7 @@ from models.errors import CheckpointError
 from models.torchscript import is_torchscript, read_torchscript
 
 # Containers nest the weights under one of these, as the common training scripts write them.
-WRAPPERS = ("state_dict", "model", "module")
+WRAPPERS = ("state_dict", "model", "module", "model_state_dict", "model_state", "teacher")
 
 
 # What training scripts store beside weights, and what cannot run anything: their arguments, and
@@ -37,14 +37,18 @@ HARMLESS: list[Any] = [
 class Container:
     """What a checkpoint file holds: its tensors by name, and the metadata beside them.
 
-    `beside` are the other entries of a torch file, as training scripts leave them: those that are
-    text or numbers with their values, the others as None. For ONNX files `graph` is the graph,
+    Torch files nest weights as training scripts leave them: `wrapper` is what the tensors were
+    found under, empty for none; `sets` are all sets of weights that lie side by side (student and
+    teacher, ...) by name; `beside` are the other entries, those that are text, numbers or arguments
+    (as a mapping) with their values, the rest as None. For ONNX files `graph` is the graph,
     since anonymous weights are named by their use in it.
     """
 
     path: Path
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    wrapper: str = ""
+    sets: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     beside: Mapping[str, Any] = field(default_factory=dict)
     graph: Any = None
 
@@ -110,22 +114,41 @@ def _open_torch(path: Path) -> Container:
         ) from error
     except (RuntimeError, EOFError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path}: not a readable torch file: {error}") from error
-    plain = (str, int, float, bool)
-    beside = {
-        str(key): value if isinstance(value, plain) else None
-        for key, value in (content.items() if isinstance(content, dict) else ())
-        if not isinstance(value, Tensor) or value.dim() == 0
+    tensors, wrapper = _find_state_dict(path, content)
+    entries = content if wrapper else {}
+    sets = {
+        str(name): _unwrapped(value) for name, value in entries.items() if _is_state_dict(value)
     }
-    return Container(path, _find_state_dict(path, content), beside=beside)
+    beside = {str(name): _plain(v) for name, v in entries.items() if str(name) not in sets}
+    return Container(path, tensors, wrapper=wrapper, sets=sets, beside=beside)
 
 
-def _find_state_dict(path: Path, content: Any) -> dict[str, Tensor]:
-    for wrapper in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
+def _plain(value: Any) -> Any:
+    """What may be of use of a training script's leftovers."""
+    if isinstance(value, argparse.Namespace):
+        return vars(value)
+    return value if isinstance(value, str | int | float) else None
+
+
+def _is_state_dict(value: Any) -> bool:
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(isinstance(item, Tensor) for item in value.values())
+
+
+def _unwrapped(state_dict: Mapping[Any, Tensor]) -> dict[str, Tensor]:
+    """Names without what data-parallel training puts in front."""
+    return {str(key).removeprefix("module."): value for key, value in state_dict.items()}
+
+
+def _find_state_dict(path: Path, content: Any) -> tuple[dict[str, Tensor], str]:
+    wrapper = ""
+    for name in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content, wrapper = content[name], wrapper or name
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"{path}: holds no state dict")
     strangers = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
     if strangers:
         raise CheckpointError(f"{path}: entries are not tensors: {', '.join(strangers[:10])}")
-    return {str(key).removeprefix("module."): value for key, value in content.items()}
+    return _unwrapped(content), wrapper

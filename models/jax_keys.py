@@ -13,11 +13,33 @@ BLOCK = "Transformer/encoderblock_"
 ATTENTION = "MultiHeadDotProductAttention_1"
 
 
-def from_jax(tensors: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
+# What newer releases of upstream's code call its parts.
+LINEN = (
+    ("LayerNorm_1/", "LayerNorm_2/"),
+    ("MultiHeadDotProductAttention_0/", "MultiHeadDotProductAttention_1/"),
+    ("MlpBlock_0/", "MlpBlock_3/"),
+)
+
+
+def in_old_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The names that published files have; optimizers' prefix is stripped."""
+    named = {}
+    for key, value in tensors.items():
+        key = key.removeprefix("opt/target/")
+        for new, old in LINEN:
+            key = key.replace(new, old)
+        named[key] = value
+    return named
+
+
+def from_jax(
+    tensors: Mapping[str, Tensor], grid: tuple[int, int] | None = None
+) -> dict[str, Tensor]:
     """The backbone under timm's names; classifier and `pre_logits` are left out.
 
     Kernels (in, out) are transposed; those of attention have an axis for the heads. The table of
-    positions is resized to `grid` linearly, corners to corners, as upstream does with scipy's zoom.
+    positions is resized to `grid`, if given, linearly, corners to corners, as upstream does with
+    scipy's zoom.
 
     Raises:
         CheckpointError: a weight is missing.
@@ -33,10 +55,11 @@ def num_heads(tensors: Mapping[str, Tensor]) -> int:
     return int(tensors[f"{BLOCK}0/{ATTENTION}/query/kernel"].shape[1])
 
 
-def _convert(tensors: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, Tensor]:
-    named = {
-        "cls_token": tensors["cls"],
-        "pos_embed": resize_corners(tensors[POSITIONS], grid),
+def _convert(tensors: Mapping[str, Tensor], grid: tuple[int, int] | None) -> dict[str, Tensor]:
+    table = tensors[POSITIONS]
+    named = {"cls_token": tensors["cls"]} if "cls" in tensors else {}
+    named |= {
+        "pos_embed": table if grid is None else resize_corners(table, grid),
         "patch_embed.proj.weight": tensors["embedding/kernel"].permute(3, 2, 0, 1),
         "patch_embed.proj.bias": tensors["embedding/bias"],
         "norm.weight": tensors["Transformer/encoder_norm/scale"],

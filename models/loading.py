@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 
+from models.architectures import create_network
 from models.catalog import TrunkEntry
 from models.checkpoint import Checkpoint, HeadState, save_checkpoint
 from models.checkpoints import detect_format, format_outputs
@@ -68,7 +69,7 @@ def load_checkpoint(
     state = checkpoint.heads.get("pca" if kind == "embed" else kind)
     head = create_head(kind, trunk, numbered_labels(class_count(trunk, state)), state)
     outputs, need = format_outputs(checkpoint.format, trunk)
-    return Model(name, trunk, head, outputs=outputs, need=need)
+    return Model(name, trunk, head, outputs=outputs, need=need, states=checkpoint.heads)
 
 
 def own_head(heads: Mapping[str, HeadState], trunk: Trunk) -> str:
@@ -140,7 +141,7 @@ def build_trunk(
     checkpoint: Checkpoint, placement: Placement, preprocess: Mapping[str, Any] | None = None
 ) -> TimmTrunk:
     """Build the architecture and fill it strictly: every key used, every parameter filled."""
-    network = timm.create_model(checkpoint.architecture, **checkpoint.arguments)
+    network = create_network(checkpoint)
     load_strictly(network, checkpoint.state_dict, checkpoint.architecture)
     own = checkpoint.preprocess or preprocess_from_timm(network)
     if checkpoint.preprocess is None and (size := checkpoint.arguments.get("img_size")):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from models.answers import answer_entry
+from models.checkpoint import HeadState
 from models.errors import InputError, TaskError
 from models.heads import Head
 from models.heads.embed import Embed
@@ -27,7 +28,7 @@ from models.trunk import OpenClipTrunk, Trunk, TrunkOutput, parameter_bytes, sta
 
 TEXT_BATCH = 32
 
-Outputs = Callable[["Model", TrunkOutput], dict[str, Tensor]]
+Outputs = Callable[["Model", TrunkOutput, Mapping[str, Tensor]], dict[str, Tensor]]
 
 ImageLike = Image.Image | bytes | str | Path
 
@@ -51,6 +52,7 @@ class Model:
         outputs: Outputs | None = None,
         need: Need = NOTHING,
         about: Mapping[str, Any] | None = None,
+        states: Mapping[str, HeadState] | None = None,
     ) -> None:
         """
         Args:
@@ -58,6 +60,7 @@ class Model:
             outputs: what `run` gives besides, by the names of the checkpoint's authors; and what
                 it `need`s of the pass.
             about: how a head of a file of its own came to be.
+            states: what came in the checkpoint besides the trunk; `outputs` may use it.
         """
         self.name = name
         self.trunk = trunk
@@ -68,6 +71,7 @@ class Model:
         self._outputs = outputs
         self._need = need
         self.about = about or {}
+        self.states = states or {}
         self.heads: dict[str, Head] = {"embed": embed, head.task: head}
         if self.takes_images:
             self.transform = create_transform(trunk.preprocess)
@@ -206,7 +210,10 @@ class Model:
 
     @torch.inference_mode()
     def run(
-        self, pixel_values: Tensor | None = None, token_ids: Tensor | None = None
+        self,
+        pixel_values: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        **inputs: Tensor,
     ) -> dict[str, Tensor]:
         """All named outputs, float32 on the CPU.
 
@@ -215,6 +222,7 @@ class Model:
                 trunk's own pooling, not normalised) and `tokens` or `feature_map`; of a model of
                 two towers `image_embedding` and what it is projected from.
             token_ids: (N, T) for `text_embedding`; with images `logits_per_image` (B, N).
+            inputs: what else the checkpoint's format takes, such as `noise` to mask patches by.
         """
         named: dict[str, Tensor] = {}
         if isinstance(head := self.heads[self.task], ZeroShot):
@@ -228,7 +236,8 @@ class Model:
             for each in self.heads.values():
                 named |= each.forward(output)
             if self._outputs is not None:
-                named |= self._outputs(self, output)
+                given = {"pixel_values": pixel_values, **inputs}
+                named |= self._outputs(self, output, given)
         return {name: tensor.float().cpu() for name, tensor in named.items()}
 
 

@@ -42,6 +42,10 @@ class TextTrunk:
     num_classes = 0
     has_tokens = False
     blocks: Sequence[Any] = ()
+
+    def norm(self, layer_BTD: Tensor) -> Tensor:
+        raise NotImplementedError("its blocks are not read")
+
     exponents = None
     pad_id = 0
 

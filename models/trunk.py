@@ -24,8 +24,8 @@ class TrunkOutput:
     `features` is the backbone's own last output, which its own pooling and classifier want:
     (B, T, D) for token models, else (B, C, h, w), or (B, h, w, C) if `channels_last` (Swin).
     `prefix` counts the class and register tokens before the patches; `grid` is (h, w). The rest
-    is there where it was needed: blocks' outputs by number, (B, T, D), as the final norm leaves
-    them; their attention probabilities (B, h, T, T); each block's keys and values, (rows, h, T, d),
+    is there where it was needed: blocks' outputs by number, (B, T, D), before the final norm;
+    their attention probabilities (B, h, T, T); each block's keys and values, (rows, h, T, d),
     of `keys_values_rows`; and for each head's queries (rows, L, T, D), of those it answers for.
     """
 
@@ -113,6 +113,9 @@ class Trunk(Protocol):
         """Run the backbone on a batch: for images uint8 pixels (B, 3, H, W), or float pixels
         already normalised; for texts token ids (B, T). Trunks with `blocks` also yield what is
         needed of those."""
+
+    def norm(self, layer_BTD: Tensor) -> Tensor:
+        """A block's output as the final norm would leave it."""
 
     def pool(self, output: TrunkOutput) -> Tensor:
         """(B, D): the backbone's own pooled representation, before any classifier."""
@@ -204,6 +207,10 @@ class TimmTrunk(ImageTrunk):
         prefix = int(getattr(self.network, "num_prefix_tokens", 0))
         return TrunkOutput(features, prefix, self._grid(pixels_BCHW))
 
+    def norm(self, layer_BTD: Tensor) -> Tensor:
+        normed: Tensor = self.network.norm(layer_BTD)
+        return normed
+
     def pool(self, output: TrunkOutput) -> Tensor:
         if self.exponents is not None:
             return ggem(output.patches_BTD, self.exponents)
@@ -235,6 +242,9 @@ class OpenClipTrunk(ImageTrunk):
     num_classes = 0
     has_tokens = False
     blocks: Sequence[Any] = ()
+
+    def norm(self, layer_BTD: Tensor) -> Tensor:
+        raise NotImplementedError("its blocks are not read")
 
     def __init__(
         self, architecture: str, network: nn.Module, preprocess: Preprocess, placement: Placement

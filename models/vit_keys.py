@@ -1,12 +1,18 @@
 """What a ViT's state dict in timm's names says of its architecture."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from models.architectures import OWN
+from models.checkpoint import Checkpoint, HeadState
+from models.containers import Container
 from models.errors import CheckpointError
+from models.preprocess import Preprocess
 
+STEM = "patch_embed.proj.12.weight"
 MARKS = {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"}
 
 
@@ -17,7 +23,10 @@ def vit_arguments(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -
     Raises:
         CheckpointError: the heads do not divide the channels.
     """
-    dim, _, _, patch = tensors["patch_embed.proj.weight"].shape
+    if STEM in tensors:  # four convolutions of stride 2 instead of one
+        dim, patch = tensors[STEM].shape[0], 16
+    else:
+        dim, _, _, patch = tensors["patch_embed.proj.weight"].shape
     prefix = sum(name in tensors for name in ("cls_token", "dist_token"))
     cells = tensors["pos_embed"].shape[1] - prefix
     side = round(cells**0.5)
@@ -35,3 +44,71 @@ def vit_arguments(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -
         "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
         "num_classes": 0 if head is None else head.shape[0],
     }
+
+
+def vit_checkpoint(
+    name: str,
+    tensors: Mapping[str, Tensor],
+    arguments: Mapping[str, Any],
+    *,
+    positions: str,
+    heads: Mapping[str, HeadState] | None = None,
+    preprocess: Preprocess | None = None,
+    dropped: tuple[str, ...] = (),
+    **built: Any,
+) -> Checkpoint:
+    """A plain ViT in timm's names as a checkpoint of format `name`.
+
+    Args:
+        positions: the rule of `models/architectures/vit.py` for other input sizes.
+        built: arguments of the network that the shapes do not tell.
+
+    Raises:
+        CheckpointError: not a whole ViT.
+    """
+    needed = {"pos_embed", "blocks.0.mlp.fc1.weight"}
+    if missing := sorted(needed - tensors.keys()):
+        raise CheckpointError(f"not a whole ViT: {', '.join(missing)} missing")
+    told = {**vit_arguments(tensors, arguments), **built}
+    size = told["img_size"]
+    own = preprocess or Preprocess()
+    return Checkpoint(
+        format=name,
+        architecture="vit",
+        library=OWN,
+        arguments={"positions": positions, **told},
+        state_dict=dict(tensors),
+        heads=heads or {},
+        preprocess=replace(own, input_size=(size, size)),
+        dropped=dropped,
+    )
+
+
+def choose_weights(
+    container: Container, arguments: Mapping[str, Any], default: str
+) -> Mapping[str, Tensor]:
+    """The set of weights that `arguments["weights"]` names, or else the default one.
+
+    Raises:
+        CheckpointError: the file has no such set.
+    """
+    wanted = str(arguments.get("weights", default))
+    for name in (wanted, f"model_{wanted}", f"state_dict_{wanted}"):
+        if name in container.sets:
+            return container.sets[name]
+    raise CheckpointError(
+        f"{container.path} has no weights {wanted!r}; it has {', '.join(container.sets)}"
+    )
+
+
+def split_prefix(
+    tensors: Mapping[str, Tensor], prefix: str, *, drop: tuple[str, ...] = ()
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors below a prefix, by their names without it; and the keys of all others. `drop`
+    are beginnings of names below the prefix that only training needed."""
+    kept: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        name = key.removeprefix(prefix)
+        if key.startswith(prefix) and not name.startswith(drop or ("\0",)):
+            kept[name] = value
+    return kept, tuple(key for key in tensors if key.removeprefix(prefix) not in kept)

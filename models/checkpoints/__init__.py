@@ -2,8 +2,8 @@
 
 A format is a module with `NAME`, `matches(container, arguments) -> str | None` (why it is this
 format, or None) and `convert(container, arguments) -> Checkpoint`. Where the authors have more
-outputs than trunk and heads, also `outputs(model, output) -> dict[str, Tensor]`, and if these want
-more of a pass than its last output, `need(trunk) -> Need`.
+outputs than trunk and heads, also `outputs(model, output, inputs) -> dict[str, Tensor]`, and if
+these want more of a pass than its last output, `need(trunk) -> Need`.
 """
 
 import importlib

@@ -60,7 +60,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def outputs(model: Model, output: TrunkOutput) -> dict[str, Tensor]:
+def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The features of the classifier, and the plain embedding of the backbone."""
     head: Any = model.heads["classify"]
     return {"embedding": head.features(output), "cls_embedding": model.trunk.pool(output)}

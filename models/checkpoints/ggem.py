@@ -41,7 +41,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def outputs(model: Model, output: TrunkOutput) -> dict[str, Tensor]:
+def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Every pooling that the paper compares; of GGeM also as if the class token counted."""
     exponents = model.trunk.exponents
     patches = output.patches_BTD

@@ -52,7 +52,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def outputs(model: Model, output: TrunkOutput) -> dict[str, Tensor]:
+def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The descriptor, and the alternatives that the paper studies; all of unit length but `raw`."""
     cls, patches = output.tokens_BTD[:, 0], output.patches_BTD
     named = {

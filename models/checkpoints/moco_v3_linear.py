@@ -7,15 +7,12 @@ Both published sizes have 12 heads, whatever their channels.
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from models.checkpoint import Checkpoint
 from models.containers import Container
-from models.model import Model
-from models.need import Need
+from models.outputs import attention_need as need
+from models.outputs import attention_outputs as outputs
 from models.preprocess import Preprocess
-from models.trunk import Trunk, TrunkOutput
-from models.vit_keys import MARKS, vit_arguments
+from models.vit_keys import MARKS, vit_checkpoint
 
 NAME = "moco-v3-linear"
 
@@ -29,23 +26,13 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    built = vit_arguments(container.tensors, {"num_heads": 12, **arguments})
-    return Checkpoint(
-        format=NAME,
-        architecture="vit_small_patch16_224",
-        arguments=built,
-        state_dict=dict(container.tensors),
-        preprocess=Preprocess(
-            input_size=(built["img_size"], built["img_size"]), interpolation="bilinear"
-        ),
+    return vit_checkpoint(
+        NAME,
+        container.tensors,
+        {"num_heads": 12, **arguments},
+        positions="fixed",
+        preprocess=Preprocess(interpolation="bilinear"),
     )
 
 
-def need(trunk: Trunk) -> Need:
-    """The attention of the last block."""
-    return Need(attention=frozenset({len(trunk.blocks) - 1}))
-
-
-def outputs(model: Model, output: TrunkOutput) -> dict[str, Tensor]:
-    [attention] = output.attention.values()
-    return {"attention": attention}
+__all__ = ["NAME", "convert", "matches", "need", "outputs"]

@@ -93,7 +93,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def outputs(model: Model, output: TrunkOutput) -> dict[str, Tensor]:
+def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the classifier saw, and what that was made of."""
     head: Any = model.heads["classify"]
     return {

@@ -17,7 +17,11 @@ from models.need import NOTHING, Need
 from models.trunk import Trunk, TrunkOutput, state_digest
 
 CLASSIFIER = "classifier."
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+}
 
 
 class Linear(Ranking):
@@ -59,10 +63,11 @@ class Linear(Ranking):
         """(B, F) float32: what the classifier sees."""
         if not self.layers:
             return self.trunk.pool(output).float()
-        class_tokens = torch.cat([output.layers[layer][:, 0] for layer in self.layers], -1).float()
+        normed = [self.trunk.norm(output.layers[layer]) for layer in self.layers]
+        class_tokens = torch.cat([layer[:, 0] for layer in normed], -1).float()
         if self.mean is None:
             return class_tokens
-        mean = output.layers[self.layers[-1]][:, output.prefix :].float().mean(1)
+        mean = normed[-1][:, output.prefix :].float().mean(1)
         match self.mean:
             case "interleaved":
                 return torch.stack([class_tokens, mean], -1).flatten(1)
@@ -85,8 +90,8 @@ def check_has_blocks(trunk: Trunk) -> None:
 
 def create_classifier(state: HeadState) -> nn.Sequential:
     """`classifier.N.weight` and so on as layers in the order of N: linear ones, and batch norms
-    (those with a `running_mean`), with `activations` (`relu`, `gelu`, by their own N) in between.
-    In float32, frozen. `norm_eps` is that of the batch norms.
+    (those with a `running_mean`), with `activations` (`gelu`, `relu`, `tanh`, by their own N) in
+    between. In float32, frozen. `norm_eps` is that of the batch norms.
 
     Raises:
         CheckpointError: there is none, or the layers do not fit one another.

@@ -14,19 +14,30 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from models import load_checkpoint
+from models.checkpoints import detect_format
+from models.containers import open_container
 from models.errors import CheckpointError
 from models.model import Model
 from models.tokenizer import OpenAITokenizer
 
 GOLDENS = Path(__file__).parents[3] / "shared/goldens"
-INPUTS = ("pixel_values", "token_ids")
-# About the tokenizer of the full vocabulary, which the fixtures' small models do not have.
-NOT_THE_MODELS = ("tokenizer_token_ids",)
-
+INPUTS = ("pixel_values", "token_ids", "noise")
+# A name's ending says which input it belongs to, or which of a file's sets of weights.
+ALTERNATIVES = ("", "_hires", "_alt", "_hr")
+SETS = ("_student", "_momentum")
+# About the tokenizer of the full vocabulary, which the fixtures' small models do not have; exact
+# GELU, which `act` asks for; SupMAE's class token, which for its main input is embedding_cls.
+OTHERS = ("tokenizer_token_ids", "gelu_erf", "logits_model_ema")
+EXCEPT = {"supmae": ("embedding_alt",)}
 
 FIXTURES = (
-    "clip", "clip_jit", "dino_linear", "ggem", "irt", "moco_v3_linear", "vqt", "vqt_mae",
-    "vqt_wsum",
+    "attmask", "attmask_backbone", "beit", "beit_abspos", "beit_finetuned", "clip", "clip_jit",
+    "convnext_v2", "convnext_v2_fcmae", "dino", "dino_backbone", "dino_linear", "esvit", "ggem",
+    "ibot", "ibot_backbone", "ibot_swin", "irt", "mae", "mae_finetuned", "moco_v3", "moco_v3_conv",
+    "moco_v3_linear", "peco", "peco_finetuned", "sdmae", "sdmae_finetuned", "sit", "sit_classifier",
+    "small_scale_vits", "small_scale_vits_cait", "small_scale_vits_finetuned",
+    "small_scale_vits_swin", "supmae", "supmae_finetuned", "tinymim", "tinymim_finetuned",
+    "vit_augreg", "vit_augreg_gap", "vit_augreg_prelogits", "vqt", "vqt_mae", "vqt_wsum",
 )  # fmt: skip
 
 
@@ -44,7 +55,70 @@ def fixture(
 
 @pytest.mark.parametrize("name", FIXTURES)
 def test_outputs_are_the_references(name: str) -> None:
-    check_outputs(*fixture(name)[:2])
+    model, golden, meta = fixture(name)
+    skipped = EXCEPT.get(name, ())
+    for ending in ALTERNATIVES:
+        if any(f"{key}{ending}" in golden for key in INPUTS):
+            check_outputs(model, golden, meta, ending, skipped)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [(name, "student") for name in ("attmask", "dino", "esvit", "ibot", "sit", "small_scale_vits")]
+    + [("moco_v3", "momentum")],
+)
+def test_other_weights_of_the_file_can_be_chosen(name: str, weights: str) -> None:
+    model, golden, _ = fixture(name, weights=weights)
+    found = model.run(golden["pixel_values"])["embedding"]
+    assert torch.allclose(found, golden[f"embedding_{weights}"], atol=1e-5, rtol=0)
+    with pytest.raises(CheckpointError, match="no weights 'other'|not a whole ViT"):
+        fixture(name, weights="other")
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("convnext_v2", "checkpoint_published.pt"),
+        ("convnext_v2_fcmae", "checkpoint_pt_only.pt"),
+        ("mae", "checkpoint_encoder_only.pth"),
+        ("sdmae", "checkpoint_encoder.pth"),
+        ("vit_augreg", "checkpoint_linen.npz"),
+    ],
+)
+def test_further_published_forms_give_the_same(name: str, file: str) -> None:
+    model, golden, _ = fixture(name, file)
+    found = model.run(golden["pixel_values"])
+    for key in ("embedding", "tokens", "logits"):
+        if key in golden:
+            assert torch.allclose(found[key], golden[key], atol=1e-5, rtol=0), key
+
+
+def test_exact_gelu_can_be_asked_for() -> None:
+    model, golden, _ = fixture("vit_augreg", act="gelu")
+    logits = model.run(golden["pixel_values"])["logits"]
+    assert torch.allclose(logits, golden["logits_gelu_erf"], atol=1e-5, rtol=0)
+
+
+def test_every_fixture_is_of_one_format() -> None:
+    """Detection is from the keys: no file is taken for several formats, or for another's."""
+    if not GOLDENS.is_dir():
+        pytest.skip("the fixtures are not here (shared/goldens)")
+    formats = {}
+    for name in FIXTURES:
+        meta = json.loads((GOLDENS / name / "meta.json").read_text())
+        for path in sorted((GOLDENS / name).glob("checkpoint*")):
+            container = open_container(path)
+            formats[f"{name}/{path.name}"] = detect_format(container, {})[0].NAME
+        del meta
+    same = {"attmask": "ibot", "peco": "beit", "supmae_finetuned": "mae-finetuned",
+            "sdmae_finetuned": "mae-finetuned", "tinymim_finetuned": "mae-finetuned",
+            "mae_finetuned": "mae-finetuned", "attmask_backbone": "ibot-backbone"}  # fmt: skip
+    for name, found in formats.items():
+        if (wanted := same.get(name.partition("/")[0])) is not None:
+            assert found == wanted, name
+    assert formats["dino/checkpoint.pth"] == "dino"
+    assert formats["dino_backbone/checkpoint.pth"] == "dino-backbone"
+    assert formats["sdmae/checkpoint.pth"] == "sdmae"
 
 
 @pytest.mark.parametrize(
@@ -57,17 +131,32 @@ def test_outputs_are_the_references(name: str) -> None:
     ],
 )
 def test_a_backbone_may_lie_beside_what_was_trained(name: str, arguments: dict[str, Any]) -> None:
-    check_outputs(*fixture(name, "tuned_only.pth", **arguments)[:2])
+    check_outputs(*fixture(name, "tuned_only.pth", **arguments))
 
 
-def check_outputs(model: Model, golden: dict[str, torch.Tensor]) -> None:
-    given = {key: golden[key] for key in INPUTS if key in golden}
+def check_outputs(
+    model: Model,
+    golden: dict[str, torch.Tensor],
+    meta: dict[str, Any],
+    ending: str = "",
+    skipped: tuple[str, ...] = (),
+) -> None:
+    """All outputs of the input with that ending, which is given under the plain name."""
+    masked = "boolean" in str(meta["outputs"].get("mask", ""))
+    inputs = (*INPUTS, "mask") if masked else INPUTS
+    given = {key: golden[f"{key}{ending}"] for key in inputs if f"{key}{ending}" in golden}
     outputs = model.run(**given)
-    wanted = golden.keys() - set(INPUTS) - set(NOT_THE_MODELS)
-    assert wanted <= outputs.keys()
+    ours = {f"{key}{ending}" for key in inputs}
+    others = tuple(e for e in (*ALTERNATIVES, *SETS) if e and e != ending)
+    wanted = {
+        key for key in golden.keys() - ours
+        if key.endswith(ending) and not key.endswith((*others, *OTHERS)) and key not in skipped
+        and not (ending == "" and key.startswith(inputs))
+    }  # fmt: skip
     for key in wanted:
-        assert outputs[key].shape == golden[key].shape, key
-        assert torch.allclose(outputs[key], golden[key].float(), atol=1e-5, rtol=0), key
+        found, reference = outputs[key.removesuffix(ending)], golden[key].float()
+        assert found.shape == reference.shape, key
+        assert torch.allclose(found, reference, atol=1e-5, rtol=0), key
 
 
 def test_the_tokenizer_is_openais() -> None:
@@ -101,9 +190,10 @@ def test_real_photos_are_answered_from_the_file_as_it_is(
     """By the file's own input size and preprocessing, which `run` on given pixels does not use."""
     model, _, meta = fixture(name)
     preprocess = model.trunk.preprocess
-    side = meta["hyperparameters"].get("img_size") or meta["preprocess"]["size"][0]
-    assert preprocess.input_size == (side, side)
-    assert preprocess.crop_pct == meta["preprocess"]["crop_pct"]
+    stated = meta["preprocess"]
+    side = meta["hyperparameters"].get("img_size") or stated["size"][0]
+    assert preprocess.input_size == (tuple(side) if isinstance(side, list) else (side, side))
+    assert preprocess.crop_pct == stated["crop_pct"]
     assert preprocess.mean == tuple(meta["preprocess"]["mean"])
     assert preprocess.std == tuple(meta["preprocess"]["std"])
     [answer] = model.predict([photos["chelsea"]], task="embed")

@@ -1,0 +1,39 @@
+"""Architectures that no library has, or has with other habits: one file each."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import timm
+from torch import nn
+
+from models.checkpoint import Checkpoint
+
+OWN = "vitrail"
+
+
+def create_network(checkpoint: Checkpoint) -> nn.Module:
+    """The network of a checkpoint, without its weights: timm's, or one of this package's."""
+    if checkpoint.library == "timm":
+        network: nn.Module = timm.create_model(checkpoint.architecture, **checkpoint.arguments)
+    else:
+        network = _own()[checkpoint.architecture](**checkpoint.arguments)
+    return network
+
+
+def _own() -> Mapping[str, Callable[..., Any]]:
+    from timm.models.beit import Beit
+    from timm.models.cait import Cait
+    from timm.models.convnext import ConvNeXt
+    from timm.models.pit import PoolingVisionTransformer
+
+    from models.architectures.swin import Swin
+    from models.architectures.vit import Vit
+
+    return {
+        "beit": Beit,
+        "cait": Cait,
+        "convnext": ConvNeXt,
+        "pit": PoolingVisionTransformer,
+        "swin": Swin,
+        "vit": Vit,
+    }

@@ -1,0 +1,82 @@
+"""Masked autoencoders (arXiv 2111.06377): a ViT sees some patches, a small one draws the others."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+_norm = partial(nn.LayerNorm, eps=1e-6)
+
+
+class Visible(NamedTuple):
+    """What the encoder makes of the patches that it sees: `latent` (B, 1 + V, D), class token
+    first, in the order they were kept; `restore` (B, N) puts them back; `mask` (B, N), 1 where
+    removed."""
+
+    latent: Tensor
+    restore: Tensor
+    mask: Tensor
+
+
+def encode_visible(network: Any, pixels_BCHW: Tensor, noise_BN: Tensor, ratio: float) -> Visible:
+    """Encode the patches with the least noise, all but the share `ratio`."""
+    x = network.patch_embed(pixels_BCHW).flatten(1, -2)
+    batch, count, dim = x.shape
+    side = round(count**0.5)
+    table = network.positions((side, side))
+    x = x + table[:, 1:]
+    shuffled = noise_BN.argsort(1)
+    restore = shuffled.argsort(1)
+    kept = shuffled[:, : int(count * (1 - ratio))]
+    x = x.gather(1, kept[..., None].expand(-1, -1, dim))
+    first = (network.cls_token + table[:, :1]).expand(batch, -1, -1)
+    latent = network.norm(network.blocks(torch.cat([first, x], 1)))
+    mask = torch.ones(batch, count, device=x.device)
+    mask[:, : kept.shape[1]] = 0
+    return Visible(latent, restore, mask.gather(1, restore))
+
+
+class MaskedDecoder(nn.Module):
+    """Draws every patch: (B, N, patch * patch * 3) pixels, row, column, channel; names are the
+    checkpoint's."""
+
+    def __init__(
+        self, width: int, dim: int, depth: int, heads: int, patches: int, pixels: int
+    ) -> None:
+        super().__init__()
+        self.decoder_embed = nn.Linear(width, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, patches + 1, dim))
+        blocks = [Block(dim, heads, qkv_bias=True, norm_layer=_norm) for _ in range(depth)]
+        self.decoder_blocks = nn.Sequential(*blocks)
+        self.decoder_norm = _norm(dim)
+        self.decoder_pred = nn.Linear(dim, pixels)
+
+    def forward(self, visible: Visible) -> Tensor:
+        x = self.decoder_embed(visible.latent)
+        first, seen = x[:, :1], x[:, 1:]
+        missing = visible.restore.shape[1] - seen.shape[1]
+        every = torch.cat([seen, self.mask_token.expand(len(x), missing, -1)], 1)
+        places = visible.restore[..., None].expand(-1, -1, x.shape[-1])
+        x = torch.cat([first, every.gather(1, places)], 1) + self.decoder_pos_embed
+        drawn: Tensor = self.decoder_pred(self.decoder_norm(self.decoder_blocks(x)))
+        return drawn[:, 1:]
+
+
+def patchify(pixels_BCHW: Tensor, patch: int) -> Tensor:
+    """(B, N, patch * patch * 3): each patch's pixels by row, column, channel."""
+    rows = pixels_BCHW.unfold(2, patch, patch).unfold(3, patch, patch)
+    return rows.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+
+
+def drawing_loss(drawn: Tensor, pixels_BCHW: Tensor, mask_BN: Tensor, by_patch: bool) -> Tensor:
+    """(1,): mean squared error on removed patches; `by_patch`: on patches scaled to themselves."""
+    side = round((drawn.shape[-1] / 3) ** 0.5)
+    target = patchify(pixels_BCHW, side)
+    if by_patch:
+        variance, mean = torch.var_mean(target, -1, keepdim=True)
+        target = (target - mean) / (variance + 1e-6).sqrt()
+    error = (drawn - target).square().mean(-1)
+    return ((error * mask_BN).sum() / mask_BN.sum())[None]
