@@ -13,11 +13,11 @@ from torch.nn.functional import linear
 
 from models.checkpoint import Checkpoint, HeadState
 from models.containers import Container
-from models.jax_keys import POSITIONS, from_jax, in_old_names, num_heads
+from models.layouts.jax import POSITIONS, from_jax, in_old_names, num_heads
+from models.layouts.vit import vit_checkpoint
 from models.model import Model
 from models.preprocess import Preprocess
 from models.trunk import TrunkOutput
-from models.vit_keys import vit_checkpoint
 
 NAME = "augreg"
 HALF = (0.5, 0.5, 0.5)

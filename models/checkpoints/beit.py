@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
-from models.beit_keys import beit_checkpoint
 from models.checkpoint import Checkpoint, HeadState
 from models.containers import Container
+from models.layouts.beit import beit_checkpoint
 from models.model import Model
 from models.trunk import TrunkOutput
 

@@ -5,9 +5,9 @@ names with biases of queries and values apart, and a table of relative positions
 from collections.abc import Mapping
 from typing import Any
 
-from models.beit_keys import beit_checkpoint
 from models.checkpoint import Checkpoint
 from models.containers import Container
+from models.layouts.beit import beit_checkpoint
 
 NAME = "beit-finetuned"
 

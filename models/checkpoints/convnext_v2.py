@@ -15,10 +15,10 @@ from torch.nn.functional import layer_norm
 from models.architectures import OWN
 from models.checkpoint import Checkpoint
 from models.containers import Container
+from models.layouts.vit import choose_weights
 from models.model import Model
 from models.preprocess import Preprocess
 from models.trunk import TrunkOutput
-from models.vit_keys import choose_weights
 
 NAME = "convnext-v2"
 SPARSE = "encoder.stages.0.0.dwconv.kernel"

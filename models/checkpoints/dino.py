@@ -7,9 +7,9 @@ from typing import Any
 
 from models.checkpoint import Checkpoint
 from models.containers import Container
-from models.outputs import attention_need as need
-from models.outputs import attention_outputs as outputs
-from models.vit_keys import choose_weights, split_prefix, vit_checkpoint
+from models.layouts.attention import attention_need as need
+from models.layouts.attention import attention_outputs as outputs
+from models.layouts.vit import choose_weights, split_prefix, vit_checkpoint
 
 NAME = "dino"
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from models.checkpoint import Checkpoint
 from models.containers import Container
-from models.outputs import attention_need as need
-from models.outputs import attention_outputs as outputs
-from models.vit_keys import MARKS, vit_checkpoint
+from models.layouts.attention import attention_need as need
+from models.layouts.attention import attention_outputs as outputs
+from models.layouts.vit import MARKS, vit_checkpoint
 
 NAME = "dino-backbone"
 KEPT = ("cls_token", "pos_embed", "patch_embed.proj.", "blocks.", "norm.")

@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from models.checkpoint import Checkpoint, HeadState
-from models.companions import open_companion
 from models.containers import Container
 from models.errors import CheckpointError
+from models.layouts.companions import open_companion
+from models.layouts.vit import MARKS, vit_arguments
 from models.model import Model
 from models.preprocess import Preprocess
 from models.trunk import TrunkOutput
-from models.vit_keys import MARKS, vit_arguments
 
 NAME = "dino-linear"
 BACKBONES = ("backbone.pth", "backbone.safetensors")

@@ -7,9 +7,9 @@ from typing import Any
 
 from models.checkpoint import Checkpoint
 from models.containers import Container
-from models.swin_keys import MARK, swin_checkpoint
-from models.swin_keys import swin_outputs as outputs
-from models.vit_keys import choose_weights, split_prefix
+from models.layouts.swin import MARK, swin_checkpoint
+from models.layouts.swin import swin_outputs as outputs
+from models.layouts.vit import choose_weights, split_prefix
 
 NAME = "esvit"
 

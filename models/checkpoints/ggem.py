@@ -10,11 +10,11 @@ from torch import Tensor
 
 from models.checkpoint import Checkpoint, HeadState
 from models.containers import Container
+from models.layouts.vit import MARKS, vit_arguments
 from models.model import Model
 from models.pooling import gem, ggem
 from models.preprocess import Preprocess
 from models.trunk import TrunkOutput
-from models.vit_keys import MARKS, vit_arguments
 
 NAME = "ggem"
 EXPONENTS = "ggem.p"

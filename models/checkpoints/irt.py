@@ -15,11 +15,11 @@ from torch.nn.functional import normalize
 from models.checkpoint import Checkpoint, HeadState
 from models.containers import Container
 from models.errors import CheckpointError
+from models.layouts.vit import MARKS, vit_arguments
 from models.model import Model
 from models.pooling import gem
 from models.preprocess import Preprocess
 from models.trunk import TrunkOutput
-from models.vit_keys import MARKS, vit_arguments
 
 NAME = "irt"
 PCA = "pca.npz"

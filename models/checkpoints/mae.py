@@ -7,8 +7,8 @@ from typing import Any
 
 from models.checkpoint import Checkpoint
 from models.containers import Container
-from models.mae_keys import DECODER, ENCODER, decoder_state, need, outputs, without_decoder
-from models.vit_keys import MARKS, vit_checkpoint
+from models.layouts.mae import DECODER, ENCODER, decoder_state, need, outputs, without_decoder
+from models.layouts.vit import MARKS, vit_checkpoint
 
 NAME = "mae"
 

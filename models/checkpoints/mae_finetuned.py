@@ -8,8 +8,8 @@ from typing import Any
 
 from models.checkpoint import Checkpoint, HeadState
 from models.containers import Container
-from models.mae_keys import ENCODER
-from models.vit_keys import MARKS, vit_checkpoint
+from models.layouts.mae import ENCODER
+from models.layouts.vit import MARKS, vit_checkpoint
 
 NAME = "mae-finetuned"
 KEPT = (*ENCODER, "fc_norm.", "head.")

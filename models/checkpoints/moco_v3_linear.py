@@ -9,10 +9,10 @@ from typing import Any
 
 from models.checkpoint import Checkpoint
 from models.containers import Container
-from models.outputs import attention_need as need
-from models.outputs import attention_outputs as outputs
+from models.layouts.attention import attention_need as need
+from models.layouts.attention import attention_outputs as outputs
+from models.layouts.vit import MARKS, vit_checkpoint
 from models.preprocess import Preprocess
-from models.vit_keys import MARKS, vit_checkpoint
 
 NAME = "moco-v3-linear"
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from models.checkpoint import Checkpoint, HeadState
 from models.containers import Container
 from models.heads.linear import create_classifier
-from models.mae_keys import DECODER, decoder_state, need
-from models.mae_keys import outputs as mae_outputs
+from models.layouts.mae import DECODER, decoder_state, need
+from models.layouts.mae import outputs as mae_outputs
+from models.layouts.vit import split_prefix, vit_checkpoint
 from models.model import Model
 from models.trunk import TrunkOutput
-from models.vit_keys import split_prefix, vit_checkpoint
 
 NAME = "sdmae"
 

@@ -11,11 +11,11 @@ from torch.nn.functional import conv_transpose2d, gelu, linear
 
 from models.checkpoint import Checkpoint, HeadState
 from models.containers import Container
+from models.layouts.attention import attention_need as need
+from models.layouts.attention import attention_outputs
+from models.layouts.vit import choose_weights, split_prefix, vit_checkpoint
 from models.model import Model
-from models.outputs import attention_need as need
-from models.outputs import attention_outputs
 from models.trunk import TrunkOutput
-from models.vit_keys import choose_weights, split_prefix, vit_checkpoint
 
 NAME = "sit"
 HEAD = "head_recons."

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from models.checkpoint import Checkpoint, HeadState
 from models.containers import Container
+from models.layouts.vit import MARKS, vit_checkpoint
 from models.model import Model
 from models.trunk import TrunkOutput
-from models.vit_keys import MARKS, vit_checkpoint
 
 NAME = "sit-classifier"
 HEAD = ("head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias")

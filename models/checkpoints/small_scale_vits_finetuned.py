@@ -11,11 +11,11 @@ from torch import Tensor
 from models.architectures import OWN
 from models.checkpoint import Checkpoint
 from models.containers import Container
-from models.outputs import attention_need as need
-from models.outputs import attention_outputs as outputs
-from models.small_scale import preprocess_for
-from models.swin_keys import MARK, swin_checkpoint
-from models.vit_keys import MARKS, vit_checkpoint
+from models.layouts.attention import attention_need as need
+from models.layouts.attention import attention_outputs as outputs
+from models.layouts.small_scale import preprocess_for
+from models.layouts.swin import MARK, swin_checkpoint
+from models.layouts.vit import MARKS, vit_checkpoint
 
 NAME = "small-scale-vits-finetuned"
 CAIT = "blocks_token_only.0.attn.q.weight"

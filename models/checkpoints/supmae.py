@@ -9,11 +9,11 @@ from torch import Tensor
 
 from models.checkpoint import Checkpoint, HeadState
 from models.containers import Container
-from models.mae_keys import decoder_state, need, without_decoder
-from models.mae_keys import outputs as mae_outputs
+from models.layouts.mae import decoder_state, need, without_decoder
+from models.layouts.mae import outputs as mae_outputs
+from models.layouts.vit import MARKS, vit_checkpoint
 from models.model import Model
 from models.trunk import TrunkOutput
-from models.vit_keys import MARKS, vit_checkpoint
 
 NAME = "supmae"
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from models.checkpoint import Checkpoint, HeadState
-from models.companions import open_companion
 from models.containers import Container
 from models.errors import CheckpointError
-from models.jax_keys import POSITIONS, from_jax, num_heads
+from models.layouts.companions import open_companion
+from models.layouts.jax import POSITIONS, from_jax, num_heads
+from models.layouts.vit import vit_arguments
 from models.model import Model
 from models.preprocess import Preprocess
 from models.trunk import TrunkOutput
-from models.vit_keys import vit_arguments
 
 NAME = "vqt"
 QUERIES = ("enc.transformer.encoder.query_prompt_embeddings", "enc.query_prompt_embeddings")

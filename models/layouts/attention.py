@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from models.architectures.swin import Swin
+from models.layouts.swin import swin_outputs
 from models.model import Model
 from models.need import NOTHING, Need
-from models.swin_keys import swin_outputs
 from models.trunk import Trunk, TrunkOutput
 
 
