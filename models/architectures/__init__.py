@@ -25,7 +25,9 @@ def _own() -> Mapping[str, Callable[..., Any]]:
     from timm.models.cait import Cait
     from timm.models.convnext import ConvNeXt
     from timm.models.pit import PoolingVisionTransformer
+    from timm.models.tnt import TNT
 
+    from models.architectures.scale_vit import ScaleVit
     from models.architectures.swin import Swin
     from models.architectures.vit import Vit
 
@@ -34,6 +36,8 @@ def _own() -> Mapping[str, Callable[..., Any]]:
         "cait": Cait,
         "convnext": ConvNeXt,
         "pit": PoolingVisionTransformer,
+        "scale-vit": ScaleVit,
         "swin": Swin,
+        "tnt": TNT,
         "vit": Vit,
     }

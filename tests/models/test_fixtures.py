@@ -21,7 +21,7 @@ from models.model import Model
 from models.tokenizer import OpenAITokenizer
 
 GOLDENS = Path(__file__).parents[3] / "shared/goldens"
-INPUTS = ("pixel_values", "token_ids", "noise")
+INPUTS = ("pixel_values", "token_ids", "noise", "input_res")
 # A name's ending says which input it belongs to, or which of a file's sets of weights.
 ALTERNATIVES = ("", "_hires", "_alt", "_hr")
 SETS = ("_student", "_momentum")
@@ -34,9 +34,9 @@ FIXTURES = (
     "attmask", "attmask_backbone", "beit", "beit_abspos", "beit_finetuned", "clip", "clip_jit",
     "convnext_v2", "convnext_v2_fcmae", "dino", "dino_backbone", "dino_linear", "esvit", "ggem",
     "ibot", "ibot_backbone", "ibot_swin", "irt", "mae", "mae_finetuned", "moco_v3", "moco_v3_conv",
-    "moco_v3_linear", "peco", "peco_finetuned", "sdmae", "sdmae_finetuned", "sit", "sit_classifier",
+    "moco_v3_linear", "peco", "peco_finetuned", "pit", "pit_distilled", "scale_mae_finetuned", "sdmae", "sdmae_finetuned", "sit", "sit_classifier",
     "small_scale_vits", "small_scale_vits_cait", "small_scale_vits_finetuned",
-    "small_scale_vits_swin", "supmae", "supmae_finetuned", "tinymim", "tinymim_finetuned",
+    "small_scale_vits_swin", "supmae", "supmae_finetuned", "tinymim", "tinymim_finetuned", "tnt",
     "vit_augreg", "vit_augreg_gap", "vit_augreg_prelogits", "vqt", "vqt_mae", "vqt_wsum",
 )  # fmt: skip
 
@@ -48,7 +48,7 @@ def fixture(
     if not folder.is_dir():
         pytest.skip(f"the fixture {name} is not here (shared/goldens)")
     meta = json.loads((folder / "meta.json").read_text())
-    path = next(folder.glob(file))
+    path = next(iter(sorted(folder.glob(file))))
     model = load_checkpoint(path, arguments=meta["hyperparameters"] | arguments)
     return model, load_file(folder / "golden.safetensors"), meta
 
@@ -191,7 +191,8 @@ def test_real_photos_are_answered_from_the_file_as_it_is(
     model, _, meta = fixture(name)
     preprocess = model.trunk.preprocess
     stated = meta["preprocess"]
-    side = meta["hyperparameters"].get("img_size") or stated["size"][0]
+    settings = meta["hyperparameters"]
+    side = settings.get("img_size") or settings.get("image_size") or stated["size"][0]
     assert preprocess.input_size == (tuple(side) if isinstance(side, list) else (side, side))
     assert preprocess.crop_pct == stated["crop_pct"]
     assert preprocess.mean == tuple(meta["preprocess"]["mean"])

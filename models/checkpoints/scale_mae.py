@@ -1,0 +1,76 @@
+"""Scale-MAE (arXiv 2212.14532): pre-training with its pyramid of decoders, or a classifier.
+
+Positions come from the ground that a pixel covers, not from the tables in the file.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from models.architectures import OWN
+from models.checkpoint import Checkpoint, HeadState
+from models.containers import Container
+from models.layouts.mae import ENCODER
+from models.layouts.vit import MARKS, vit_arguments
+from models.model import Model
+from models.preprocess import Preprocess
+from models.trunk import TrunkOutput
+
+NAME = "scale-mae"
+UNREAD = ("pos_embed",)
+PYRAMID = ("fpn.", "fcn", "mask_token", "decoder_")
+
+
+def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
+    keys = container.tensors.keys()
+    if not keys >= MARKS:
+        return None
+    if "fpn.fpn1.0.weight" in keys:
+        return "a ViT in timm's names with a pyramid of decoders"
+    script = container.beside.get("args") or {}
+    if "eval_base_resolution" in script and "head.1.weight" in keys:
+        return "a ViT in timm's names with its head, by a script that notes eval_base_resolution"
+    return None
+
+
+def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    tensors = container.tensors
+    built = vit_arguments(tensors, arguments) | {"num_classes": 0}
+    heads = {}
+    head = {k: v for k, v in tensors.items() if k.startswith("head.")}
+    if head:
+        classifier = {key.replace("head.", "classifier."): value for key, value in head.items()}
+        heads["linear"] = HeadState(classifier, {"norm_eps": 1e-6})
+    kept = {
+        key: value
+        for key, value in tensors.items()
+        if key.startswith((*ENCODER, "fc_norm.")) and key not in UNREAD
+    }
+    if "fc_norm.weight" in kept:
+        built["global_pool"] = "avg"
+    size = (built["img_size"], built["img_size"])
+    return Checkpoint(
+        format=NAME,
+        architecture="scale-vit",
+        library=OWN,
+        arguments=built,
+        state_dict=kept,
+        heads=heads,
+        preprocess=replace(Preprocess(), input_size=size, crop_mode="squash", crop_pct=1.0),
+        dropped=tuple(key for key in tensors if key not in kept and key not in head),
+    )
+
+
+def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With `input_res` (B,), what comes of images of those scales."""
+    if "input_res" not in inputs:
+        return {}
+    network: Any = model.trunk.network
+    tokens = network.forward_features(inputs["pixel_values"], inputs["input_res"])
+    scaled = replace(output, features=tokens)
+    named = {"tokens": tokens, "embedding": model.trunk.pool(scaled)}
+    if "classify" in model.heads:
+        named |= model.heads["classify"].forward(scaled)
+    return named
