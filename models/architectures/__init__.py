@@ -27,6 +27,8 @@ def _own() -> Mapping[str, Callable[..., Any]]:
     from timm.models.pit import PoolingVisionTransformer
     from timm.models.tnt import TNT
 
+    from models.architectures.dhvt import Dhvt
+    from models.architectures.patchconvnet import PatchConvNet
     from models.architectures.scale_vit import ScaleVit
     from models.architectures.swin import Swin
     from models.architectures.vit import Vit
@@ -35,6 +37,8 @@ def _own() -> Mapping[str, Callable[..., Any]]:
         "beit": Beit,
         "cait": Cait,
         "convnext": ConvNeXt,
+        "dhvt": Dhvt,
+        "patchconvnet": PatchConvNet,
         "pit": PoolingVisionTransformer,
         "scale-vit": ScaleVit,
         "swin": Swin,

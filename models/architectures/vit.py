@@ -5,6 +5,7 @@ against aliasing).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,9 +67,12 @@ class ConvStem(Patches):
 
 
 class Vit(VisionTransformer):  # type: ignore[misc]
-    """`positions` names the rule for other input sizes than the stored one's, or is `fixed`."""
+    """`positions` names the rule for other input sizes than the stored one's, or is `fixed`;
+    `norm_eps` is that of every norm."""
 
-    def __init__(self, *, positions: str, conv_stem: bool = False, **arguments: Any) -> None:
+    def __init__(
+        self, *, positions: str, conv_stem: bool = False, norm_eps: float = 1e-6, **arguments: Any
+    ) -> None:
         """
         Raises:
             KeyError: no such rule.
@@ -76,7 +80,10 @@ class Vit(VisionTransformer):  # type: ignore[misc]
         embed_layer = ConvStem if conv_stem else Patches
         self._rule = None if positions == "fixed" else RULES[positions]
         super().__init__(
-            dynamic_img_size=self._rule is not None, embed_layer=embed_layer, **arguments
+            dynamic_img_size=self._rule is not None,
+            embed_layer=embed_layer,
+            norm_layer=partial(nn.LayerNorm, eps=norm_eps),
+            **arguments,
         )
 
     def _pos_embed(self, x: Tensor) -> Tensor:

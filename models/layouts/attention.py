@@ -25,4 +25,5 @@ def attention_outputs(
     `swin_outputs` gives."""
     if isinstance(model.trunk.network, Swin):
         return swin_outputs(model, output, inputs)
-    return {"attention": attention for attention in output.attention.values()}
+    found = list(output.attention.values())
+    return {"attention": found[0]} if found else {}
