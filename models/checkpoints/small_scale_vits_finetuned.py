@@ -26,9 +26,9 @@ __all__ = ["NAME", "convert", "matches", "need", "outputs"]
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     keys = container.tensors.keys()
-    if container.wrapper == "model_state_dict" and "head.weight" in keys:
-        if keys >= MARKS or MARK in keys or CAIT in keys:
-            return "a ViT, Swin or CaiT with its head under model_state_dict"
+    known = keys >= MARKS or MARK in keys or CAIT in keys
+    if container.wrapper == "model_state_dict" and "head.weight" in keys and known:
+        return "a ViT, Swin or CaiT with its head under model_state_dict"
     if CAIT in keys and f"{FLAT_PATCH}weight" in keys:
         return "a CaiT whose patches are embedded by a linear layer"
     return None

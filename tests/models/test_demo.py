@@ -147,3 +147,13 @@ def test_the_stored_form_gives_what_the_wheel_gave(demo: Registry) -> None:
     trunk = demo.get("dinov2-focus").trunk
     assert isinstance(trunk, TimmTrunk)
     assert direct.digest == trunk.digest
+
+
+def test_the_shipped_head_stands_on_the_demos_trunk(demo: Registry) -> None:
+    """The same object in memory, and made for these very weights."""
+    model = demo.get("stamps")
+    assert model.about["kind"] == "vqt"
+    assert len(model.heads["classify"].labels) == 24  # type: ignore[attr-defined]
+    assert model.trunk is demo.get("dinov2-focus").trunk
+    held = model.about["training"]["holdout_accuracy"]
+    assert 0.5 < held < 1
