@@ -26,8 +26,8 @@ class Checkpoint:
 
     `architecture` is a timm name and `arguments` go to `timm.create_model`, unless `library` says
     that another builds it: `vitrail`, which is `models/architectures`, or `openai-clip`; `heads`
-    came in the same file, by name; `dropped` are keys known to be training-only; `reason` says how
-    the format was recognised.
+    came in the same file, by name; `dropped` are keys known to be training-only; `assumed` is what
+    the file does not say and nobody told; `reason` says how the format was recognised.
     """
 
     format: str
@@ -38,6 +38,7 @@ class Checkpoint:
     heads: Mapping[str, HeadState] = field(default_factory=dict)
     preprocess: Preprocess | None = None
     dropped: tuple[str, ...] = ()
+    assumed: Mapping[str, Any] = field(default_factory=dict)
     reason: str = ""
 
 
@@ -55,6 +56,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     metadata = {
         "format": checkpoint.format,
         "architecture": checkpoint.architecture,
+        "library": checkpoint.library,
         "arguments": dict(checkpoint.arguments),
         "preprocess": asdict(checkpoint.preprocess) if checkpoint.preprocess else None,
         "heads": {name: dict(head.settings) for name, head in checkpoint.heads.items()},

@@ -34,6 +34,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(
         format=metadata["format"],
         architecture=metadata["architecture"],
+        library=metadata.get("library", "timm"),
         arguments=metadata["arguments"],
         state_dict=trunk,
         heads={n: HeadState(tensors, settings.get(n, {})) for n, tensors in heads.items()},

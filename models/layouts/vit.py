@@ -81,6 +81,7 @@ def vit_checkpoint(
         heads=heads or {},
         preprocess=replace(own, input_size=(size, size)),
         dropped=dropped,
+        assumed={} if "num_heads" in arguments else {"num_heads": told["num_heads"]},
     )
 
 

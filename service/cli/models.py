@@ -1,4 +1,4 @@
-"""`vitrail models list|pull|inspect`: the catalog and checkpoint files, without a server."""
+"""`vitrail models list|pull|inspect|convert`: the catalog and checkpoint files, without a server."""
 
 import json
 from collections.abc import Callable
@@ -14,6 +14,10 @@ app = typer.Typer(help="Catalogs and checkpoint files.", no_args_is_help=True)
 
 CatalogName = Annotated[
     str, typer.Option("--catalog", envvar="VITRAIL_CATALOG", help="demo, hub, or a TOML file.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="NAME=VALUE of what the file does not say, such as num_heads=6."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -69,10 +73,11 @@ def inspect(
     architecture: Annotated[
         str | None, typer.Option(help="timm's name, where the file does not tell.")
     ] = None,
+    settings: Settings = None,
     as_json: Json = False,
 ) -> None:
     """Tell what a checkpoint file is: format and why, architecture, size, classes, transform."""
-    described = _or_exit(lambda: _describe(file, architecture))
+    described = _or_exit(lambda: _describe(file, _arguments(architecture, settings)))
     if as_json:
         typer.echo(json.dumps(described, indent=2))
         return
@@ -80,10 +85,48 @@ def inspect(
         typer.echo(f"{key:>14}  {value}")
 
 
-def _describe(file: Path, architecture: str | None) -> dict[str, Any]:
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="A checkpoint file.")],
+    output: Annotated[Path, typer.Argument(help="A .safetensors file to write.")],
+    architecture: Annotated[
+        str | None, typer.Option(help="timm's name, where the file does not tell.")
+    ] = None,
+    settings: Settings = None,
+) -> None:
+    """Write a checkpoint as one safetensors file that needs telling nothing any more."""
+    from models.checkpoint import save_checkpoint
+    from models.errors import CheckpointError
     from models.loading import load_checkpoint, read_checkpoint
 
-    arguments = {"architecture": architecture} if architecture else {}
+    def convert_file() -> None:
+        if output.suffix != ".safetensors":
+            raise CheckpointError(f"{output}: the file to write must end with .safetensors")
+        arguments = _arguments(architecture, settings)
+        load_checkpoint(file, arguments)  # or it would be converted to something that does not load
+        save_checkpoint(read_checkpoint(file, arguments), output)
+        typer.echo(f"{output}: {output.stat().st_size} bytes")
+
+    _or_exit(convert_file)
+
+
+def _arguments(architecture: str | None, settings: list[str] | None) -> dict[str, Any]:
+    """Values are JSON where they can be, else text."""
+    arguments: dict[str, Any] = {"architecture": architecture} if architecture else {}
+    for setting in settings or ():
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{setting!r} is not NAME=VALUE")
+        try:
+            arguments[name] = json.loads(value)
+        except ValueError:
+            arguments[name] = value
+    return arguments
+
+
+def _describe(file: Path, arguments: dict[str, Any]) -> dict[str, Any]:
+    from models.loading import load_checkpoint, read_checkpoint
+
     checkpoint = read_checkpoint(file, arguments)
     model = load_checkpoint(file, arguments)
     trunk = model.trunk
@@ -98,6 +141,7 @@ def _describe(file: Path, architecture: str | None) -> dict[str, Any]:
         "classes": trunk.num_classes,
         "heads": sorted(checkpoint.heads),
         "dropped": list(checkpoint.dropped),
+        "assumed": dict(checkpoint.assumed),
         "preprocess": asdict(trunk.preprocess),
         "digest": model.digest,
     }

@@ -13,8 +13,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
+from models import load_checkpoint
 from tests.conftest import answers, free_port, process, running, wait_until
+from tests.models.test_fixtures import GOLDENS
 from tests.service.test_heads import tinted
 
 
@@ -290,3 +293,21 @@ def test_a_fit_that_cannot_be_says_why(
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_is_converted_to_one_that_says_everything(tmp_path: Path) -> None:
+    """Heads, positions and heads' settings included: the file alone gives the same answers."""
+    checkpoint = GOLDENS / "vqt" / "checkpoint.pth"
+    if not checkpoint.is_file():
+        pytest.skip("the fixture vqt is not here (shared/goldens)")
+    target = tmp_path / "vqt.safetensors"
+    done = vitrail("models", "convert", str(checkpoint), str(target), "--set", "num_heads=4")
+    assert done.returncode == 0, done.stderr
+    golden = load_file(GOLDENS / "vqt" / "golden.safetensors")
+    logits = load_checkpoint(target).run(golden["pixel_values"])["logits"]
+    assert np.allclose(logits, golden["logits"], atol=1e-5)
+    found = json.loads(vitrail("models", "inspect", str(checkpoint), "--json").stdout)
+    assert found["format"] == "vqt"
+    refused = vitrail("models", "convert", str(checkpoint), str(tmp_path / "out.bin"))
+    assert refused.returncode == 1
+    assert "must end with .safetensors" in refused.stderr
