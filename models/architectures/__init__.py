@@ -29,6 +29,7 @@ def _own() -> Mapping[str, Callable[..., Any]]:
 
     from models.architectures.dhvt import Dhvt
     from models.architectures.patchconvnet import PatchConvNet
+    from models.architectures.pyramid_tnt import PyramidTnt
     from models.architectures.scale_vit import ScaleVit
     from models.architectures.swin import Swin
     from models.architectures.vit import Vit
@@ -40,6 +41,7 @@ def _own() -> Mapping[str, Callable[..., Any]]:
         "dhvt": Dhvt,
         "patchconvnet": PatchConvNet,
         "pit": PoolingVisionTransformer,
+        "pyramid-tnt": PyramidTnt,
         "scale-vit": ScaleVit,
         "swin": Swin,
         "tnt": TNT,

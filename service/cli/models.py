@@ -1,4 +1,4 @@
-"""`vitrail models list|pull|inspect|convert`: the catalog and checkpoint files, without a server."""
+"""`vitrail models list|pull|inspect|convert`: catalogs and checkpoint files, without a server."""
 
 import json
 from collections.abc import Callable

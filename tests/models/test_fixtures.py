@@ -35,7 +35,7 @@ FIXTURES = (
     "convnext_v2", "convnext_v2_fcmae", "dhvt", "dhvt_imagenet", "dino", "dino_backbone",
     "dino_linear", "esvit", "ft_clip", "ggem", "ibot", "ibot_backbone", "ibot_swin", "irt", "mae",
     "mae_finetuned", "moco_v3", "moco_v3_conv", "moco_v3_linear", "patchconvnet",
-    "patchconvnet_multiclass", "peco", "peco_finetuned", "pit", "pit_distilled",
+    "patchconvnet_multiclass", "peco", "peco_finetuned", "pit", "pit_distilled", "pyramid_tnt",
     "scale_mae_finetuned", "sdmae", "sdmae_finetuned", "sit", "sit_classifier", "small_scale_vits",
     "small_scale_vits_cait", "small_scale_vits_finetuned", "small_scale_vits_swin", "supmae",
     "supmae_finetuned", "tinymim", "tinymim_finetuned", "tnt", "vit_augreg", "vit_augreg_gap",
