@@ -8,7 +8,8 @@ from models.errors import CheckpointError
 
 
 def load_strictly(network: nn.Module, state_dict: Mapping[str, Tensor], name: str) -> None:
-    """Load a state dict; CheckpointError names the first keys that miss, are left or differ."""
+    """Load a state dict; CheckpointError names the first keys that miss, are left, differ in shape
+    or hold values that are not finite."""
     expected = network.state_dict()
     missing = [key for key in expected if key not in state_dict]
     left = [key for key in state_dict if key not in expected]
@@ -17,9 +18,19 @@ def load_strictly(network: nn.Module, state_dict: Mapping[str, Tensor], name: st
         for key, value in expected.items()
         if key in state_dict and state_dict[key].shape != value.shape
     ]
+    broken = [
+        key
+        for key, value in state_dict.items()
+        if value.is_floating_point() and not bool(value.isfinite().all())
+    ]
     problems = [
         f"{what}: {', '.join(keys[:10])}" + (f" and {len(keys) - 10} more" if keys[10:] else "")
-        for what, keys in (("missing", missing), ("left over", left), ("wrong shape", wrong))
+        for what, keys in (
+            ("missing", missing),
+            ("left over", left),
+            ("wrong shape", wrong),
+            ("not finite", broken),
+        )
         if keys
     ]
     if problems:

@@ -315,3 +315,41 @@ def test_a_missing_backbone_says_what_to_do(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(CheckpointError, match=r"put backbone\.pth or .* beside it"):
         load_checkpoint(tmp_path / "linear.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("norm.weight"), "missing: norm.weight"),
+        (lambda state: state.update({"blocks.0.mlp.extra": torch.ones(1)}), "left over: blocks.0"),
+        (
+            lambda state: state.update({"norm.weight": torch.full((192,), float("nan"))}),
+            r"not finite: norm\.weight",
+        ),
+        (lambda state: state.update({"norm.weight": torch.ones(7)}), r"wrong shape: norm.weight"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(tmp_path: Path, change: Any, message: str) -> None:
+    """Of a DINO backbone, detected by its keys; nothing is filled in or left out silently."""
+    state = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32).state_dict()
+    change(state)
+    torch.save(state, tmp_path / "backbone.pth")
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(tmp_path / "backbone.pth")
+
+
+def test_files_that_are_no_checkpoints_say_so(tmp_path: Path) -> None:
+    truncated = tmp_path / "truncated.pth"
+    torch.save({"a": torch.ones(1000)}, truncated)
+    truncated.write_bytes(truncated.read_bytes()[:2000])
+    evil = tmp_path / "evil.pth"
+    evil.write_bytes(b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R.")
+    foreign = tmp_path / "foreign.pth"
+    torch.save({"something": torch.ones(3), "else": torch.ones(3)}, foreign)
+    for path, message in (
+        (truncated, "not a readable torch file"),
+        (evil, "could run code"),
+        (foreign, "no known format"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(path)
