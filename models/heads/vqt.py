@@ -17,6 +17,8 @@ from models.need import Need, Ride
 from models.queries import prepare_queries
 from models.trunk import TrunkOutput
 
+MAX_QUERIES = 256  # a block; a pass costs as much as there are
+
 
 class Vqt(Linear):
     """Settings: `normalize` (true): whether segments have unit length.
@@ -31,10 +33,12 @@ class Vqt(Linear):
         self.normalize = bool(state.settings.get("normalize", True))
         raw_LTD = _of_shape("queries", state, 3).to(placement.device, placement.dtype)
         depth, dim = len(self.trunk.blocks), self.trunk.blocks[0].attn.qkv.in_features
-        if raw_LTD.shape[0] != depth or raw_LTD.shape[2] != dim or raw_LTD.shape[1] == 0:
+        fits = raw_LTD.shape[0] == depth and raw_LTD.shape[2] == dim
+        if not fits or not 1 <= raw_LTD.shape[1] <= MAX_QUERIES:
             shape = tuple(raw_LTD.shape)
             raise CheckpointError(
-                f"the queries have shape {shape}; the trunk wants ({depth}, T, {dim})"
+                f"the queries have shape {shape}; the trunk wants ({depth}, T, {dim}), T up to "
+                f"{MAX_QUERIES}"
             )
         self.combine_LT: Tensor | None = None
         if "combine" in state.tensors:

@@ -27,6 +27,7 @@ def fit(
         Path | None, typer.Option(help="Folder for the head and the report; ./NAME if none.")
     ] = None,
     url: Annotated[str | None, typer.Option(help="A server to upload the head to.")] = None,
+    replace: Annotated[bool, typer.Option(help="There, instead of a head of that name.")] = False,
     key: Key = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
@@ -76,7 +77,7 @@ def fit(
         f"see {folder}"
     )
     if url is not None:
-        _upload(folder / f"{name}.safetensors", name, url, key)
+        _upload(folder / f"{name}.safetensors", name, url, key, replace)
 
 
 def _fit(
@@ -125,12 +126,12 @@ def _fit(
     return fitted.report
 
 
-def _upload(path: Path, name: str, url: str, key: str | None) -> None:
+def _upload(path: Path, name: str, url: str, key: str | None, replace: bool) -> None:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         response = httpx.post(
             f"{url.rstrip('/')}/heads",
-            params={"name": name},
+            params={"name": name, "replace": replace},
             files={"file": (path.name, path.read_bytes())},
             headers=headers,
             timeout=120,

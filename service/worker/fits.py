@@ -169,6 +169,9 @@ class Fits:
         try:
             with zipfile.ZipFile(path) as archive:
                 request = json.loads(archive.read(JOB))
+        except FileNotFoundError:  # done by another process meanwhile
+            lock.release()
+            return
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
             logger.error("%s is no job: %s", path, error)
             path.unlink(missing_ok=True)
@@ -188,9 +191,9 @@ class Fits:
             job.state = "fitting"
             started = time.monotonic()
             fitted = self._fit(job)
-            if job.cancelled.is_set():
-                raise CancelledError
+            self._check(job)
             write_report(fitted.report, self._folder / f"{job.name}.report")
+            self._check(job)  # drawing takes a while
             save_head(fitted.head, self._folder / f"{job.name}.safetensors")
             job.path.unlink(missing_ok=True)
             outcome = "ok"

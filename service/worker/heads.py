@@ -148,7 +148,12 @@ class HeadFolder:
                 retry_after_s=2,
             )
         head.check_trunk(loaded.trunk.digest, loaded.trunk.preprocess.digest)
-        create_head(head.kind, loaded.trunk, head.labels, head.state)
+        try:
+            create_head(head.kind, loaded.trunk, head.labels, head.state)
+        except ModelsError:
+            raise
+        except Exception as error:  # whatever a stranger's tensors make torch say
+            raise CheckpointError(f"the head cannot be built: {error}") from error
 
     def _delete(self, name: str) -> None:
         fitting = self._fits.cancel(name)
@@ -215,6 +220,8 @@ class HeadFolder:
             self._registry.load(name)
         except ModelsError as error:
             logger.error("head %s did not load: %s", name, error)
+        except Exception:  # its state tells; the other heads are not to suffer
+            logger.exception("head %s did not load", name)
 
     def _forget(self, name: str) -> None:
         del self._seen[name]

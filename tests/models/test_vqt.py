@@ -159,6 +159,7 @@ def test_features_can_be_a_selection(pixels: Tensor) -> None:
     ("changed", "message"),
     [
         ({"queries": torch.zeros(2, 1, 24)}, r"the trunk wants \(3, T, 24\)"),
+        ({"queries": torch.zeros(3, 300, 24)}, "T up to 256"),
         ({"queries": torch.zeros(3, 24)}, "no queries of 3 dimensions"),
         ({"combine": torch.zeros(3, 2)}, "combine does not fit"),
         ({"classifier.0.weight": torch.zeros(4, 10)}, "takes 10 features of 96; which ones"),
