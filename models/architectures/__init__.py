@@ -28,6 +28,7 @@ def _own() -> Mapping[str, Callable[..., Any]]:
     from timm.models.tnt import TNT
 
     from models.architectures.dhvt import Dhvt
+    from models.architectures.mvit import TokenMvit, image_mvit
     from models.architectures.patchconvnet import PatchConvNet
     from models.architectures.pyramid_tnt import PyramidTnt
     from models.architectures.scale_vit import ScaleVit
@@ -39,6 +40,8 @@ def _own() -> Mapping[str, Callable[..., Any]]:
         "cait": Cait,
         "convnext": ConvNeXt,
         "dhvt": Dhvt,
+        "mvit-images": image_mvit,
+        "mvit-tokens": TokenMvit,
         "patchconvnet": PatchConvNet,
         "pit": PoolingVisionTransformer,
         "pyramid-tnt": PyramidTnt,

@@ -280,7 +280,7 @@ def test_a_broken_trunk_does_not_hide_behind_a_busy_one(
 def test_a_trunk_that_does_not_run_fails_its_model_and_leaves_no_queue(
     tiny_catalog: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(self: TimmTrunk, pixels: torch.Tensor) -> TrunkOutput:
+    def fail(self: TimmTrunk, pixels: torch.Tensor, need: Need) -> TrunkOutput:
         raise RuntimeError("kernel fault")
 
     monkeypatch.setattr(TimmTrunk, "forward", fail)

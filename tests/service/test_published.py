@@ -12,8 +12,8 @@ from models.containers import open_container
 from tests.conftest import Running, running
 from tests.models.test_fixtures import FIXTURES, GOLDENS
 
-# CLIP's towers are two trunks of a file, which their own tests serve.
-SERVED = [name for name in FIXTURES if not name.startswith("clip")]
+# CLIP's towers are two trunks of a file, which their own tests serve; clips cannot be sent yet.
+SERVED = [name for name in FIXTURES if not name.startswith("clip") and "video" not in name]
 
 
 @pytest.fixture(scope="module")
