@@ -74,11 +74,23 @@ class Passes:
 
 
 def fitted(
-    examples: Sequence[Example], trunk: Trunk, name: str, options: FitOptions, passes: Passes
+    examples: Sequence[Example],
+    trunk: Trunk,
+    name: str,
+    options: FitOptions,
+    passes: Passes,
+    source: str = "",
 ) -> Fitted:
     with tempfile.TemporaryDirectory() as folder:
         return fit(
-            examples, trunk, name, options, Path(folder), run=passes, progress=lambda step: None
+            examples,
+            trunk,
+            name,
+            options,
+            Path(folder),
+            run=passes,
+            progress=lambda step: None,
+            trunk_source=source,
         )
 
 
@@ -126,7 +138,9 @@ def main() -> None:
         each = " ".join(f"{value:.3f}" for value in found)
         print(f"{way:>22}: {statistics.mean(found):.3f} +- {spread:.3f}  ({each})", flush=True)
     if given.save:
-        save_head(fitted(examples, trunk, name, FitOptions(), passes).head, given.save)
+        source = registry.catalog.trunks[name].source
+        result = fitted(examples, trunk, name, FitOptions(), passes, source)
+        save_head(result.head, given.save)
 
 
 def _plain(options: FitOptions) -> dict[str, object]:

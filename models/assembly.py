@@ -63,7 +63,7 @@ class Assembly:
     def _build_from_file(self, entry: ModelEntry, loaded: LoadedTrunk) -> Model:
         file = read_head(self._base / str(entry.head).removeprefix(FILE))
         trunk = loaded.trunk
-        file.check_trunk(trunk.digest, trunk.preprocess.digest)
+        file.check_trunk(trunk.digest, trunk.preprocess.digest, loaded.source)
         labels = self._labels(entry) or file.labels
         head = create_head(file.kind, trunk, labels, file.state)
         about = {"kind": file.kind, "trunk_digest": file.trunk_digest, "training": file.training}

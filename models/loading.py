@@ -34,13 +34,14 @@ from models.trunk import Placement, TimmTrunk, Trunk
 @dataclass(frozen=True, slots=True)
 class LoadedTrunk:
     """A trunk, the weights of heads that came in its file, which format that was, the names of its
-    classes where they are known, and the towers it is one of."""
+    classes where they are known, the towers it is one of, and its entry's source."""
 
     trunk: Trunk
     heads: Mapping[str, HeadState]
     format: str
     labels: tuple[str, ...] = ()
     towers: Towers | None = None
+    source: str = ""
 
 
 def load_checkpoint(

@@ -234,7 +234,8 @@ class Registry:
         with self._trunk_locks[name]:
             if name not in self._trunks:
                 base = self.catalog.path.parent
-                self._trunks[name] = load_trunk(entry, self.store, base, self._placement(entry))
+                loaded = load_trunk(entry, self.store, base, self._placement(entry))
+                self._trunks[name] = replace(loaded, source=entry.source)
             return self._trunks[name]
 
     def _placement(self, entry: TrunkEntry) -> Placement:

@@ -79,6 +79,7 @@ def fit(
     *,
     run: Run,
     progress: Report,
+    trunk_source: str = "",
     limits: ImageLimits = DEFAULT_LIMITS,
     limit_bytes: int = LIMIT_BYTES,
 ) -> Fitted:
@@ -88,6 +89,7 @@ def fit(
         folder: for temporary files of up to `limit_bytes`, and the images as the trunk takes them.
         run: passes of the trunk.
         progress: called now and then; what it raises ends the fit.
+        trunk_source: where the trunk came from, if that is pinned.
 
     Raises:
         InputError: options out of range, a class with one readable image, a single class.
@@ -166,6 +168,7 @@ def fit(
         kind=options.kind,
         trunk=trunk_name,
         trunk_digest=trunk.digest,
+        trunk_source=trunk_source,
         preprocess_digest=trunk.preprocess.digest,
         labels=tuple(labels),
         state=_state(learner, indices, options),

@@ -20,12 +20,15 @@ METADATA_KEY = "vitrail-head"
 VERSION = 1
 KINDS = ("linear", "vqt")
 MAX_LABELS = 100_000
+PIN = "sha256="
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadFile:
     """A head for `trunk` (its name where it was made), and for no other than that of `trunk_digest`
-    with the transform of `preprocess_digest`. `training` sums up how it was made."""
+    with the transform of `preprocess_digest`; or of `trunk_source`, where that pins its bytes: what
+    a conversion computes may round differently on another machine. `training` sums up how it was
+    made."""
 
     kind: str
     trunk: str
@@ -34,12 +37,14 @@ class HeadFile:
     labels: tuple[str, ...]
     state: HeadState
     task: str = "classify"
+    trunk_source: str = ""
     training: Mapping[str, Any] = field(default_factory=dict)
 
-    def check_trunk(self, trunk_digest: str, preprocess_digest: str) -> None:
+    def check_trunk(self, trunk_digest: str, preprocess_digest: str, source: str = "") -> None:
         """Raise CheckpointError unless the head was made for this trunk and transform."""
+        pinned = PIN in source and source == self.trunk_source
         for what, wanted, given in (
-            ("trunk", self.trunk_digest, trunk_digest),
+            ("trunk", self.trunk_digest, self.trunk_digest if pinned else trunk_digest),
             ("preprocessing", self.preprocess_digest, preprocess_digest),
         ):
             if wanted != given:
@@ -136,6 +141,7 @@ def _checked(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> HeadFile:
         **{name: metadata[name] for name in texts},
         labels=tuple(labels),
         state=HeadState(tensors, metadata.get("settings", {})),
+        trunk_source=str(metadata.get("trunk_source", "")),
         training=metadata.get("training", {}),
     )
 
@@ -145,6 +151,7 @@ def _metadata(head: HeadFile) -> dict[str, Any]:
     return {
         "version": VERSION,
         **{name: getattr(head, name) for name in names},
+        "trunk_source": head.trunk_source,
         "labels": list(head.labels),
         "settings": dict(head.state.settings),
         "training": dict(head.training),

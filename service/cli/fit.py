@@ -92,7 +92,8 @@ def _fit(
 
     options.check()
     examples = read_examples(images)
-    trunk = Registry.from_catalog(catalog, device=device).load_trunk(trunk_name).trunk
+    loaded = Registry.from_catalog(catalog, device=device).load_trunk(trunk_name)
+    trunk = loaded.trunk
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -120,6 +121,7 @@ def _fit(
             Path(folder),
             run=run_directly(trunk),
             progress=show,
+            trunk_source=loaded.source,
         )
     save_head(fitted.head, path)
     write_report(fitted.report, path.parent)

@@ -236,6 +236,7 @@ class Fits:
                 folder,
                 run=lambda pixels, head: self._run(job, pixels, head),
                 progress=note,
+                trunk_source=loaded.source,
                 limits=self._limits,
             )
 

@@ -147,7 +147,8 @@ class HeadFolder:
                 f"the trunk {head.trunk!r} is not loaded; load a model that stands on it",
                 retry_after_s=2,
             )
-        head.check_trunk(loaded.trunk.digest, loaded.trunk.preprocess.digest)
+        trunk = loaded.trunk
+        head.check_trunk(trunk.digest, trunk.preprocess.digest, loaded.source)
         try:
             create_head(head.kind, loaded.trunk, head.labels, head.state)
         except ModelsError:

@@ -133,6 +133,11 @@ def test_the_head_survives_its_file(tmp_path: Path) -> None:
     assert again.digest == model.digest
     with pytest.raises(CheckpointError, match="made for another trunk"):
         read.check_trunk("sha256:other", trunk.preprocess.digest)
+    pinned = replace(read, trunk_source="pypi:x==1#sha256=abc")
+    pinned.check_trunk("sha256:rounded", trunk.preprocess.digest, "pypi:x==1#sha256=abc")
+    for source in ("pypi:x==1#sha256=abd", "", "file:x"):
+        with pytest.raises(CheckpointError, match="made for another trunk"):
+            pinned.check_trunk("sha256:rounded", trunk.preprocess.digest, source)
     with pytest.raises(CheckpointError, match="made for another preprocessing"):
         read.check_trunk(trunk.digest, "sha256:other")
 
