@@ -11,7 +11,7 @@ from models.checkpoint import Checkpoint
 from models.containers import Container
 from models.layouts.attention import attention_need as need
 from models.layouts.attention import attention_outputs as outputs
-from models.layouts.vit import MARKS, vit_checkpoint
+from models.layouts.vit import MARKS, PATCHES, STEM, vit_checkpoint
 from models.preprocess import Preprocess
 
 NAME = "moco-v3-linear"
@@ -19,7 +19,9 @@ NAME = "moco-v3-linear"
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     notes = {"arch", "best_acc1"} <= container.beside.keys()
-    whole = container.tensors.keys() >= MARKS | {"head.weight"}
+    keys = container.tensors.keys()
+    patches = PATCHES in keys or STEM in keys
+    whole = patches and keys >= (MARKS - {PATCHES}) | {"head.weight"}
     if notes and whole and "architecture" not in arguments:
         return "a ViT in timm's names with its head, and arch and best_acc1 beside it"
     return None
@@ -32,6 +34,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         {"num_heads": 12, **arguments},
         positions="fixed",
         preprocess=Preprocess(interpolation="bilinear"),
+        conv_stem=STEM in container.tensors,
     )
 
 

@@ -13,7 +13,8 @@ from models.errors import CheckpointError
 from models.preprocess import Preprocess
 
 STEM = "patch_embed.proj.12.weight"
-MARKS = {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"}
+PATCHES = "patch_embed.proj.weight"
+MARKS = {"cls_token", "pos_embed", PATCHES, "blocks.0.attn.qkv.weight"}
 
 
 def vit_arguments(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -355,3 +356,35 @@ def test_files_that_are_no_checkpoints_say_so(tmp_path: Path) -> None:
     ):
         with pytest.raises(CheckpointError, match=message):
             load_checkpoint(path)
+
+
+def test_dinos_linear_weights_may_see_the_mean_patch_interleaved(tmp_path: Path) -> None:
+    """As published for ViT-B: twice the channels, class token and mean taking turns."""
+    folder = GOLDENS / "dino_linear"
+    if not folder.is_dir():
+        pytest.skip("the fixture dino_linear is not here (shared/goldens)")
+    arguments = json.loads((folder / "meta.json").read_text())["hyperparameters"]
+    for told in ("n_last_blocks", "avgpool_patchtokens"):  # the weights' size tells
+        del arguments[told]
+    shutil.copy(folder / "backbone.pth", tmp_path / "backbone.pth")
+    weight, bias = torch.randn(5, 96), torch.randn(5)
+    state = {"module.linear.weight": weight, "module.linear.bias": bias}
+    torch.save({"epoch": 1, "state_dict": state, "best_acc": 50.0}, tmp_path / "linear.pth")
+    pixels = load_file(folder / "golden.safetensors")["pixel_values"]
+    outputs = load_checkpoint(tmp_path / "linear.pth", arguments).run(pixels)
+    tokens = outputs["tokens"]
+    features = torch.empty(len(tokens), 96)
+    features[:, 0::2], features[:, 1::2] = tokens[:, 0], tokens[:, 1:].mean(1)
+    assert torch.allclose(outputs["embedding"], features, atol=1e-5)
+    assert torch.allclose(outputs["logits"], features @ weight.T + bias, atol=1e-4)
+
+
+def test_vqts_options_change_the_features() -> None:
+    """NORMALIZE_FEATS off, and POOLING_FEATS, which averages a block's queries."""
+    plain, golden, _ = fixture("vqt", normalize_feats=False)
+    found = plain.run(golden["pixel_values"])["embedding"]
+    queries = golden["query_outputs"].flatten(1)
+    wanted = torch.cat([golden["backbone_embedding"], queries], 1)
+    assert torch.allclose(found, wanted, atol=1e-5)
+    with pytest.raises(CheckpointError, match="indices must be 192 whole numbers"):
+        fixture("vqt_wsum", indices=[0, 1, 2])
