@@ -50,7 +50,8 @@ class ServedTrunks:
                     self.retire(model)
                     raise
             self._users[name].add(model.name)
-            self._metrics.add_model(model.name, name, model.tasks)
+            # of heads there may be thousands: their series begin with their first request
+            self._metrics.add_model(model.name, name, () if model.about else model.tasks)
 
     def retire(self, model: Model) -> None:
         """Drain and drop the queues of trunks that no other model stands on."""
