@@ -49,18 +49,21 @@ def load_checkpoint(
     arguments: Mapping[str, Any] | None = None,
     *,
     placement: Placement | None = None,
+    **more: Any,
 ) -> Model:
     """Load a checkpoint file as a model that needs no catalog.
 
     Args:
         path: `.safetensors`, `.npz`, `.onnx` or a torch file, in any known format.
         arguments: what the file does not say, such as `architecture`; others are ignored.
+            `more` are further ones: `weights="student"` among several sets in one file,
+            `backbone=PATH` of a companion that does not lie beside it.
         placement: device, dtype and layout; float32 on the CPU if not given.
 
     Raises:
         CheckpointError: unreadable, unrecognised, or not fitting its architecture exactly.
     """
-    checkpoint = read_checkpoint(Path(path), arguments or {})
+    checkpoint = read_checkpoint(Path(path), {**(arguments or {}), **more})
     name, placement = Path(path).stem, placement or Placement()
     if checkpoint.library == "openai-clip":
         towers = towers_of_openai(checkpoint, placement)

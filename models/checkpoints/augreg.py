@@ -4,11 +4,13 @@ The authors' code computes GELU by its tanh approximation; timm, from its own co
 file of the authors gets the authors' numbers (`arguments = {act = "gelu"}` for timm's).
 """
 
+import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from models.checkpoint import Checkpoint, HeadState
@@ -63,14 +65,44 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
 
 
 def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The table of positions for the input's grid; and what the head sees, where that is more than
-    a pooling."""
+    """The table of positions for the input's grid; what the head sees, where that is more than a
+    pooling; and both once more with exact GELU, as timm has it."""
     network: Any = model.trunk.network
-    named = {"pos_embedding": network.positions(output.grid)}
-    state = model.states.get("linear")
-    if state is not None:
-        tensors = state.tensors
-        pooled = model.trunk.pool(output)
-        weight, bias = tensors["classifier.0.weight"], tensors["classifier.0.bias"]
-        named["embedding"] = torch.tanh(linear(pooled, weight, bias))
+    exact = _with_exact_gelu(network).forward_features(inputs["pixel_values"])
+    other = replace(output, features=exact)
+    named = {
+        "pos_embedding": network.positions(output.grid),
+        "embedding": _embedding(model, output),
+        "embedding_gelu_erf": _embedding(model, other),
+    }
+    if "classify" in model.heads:
+        named["logits_gelu_erf"] = model.heads["classify"].forward(other)["logits"]
     return named
+
+
+def _embedding(model: Model, output: TrunkOutput) -> Tensor:
+    pooled = model.trunk.pool(output)
+    state = model.states.get("linear")
+    if state is None:
+        return pooled
+    tensors = state.tensors
+    hidden = linear(pooled, tensors["classifier.0.weight"], tensors["classifier.0.bias"])
+    return torch.tanh(hidden)
+
+
+def _with_exact_gelu(network: Any) -> Any:
+    """The same weights in memory, with another activation."""
+    twin, blocks = _shallow(network), []
+    for block in network.blocks:
+        mlp = _shallow(block.mlp)
+        mlp.act = nn.GELU()
+        blocks.append(_shallow(block))
+        blocks[-1].mlp = mlp
+    twin.blocks = nn.Sequential(*blocks)
+    return twin
+
+
+def _shallow(module: nn.Module) -> Any:
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin

@@ -11,15 +11,16 @@ from models.errors import CheckpointError
 def open_companion(
     container: Container, arguments: Mapping[str, Any], name: str, files: Sequence[str]
 ) -> Container:
-    """The companion at `arguments[name]` (relative to the checkpoint), or the first of `files` that
-    lies beside it.
+    """The companion at `arguments[name]` (a path as it is, or relative to the checkpoint), or the
+    first of `files` that lies beside it.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
     folder = container.path.parent
     if name in arguments:
-        return open_container(folder / Path(arguments[name]))
+        given = Path(arguments[name])
+        return open_container(given if given.is_file() else folder / given)
     for file in files:
         if (folder / file).is_file():
             return open_container(folder / file)

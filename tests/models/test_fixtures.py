@@ -26,9 +26,9 @@ INPUTS = ("pixel_values", "token_ids", "noise", "input_res")
 # A name's ending says which input it belongs to, or which of a file's sets of weights.
 ALTERNATIVES = ("", "_hires", "_alt", "_hr", "_2")
 SETS = ("_student", "_momentum", "_ema")
-# About the tokenizer of the full vocabulary, which the fixtures' small models do not have; exact
-# GELU, which `act` asks for; SupMAE's class token, which for its main input is embedding_cls.
-OTHERS = ("tokenizer_token_ids", "gelu_erf", "logits_model_ema")
+# About the tokenizer of the full vocabulary, which the fixtures' small models do not have; and
+# SupMAE's class token, which for its main input is embedding_cls.
+OTHERS = ("tokenizer_token_ids", "logits_model_ema")
 EXCEPT = {"supmae": ("embedding_alt",)}
 
 FIXTURES = (
@@ -53,7 +53,7 @@ def fixture(
         pytest.skip(f"the fixture {name} is not here (shared/goldens)")
     meta = json.loads((folder / "meta.json").read_text())
     path = next(iter(sorted(folder.glob(file))))
-    model = load_checkpoint(path, arguments=meta["hyperparameters"] | arguments)
+    model = load_checkpoint(path, arguments=meta["hyperparameters"], **arguments)
     return model, load_file(folder / "golden.safetensors"), meta
 
 
