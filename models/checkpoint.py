@@ -25,9 +25,10 @@ class Checkpoint:
     """Weights under an architecture's own names.
 
     `architecture` is a timm name and `arguments` go to `timm.create_model`, unless `library` says
-    that another builds it: `vitrail`, which is `models/architectures`, or `openai-clip`; `heads`
-    came in the same file, by name; `dropped` are keys known to be training-only; `assumed` is what
-    the file does not say and nobody told; `reason` says how the format was recognised.
+    that another builds it: `vitrail`, which is `models/architectures`, or what `TOWERS` in
+    `models/loading.py` names; `heads` came in the same file, by name; `dropped` are keys known to
+    be training-only; `assumed` is what the file does not say and nobody told; `reason` says how the
+    format was recognised.
     """
 
     format: str

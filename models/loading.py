@@ -25,10 +25,14 @@ from models.towers import (
     Towers,
     load_open_clip,
     load_sentence_encoder,
+    towers_of_a_clip,
     towers_of_openai,
     zero_shot_head,
 )
 from models.trunk import Placement, TimmTrunk, Trunk
+
+# What builds both towers of checkpoints that hold two.
+TOWERS = {"a-clip": towers_of_a_clip, "openai-clip": towers_of_openai}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +69,11 @@ def load_checkpoint(
     """
     checkpoint = read_checkpoint(Path(path), {**(arguments or {}), **more})
     name, placement = Path(path).stem, placement or Placement()
-    if checkpoint.library == "openai-clip":
-        towers = towers_of_openai(checkpoint, placement)
-        return Model(name, towers.image, zero_shot_head(towers), text=towers.text)
+    if (build := TOWERS.get(checkpoint.library)) is not None:
+        towers = build(checkpoint, placement)
+        outputs, need = format_outputs(checkpoint.format, towers.image)
+        zero_shot = zero_shot_head(towers)
+        return Model(name, towers.image, zero_shot, text=towers.text, outputs=outputs, need=need)
     trunk = build_trunk(checkpoint, placement)
     kind = own_head(checkpoint.heads, trunk)
     state = checkpoint.heads.get("pca" if kind == "embed" else kind)
@@ -121,8 +127,8 @@ def load_trunk(entry: TrunkEntry, store: Store, base: Path, placement: Placement
             lambda target: save_checkpoint(read_checkpoint(raw, arguments), target),
         )
     checkpoint = read_checkpoint(path, arguments)
-    if checkpoint.library == "openai-clip":
-        return _tower(entry, towers_of_openai(checkpoint, placement), checkpoint.format)
+    if (build := TOWERS.get(checkpoint.library)) is not None:
+        return _tower(entry, build(checkpoint, placement), checkpoint.format)
     trunk = build_trunk(checkpoint, placement, entry.preprocess)
     return LoadedTrunk(trunk, checkpoint.heads, checkpoint.format)
 

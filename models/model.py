@@ -68,8 +68,8 @@ class Model:
         self.text = trunk if isinstance(trunk, TextTrunk) else text
         embed = head.embed if isinstance(head, ZeroShot) else head
         embed = embed if isinstance(embed, Embed) else Embed(trunk)
-        self._outputs = outputs
-        self._need = need
+        self.outputs = outputs
+        self.need = need
         self.about = about or {}
         self.states = states or {}
         self.heads: dict[str, Head] = {"embed": embed, head.task: head}
@@ -229,15 +229,15 @@ class Model:
             named = run_towers(self, head, pixel_values, token_ids)
         elif pixel_values is not None:
             rows = range(len(pixel_values))
-            needs = [self._need, *(each.needs(rows) for each in self.heads.values())]
+            needs = [self.need, *(each.needs(rows) for each in self.heads.values())]
             output = self.trunk.forward(pixel_values, together(needs))
             kind = "tokens" if output.features.dim() == 3 else "feature_map"
             named = {kind: output.features, "embedding": self.trunk.pool(output)}
             for each in self.heads.values():
                 named |= each.forward(output)
-            if self._outputs is not None:
+            if self.outputs is not None:
                 given = {"pixel_values": pixel_values, **inputs}
-                named |= self._outputs(self, output, given)
+                named |= self.outputs(self, output, given)
         return {name: tensor.float().cpu() for name, tensor in named.items()}
 
 
@@ -247,7 +247,10 @@ def run_towers(
     """The outputs of two towers, by upstream's names; embeddings are not normalised."""
     named = {"logit_scale": torch.tensor([head.scale])}
     if pixel_values is not None:
-        named["image_embedding"] = head.forward(model.trunk.forward(pixel_values))["embedding"]
+        output = model.trunk.forward(pixel_values, model.need)
+        named["image_embedding"] = head.forward(output)["embedding"]
+        if model.outputs is not None:
+            named |= model.outputs(model, output, {"pixel_values": pixel_values})
         if isinstance(model.trunk, OpenClipTrunk):
             named |= model.trunk.before_projection(pixel_values)
     if token_ids is not None:

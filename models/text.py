@@ -96,6 +96,14 @@ class OpenClipText(TextTrunk):
         return embedding
 
 
+class TextTower(TextTrunk):
+    """A text transformer that gives the projected embedding itself."""
+
+    def encode(self, ids_BT: Tensor) -> Tensor:
+        embedding: Tensor = self.network(ids_BT)
+        return embedding
+
+
 class SentenceEncoder(TextTrunk):
     """A BERT whose embedding is the mean over a text's tokens (sentence-transformers' `mean`)."""
 

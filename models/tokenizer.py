@@ -4,7 +4,9 @@ Their names in a text stand for the tokens themselves, as in https://github.com/
 """
 
 import regex
+import torch
 from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 _WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
@@ -19,3 +21,16 @@ class OpenAITokenizer(SimpleTokenizer):  # type: ignore[misc]
         self.cache |= {START: START, END: END}
         special = "|".join(map(regex.escape, (START, END)))
         self.pat = regex.compile(f"{special}|{_WORDS}", regex.IGNORECASE)
+
+
+class CuttingTokenizer(OpenAITokenizer):
+    """The same, but of a text that is too long the end is cut off with its end token, as SLIP's and
+    A-CLIP's code does."""
+
+    def __call__(self, texts: str | list[str], context_length: int | None = None) -> Tensor:
+        length = context_length or self.context_length
+        result = torch.zeros(1 if isinstance(texts, str) else len(texts), length).long()
+        for row, text in zip(result, [texts] if isinstance(texts, str) else texts, strict=True):
+            ids = [self.sot_token_id, *self.encode(text), self.eot_token_id][:length]
+            row[: len(ids)] = torch.tensor(ids)
+        return result

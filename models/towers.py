@@ -11,11 +11,13 @@ import open_clip
 import torch
 from open_clip.model import build_model_from_openai_state_dict
 from open_clip.pretrained import get_pretrained_cfg
+from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
+from models.architectures.vit import ProjectedVit
 from models.checkpoint import Checkpoint
 from models.errors import CheckpointError
 from models.heads.embed import Embed
@@ -23,11 +25,20 @@ from models.heads.zero_shot import ZeroShot
 from models.preprocess import Preprocess, preprocess_from_mapping
 from models.prompts import DEFAULT_TEMPLATES, expand_templates
 from models.strict import load_strictly
-from models.text import OpenClipText, SentenceEncoder, TextPreprocess, Tokenize, fast_tokenizer
-from models.tokenizer import OpenAITokenizer
-from models.trunk import OpenClipTrunk, Placement
+from models.text import (
+    OpenClipText,
+    SentenceEncoder,
+    TextPreprocess,
+    TextTower,
+    Tokenize,
+    fast_tokenizer,
+)
+from models.tokenizer import CuttingTokenizer, OpenAITokenizer
+from models.trunk import OpenClipTrunk, Placement, TimmTrunk
 
 _GONE: Any = None
+
+ImageTower = OpenClipTrunk | TimmTrunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +46,8 @@ class Towers:
     """Both trunks, and how their similarities become logits: times `scale`, plus `bias` (of
     sigmoid models, else None)."""
 
-    image: OpenClipTrunk
-    text: OpenClipText
+    image: ImageTower
+    text: OpenClipText | TextTower
     scale: float
     bias: float | None
 
@@ -72,6 +83,33 @@ def towers_of_openai(checkpoint: Checkpoint, placement: Placement) -> Towers:
         checkpoint.preprocess or Preprocess(),
         tokenizer,
         placement,
+    )
+
+
+def towers_of_a_clip(checkpoint: Checkpoint, placement: Placement) -> Towers:
+    """The towers of A-CLIP: a plain ViT with a projection, and CLIP's text transformer.
+
+    Raises:
+        CheckpointError: the weights do not fit.
+    """
+    image, text = checkpoint.arguments["image"], checkpoint.arguments["text"]
+    towers: dict[str, dict[str, Tensor]] = {"image": {}, "text": {}}
+    for key, value in checkpoint.state_dict.items():
+        tower, _, name = key.partition(".")
+        if tower in towers:
+            towers[tower][name] = value
+    vision = ProjectedVit(**image)
+    load_strictly(vision, towers["image"], "A-CLIP's image tower")
+    language = TextTransformer(act_layer=QuickGELU, norm_layer=LayerNorm, **text)
+    load_strictly(language, towers["text"], "A-CLIP's text tower")
+    tokenizer = CuttingTokenizer(text["context_length"])
+    spec = TextPreprocess(text["context_length"], _tokenizer_digest(tokenizer))
+    name = checkpoint.architecture
+    return Towers(
+        TimmTrunk(name, vision, checkpoint.preprocess or Preprocess(), placement),
+        TextTower(name, language, _one(tokenizer), spec, placement),
+        float(checkpoint.state_dict["logit_scale"].exp()),
+        None,
     )
 
 

@@ -33,7 +33,7 @@ def _own() -> Mapping[str, Callable[..., Any]]:
     from models.architectures.pyramid_tnt import PyramidTnt
     from models.architectures.scale_vit import ScaleVit
     from models.architectures.swin import Swin
-    from models.architectures.vit import Vit
+    from models.architectures.vit import ProjectedVit, Vit
 
     return {
         "beit": Beit,
@@ -43,6 +43,7 @@ def _own() -> Mapping[str, Callable[..., Any]]:
         "mvit-images": image_mvit,
         "mvit-tokens": TokenMvit,
         "patchconvnet": PatchConvNet,
+        "projected-vit": ProjectedVit,
         "pit": PoolingVisionTransformer,
         "pyramid-tnt": PyramidTnt,
         "scale-vit": ScaleVit,

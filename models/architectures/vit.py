@@ -106,3 +106,16 @@ class Vit(VisionTransformer):  # type: ignore[misc]
         cells = torch.unflatten(table[:, prefix:], 1, stored).permute(0, 3, 1, 2)
         resized = self._rule(cells, grid)
         return torch.cat([table[:, :prefix], resized.flatten(2).transpose(1, 2)], 1)
+
+
+class ProjectedVit(Vit):
+    """The image tower of a two-tower model: what is pooled, projected to where texts are."""
+
+    def __init__(self, *, projected: int, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.projection = nn.Parameter(torch.zeros(self.embed_dim, projected))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, projected)."""
+        pooled: Tensor = super().forward_head(x, pre_logits=True)
+        return pooled @ self.projection

@@ -14,34 +14,35 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from models import load_checkpoint
+from models import Registry, load_checkpoint
 from models.checkpoints import detect_format
 from models.containers import open_container
 from models.errors import CheckpointError
 from models.model import Model
-from models.tokenizer import OpenAITokenizer
+from models.store import Store
+from models.tokenizer import CuttingTokenizer, OpenAITokenizer
 
 GOLDENS = Path(__file__).parents[3] / "shared/goldens"
 INPUTS = ("pixel_values", "token_ids", "noise", "input_res")
 # A name's ending says which input it belongs to, or which of a file's sets of weights.
 ALTERNATIVES = ("", "_hires", "_alt", "_hr", "_2")
-SETS = ("_student", "_momentum", "_ema")
+SETS = ("_student", "_momentum", "_ema", "_online")
 # About the tokenizer of the full vocabulary, which the fixtures' small models do not have; and
 # SupMAE's class token, which for its main input is embedding_cls.
 OTHERS = ("tokenizer_token_ids", "logits_model_ema")
 EXCEPT = {"supmae": ("embedding_alt",)}
 
 FIXTURES = (
-    "attmask", "attmask_backbone", "beit", "beit_abspos", "beit_finetuned", "clip", "clip_jit",
-    "convnext_v2", "convnext_v2_fcmae", "dhvt", "dhvt_imagenet", "dino", "dino_backbone",
-    "dino_linear", "esvit", "ft_clip", "ggem", "ibot", "ibot_backbone", "ibot_swin", "irt", "mae",
-    "mae_finetuned", "moco_v3", "moco_v3_conv", "moco_v3_linear", "mvit", "mvit_in1k", "mvit_v1",
-    "mvit_v1_video", "mvit_video", "patchconvnet", "patchconvnet_multiclass", "peco",
-    "peco_finetuned", "pit", "pit_distilled", "pyramid_tnt", "scale_mae_finetuned", "sdmae",
-    "sdmae_finetuned", "sit", "sit_classifier", "small_scale_vits", "small_scale_vits_cait",
-    "small_scale_vits_finetuned", "small_scale_vits_swin", "supmae", "supmae_finetuned", "tinymim",
-    "tinymim_finetuned", "tnt", "vit_augreg", "vit_augreg_gap", "vit_augreg_prelogits", "vqt",
-    "vqt_mae", "vqt_wsum",
+    "a_clip", "attmask", "attmask_backbone", "beit", "beit_abspos", "beit_finetuned", "clip",
+    "clip_jit", "convnext_v2", "convnext_v2_fcmae", "dhvt", "dhvt_imagenet", "dino",
+    "dino_backbone", "dino_linear", "esvit", "ft_clip", "ggem", "ibot", "ibot_backbone",
+    "ibot_swin", "irt", "mae", "mae_finetuned", "moco_v3", "moco_v3_conv", "moco_v3_linear",
+    "mvit", "mvit_in1k", "mvit_v1", "mvit_v1_video", "mvit_video", "patchconvnet",
+    "patchconvnet_multiclass", "peco", "peco_finetuned", "pit", "pit_distilled", "pyramid_tnt",
+    "scale_mae_finetuned", "sdmae", "sdmae_finetuned", "sit", "sit_classifier", "small_scale_vits",
+    "small_scale_vits_cait", "small_scale_vits_finetuned", "small_scale_vits_swin", "supmae",
+    "supmae_finetuned", "tinymim", "tinymim_finetuned", "tnt", "vit_augreg", "vit_augreg_gap",
+    "vit_augreg_prelogits", "vqt", "vqt_mae", "vqt_wsum",
 )  # fmt: skip
 
 
@@ -79,12 +80,16 @@ def test_outputs_are_the_references(name: str) -> None:
             "small_scale_vits",
         )
     ]
-    + [("ft_clip", "ema"), ("moco_v3", "momentum")],
+    + [("a_clip", "online"), ("ft_clip", "ema"), ("moco_v3", "momentum")],
 )
 def test_other_weights_of_the_file_can_be_chosen(name: str, weights: str) -> None:
     model, golden, _ = fixture(name, weights=weights)
-    found = model.run(golden["pixel_values"])["embedding"]
-    assert torch.allclose(found, golden[f"embedding_{weights}"], atol=1e-5, rtol=0)
+    outputs = model.run(**{key: golden[key] for key in INPUTS if key in golden})
+    own = [key for key in golden if key.endswith(f"_{weights}")]
+    assert own
+    for key in own:
+        found = outputs[key.removesuffix(f"_{weights}")]
+        assert torch.allclose(found, golden[key], atol=1e-5, rtol=0), key
     with pytest.raises(CheckpointError, match=r"no weights 'other'|not a whole ViT"):
         fixture(name, weights="other")
 
@@ -174,12 +179,15 @@ def check_outputs(
         assert torch.allclose(found, reference, atol=1e-5, rtol=0), key
 
 
-def test_the_tokenizer_is_openais() -> None:
-    path = GOLDENS / "clip/tokenizer_cases.json"
+@pytest.mark.parametrize(
+    ("name", "tokenizer"), [("clip", OpenAITokenizer), ("a_clip", CuttingTokenizer)]
+)
+def test_tokenizers_are_upstreams(name: str, tokenizer: type[OpenAITokenizer]) -> None:
+    path = GOLDENS / name / "tokenizer_cases.json"
     if not path.is_file():
-        pytest.skip("the fixture clip is not here (shared/goldens)")
+        pytest.skip(f"the fixture {name} is not here (shared/goldens)")
     cases = json.loads(path.read_text())["cases"]
-    ids = OpenAITokenizer(77)([case["text"] for case in cases])
+    ids = tokenizer(77)([case["text"] for case in cases])
     assert ids.tolist() == [case["token_ids"] for case in cases]
 
 
@@ -388,3 +396,25 @@ def test_vqts_options_change_the_features() -> None:
     assert torch.allclose(found, wanted, atol=1e-5)
     with pytest.raises(CheckpointError, match="indices must be 192 whole numbers"):
         fixture("vqt_wsum", indices=[0, 1, 2])
+
+
+def test_a_clips_towers_are_served_apart(tmp_path: Path, photos: dict[str, Image.Image]) -> None:
+    """As a catalog has them: two trunks of one file, each with its queue."""
+    path = GOLDENS / "a_clip" / "checkpoint.pth"
+    if not path.is_file():
+        pytest.skip("the fixture a_clip is not here (shared/goldens)")
+    arguments = "arguments = {vision_heads = 4, transformer_heads = 2}"
+    (tmp_path / "a_clip.toml").write_text(
+        f'[trunks.image]\nsource = "file:{path}"\n{arguments}\n'
+        f'[trunks.text]\nsource = "file:{path}"\ntower = "text"\n{arguments}\n'
+        '[models.a-clip]\ntrunk = "image"\ntext = "text"\ntask = "zero-shot"\n'
+        '[models.embed]\ntrunk = "image"\ntask = "embed"\n'
+    )
+    registry = Registry.from_catalog(tmp_path / "a_clip.toml", store=Store(tmp_path / "store"))
+    golden = load_file(GOLDENS / "a_clip" / "golden.safetensors")
+    model = registry.get("a-clip")
+    outputs = model.run(golden["pixel_values"], golden["token_ids"])
+    for key in ("image_embedding", "text_embedding"):
+        assert torch.allclose(outputs[key], golden[key], atol=1e-5, rtol=0), key
+    [answer] = registry.get("embed").predict([photos["coffee"]])
+    assert len(answer["embedding"]) == golden["image_embedding"].shape[1]
