@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from models.catalog import ModelEntry
-from models.errors import CheckpointError, ModelsError
+from models.errors import CheckpointError, ModelNotFoundError, ModelsError
 from models.heads import create_head
 from models.heads.files import HeadFile, decode_head, encode_head, read_head, write_whole
 from models.registry import Registry, State
@@ -21,7 +21,6 @@ from service.errors import (
     NotFoundError,
     PayloadTooLargeError,
     UnavailableError,
-    from_library,
 )
 from service.types import FitRequest, HeadUpload
 from service.worker.fits import Fits
@@ -242,8 +241,8 @@ class HeadFolder:
             return None
         try:
             return self._registry.describe(name)
-        except ModelsError as error:
-            raise from_library(error) from error
+        except ModelNotFoundError:  # seen, and just being declared, or just forgotten
+            return None
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}{SUFFIX}"
