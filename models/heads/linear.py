@@ -49,12 +49,15 @@ class Linear(Ranking):
 
     def read_settings(self, state: HeadState) -> None:
         depth = len(self.trunk.blocks)
-        self.layers = [int(layer) % max(1, depth) for layer in state.settings.get("layers", ())]
+        given = [int(layer) for layer in state.settings.get("layers", ())]
+        if given:
+            check_has_blocks(self.trunk)
+        if wrong := [layer for layer in given if not -depth <= layer < depth]:
+            raise CheckpointError(f"the head reads block {wrong[0]}; the trunk has {depth}")
+        self.layers = [layer % depth for layer in given]
         self.mean = state.settings.get("mean")
         if self.mean not in (None, "interleaved", "appended", "alone"):
             raise CheckpointError(f"the head's mean is {self.mean!r}, which is not known")
-        if self.layers:
-            check_has_blocks(self.trunk)
 
     def needs(self, rows: Sequence[int]) -> Need:
         return Need(layers=frozenset(self.layers)) if self.layers else NOTHING

@@ -34,7 +34,7 @@ class RemoteHeads:
         for head in await self.all():
             if head["name"] == name:
                 if head["state"] == "ready":  # what is told to be ready must answer at once
-                    await asyncio.gather(*(worker.refresh() for worker in self._reachable()))
+                    await asyncio.gather(*(worker.learn() for worker in self._reachable()))
                 return head
         raise NotFoundError(f"no head {name!r}", field="name")
 

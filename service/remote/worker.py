@@ -173,12 +173,16 @@ class Worker:
         if not self._closed:  # or its gauges, removed by now, would come back
             self._metrics.outstanding.labels(self.address).set(self.outstanding)
 
-    async def _admin(self, call: Any) -> None:
-        await self._answer(call)
+    async def learn(self) -> None:
+        """As `refresh`, on behalf of a request: UnavailableError if the worker is gone."""
         try:
             await self.refresh()
         except grpc.aio.AioRpcError as error:
             raise UnavailableError("a worker went away meanwhile") from error
+
+    async def _admin(self, call: Any) -> None:
+        await self._answer(call)
+        await self.learn()
 
     async def _answer(self, call: Any) -> Any:
         try:

@@ -132,6 +132,12 @@ class Fits:
         job.path.unlink(missing_ok=True)
         return True
 
+    def forget(self, name: str) -> None:
+        """Drop what is told of a job that has ended: a head of that name came since."""
+        job = self._jobs.get(name)
+        if job is not None and job.finished:
+            del self._jobs[name]
+
     def poll(self) -> None:
         """Take up jobs that nobody works at, and let go of those whose head is there."""
         for name, job in list(self._jobs.items()):
@@ -213,7 +219,8 @@ class Fits:
 
     def _fail(self, job: _Job, reason: str) -> None:
         job.state, job.reason = "failed", reason
-        job.path.unlink(missing_ok=True)
+        if not job.cancelled.is_set():  # or the file may be that of another job by now
+            job.path.unlink(missing_ok=True)
 
     def _fit(self, job: _Job) -> Fitted:
         request = job.request

@@ -190,6 +190,7 @@ class HeadFolder:
     def _take(self, name: str) -> None:
         """Declare what a new or changed file holds, and load it if its trunk is loaded."""
         self._broken.pop(name, None)
+        self._fits.forget(name)
         try:
             if name in self._own:
                 raise CheckpointError("the catalog has a model of that name")

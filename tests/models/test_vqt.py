@@ -186,3 +186,11 @@ def test_networks_without_such_blocks_carry_no_queries() -> None:
     tensors = {"queries": torch.zeros(3, 1, 24), "classifier.0.weight": torch.zeros(4, 96)}
     with pytest.raises(CheckpointError, match="no plain ViT"):
         create_head("vqt", trunk, tuple("abcd"), HeadState(tensors))
+
+
+@pytest.mark.parametrize("layer", [3, -4])
+def test_a_linear_head_reads_no_block_that_is_not_there(layer: int) -> None:
+    trunk = small_trunk(*KINDS["class token"])
+    state = HeadState({"classifier.0.weight": torch.zeros(2, 24)}, {"layers": [layer]})
+    with pytest.raises(CheckpointError, match=f"reads block {layer}; the trunk has 3"):
+        create_head("linear", trunk, ("a", "b"), state)

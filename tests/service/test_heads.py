@@ -298,7 +298,9 @@ def test_fits_that_cannot_come_to_anything_are_refused(server: Running) -> None:
     assert server.client.get("/heads").json() == {"heads": []}
 
 
-def test_unreadable_images_fail_a_fit_only_if_too_few_are_left(server: Running) -> None:
+def test_unreadable_images_fail_a_fit_only_if_too_few_are_left(
+    server: Running, make: Callable[..., HeadFile]
+) -> None:
     some = tinted_zip(extra={"red/bad.png": b"broken"})
     assert begin_fit(server, "some", some).status_code == 202
     assert settle(server, "some")["state"] == "ready"
@@ -310,7 +312,11 @@ def test_unreadable_images_fail_a_fit_only_if_too_few_are_left(server: Running) 
     assert failed["state"] == "failed"
     assert "a single image of third" in failed["reason"]
     assert "third/2.png" in failed["reason"]
-    # it may be tried again, or forgotten
+    # a head that came since is not hidden by the failure
+    assert upload(server, "few", make()).status_code == 201
+    assert settle(server, "few")["state"] == "ready"
+    assert server.client.delete("/heads/few").status_code == 204
+    # it may be tried again
     assert begin_fit(server, "few", tinted_zip()).status_code == 202
     assert settle(server, "few")["state"] == "ready"
 
