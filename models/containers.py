@@ -52,6 +52,12 @@ class Container:
     beside: Mapping[str, Any] = field(default_factory=dict)
     graph: Any = None
 
+    @property
+    def script(self) -> Mapping[str, Any]:
+        """The training script's arguments, if they lie beside the weights."""
+        found = self.beside.get("args")
+        return found if isinstance(found, dict) else {}
+
 
 def open_container(path: Path) -> Container:
     """Read `.safetensors`, `.npz`, `.onnx`, or a torch file (any other suffix).

@@ -12,7 +12,7 @@ from models.catalog import TrunkEntry
 from models.checkpoint import Checkpoint, HeadState, save_checkpoint
 from models.checkpoints import detect_format, format_outputs
 from models.containers import open_container
-from models.errors import SourceError
+from models.errors import CheckpointError, SourceError
 from models.heads import create_head
 from models.heads.linear import CLASSIFIER, create_classifier, last_size
 from models.labels import numbered_labels, pretrained_labels
@@ -143,7 +143,13 @@ def read_checkpoint(path: Path, arguments: Mapping[str, Any]) -> Checkpoint:
     """Open a file, find its format and translate it."""
     container = open_container(path)
     checkpoint_format, reason = detect_format(container, arguments)
-    checkpoint = checkpoint_format.convert(container, arguments)
+    try:
+        checkpoint = checkpoint_format.convert(container, arguments)
+    except (KeyError, IndexError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(
+            f"{path}: by its keys {checkpoint_format.NAME}, but not a whole one: {what}"
+        ) from error
     return checkpoint if checkpoint.reason else replace(checkpoint, reason=reason)
 
 
@@ -151,7 +157,10 @@ def build_trunk(
     checkpoint: Checkpoint, placement: Placement, preprocess: Mapping[str, Any] | None = None
 ) -> TimmTrunk:
     """Build the architecture and fill it strictly: every key used, every parameter filled."""
-    network = create_network(checkpoint)
+    try:
+        network = create_network(checkpoint)
+    except (AssertionError, ValueError, TypeError, ArithmeticError) as error:
+        raise CheckpointError(f"no {checkpoint.architecture} has such weights: {error}") from error
     load_strictly(network, checkpoint.state_dict, checkpoint.architecture)
     own = checkpoint.preprocess or preprocess_from_timm(network)
     if checkpoint.preprocess is None and (size := checkpoint.arguments.get("img_size")):

@@ -25,9 +25,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    tensors = container.tensors
-    if container.sets:
-        tensors = choose_weights(container, arguments, container.wrapper)
+    tensors = choose_weights(container, arguments, container.wrapper)
     stem = {k.split(".")[2] for k in tensors if k.startswith("patch_embed.proj.")}
     if len(stem) not in PATCHES:
         raise CheckpointError(f"{container.path}: a stem of {len(stem)} convolutions is not known")

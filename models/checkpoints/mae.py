@@ -19,7 +19,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     keys = container.tensors.keys()
     if container.wrapper != "model" or "architecture" in arguments:
         return None
-    if "teacher_model" in (container.beside.get("args") or {}) or not keys >= MARKS:
+    if "teacher_model" in container.script or not keys >= MARKS:
         return None
     if all(key.startswith((*ENCODER, *DECODER)) for key in keys):
         decoder = "with" if "decoder_pred.weight" in keys else "without"

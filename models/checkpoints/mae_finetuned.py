@@ -20,7 +20,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     keys = container.tensors.keys()
     if container.wrapper != "model" or "architecture" in arguments or not keys >= MARKS:
         return None
-    script = {"nb_classes", "finetune"} <= (container.beside.get("args") or {}).keys()
+    script = {"nb_classes", "finetune"} <= container.script.keys()
     if _is_scale_mae(container) or not all(key.startswith(KEPT) for key in keys):
         return None
     if keys >= PROBE:
@@ -46,4 +46,4 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
 
 
 def _is_scale_mae(container: Container) -> bool:
-    return "eval_base_resolution" in (container.beside.get("args") or {})
+    return "eval_base_resolution" in container.script

@@ -26,9 +26,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    tensors = container.tensors
-    if container.sets:
-        tensors = choose_weights(container, arguments, container.wrapper)
+    tensors = choose_weights(container, arguments, container.wrapper)
     _, classes, dim = tensors["cls_token"].shape
     only = "blocks_token_only."
     single = tensors.get("head.weight")

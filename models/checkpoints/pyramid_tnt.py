@@ -28,10 +28,8 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     """`arguments`: `configs` with `inner_heads` (1, 2, 4, 4 of the published sizes)."""
-    tensors = container.tensors
-    if container.sets:
-        default = "state_dict_ema" if "state_dict_ema" in container.sets else container.wrapper
-        tensors = choose_weights(container, arguments, default)
+    default = "state_dict_ema" if "state_dict_ema" in container.sets else container.wrapper
+    tensors = choose_weights(container, arguments, default)
     stages = range(4)
     positions = [tensors[f"stages.{stage}.relative_pos"] for stage in stages]
     first = "stages.{}.blocks.0."

@@ -29,7 +29,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
         return None
     if "fpn.fpn1.0.weight" in keys:
         return "a ViT in timm's names with a pyramid of decoders"
-    script = container.beside.get("args") or {}
+    script = container.script
     if "eval_base_resolution" in script and "head.1.weight" in keys:
         return "a ViT in timm's names with its head, by a script that notes eval_base_resolution"
     return None

@@ -27,7 +27,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     weights = choose_weights(container, arguments, "teacher")
     kept, dropped = split_prefix(weights, "backbone.")
-    script = container.beside.get("args") or {}
+    script = container.script
     told = {**{k: script[k] for k in ("num_heads", "dataset") if k in script}, **arguments}
     preprocess = preprocess_for(told)
     if "cls_token" in kept:

@@ -33,7 +33,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     head = {k.removeprefix("cls_head."): v for k, v in tensors.items() if k.startswith("cls_head.")}
     if "weight" in head:  # without hidden layers it is one
         head = {f"0.{key}": value for key, value in head.items()}
-    script = container.beside.get("args") or {}
+    script = container.script
     mean = arguments.get("global_pool", script.get("global_pool", False))
     settings: dict[str, Any] = {"layers": [-1], "mean": "alone" if mean else None}
     if "3.weight" in head:

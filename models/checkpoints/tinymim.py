@@ -24,7 +24,7 @@ NAME = "tinymim"
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     keys = container.tensors.keys()
-    if keys >= MARKS and "teacher_model" in (container.beside.get("args") or {}):
+    if keys >= MARKS and "teacher_model" in container.script:
         return "a ViT in timm's names, by a script that notes its teacher_model"
     return None
 

@@ -46,10 +46,8 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     """`arguments`: `patch_size` (16), `inner_num_heads` (4), `outer_num_heads` (one for every 64
     channels)."""
-    tensors = container.tensors
-    if container.sets:
-        default = "state_dict_ema" if "state_dict_ema" in container.sets else container.wrapper
-        tensors = choose_weights(container, arguments, default)
+    default = "state_dict_ema" if "state_dict_ema" in container.sets else container.wrapper
+    tensors = choose_weights(container, arguments, default)
     named: dict[str, Tensor] = {}
     for key, value in tensors.items():
         for theirs, ours in RENAMED:

@@ -134,7 +134,7 @@ def fit(
         learner = LinearLearner(features, learn, len(labels))
     else:
         learner = VqtLearner(trunk, options.queries, len(labels))
-    at = Progress("training", 0, options.epochs)
+    at = Progress("training", 0, options.epochs * (1 if options.keep == 1 else 2))
 
     def watch(point: Epoch) -> None:
         nonlocal at

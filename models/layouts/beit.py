@@ -28,7 +28,7 @@ def beit_checkpoint(
 ) -> Checkpoint:
     """A BEiT as a checkpoint of format `name`. Models of ImageNet-22k take pixels from -1 to 1; the
     script notes it where one takes ImageNet's mean and deviation."""
-    script = container.beside.get("args") or {}
+    script = container.script
     usual = bool(script.get("imagenet_default_mean_and_std", False))
     preprocess = Preprocess() if usual else Preprocess(mean=HALF, std=HALF)
     kept = {key: value for key, value in tensors.items() if not key.endswith(INDEX)}

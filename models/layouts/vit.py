@@ -89,12 +89,15 @@ def vit_checkpoint(
 def choose_weights(
     container: Container, arguments: Mapping[str, Any], default: str
 ) -> Mapping[str, Tensor]:
-    """The set of weights that `arguments["weights"]` names, or else the default one.
+    """The set of weights that `arguments["weights"]` names, or else the default one, which is the
+    whole file where that is one state dict and no more.
 
     Raises:
         CheckpointError: the file has no such set.
     """
     wanted = str(arguments.get("weights", default))
+    if not container.sets and "weights" not in arguments:
+        return container.tensors
     for name in (wanted, f"model_{wanted}", f"state_dict_{wanted}"):
         if name in container.sets:
             return container.sets[name]
@@ -109,8 +112,11 @@ def split_prefix(
     """The tensors below a prefix, by their names without it; and the keys of all others. `drop`
     are beginnings of names below the prefix that only training needed."""
     kept: dict[str, Tensor] = {}
+    others = []
     for key, value in tensors.items():
         name = key.removeprefix(prefix)
-        if key.startswith(prefix) and not name.startswith(drop or ("\0",)):
+        if key.startswith(prefix) and not name.startswith(drop):
             kept[name] = value
-    return kept, tuple(key for key in tensors if key.removeprefix(prefix) not in kept)
+        else:
+            others.append(key)
+    return kept, tuple(others)
