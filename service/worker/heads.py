@@ -189,28 +189,32 @@ class HeadFolder:
 
     def _take(self, name: str) -> None:
         """Declare what a new or changed file holds, and load it if its trunk is loaded."""
-        self._broken.pop(name, None)
-        self._fits.forget(name)
         try:
-            if name in self._own:
-                raise CheckpointError("the catalog has a model of that name")
-            head = read_head(self._path(name))
-            described = f"{len(head.labels)} classes, {head.kind} head on {head.trunk}"
-            self._registry.add(
-                ModelEntry(
-                    name=name,
-                    trunk=head.trunk,
-                    task=head.task,
-                    head=f"file:{self._path(name).absolute()}",
-                    description=described,
-                )
-            )
+            self._declare(name)
         except ModelsError as error:
             self._broken[name] = str(error)
             logger.warning("head %s: %s", name, error)
-            return
-        self._unloaded.add(name)
-        self._load(name)
+        else:
+            self._broken.pop(name, None)
+            self._unloaded.add(name)
+            self._load(name)
+        # only now, or whoever asks meanwhile is told that the head does not exist
+        self._fits.forget(name)
+
+    def _declare(self, name: str) -> None:
+        if name in self._own:
+            raise CheckpointError("the catalog has a model of that name")
+        head = read_head(self._path(name))
+        described = f"{len(head.labels)} classes, {head.kind} head on {head.trunk}"
+        self._registry.add(
+            ModelEntry(
+                name=name,
+                trunk=head.trunk,
+                task=head.task,
+                head=f"file:{self._path(name).absolute()}",
+                description=described,
+            )
+        )
 
     def _load(self, name: str) -> None:
         entry = self._registry.catalog.model(name)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from models import Registry
 from models.checkpoint import HeadState
-from models.heads.files import HeadFile, decode_head, encode_head
+from models.heads.files import HeadFile, decode_head, encode_head, read_head
 from models.store import Store
 from service.stubs import vision_pb2 as pb
 from service.stubs.vision_pb2_grpc import VisionStub
@@ -255,6 +255,22 @@ def test_a_head_is_fitted_in_the_background(server: Running) -> None:
     assert server.metric("vitrail_fits_total", outcome="ok") == 1
     assert server.client.get("/heads/tints/secret").status_code == 404
     assert server.client.get("/heads/..%2Ftiny/head.safetensors").status_code == 404
+
+
+def test_a_fitted_head_is_known_while_it_is_declared(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = []
+
+    def read_and_ask(path: Path) -> HeadFile:
+        head = read_head(path)
+        states.append(server.client.get("/heads/tints").json().get("state"))
+        return head
+
+    monkeypatch.setattr("service.worker.heads.read_head", read_and_ask)
+    assert begin_fit(server, "tints", tinted_zip()).status_code == 202
+    assert settle(server, "tints")["state"] == "ready"
+    assert states == ["fitting"]
 
 
 def test_images_may_come_one_by_one(server: Running) -> None:
