@@ -16,6 +16,7 @@ from models.errors import CheckpointError, SourceError
 from models.heads import create_head
 from models.heads.linear import CLASSIFIER, create_classifier, last_size
 from models.labels import numbered_labels, pretrained_labels
+from models.layouts.towers import LIBRARY
 from models.model import Model
 from models.preprocess import preprocess_from_mapping, preprocess_from_timm
 from models.sources import fetch, parse_source
@@ -25,14 +26,14 @@ from models.towers import (
     Towers,
     load_open_clip,
     load_sentence_encoder,
-    towers_of_a_clip,
     towers_of_openai,
+    towers_of_two,
     zero_shot_head,
 )
 from models.trunk import Placement, TimmTrunk, Trunk
 
 # What builds both towers of checkpoints that hold two.
-TOWERS = {"a-clip": towers_of_a_clip, "openai-clip": towers_of_openai}
+TOWERS = {LIBRARY: towers_of_two, "openai-clip": towers_of_openai}
 
 
 @dataclass(frozen=True, slots=True)

@@ -244,11 +244,12 @@ class Model:
 def run_towers(
     model: Model, head: ZeroShot, pixel_values: Tensor | None, token_ids: Tensor | None
 ) -> dict[str, Tensor]:
-    """The outputs of two towers, by upstream's names; embeddings are not normalised."""
+    """The outputs of two towers, by upstream's names."""
     named = {"logit_scale": torch.tensor([head.scale])}
     if pixel_values is not None:
         output = model.trunk.forward(pixel_values, model.need)
         named["image_embedding"] = head.forward(output)["embedding"]
+        named["image_embedding_normalized"] = normalize(named["image_embedding"], dim=-1)
         if model.outputs is not None:
             named |= model.outputs(model, output, {"pixel_values": pixel_values})
         if isinstance(model.trunk, OpenClipTrunk):
@@ -256,10 +257,10 @@ def run_towers(
     if token_ids is not None:
         text = model.trunk_for("text")
         named["text_embedding"] = model.text_embed.forward(text.forward(token_ids))["embedding"]
+        named["text_embedding_normalized"] = normalize(named["text_embedding"], dim=-1)
     if pixel_values is not None and token_ids is not None:
-        image = normalize(named["image_embedding"], dim=-1)
-        text_unit = normalize(named["text_embedding"], dim=-1)
-        named["logits_per_image"] = head.scale * image @ text_unit.T + (head.bias or 0.0)
+        similarity = named["image_embedding_normalized"] @ named["text_embedding_normalized"].T
+        named["logits_per_image"] = head.scale * similarity + (head.bias or 0.0)
     return named
 
 

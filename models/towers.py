@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from models.architectures.vit import ProjectedVit
+from models.architectures import create_own
 from models.checkpoint import Checkpoint
 from models.errors import CheckpointError
 from models.heads.embed import Embed
@@ -86,24 +87,27 @@ def towers_of_openai(checkpoint: Checkpoint, placement: Placement) -> Towers:
     )
 
 
-def towers_of_a_clip(checkpoint: Checkpoint, placement: Placement) -> Towers:
-    """The towers of A-CLIP: a plain ViT with a projection, and CLIP's text transformer.
+def towers_of_two(checkpoint: Checkpoint, placement: Placement) -> Towers:
+    """The towers of `layouts/towers.py`: an image tower of ours, and CLIP's text transformer.
 
     Raises:
         CheckpointError: the weights do not fit.
     """
-    image, text = checkpoint.arguments["image"], checkpoint.arguments["text"]
+    text = dict(checkpoint.arguments["text"])
     towers: dict[str, dict[str, Tensor]] = {"image": {}, "text": {}}
     for key, value in checkpoint.state_dict.items():
         tower, _, name = key.partition(".")
         if tower in towers:
             towers[tower][name] = value
-    vision = ProjectedVit(**image)
-    load_strictly(vision, towers["image"], "A-CLIP's image tower")
-    language = TextTransformer(act_layer=QuickGELU, norm_layer=LayerNorm, **text)
-    load_strictly(language, towers["text"], "A-CLIP's text tower")
-    tokenizer = CuttingTokenizer(text["context_length"])
-    spec = TextPreprocess(text["context_length"], _tokenizer_digest(tokenizer))
+    vision = create_own(**checkpoint.arguments["image"])
+    load_strictly(vision, towers["image"], "the image tower")
+    norm_layer = partial(LayerNorm, eps=text.pop("norm_eps", 1e-5))
+    language = TextTransformer(act_layer=QuickGELU, norm_layer=norm_layer, **text)
+    load_strictly(language, towers["text"], "the text tower")
+    length = text["context_length"]
+    cut_end = checkpoint.arguments.get("cut_end", False)
+    tokenizer = CuttingTokenizer(length) if cut_end else OpenAITokenizer(length)
+    spec = TextPreprocess(length, _tokenizer_digest(tokenizer))
     name = checkpoint.architecture
     return Towers(
         TimmTrunk(name, vision, checkpoint.preprocess or Preprocess(), placement),

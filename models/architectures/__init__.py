@@ -16,7 +16,13 @@ def create_network(checkpoint: Checkpoint) -> nn.Module:
     if checkpoint.library == "timm":
         network: nn.Module = timm.create_model(checkpoint.architecture, **checkpoint.arguments)
     else:
-        network = _own()[checkpoint.architecture](**checkpoint.arguments)
+        network = create_own(checkpoint.architecture, **checkpoint.arguments)
+    return network
+
+
+def create_own(architecture: str, **arguments: Any) -> nn.Module:
+    """A network of this package, by name."""
+    network: nn.Module = _own()[architecture](**arguments)
     return network
 
 
@@ -28,6 +34,7 @@ def _own() -> Mapping[str, Callable[..., Any]]:
     from timm.models.tnt import TNT
 
     from models.architectures.dhvt import Dhvt
+    from models.architectures.ms_clip import MsClipImage
     from models.architectures.mvit import TokenMvit, image_mvit
     from models.architectures.patchconvnet import PatchConvNet
     from models.architectures.pyramid_tnt import PyramidTnt
@@ -40,6 +47,7 @@ def _own() -> Mapping[str, Callable[..., Any]]:
         "cait": Cait,
         "convnext": ConvNeXt,
         "dhvt": Dhvt,
+        "ms-clip-image": MsClipImage,
         "mvit-images": image_mvit,
         "mvit-tokens": TokenMvit,
         "patchconvnet": PatchConvNet,

@@ -15,6 +15,7 @@ from torch import Tensor
 from models.checkpoint import Checkpoint
 from models.containers import Container
 from models.errors import CheckpointError
+from models.layouts.towers import LIBRARY, text_arguments, tower_states
 from models.layouts.vit import split_prefix, vit_arguments
 from models.model import Model
 from models.need import Need
@@ -55,28 +56,22 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     text |= {f"transformer.{key}": value for key, value in language.items()}
     told = {"num_heads": arguments["vision_heads"]} if "vision_heads" in arguments else {}
     image = vit_arguments(vision, told)
-    length, width = text["positional_embedding"].shape
-    state = {f"image.{key}": value for key, value in vision.items()}
-    state["image.projection"] = projection
-    state |= {f"text.{key}": value for key, value in text.items()}
-    state["logit_scale"] = scale
     size = image["img_size"]
     return Checkpoint(
         format=NAME,
         architecture=f"A-CLIP with a ViT of width {image['embed_dim']}",
-        library=NAME,
+        library=LIBRARY,
         arguments={
-            "image": {**image, "positions": "bicubic", "projected": projection.shape[1]},
-            "text": {
-                "context_length": length,
-                "vocab_size": text["token_embedding.weight"].shape[0],
-                "width": width,
-                "heads": int(arguments.get("transformer_heads", max(1, width // 64))),
-                "layers": len({key.split(".")[1] for key in language}),
-                "output_dim": projection.shape[1],
+            "image": {
+                "architecture": "projected-vit",
+                "positions": "bicubic",
+                "projected": projection.shape[1],
+                **image,
             },
+            "text": text_arguments(text, arguments.get("transformer_heads")),
+            "cut_end": True,
         },
-        state_dict=state,
+        state_dict=tower_states({**vision, "projection": projection}, text, scale),
         preprocess=replace(
             Preprocess(), input_size=(size, size), crop_pct=1.0, interpolation="bilinear"
         ),

@@ -27,7 +27,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     """Both towers at the top level; open_clip's own files are told by their library."""
-    if container.tensors.keys() >= MARKS and "visual.trunk" not in container.tensors:
+    if container.tensors.keys() >= MARKS:
         return "both towers of a CLIP: visual.conv1, token_embedding, text_projection, logit_scale"
     return None
 

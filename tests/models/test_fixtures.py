@@ -36,7 +36,7 @@ FIXTURES = (
     "a_clip", "attmask", "attmask_backbone", "beit", "beit_abspos", "beit_finetuned", "clip",
     "clip_jit", "convnext_v2", "convnext_v2_fcmae", "dhvt", "dhvt_imagenet", "dino",
     "dino_backbone", "dino_linear", "esvit", "ft_clip", "ggem", "ibot", "ibot_backbone",
-    "ibot_swin", "irt", "mae", "mae_finetuned", "moco_v3", "moco_v3_conv", "moco_v3_linear",
+    "ibot_swin", "irt", "mae", "mae_finetuned", "moco_v3", "moco_v3_conv", "moco_v3_linear", "ms_clip", "ms_clip_2h",
     "mvit", "mvit_in1k", "mvit_v1", "mvit_v1_video", "mvit_video", "patchconvnet",
     "patchconvnet_multiclass", "peco", "peco_finetuned", "pit", "pit_distilled", "pyramid_tnt",
     "scale_mae_finetuned", "sdmae", "sdmae_finetuned", "sit", "sit_classifier", "small_scale_vits",
