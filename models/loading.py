@@ -13,6 +13,7 @@ from models.checkpoint import Checkpoint, HeadState, save_checkpoint
 from models.checkpoints import detect_format, format_outputs
 from models.containers import open_container
 from models.errors import CheckpointError, SourceError
+from models.generator import Generator, is_generator
 from models.heads import create_head
 from models.heads.linear import CLASSIFIER, create_classifier, last_size
 from models.labels import numbered_labels, pretrained_labels
@@ -85,6 +86,8 @@ def load_checkpoint(
 
 def own_head(heads: Mapping[str, HeadState], trunk: Trunk) -> str:
     """What a checkpoint is for: the kind of the head that it brought, or that its trunk allows."""
+    if trunk.modality == "latent":
+        return "generate"
     brought = [kind for kind in ("saliency", "vqt", "linear") if kind in heads]
     return brought[0] if brought else "classify" if trunk.num_classes else "embed"
 
@@ -156,13 +159,15 @@ def read_checkpoint(path: Path, arguments: Mapping[str, Any]) -> Checkpoint:
 
 def build_trunk(
     checkpoint: Checkpoint, placement: Placement, preprocess: Mapping[str, Any] | None = None
-) -> TimmTrunk:
+) -> TimmTrunk | Generator:
     """Build the architecture and fill it strictly: every key used, every parameter filled."""
     try:
         network = create_network(checkpoint)
     except (AssertionError, ValueError, TypeError, ArithmeticError) as error:
         raise CheckpointError(f"no {checkpoint.architecture} has such weights: {error}") from error
     load_strictly(network, checkpoint.state_dict, checkpoint.architecture)
+    if is_generator(network):
+        return Generator(checkpoint.architecture, network, placement)
     own = checkpoint.preprocess or preprocess_from_timm(network)
     if checkpoint.preprocess is None and (size := checkpoint.arguments.get("img_size")):
         own = replace(own, input_size=(size, size) if isinstance(size, int) else tuple(size))

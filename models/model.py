@@ -9,22 +9,23 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from models.answers import answer_entry
 from models.checkpoint import HeadState
 from models.errors import InputError, TaskError
+from models.generator import Generator
 from models.heads import Head
 from models.heads.embed import Embed
 from models.heads.linear import Linear
 from models.heads.vqt import Vqt
 from models.heads.zero_shot import ZeroShot
 from models.images import DEFAULT_LIMITS, ImageLimits, decode_image, to_upright_rgb
-from models.need import NOTHING, Need, together
+from models.need import NOTHING, Need
 from models.preprocess import collate, create_transform
 from models.prompts import ensemble, prompts
+from models.running import run_generator, run_images, run_towers
 from models.text import TextTrunk
-from models.trunk import OpenClipTrunk, Trunk, TrunkOutput, parameter_bytes, state_digest
+from models.trunk import Trunk, TrunkOutput, parameter_bytes, state_digest
 
 TEXT_BATCH = 32
 
@@ -66,13 +67,11 @@ class Model:
         self.trunk = trunk
         self.task = head.task
         self.text = trunk if isinstance(trunk, TextTrunk) else text
-        embed = head.embed if isinstance(head, ZeroShot) else head
-        embed = embed if isinstance(embed, Embed) else Embed(trunk)
+        self.heads = self._heads(trunk, head)
         self.outputs = outputs
         self.need = need
         self.about = about or {}
         self.states = states or {}
-        self.heads: dict[str, Head] = {"embed": embed, head.task: head}
         if self.takes_images:
             self.transform = create_transform(trunk.preprocess)
         if self.text is not None:
@@ -83,6 +82,14 @@ class Model:
         if isinstance(head, Vqt):
             self.head_bytes += head.queries.nbytes
         self.digest = self._digest(networks)
+
+    def _heads(self, trunk: Trunk, head: Head) -> dict[str, Head]:
+        """The model's own head, and those that every such trunk has."""
+        if trunk.modality == "latent":
+            return {head.task: head}
+        embed = head.embed if isinstance(head, ZeroShot) else head
+        embed = embed if isinstance(embed, Embed) else Embed(trunk)
+        return {"embed": embed, head.task: head}
 
     def _digest(self, networks: Sequence[nn.Module | None]) -> str:
         weights = [state_digest(network.state_dict()) for network in networks if network]
@@ -222,46 +229,17 @@ class Model:
                 trunk's own pooling, not normalised) and `tokens` or `feature_map`; of a model of
                 two towers `image_embedding` and what it is projected from.
             token_ids: (N, T) for `text_embedding`; with images `logits_per_image` (B, N).
-            inputs: what else the checkpoint's format takes, such as `noise` to mask patches by.
+            inputs: what else the checkpoint's format takes, such as `noise` to mask patches by, or
+                a generator's `latent`; see `models/running.py`.
         """
         named: dict[str, Tensor] = {}
-        if isinstance(head := self.heads[self.task], ZeroShot):
+        if isinstance(self.trunk, Generator):
+            named = run_generator(self.trunk, inputs)
+        elif isinstance(head := self.heads[self.task], ZeroShot):
             named = run_towers(self, head, pixel_values, token_ids)
         elif pixel_values is not None:
-            rows = range(len(pixel_values))
-            needs = [self.need, *(each.needs(rows) for each in self.heads.values())]
-            output = self.trunk.forward(pixel_values, together(needs))
-            kind = "tokens" if output.features.dim() == 3 else "feature_map"
-            named = {kind: output.features, "embedding": self.trunk.pool(output)}
-            for each in self.heads.values():
-                named |= each.forward(output)
-            if self.outputs is not None:
-                given = {"pixel_values": pixel_values, **inputs}
-                named |= self.outputs(self, output, given)
+            named = run_images(self, {"pixel_values": pixel_values, **inputs})
         return {name: tensor.float().cpu() for name, tensor in named.items()}
-
-
-def run_towers(
-    model: Model, head: ZeroShot, pixel_values: Tensor | None, token_ids: Tensor | None
-) -> dict[str, Tensor]:
-    """The outputs of two towers, by upstream's names."""
-    named = {"logit_scale": torch.tensor([head.scale])}
-    if pixel_values is not None:
-        output = model.trunk.forward(pixel_values, model.need)
-        named["image_embedding"] = head.forward(output)["embedding"]
-        named["image_embedding_normalized"] = normalize(named["image_embedding"], dim=-1)
-        if model.outputs is not None:
-            named |= model.outputs(model, output, {"pixel_values": pixel_values})
-        if isinstance(model.trunk, OpenClipTrunk):
-            named |= model.trunk.before_projection(pixel_values)
-    if token_ids is not None:
-        text = model.trunk_for("text")
-        named["text_embedding"] = model.text_embed.forward(text.forward(token_ids))["embedding"]
-        named["text_embedding_normalized"] = normalize(named["text_embedding"], dim=-1)
-    if pixel_values is not None and token_ids is not None:
-        similarity = named["image_embedding_normalized"] @ named["text_embedding_normalized"].T
-        named["logits_per_image"] = head.scale * similarity + (head.bias or 0.0)
-    return named
 
 
 def load_image(image: ImageLike, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:

@@ -41,6 +41,7 @@ def _own() -> Mapping[str, Callable[..., Any]]:
     from models.architectures.scale_vit import ScaleVit
     from models.architectures.swin import Swin
     from models.architectures.vit import ProjectedVit, Vit
+    from models.architectures.vitgan import VitGan
 
     return {
         "beit": Beit,
@@ -58,4 +59,5 @@ def _own() -> Mapping[str, Callable[..., Any]]:
         "swin": Swin,
         "tnt": TNT,
         "vit": Vit,
+        "vitgan": VitGan,
     }

@@ -169,7 +169,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        done: Tensor = x + self.mlp(self.ln_2(x))
+        return done
 
 
 class Transformer(nn.Module):

@@ -62,6 +62,7 @@ def create_head(
     """
     from models.heads.classify import Classify
     from models.heads.embed import Embed, pca
+    from models.heads.generate import Generate
     from models.heads.linear import Linear
     from models.heads.saliency import Saliency
     from models.heads.vqt import Vqt
@@ -75,10 +76,14 @@ def create_head(
             return Embed(trunk)
         case "embed", HeadState():
             return Embed(trunk, projection=pca(state.tensors), pooling="cls")
+        case "generate", _:
+            return Generate()
         case "linear", HeadState():
             return Linear(trunk, labels, state)
         case "saliency", HeadState():
             return Saliency(trunk, labels, state.tensors)
         case "vqt", HeadState():
             return Vqt(trunk, labels, state)
-    raise CatalogError(f"no head {name!r}; there are classify, embed, linear, saliency, vqt")
+    raise CatalogError(
+        f"no head {name!r}; there are classify, embed, generate, linear, saliency, vqt"
+    )
