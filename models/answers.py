@@ -14,7 +14,8 @@ def answer_entry(task: str, arrays: Arrays, *, encoding: str = "float") -> dict[
     """One entry of `results`, as the contract words it.
 
     Args:
-        task: `classify`, `zero-shot`, `embed` or `segment`.
+        task: `classify`, `zero-shot`, `embed`, `segment`, `attention`, `reconstruct` or
+            `generate`.
         arrays: what that task's head returned for one image.
         encoding: for embeddings, see `encode_embedding`.
     """
@@ -25,6 +26,13 @@ def answer_entry(task: str, arrays: Arrays, *, encoding: str = "float") -> dict[
             return {"embedding": encode_embedding(arrays["embedding"], encoding)}
         case "segment":
             return _segmentation(arrays)
+        case "attention":
+            return _attention(arrays)
+        case "reconstruct":
+            pictures = {name: _base64(arrays[name]) for name in ("drawn", "pasted", "seen")}
+            return {**_size(arrays), **pictures, "mask": arrays["mask"].tolist()}
+        case "generate":
+            return {**_size(arrays), "image": _base64(arrays["png"])}
     raise ValueError(f"no task {task!r}")
 
 
@@ -62,7 +70,6 @@ def _predictions(arrays: Arrays) -> list[dict[str, Any]]:
 
 
 def _segmentation(arrays: Arrays) -> dict[str, Any]:
-    width, height = arrays["size"].tolist()
     columns = (arrays["index"].tolist(), arrays["label"].tolist(), arrays["pixels"].tolist())
     classes = [
         {"index": index, "label": label, "pixels": pixels}
@@ -72,8 +79,24 @@ def _segmentation(arrays: Arrays) -> dict[str, Any]:
     if "mask" in arrays:
         mask = arrays["mask"]
     elif "png" in arrays:
-        mask = base64.b64encode(arrays["png"].tobytes()).decode()
+        mask = _base64(arrays["png"])
     else:
         text = arrays["rle"] if "rle" in arrays else arrays["polygons"]
         mask = json.loads(text.tobytes())
-    return {"width": width, "height": height, "classes": classes, "mask": mask}
+    return {**_size(arrays), "classes": classes, "mask": mask}
+
+
+def _attention(arrays: Arrays) -> dict[str, Any]:
+    """`attention` is base64 of whichever form was asked for."""
+    [drawn] = [arrays[name] for name in ("overlay", "map", "npy") if name in arrays]
+    heads, grid = int(arrays["heads"]), arrays["grid"].tolist()
+    return {**_size(arrays), "heads": heads, "grid": grid, "attention": _base64(drawn)}
+
+
+def _size(arrays: Arrays) -> dict[str, int]:
+    width, height = arrays["size"].tolist()
+    return {"width": width, "height": height}
+
+
+def _base64(content: np.ndarray) -> str:
+    return base64.b64encode(content.tobytes()).decode()

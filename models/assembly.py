@@ -51,7 +51,7 @@ class Assembly:
         if head.task != entry.task:
             raise CatalogError(f"{entry.name}: the head {kind} does {head.task}, not {entry.task}")
         text = self._load_trunk(entry.text).trunk if entry.text else None
-        return Model(entry.name, loaded.trunk, head, text=as_text(entry, text))
+        return Model(entry.name, loaded.trunk, head, text=as_text(entry, text), states=loaded.heads)
 
     def _kind(self, entry: ModelEntry, loaded: LoadedTrunk) -> str:
         """The head for the entry's task: one that the checkpoint brought, or the usual one."""

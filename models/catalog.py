@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from models.errors import CatalogError, ModelNotFoundError
 
 BUILT_IN = Path(__file__).with_name("catalogs")
-TASKS = ("classify", "zero-shot", "embed", "segment")
+TASKS = ("classify", "zero-shot", "embed", "segment", "generate")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from models.heads.linear import CLASSIFIER, create_classifier, last_size
 from models.labels import numbered_labels, pretrained_labels
 from models.layouts.towers import LIBRARY
 from models.model import Model
-from models.preprocess import preprocess_from_mapping, preprocess_from_timm
+from models.preprocess import ClipPreprocess, preprocess_from_mapping, preprocess_from_timm
 from models.sources import fetch, parse_source
 from models.store import Store
 from models.strict import load_strictly
@@ -32,6 +32,7 @@ from models.towers import (
     zero_shot_head,
 )
 from models.trunk import Placement, TimmTrunk, Trunk
+from models.video import VideoTrunk
 
 # What builds both towers of checkpoints that hold two.
 TOWERS = {LIBRARY: towers_of_two, "openai-clip": towers_of_openai}
@@ -172,6 +173,9 @@ def build_trunk(
     if checkpoint.preprocess is None and (size := checkpoint.arguments.get("img_size")):
         own = replace(own, input_size=(size, size) if isinstance(size, int) else tuple(size))
     spec = preprocess_from_mapping(preprocess or {}, own)
+    if isinstance(spec, ClipPreprocess):
+        in_rows = replace(placement, channels_last=False)
+        return VideoTrunk(checkpoint.architecture, network, spec, in_rows)
     trunk = TimmTrunk(checkpoint.architecture, network, spec, placement)
     if "ggem" in checkpoint.heads:
         trunk.exponents = checkpoint.heads["ggem"].tensors["p"].float().to(placement.device)

@@ -11,21 +11,28 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.answers import answer_entry
+from models.architectures.scale_vit import ScaleVit
 from models.checkpoint import HeadState
 from models.errors import InputError, TaskError
 from models.generator import Generator
 from models.heads import Head
+from models.heads.attention import Attention, has_attention
 from models.heads.embed import Embed
 from models.heads.linear import Linear
+from models.heads.reconstruct import Reconstruct
+from models.heads.scaled import ScaledEmbed
 from models.heads.vqt import Vqt
 from models.heads.zero_shot import ZeroShot
 from models.images import DEFAULT_LIMITS, ImageLimits, decode_image, to_upright_rgb
+from models.inputs import Input, modality_of
 from models.need import NOTHING, Need
-from models.preprocess import collate, create_transform
+from models.prepare import prepare, size_of
+from models.preprocess import create_transform
 from models.prompts import ensemble, prompts
 from models.running import run_generator, run_images, run_towers
 from models.text import TextTrunk
 from models.trunk import Trunk, TrunkOutput, parameter_bytes, state_digest
+from models.video import create_clip_transform
 
 TEXT_BATCH = 32
 
@@ -67,13 +74,15 @@ class Model:
         self.trunk = trunk
         self.task = head.task
         self.text = trunk if isinstance(trunk, TextTrunk) else text
-        self.heads = self._heads(trunk, head)
         self.outputs = outputs
         self.need = need
         self.about = about or {}
         self.states = states or {}
-        if self.takes_images:
+        self.heads = self._heads(trunk, head)
+        if trunk.modality == "image":
             self.transform = create_transform(trunk.preprocess)
+        elif trunk.modality == "video":
+            self.clip_transform = create_clip_transform(trunk.preprocess)
         if self.text is not None:
             self.text_embed = text_embed or Embed(self.text)
         networks = [head.network, self.text_embed.network if self.text else None]
@@ -88,8 +97,14 @@ class Model:
         if trunk.modality == "latent":
             return {head.task: head}
         embed = head.embed if isinstance(head, ZeroShot) else head
-        embed = embed if isinstance(embed, Embed) else Embed(trunk)
-        return {"embed": embed, head.task: head}
+        if not isinstance(embed, Embed):
+            embed = (ScaledEmbed if isinstance(trunk.network, ScaleVit) else Embed)(trunk)
+        heads: dict[str, Head] = {"embed": embed, head.task: head}
+        if has_attention(trunk):
+            heads["attention"] = Attention(trunk)
+        if "decoder" in self.states:
+            heads["reconstruct"] = Reconstruct(trunk, self.states["decoder"])
+        return heads
 
     def _digest(self, networks: Sequence[nn.Module | None]) -> str:
         weights = [state_digest(network.state_dict()) for network in networks if network]
@@ -101,20 +116,21 @@ class Model:
         return "sha256:" + hashlib.sha256(parts.encode()).hexdigest()
 
     @property
-    def takes_images(self) -> bool:
-        """Whether there is an image trunk."""
-        return self.trunk.modality == "image"
+    def modalities(self) -> tuple[str, ...]:
+        """What it takes: `image`, `text`, `video` or `latent`."""
+        own = self.trunk.modality
+        return (own,) if self.text in (None, self.trunk) else (own, "text")
 
     def trunk_for(self, modality: str) -> Trunk:
-        """The trunk that takes `image` or `text` inputs.
+        """The trunk that takes `image`, `text`, `video` or `latent` inputs.
 
         Raises:
-            InputError: the model takes only the other.
+            InputError: the model takes only others.
         """
-        if modality == "text" and self.text is None:
-            raise InputError(f"model {self.name!r} takes images, not texts", field="texts")
-        if modality == "image" and not self.takes_images:
-            raise InputError(f"model {self.name!r} takes texts, not images", field="image")
+        if modality not in self.modalities:
+            takes = " and ".join(f"{each}s" for each in self.modalities)
+            field = {"text": "texts"}.get(modality, modality)
+            raise InputError(f"model {self.name!r} takes {takes}, not {modality}s", field=field)
         if modality == "text" and self.text is not None:
             return self.text
         return self.trunk
@@ -126,7 +142,7 @@ class Model:
             TaskError, InputError: as `head` and `trunk_for`.
         """
         self.trunk_for(modality)
-        if modality == "image":
+        if modality != "text":
             return self.head(task, options)
         if (task or self.task) != "embed":
             raise InputError(
@@ -158,32 +174,40 @@ class Model:
 
     def predict(
         self,
-        images: Sequence[ImageLike],
+        inputs: Sequence[ImageLike | Input],
         *,
         task: str | None = None,
         limits: ImageLimits = DEFAULT_LIMITS,
         **options: Any,
     ) -> list[dict[str, Any]]:
-        """Answer as the server would: one entry an image, in order.
+        """Answer as the server would: one entry an input, in order.
+
+        Args:
+            inputs: images; of a model for clips `Video`s, of a generator `Seed`s or `Latent`s.
 
         Raises:
-            InputError: an image that does not decode, or an option out of range.
+            InputError: an input that does not decode, or an option out of range.
         """
-        if not images:
-            return []
         head = self.head(task, options)
         if isinstance(head, ZeroShot):
             labels, templates = head.prompt(options)
             options = {"multi_label": options.get("multi_label"), "labels": labels}
             options["classes"] = self.class_embeddings(labels, templates)
-        decoded = [load_image(image, limits) for image in images]
-        pixels_BCHW = collate([self.transform(image) for image in decoded])
-        rows = self.forward(pixels_BCHW, head, options)
+        return [self._answer(load_image(each, limits), head, options, limits) for each in inputs]
+
+    def _answer(
+        self, given: Any, head: Head, options: Mapping[str, Any], limits: ImageLimits
+    ) -> dict[str, Any]:
+        self.trunk_for(modality_of(given))
+        size = size_of(given)
+        options = head.at_size(options, size)
+        pieces = prepare(given, self, head.view, limits)
+        rows = [self.forward(self.trunk.collate([piece]), head, options)[0] for piece in pieces]
+        row = rows[0] if head.view is None else head.view.merge(rows, size)
         finish = {k: v for k, v in options.items() if k not in head.forward_options}
-        return [
-            answer_entry(head.task, head.finish(row, image.size, **finish))
-            for row, image in zip(rows, decoded, strict=True)
-        ]
+        if head.sees_image(options):
+            finish["image"] = given
+        return answer_entry(head.task, head.finish(row, size, **finish))
 
     @torch.inference_mode()
     def forward(
@@ -242,12 +266,15 @@ class Model:
         return {name: tensor.float().cpu() for name, tensor in named.items()}
 
 
-def load_image(image: ImageLike, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
-    """An upright RGB image from a Pillow image, encoded bytes or a path."""
+def load_image(image: ImageLike | Input, limits: ImageLimits = DEFAULT_LIMITS) -> Any:
+    """An upright RGB image from a Pillow image, encoded bytes or a path; other inputs as they
+    are."""
     if isinstance(image, bytes):
         return decode_image(image, limits)
     if isinstance(image, Image.Image):
         return to_upright_rgb(image)
+    if not isinstance(image, str | Path):
+        return image
     try:
         return decode_image(Path(image).read_bytes(), limits)
     except OSError as error:

@@ -37,12 +37,15 @@ class Ride:
 class Need:
     """`layers` and `attention` name blocks by index: their outputs, and their attention
     probabilities. `keys_values` are rows whose keys and values of all blocks are wanted. `rides`
-    are queries to be computed along."""
+    are queries to be computed along. `pixels` are the normalised input; where nobody wants
+    `features`, the pass itself is left out."""
 
     layers: frozenset[int] = frozenset()
     attention: frozenset[int] = frozenset()
     keys_values: tuple[int, ...] = ()
     rides: tuple[Ride, ...] = ()
+    pixels: bool = False
+    features: bool = True
 
 
 NOTHING = Need()
@@ -50,10 +53,15 @@ NOTHING = Need()
 
 def together(needs: Iterable[Need]) -> Need:
     """What heads of one batch need between them."""
-    wanted = [need for need in needs if need is not NOTHING]
+    every = list(needs)
+    wanted = [need for need in every if need is not NOTHING]
+    if not wanted:
+        return NOTHING
     return Need(
         frozenset(number for need in wanted for number in need.layers),
         frozenset(number for need in wanted for number in need.attention),
         tuple(sorted({row for need in wanted for row in need.keys_values})),
         tuple(ride for need in wanted for ride in need.rides),
+        any(need.pixels for need in wanted),
+        any(need.features for need in every),
     )

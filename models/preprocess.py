@@ -7,6 +7,7 @@ for a whole batch where the trunk is. Together they equal timm's transform bit f
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
@@ -25,6 +26,8 @@ cv2.setNumThreads(1)
 
 CropMode = Literal["center", "squash", "border", "letterbox"]
 Transform = Callable[[Image.Image], torch.Tensor]
+
+TARGET_FPS = 30
 
 # Beyond this, resizing the short side first would build an image of gigabytes only to crop it.
 MAX_ASPECT_RATIO = {"center": 8, "border": 64}
@@ -53,6 +56,47 @@ class Preprocess:
         settings = json.dumps(asdict(self), sort_keys=True)
         return "sha256:" + hashlib.sha256(settings.encode()).hexdigest()
 
+    def region(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """What of a (width, height) image the input shows: left, top, right, bottom in the image's
+        pixels; beyond its borders where the input has some padding."""
+        input_height, input_width = self.input_size
+        if (box := self.content_box(width, height)) is not None:
+            across, down = width / (box[2] - box[0]), height / (box[3] - box[1])
+            left, top = -box[0] * across, -box[1] * down
+            return left, top, left + input_width * across, top + input_height * down
+        if self.crop_mode == "squash":
+            return 0, 0, width, height
+        # timm resizes to the input's size by crop_pct, and cuts or fills up around the centre
+        wanted_height, wanted_width = (math.floor(n / self.crop_pct) for n in self.input_size)
+        fit = min if self.crop_mode == "center" else max
+        scale = fit(height / wanted_height, width / wanted_width)
+        across, down = input_width * scale, input_height * scale
+        left, top = (width - across) / 2, (height - down) / 2
+        return left, top, left + across, top + down
+
+    def place(self, map_hw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """A float32 map over the input, resized bilinearly to where it lies in an image of `size`
+        (width, height); 0 where the input does not show the image. (height, width) float32."""
+        width, height = size
+        left, top, right, bottom = self.region(width, height)
+        rows, columns = map_hw.shape
+        # a pixel centre of the image, in cells of the map
+        to_map = np.array(
+            [
+                [columns / (right - left), 0, (0.5 - left) * columns / (right - left) - 0.5],
+                [0, rows / (bottom - top), (0.5 - top) * rows / (bottom - top) - 0.5],
+            ]
+        )
+        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        placed = cv2.warpAffine(
+            map_hw, to_map, (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE
+        )
+        first, last = max(0, math.floor(left)), min(width, math.ceil(right))
+        above, below = max(0, math.floor(top)), min(height, math.ceil(bottom))
+        result = np.zeros((height, width), np.float32)
+        result[above:below, first:last] = placed[above:below, first:last]
+        return result
+
     def content_box(self, width: int, height: int) -> tuple[int, int, int, int] | None:
         """Where a (width, height) image lies in the input: left, top, right, bottom pixels.
 
@@ -61,6 +105,22 @@ class Preprocess:
         if self.crop_mode != "letterbox":
             return None
         return _letterbox(width, height, self.input_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipPreprocess(Preprocess):
+    """An evaluation transform of clips: `frames` from a window around the middle, of which every
+    `sampling_rate`th of 30 a second is taken (SlowFast's, with a single view)."""
+
+    frames: int
+    sampling_rate: int = 4
+
+    def indices(self, count: int, fps: float) -> np.ndarray:
+        """Which of `count` frames, (frames,) int64; of shorter clips the last one stands in."""
+        window = self.frames * self.sampling_rate * fps / TARGET_FPS
+        start = max(0.0, (count - window) / 2)
+        chosen = np.linspace(start, start + window - 1, self.frames)
+        return np.clip(chosen, 0, count - 1).astype(np.int64)
 
 
 def preprocess_from_timm(network: torch.nn.Module) -> Preprocess:
@@ -76,17 +136,18 @@ def preprocess_from_mapping(
     Raises:
         CatalogError: for a key or value that no transform has.
     """
+    kind = ClipPreprocess if "frames" in config else type(base) if base else Preprocess
     settings: dict[str, Any] = asdict(base) if base else {}
     for key, value in config.items():
-        if key not in Preprocess.__dataclass_fields__:
-            known = ", ".join(Preprocess.__dataclass_fields__)
+        if key not in kind.__dataclass_fields__:
+            known = ", ".join(kind.__dataclass_fields__)
             raise CatalogError(f"preprocess has no setting {key!r}; it has {known}")
         settings[key] = tuple(value) if isinstance(value, list) else value
     if len(size := settings.get("input_size", (224, 224))) == 3:  # timm's has channels first
         settings["input_size"] = tuple(size[1:])
     if settings.get("crop_mode", "center") not in ("center", "squash", "border", "letterbox"):
         raise CatalogError(f"preprocess has no crop_mode {settings['crop_mode']!r}")
-    return Preprocess(**settings)
+    return kind(**settings)
 
 
 def create_transform(spec: Preprocess) -> Transform:

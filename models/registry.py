@@ -1,5 +1,6 @@
 """What is loaded now: models by name, trunks shared between them, each with a truthful state."""
 
+import contextlib
 import logging
 import threading
 import time
@@ -13,6 +14,7 @@ import torch
 
 from models.assembly import Assembly
 from models.catalog import Catalog, ModelEntry, TrunkEntry, load_catalog
+from models.devices import resolve_device, resolve_dtype
 from models.errors import CatalogError, ModelNotFoundError, ModelNotReadyError
 from models.loading import LoadedTrunk, load_trunk
 from models.model import Model
@@ -163,6 +165,19 @@ class Registry:
         models = {other: entry for other, entry in self.catalog.models.items() if other != name}
         self.catalog = replace(self.catalog, models=models)
 
+    def default_model(self, task: str) -> ModelEntry:
+        """The model that serves `task` when a request names none: the catalog's default, or else
+        the first one loaded that does it.
+
+        Raises:
+            ModelNotFoundError: there is none.
+        """
+        if task not in self.catalog.defaults:
+            for name, slot in list(self._slots.items()):
+                if slot.model is not None and task in slot.model.heads:
+                    return self.catalog.models[name]
+        return self.catalog.default_model(task)
+
     def state(self, name: str) -> State:
         """The state of a model that is in the catalog."""
         return self._slot(name).state
@@ -176,7 +191,7 @@ class Registry:
             "name": name,
             "task": entry.task,
             "tasks": list(dict.fromkeys((entry.task, "embed"))),
-            "default_for": [task for task, best in self.catalog.defaults.items() if best == name],
+            "default_for": self._defaults(name),
             "trunk": entry.trunk,
             "text_trunk": entry.text,
             "state": str(slot.state),
@@ -191,6 +206,7 @@ class Registry:
             trunk = model.trunk
             labels = getattr(model.heads[model.task], "labels", ())
             described |= {
+                "tasks": list(model.tasks),
                 "format": slot.format,
                 "architecture": trunk.architecture,
                 "memory_bytes": model.trunk_bytes + model.head_bytes,
@@ -200,10 +216,20 @@ class Registry:
                 "labels": len(labels),
                 "model_digest": model.digest,
                 "preprocess_digest": trunk.preprocess.digest,
-                "modalities": ["image"] * model.takes_images + ["text"] * (model.text is not None),
+                "modalities": list(model.modalities),
                 "load_seconds": round(slot.load_seconds, 3),
             }
         return described
+
+    def _defaults(self, name: str) -> list[str]:
+        """The tasks that a model serves when a request names none."""
+        model = self._slots[name].model
+        tasks = {**self.catalog.defaults, **(model.heads if model else {})}
+        found = []
+        for task in tasks:
+            with contextlib.suppress(ModelNotFoundError):
+                found += [task] * (self.default_model(task).name == name)
+        return found
 
     def _slot(self, name: str) -> _Slot:
         entry = self.catalog.model(name)
@@ -249,28 +275,3 @@ class Registry:
 def _uses(slot: _Slot, trunk: str) -> bool:
     in_use = slot.model is not None or slot.state is State.LOADING
     return in_use and trunk in slot.entry.trunks
-
-
-def resolve_device(device: str) -> torch.device:
-    """`auto` is the first GPU if there is one, else the CPU."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise CatalogError(f"no device {device!r}") from error
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise CatalogError(f"device {device!r} was asked for, but torch sees no GPU")
-    return resolved
-
-
-def resolve_dtype(name: str) -> torch.dtype:
-    """`float32`, `bfloat16` or `float16` as torch's type."""
-    dtypes = {
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-    }
-    if name not in dtypes:
-        raise CatalogError(f"no dtype {name!r}; there are {', '.join(dtypes)}")
-    return dtypes[name]

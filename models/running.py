@@ -21,11 +21,12 @@ def run_images(model: "Model", inputs: Mapping[str, Tensor]) -> dict[str, Tensor
     checkpoint's format adds."""
     pixels = inputs["pixel_values"]
     rows = range(len(pixels))
-    needs = [model.need, *(each.needs(rows) for each in model.heads.values())]
+    heads = {task: model.heads[task] for task in ("embed", model.task)}
+    needs = [model.need, *(each.needs(rows) for each in heads.values())]
     output = model.trunk.forward(pixels, together(needs))
     kind = "tokens" if output.features.dim() == 3 else "feature_map"
     named = {kind: output.features, "embedding": model.trunk.pool(output)}
-    for each in model.heads.values():
+    for each in heads.values():
         named |= each.forward(output)
     if model.outputs is not None:
         named |= model.outputs(model, output, inputs)

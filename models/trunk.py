@@ -26,7 +26,8 @@ class TrunkOutput:
     `prefix` counts the class and register tokens before the patches; `grid` is (h, w). The rest
     is there where it was needed: blocks' outputs by number, (B, T, D), before the final norm;
     their attention probabilities (B, h, T, T); each block's keys and values, (rows, h, T, d),
-    of `keys_values_rows`; and for each head's queries (rows, L, T, D), of those it answers for.
+    of `keys_values_rows`; for each head's queries (rows, L, T, D), of those it answers for; and
+    the normalised `pixels` (B, 3, H, W).
     """
 
     features: Tensor
@@ -38,6 +39,7 @@ class TrunkOutput:
     keys_values: Sequence[tuple[Tensor, Tensor]] = ()
     keys_values_rows: tuple[int, ...] = ()
     queries: Mapping[Queries, Tensor] = field(default_factory=dict)
+    pixels: Tensor | None = None
 
     @property
     def tokens_BTD(self) -> Tensor:
@@ -71,6 +73,7 @@ class TrunkOutput:
             attention={number: map_[index] for number, map_ in self.attention.items()},
             keys_values=[(keys[places], values[places]) for keys, values in self.keys_values],
             keys_values_rows=tuple(range(len(places))),
+            pixels=None if self.pixels is None else self.pixels[index],
         )
 
 
@@ -188,6 +191,9 @@ class TimmTrunk(ImageTrunk):
         pixels_BCHW = self.placement.prepare(pixels_BCHW, self.preprocess)
         if need == NOTHING:
             return self._output(self.network.forward_features(pixels_BCHW), pixels_BCHW)
+        if not need.features:
+            nothing = pixels_BCHW.new_empty(len(pixels_BCHW), 0, 0)
+            return TrunkOutput(nothing, 0, self._grid(pixels_BCHW), pixels=pixels_BCHW)
         with self._reader.reading(need) as reading:
             features = self.network.forward_features(pixels_BCHW)
         return replace(
@@ -197,6 +203,7 @@ class TimmTrunk(ImageTrunk):
             keys_values=reading.keys_values,
             keys_values_rows=need.keys_values,
             queries=reading.queries(),
+            pixels=pixels_BCHW if need.pixels else None,
         )
 
     def _output(self, features: Tensor, pixels_BCHW: Tensor) -> TrunkOutput:

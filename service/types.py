@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from models.inputs import Input
 from service.errors import ServiceError
 
 # Failures of one image among several stay in its entry; these say that nothing was wrong with
@@ -23,10 +24,6 @@ class Call:
     model: str | None
     task: str | None
     options: Mapping[str, Any] = field(default_factory=dict)
-
-
-# An encoded image, or one already preprocessed: (3, H, W) float32, normalised; or a text.
-Input = bytes | np.ndarray | str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

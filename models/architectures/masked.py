@@ -21,11 +21,18 @@ class Visible(NamedTuple):
 
 
 def encode_visible(network: Any, pixels_BCHW: Tensor, noise_BN: Tensor, ratio: float) -> Visible:
-    """Encode the patches with the least noise, all but the share `ratio`."""
-    x = network.patch_embed(pixels_BCHW).flatten(1, -2)
+    """Encode the patches with the least noise, all but the share `ratio`, by a network with a table
+    of positions."""
+    patches = network.patch_embed(pixels_BCHW)
+    grid = patches.shape[1:3] if patches.dim() == 4 else network.patch_embed.grid_size
+    return encode_placed(network, patches.flatten(1, -2), network.positions(grid), noise_BN, ratio)
+
+
+def encode_placed(
+    network: Any, x: Tensor, table: Tensor, noise_BN: Tensor, ratio: float
+) -> Visible:
+    """The same of patches (B, N, D), with positions (1 or B, 1 + N, D), class token first."""
     batch, count, dim = x.shape
-    side = round(count**0.5)
-    table = network.positions((side, side))
     x = x + table[:, 1:]
     shuffled = noise_BN.argsort(1)
     restore = shuffled.argsort(1)
@@ -71,12 +78,25 @@ def patchify(pixels_BCHW: Tensor, patch: int) -> Tensor:
     return rows.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
 
 
+def unpatchify(patches_BNP: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
+    """The reverse: (B, 3, H, W) of `size`."""
+    rows, columns = size[0] // patch, size[1] // patch
+    split = patches_BNP.reshape(-1, rows, columns, patch, patch, 3)
+    return split.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, rows * patch, columns * patch)
+
+
+def patch_statistics(patches_BNP: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (B, N, 1) that patches are scaled by."""
+    variance, mean = torch.var_mean(patches_BNP, -1, keepdim=True)
+    return mean, (variance + 1e-6).sqrt()
+
+
 def drawing_loss(drawn: Tensor, pixels_BCHW: Tensor, mask_BN: Tensor, by_patch: bool) -> Tensor:
     """(1,): mean squared error on removed patches; `by_patch`: on patches scaled to themselves."""
     side = round((drawn.shape[-1] / 3) ** 0.5)
     target = patchify(pixels_BCHW, side)
     if by_patch:
-        variance, mean = torch.var_mean(target, -1, keepdim=True)
-        target = (target - mean) / (variance + 1e-6).sqrt()
+        mean, deviation = patch_statistics(target)
+        target = (target - mean) / deviation
     error = (drawn - target).square().mean(-1)
     return ((error * mask_BN).sum() / mask_BN.sum())[None]

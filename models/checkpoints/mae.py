@@ -29,7 +29,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     kept, dropped = without_decoder(container.tensors)
-    heads = decoder_state(container.tensors, arguments)
+    heads = decoder_state(container, arguments)
     return vit_checkpoint(
         NAME, kept, arguments, positions="bicubic", heads=heads, dropped=() if heads else dropped
     )

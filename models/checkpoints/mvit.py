@@ -3,6 +3,7 @@ under `model_state`, and the whole configuration as YAML under `cfg`.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from models.checkpoint import Checkpoint
 from models.containers import Container
 from models.errors import CheckpointError
 from models.model import Model
-from models.preprocess import Preprocess
+from models.preprocess import ClipPreprocess, Preprocess
 from models.trunk import TrunkOutput
 
 NAME = "mvit"
@@ -139,12 +140,16 @@ def _for_torchvision(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
         named[name] = value.contiguous()
     second = "blocks.0.attn.rel_pos_h" in tensors
     usual = Preprocess()
-    preprocess = Preprocess(
-        input_size=(size, size),
-        interpolation="bicubic" if image else "bilinear",
-        mean=usual.mean if image else VIDEO_MEAN,
-        std=usual.std if image else VIDEO_STD,
-    )
+    preprocess = replace(usual, input_size=(size, size))
+    if not image:
+        preprocess = ClipPreprocess(
+            input_size=(size, size),
+            interpolation="bilinear",
+            mean=VIDEO_MEAN,
+            std=VIDEO_STD,
+            frames=int(data["NUM_FRAMES"]),
+            sampling_rate=int(data.get("SAMPLING_RATE", 4)),
+        )
     one = [1] if image else []
     none = [0] if image else []
     return Checkpoint(

@@ -10,8 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from models.architectures import OWN
+from models.architectures.masked import patchify
 from models.checkpoint import Checkpoint, HeadState
 from models.containers import Container
+from models.heads.reconstruct import Reconstruct
 from models.layouts.mae import ENCODER
 from models.layouts.vit import MARKS, vit_arguments
 from models.model import Model
@@ -21,6 +23,7 @@ from models.trunk import TrunkOutput
 NAME = "scale-mae"
 UNREAD = ("pos_embed",)
 PYRAMID = ("fpn.", "fcn", "mask_token", "decoder_")
+PYRAMID_UNREAD = ("mask_token_decoder", "decoder_pos_embed")
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
@@ -43,6 +46,8 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     if head:
         classifier = {key.replace("head.", "classifier."): value for key, value in head.items()}
         heads["linear"] = HeadState(classifier, {"norm_eps": 1e-6})
+    if "fpn.fpn1.0.weight" in tensors:
+        heads["decoder"] = _decoder(container, arguments)
     kept = {
         key: value
         for key, value in tensors.items()
@@ -59,18 +64,53 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         state_dict=kept,
         heads=heads,
         preprocess=replace(Preprocess(), input_size=size, crop_mode="squash", crop_pct=1.0),
-        dropped=tuple(key for key in tensors if key not in kept and key not in head),
+        dropped=tuple(
+            key
+            for key in tensors
+            if key not in kept
+            and key not in head
+            and (not key.startswith(PYRAMID) or key in PYRAMID_UNREAD)
+        ),
     )
 
 
+def _decoder(container: Container, arguments: Mapping[str, Any]) -> HeadState:
+    told = {**container.script, **arguments}
+    tensors = {
+        key: value
+        for key, value in container.tensors.items()
+        if key.startswith(PYRAMID) and key not in PYRAMID_UNREAD
+    }
+    settings = {
+        "num_heads": int(told.get("decoder_num_heads", 16)),
+        "mask_ratio": float(told.get("mask_ratio", 0.75)),
+        "band": int(told.get("band_config", (7, 56))[0]),
+    }
+    return HeadState(tensors, settings)
+
+
 def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """With `input_res` (B,), what comes of images of those scales."""
-    if "input_res" not in inputs:
-        return {}
+    """With `input_res` (B,), what comes of images of those scales; with `noise` (B, N), what the
+    decoders draw of the patches that it leaves: for `input_res_2` (B,) where that is given, too."""
+    named: dict[str, Tensor] = {}
+    pixels, scale = inputs["pixel_values"], inputs.get("input_res")
     network: Any = model.trunk.network
-    tokens = network.forward_features(inputs["pixel_values"], inputs["input_res"])
-    scaled = replace(output, features=tokens)
-    named = {"tokens": tokens, "embedding": model.trunk.pool(scaled)}
-    if "classify" in model.heads:
-        named |= model.heads["classify"].forward(scaled)
+    if scale is not None:
+        scaled = replace(output, features=network.forward_features(pixels, scale))
+        named = {"tokens": scaled.features, "embedding": model.trunk.pool(scaled)}
+        if "classify" in model.heads:
+            named |= model.heads["classify"].forward(scaled)
+    head = model.heads.get("reconstruct")
+    if isinstance(head, Reconstruct) and "noise" in inputs:
+        ones = pixels.new_ones(len(pixels))
+        scale = inputs.get("input_res_2", ones if scale is None else scale)
+        visible = head.encode(pixels, inputs["noise"], None, scale)
+        drawn = head.draw_scales(visible, scale)
+        patch = network.patch_embed.patch_size[0]
+        named |= {
+            "mask": visible.mask,
+            "reconstruction": patchify(drawn.combined, patch),
+            "reconstruction_high": patchify(drawn.high, patch),
+            "reconstruction_low": patchify(drawn.low, patch),
+        }
     return named

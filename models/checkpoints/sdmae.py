@@ -31,7 +31,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     kept, others = split_prefix(container.tensors, "encoder.")
-    heads = decoder_state(container.tensors, arguments)
+    heads = decoder_state(container, arguments)
     location = {
         key.replace("locality.", "classifier."): value
         for key, value in container.tensors.items()

@@ -39,7 +39,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     if "3.weight" in head:
         settings["activations"] = {"2": "relu"}
     classifier = {f"classifier.{key}": value for key, value in head.items()}
-    heads = decoder_state(tensors, arguments) | {"linear": HeadState(classifier, settings)}
+    heads = decoder_state(container, arguments) | {"linear": HeadState(classifier, settings)}
     return vit_checkpoint(NAME, kept, arguments, positions="bicubic", heads=heads)
 
 

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.checkpoint import HeadState
 from models.errors import CatalogError
 from models.need import Need
 from models.trunk import Trunk
+from models.views import View
 
 
 class Head(Protocol):
@@ -21,25 +22,31 @@ class Head(Protocol):
 
     `forward_options` names the options that `forward` takes, and so decides which rows may share
     a call; all others go to `finish`. `finish_is_slow` where it takes milliseconds, so that a
-    server keeps it off its event loop. A head that `is_prompted` compares images with texts: see
-    `ZeroShot.prompt`, and the `classes` that its `finish` takes. `needs` is what it wants of a
-    pass beyond the trunk's last output.
+    server keeps it off its event loop. `view` where it wants images otherwise than the trunk's own
+    transform has them: what `finish` gets is then merged. `needs` is what it wants of a pass beyond
+    the trunk's last output. `base.py` has what is usual.
     """
 
     task: str
     forward_options: frozenset[str]
     finish_is_slow: bool
-    is_prompted: bool
+    view: View | None
 
     def needs(self, rows: Sequence[int]) -> Need:
         """What it wants of a pass in which it answers for these rows of the batch."""
 
     @property
-    def network(self) -> nn.Module | None:
-        """The head's own weights, if it has any."""
+    def network(self) -> Any:
+        """The module with the head's own weights, or None."""
 
     def check(self, options: Mapping[str, Any]) -> None:
         """Raise InputError for options this model cannot honour, before anything is computed."""
+
+    def at_size(self, options: Mapping[str, Any], size: tuple[int, int]) -> Mapping[str, Any]:
+        """The options of `forward` for an image of that (width, height)."""
+
+    def sees_image(self, options: Mapping[str, Any]) -> bool:
+        """Whether `finish` wants the decoded image itself, as `image`."""
 
     @property
     def forward(self) -> Callable[..., dict[str, Tensor]]:
@@ -60,11 +67,13 @@ def create_head(
         CatalogError: no such head, or the trunk lacks what it needs.
         CheckpointError: the head's weights do not fit the trunk.
     """
+    from models.architectures.scale_vit import ScaleVit
     from models.heads.classify import Classify
     from models.heads.embed import Embed, pca
     from models.heads.generate import Generate
     from models.heads.linear import Linear
     from models.heads.saliency import Saliency
+    from models.heads.scaled import ScaledEmbed
     from models.heads.vqt import Vqt
 
     if state is None and name in ("linear", "saliency", "vqt"):
@@ -73,7 +82,7 @@ def create_head(
         case "classify", _:
             return Classify(trunk, labels)
         case "embed", None:
-            return Embed(trunk)
+            return (ScaledEmbed if isinstance(trunk.network, ScaleVit) else Embed)(trunk)
         case "embed", HeadState():
             return Embed(trunk, projection=pca(state.tensors), pooling="cls")
         case "generate", _:

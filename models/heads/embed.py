@@ -1,13 +1,13 @@
 """Pooled features of a trunk as a retrieval embedding."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from models.errors import InputError
-from models.need import NOTHING, Need
+from models.heads.base import BaseHead
 from models.pooling import gem, ggem
 from models.trunk import Trunk, TrunkOutput
 
@@ -35,7 +35,7 @@ def pca(weights: Mapping[str, Tensor]) -> Projection:
     return Projection(weights["mean"], weights["components"].T.contiguous())
 
 
-class Embed:
+class Embed(BaseHead):
     """`pooling` None is the checkpoint's own; the others pool the last layer's features.
 
     `mean`, `max`, `gem` (generalized mean, p = 3; Radenovic et al., arXiv 1711.02512) and `ggem`
@@ -45,8 +45,6 @@ class Embed:
 
     task = "embed"
     forward_options = frozenset({"pooling"})
-    finish_is_slow = False
-    is_prompted = False
 
     def __init__(
         self,
@@ -61,15 +59,13 @@ class Embed:
             pooling: what None means in a request; None: the trunk's own.
         """
         self.trunk = trunk
-        self.network: nn.Module | None = None
         if projection is not None:
             self.network = trunk.placement.apply(projection)
         self.pooling = pooling
 
-    def needs(self, rows: Sequence[int]) -> Need:
-        return NOTHING
-
     def check(self, options: Mapping[str, Any]) -> None:
+        if "gsd" in options:
+            raise InputError("gsd is for Scale-MAE; this model knows no scale", field="gsd")
         pooling = options.get("pooling")
         if pooling is None:
             return

@@ -1,29 +1,19 @@
 """Images that a generator draws."""
 
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from models.need import NOTHING, Need
+from models.heads.base import BaseHead
 from models.trunk import TrunkOutput
 
 
-class Generate:
+class Generate(BaseHead):
     task = "generate"
-    forward_options: frozenset[str] = frozenset()
     finish_is_slow = True
-    is_prompted = False
-    network = None
-
-    def needs(self, rows: Sequence[int]) -> Need:
-        return NOTHING
-
-    def check(self, options: Mapping[str, Any]) -> None:
-        pass
 
     def forward(self, output: TrunkOutput) -> dict[str, Tensor]:
         return {"image": output.features}

@@ -4,28 +4,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from models.errors import InputError
-from models.need import NOTHING, Need
+from models.heads.base import BaseHead
 
 DEFAULT_TOP_K = 5
 
 
-class Ranking:
+class Ranking(BaseHead):
     """A subclass gives `forward`, with `logits` (B, labels)."""
 
     task = "classify"
-    forward_options: frozenset[str] = frozenset()
-    finish_is_slow = False
-    is_prompted = False
-    network: nn.Module | None = None
 
     def __init__(self, labels: Sequence[str]) -> None:
         self.labels = np.array(labels)
-
-    def needs(self, rows: Sequence[int]) -> Need:
-        return NOTHING
 
     def check(self, options: Mapping[str, Any]) -> None:
         top_k = options.get("top_k")

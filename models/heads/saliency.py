@@ -4,7 +4,7 @@ Three transposed convolutions (x8), a 1x1 convolution, a bilinear resize to the 
 sigmoid, as in the published ONNX graph.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, relu
 
 from models.errors import InputError
+from models.heads.base import BaseHead
 from models.masks import encode_mask
-from models.need import NOTHING, Need
 from models.trunk import Trunk, TrunkOutput
 
 LABELS = ("background", "foreground")
@@ -43,11 +43,9 @@ class Decoder(nn.Module):
         return logits
 
 
-class Saliency:
+class Saliency(BaseHead):
     task = "segment"
-    forward_options: frozenset[str] = frozenset()
     finish_is_slow = True
-    is_prompted = False
 
     def __init__(
         self, trunk: Trunk, labels: tuple[str, ...], weights: Mapping[str, Tensor]
@@ -60,9 +58,6 @@ class Saliency:
         counters = {k: torch.tensor(0) for k in decoder.state_dict() if k.endswith("_tracked")}
         decoder.load_state_dict({**weights, **counters}, assign=True)
         self.network = trunk.placement.apply(decoder)
-
-    def needs(self, rows: Sequence[int]) -> Need:
-        return NOTHING
 
     def check(self, options: Mapping[str, Any]) -> None:
         if "labels" in options:

@@ -11,17 +11,14 @@ import numpy as np
 from torch import Tensor
 
 from models.errors import InputError
+from models.heads.base import BaseHead
 from models.heads.embed import Embed
-from models.need import NOTHING, Need
 from models.prompts import check_labels, expand_templates
 from models.trunk import TrunkOutput
 
 
-class ZeroShot:
+class ZeroShot(BaseHead):
     task = "zero-shot"
-    forward_options: frozenset[str] = frozenset()
-    finish_is_slow = False
-    is_prompted = True
 
     def __init__(
         self,
@@ -37,9 +34,6 @@ class ZeroShot:
         self.bias = bias
         self.templates = tuple(templates)
         self.labels = tuple(labels)
-
-    def needs(self, rows: Sequence[int]) -> Need:
-        return NOTHING
 
     def check(self, options: Mapping[str, Any]) -> None:
         labels = options.get("labels")

@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
+from models.inputs import Input
 from service.backend import Backend
 from service.errors import InvalidInputError
 from service.settings import Settings
-from service.types import Call, InferRequest, InferResult, Input
+from service.types import Call, InferRequest, InferResult
 
 T = TypeVar("T")
 

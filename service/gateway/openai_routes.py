@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 
 from models.answers import encode_embedding
+from models.inputs import Input
 from service.accounting import counted
 from service.errors import BadRequestError, PayloadTooLargeError, ServiceError
 from service.gateway.asking import ask
@@ -19,7 +20,7 @@ from service.gateway.images_in import image_of, read_body
 from service.gateway.openai_inputs import EmbeddingsRequest, Given, read_inputs
 from service.parameters import MAX_TEXTS, validate, validated_call
 from service.settings import Settings
-from service.types import ImageResult, InferResult, Input
+from service.types import ImageResult, InferResult
 
 router = APIRouter(tags=["OpenAI"], dependencies=[Depends(require_key)])
 

@@ -12,6 +12,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from models.answers import answer_entry
+from models.inputs import Input
 from service.accounting import Account, counted
 from service.backend import Backend
 from service.errors import QueueFullError, ServiceError
@@ -19,7 +20,7 @@ from service.gateway.asking import deadline_of, is_bulk
 from service.gateway.images_in import read_images
 from service.gateway.problems import describe
 from service.parameters import EmbedParameters
-from service.types import ImageResult, InferRequest, InferResult, Input
+from service.types import ImageResult, InferRequest, InferResult
 
 NDJSON = "application/x-ndjson"
 IN_FLIGHT = 32

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from models.inputs import Input
 from service.errors import InvalidInputError
 from service.tensors import DTYPES, element_count, from_bytes, unpack
-from service.types import Input
 
 PIXEL_TYPES = ("FP32", "FP16", "BF16")
 

@@ -4,8 +4,7 @@ import asyncio
 import contextlib
 import logging
 import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -16,35 +15,32 @@ import numpy as np
 
 from models.errors import ModelsError
 from models.heads.zero_shot import ZeroShot
+from models.inputs import modality_of
 from models.model import Model
 from models.registry import Registry, State
 from service.errors import (
     DeadlineExceededError,
-    InternalError,
     NotFoundError,
     QueueFullError,
     ServiceError,
-    UnavailableError,
     from_library,
 )
 from service.metrics import Metrics
-from service.types import Call, Health, ImageResult, InferRequest, InferResult, Input
+from service.types import Call, Health, InferRequest, InferResult
 from service.worker.finisher import Finisher
 from service.worker.fits import Fits
 from service.worker.heads import HeadFolder
+from service.worker.inputs import Inputs, until
 from service.worker.loader import Loader
 from service.worker.options import EngineOptions
 from service.worker.plan import (
     Resolved,
     Way,
-    modality_of,
     plan_way,
-    prepare,
     resolve,
 )
 from service.worker.prompts import PromptCache
-from service.worker.runner import Item, use_threads
-from service.worker.scheduler import Entry, QueueFull
+from service.worker.runner import use_threads
 from service.worker.trunks import ServedTrunks
 
 logger = logging.getLogger(__name__)
@@ -70,7 +66,8 @@ class Engine:
         folder = Path(options.heads_folder or registry.store.root / "heads")
         self._fits = Fits(registry, folder, self.batcher, self._limits, metrics)
         self.heads = HeadFolder(registry, folder, self._fits, self._loader.run)
-        self._finisher = Finisher(metrics, self._in_pool)
+        finisher = Finisher(metrics, self._in_pool, self._limits)
+        self._inputs = Inputs(self.batcher, finisher, metrics, self._in_pool, self._limits)
         self._prompts = PromptCache(self._embed_texts, options.label_cache_bytes, metrics)
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
@@ -100,13 +97,13 @@ class Engine:
     async def infer(self, request: InferRequest) -> InferResult:
         modalities = dict.fromkeys(map(modality_of, request.inputs)) or {"image": None}
         ways = {modality: await self._way(request, modality) for modality in modalities}
-        self._admit(ways, request.inputs)
+        self._inputs.admit(ways, request.inputs)
         # one request decodes on all threads at most, so that no request waits behind a big one
         turn = asyncio.Semaphore(self.options.decode_threads)
         flow = object()
         results = await asyncio.gather(
             *(
-                self._infer_input(item, ways[modality_of(item)], request, flow, turn)
+                self._inputs.infer(item, ways[modality_of(item)], request, flow, turn)
                 for item in request.inputs
             )
         )
@@ -163,7 +160,7 @@ class Engine:
         """Resolve the calls for inputs of one modality; prompted heads get their classes."""
         resolved = [resolve(self.registry, call, modality) for call in request.calls]
         try:
-            async with _until(request.deadline):
+            async with until(request.deadline):
                 return plan_way([await self._prompted(item) for item in resolved])
         except TimeoutError as error:
             raise DeadlineExceededError(
@@ -178,64 +175,6 @@ class Engine:
         options = {"labels": labels, "multi_label": item.finish_options.get("multi_label")}
         return replace(item, finish_options={**options, "classes": classes})
 
-    def _admit(self, ways: Mapping[str, Way], inputs: Sequence[Input]) -> None:
-        """Take places for every input in every trunk's queue, or none at all."""
-        admitted: list[tuple[str, int]] = []
-        for modality, way in ways.items():
-            count = sum(modality_of(item) == modality for item in inputs)
-            for plan in way.passes:
-                try:
-                    self.batcher.admit(plan.trunk, count)
-                except (QueueFull, KeyError) as error:
-                    for trunk, places in admitted:
-                        self.batcher.release(trunk, places)
-                    raise self._refusal(plan.trunk, error) from error
-                admitted.append((plan.trunk, count))
-
-    def _refusal(self, trunk: str, error: Exception) -> ServiceError:
-        if isinstance(error, KeyError):
-            return UnavailableError("the model is being unloaded", retry_after_s=1)
-        wait_s = max(1.0, self.batcher.queue_seconds())
-        return QueueFullError(f"{trunk}: {error}", retry_after_s=wait_s)
-
-    async def _infer_input(
-        self,
-        given: Input,
-        way: Way,
-        request: InferRequest,
-        flow: object,
-        turn: asyncio.Semaphore,
-    ) -> ImageResult:
-        entries: list[Entry] = []
-        passes = way.passes
-        try:
-            async with _until(request.deadline):
-                async with turn:
-                    started = time.monotonic()
-                    prepared, size = await self._in_pool(prepare, given, passes, self._limits)
-                    decode_s = time.monotonic() - started
-                for plan, ready in zip(passes, prepared, strict=True):
-                    item = Item(plan.trunk, ready, plan.calls)
-                    entries.append(Entry(item, flow, request.bulk, request.deadline))
-                    self.batcher.put(plan.trunk, entries[-1])
-                    self._metrics.stage_duration.labels("decode", plan.trunk).observe(decode_s)
-                results = [await asyncio.wrap_future(e.payload.future) for e in entries]
-                return await self._finisher.finish(way, results, size, decode_s)
-        except TimeoutError:
-            return ImageResult(error=DeadlineExceededError("the deadline passed before the answer"))
-        except ModelsError as error:
-            return ImageResult(error=from_library(error))
-        except ServiceError as error:
-            return ImageResult(error=error)
-        except Exception:
-            logger.exception("an input failed")
-            return ImageResult(error=InternalError("the input could not be processed"))
-        finally:
-            for entry in entries:
-                entry.cancelled = True  # harmless once answered; else it is dropped unrun
-            for plan in passes[len(entries) :]:
-                self.batcher.release(plan.trunk, 1)
-
     async def _embed_texts(self, model: Model, texts: Sequence[str]) -> np.ndarray:
         """(N, D) embeddings by way of the queue, a few at a time, so that others get turns."""
         call = Call(model.name, "embed", {"normalize": True})
@@ -247,14 +186,14 @@ class Engine:
                 way = plan_way([resolve(self.registry, call, "text")])
                 while True:
                     try:
-                        self._admit({"text": way}, [text])
+                        self._inputs.admit({"text": way}, [text])
                         break
                     except QueueFullError:
                         await asyncio.sleep(0.02)
                 wanted = InferRequest(
                     inputs=(), calls=(), deadline=math.inf, bulk=len(texts) > MANY
                 )
-                result = await self._infer_input(text, way, wanted, left, asyncio.Semaphore())
+                result = await self._inputs.infer(text, way, wanted, left, asyncio.Semaphore())
                 output = result.error or result.outputs[0]
                 if isinstance(output, ServiceError):
                     raise output
@@ -290,8 +229,3 @@ class Engine:
 
     async def _in_pool(self, function: Any, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
-
-
-def _until(deadline: float) -> asyncio.Timeout:
-    """A timeout at a `time.monotonic` moment, which may be infinite."""
-    return asyncio.timeout(None if deadline == math.inf else deadline - time.monotonic())

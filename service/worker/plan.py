@@ -4,17 +4,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
-from models.errors import InputError, ModelsError
+from models.errors import ModelsError
 from models.heads import Head
-from models.images import ImageLimits, decode_image
+from models.images import ImageLimits
+from models.inputs import Input
 from models.model import Model
+from models.prepare import decode, prepare, size_of
 from models.registry import Registry
-from models.text import MAX_CHARACTERS, TextTrunk
+from models.views import View
 from service.errors import from_library
-from service.types import Call, Input, ModelUsed
+from service.types import Call, ModelUsed
 from service.worker.runner import HeadCall
 
 
@@ -41,6 +42,7 @@ class TrunkPass:
 
     trunk: str
     model: Model
+    view: View | None = None
     positions: list[int] = field(default_factory=list)
     calls: list[HeadCall] = field(default_factory=list)
 
@@ -53,11 +55,6 @@ class Way:
     passes: Sequence[TrunkPass]
 
 
-def modality_of(item: Input) -> str:
-    """`text` or `image`."""
-    return "text" if isinstance(item, str) else "image"
-
-
 def resolve(registry: Registry, call: Call, modality: str) -> Resolved:
     """Find a call's model and head, and check its options with that head.
 
@@ -66,8 +63,11 @@ def resolve(registry: Registry, call: Call, modality: str) -> Resolved:
             the other modality.
     """
     try:
-        catalog = registry.catalog
-        entry = catalog.model(call.model) if call.model else catalog.default_model(str(call.task))
+        entry = (
+            registry.catalog.model(call.model)
+            if call.model
+            else registry.default_model(str(call.task))
+        )
         model = registry.ready(entry.name)
         head = model.head_for(modality, call.task, call.options)
     except ModelsError as error:
@@ -80,61 +80,27 @@ def resolve(registry: Registry, call: Call, modality: str) -> Resolved:
 
 
 def plan_way(resolved: Sequence[Resolved]) -> Way:
-    """Group calls by trunk: each input takes one pass of each."""
-    passes: dict[str, TrunkPass] = {}
+    """Group calls by trunk, and by how they want images: each input takes one pass of each, or as
+    many as its view has pieces."""
+    passes: dict[tuple[str, View | None], TrunkPass] = {}
     for position, item in enumerate(resolved):
-        shared = passes.setdefault(item.trunk, TrunkPass(item.trunk, item.model))
+        view = item.head.view if item.modality == "image" else None
+        plan = TrunkPass(item.trunk, item.model, view)
+        shared = passes.setdefault((item.trunk, view), plan)
         shared.positions.append(position)
         shared.calls.append(item.head_call)
     return Way(resolved, list(passes.values()))
 
 
-def prepared_text(text: str, model: Model) -> torch.Tensor:
-    """A text's token ids, as the model's text trunk takes them.
-
-    Raises:
-        InputError: empty, or far longer than any tokenizer keeps.
-    """
-    if not text.strip():
-        raise InputError("the text is empty", field="texts")
-    if len(text) > MAX_CHARACTERS:
-        raise InputError(
-            f"the text has {len(text)} characters; the limit is {MAX_CHARACTERS}", field="texts"
-        )
-    trunk = model.trunk_for("text")
-    assert isinstance(trunk, TextTrunk)
-    return trunk.tokenize(text)
-
-
-def prepared_pixels(pixels: np.ndarray, model: Model) -> torch.Tensor:
-    """Pixels that the caller has preprocessed, as the model's trunk takes them.
-
-    Raises:
-        InputError: not (3, H, W) of the trunk's input size, or not finite.
-    """
-    wanted = (3, *model.trunk.preprocess.input_size)
-    if pixels.shape != wanted:
-        raise InputError(
-            f"pixel_values for {model.name} have shape {list(wanted)}, not {list(pixels.shape)}",
-            field="pixel_values",
-        )
-    if not np.isfinite(pixels).all():
-        raise InputError("pixel_values has values that are not finite", field="pixel_values")
-    return torch.from_numpy(pixels.astype(np.float32))  # a copy: the message's memory is read-only
-
-
-def prepare(
+def prepare_all(
     given: Input, passes: Sequence[TrunkPass], limits: ImageLimits
-) -> tuple[list[torch.Tensor], tuple[int, int]]:
-    """An input as each pass's trunk takes it, and an image's own (width, height).
+) -> tuple[list[list[torch.Tensor]], tuple[int, int]]:
+    """An input as each pass's trunk takes it, in one piece or several; and an image's own (width,
+    height).
 
     Raises:
         InputError: it cannot be decoded, or is not what the trunk takes.
     """
-    if isinstance(given, str):
-        return [prepared_text(given, plan.model) for plan in passes], (0, 0)
-    if isinstance(given, np.ndarray):
-        prepared = [prepared_pixels(given, plan.model) for plan in passes]
-        return prepared, (given.shape[2], given.shape[1])
-    decoded = decode_image(given, limits)
-    return [plan.model.transform(decoded) for plan in passes], decoded.size
+    decoded = decode(given, limits)
+    prepared = [prepare(decoded, plan.model, plan.view, limits) for plan in passes]
+    return prepared, size_of(decoded)

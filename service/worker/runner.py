@@ -31,6 +31,11 @@ class HeadCall:
     head: Head
     options: tuple[tuple[str, Any], ...] = ()
 
+    def at_size(self, size: tuple[int, int]) -> "HeadCall":
+        """The call for an image of that (width, height)."""
+        options = self.head.at_size(dict(self.options), size)
+        return HeadCall(self.head, tuple(sorted(options.items())))
+
 
 @dataclass(frozen=True, slots=True)
 class ItemResult:
@@ -128,6 +133,20 @@ class Runner:
             return [self._run_safely(queue, [item])[0] for item in items]
 
     def _run(self, items: Sequence[Item]) -> list[list[Row | Exception]]:
+        """Run, in as many passes as there are sizes."""
+        if self.trunk.modality == "text":  # which are filled up to one
+            return self._run_pass(items)
+        sizes: dict[torch.Size, list[int]] = defaultdict(list)
+        for place, item in enumerate(items):
+            sizes[item.prepared.shape].append(place)
+        results: list[list[Row | Exception]] = [[]] * len(items)
+        for places in sizes.values():
+            found = self._run_pass([items[place] for place in places])
+            for place, rows in zip(places, found, strict=True):
+                results[place] = rows
+        return results
+
+    def _run_pass(self, items: Sequence[Item]) -> list[list[Row | Exception]]:
         with torch.inference_mode(), self._stream():
             on_gpu = self.trunk.placement.device.type == "cuda"
             inputs = [item.prepared for item in items]

@@ -25,15 +25,16 @@ from models.tokenizer import CuttingTokenizer, OpenAITokenizer
 GOLDENS = Path(__file__).parents[3] / "shared/goldens"
 INPUTS = (
     "pixel_values", "token_ids", "noise", "input_res", "latent", "noise_0", "noise_1", "noise_2",
-    "noise_3",
+    "noise_3", "target_pixel_values",
 )  # fmt: skip
 # A name's ending says which input it belongs to, or which of a file's sets of weights.
 ALTERNATIVES = ("", "_hires", "_alt", "_hr", "_2")
 SETS = ("_student", "_momentum", "_ema", "_online")
 # About the tokenizer of the full vocabulary, which the fixtures' small models do not have; and
-# SupMAE's class token, which for its main input is embedding_cls.
+# SupMAE's class token, which for its main input is embedding_cls. Scale-MAE's training loss is not
+# computed.
 OTHERS = ("tokenizer_token_ids", "logits_model_ema")
-EXCEPT = {"supmae": ("embedding_alt",)}
+EXCEPT = {"supmae": ("embedding_alt",), "scale_mae": ("loss",)}
 
 FIXTURES = (
     "a_clip", "attmask", "attmask_backbone", "beit", "beit_abspos", "beit_finetuned", "clip",
@@ -43,7 +44,7 @@ FIXTURES = (
     "ms_clip", "ms_clip_2h", "mvit", "mvit_in1k", "mvit_v1", "mvit_v1_video", "mvit_video",
     "patchconvnet",
     "patchconvnet_multiclass", "peco", "peco_finetuned", "pit", "pit_distilled", "pyramid_tnt",
-    "scale_mae_finetuned", "sdmae", "sdmae_finetuned", "sit", "sit_classifier", "small_scale_vits",
+    "scale_mae", "scale_mae_finetuned", "sdmae", "sdmae_finetuned", "sit", "sit_classifier", "small_scale_vits",
     "small_scale_vits_cait", "small_scale_vits_finetuned", "small_scale_vits_swin", "supmae",
     "supmae_finetuned", "tinymim", "tinymim_finetuned", "tnt", "vit_augreg", "vit_augreg_gap",
     "vit_augreg_prelogits", "vitgan", "vitgan_inr", "vqt", "vqt_mae", "vqt_wsum",
@@ -170,6 +171,8 @@ def check_outputs(
     given = {key: golden[f"{key}{ending}"] for key in inputs if f"{key}{ending}" in golden}
     if "pixel_values" in golden:  # where only the rest differs
         given.setdefault("pixel_values", golden["pixel_values"])
+    if "input_res_2" in golden:  # Scale-MAE's decoders draw for these
+        given["input_res_2"] = golden["input_res_2"]
     outputs = model.run(**given)
     ours = {f"{key}{ending}" for key in inputs}
     others = tuple(e for e in (*ALTERNATIVES, *SETS) if e and e != ending)

@@ -1,0 +1,176 @@
+"""Masked autoencoders' own task: from some of the patches, draw all of them.
+
+MAE (arXiv 2111.06377), SupMAE, SdMAE; Scale-MAE (arXiv 2212.14532) draws at twice the size.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from models.architectures.masked import (
+    MaskedDecoder,
+    Visible,
+    encode_placed,
+    encode_visible,
+    patch_statistics,
+    patchify,
+    unpatchify,
+)
+from models.architectures.scale_decoder import Drawn, ScaleDecoder
+from models.architectures.scale_vit import ScaleVit, ground_positions
+from models.checkpoint import HeadState
+from models.errors import InputError
+from models.heads.base import BaseHead
+from models.heads.generate import encode_png, to_pixels
+from models.need import Need
+from models.strict import load_strictly
+from models.trunk import Trunk, TrunkOutput
+
+PATCH_CHANNELS = 3
+
+
+class Reconstruct(BaseHead):
+    """Settings: `num_heads` of the decoder; `mask_ratio` it was trained with; `by_patch`: whether
+    it draws patches scaled to mean 0 and variance 1 each; `band` as `ScaleDecoder` has it."""
+
+    task = "reconstruct"
+    forward_options = frozenset({"mask_ratio", "seed"})
+    finish_is_slow = True
+
+    def __init__(self, trunk: Trunk, state: HeadState) -> None:
+        """
+        Raises:
+            CheckpointError: the decoder's weights do not fit together.
+        """
+        self.trunk = trunk
+        self.mask_ratio = float(state.settings.get("mask_ratio", 0.75))
+        self.by_patch = bool(state.settings.get("by_patch", False))
+        self.network = trunk.placement.apply(create_decoder(state))
+
+    def needs(self, rows: Sequence[int]) -> Need:
+        return Need(pixels=True, features=False)
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        ratio = options.get("mask_ratio", self.mask_ratio)
+        height, width = self.trunk.preprocess.input_size
+        network: Any = self.trunk.network
+        rows, columns = network.patch_embed.patch_size
+        count = (height // rows) * (width // columns)
+        if not 1 <= int(count * (1 - ratio)) < count:
+            raise InputError(
+                f"mask_ratio is {ratio}; of {count} patches at least one must stay, and one go",
+                field="mask_ratio",
+            )
+
+    def forward(
+        self, output: TrunkOutput, *, mask_ratio: float | None = None, seed: int = 0
+    ) -> dict[str, Tensor]:
+        """`drawn` and `pasted` (B, 3, h, w) within 0..1: all patches as drawn, and the kept ones as
+        they were; `seen` (B, 3, H, W), grey where masked; `mask` (B, rows, columns), 1 where
+        masked."""
+        pixels = output.pixels
+        assert pixels is not None
+        count = output.grid[0] * output.grid[1]
+        noise = torch.rand(count, generator=torch.Generator().manual_seed(seed)).to(pixels)
+        visible = self.encode(pixels, noise.expand(len(pixels), -1), mask_ratio)
+        images, drawn = self._scale(pixels), self._scale(self.draw(visible, pixels))
+        hidden = visible.mask.reshape(-1, 1, *output.grid)
+        large = interpolate(images, size=drawn.shape[-2:], mode="bilinear", align_corners=False)
+        pasted = torch.where(interpolate(hidden, size=drawn.shape[-2:]) > 0, drawn, large)
+        seen = torch.where(interpolate(hidden, size=images.shape[-2:]) > 0, 0.5, images)
+        return {"drawn": drawn, "pasted": pasted, "seen": seen, "mask": hidden[:, 0]}
+
+    def encode(
+        self, pixels: Tensor, noise_BN: Tensor, ratio: float | None, scale: Tensor | None = None
+    ) -> Visible:
+        """What the encoder makes of the patches with the least noise; `scale` (B,) is what
+        Scale-MAE calls input_res, None for 1."""
+        network: Any = self.trunk.network
+        ratio = self.mask_ratio if ratio is None else ratio
+        if not isinstance(network, ScaleVit):
+            return encode_visible(network, pixels, noise_BN, ratio)
+        patches = network.patch_embed(pixels)
+        batch, rows, columns, dim = patches.shape
+        scale = pixels.new_ones(batch) if scale is None else scale
+        table = ground_positions(scale, rows, columns, dim)
+        first = torch.zeros_like(table[:, :1])
+        return encode_placed(
+            network, patches.flatten(1, 2), torch.cat([first, table], 1), noise_BN, ratio
+        )
+
+    def draw_scales(self, visible: Visible, scale: Tensor) -> Drawn:
+        """What Scale-MAE's decoder draws."""
+        drawn: Drawn = self.network(visible, scale)
+        return drawn
+
+    def draw(self, visible: Visible, pixels: Tensor) -> Tensor:
+        """The drawn images (B, 3, h, w), normalised as the input is."""
+        if isinstance(self.network, ScaleDecoder):
+            return self.draw_scales(visible, pixels.new_ones(len(pixels))).combined
+        patches = self.network(visible)
+        side = round((patches.shape[-1] / PATCH_CHANNELS) ** 0.5)
+        if self.by_patch:
+            mean, deviation = patch_statistics(patchify(pixels, side))
+            patches = patches * deviation + mean
+        return unpatchify(patches, side, (pixels.shape[2], pixels.shape[3]))
+
+    def _scale(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels to 0..1."""
+        spec = self.trunk.preprocess
+        mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
+        return (pixels * std + mean).clamp(0, 1)
+
+    def finish(self, row: Mapping[str, np.ndarray], size: tuple[int, int]) -> dict[str, np.ndarray]:
+        """`size` (2,) width and height of the PNGs `drawn` and `pasted`; `seen` is a PNG of the
+        input's size; `mask` (rows, columns) uint8, 1 where masked."""
+        images = {
+            name: Image.fromarray(to_pixels(row[name])) for name in ("drawn", "pasted", "seen")
+        }
+        return {
+            "size": np.array(images["drawn"].size),
+            **{name: encode_png(image) for name, image in images.items()},
+            "mask": row["mask"].astype(np.uint8),
+        }
+
+
+def create_decoder(state: HeadState) -> nn.Module:
+    """The decoder with its weights.
+
+    Raises:
+        CheckpointError: they do not fit together.
+    """
+    tensors = state.tensors
+    dim, width = tensors["decoder_embed.weight"].shape
+    depth = len({k.split(".")[1] for k in tensors if k.startswith("decoder_blocks.")})
+    heads = int(state.settings["num_heads"])
+    decoder: nn.Module
+    if "fpn.fpn2.0.weight" in tensors:
+        shared = "fcn.proj.weight" in tensors
+        fcn = "fcn." if shared else "fcn_high."
+        blocks = f"{fcn}conv_blocks."
+        decoder = ScaleDecoder(
+            width=width,
+            dim=dim,
+            depth=depth,
+            heads=heads,
+            fcn_dim=tensors[f"{fcn}proj.weight"].shape[0],
+            fcn_layers=len({k.split(".")[2] for k in tensors if k.startswith(blocks)}),
+            shared=shared,
+            band=int(state.settings["band"]),
+        )
+    else:
+        decoder = MaskedDecoder(
+            width,
+            dim,
+            depth,
+            heads,
+            tensors["decoder_pos_embed"].shape[1] - 1,
+            tensors["decoder_pred.weight"].shape[0],
+        )
+    load_strictly(decoder, tensors, "the decoder")
+    return decoder
