@@ -1,18 +1,22 @@
 """The parameters of each task's route, as pydantic models: one declaration for form, query, JSON
 and the OpenAPI page."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from models.inputs import Input, Latent, Seed
 from service.errors import FieldError, InvalidInputError, InvalidParametersError
 from service.types import Call
 
 MAX_LABELS = 1000
 MAX_MODELS = 256
 MAX_TEXTS = 2048
+MAX_DRAWN = 64
+MAX_LATENT = 8192
 
 
 class Parameters(BaseModel):
@@ -27,8 +31,8 @@ class Parameters(BaseModel):
         """The models wanted, with the options for each."""
         raise NotImplementedError
 
-    def given_texts(self) -> list[str] | None:
-        """The texts that come instead of images."""
+    def given(self) -> Sequence[Input] | None:
+        """What comes as parameters, instead of images."""
         return None
 
 
@@ -89,7 +93,15 @@ class EmbedParameters(TaskParameters):
         "to 127 for -1 to 1; or a bit a dimension, eight to a number, first one highest.",
     )
 
-    def given_texts(self) -> list[str] | None:
+    gsd: float | None = Field(
+        None,
+        gt=0,
+        le=1e6,
+        allow_inf_nan=False,
+        description="Metres of ground a pixel of the sent image covers; of Scale-MAE (no scale).",
+    )
+
+    def given(self) -> Sequence[Input] | None:
         return self.texts
 
 
@@ -103,6 +115,67 @@ class SegmentParameters(TaskParameters):
     labels: list[str] | None = Field(
         None, min_length=1, max_length=MAX_LABELS, description="For text-prompted models."
     )
+
+
+class AttentionParameters(TaskParameters):
+    task = "attention"
+
+    output: Literal["overlay", "map", "npy"] = Field(
+        "overlay", description="base64 of a PNG on the image or alone, or of an .npy file."
+    )
+    head: int | None = Field(
+        None,
+        ge=0,
+        le=1000,
+        description="One head, from 0; if not given their mean, or all in npy.",
+    )
+
+
+class ReconstructParameters(TaskParameters):
+    task = "reconstruct"
+
+    mask_ratio: float | None = Field(
+        None, gt=0, lt=1, description="Share of patches to hide; as trained if not given."
+    )
+    seed: int = Field(0, ge=0, lt=2**53, description="Which ones: the same for the same seed.")
+
+
+class GenerateParameters(TaskParameters):
+    task = "generate"
+
+    n: int | None = Field(None, ge=1, le=MAX_DRAWN, description="How many images (1).")
+    seed: int | None = Field(
+        None, ge=0, lt=2**53, description="The first one's; each further one's is one more (0)."
+    )
+    latent: list[float] | list[list[float]] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_LATENT,
+        description="Instead of a seed: a latent vector, or several, each drawn without noise.",
+    )
+
+    @model_validator(mode="after")
+    def _check_latent(self) -> Self:
+        if self.latent is None:
+            return self
+        if self.seed is not None or self.n is not None:
+            raise ValueError("latent comes without seed and n")
+        if isinstance(self.latent[0], list):
+            if len(self.latent) > MAX_DRAWN:
+                raise ValueError(f"{len(self.latent)} latent vectors; the limit is {MAX_DRAWN}")
+            if any(len(row) > MAX_LATENT for row in self.latent if isinstance(row, list)):
+                raise ValueError(f"a latent vector has at most {MAX_LATENT} numbers")
+        return self
+
+    def calls(self) -> list[Call]:
+        return [Call(self.model, self.task, {})]
+
+    def given(self) -> Sequence[Input]:
+        if self.latent is None:
+            first = self.seed or 0
+            return [Seed(first + i) for i in range(self.n or 1)]
+        rows = self.latent if isinstance(self.latent[0], list) else [self.latent]
+        return [Latent(np.array(row, np.float32)) for row in rows]
 
 
 class PredictParameters(Parameters):
@@ -145,7 +218,15 @@ class FitParameters(BaseModel):
     lasso: float | None = None
 
 
-_TASKS = (ClassifyParameters, ZeroShotParameters, EmbedParameters, SegmentParameters)
+_TASKS = (
+    ClassifyParameters,
+    ZeroShotParameters,
+    EmbedParameters,
+    SegmentParameters,
+    AttentionParameters,
+    ReconstructParameters,
+    GenerateParameters,
+)
 TASKS = {str(p.task): p for p in _TASKS}
 
 M = TypeVar("M", bound=BaseModel)

@@ -17,6 +17,9 @@ from service.types import ImageResult, InferResult
 
 NPY = "application/x-npy"
 PNG = "image/png"
+# Tasks whose answer may be a picture itself, and which of its arrays that is.
+PICTURED = ("segment", "attention", "reconstruct", "generate")
+PICTURES = ("png", "overlay", "map", "pasted")
 
 
 def task_response(request: Request, parameters: TaskParameters, result: InferResult) -> Response:
@@ -27,8 +30,11 @@ def task_response(request: Request, parameters: TaskParameters, result: InferRes
         vectors = np.stack([arrays["embedding"] for arrays in _all_arrays(result)])
         encoding = getattr(parameters, "encoding", "float")
         return Response(_npy(quantize(vectors, encoding)), media_type=NPY)
-    if used.task == "segment" and PNG in accept and "png" in (first := _first(result.images)):
-        return Response(first["png"].tobytes(), media_type=PNG)
+    for media, names in ((PNG, PICTURES), (NPY, ("npy",))):
+        if used.task in PICTURED and media in accept:
+            first = _first(result.images)
+            if (name := next((name for name in names if name in first), None)) is not None:
+                return Response(first[name].tobytes(), media_type=media)
     encoding = getattr(parameters, "encoding", "float")
     entries = [_entry(used.task, image, encoding) for image in result.images]
     answer: dict[str, Any] = {"model": used.name, "results": entries}

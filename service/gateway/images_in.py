@@ -13,6 +13,7 @@ from fastapi import Request
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from models.inputs import Input, Video
 from service.errors import (
     BadRequestError,
     InvalidInputError,
@@ -34,15 +35,15 @@ SLOW_JSON_BYTES = 256 * 1024
 
 @dataclass(frozen=True, slots=True)
 class ImagesIn(Generic[P]):
-    """What a client sent. An image that could not be had stands as its error, in its place."""
+    """What a client sent. An input that could not be had stands as its error, in its place."""
 
-    images: Sequence[bytes | ServiceError]
+    inputs: Sequence[Input | ServiceError]
     parameters: P
 
 
 @dataclass(frozen=True, slots=True)
 class _Body:
-    images: Sequence[bytes | ServiceError]
+    images: Sequence[bytes | Video | ServiceError]
     fields: dict[str, Any]
 
 
@@ -63,8 +64,11 @@ async def read_images(request: Request, parameters: type[P]) -> ImagesIn[P]:
             body = await _read_json(request, settings)
         case ("application", _, "x-www-form-urlencoded"):
             body = await _read_urlencoded(request, settings, lists)
+        case ("video", _, _):
+            body = _Body([Video(await read_body(request, settings))], {})
         case ("image", _, _) | ("application", _, "octet-stream") | ("", _, _):
-            body = _Body([await read_body(request, settings)], {})
+            content = await read_body(request, settings)
+            body = _Body([content] if content or content_type else [], {})
         case _:
             raise UnsupportedMediaTypeError(
                 f"Content-Type {content_type!r}; send multipart/form-data with parts named "
@@ -72,16 +76,17 @@ async def read_images(request: Request, parameters: type[P]) -> ImagesIn[P]:
             )
     fields = collect(request.query_params.multi_items(), lists) | body.fields
     validated = validate(parameters, fields)
-    texts = validated.given_texts()
-    if texts is not None and body.images:
-        raise InvalidInputError("send images or texts, not both", field="texts")
-    if texts is None and not body.images:
+    given = validated.given()
+    if given is not None and body.images:
+        what = "texts" if "texts" in type(validated).model_fields else "parameters"
+        raise InvalidInputError(f"send images or {what}, not both", field=what)
+    if given is None and not body.images:
         raise InvalidInputError("the request holds no image", field="image")
     if len(body.images) > settings.max_images:
         raise PayloadTooLargeError(
             f"{len(body.images)} images in one request; the limit is {settings.max_images}"
         )
-    return ImagesIn(body.images, validated)
+    return ImagesIn(body.images if given is None else given, validated)
 
 
 async def read_body(request: Request, settings: Settings) -> bytes:
@@ -154,16 +159,20 @@ async def _read_urlencoded(request: Request, settings: Settings, lists: frozense
 
 
 async def _sort_parts(form: FormData, lists: frozenset[str]) -> _Body:
-    images: list[bytes | ServiceError] = []
+    images: list[bytes | Video | ServiceError] = []
     fields: list[tuple[str, str]] = []
     for name, value in form.multi_items():
         if isinstance(value, UploadFile) and name == "image":
             images.append(await value.read())
+        elif isinstance(value, UploadFile) and name == "video":
+            images.append(Video(await value.read()))
         elif isinstance(value, UploadFile):
-            raise InvalidInputError(f"file part {name!r}; parts must be named 'image'", field=name)
-        elif name == "image":
             raise InvalidInputError(
-                "part 'image' has no filename, so it came as text; send it as a file", field=name
+                f"file part {name!r}; parts must be named 'image' or 'video'", field=name
+            )
+        elif name in ("image", "video"):
+            raise InvalidInputError(
+                f"part {name!r} has no filename, so it came as text; send it as a file", field=name
             )
         else:
             fields.append((name, value))
@@ -181,27 +190,41 @@ async def _read_json(request: Request, settings: Settings) -> _Body:
         raise BadRequestError("the body is not valid JSON") from error
     if not isinstance(fields, dict):
         raise BadRequestError("the JSON body must be an object")
-    items = fields.pop("images", [])
-    if not isinstance(items, list):
-        raise InvalidInputError("images must be a list", field="images")
-    if len(items) > settings.max_images:
+    items, clips = fields.pop("images", []), fields.pop("videos", [])
+    for name, found in (("images", items), ("videos", clips)):
+        if not isinstance(found, list):
+            raise InvalidInputError(f"{name} must be a list", field=name)
+    if len(items) + len(clips) > settings.max_images:
         raise PayloadTooLargeError(
-            f"{len(items)} images in one request; the limit is {settings.max_images}"
+            f"{len(items) + len(clips)} images in one request; the limit is {settings.max_images}"
         )
     fetcher: ImageFetcher = request.app.state.fetcher
     images = await asyncio.gather(*(image_of(item, fetcher) for item in items))
-    return _Body(images, fields)
+    return _Body([*images, *(video_of(item) for item in clips)], fields)
+
+
+def video_of(item: Any) -> Video | ServiceError:
+    """The encoded clip of `{"base64": ...}`, or why there is none."""
+    match item:
+        case {"base64": str(text), **rest} if not rest:
+            content = _from_base64(text, "videos")
+            return content if isinstance(content, ServiceError) else Video(content)
+    return InvalidInputError('a video is {"base64": "..."}', field="videos")
+
+
+def _from_base64(text: str, field: str) -> bytes | ServiceError:
+    _, comma, payload = text.partition(",")
+    try:
+        return base64.b64decode(payload if comma else text, validate=True)
+    except (binascii.Error, ValueError):
+        return InvalidInputError("base64 does not decode", field=field)
 
 
 async def image_of(item: Any, fetcher: ImageFetcher) -> bytes | ServiceError:
     """The encoded image of `{"base64": ...}` or `{"url": ...}`, or why there is none."""
     match item:
         case {"base64": str(text), **rest} if not rest:
-            _, comma, payload = text.partition(",")
-            try:
-                return base64.b64decode(payload if comma else text, validate=True)
-            except (binascii.Error, ValueError):
-                return InvalidInputError("base64 does not decode", field="images")
+            return _from_base64(text, "images")
         case {"url": str(url), **rest} if not rest:
             try:
                 return await fetcher.fetch(url)

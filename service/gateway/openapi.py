@@ -45,6 +45,16 @@ def image_body(parameters: type[Parameters]) -> dict[str, Any]:
     return {"parameters": query, "requestBody": {"required": True, "content": body}}
 
 
+def parameter_body(parameters: type[Parameters]) -> dict[str, Any]:
+    """The same of a route that takes no images."""
+    schema = parameters.model_json_schema()
+    body = {
+        media: {"schema": {"type": "object", "properties": schema["properties"]}}
+        for media in ("application/json", "application/x-www-form-urlencoded")
+    }
+    return {"requestBody": {"required": False, "content": body}}
+
+
 def head_body() -> dict[str, Any]:
     """The same for `POST /heads`."""
     shared = HeadParameters.model_json_schema()["properties"]

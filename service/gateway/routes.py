@@ -6,17 +6,21 @@ from typing import TypeVar
 from fastapi import APIRouter, Depends, Request, Response
 
 from service.accounting import counted
+from service.errors import ServiceError
 from service.gateway.answers_out import predict_response, task_response
 from service.gateway.asking import ask
 from service.gateway.auth import require_key
 from service.gateway.images_in import ImagesIn, read_images
-from service.gateway.openapi import image_body
+from service.gateway.openapi import image_body, parameter_body
 from service.gateway.streaming import NDJSON, stream_embeddings
 from service.parameters import (
+    AttentionParameters,
     ClassifyParameters,
     EmbedParameters,
+    GenerateParameters,
     Parameters,
     PredictParameters,
+    ReconstructParameters,
     SegmentParameters,
     TaskParameters,
     ZeroShotParameters,
@@ -56,6 +60,26 @@ async def segment(request: Request) -> Response:
     return await _serve_task(request, SegmentParameters)
 
 
+@router.post("/attention", openapi_extra=image_body(AttentionParameters))
+async def attention(request: Request) -> Response:
+    """Where a model looks. `Accept: image/png` or `application/x-npy` for the first one itself."""
+    return await _serve_task(request, AttentionParameters)
+
+
+@router.post("/reconstruct", openapi_extra=image_body(ReconstructParameters))
+async def reconstruct(request: Request) -> Response:
+    """Hide patches of the images and have a masked autoencoder draw them: everything as drawn, with
+    the patches that stayed `pasted` in, and what was `seen`. `Accept: image/png`: the first
+    pasted one itself."""
+    return await _serve_task(request, ReconstructParameters)
+
+
+@router.post("/generate", openapi_extra=parameter_body(GenerateParameters))
+async def generate(request: Request) -> Response:
+    """Draw images from seeds or latent vectors. `Accept: image/png`: the first one itself."""
+    return await _serve_task(request, GenerateParameters)
+
+
 @router.post("/predict", openapi_extra=image_body(PredictParameters))
 async def predict(request: Request) -> Response:
     """Ask several models at once; those on one trunk cost one pass."""
@@ -80,16 +104,12 @@ async def _serve(request: Request, parameters: type[P], task: str, respond: Resp
 
 
 async def _infer(request: Request, received: ImagesIn[P]) -> InferResult:
-    """Ask the backend for the images that arrived, and put the others back in their places; or
-    for the texts."""
-    texts = received.parameters.given_texts()
-    if texts is not None:
-        return await ask(request, texts, received.parameters.calls())
-    images = [image for image in received.images if isinstance(image, bytes)]
-    result = await ask(request, images, received.parameters.calls())
+    """Ask the backend for the inputs that arrived, and put the others back in their places."""
+    inputs = [item for item in received.inputs if not isinstance(item, ServiceError)]
+    result = await ask(request, inputs, received.parameters.calls())
     answered = iter(result.images)
     merged = [
-        next(answered) if isinstance(image, bytes) else ImageResult(error=image)
-        for image in received.images
+        ImageResult(error=item) if isinstance(item, ServiceError) else next(answered)
+        for item in received.inputs
     ]
     return InferResult(result.models, merged)

@@ -43,7 +43,7 @@ async def stream_embeddings(request: Request) -> StreamingResponse:
             inputs=(), calls=calls, deadline=deadline_of(request), bulk=is_bulk(request)
         )
         seen.models, seen.deadline = [calls[0].model or ""], wanted.deadline
-        inputs = parameters.given_texts() or received.images
+        inputs = received.inputs
         room = asyncio.Semaphore(IN_FLIGHT)
         tasks = [asyncio.create_task(_answer(state.backend, item, wanted, room)) for item in inputs]
         stack.callback(lambda: [task.cancel() for task in tasks])

@@ -8,11 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from models.inputs import Input
+from models.inputs import Input, Latent, Seed, Video
 from service.errors import InvalidInputError
 from service.tensors import DTYPES, element_count, from_bytes, unpack
 
 PIXEL_TYPES = ("FP32", "FP16", "BF16")
+KINDS = {
+    "image": "BYTES",
+    "pixel_values": "FP32",
+    "text": "BYTES",
+    "video": "BYTES",
+    "seed": "INT64",
+    "latent": "FP32",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,17 +35,15 @@ class InputTensor:
 
 
 def to_inputs(tensors: Sequence[InputTensor]) -> list[Input]:
-    """The encoded images, preprocessed ones as (3, H, W) float32, or texts of a request.
+    """The inputs of a request, all of one kind.
 
     Raises:
         InvalidInputError: a wrong name, data type or shape, or contents that do not fit them.
     """
-    if len(tensors) != 1 or tensors[0].name not in ("image", "pixel_values", "text"):
+    if len(tensors) != 1 or tensors[0].name not in KINDS:
         names = ", ".join(repr(tensor.name) for tensor in tensors) or "none"
-        raise InvalidInputError(
-            f"send one input: image (BYTES), pixel_values (FP32) or text (BYTES); came: {names}",
-            field="inputs",
-        )
+        kinds = ", ".join(f"{name} ({datatype})" for name, datatype in KINDS.items())
+        raise InvalidInputError(f"send one input of {kinds}; came: {names}", field="inputs")
     tensor = tensors[0]
     inputs: list[Input]
     match tensor.name:
@@ -45,8 +51,14 @@ def to_inputs(tensors: Sequence[InputTensor]) -> list[Input]:
             inputs = [_decoded(element) for element in _elements(tensor)]
         case "text":
             inputs = [_text(element) for element in _elements(tensor)]
+        case "video":
+            inputs = [Video(_decoded(element)) for element in _elements(tensor)]
+        case "seed":
+            inputs = [Seed(value) for value in _seeds(tensor)]
+        case "latent":
+            inputs = [Latent(row) for row in _numbers(tensor, "[N, dimensions]", 2)]
         case _:
-            inputs = list(_pixels(tensor))
+            inputs = list(_numbers(tensor, "[N, 3, height, width]", 4))
     if not inputs:
         raise InvalidInputError(f"{tensor.name} holds no image", field=tensor.name)
     return inputs
@@ -85,30 +97,39 @@ def _decoded(value: Any) -> bytes:
         return base64.b64decode(value, validate=True)
     except (binascii.Error, ValueError, TypeError) as error:
         raise InvalidInputError(
-            "image: BYTES in JSON are base64 here; or use the binary tensor extension",
-            field="image",
+            "BYTES of images and clips in JSON are base64 here; or use the binary tensor extension",
+            field="inputs",
         ) from error
 
 
-def _pixels(tensor: InputTensor) -> np.ndarray:
+def _seeds(tensor: InputTensor) -> list[int]:
+    if tensor.datatype != "INT64" or len(tensor.shape) != 1:
+        raise InvalidInputError("seed is INT64 of shape [N]", field="seed")
+    raw = tensor.raw if tensor.raw is not None else _packed(tensor)
+    seeds: list[int] = from_bytes("seed", tensor.datatype, tensor.shape, raw).tolist()
+    if any(seed < 0 for seed in seeds):
+        raise InvalidInputError("a seed is not negative", field="seed")
+    return seeds
+
+
+def _numbers(tensor: InputTensor, shape: str, dimensions: int) -> np.ndarray:
+    name = tensor.name
     if tensor.datatype not in PIXEL_TYPES:
         raise InvalidInputError(
-            f"pixel_values is {', '.join(PIXEL_TYPES)}, not {tensor.datatype}", field="pixel_values"
+            f"{name} is {', '.join(PIXEL_TYPES)}, not {tensor.datatype}", field=name
         )
-    if len(tensor.shape) != 4:
-        raise InvalidInputError(
-            f"pixel_values has shape [N, 3, height, width], not {list(tensor.shape)}",
-            field="pixel_values",
-        )
+    if len(tensor.shape) != dimensions:
+        raise InvalidInputError(f"{name} has shape {shape}, not {list(tensor.shape)}", field=name)
     raw = tensor.raw if tensor.raw is not None else _packed(tensor)
-    array = from_bytes("pixel_values", tensor.datatype, tensor.shape, raw)
+    array = from_bytes(name, tensor.datatype, tensor.shape, raw)
     return array.astype(np.float32, copy=False)
 
 
 def _packed(tensor: InputTensor) -> bytes:
+    name = tensor.name
     if tensor.datatype == "BF16":
-        raise InvalidInputError("pixel_values: BF16 comes as raw bytes only", field="pixel_values")
+        raise InvalidInputError(f"{name}: BF16 comes as raw bytes only", field=name)
     try:
         return np.array(tensor.values, DTYPES[tensor.datatype]).tobytes()
     except (ValueError, TypeError, OverflowError) as error:
-        raise InvalidInputError("pixel_values: not numbers", field="pixel_values") from error
+        raise InvalidInputError(f"{name}: not numbers", field=name) from error

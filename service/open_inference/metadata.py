@@ -33,8 +33,13 @@ def model_metadata(model: Mapping[str, Any]) -> dict[str, Any]:
         inputs.append({"name": "image", "datatype": "BYTES", "shape": [-1]})
         shape = [-1, 3, *size]
         inputs.append({"name": "pixel_values", "datatype": PIXEL_TYPES[0], "shape": shape})
-    if "text" in modalities:
-        inputs.append({"name": "text", "datatype": "BYTES", "shape": [-1]})
+    for name in ("text", "video"):
+        if name in modalities:
+            inputs.append({"name": name, "datatype": "BYTES", "shape": [-1]})
+    if "latent" in modalities:
+        inputs.append({"name": "seed", "datatype": "INT64", "shape": [-1]})
+        dim = model.get("preprocess", {}).get("latent_dim", -1)
+        inputs.append({"name": "latent", "datatype": PIXEL_TYPES[0], "shape": [-1, dim]})
     outputs = [
         {"name": spec.name, "datatype": spec.datatype, "shape": list(spec.shape)}
         for _, spec in outputs_of(model).values()

@@ -11,7 +11,11 @@ from service.parameters import validated_call
 from service.types import Call, ImageResult, InferResult
 
 DEFAULT_TOP_K = 5
-MASKS = ("png", "rle", "polygons", "mask")
+# Of these tasks' outputs a call yields one, by its option `output`.
+FORMS: Mapping[str, Sequence[str]] = {
+    "segment": ("png", "rle", "polygons", "mask"),
+    "attention": ("overlay", "map", "npy"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,23 @@ SPECS: Mapping[str, Sequence[TensorSpec]] = {
         TensorSpec("rle", "BYTES", (-1,), on_request=True),
         TensorSpec("polygons", "BYTES", (-1,), on_request=True),
         TensorSpec("mask", "UINT8", (-1, -1, -1), on_request=True),
+    ),
+    "attention": (
+        TensorSpec("size", "INT64", (-1, 2)),
+        TensorSpec("overlay", "BYTES", (-1,)),
+        TensorSpec("map", "BYTES", (-1,), on_request=True),
+        TensorSpec("npy", "BYTES", (-1,), on_request=True),
+    ),
+    "reconstruct": (
+        TensorSpec("size", "INT64", (-1, 2)),
+        TensorSpec("drawn", "BYTES", (-1,)),
+        TensorSpec("pasted", "BYTES", (-1,)),
+        TensorSpec("seen", "BYTES", (-1,)),
+        TensorSpec("mask", "UINT8", (-1, -1, -1)),
+    ),
+    "generate": (
+        TensorSpec("size", "INT64", (-1, 2)),
+        TensorSpec("png", "BYTES", (-1,)),
     ),
 }
 
@@ -128,20 +149,20 @@ class Plan:
             classes = int(self._model.get("labels") or top_k)
             top_k = classes if "probabilities" in names else min(top_k, max(classes, self._top_k))
             return [Call(call.model, call.task, {**call.options, "top_k": top_k})]
-        if call.task == "segment":
-            forms = [name for name in names if name in MASKS] or ["png"]
+        if (known := FORMS.get(call.task or "")) is not None:
+            forms = [name for name in names if name in known] or [known[0]]
             return [Call(call.model, call.task, {**call.options, "output": form}) for form in forms]
         return [call]
 
     def _tensor(self, output: RequestedOutput, images: Sequence[ImageResult]) -> np.ndarray:
-        task, _ = self._specs[output.name]
+        task, spec = self._specs[output.name]
         rows = [self._arrays(image, task, output.name) for image in images]
         if output.classification:
             return np.stack([_best(row, output.classification) for row in rows])
         if output.name == "probabilities":
             return np.stack([_by_class(row) for row in rows])
         arrays = [row[output.name] for row in rows]
-        if output.name in MASKS[:3]:  # files of any length, so elements and not an array
+        if (spec.datatype, spec.shape) == ("BYTES", (-1,)):  # files, and so no array
             return np.array([array.tobytes() for array in arrays], dtype=object)
         if task == "classify":
             arrays = [array[: self._top_k] for array in arrays]
@@ -157,7 +178,8 @@ class Plan:
         if image.error is not None:
             raise image.error
         for call, output in zip(self.calls, image.outputs, strict=True):
-            if call.task == task and (name not in MASKS or call.options["output"] == name):
+            form = call.options.get("output", name) if name in FORMS.get(task, ()) else name
+            if call.task == task and form == name:
                 if isinstance(output, ServiceError):
                     raise output
                 return output

@@ -38,6 +38,15 @@ class Vision(HeadCalls):
     async def Segment(self, request: pb.TaskRequest, context: Context) -> pb.TaskResponse:
         return await self._task("segment", request, context)
 
+    async def Attention(self, request: pb.TaskRequest, context: Context) -> pb.TaskResponse:
+        return await self._task("attention", request, context)
+
+    async def Reconstruct(self, request: pb.TaskRequest, context: Context) -> pb.TaskResponse:
+        return await self._task("reconstruct", request, context)
+
+    async def Generate(self, request: pb.TaskRequest, context: Context) -> pb.TaskResponse:
+        return await self._task("generate", request, context)
+
     async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
         async with answering(self._deps, context, "Predict") as caller:
             if not 1 <= len(request.calls) <= MAX_MODELS:
@@ -113,7 +122,12 @@ class Vision(HeadCalls):
     async def _answer_task(
         self, task: str, request: pb.TaskRequest, caller: Caller
     ) -> pb.TaskResponse:
-        call = validated_call(request.model or None, task, from_options(request.options))
+        options = from_options(request.options)
+        if task == "generate" and options:
+            raise InvalidInputError(
+                "generate takes seeds or latents, and no options", field="options"
+            )
+        call = validated_call(request.model or None, task, options)
         return to_task_response(await self._infer(task, request, [call], caller))
 
     async def _embed_patiently(self, request: pb.TaskRequest, stream: Caller) -> pb.TaskResponse:
@@ -159,7 +173,7 @@ class Vision(HeadCalls):
         account.models = [call.model or "" for call in calls]
         inputs = from_inputs(request)
         if not inputs and not caller.is_gateway:
-            raise InvalidInputError("the request holds no image and no text", field="images")
+            raise InvalidInputError("the request holds nothing to answer about", field="images")
         check_count(self._deps.settings, len(inputs))
         account.deadline = caller.deadline(self._deps.settings, request.timeout_ms)
         wanted = InferRequest(

@@ -8,7 +8,7 @@ import numpy as np
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.struct_pb2 import Struct
 
-from models.inputs import Input
+from models.inputs import Input, Latent, Seed, Video
 from service.errors import BY_SLUG, FieldError, InternalError, InvalidInputError, ServiceError
 from service.parameters import validated_call
 from service.stubs import vision_pb2 as pb
@@ -30,12 +30,16 @@ Output = Mapping[str, np.ndarray] | ServiceError
 
 def to_request(request: InferRequest, remaining_s: float) -> pb.PredictRequest:
     """What a gateway asks of a worker; `remaining_s` is the time until the deadline."""
-    images = [item for item in request.inputs if isinstance(item, bytes)]
-    pixels = [item for item in request.inputs if isinstance(item, np.ndarray)]
+    inputs = request.inputs
+    pixels = [item for item in inputs if isinstance(item, np.ndarray)]
+    latents = [item.vector for item in inputs if isinstance(item, Latent)]
     return pb.PredictRequest(
-        images=images,
+        images=[item for item in inputs if isinstance(item, bytes)],
         pixel_values=to_tensors({"pixel_values": array} for array in pixels),
-        texts=[item for item in request.inputs if isinstance(item, str)],
+        texts=[item for item in inputs if isinstance(item, str)],
+        videos=[item.content for item in inputs if isinstance(item, Video)],
+        seeds=[item.value for item in inputs if isinstance(item, Seed)],
+        latents=to_tensors({"latent": vector} for vector in latents),
         calls=[_to_call(call) for call in request.calls],
         timeout_ms=max(remaining_s, 0.001) * 1e3,
         priority=pb.PRIORITY_BULK if request.bulk else pb.PRIORITY_INTERACTIVE,
@@ -43,17 +47,28 @@ def to_request(request: InferRequest, remaining_s: float) -> pb.PredictRequest:
 
 
 def from_inputs(request: pb.TaskRequest | pb.PredictRequest) -> list[Input]:
-    """A request's encoded images, its preprocessed ones, or its texts.
+    """A request's inputs, all of one kind.
 
     Raises:
-        InvalidInputError: several kinds, or a tensor that is not what it says.
+        InvalidInputError: several kinds, or a tensor or seed that is not what it says.
     """
-    kinds = (request.images, request.pixel_values, request.texts)
-    if sum(map(bool, kinds)) > 1:
-        raise InvalidInputError("send images, pixel_values or texts", field="images")
-    if request.texts:
-        return list(request.texts)
-    return list(request.images) or [from_tensor(tensor) for tensor in request.pixel_values]
+    pixels = [from_tensor(tensor) for tensor in request.pixel_values]
+    kinds: list[list[Input]] = [
+        list(request.images),
+        list(pixels),
+        list(request.texts),
+        [Video(content) for content in request.videos],
+        [Seed(value) for value in request.seeds],
+        [Latent(from_tensor(tensor)) for tensor in request.latents],
+    ]
+    found = [kind for kind in kinds if kind]
+    if len(found) > 1:
+        raise InvalidInputError(
+            "send images, pixel_values, texts, videos, seeds or latents", field="images"
+        )
+    if any(value < 0 for value in request.seeds):
+        raise InvalidInputError("a seed is not negative", field="seeds")
+    return found[0] if found else []
 
 
 def from_call(call: pb.Call) -> Call:

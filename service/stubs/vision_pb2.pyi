@@ -52,6 +52,9 @@ class TaskRequest(_message.Message):
     IMAGES_FIELD_NUMBER: _builtins.int
     PIXEL_VALUES_FIELD_NUMBER: _builtins.int
     TEXTS_FIELD_NUMBER: _builtins.int
+    VIDEOS_FIELD_NUMBER: _builtins.int
+    SEEDS_FIELD_NUMBER: _builtins.int
+    LATENTS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
@@ -76,6 +79,18 @@ class TaskRequest(_message.Message):
         """Or texts, for models that read them."""
 
     @_builtins.property
+    def videos(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Or encoded clips: MP4, WebM or GIF."""
+
+    @_builtins.property
+    def seeds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Or what a generator draws from: seeds,"""
+
+    @_builtins.property
+    def latents(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:
+        """or latent vectors, FP32, shape (D)."""
+
+    @_builtins.property
     def options(self) -> _struct_pb2.Struct:
         """The task's options, by the names of the REST parameters."""
 
@@ -85,6 +100,9 @@ class TaskRequest(_message.Message):
         images: _abc.Iterable[_builtins.bytes] | None = ...,
         pixel_values: _abc.Iterable[Global___Tensor] | None = ...,
         texts: _abc.Iterable[_builtins.str] | None = ...,
+        videos: _abc.Iterable[_builtins.bytes] | None = ...,
+        seeds: _abc.Iterable[_builtins.int] | None = ...,
+        latents: _abc.Iterable[Global___Tensor] | None = ...,
         model: _builtins.str = ...,
         options: _struct_pb2.Struct | None = ...,
         timeout_ms: _builtins.float = ...,
@@ -92,7 +110,7 @@ class TaskRequest(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images", "model", b"model", "options", b"options", "pixel_values", b"pixel_values", "priority", b"priority", "texts", b"texts", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["images", b"images", "latents", b"latents", "model", b"model", "options", b"options", "pixel_values", b"pixel_values", "priority", b"priority", "seeds", b"seeds", "texts", b"texts", "timeout_ms", b"timeout_ms", "videos", b"videos"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -135,6 +153,9 @@ class PredictRequest(_message.Message):
     IMAGES_FIELD_NUMBER: _builtins.int
     PIXEL_VALUES_FIELD_NUMBER: _builtins.int
     TEXTS_FIELD_NUMBER: _builtins.int
+    VIDEOS_FIELD_NUMBER: _builtins.int
+    SEEDS_FIELD_NUMBER: _builtins.int
+    LATENTS_FIELD_NUMBER: _builtins.int
     CALLS_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
@@ -154,6 +175,18 @@ class PredictRequest(_message.Message):
         """Or texts, for models that read them."""
 
     @_builtins.property
+    def videos(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Or encoded clips: MP4, WebM or GIF."""
+
+    @_builtins.property
+    def seeds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Or what a generator draws from: seeds,"""
+
+    @_builtins.property
+    def latents(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:
+        """or latent vectors, FP32, shape (D)."""
+
+    @_builtins.property
     def calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___Call]: ...
     def __init__(
         self,
@@ -161,13 +194,16 @@ class PredictRequest(_message.Message):
         images: _abc.Iterable[_builtins.bytes] | None = ...,
         pixel_values: _abc.Iterable[Global___Tensor] | None = ...,
         texts: _abc.Iterable[_builtins.str] | None = ...,
+        videos: _abc.Iterable[_builtins.bytes] | None = ...,
+        seeds: _abc.Iterable[_builtins.int] | None = ...,
+        latents: _abc.Iterable[Global___Tensor] | None = ...,
         calls: _abc.Iterable[Global___Call] | None = ...,
         timeout_ms: _builtins.float = ...,
         priority: Global___Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "images", b"images", "pixel_values", b"pixel_values", "priority", b"priority", "texts", b"texts", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "images", b"images", "latents", b"latents", "pixel_values", b"pixel_values", "priority", b"priority", "seeds", b"seeds", "texts", b"texts", "timeout_ms", b"timeout_ms", "videos", b"videos"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -56,6 +56,21 @@ class VisionStub:
                 request_serializer=service_dot_stubs_dot_vision__pb2.TaskRequest.SerializeToString,
                 response_deserializer=service_dot_stubs_dot_vision__pb2.TaskResponse.FromString,
                 _registered_method=True)
+        self.Attention = channel.unary_unary(
+                '/vitrail.v1.Vision/Attention',
+                request_serializer=service_dot_stubs_dot_vision__pb2.TaskRequest.SerializeToString,
+                response_deserializer=service_dot_stubs_dot_vision__pb2.TaskResponse.FromString,
+                _registered_method=True)
+        self.Reconstruct = channel.unary_unary(
+                '/vitrail.v1.Vision/Reconstruct',
+                request_serializer=service_dot_stubs_dot_vision__pb2.TaskRequest.SerializeToString,
+                response_deserializer=service_dot_stubs_dot_vision__pb2.TaskResponse.FromString,
+                _registered_method=True)
+        self.Generate = channel.unary_unary(
+                '/vitrail.v1.Vision/Generate',
+                request_serializer=service_dot_stubs_dot_vision__pb2.TaskRequest.SerializeToString,
+                response_deserializer=service_dot_stubs_dot_vision__pb2.TaskResponse.FromString,
+                _registered_method=True)
         self.Predict = channel.unary_unary(
                 '/vitrail.v1.Vision/Predict',
                 request_serializer=service_dot_stubs_dot_vision__pb2.PredictRequest.SerializeToString,
@@ -136,6 +151,27 @@ class VisionServicer:
 
     def Segment(self, request, context):
         """Segment returns a mask of each image's own size.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Attention(self, request, context):
+        """Attention tells where a model looks in each image.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Reconstruct(self, request, context):
+        """Reconstruct hides patches of each image and draws them anew.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Generate(self, request, context):
+        """Generate draws an image for each seed or latent vector.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -231,6 +267,21 @@ def add_VisionServicer_to_server(servicer, server):
             ),
             'Segment': grpc.unary_unary_rpc_method_handler(
                     servicer.Segment,
+                    request_deserializer=service_dot_stubs_dot_vision__pb2.TaskRequest.FromString,
+                    response_serializer=service_dot_stubs_dot_vision__pb2.TaskResponse.SerializeToString,
+            ),
+            'Attention': grpc.unary_unary_rpc_method_handler(
+                    servicer.Attention,
+                    request_deserializer=service_dot_stubs_dot_vision__pb2.TaskRequest.FromString,
+                    response_serializer=service_dot_stubs_dot_vision__pb2.TaskResponse.SerializeToString,
+            ),
+            'Reconstruct': grpc.unary_unary_rpc_method_handler(
+                    servicer.Reconstruct,
+                    request_deserializer=service_dot_stubs_dot_vision__pb2.TaskRequest.FromString,
+                    response_serializer=service_dot_stubs_dot_vision__pb2.TaskResponse.SerializeToString,
+            ),
+            'Generate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Generate,
                     request_deserializer=service_dot_stubs_dot_vision__pb2.TaskRequest.FromString,
                     response_serializer=service_dot_stubs_dot_vision__pb2.TaskResponse.SerializeToString,
             ),
@@ -393,6 +444,87 @@ class Vision:
             request,
             target,
             '/vitrail.v1.Vision/Segment',
+            service_dot_stubs_dot_vision__pb2.TaskRequest.SerializeToString,
+            service_dot_stubs_dot_vision__pb2.TaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Attention(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vitrail.v1.Vision/Attention',
+            service_dot_stubs_dot_vision__pb2.TaskRequest.SerializeToString,
+            service_dot_stubs_dot_vision__pb2.TaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Reconstruct(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vitrail.v1.Vision/Reconstruct',
+            service_dot_stubs_dot_vision__pb2.TaskRequest.SerializeToString,
+            service_dot_stubs_dot_vision__pb2.TaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Generate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vitrail.v1.Vision/Generate',
             service_dot_stubs_dot_vision__pb2.TaskRequest.SerializeToString,
             service_dot_stubs_dot_vision__pb2.TaskResponse.FromString,
             options,

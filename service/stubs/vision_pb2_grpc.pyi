@@ -48,6 +48,12 @@ class VisionStub:
     """Embed turns each input into one vector: embedding (D)."""
     Segment: _grpc.UnaryUnaryMultiCallable[_vision_pb2.TaskRequest, _vision_pb2.TaskResponse]
     """Segment returns a mask of each image's own size."""
+    Attention: _grpc.UnaryUnaryMultiCallable[_vision_pb2.TaskRequest, _vision_pb2.TaskResponse]
+    """Attention tells where a model looks in each image."""
+    Reconstruct: _grpc.UnaryUnaryMultiCallable[_vision_pb2.TaskRequest, _vision_pb2.TaskResponse]
+    """Reconstruct hides patches of each image and draws them anew."""
+    Generate: _grpc.UnaryUnaryMultiCallable[_vision_pb2.TaskRequest, _vision_pb2.TaskResponse]
+    """Generate draws an image for each seed or latent vector."""
     Predict: _grpc.UnaryUnaryMultiCallable[_vision_pb2.PredictRequest, _vision_pb2.PredictResponse]
     """Predict asks several models at once; those on one trunk cost one trunk pass."""
     EmbedStream: _grpc.StreamStreamMultiCallable[_vision_pb2.TaskRequest, _vision_pb2.TaskResponse]
@@ -84,6 +90,12 @@ class VisionAsyncStub(VisionStub):
     """Embed turns each input into one vector: embedding (D)."""
     Segment: _aio.UnaryUnaryMultiCallable[_vision_pb2.TaskRequest, _vision_pb2.TaskResponse]  # type: ignore[assignment]
     """Segment returns a mask of each image's own size."""
+    Attention: _aio.UnaryUnaryMultiCallable[_vision_pb2.TaskRequest, _vision_pb2.TaskResponse]  # type: ignore[assignment]
+    """Attention tells where a model looks in each image."""
+    Reconstruct: _aio.UnaryUnaryMultiCallable[_vision_pb2.TaskRequest, _vision_pb2.TaskResponse]  # type: ignore[assignment]
+    """Reconstruct hides patches of each image and draws them anew."""
+    Generate: _aio.UnaryUnaryMultiCallable[_vision_pb2.TaskRequest, _vision_pb2.TaskResponse]  # type: ignore[assignment]
+    """Generate draws an image for each seed or latent vector."""
     Predict: _aio.UnaryUnaryMultiCallable[_vision_pb2.PredictRequest, _vision_pb2.PredictResponse]  # type: ignore[assignment]
     """Predict asks several models at once; those on one trunk cost one trunk pass."""
     EmbedStream: _aio.StreamStreamMultiCallable[_vision_pb2.TaskRequest, _vision_pb2.TaskResponse]  # type: ignore[assignment]
@@ -141,6 +153,30 @@ class VisionServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_vision_pb2.TaskResponse, _abc.Awaitable[_vision_pb2.TaskResponse]]:
         """Segment returns a mask of each image's own size."""
+
+    @_abc_1.abstractmethod
+    def Attention(
+        self,
+        request: _vision_pb2.TaskRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vision_pb2.TaskResponse, _abc.Awaitable[_vision_pb2.TaskResponse]]:
+        """Attention tells where a model looks in each image."""
+
+    @_abc_1.abstractmethod
+    def Reconstruct(
+        self,
+        request: _vision_pb2.TaskRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vision_pb2.TaskResponse, _abc.Awaitable[_vision_pb2.TaskResponse]]:
+        """Reconstruct hides patches of each image and draws them anew."""
+
+    @_abc_1.abstractmethod
+    def Generate(
+        self,
+        request: _vision_pb2.TaskRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_vision_pb2.TaskResponse, _abc.Awaitable[_vision_pb2.TaskResponse]]:
+        """Generate draws an image for each seed or latent vector."""
 
     @_abc_1.abstractmethod
     def Predict(

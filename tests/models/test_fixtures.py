@@ -42,12 +42,12 @@ FIXTURES = (
     "dino_backbone", "dino_linear", "esvit", "ft_clip", "ggem", "ibot", "ibot_backbone",
     "ibot_swin", "irt", "mae", "mae_finetuned", "moco_v3", "moco_v3_conv", "moco_v3_linear",
     "ms_clip", "ms_clip_2h", "mvit", "mvit_in1k", "mvit_v1", "mvit_v1_video", "mvit_video",
-    "patchconvnet",
-    "patchconvnet_multiclass", "peco", "peco_finetuned", "pit", "pit_distilled", "pyramid_tnt",
-    "scale_mae", "scale_mae_finetuned", "sdmae", "sdmae_finetuned", "sit", "sit_classifier", "small_scale_vits",
-    "small_scale_vits_cait", "small_scale_vits_finetuned", "small_scale_vits_swin", "supmae",
-    "supmae_finetuned", "tinymim", "tinymim_finetuned", "tnt", "vit_augreg", "vit_augreg_gap",
-    "vit_augreg_prelogits", "vitgan", "vitgan_inr", "vqt", "vqt_mae", "vqt_wsum",
+    "patchconvnet", "patchconvnet_multiclass", "peco", "peco_finetuned", "pit", "pit_distilled",
+    "pyramid_tnt", "scale_mae", "scale_mae_finetuned", "sdmae", "sdmae_finetuned", "sit",
+    "sit_classifier", "small_scale_vits", "small_scale_vits_cait", "small_scale_vits_finetuned",
+    "small_scale_vits_swin", "supmae", "supmae_finetuned", "tinymim", "tinymim_finetuned",
+    "tnt", "vit_augreg", "vit_augreg_gap", "vit_augreg_prelogits", "vitgan", "vitgan_inr",
+    "vqt", "vqt_mae", "vqt_wsum",
 )  # fmt: skip
 
 
