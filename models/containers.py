@@ -33,6 +33,10 @@ HARMLESS: list[Any] = [
 ]
 
 
+MAX_SWELLING = 20
+ROOM_BYTES = 2**20
+
+
 @dataclass(frozen=True, slots=True)
 class Container:
     """What a checkpoint file holds: its tensors by name, and the metadata beside them.
@@ -71,11 +75,29 @@ def open_container(path: Path) -> Container:
         case ".safetensors":
             return _open_safetensors(path)
         case ".npz":
+            _check_zip(path)
             return _open_npz(path)
         case ".onnx":
             return _open_onnx(path)
         case _:
+            _check_zip(path)
             return _open_torch(path)
+
+
+def _check_zip(path: Path) -> None:
+    """Refuse a zip archive that would swell: torch's are stored as they are, and weights hardly
+    compress."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            swollen = sum(item.file_size for item in archive.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path}: not a readable zip archive: {error}") from error
+    if swollen > MAX_SWELLING * path.stat().st_size + ROOM_BYTES:
+        raise CheckpointError(
+            f"{path}: would unpack to {swollen} bytes, as no weights do; nothing was unpacked"
+        )
 
 
 def _open_safetensors(path: Path) -> Container:
@@ -139,7 +161,10 @@ def _plain(value: Any) -> Any:
 def _is_state_dict(value: Any) -> bool:
     if not isinstance(value, dict) or not value:
         return False
-    return all(isinstance(item, Tensor) for item in value.values())
+    return all(
+        isinstance(item, Tensor) and item.nbytes <= item.untyped_storage().nbytes()
+        for item in value.values()
+    )
 
 
 def _unwrapped(state_dict: Mapping[Any, Tensor]) -> dict[str, Tensor]:
@@ -154,6 +179,9 @@ def _find_state_dict(path: Path, content: Any) -> tuple[dict[str, Tensor], str]:
             content, wrapper = content[name], wrapper or name
     if not isinstance(content, dict) or not content:
         raise CheckpointError(f"{path}: holds no state dict")
+    for key, value in content.items():
+        if isinstance(value, Tensor) and value.nbytes > value.untyped_storage().nbytes():
+            raise CheckpointError(f"{path}: {key} claims more numbers than the file holds")
     strangers = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
     if strangers:
         raise CheckpointError(f"{path}: entries are not tensors: {', '.join(strangers[:10])}")

@@ -5,6 +5,7 @@ describes the modules' attributes, and each tensor's bytes lie beside it. Here c
 shells, and of functions only those that rebuild a tensor from its bytes are known.
 """
 
+import math
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -89,6 +90,8 @@ class _Reader(pickle.Unpickler):
 
 
 def _rebuild(storage: Tensor, offset: int, size: Any, stride: Any, *_: Any) -> Tensor:
+    if math.prod(size) > storage.numel():
+        raise pickle.UnpicklingError("a tensor claims more numbers than the archive holds")
     return torch.as_strided(storage, tuple(size), tuple(stride), offset).clone()
 
 

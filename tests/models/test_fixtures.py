@@ -103,6 +103,7 @@ def test_other_weights_of_the_file_can_be_chosen(name: str, weights: str) -> Non
     ("name", "file"),
     [
         ("convnext_v2", "checkpoint_published.pt"),
+        ("ft_clip_deepspeed", "mp_rank_00_model_states.pt"),
         ("convnext_v2_fcmae", "checkpoint_pt_only.pt"),
         ("mae", "checkpoint_encoder_only.pth"),
         ("sdmae", "checkpoint_encoder.pth"),
@@ -214,7 +215,9 @@ def test_the_served_descriptor_is_reduced_by_the_pca() -> None:
     assert np.allclose(served, golden["embedding_pca"][0], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in FIXTURES if "video" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in FIXTURES if not name.endswith("video") and "vitgan" not in name]
+)
 def test_real_photos_are_answered_from_the_file_as_it_is(
     name: str, photos: dict[str, Image.Image]
 ) -> None:

@@ -1,7 +1,9 @@
 import json
 import pickle
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -118,7 +120,7 @@ def test_training_containers_are_unwrapped(tiny_catalog: Path, tmp_path: Path) -
     wrapped = {"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}
     torch.save(wrapped, tmp_path / "training.pth")
     model = load_checkpoint(tmp_path / "training.pth", {"architecture": "test_vit"})
-    assert model.tasks == ("classify", "embed")
+    assert model.tasks == ("classify", "embed", "attention")
 
 
 class Bomb:
@@ -136,6 +138,29 @@ def test_no_code_from_a_file_is_ever_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         load_checkpoint(path, {"architecture": "test_vit"})
     assert not Path("/tmp/vitrail-was-here").exists()
+
+
+def test_archives_that_would_swell_are_not_unpacked(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "bomb.npz", weight=np.zeros(2**26, np.uint8))
+    torch.save({"weight": torch.zeros(2**26, dtype=torch.uint8)}, tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name))
+    for name in ("bomb.npz", "bomb.pth"):
+        with pytest.raises(CheckpointError, match="nothing was unpacked"):
+            load_checkpoint(tmp_path / name, {"architecture": "test_vit"})
+
+
+def test_tensors_cannot_claim_more_than_the_file_holds(tmp_path: Path) -> None:
+    huge = torch.zeros(1).expand(2**20, 2**20)
+    for number, content in enumerate(({"weight": huge}, {"model": {"weight": huge}, "epoch": 1})):
+        path = tmp_path / f"{number}.pth"
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match="claims more numbers"):
+            load_checkpoint(path, {"architecture": "test_vit"})
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".onnx", ".pth"])
