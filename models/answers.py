@@ -77,9 +77,9 @@ def _segmentation(arrays: Arrays) -> dict[str, Any]:
     ]
     mask: Any
     if "mask" in arrays:
-        mask = arrays["mask"]
-    elif "png" in arrays:
-        mask = _base64(arrays["png"])
+        mask = arrays["mask"].tolist()
+    elif (file := next((n for n in ("png", "overlay", "logits") if n in arrays), None)) is not None:
+        mask = _base64(arrays[file])
     else:
         text = arrays["rle"] if "rle" in arrays else arrays["polygons"]
         mask = json.loads(text.tobytes())

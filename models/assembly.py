@@ -5,7 +5,8 @@ from pathlib import Path
 
 from models.catalog import ModelEntry
 from models.errors import CatalogError
-from models.heads import create_head
+from models.heads import Head, create_head
+from models.heads.dense import DenseClip
 from models.heads.embed import Embed
 from models.heads.files import read_head
 from models.heads.zero_shot import ZeroShot
@@ -19,6 +20,8 @@ from models.text import TextTrunk
 from models.trunk import Trunk
 
 FILE = "file:"
+# What MaskCLIP's code multiplies cosines with, whatever the checkpoint's own scale.
+DENSE_SCALE = 100.0
 
 
 class Assembly:
@@ -37,8 +40,8 @@ class Assembly:
             ModelsError: whatever keeps its parts from being had, or from fitting.
         """
         loaded = self._load_trunk(entry.trunk)
-        if entry.task == "zero-shot":
-            return self._build_zero_shot(entry, loaded)
+        if entry.task == "zero-shot" or entry.head == "dense-clip":
+            return self._build_prompted(entry, loaded)
         if entry.head is not None and entry.head.startswith(FILE):
             return self._build_from_file(entry, loaded)
         kind = entry.head or self._kind(entry, loaded)
@@ -58,7 +61,11 @@ class Assembly:
         brought = own_head(loaded.heads, loaded.trunk)
         if entry.task == "classify" and brought in ("vqt", "linear"):
             return brought
-        return {"segment": "saliency"}.get(entry.task, entry.task)
+        if entry.task == "segment":
+            if brought not in ("saliency", "semantic"):
+                raise CatalogError(f"{entry.name}: its checkpoint has no head for segmentation")
+            return brought
+        return entry.task
 
     def _build_from_file(self, entry: ModelEntry, loaded: LoadedTrunk) -> Model:
         file = read_head(self._base / str(entry.head).removeprefix(FILE))
@@ -69,13 +76,18 @@ class Assembly:
         about = {"kind": file.kind, "trunk_digest": file.trunk_digest, "training": file.training}
         return Model(entry.name, trunk, head, about=about)
 
-    def _build_zero_shot(self, entry: ModelEntry, loaded: LoadedTrunk) -> Model:
-        text = as_text(entry, self._load_trunk(str(entry.text)).trunk)
+    def _build_prompted(self, entry: ModelEntry, loaded: LoadedTrunk) -> Model:
+        if entry.text is None:
+            raise CatalogError(f"{entry.name}: a model prompted by labels needs text = 'TRUNK'")
+        text = as_text(entry, self._load_trunk(entry.text).trunk)
         assert text is not None
         labels = self._labels(entry)
         templates = expand_templates(entry.templates or DEFAULT_TEMPLATES)
         text_embed = None
-        if entry.join == "classes":
+        head: Head
+        if entry.head == "dense-clip":
+            head = DenseClip(loaded.trunk, DENSE_SCALE, templates, labels)
+        elif entry.join == "classes":
             image_map, text_map = self._joined(loaded.trunk, text)
             embed = Embed(loaded.trunk, projection=image_map)
             text_embed = Embed(text, projection=text_map)

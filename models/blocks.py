@@ -7,6 +7,8 @@ from functools import partial
 from typing import Any
 
 from timm.layers import Attention
+from timm.models.beit import Beit
+from timm.models.convnext import ConvNeXt
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -22,6 +24,14 @@ def readable_blocks(network: nn.Module) -> list[Any]:
         for block in blocks
     )
     return blocks if plain else []
+
+
+def layered(network: nn.Module) -> list[Any]:
+    """What follows one another in a network, and whose outputs heads may read: the blocks of a ViT
+    or BEiT, the stages of a ConvNeXt; none of a network of another kind."""
+    if isinstance(network, VisionTransformer | Beit):
+        return list(network.blocks)
+    return list(network.stages) if isinstance(network, ConvNeXt) else []
 
 
 class Reading:
@@ -61,7 +71,9 @@ class BlockReader:
         self._local = threading.local()
         for number, block in enumerate(self.blocks):
             block.attn.qkv.register_forward_hook(partial(self._on_qkv, number))
-            block.register_forward_hook(partial(self._on_output, number))
+        self.layered = layered(network)
+        for number, layer in enumerate(self.layered):
+            layer.register_forward_hook(partial(self._on_output, number))
 
     @contextmanager
     def reading(self, need: Need) -> Iterator[Reading]:

@@ -33,6 +33,8 @@ HARMLESS: list[Any] = [
 ]
 
 
+# What training goes on from, and nobody else wants.
+LEFTOVERS = ("optimizer", "optimizer_state", "scaler", "lr_scheduler", "scheduler")
 MAX_SWELLING = 20
 ROOM_BYTES = 2**20
 
@@ -147,7 +149,11 @@ def _open_torch(path: Path) -> Container:
     sets = {
         str(name): _unwrapped(value) for name, value in entries.items() if _is_state_dict(value)
     }
-    beside = {str(name): _plain(v) for name, v in entries.items() if str(name) not in sets}
+    beside = {
+        str(name): _plain(v)
+        for name, v in entries.items()
+        if str(name) not in sets and str(name) not in LEFTOVERS
+    }
     return Container(path, tensors, wrapper=wrapper, sets=sets, beside=beside)
 
 
@@ -155,6 +161,10 @@ def _plain(value: Any) -> Any:
     """What may be of use of a training script's leftovers."""
     if isinstance(value, argparse.Namespace):
         return vars(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     return value if isinstance(value, str | int | float) else None
 
 

@@ -47,6 +47,7 @@ class Generator:
     num_classes = 0
     has_tokens = False
     blocks: Sequence[Any] = ()
+    layered: Sequence[Any] = ()
     exponents = None
 
     def __init__(self, architecture: str, network: Any, placement: Placement) -> None:

@@ -14,12 +14,14 @@ from models.checkpoints import detect_format, format_outputs
 from models.containers import open_container
 from models.errors import CheckpointError, SourceError
 from models.generator import Generator, is_generator
-from models.heads import create_head
+from models.heads import Head, create_head
+from models.heads.dense import DenseClip
 from models.heads.linear import CLASSIFIER, create_classifier, last_size
 from models.labels import numbered_labels, pretrained_labels
 from models.layouts.towers import LIBRARY
 from models.model import Model
 from models.preprocess import ClipPreprocess, preprocess_from_mapping, preprocess_from_timm
+from models.prompts import DEFAULT_TEMPLATES, expand_templates
 from models.sources import fetch, parse_source
 from models.store import Store
 from models.strict import load_strictly
@@ -75,12 +77,17 @@ def load_checkpoint(
     if (build := TOWERS.get(checkpoint.library)) is not None:
         towers = build(checkpoint, placement)
         outputs, need = format_outputs(checkpoint.format, towers.image)
-        zero_shot = zero_shot_head(towers)
-        return Model(name, towers.image, zero_shot, text=towers.text, outputs=outputs, need=need)
+        head: Head = zero_shot_head(towers)
+        if (dense := checkpoint.heads.get("dense")) is not None:
+            templates = expand_templates(DEFAULT_TEMPLATES)
+            head = DenseClip(towers.image, dense.settings["scale"], templates)
+        return Model(name, towers.image, head, text=towers.text, outputs=outputs, need=need)
     trunk = build_trunk(checkpoint, placement)
     kind = own_head(checkpoint.heads, trunk)
     state = checkpoint.heads.get("pca" if kind == "embed" else kind)
-    head = create_head(kind, trunk, numbered_labels(class_count(trunk, state)), state)
+    # a segmenter's file names its own classes
+    labels = () if kind == "semantic" else numbered_labels(class_count(trunk, state))
+    head = create_head(kind, trunk, labels, state)
     outputs, need = format_outputs(checkpoint.format, trunk)
     return Model(name, trunk, head, outputs=outputs, need=need, states=checkpoint.heads)
 
@@ -89,7 +96,7 @@ def own_head(heads: Mapping[str, HeadState], trunk: Trunk) -> str:
     """What a checkpoint is for: the kind of the head that it brought, or that its trunk allows."""
     if trunk.modality == "latent":
         return "generate"
-    brought = [kind for kind in ("saliency", "vqt", "linear") if kind in heads]
+    brought = [kind for kind in ("saliency", "semantic", "vqt", "linear") if kind in heads]
     return brought[0] if brought else "classify" if trunk.num_classes else "embed"
 
 

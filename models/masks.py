@@ -1,48 +1,119 @@
-"""Segmentation masks in the forms that clients ask for: PNG, COCO RLE, polygons."""
+"""Segmentation masks in the forms that clients ask for: PNG, COCO RLE, polygons, overlays."""
 
 import io
 import json
+from collections.abc import Sequence
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 from rasterio.features import shapes
 
-Output = Literal["png", "rle", "polygons", "mask"]
+from models.errors import InputError
+
+Output = Literal["png", "rle", "polygons", "mask", "overlay"]
+
+OVERLAY_SHARE = 0.55
 
 
-def encode_mask(mask_HW: np.ndarray, output: str, palette: list[int]) -> np.ndarray:
-    """Encode an (H, W) uint8 mask of class indices, 0 being background, as uint8 bytes; `mask`
-    is the mask itself, as it came.
+def encode_mask(
+    mask_HW: np.ndarray,
+    output: str,
+    palette: Sequence[Sequence[int]],
+    *,
+    labels: Sequence[str],
+    background: int,
+    image: Image.Image | None = None,
+) -> np.ndarray:
+    """Encode an (H, W) mask of class numbers as uint8 bytes; `mask` is the mask as it came.
 
-    `png` is an indexed PNG; `rle` and `polygons` are JSON, one object for a mask with a single
-    foreground class. RLE is COCO's compressed form; polygons are GeoJSON's MultiPolygon
-    coordinates in pixels: exterior ring first, then holes.
+    `png` is an indexed PNG with the palette; `overlay` one of the `image` with the classes' colours
+    over it. `rle` and `polygons` are JSON: of two classes, background and foreground, that of the
+    foreground alone; else a list with `index`, `label` and its own for every class that is there.
+    RLE is COCO's compressed form; polygons are GeoJSON's MultiPolygon coordinates in pixels:
+    exterior ring first, then holes.
+
+    Args:
+        background: the number that belongs to no class that is looked for.
+
+    Raises:
+        InputError: more classes than a PNG's palette can have.
     """
     if output == "mask":
         return mask_HW
+    if output == "overlay":
+        assert image is not None
+        return _bytes_of(_png_of(_overlay(mask_HW, image, palette, background)))
     if output == "png":
-        return np.frombuffer(_png(mask_HW, palette), dtype=np.uint8)
-    encoded = _rle(mask_HW) if output == "rle" else _polygons(mask_HW)
-    return np.frombuffer(json.dumps(encoded).encode(), dtype=np.uint8)
+        if mask_HW.dtype != np.uint8:
+            raise InputError("a PNG holds 255 classes at most; ask for rle", field="output")
+        return _bytes_of(_png(mask_HW, palette))
+    encode = _rle if output == "rle" else _polygons
+    if background == 0 and len(labels) == 2:
+        return _bytes_of(json.dumps(encode(mask_HW != 0)).encode())
+    key = "rle" if output == "rle" else "polygons"
+    every = [
+        {"index": index, "label": labels[index], key: encode(mask_HW == index)}
+        for index in np.unique(mask_HW).tolist()
+        if index != background
+    ]
+    return _bytes_of(json.dumps(every).encode())
 
 
-def _png(mask_HW: np.ndarray, palette: list[int]) -> bytes:
+def without_specks(mask_HW: np.ndarray, min_area: int, background: int) -> np.ndarray:
+    """The mask without connected regions of fewer pixels than that, which become background."""
+    cleaned = mask_HW.copy()
+    for index in np.unique(mask_HW).tolist():
+        if index == background:
+            continue
+        of_class = (mask_HW == index).astype(np.uint8)
+        _, regions, stats, _ = cv2.connectedComponentsWithStats(of_class, connectivity=4)
+        small = stats[:, cv2.CC_STAT_AREA] < min_area
+        small[0] = False  # what is not of the class
+        cleaned[small[regions]] = background
+    return cleaned
+
+
+def _bytes_of(content: bytes) -> np.ndarray:
+    return np.frombuffer(content, dtype=np.uint8)
+
+
+def _png(mask_HW: np.ndarray, palette: Sequence[Sequence[int]]) -> bytes:
     image = Image.fromarray(mask_HW)
-    image.putpalette(palette)
+    colours = [*palette, *[[0, 0, 0]] * (255 - len(palette)), [255, 255, 255]]
+    image.putpalette([value for colour in colours[:256] for value in colour])
+    return _png_of(image)
+
+
+def _png_of(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def _rle(mask_HW: np.ndarray) -> dict[str, Any]:
-    encoded = coco.encode(np.asfortranarray(mask_HW != 0, dtype=np.uint8))
+def _overlay(
+    mask_HW: np.ndarray, image: Image.Image, palette: Sequence[Sequence[int]], background: int
+) -> Image.Image:
+    """The image in grey where there is background, the classes' colours over it elsewhere."""
+    pixels = np.asarray(image)
+    result = (pixels // 2 + 96).astype(np.uint8)
+    for index in np.unique(mask_HW).tolist():
+        if index != background:
+            place = mask_HW == index
+            colour = np.array(palette[index], np.float32)
+            mixed = pixels[place] * (1 - OVERLAY_SHARE) + colour * OVERLAY_SHARE
+            result[place] = mixed.astype(np.uint8)
+    return Image.fromarray(result)
+
+
+def _rle(place_HW: np.ndarray) -> dict[str, Any]:
+    encoded = coco.encode(np.asfortranarray(place_HW, dtype=np.uint8))
     return {"size": [int(n) for n in encoded["size"]], "counts": encoded["counts"].decode()}
 
 
-def _polygons(mask_HW: np.ndarray) -> list[Any]:
-    foreground = (mask_HW != 0).astype(np.uint8)
+def _polygons(place_HW: np.ndarray) -> list[Any]:
     # 4-connected outlines along pixel edges never touch themselves, so each polygon is valid
-    found = shapes(foreground, mask=foreground.astype(bool), connectivity=4)
+    found = shapes(place_HW.astype(np.uint8), mask=place_HW, connectivity=4)
     return [geometry["coordinates"] for geometry, _ in found]

@@ -17,8 +17,10 @@ from models.errors import InputError, TaskError
 from models.generator import Generator
 from models.heads import Head
 from models.heads.attention import Attention, has_attention
+from models.heads.dense import DenseClip
 from models.heads.embed import Embed
 from models.heads.linear import Linear
+from models.heads.prompted import Prompted, answering
 from models.heads.reconstruct import Reconstruct
 from models.heads.scaled import ScaledEmbed
 from models.heads.vqt import Vqt
@@ -29,7 +31,7 @@ from models.need import NOTHING, Need
 from models.prepare import prepare, size_of
 from models.preprocess import create_transform
 from models.prompts import ensemble, prompts
-from models.running import run_generator, run_images, run_towers
+from models.running import run_dense, run_generator, run_images, run_towers
 from models.text import TextTrunk
 from models.trunk import Trunk, TrunkOutput, parameter_bytes, state_digest
 from models.video import create_clip_transform
@@ -189,10 +191,9 @@ class Model:
             InputError: an input that does not decode, or an option out of range.
         """
         head = self.head(task, options)
-        if isinstance(head, ZeroShot):
+        if isinstance(head, Prompted):
             labels, templates = head.prompt(options)
-            options = {"multi_label": options.get("multi_label"), "labels": labels}
-            options["classes"] = self.class_embeddings(labels, templates)
+            options = answering(options, labels, self.class_embeddings(labels, templates))
         return [self._answer(load_image(each, limits), head, options, limits) for each in inputs]
 
     def _answer(
@@ -261,6 +262,8 @@ class Model:
             named = run_generator(self.trunk, inputs)
         elif isinstance(head := self.heads[self.task], ZeroShot):
             named = run_towers(self, head, pixel_values, token_ids)
+        elif isinstance(head, DenseClip):
+            named = run_dense(self, head, pixel_values, token_ids)
         elif pixel_values is not None:
             named = run_images(self, {"pixel_values": pixel_values, **inputs})
         return {name: tensor.float().cpu() for name, tensor in named.items()}

@@ -37,14 +37,15 @@ class Ride:
 class Need:
     """`layers` and `attention` name blocks by index: their outputs, and their attention
     probabilities. `keys_values` are rows whose keys and values of all blocks are wanted. `rides`
-    are queries to be computed along. `pixels` are the normalised input; where nobody wants
-    `features`, the pass itself is left out."""
+    are queries to be computed along. `pixels` are the normalised input, and `dense` what a
+    CLIP embeds of each patch. Where nobody wants `features`, the pass itself is left out."""
 
     layers: frozenset[int] = frozenset()
     attention: frozenset[int] = frozenset()
     keys_values: tuple[int, ...] = ()
     rides: tuple[Ride, ...] = ()
     pixels: bool = False
+    dense: bool = False
     features: bool = True
 
 
@@ -63,5 +64,6 @@ def together(needs: Iterable[Need]) -> Need:
         tuple(sorted({row for need in wanted for row in need.keys_values})),
         tuple(ride for need in wanted for ride in need.rides),
         any(need.pixels for need in wanted),
+        any(need.dense for need in wanted),
         any(need.features for need in every),
     )

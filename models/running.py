@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from models.clip_trunk import OpenClipTrunk
 from models.generator import Generator
+from models.heads.dense import DenseClip
+from models.heads.semantic import Semantic
 from models.heads.zero_shot import ZeroShot
-from models.need import together
-from models.trunk import OpenClipTrunk
+from models.need import Need, together
 
 if TYPE_CHECKING:
     from models.model import Model
@@ -18,8 +20,11 @@ if TYPE_CHECKING:
 
 def run_images(model: "Model", inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the trunk gives for `pixel_values`, what its heads make of it, and what the
-    checkpoint's format adds."""
+    checkpoint's format adds; of a segmenter for a larger input than it takes, masks alone."""
     pixels = inputs["pixel_values"]
+    segmenter = model.heads[model.task]
+    if isinstance(segmenter, Semantic) and segmenter.wants_windows(pixels):
+        return segmenter.run(pixels)
     rows = range(len(pixels))
     heads = {task: model.heads[task] for task in ("embed", model.task)}
     needs = [model.need, *(each.needs(rows) for each in heads.values())]
@@ -28,6 +33,8 @@ def run_images(model: "Model", inputs: Mapping[str, Tensor]) -> dict[str, Tensor
     named = {kind: output.features, "embedding": model.trunk.pool(output)}
     for each in heads.values():
         named |= each.forward(output)
+    if isinstance(segmenter, Semantic):
+        named |= segmenter.run(pixels)
     if model.outputs is not None:
         named |= model.outputs(model, output, inputs)
     return named
@@ -53,6 +60,22 @@ def run_towers(
     if pixel_values is not None and token_ids is not None:
         similarity = named["image_embedding_normalized"] @ named["text_embedding_normalized"].T
         named["logits_per_image"] = head.scale * similarity + (head.bias or 0.0)
+    return named
+
+
+def run_dense(
+    model: "Model", head: DenseClip, pixel_values: Tensor | None, token_ids: Tensor | None
+) -> dict[str, Tensor]:
+    """Those of a CLIP that labels patches; its embeddings have unit length."""
+    named: dict[str, Tensor] = {}
+    if token_ids is not None:
+        text = model.trunk_for("text")
+        embedded = model.text_embed.forward(text.forward(token_ids))["embedding"]
+        named["text_embedding"] = normalize(embedded, dim=-1)
+    if pixel_values is not None:
+        pooled = model.trunk.pool(model.trunk.forward(pixel_values, Need(dense=True)))
+        named["image_embedding"] = normalize(pooled, dim=-1)
+        named |= head.run(pixel_values, named.get("text_embedding"))
     return named
 
 

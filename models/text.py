@@ -42,6 +42,7 @@ class TextTrunk:
     num_classes = 0
     has_tokens = False
     blocks: Sequence[Any] = ()
+    layered: Sequence[Any] = ()
 
     def norm(self, layer_BTD: Tensor) -> Tensor:
         raise NotImplementedError("its blocks are not read")

@@ -20,6 +20,7 @@ from transformers import BertConfig, BertModel
 
 from models.architectures import create_own
 from models.checkpoint import Checkpoint
+from models.clip_trunk import OpenClipTrunk
 from models.errors import CheckpointError
 from models.heads.embed import Embed
 from models.heads.zero_shot import ZeroShot
@@ -35,7 +36,7 @@ from models.text import (
     fast_tokenizer,
 )
 from models.tokenizer import CuttingTokenizer, OpenAITokenizer
-from models.trunk import OpenClipTrunk, Placement, TimmTrunk
+from models.trunk import Placement, TimmTrunk
 
 _GONE: Any = None
 
@@ -75,6 +76,8 @@ def towers_of_openai(checkpoint: Checkpoint, placement: Placement) -> Towers:
         network = build_model_from_openai_state_dict(
             dict(checkpoint.state_dict), cast_dtype=torch.float32
         ).float()
+        # it has rounded them to half precision on the way
+        network.load_state_dict({k: v.float() for k, v in checkpoint.state_dict.items()})
     except (RuntimeError, KeyError, AssertionError) as error:
         raise CheckpointError(f"not a whole CLIP: {error}") from error
     tokenizer = OpenAITokenizer(network.context_length)

@@ -24,10 +24,11 @@ class TrunkOutput:
     `features` is the backbone's own last output, which its own pooling and classifier want:
     (B, T, D) for token models, else (B, C, h, w), or (B, h, w, C) if `channels_last` (Swin).
     `prefix` counts the class and register tokens before the patches; `grid` is (h, w). The rest
-    is there where it was needed: blocks' outputs by number, (B, T, D), before the final norm;
-    their attention probabilities (B, h, T, T); each block's keys and values, (rows, h, T, d),
-    of `keys_values_rows`; for each head's queries (rows, L, T, D), of those it answers for; and
-    the normalised `pixels` (B, 3, H, W).
+    is there where it was needed: blocks' outputs by number, (B, T, D), before the final norm, or
+    stages', (B, C, h, w); blocks' attention probabilities (B, h, T, T); each block's keys and
+    values, (rows, h, T, d), of `keys_values_rows`; for each head's queries (rows, L, T, D), of
+    those it answers for; the normalised `pixels` (B, 3, H, W); and the patches' embeddings,
+    `dense` (B, D, h, w).
     """
 
     features: Tensor
@@ -40,6 +41,7 @@ class TrunkOutput:
     keys_values_rows: tuple[int, ...] = ()
     queries: Mapping[Queries, Tensor] = field(default_factory=dict)
     pixels: Tensor | None = None
+    dense: Tensor | None = None
 
     @property
     def tokens_BTD(self) -> Tensor:
@@ -74,6 +76,7 @@ class TrunkOutput:
             keys_values=[(keys[places], values[places]) for keys, values in self.keys_values],
             keys_values_rows=tuple(range(len(places))),
             pixels=None if self.pixels is None else self.pixels[index],
+            dense=None if self.dense is None else self.dense[index],
         )
 
 
@@ -90,7 +93,8 @@ class Trunk(Protocol):
 
     `modality` is `image` or `text`; `has_tokens` is False where `forward` yields nothing but the
     pooled embedding; `exponents` (G,) are those of a pooling by group generalized mean, or None;
-    `blocks` are those that heads can read and have queries ride along, none where they cannot.
+    `blocks` are those that heads can read and have queries ride along, none where they cannot;
+    `layered` those whose outputs they can read, or stages, which other networks have, too.
     """
 
     architecture: str
@@ -101,6 +105,7 @@ class Trunk(Protocol):
     has_tokens: bool
     exponents: Any
     blocks: Sequence[Any]
+    layered: Sequence[Any]
 
     @property
     def preprocess(self) -> Any:
@@ -186,6 +191,7 @@ class TimmTrunk(ImageTrunk):
         self.placement = placement
         self._reader = BlockReader(network)
         self.blocks: Sequence[Any] = self._reader.blocks
+        self.layered: Sequence[Any] = self._reader.layered
 
     def forward(self, pixels_BCHW: Tensor, need: Need = NOTHING) -> TrunkOutput:
         pixels_BCHW = self.placement.prepare(pixels_BCHW, self.preprocess)
@@ -241,45 +247,6 @@ class TimmTrunk(ImageTrunk):
         patch_embed = getattr(self.network, "patch_embed", None)
         rows, columns = getattr(patch_embed, "patch_size", (height, width))
         return height // rows, width // columns
-
-
-class OpenClipTrunk(ImageTrunk):
-    """The image tower of an open_clip model; its pooled output is the projected embedding."""
-
-    num_classes = 0
-    has_tokens = False
-    blocks: Sequence[Any] = ()
-
-    def norm(self, layer_BTD: Tensor) -> Tensor:
-        raise NotImplementedError("its blocks are not read")
-
-    def __init__(
-        self, architecture: str, network: nn.Module, preprocess: Preprocess, placement: Placement
-    ) -> None:
-        self.architecture = architecture
-        self.preprocess = preprocess
-        visual: Any = getattr(network, "visual", network)
-        self.digest = state_digest(visual.state_dict())
-        self.network: Any = placement.apply(visual)
-        self.placement = placement
-
-    def forward(self, pixels_BCHW: Tensor, need: Need = NOTHING) -> TrunkOutput:
-        embedding = self.network(self.placement.prepare(pixels_BCHW, self.preprocess))
-        return TrunkOutput(embedding.unsqueeze(1), 1, (0, 0))
-
-    def pool(self, output: TrunkOutput) -> Tensor:
-        return output.features[:, 0]
-
-    def before_projection(self, pixels_BCHW: Tensor) -> dict[str, Tensor]:
-        """`image_features_pre_projection` (B, width), of towers that are open_clip's own ViT."""
-        if getattr(self.network, "proj", None) is None:
-            return {}
-        pixels_BCHW = self.placement.prepare(pixels_BCHW, self.preprocess)
-        hidden = self.network.transformer(self.network._embeds(pixels_BCHW))
-        return {"image_features_pre_projection": self.network._pool(hidden)[0]}
-
-    def classify(self, output: TrunkOutput) -> Tensor:
-        raise NotImplementedError("an image tower has no classifier")
 
 
 def state_digest(state_dict: Mapping[str, Tensor]) -> str:

@@ -108,12 +108,29 @@ class EmbedParameters(TaskParameters):
 class SegmentParameters(TaskParameters):
     task = "segment"
 
-    output: Literal["png", "rle", "polygons"] = Field(
-        "png", description="base64 of an indexed PNG, COCO run lengths, or polygons with holes."
+    output: Literal["png", "rle", "polygons", "overlay", "logits", "mask"] = Field(
+        "png",
+        description="base64 of an indexed PNG, COCO run lengths, polygons with holes, base64 of a "
+        "PNG on the image or of an .npy file of logits, or rows of class numbers.",
     )
-    threshold: float | None = Field(None, ge=0, le=1, description="Foreground is above this (0.5).")
+    threshold: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Foreground is above this (0.5); of several classes the best has at least this "
+        "probability, or the place is left unlabelled (0).",
+    )
+    min_area: int | None = Field(
+        None, ge=0, description="Smaller regions, in pixels, become background (0)."
+    )
     labels: list[str] | None = Field(
         None, min_length=1, max_length=MAX_LABELS, description="For text-prompted models."
+    )
+    templates: list[str] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_LABELS,
+        description="As for /zero-shot; for text-prompted models.",
     )
 
 

@@ -44,7 +44,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     weights = choose_weights(container, arguments, "model")
     dense = _dense(weights)
-    named = {_in_timms_names(key): value for key, value in dense.items()}
+    named = {in_timms_names(key): value for key, value in dense.items()}
     for key in list(named):
         if ".grn." in key:
             named[key] = named[key].flatten()
@@ -119,7 +119,8 @@ def _dense(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dense
 
 
-def _in_timms_names(key: str) -> str:
+def in_timms_names(key: str) -> str:
+    """timm's name for one of ConvNeXt's own."""
     parts = key.split(".")
     match parts[0]:
         case "downsample_layers":

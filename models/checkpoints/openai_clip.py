@@ -6,7 +6,7 @@ The published files are TorchScript archives of it. https://github.com/openai/CL
 from collections.abc import Mapping
 from typing import Any
 
-from models.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint, HeadState
 from models.containers import Container
 from models.preprocess import Preprocess
 
@@ -14,6 +14,7 @@ NAME = "openai-clip"
 
 # What the archives hold beside the weights.
 SETTINGS = ("input_resolution", "context_length", "vocab_size")
+DENSE = "logit_multiplier"
 MARKS = {
     "visual.conv1.weight",
     "text_projection",
@@ -37,11 +38,15 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     for key in SETTINGS:
         tensors.pop(key, None)
     size = _image_size(tensors)
+    heads = {}
+    if DENSE in arguments:  # it is to label patches, rather than images
+        heads["dense"] = HeadState({}, {"scale": float(arguments[DENSE])})
     return Checkpoint(
         format=NAME,
         library="openai-clip",
         architecture=_architecture(tensors),
         state_dict=tensors,
+        heads=heads,
         preprocess=Preprocess(input_size=(size, size), crop_pct=1.0, mean=CLIP_MEAN, std=CLIP_STD),
     )
 

@@ -16,6 +16,11 @@ from models.need import Need
 from models.trunk import Trunk
 from models.views import View
 
+KINDS = (
+    "attention-mask", "classify", "embed", "generate", "linear", "saliency", "semantic", "tokencut",
+    "vqt",
+)  # fmt: skip
+
 
 class Head(Protocol):
     """What every head offers.
@@ -70,15 +75,21 @@ def create_head(
     from models.architectures.scale_vit import ScaleVit
     from models.heads.classify import Classify
     from models.heads.embed import Embed, pca
+    from models.heads.foreground import AttentionMask, TokenCut
     from models.heads.generate import Generate
     from models.heads.linear import Linear
     from models.heads.saliency import Saliency
     from models.heads.scaled import ScaledEmbed
+    from models.heads.semantic import Semantic
     from models.heads.vqt import Vqt
 
-    if state is None and name in ("linear", "saliency", "vqt"):
+    if state is None and name in ("linear", "saliency", "semantic", "vqt"):
         raise CatalogError(f"the head {name} needs a file that holds its weights")
     match name, state:
+        case "attention-mask", _:
+            return AttentionMask(trunk, labels)
+        case "tokencut", _:
+            return TokenCut(trunk, labels)
         case "classify", _:
             return Classify(trunk, labels)
         case "embed", None:
@@ -91,8 +102,10 @@ def create_head(
             return Linear(trunk, labels, state)
         case "saliency", HeadState():
             return Saliency(trunk, labels, state.tensors)
+        case "semantic", HeadState():
+            return Semantic(trunk, labels, state)
         case "vqt", HeadState():
             return Vqt(trunk, labels, state)
     raise CatalogError(
-        f"no head {name!r}; there are classify, embed, generate, linear, saliency, vqt"
+        f"no head {name!r}; there are classify, embed, generate, linear, saliency, semantic, vqt"
     )

@@ -18,7 +18,7 @@ from models.errors import CheckpointError
 
 METADATA_KEY = "vitrail-head"
 VERSION = 1
-KINDS = ("linear", "vqt")
+KINDS = {"linear": "classify", "vqt": "classify", "semantic": "segment"}
 MAX_LABELS = 100_000
 PIN = "sha256="
 
@@ -120,11 +120,10 @@ def _checked(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> HeadFile:
     texts = ("kind", "trunk", "trunk_digest", "preprocess_digest", "task")
     if wrong := [name for name in texts if not isinstance(metadata.get(name), str)]:
         raise CheckpointError(f"the head's metadata lack {', '.join(wrong)}")
-    if metadata["kind"] not in KINDS or metadata["task"] != "classify":
-        kinds = ", ".join(KINDS)
+    if KINDS.get(metadata["kind"]) != metadata["task"]:
+        kinds = ", ".join(f"{kind} for {task}" for kind, task in KINDS.items())
         raise CheckpointError(
-            f"a {metadata['kind']!r} head for the task {metadata['task']!r}; known are {kinds} "
-            "for classify"
+            f"a {metadata['kind']!r} head for the task {metadata['task']!r}; known are {kinds}"
         )
     labels = metadata.get("labels")
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):

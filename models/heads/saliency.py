@@ -5,21 +5,14 @@ sigmoid, as in the published ONNX graph.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, relu
 
-from models.errors import InputError
-from models.heads.base import BaseHead
-from models.masks import encode_mask
+from models.heads.segment import BINARY, Segment
 from models.trunk import Trunk, TrunkOutput
-
-LABELS = ("background", "foreground")
-PALETTE = [0, 0, 0, 255, 255, 255]
 
 
 class Decoder(nn.Module):
@@ -43,15 +36,11 @@ class Decoder(nn.Module):
         return logits
 
 
-class Saliency(BaseHead):
-    task = "segment"
-    finish_is_slow = True
-
+class Saliency(Segment):
     def __init__(
         self, trunk: Trunk, labels: tuple[str, ...], weights: Mapping[str, Tensor]
     ) -> None:
-        self.trunk = trunk
-        self.labels = labels or LABELS
+        super().__init__(trunk, labels or BINARY)
         with torch.device("meta"):
             decoder = Decoder(weights["upconv1.weight"].shape[0])
         # num_batches_tracked counts training steps; the ONNX export has none
@@ -59,33 +48,11 @@ class Saliency(BaseHead):
         decoder.load_state_dict({**weights, **counters}, assign=True)
         self.network = trunk.placement.apply(decoder)
 
-    def check(self, options: Mapping[str, Any]) -> None:
-        if "labels" in options:
-            raise InputError("this model is not prompted by labels; leave them out", field="labels")
+    def map_of(self, row: Mapping[str, np.ndarray]) -> np.ndarray:
+        return row["saliency"]
 
     def forward(self, output: TrunkOutput) -> dict[str, Tensor]:
         logits = self.network(output.feature_map_BChw)
         size = self.trunk.preprocess.input_size
         resized = interpolate(logits, size=size, mode="bilinear", align_corners=False)
         return {"saliency": resized.sigmoid()[:, 0]}
-
-    def finish(
-        self,
-        row: Mapping[str, np.ndarray],
-        size: tuple[int, int],
-        *,
-        threshold: float = 0.5,
-        output: str = "png",
-    ) -> dict[str, np.ndarray]:
-        """`size` (2,) width and height; `index`, `label`, `pixels` (2,); the mask as `output`."""
-        box = self.trunk.preprocess.content_box(*size)
-        saliency = Image.fromarray(row["saliency"]).resize(size, Image.Resampling.BILINEAR, box)
-        mask_HW = (np.asarray(saliency) > threshold).astype(np.uint8)
-        foreground = int(mask_HW.sum())
-        return {
-            "size": np.array(size),
-            "index": np.arange(2),
-            "label": np.array(self.labels),
-            "pixels": np.array([mask_HW.size - foreground, foreground]),
-            output: encode_mask(mask_HW, output, PALETTE),
-        }

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from models.errors import InputError
 from models.heads.base import BaseHead
 from models.heads.embed import Embed
-from models.prompts import check_labels, expand_templates
+from models.heads.prompted import Prompted
 from models.trunk import TrunkOutput
 
 
-class ZeroShot(BaseHead):
+class ZeroShot(Prompted, BaseHead):
     task = "zero-shot"
 
     def __init__(
@@ -36,22 +35,7 @@ class ZeroShot(BaseHead):
         self.labels = tuple(labels)
 
     def check(self, options: Mapping[str, Any]) -> None:
-        labels = options.get("labels")
-        if labels is None and not self.labels:
-            raise InputError("labels are missing", field="labels")
-        if labels is not None:
-            check_labels(labels)
-        if options.get("templates") is not None:
-            expand_templates(options["templates"])
-
-    def prompt(self, options: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The labels and templates that a request's options come to."""
-        labels = options.get("labels")
-        templates = options.get("templates")
-        return (
-            self.labels if labels is None else tuple(labels),
-            self.templates if templates is None else expand_templates(templates),
-        )
+        self.check_prompt(options)
 
     def forward(self, output: TrunkOutput) -> dict[str, Tensor]:
         return self.embed.forward(output)

@@ -30,7 +30,7 @@ def task_response(request: Request, parameters: TaskParameters, result: InferRes
         vectors = np.stack([arrays["embedding"] for arrays in _all_arrays(result)])
         encoding = getattr(parameters, "encoding", "float")
         return Response(_npy(quantize(vectors, encoding)), media_type=NPY)
-    for media, names in ((PNG, PICTURES), (NPY, ("npy",))):
+    for media, names in ((PNG, PICTURES), (NPY, ("npy", "logits"))):
         if used.task in PICTURED and media in accept:
             first = _first(result.images)
             if (name := next((name for name in names if name in first), None)) is not None:

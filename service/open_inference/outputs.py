@@ -13,7 +13,7 @@ from service.types import Call, ImageResult, InferResult
 DEFAULT_TOP_K = 5
 # Of these tasks' outputs a call yields one, by its option `output`.
 FORMS: Mapping[str, Sequence[str]] = {
-    "segment": ("png", "rle", "polygons", "mask"),
+    "segment": ("png", "rle", "polygons", "mask", "overlay", "logits"),
     "attention": ("overlay", "map", "npy"),
 }
 
@@ -51,6 +51,8 @@ SPECS: Mapping[str, Sequence[TensorSpec]] = {
         TensorSpec("rle", "BYTES", (-1,), on_request=True),
         TensorSpec("polygons", "BYTES", (-1,), on_request=True),
         TensorSpec("mask", "UINT8", (-1, -1, -1), on_request=True),
+        TensorSpec("overlay", "BYTES", (-1,), on_request=True),
+        TensorSpec("logits", "BYTES", (-1,), on_request=True),
     ),
     "attention": (
         TensorSpec("size", "INT64", (-1, 2)),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from models.errors import ModelsError
-from models.heads.zero_shot import ZeroShot
+from models.heads.prompted import Prompted, answering
 from models.inputs import modality_of
 from models.model import Model
 from models.registry import Registry, State
@@ -168,12 +168,11 @@ class Engine:
             ) from error
 
     async def _prompted(self, item: Resolved) -> Resolved:
-        if not isinstance(item.head, ZeroShot):
+        if not isinstance(item.head, Prompted):
             return item
         labels, templates = item.head.prompt(item.finish_options)
         classes = await self._prompts.get(item.model, labels, templates)
-        options = {"labels": labels, "multi_label": item.finish_options.get("multi_label")}
-        return replace(item, finish_options={**options, "classes": classes})
+        return replace(item, finish_options=answering(item.finish_options, labels, classes))
 
     async def _embed_texts(self, model: Model, texts: Sequence[str]) -> np.ndarray:
         """(N, D) embeddings by way of the queue, a few at a time, so that others get turns."""
@@ -213,7 +212,7 @@ class Engine:
         """Bring the model into service; the label set of its catalog entry is read already."""
         self.trunks.serve(model)
         head = model.heads[model.task]
-        if isinstance(head, ZeroShot) and head.labels:
+        if isinstance(head, Prompted) and head.labels:
             self._prompts.prepare(model, head.labels, head.templates)
 
     def _spawn(self, coroutine: Any) -> None:

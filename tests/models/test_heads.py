@@ -147,6 +147,7 @@ def test_labels_come_from_a_file_beside_the_catalog(tmp_path: Path, tiny_catalog
     assert best["label"] == f"class {best['index']}"
 
 
+OF_TWO: dict[str, Any] = {"labels": ("background", "foreground"), "background": 0}
 RING = np.zeros((20, 30), np.uint8)
 RING[2:18, 3:25] = 1
 RING[6:10, 8:15] = 0
@@ -164,14 +165,14 @@ MASKS = [
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # of pycocotools.decode
 @pytest.mark.parametrize("mask", MASKS)
 def test_rle_is_cocos(mask: np.ndarray) -> None:
-    encoded = json.loads(encode_mask(mask, "rle", []).tobytes())
+    encoded = json.loads(encode_mask(mask, "rle", [], **OF_TWO).tobytes())
     assert np.array_equal(coco.decode(encoded), mask)
     assert coco.area(encoded) == mask.sum()
 
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_polygons_are_valid_keep_holes_and_draw_the_mask_again(mask: np.ndarray) -> None:
-    polygons = json.loads(encode_mask(mask, "polygons", []).tobytes())
+    polygons = json.loads(encode_mask(mask, "polygons", [], **OF_TWO).tobytes())
     geometries = [{"type": "Polygon", "coordinates": rings} for rings in polygons]
     assert all(shape(geometry).is_valid for geometry in geometries)
     assert sum(shape(geometry).area for geometry in geometries) == mask.sum()
@@ -181,7 +182,7 @@ def test_polygons_are_valid_keep_holes_and_draw_the_mask_again(mask: np.ndarray)
 
 
 def test_png_holds_indices_and_a_palette() -> None:
-    png = encode_mask(RING, "png", [0, 0, 0, 255, 0, 0]).tobytes()
+    png = encode_mask(RING, "png", [(0, 0, 0), (255, 0, 0)], **OF_TWO).tobytes()
     image = Image.open(io.BytesIO(png))
     assert image.mode == "P"
     assert np.array_equal(np.asarray(image), RING)

@@ -9,12 +9,13 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 
+from models.clip_trunk import OpenClipTrunk
 from models.errors import InputError
 from models.heads.embed import Embed
 from models.model import Model
 from models.preprocess import collate, create_transform, normalize
 from models.towers import load_open_clip, open_clip_preprocess, split_towers, zero_shot_head
-from models.trunk import OpenClipTrunk, Placement
+from models.trunk import Placement
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

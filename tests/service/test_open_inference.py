@@ -21,6 +21,8 @@ from tests.conftest import Running, running
 
 INFER = "/v2/models/tiny/infer"
 
+ATTENTION = ["size", "overlay", "map", "npy"]
+
 
 @pytest.fixture(scope="module", params=["in one process", "gateway and worker apart"])
 def server(tiny_catalog: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
@@ -153,7 +155,7 @@ def test_the_server_and_its_models_are_described(client: Any, server: Running) -
         {"name": "pixel_values", "datatype": "FP32", "shape": [-1, 3, *size]},
     ]
     names = [output["name"] for output in model["outputs"]]
-    assert names == ["index", "label", "score", "probabilities", "embedding"]
+    assert names == ["index", "label", "score", "probabilities", "embedding", *ATTENTION]
     states = {entry["name"]: entry["state"] for entry in client.get_model_repository_index()}
     assert states == dict.fromkeys(("tiny", "tiny-embed", "conv"), "READY")
 

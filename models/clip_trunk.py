@@ -1,0 +1,55 @@
+"""The image towers of open_clip's models, as trunks."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.architectures.dense_clip import dense_pass
+from models.need import NOTHING, Need
+from models.preprocess import Preprocess
+from models.trunk import ImageTrunk, Placement, TrunkOutput, state_digest
+
+
+class OpenClipTrunk(ImageTrunk):
+    """The image tower of an open_clip model; its pooled output is the projected embedding."""
+
+    num_classes = 0
+    has_tokens = False
+    blocks: Sequence[Any] = ()
+    layered: Sequence[Any] = ()
+
+    def norm(self, layer_BTD: Tensor) -> Tensor:
+        raise NotImplementedError("its blocks are not read")
+
+    def __init__(
+        self, architecture: str, network: nn.Module, preprocess: Preprocess, placement: Placement
+    ) -> None:
+        self.architecture = architecture
+        self.preprocess = preprocess
+        visual: Any = getattr(network, "visual", network)
+        self.digest = state_digest(visual.state_dict())
+        self.network: Any = placement.apply(visual)
+        self.placement = placement
+
+    def forward(self, pixels_BCHW: Tensor, need: Need = NOTHING) -> TrunkOutput:
+        pixels_BCHW = self.placement.prepare(pixels_BCHW, self.preprocess)
+        if not need.dense:
+            return TrunkOutput(self.network(pixels_BCHW).unsqueeze(1), 1, (0, 0))
+        embedding, dense = dense_pass(self.network, pixels_BCHW)
+        grid = (dense.shape[2], dense.shape[3])
+        return TrunkOutput(embedding.unsqueeze(1), 1, grid, dense=dense)
+
+    def pool(self, output: TrunkOutput) -> Tensor:
+        return output.features[:, 0]
+
+    def before_projection(self, pixels_BCHW: Tensor) -> dict[str, Tensor]:
+        """`image_features_pre_projection` (B, width), of towers that are open_clip's own ViT."""
+        if getattr(self.network, "proj", None) is None:
+            return {}
+        pixels_BCHW = self.placement.prepare(pixels_BCHW, self.preprocess)
+        hidden = self.network.transformer(self.network._embeds(pixels_BCHW))
+        return {"image_features_pre_projection": self.network._pool(hidden)[0]}
+
+    def classify(self, output: TrunkOutput) -> Tensor:
+        raise NotImplementedError("an image tower has no classifier")

@@ -1,0 +1,98 @@
+"""Foregrounds that nobody has trained: from what a self-supervised ViT attends to, or from a cut
+through the graph of its patches."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.linalg import eigh
+from scipy.ndimage import label as connected
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from models.errors import CatalogError
+from models.heads.attention import has_attention
+from models.heads.segment import BINARY, Segment
+from models.need import Need
+from models.trunk import Trunk, TrunkOutput
+
+# DINO keeps the patches that have 60 % of the attention.
+ATTENTION_THRESHOLD = 0.4
+# TokenCut's: patches are joined where the cosine of their features is above TAU.
+TAU = 0.2
+APART = 1e-5
+
+
+class AttentionMask(Segment):
+    """DINO's thresholded attention (arXiv 2104.14294): a patch belongs to the foreground if those
+    that are attended to more have less than a share of the whole, 1 less `threshold` (0.4)."""
+
+    def __init__(self, trunk: Trunk, labels: Sequence[str] = ()) -> None:
+        """
+        Raises:
+            CatalogError: the trunk has no class token whose attention can be read.
+        """
+        if not has_attention(trunk) or not trunk.blocks:
+            raise CatalogError(f"{trunk.architecture} has no attention that can be read")
+        super().__init__(trunk, labels or BINARY)
+
+    def needs(self, rows: Sequence[int]) -> Need:
+        return Need(attention=frozenset({len(self.trunk.blocks) - 1}))
+
+    def forward(self, output: TrunkOutput) -> dict[str, Tensor]:
+        """`rank` (B, h, w): 1 less the share of attention on patches that have more of it."""
+        [found] = output.attention.values()
+        attention = found[:, :, 0, output.prefix :].mean(1)
+        attention = attention / attention.sum(1, keepdim=True)
+        ordered, order = attention.sort(1, descending=True)
+        before = ordered.cumsum(1) - ordered
+        rank = (1 - before).gather(1, order.argsort(1))
+        return {"rank": rank.reshape(-1, *output.grid)}
+
+    def map_of(self, row: Mapping[str, np.ndarray]) -> np.ndarray:
+        return row["rank"]
+
+    def finish(
+        self, row: Mapping[str, np.ndarray], size: tuple[int, int], **options: Any
+    ) -> dict[str, np.ndarray]:
+        """As `Segment.finish`."""
+        return super().finish(row, size, **{"threshold": ATTENTION_THRESHOLD, **options})
+
+
+class TokenCut(Segment):
+    """A normalised cut of the graph of patches (arXiv 2202.11539): the part that holds the patch
+    most apart from the others, as far as it is connected."""
+
+    def __init__(self, trunk: Trunk, labels: Sequence[str] = ()) -> None:
+        """
+        Raises:
+            CatalogError: the trunk yields no features of places.
+        """
+        if not trunk.has_tokens:
+            raise CatalogError(f"{trunk.architecture} yields one embedding, and no patches")
+        super().__init__(trunk, labels or BINARY)
+
+    def forward(self, output: TrunkOutput) -> dict[str, Tensor]:
+        """`patches` (B, D, h, w) of unit length."""
+        return {"patches": normalize(output.feature_map_BChw.float(), dim=1)}
+
+    def map_of(self, row: Mapping[str, np.ndarray]) -> np.ndarray:
+        features = row["patches"]
+        return cut(features.reshape(len(features), -1).T, features.shape[1:])
+
+
+def cut(features_ND: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
+    """(h, w) float32, 1 for patches of the foreground."""
+    if len(features_ND) < 2:
+        return np.zeros(grid, np.float32)
+    joined = np.where(features_ND @ features_ND.T > TAU, 1.0, APART)
+    degrees = np.diag(joined.sum(1))
+    _, vectors = eigh(degrees - joined, degrees, subset_by_index=[0, 1])
+    second = vectors[:, 1]
+    part = second > second.mean()
+    seed = int(np.abs(second).argmax())
+    if not part[seed]:
+        part = ~part
+    regions, _ = connected(part.reshape(grid))
+    found: np.ndarray = (regions == regions.ravel()[seed]).astype(np.float32)
+    return found

@@ -1,0 +1,1 @@
+"""Segmentation: decoders, sliding windows, and masks of an image's own size."""
