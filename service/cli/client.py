@@ -1,5 +1,6 @@
 """`vitrail classify|zero-shot|segment PATH...`: ask a running server about files and folders."""
 
+import base64
 import json
 import time
 from collections import deque
@@ -71,22 +72,39 @@ def segment(
     url: Url = DEFAULT_URL,
     key: Key = None,
     model: Model = None,
+    labels: Annotated[
+        list[str] | None, typer.Option(help="What to look for, once for each; of prompted models.")
+    ] = None,
     threshold: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    min_area: Annotated[
+        int | None, typer.Option(min=0, help="Leave out smaller regions, in pixels.")
+    ] = None,
     as_json: Json = False,
     output: Annotated[
         Path | None, typer.Option(help="A .parquet file, or a folder for the masks as PNG.")
     ] = None,
+    overlays: Annotated[
+        bool, typer.Option("--overlays", help="Beside each mask, a picture of it on the image.")
+    ] = False,
     concurrency: Concurrency = 8,
 ) -> None:
-    """Mask the subject of images."""
-    ask = Client(url, key, "segment", {"model": model, "threshold": threshold}, concurrency)
+    """Mask what images show; a folder's masks are written as they get done."""
+    parameters = {"model": model, "labels": labels, "threshold": threshold, "min_area": min_area}
+    into_folder = output is not None and not output.suffix
+    if overlays and not into_folder:
+        raise typer.BadParameter("--overlays needs a folder as --output")
+    ask = SegmentClient(url, key, "segment", parameters, concurrency)
+    ask.overlays = overlays
+    if into_folder and output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        ask.folder = output
 
     def line(answer: dict[str, Any]) -> str:
         total = answer["width"] * answer["height"]
         shares = [f"{c['label']} {c['pixels'] / total:.1%}" for c in answer["classes"]]
         return f"{answer['width']}x{answer['height']}: {', '.join(shares)}"
 
-    ask.run(paths, as_json, output, line)
+    ask.run(paths, as_json, None if into_folder else output, line)
 
 
 def _predictions(answer: dict[str, Any]) -> str:
@@ -130,7 +148,7 @@ class Client:
                 if "error" in answer:
                     failed += 1
                     errors.print(f"{path}: {answer['error']}", markup=False, highlight=False)
-                else:
+                elif output is not None:
                     rows.append({"path": str(path), **answer})
                 if as_json:
                     typer.echo(json.dumps({"path": str(path), **answer}))
@@ -190,6 +208,36 @@ class Client:
             return {"error": f"{response.status_code} {body.get('detail', '')}"}
         given = {k: body[k] for k in ("model", "model_digest", "preprocess_digest") if k in body}
         return {**body["results"][0], **given}
+
+
+class SegmentClient(Client):
+    """Writes masks into `folder`, where there is one, each as soon as it is there; with `overlays`
+    the picture of it, too, which is a second request."""
+
+    folder: Path | None = None
+    overlays = False
+
+    def ask(self, path: Path) -> dict[str, Any]:
+        answer = super().ask(path)
+        if self.folder is None or "error" in answer:
+            return answer
+        try:
+            name = file_name(path)
+            (self.folder / f"{name}.png").write_bytes(base64.b64decode(answer["mask"]))
+            if self.overlays:
+                picture = self._post(content=path.read_bytes(), params={"output": "overlay"})
+                if "error" in picture:
+                    return picture
+                content = base64.b64decode(picture["mask"])
+                (self.folder / f"{name}.overlay.png").write_bytes(content)
+        except OSError as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+        return answer
+
+
+def file_name(path: Path) -> str:
+    """The whole path in the name, so that equal names in two folders do not meet."""
+    return path.with_suffix("").as_posix().strip("/").replace("/", "_")
 
 
 def expand(paths: list[Path]) -> Iterator[Path]:

@@ -141,12 +141,18 @@ def test_an_interrupted_embedding_is_resumed_exactly(tiny_catalog: Path, tmp_pat
 
 
 def test_masks_go_to_a_folder(demo_server: str, folder: Path, tmp_path: Path) -> None:
-    done = vitrail("segment", str(folder), "--url", demo_server, "--output", str(tmp_path / "m"))
+    into = ("--url", demo_server, "--output", str(tmp_path / "m"))
+    done = vitrail("segment", str(folder), *into, "--overlays", "--min-area", "50")
     assert done.returncode == 0, done.stderr
-    masks = sorted((tmp_path / "m").glob("*.png"))
-    assert len(masks) == 4
-    with Image.open(masks[1]) as mask:
-        assert mask.size == (451, 300)
+    overlays = sorted((tmp_path / "m").glob("*.overlay.png"))
+    masks = sorted(set((tmp_path / "m").glob("*.png")) - set(overlays))
+    assert len(masks) == len(overlays) == 4
+    for path in (masks[1], overlays[1]):
+        with Image.open(path) as picture:
+            assert picture.size == (451, 300)
+    done = vitrail("segment", str(folder), "--url", demo_server, "--overlays")
+    assert done.returncode == 2
+    assert "needs a folder" in done.stderr
 
 
 def test_a_bad_file_is_told_and_the_others_are_answered(
