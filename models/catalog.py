@@ -14,7 +14,8 @@ TASKS = ("classify", "zero-shot", "embed", "segment", "generate")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrunkEntry:
-    """A backbone. `source` says where its bytes come from (see `models/sources.py`).
+    """A backbone. `source` says where its bytes come from (see `models/sources.py`), `origin` where
+    a file that is not there is to be had.
 
     `architecture` is timm's or open_clip's name, needed where the checkpoint does not tell;
     `arguments` are what else it does not tell; `preprocess` overrides single settings of the
@@ -25,6 +26,7 @@ class TrunkEntry:
 
     name: str
     source: str
+    origin: str = ""
     library: str = "timm"
     architecture: str | None = None
     pretrained: str | None = None

@@ -117,6 +117,8 @@ def load_trunk(entry: TrunkEntry, store: Store, base: Path, placement: Placement
     if source.scheme == "hf-hub":
         return _load_from_hub(entry, placement)
     path = fetch(source, store, base)
+    if entry.origin and not path.is_file():
+        raise SourceError(f"{path}: no such file; it is to be had from {entry.origin}")
     if entry.library == "sentence":
         if entry.tokenizer is None:
             raise SourceError(f"{entry.name}: a sentence encoder needs tokenizer = 'SOURCE'")

@@ -49,6 +49,24 @@ def list_models(catalog: CatalogName = "demo", as_json: Json = False) -> None:
 
 
 @app.command()
+def copy(
+    catalog: Annotated[str, typer.Argument(help="A built-in catalog: published, hub, demo.")],
+    file: Annotated[Path, typer.Argument(help="A .toml file to write.")],
+) -> None:
+    """Write a built-in catalog to a file to be changed, beside which `file:` sources then lie."""
+    from models.catalog import load_catalog
+
+    path = _or_exit(lambda: load_catalog(catalog)).path
+    try:
+        with file.open("x", encoding="utf-8") as target:
+            target.write(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        typer.echo(f"vitrail: {file}: {error.strerror}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(f"{file}: {catalog}")
+
+
+@app.command()
 def pull(
     names: Annotated[
         list[str] | None, typer.Argument(help="Models; the start-up list if none.")
