@@ -49,7 +49,7 @@ class AttentionMask(Segment):
         rank = (1 - before).gather(1, order.argsort(1))
         return {"rank": rank.reshape(-1, *output.grid)}
 
-    def map_of(self, row: Mapping[str, np.ndarray]) -> np.ndarray:
+    def map_of(self, row: Mapping[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
         return row["rank"]
 
     def finish(
@@ -76,14 +76,30 @@ class TokenCut(Segment):
         """`patches` (B, D, h, w) of unit length."""
         return {"patches": normalize(output.feature_map_BChw.float(), dim=1)}
 
-    def map_of(self, row: Mapping[str, np.ndarray]) -> np.ndarray:
+    def map_of(self, row: Mapping[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
+        """Of the patches that show the image: what fills it up would stand apart the most."""
         features = row["patches"]
-        return cut(features.reshape(len(features), -1).T, features.shape[1:])
+        left, top, right, bottom = self.region(size)
+        rows = _inside(features.shape[1], top, bottom, size[1])
+        columns = _inside(features.shape[2], left, right, size[0])
+        found = np.zeros(features.shape[1:], np.float32)
+        shown = features[:, rows, columns]
+        found[rows, columns] = cut(shown.reshape(len(shown), -1).T, shown.shape[1:])
+        return found
+
+
+def _inside(cells: int, start: float, end: float, length: int) -> slice:
+    """The cells of a map from `start` to `end` whose middles are within `length` pixels."""
+    middles = start + (np.arange(cells) + 0.5) * (end - start) / cells
+    within = np.flatnonzero((middles >= 0) & (middles <= length))
+    if len(within) == 0:  # slivers: the nearest one
+        within = np.array([np.abs(middles - length / 2).argmin()])
+    return slice(int(within[0]), int(within[-1]) + 1)
 
 
 def cut(features_ND: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
     """(h, w) float32, 1 for patches of the foreground."""
-    if len(features_ND) < 2:
+    if len(features_ND) < 3:
         return np.zeros(grid, np.float32)
     joined = np.where(features_ND @ features_ND.T > TAU, 1.0, APART)
     degrees = np.diag(joined.sum(1))

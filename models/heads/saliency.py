@@ -48,7 +48,7 @@ class Saliency(Segment):
         decoder.load_state_dict({**weights, **counters}, assign=True)
         self.network = trunk.placement.apply(decoder)
 
-    def map_of(self, row: Mapping[str, np.ndarray]) -> np.ndarray:
+    def map_of(self, row: Mapping[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
         return row["saliency"]
 
     def forward(self, output: TrunkOutput) -> dict[str, Tensor]:

@@ -47,8 +47,9 @@ class Segment(BaseHead):
     def sees_image(self, options: Mapping[str, Any]) -> bool:
         return options.get("output") == "overlay"
 
-    def map_of(self, row: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The map that a row of `forward`, or what its view has merged, holds."""
+    def map_of(self, row: Mapping[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
+        """The map that a row of `forward`, or what its view has merged, holds; `size` is the
+        image's (width, height)."""
         return row["logits"]
 
     def region(self, size: tuple[int, int]) -> Region:
@@ -75,7 +76,7 @@ class Segment(BaseHead):
             threshold: of the foreground's probability (0.5), or of the best class's (none).
             min_area: smaller regions, in pixels, become background.
         """
-        found = self.map_of(row)
+        found = self.map_of(row, size)
         labels, palette = self.labels, self.palette
         return self.answer(found, labels, palette, size, threshold, min_area, output, image)
 
