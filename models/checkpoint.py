@@ -63,5 +63,15 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         "heads": {name: dict(head.settings) for name, head in checkpoint.heads.items()},
         "reason": checkpoint.reason,
     }
-    contiguous = {key: value.contiguous() for key, value in tensors.items()}
-    save_file(contiguous, path, metadata={METADATA_KEY: json.dumps(metadata)})
+    save_file(_apart(tensors), path, metadata={METADATA_KEY: json.dumps(metadata)})
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, each with memory of its own: some files hold one under two names."""
+    seen: set[int] = set()
+    separate = {}
+    for key, value in tensors.items():
+        place = value.untyped_storage().data_ptr()
+        separate[key] = value.clone() if place in seen else value
+        seen.add(place)
+    return {key: value.contiguous() for key, value in separate.items()}

@@ -37,7 +37,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         library=metadata.get("library", "timm"),
         arguments=metadata["arguments"],
         state_dict=trunk,
-        heads={n: HeadState(tensors, settings.get(n, {})) for n, tensors in heads.items()},
+        heads={n: HeadState(heads.get(n, {}), settings.get(n, {})) for n in {**settings, **heads}},
         preprocess=preprocess_from_mapping(preprocess) if preprocess else None,
         reason=metadata["reason"],
     )

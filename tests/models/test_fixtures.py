@@ -15,9 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from models import Registry, load_checkpoint
+from models.checkpoint import save_checkpoint
 from models.checkpoints import detect_format
 from models.containers import open_container
 from models.errors import CheckpointError
+from models.loading import read_checkpoint
 from models.model import Model
 from models.store import Store
 from models.tokenizer import CuttingTokenizer, OpenAITokenizer
@@ -434,6 +436,20 @@ def test_a_clips_towers_are_served_apart(tmp_path: Path, photos: dict[str, Image
         assert torch.allclose(outputs[key], golden[key], atol=1e-5, rtol=0), key
     [answer] = registry.get("embed").predict([photos["coffee"]])
     assert len(answer["embedding"]) == golden["image_embedding"].shape[1]
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_what_is_converted_says_everything_and_gives_the_same(name: str, tmp_path: Path) -> None:
+    model, golden, meta = fixture(name)
+    path = next(iter(sorted((GOLDENS / name).glob("checkpoint.*"))))
+    save_checkpoint(read_checkpoint(path, meta["hyperparameters"]), tmp_path / "own.safetensors")
+    converted = load_checkpoint(tmp_path / "own.safetensors")
+    given = {key: golden[key] for key in INPUTS if key in golden}
+    before, after = model.run(**given), converted.run(**given)
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        assert torch.equal(value, after[key]), key
+    assert converted.digest == model.digest
 
 
 @pytest.mark.parametrize("name", FIXTURES)
