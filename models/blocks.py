@@ -43,11 +43,14 @@ class Reading:
         self._riding = Riding(blocks, need.rides) if need.rides else None
         self.layers: dict[int, Tensor] = {}
         self.attention: dict[int, Tensor] = {}
+        self.looks: dict[int, Tensor] = {}
         self.keys_values: list[tuple[Tensor, Tensor]] = []
 
     def at_qkv(self, number: int, qkv_BKE: Tensor) -> None:
         if number in self._need.attention:
             self.attention[number] = attention_map(self._blocks[number], qkv_BKE)
+        if number in self._need.looks:
+            self.looks[number] = attention_map(self._blocks[number], qkv_BKE, 1)[:, :, 0]
         if self._need.keys_values:
             rows = list(self._need.keys_values)
             self.keys_values.append(keys_values(self._blocks[number], qkv_BKE[rows]))

@@ -88,8 +88,10 @@ class Model:
         if self.text is not None:
             self.text_embed = text_embed or Embed(self.text)
         networks = [head.network, self.text_embed.network if self.text else None]
+        drawing = self.heads.get("reconstruct")
         self.trunk_bytes = parameter_bytes(trunk.network)
-        self.head_bytes = sum(parameter_bytes(network) for network in networks if network)
+        every = [*networks, drawing.network if drawing else None]
+        self.head_bytes = sum(parameter_bytes(network) for network in every if network)
         if isinstance(head, Vqt):
             self.head_bytes += head.queries.nbytes
         self.digest = self._digest(networks)

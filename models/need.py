@@ -35,13 +35,15 @@ class Ride:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """`layers` and `attention` name blocks by index: their outputs, and their attention
-    probabilities. `keys_values` are rows whose keys and values of all blocks are wanted. `rides`
-    are queries to be computed along. `pixels` are the normalised input, and `dense` what a
-    CLIP embeds of each patch. Where nobody wants `features`, the pass itself is left out."""
+    """`layers`, `attention` and `looks` name blocks by index: their outputs, their attention
+    probabilities, and of these the first token's alone. `keys_values` are rows whose keys and
+    values of all blocks are wanted. `rides` are queries to be computed along. `pixels` are the
+    normalised input, and `dense` what a CLIP embeds of each patch. Where nobody wants `features`,
+    the pass itself is left out."""
 
     layers: frozenset[int] = frozenset()
     attention: frozenset[int] = frozenset()
+    looks: frozenset[int] = frozenset()
     keys_values: tuple[int, ...] = ()
     rides: tuple[Ride, ...] = ()
     pixels: bool = False
@@ -59,11 +61,12 @@ def together(needs: Iterable[Need]) -> Need:
     if not wanted:
         return NOTHING
     return Need(
-        frozenset(number for need in wanted for number in need.layers),
-        frozenset(number for need in wanted for number in need.attention),
-        tuple(sorted({row for need in wanted for row in need.keys_values})),
-        tuple(ride for need in wanted for ride in need.rides),
-        any(need.pixels for need in wanted),
-        any(need.dense for need in wanted),
-        any(need.features for need in every),
+        layers=frozenset(number for need in wanted for number in need.layers),
+        attention=frozenset(number for need in wanted for number in need.attention),
+        looks=frozenset(number for need in wanted for number in need.looks),
+        keys_values=tuple(sorted({row for need in wanted for row in need.keys_values})),
+        rides=tuple(ride for need in wanted for ride in need.rides),
+        pixels=any(need.pixels for need in wanted),
+        dense=any(need.dense for need in wanted),
+        features=any(need.features for need in every),
     )

@@ -46,12 +46,14 @@ def keys_values(block: Any, qkv_BKE: Tensor) -> tuple[Tensor, Tensor]:
     return attention.k_norm(keys), values
 
 
-def attention_map(block: Any, qkv_BKE: Tensor) -> Tensor:
-    """(B, h, K, K) probabilities with which the block's tokens read one another."""
+def attention_map(block: Any, qkv_BKE: Tensor, first: int | None = None) -> Tensor:
+    """(B, h, K, K) probabilities with which the block's tokens read one another; or (B, h, first,
+    K), how the first ones do."""
     attention = block.attn
     split = torch.unflatten(qkv_BKE, -1, (3, attention.num_heads, attention.head_dim))
     queries, keys, _ = split.permute(2, 0, 3, 1, 4).unbind(0)
-    queries, keys = attention.q_norm(queries) * attention.scale, attention.k_norm(keys)
+    queries = attention.q_norm(queries[:, :, :first]) * attention.scale
+    keys = attention.k_norm(keys)
     probabilities: Tensor = (queries @ keys.transpose(-2, -1)).softmax(-1)
     return probabilities
 

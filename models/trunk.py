@@ -25,10 +25,10 @@ class TrunkOutput:
     (B, T, D) for token models, else (B, C, h, w), or (B, h, w, C) if `channels_last` (Swin).
     `prefix` counts the class and register tokens before the patches; `grid` is (h, w). The rest
     is there where it was needed: blocks' outputs by number, (B, T, D), before the final norm, or
-    stages', (B, C, h, w); blocks' attention probabilities (B, h, T, T); each block's keys and
-    values, (rows, h, T, d), of `keys_values_rows`; for each head's queries (rows, L, T, D), of
-    those it answers for; the normalised `pixels` (B, 3, H, W); and the patches' embeddings,
-    `dense` (B, D, h, w).
+    stages', (B, C, h, w); blocks' attention probabilities (B, h, T, T), or in `looks` those of the
+    first token, (B, h, T); each block's keys and values, (rows, h, T, d), of `keys_values_rows`;
+    for each head's queries (rows, L, T, D), of those it answers for; the normalised `pixels`
+    (B, 3, H, W); and the patches' embeddings, `dense` (B, D, h, w).
     """
 
     features: Tensor
@@ -37,6 +37,7 @@ class TrunkOutput:
     channels_last: bool = False
     layers: Mapping[int, Tensor] = field(default_factory=dict)
     attention: Mapping[int, Tensor] = field(default_factory=dict)
+    looks: Mapping[int, Tensor] = field(default_factory=dict)
     keys_values: Sequence[tuple[Tensor, Tensor]] = ()
     keys_values_rows: tuple[int, ...] = ()
     queries: Mapping[Queries, Tensor] = field(default_factory=dict)
@@ -73,6 +74,7 @@ class TrunkOutput:
             features=self.features[index],
             layers={number: layer[index] for number, layer in self.layers.items()},
             attention={number: map_[index] for number, map_ in self.attention.items()},
+            looks={number: map_[index] for number, map_ in self.looks.items()},
             keys_values=[(keys[places], values[places]) for keys, values in self.keys_values],
             keys_values_rows=tuple(range(len(places))),
             pixels=None if self.pixels is None else self.pixels[index],
@@ -206,6 +208,7 @@ class TimmTrunk(ImageTrunk):
             self._output(features, pixels_BCHW),
             layers=reading.layers,
             attention=reading.attention,
+            looks=reading.looks,
             keys_values=reading.keys_values,
             keys_values_rows=need.keys_values,
             queries=reading.queries(),

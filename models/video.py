@@ -17,8 +17,8 @@ from models.need import NOTHING, Need
 from models.preprocess import TARGET_FPS, ClipPreprocess, create_transform
 from models.trunk import TimmTrunk, TrunkOutput
 
-# Pixels decoded for one clip: some 40 seconds of 1080p.
-MAX_CLIP_PIXELS = 2_500_000_000
+# Pixels decoded for one clip: some 20 seconds of 1080p.
+MAX_CLIP_PIXELS = 1_200_000_000
 # What a file begins with, from which byte on, and the demuxer that is to read it. No other is ever
 # tried: some of FFmpeg's open files of their own accord.
 CONTAINERS = ((4, b"ftyp", "mp4"), (0, b"\x1a\x45\xdf\xa3", "matroska"), (0, b"GIF8", "gif"))
@@ -58,7 +58,7 @@ def decode_clip(
         count, fps, size = _measure(data, name)
         _check(count, size, limits)
         wanted = spec.indices(count, fps)
-        return _pick(data, name, wanted)
+        return _pick(data, name, wanted, limits)
     except (FFmpegError, ValueError, OverflowError) as error:
         raise InputError(f"the video cannot be decoded: {error}", field="video") from error
 
@@ -91,15 +91,15 @@ def _check(count: int, size: tuple[int, int], limits: ImageLimits) -> None:
         )
 
 
-def _pick(data: bytes, name: str, wanted: np.ndarray) -> list[Image.Image]:
+def _pick(data: bytes, name: str, wanted: np.ndarray, limits: ImageLimits) -> list[Image.Image]:
     frames: dict[int, Image.Image] = {}
     last: Any = None
-    places = set(wanted.tolist())
-    for number, frame in enumerate(_decoded(data, name)):
+    places, final = set(wanted.tolist()), int(wanted.max())
+    for number, frame in enumerate(_decoded(data, name, limits)):
         last = frame
         if number in places:
             frames[number] = frame.to_image()
-        if number >= max(places):
+        if number >= final:
             break
     if last is None:
         raise InputError("the video has no frame that can be decoded", field="video")
@@ -107,10 +107,12 @@ def _pick(data: bytes, name: str, wanted: np.ndarray) -> list[Image.Image]:
     return [frames.get(place, ending) for place in wanted.tolist()]
 
 
-def _decoded(data: bytes, name: str) -> Iterator[Any]:
+def _decoded(data: bytes, name: str, limits: ImageLimits) -> Iterator[Any]:
     with av.open(io.BytesIO(data), "r", format=name) as container:
         stream = _stream(container)
         stream.codec_context.thread_count = 1  # clips are spread over threads already
+        # frames may turn out larger than the container says
+        stream.codec_context.options = {"max_pixels": str(limits.max_pixels)}
         yield from container.decode(stream)
 
 

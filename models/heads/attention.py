@@ -32,7 +32,7 @@ class Attention(BaseHead):
     def needs(self, rows: Sequence[int]) -> Need:
         if isinstance(self.trunk.network, PatchConvNet):
             return Need(pixels=True, features=False)
-        return Need(attention=frozenset({len(self.trunk.blocks) - 1}))
+        return Need(looks=frozenset({len(self.trunk.blocks) - 1}))
 
     def sees_image(self, options: Mapping[str, Any]) -> bool:
         return bool(options.get("output", "overlay") == "overlay")
@@ -45,8 +45,7 @@ class Attention(BaseHead):
             maps = self.trunk.network.last_attention(output.pixels)
             maps = maps[..., -output.grid[0] * output.grid[1] :].flatten(1, 2)
         else:
-            [found] = output.attention.values()
-            maps = found[:, :, 0, output.prefix :]
+            maps = output.looks[len(self.trunk.blocks) - 1][..., output.prefix :]
         return {"attention": maps.reshape(*maps.shape[:2], *output.grid)}
 
     def finish(

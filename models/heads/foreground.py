@@ -37,12 +37,12 @@ class AttentionMask(Segment):
         super().__init__(trunk, labels or BINARY)
 
     def needs(self, rows: Sequence[int]) -> Need:
-        return Need(attention=frozenset({len(self.trunk.blocks) - 1}))
+        return Need(looks=frozenset({len(self.trunk.blocks) - 1}))
 
     def forward(self, output: TrunkOutput) -> dict[str, Tensor]:
         """`rank` (B, h, w): 1 less the share of attention on patches that have more of it."""
-        [found] = output.attention.values()
-        attention = found[:, :, 0, output.prefix :].mean(1)
+        found = output.looks[len(self.trunk.blocks) - 1]
+        attention = found[..., output.prefix :].mean(1)
         attention = attention / attention.sum(1, keepdim=True)
         ordered, order = attention.sort(1, descending=True)
         before = ordered.cumsum(1) - ordered

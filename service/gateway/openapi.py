@@ -5,7 +5,7 @@ from typing import Any
 from service.parameters import FitParameters, HeadParameters, Parameters
 
 _BINARY = {"type": "string", "format": "binary"}
-_IMAGE = {
+_IMAGE: dict[str, Any] = {
     "oneOf": [
         {"type": "object", "properties": {"base64": {"type": "string"}}, "required": ["base64"]},
         {"type": "object", "properties": {"url": {"type": "string"}}, "required": ["url"]},
@@ -13,8 +13,9 @@ _IMAGE = {
 }
 
 
-def image_body(parameters: type[Parameters]) -> dict[str, Any]:
-    """The `openapi_extra` of a route: its query parameters and the three forms of its body."""
+def image_body(parameters: type[Parameters], *, videos: bool = False) -> dict[str, Any]:
+    """The `openapi_extra` of a route: its query parameters and the three forms of its body, which
+    may hold `videos` instead of images."""
     schema = parameters.model_json_schema()
     fields: dict[str, Any] = schema["properties"]
     required = schema.get("required", [])
@@ -29,16 +30,23 @@ def image_body(parameters: type[Parameters]) -> dict[str, Any]:
     ]
     images = {"type": "array", "items": _IMAGE, "minItems": 1}
     form = {"image": {"type": "array", "items": _BINARY, "minItems": 1}, **fields}
+    inputs = {"images": images}
+    needed = ["image"], ["images"]
+    if videos:
+        form["video"] = {"type": "array", "items": _BINARY}
+        inputs["videos"] = {"type": "array", "items": _IMAGE["oneOf"][0]}
+        needed = [], []
     body = {
         "multipart/form-data": {
-            "schema": {"type": "object", "properties": form, "required": ["image", *required]}
+            "schema": {"type": "object", "properties": form, "required": [*needed[0], *required]}
         },
         "image/*": {"schema": _BINARY},
+        **({"video/*": {"schema": _BINARY}} if videos else {}),
         "application/json": {
             "schema": {
                 "type": "object",
-                "properties": {"images": images, **fields},
-                "required": ["images", *required],
+                "properties": {**inputs, **fields},
+                "required": [*needed[1], *required],
             }
         },
     }

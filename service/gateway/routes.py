@@ -33,7 +33,7 @@ P = TypeVar("P", bound=Parameters)
 Respond = Callable[[Request, P, InferResult], Response]
 
 
-@router.post("/classify", openapi_extra=image_body(ClassifyParameters))
+@router.post("/classify", openapi_extra=image_body(ClassifyParameters, videos=True))
 async def classify(request: Request) -> Response:
     """Name what the images show: the best classes with their probabilities."""
     return await _serve_task(request, ClassifyParameters)
@@ -45,7 +45,7 @@ async def zero_shot(request: Request) -> Response:
     return await _serve_task(request, ZeroShotParameters)
 
 
-@router.post("/embed", openapi_extra=image_body(EmbedParameters))
+@router.post("/embed", openapi_extra=image_body(EmbedParameters, videos=True))
 async def embed(request: Request) -> Response:
     """One vector for each image, or text of `texts`, for retrieval. `Accept: application/x-npy`
     for one array, `application/x-ndjson` for a line each, as they get done."""
@@ -80,7 +80,7 @@ async def generate(request: Request) -> Response:
     return await _serve_task(request, GenerateParameters)
 
 
-@router.post("/predict", openapi_extra=image_body(PredictParameters))
+@router.post("/predict", openapi_extra=image_body(PredictParameters, videos=True))
 async def predict(request: Request) -> Response:
     """Ask several models at once; those on one trunk cost one pass."""
     return await _serve(request, PredictParameters, "predict", predict_response)

@@ -313,8 +313,8 @@ def test_attention_is_thresholded_as_dino_does_it(tiny: Model) -> None:
     with torch.inference_mode():
         output = tiny.trunk.forward(pixels, head.needs([0]))
         rank = head.forward(output)["rank"][0].flatten()
-    [found] = output.attention.values()
-    attention = found[0, :, 0, output.prefix :].mean(0)
+    [found] = output.looks.values()
+    attention = found[0, :, output.prefix :].mean(0)
     # visualize_attention.py: sorted upwards, what lies in the upper 60 % of the sum
     ordered, order = attention.sort()
     upper = (ordered / ordered.sum()).cumsum(0) > 1 - 0.6
