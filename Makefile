@@ -52,6 +52,7 @@ bench: $(VENV)/dev.stamp ## Measure serving against the bare loop
 	$(BIN)/python -m benchmarks.streams
 	$(BIN)/python -m benchmarks.hop
 	$(BIN)/python -m benchmarks.heads
+	$(BIN)/python -m benchmarks.masks
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info

@@ -26,7 +26,7 @@ from models.heads.scaled import ScaledEmbed
 from models.heads.vqt import Vqt
 from models.heads.zero_shot import ZeroShot
 from models.images import DEFAULT_LIMITS, ImageLimits, decode_image, to_upright_rgb
-from models.inputs import Input, modality_of
+from models.inputs import Input, Seed, Video, modality_of
 from models.need import NOTHING, Need
 from models.prepare import prepare, size_of
 from models.preprocess import create_transform
@@ -178,7 +178,7 @@ class Model:
 
     def predict(
         self,
-        inputs: Sequence[ImageLike | Input],
+        inputs: Sequence[ImageLike | Input | int],
         *,
         task: str | None = None,
         limits: ImageLimits = DEFAULT_LIMITS,
@@ -187,7 +187,8 @@ class Model:
         """Answer as the server would: one entry an input, in order.
 
         Args:
-            inputs: images; of a model for clips `Video`s, of a generator `Seed`s or `Latent`s.
+            inputs: images; of a model for clips `Video`s or their bytes, of a generator `Seed`s,
+                whole numbers for such, or `Latent`s.
 
         Raises:
             InputError: an input that does not decode, or an option out of range.
@@ -196,7 +197,15 @@ class Model:
         if isinstance(head, Prompted):
             labels, templates = head.prompt(options)
             options = answering(options, labels, self.class_embeddings(labels, templates))
-        return [self._answer(load_image(each, limits), head, options, limits) for each in inputs]
+        return [self._answer(self._load(each, limits), head, options, limits) for each in inputs]
+
+    def _load(self, given: Any, limits: ImageLimits) -> Any:
+        """What bytes, a path or a number stand for, by what the model takes."""
+        if self.trunk.modality == "video" and isinstance(given, bytes):
+            return Video(given)
+        if self.trunk.modality == "latent" and isinstance(given, int):
+            return Seed(given)
+        return load_image(given, limits)
 
     def _answer(
         self, given: Any, head: Head, options: Mapping[str, Any], limits: ImageLimits
@@ -206,7 +215,8 @@ class Model:
         options = head.at_size(options, size)
         pieces = prepare(given, self, head.view, limits)
         rows = [self.forward(self.trunk.collate([piece]), head, options)[0] for piece in pieces]
-        row = rows[0] if head.view is None else head.view.merge(rows, size)
+        view = head.view if isinstance(given, Image.Image) else None
+        row = rows[0] if view is None else view.merge(rows, size)
         finish = {k: v for k, v in options.items() if k not in head.forward_options}
         if head.sees_image(options):
             finish["image"] = given
