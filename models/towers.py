@@ -74,7 +74,9 @@ def towers_of_openai(checkpoint: Checkpoint, placement: Placement) -> Towers:
     """
     try:
         network = build_model_from_openai_state_dict(
-            dict(checkpoint.state_dict), cast_dtype=torch.float32
+            dict(checkpoint.state_dict),
+            quick_gelu=checkpoint.arguments.get("quick_gelu", True),
+            cast_dtype=torch.float32,
         ).float()
         # it has rounded them to half precision on the way
         network.load_state_dict({k: v.float() for k, v in checkpoint.state_dict.items()})

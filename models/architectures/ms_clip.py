@@ -60,10 +60,10 @@ class Bottleneck(nn.Module):
 class Stem(nn.Module):
     """Image to a grid of the transformer's width."""
 
-    def __init__(self, width: int, strides: Sequence[int]) -> None:
+    def __init__(self, width: int, strides: Sequence[int], kernel: int) -> None:
         super().__init__()
         inputs = width >> len(strides)
-        self.conv1 = _conv(3, inputs, 3, 2)
+        self.conv1 = _conv(3, inputs, kernel, 2)
         self.bn1 = nn.BatchNorm2d(inputs)
         self.resnet_stage = nn.Sequential()
         for i, stride in enumerate(strides):
@@ -79,9 +79,9 @@ class Stem(nn.Module):
 class FirstStage(nn.Module):
     """The first part of the branch beside the transformer."""
 
-    def __init__(self, outputs: int, stride: int) -> None:
+    def __init__(self, outputs: int, stride: int, kernel: int) -> None:
         super().__init__()
-        self.conv = _conv(3, outputs, 3, stride)
+        self.conv = _conv(3, outputs, kernel, stride)
         self.bn = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -188,11 +188,14 @@ class Transformer(nn.Module):
         strides: Sequence[int],
         kernels: Sequence[int],
         kernel_strides: Sequence[int],
+        first_kernels: Sequence[int],
     ) -> None:
         super().__init__()
         blocks = [Block(width, heads, hidden) for _ in range(layers - 1)]
-        self.resblocks = nn.ModuleList([Stem(width, stem_strides), *blocks])
-        self.parallel_branch_v = nn.ModuleList([FirstStage(channels[0], strides[0])])
+        self.resblocks = nn.ModuleList([Stem(width, stem_strides, first_kernels[0]), *blocks])
+        self.parallel_branch_v = nn.ModuleList(
+            [FirstStage(channels[0], strides[0], first_kernels[1])]
+        )
         for (inputs, outputs), inner, stride in zip(
             pairwise(channels), bottlenecks, strides[1:], strict=True
         ):
@@ -209,6 +212,7 @@ class MsClipImage(nn.Module):
         channels: of each stage of the branch; `bottlenecks` within all but the first.
         lateral: before which block each adapter comes.
         strides: of the branch's stages; `kernels` and `kernel_strides` of the adapters.
+        first_kernels: of the first convolutions of stem and branch.
     """
 
     num_classes = 0
@@ -231,6 +235,7 @@ class MsClipImage(nn.Module):
         kernels: Sequence[int],
         kernel_strides: Sequence[int],
         lateral: Sequence[int],
+        first_kernels: Sequence[int] = (3, 3),
     ) -> None:
         super().__init__()
         self.patch_size = (patch_size, patch_size)
@@ -241,7 +246,7 @@ class MsClipImage(nn.Module):
         self.ln_pre = _norm(width)
         self.transformer = Transformer(
             width, heads, hidden, layers, stem_strides,
-            channels, bottlenecks, strides, kernels, kernel_strides,
+            channels, bottlenecks, strides, kernels, kernel_strides, first_kernels,
         )  # fmt: skip
         self.ln_post = _norm(width)
         self.proj = nn.Parameter(torch.zeros(width, projected))

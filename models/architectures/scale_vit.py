@@ -15,7 +15,12 @@ class ScaleVit(VisionTransformer):  # type: ignore[misc]
     """The table in its checkpoints is never read: positions are sines and cosines of the patch's
     column and row times the image's scale."""
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, *, absolute_scale: bool = False, **arguments: Any) -> None:
+        """
+        Args:
+            absolute_scale: whether it was trained as if every scale were 1.
+        """
+        self.absolute_scale = absolute_scale
         super().__init__(dynamic_img_size=True, pos_embed="none", embed_layer=Patches, **arguments)
 
     def forward_features(self, x: Tensor, input_res: Tensor | None = None) -> Tensor:

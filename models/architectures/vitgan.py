@@ -105,7 +105,15 @@ class Modulated(nn.Module):
     with a blur."""
 
     def __init__(
-        self, inputs: int, outputs: int, size: int, style: int, *, up: bool, demodulate: bool
+        self,
+        inputs: int,
+        outputs: int,
+        size: int,
+        style: int,
+        *,
+        up: bool,
+        demodulate: bool,
+        blur: int = 4,
     ) -> None:
         super().__init__()
         self.up = up
@@ -113,7 +121,7 @@ class Modulated(nn.Module):
         self.weight = nn.Parameter(torch.zeros(outputs, inputs, size, size))
         self.modulation = nn.Linear(style, inputs)
         if up:
-            self.register_buffer("blur", torch.zeros(4, 4))
+            self.register_buffer("blur", torch.zeros(blur, blur))
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         batch = len(x)
@@ -125,8 +133,11 @@ class Modulated(nn.Module):
             weight = scaled.transpose(1, 2).flatten(0, 1)
             x = conv_transpose2d(x, weight, stride=2, groups=batch)
             x = x.reshape(batch, -1, *x.shape[2:])
-            kernel = self.get_buffer("blur").flip(0, 1).expand(x.shape[1], 1, 4, 4)
-            return conv2d(pad(x, (1, 1, 1, 1)), kernel, groups=x.shape[1])
+            blur = self.get_buffer("blur").flip(0, 1)
+            beyond = len(blur) - self.weight.shape[-1] - 1  # StyleGAN's, for a factor of 2
+            before, after = (beyond + 1) // 2 + 1, beyond // 2 + 1
+            kernel = blur.expand(x.shape[1], 1, *blur.shape)
+            return conv2d(pad(x, (before, after, before, after)), kernel, groups=x.shape[1])
         padding = self.weight.shape[-1] // 2
         x = conv2d(x, scaled.flatten(0, 1), padding=padding, groups=batch)
         return x.reshape(batch, -1, *x.shape[2:])
@@ -135,9 +146,11 @@ class Modulated(nn.Module):
 class Styled(nn.Module):
     """A modulated convolution, noise (B, 1, h, w), a bias and a leaky ReLU."""
 
-    def __init__(self, inputs: int, outputs: int, size: int, style: int, *, up: bool) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, size: int, style: int, *, up: bool, blur: int = 4
+    ) -> None:
         super().__init__()
-        self.conv = Modulated(inputs, outputs, size, style, up=up, demodulate=True)
+        self.conv = Modulated(inputs, outputs, size, style, up=up, demodulate=True, blur=blur)
         self.noise = nn.Parameter(torch.zeros(1))
         self.bias = nn.Parameter(torch.zeros(outputs))
 
@@ -164,12 +177,12 @@ class ToRgb(nn.Module):
 class ConvolutionPixels(nn.Module):
     """Tokens as a grid, doubled in size by every other convolution."""
 
-    def __init__(self, dim: int, channels: Sequence[int], side: int) -> None:
+    def __init__(self, dim: int, channels: Sequence[int], side: int, blur: int) -> None:
         super().__init__()
         inputs = [dim, *channels[:-1]]
         self.side = side
         self.convs = nn.ModuleList(
-            Styled(before, after, 3, dim, up=i % 2 == 0)
+            Styled(before, after, 3, dim, up=i % 2 == 0, blur=blur)
             for i, (before, after) in enumerate(zip(inputs, channels, strict=True))
         )
         self.to_rgb = ToRgb(channels[-1], dim)
@@ -218,6 +231,7 @@ class VitGan(nn.Module):
     Args:
         channels: of each convolution; None: `tile_width` and `tile_layers` draw tiles, behind
             `tile_mapping` linear layers, to images of `size`.
+        blur: side of the kernel that blurs what has been doubled.
     """
 
     def __init__(
@@ -230,6 +244,7 @@ class VitGan(nn.Module):
         mapping: int,
         side: int,
         channels: Sequence[int] | None = None,
+        blur: int = 4,
         size: int = 32,
         tile_width: int = 0,
         tile_layers: int = 0,
@@ -243,7 +258,7 @@ class VitGan(nn.Module):
         self.norm = StyledNorm(dim, dim)
         self.pixels: ConvolutionPixels | TilePixels
         if channels is not None:
-            self.pixels = ConvolutionPixels(dim, channels, side)
+            self.pixels = ConvolutionPixels(dim, channels, side, blur)
         else:
             self.pixels = TilePixels(dim, tile_width, tile_mapping, tile_layers, side, size)
 

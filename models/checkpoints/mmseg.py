@@ -51,6 +51,8 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     settings = _labels(meta, tensors["decode_head.conv_seg.weight"].shape[0])
     head = dict(told.get("decode_head", {}))
     settings["pool_scales"] = list(head.get("pool_scales", (1, 2, 3, 6)))
+    if isinstance(head.get("in_index"), list | tuple):
+        settings["in_index"] = [int(n) for n in head["in_index"]]
     if head.get("align_corners"):
         raise CheckpointError("decoders with aligned corners are not known")
     if "blocks.0.norm1.weight" in backbone:

@@ -76,6 +76,9 @@ def _image_arguments(visual: Mapping[str, Tensor], arguments: Mapping[str, Any])
     )
     strides = told("PARALLEL_STRIDES", [2, *(a // b for a, b in pairwise(kernels))], adapters)
     kernel_strides = told("PRALLEL_T2B_STRIDES", kernels, adapters)
+    for name in ("PRALLEL_T2B_USECLS", "PARALLEL_RESNET", "EARLY_CONV_RES"):
+        if not custom.get(name, True):
+            raise CheckpointError(f"{name} off is not of MS-CLIP-S as published")
     if any(told("PRALLEL_T2B_PADDINGS", [0] * adapters, adapters)):
         raise CheckpointError("adapters with padding are not of MS-CLIP-S as published")
     span = 1
@@ -104,5 +107,9 @@ def _image_arguments(visual: Mapping[str, Tensor], arguments: Mapping[str, Any])
         "strides": strides,
         "kernels": kernels,
         "kernel_strides": kernel_strides,
+        "first_kernels": [
+            int(visual[f"{part}.weight"].shape[-1])
+            for part in ("transformer.resblocks.0.conv1", f"{BRANCH}0.conv")
+        ],
         "lateral": told("PARALLEL_LATERAL_LAYER", range(step, layers, step), adapters),
     }

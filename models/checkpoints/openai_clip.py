@@ -34,6 +34,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    """`arguments`: `activation`, `gelu` for weights in this layout that others have trained."""
     tensors = dict(container.tensors)
     for key in SETTINGS:
         tensors.pop(key, None)
@@ -45,6 +46,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         format=NAME,
         library="openai-clip",
         architecture=_architecture(tensors),
+        arguments={"quick_gelu": arguments.get("activation", "quick_gelu") == "quick_gelu"},
         state_dict=tensors,
         heads=heads,
         preprocess=Preprocess(input_size=(size, size), crop_pct=1.0, mean=CLIP_MEAN, std=CLIP_STD),

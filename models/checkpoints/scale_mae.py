@@ -40,7 +40,9 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     tensors = container.tensors
+    told = {**container.script, **arguments}
     built = vit_arguments(tensors, arguments) | {"num_classes": 0}
+    built["absolute_scale"] = bool(told.get("absolute_scale", False))
     heads = {}
     head = {k: v for k, v in tensors.items() if k.startswith("head.")}
     if head:
@@ -95,6 +97,9 @@ def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> 
     named: dict[str, Tensor] = {}
     pixels, scale = inputs["pixel_values"], inputs.get("input_res")
     network: Any = model.trunk.network
+    if network.absolute_scale:
+        inputs = {name: value for name, value in inputs.items() if name != "input_res_2"}
+        scale = pixels.new_ones(len(pixels))
     if scale is not None:
         scaled = replace(output, features=network.forward_features(pixels, scale))
         named = {"tokens": scaled.features, "embedding": model.trunk.pool(scaled)}

@@ -34,11 +34,12 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     state: dict[str, Tensor] = {}
     depth = _count(tensors, "layers.")
     assumed: dict[str, Any] = {}
+    rate = float(arguments.get("lr_mlp", MAPPING_RATE))
 
-    def linear(target: str, source: str, rate: float = 1.0, shift: float = 0.0) -> None:
+    def linear(target: str, source: str, scale: float = 1.0, shift: float = 0.0) -> None:
         weight = tensors.take(f"{source}.weight")
-        state[f"{target}.weight"] = weight * (rate / weight.shape[1] ** 0.5)
-        state[f"{target}.bias"] = tensors.take(f"{source}.bias") * rate + shift
+        state[f"{target}.weight"] = weight * (scale / weight.shape[1] ** 0.5)
+        state[f"{target}.bias"] = tensors.take(f"{source}.bias") * scale + shift
 
     def spectral_linear(target: str, source: str) -> None:
         weight = tensors.take(f"{source}.module.weight_bar")
@@ -71,7 +72,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     def shared(target: str, source: str) -> int:
         mapping = _count(tensors, f"{source}style.")
         for i in range(mapping):
-            linear(f"{target}style.{i}", f"{source}style.{i + 1}", MAPPING_RATE)
+            linear(f"{target}style.{i}", f"{source}style.{i + 1}", rate)
         for name in ("weight", "bias"):
             state[f"{target}places.conv.{name}"] = tensors.take(f"{source}lff.ffm.conv.{name}")
         return mapping
@@ -111,6 +112,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         built["tile_width"] = state["pixels.convs.0.bias"].shape[0]
     else:
         count = _count(tensors, "convs.")
+        built["blur"] = len(tensors.left["convs.0.conv.blur.kernel"])
         for i in range(count):
             styled(f"pixels.convs.{i}", f"convs.{i}")
         to_rgb("to_rgb")

@@ -161,6 +161,17 @@ class LinearHead(nn.Module):
         return logits
 
 
+class Chosen(nn.Module):
+    """Some of the levels, in that order."""
+
+    def __init__(self, levels: Sequence[int]) -> None:
+        super().__init__()
+        self.levels = list(levels)
+
+    def forward(self, maps: Pyramid) -> Pyramid:
+        return [maps[level] for level in self.levels]
+
+
 class Decoder(nn.Module):
     """What follows a trunk: (B, C, h, w) maps of some of its blocks or stages to (B, K, h, w)."""
 
@@ -183,7 +194,7 @@ def create_decoder(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -
 
     Args:
         settings: `inputs`, the channels of each map; `patch` of a plain ViT with a neck;
-            `pool_scales` of UPerNet.
+            `in_index`, which levels the head reads, all if not given; `pool_scales` of UPerNet.
 
     Raises:
         KeyError: no whole decoder.
@@ -201,6 +212,10 @@ def create_decoder(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -
         width = tensors["neck.lateral_convs.0.conv.weight"].shape[0]
         steps["neck"] = FpnNeck(inputs, width)
         inputs = [width] * len(inputs)
+    chosen = [int(n) for n in settings.get("in_index", range(len(inputs)))]
+    if chosen != list(range(len(inputs))):
+        steps["chosen"] = Chosen(chosen)
+        inputs = [inputs[level] for level in chosen]
     if "fpn_bottleneck.conv.weight" in head:
         scales = [int(n) for n in settings.get("pool_scales", (1, 2, 3, 6))]
         steps["decode_head"] = UperHead(inputs, channels, classes, scales)
