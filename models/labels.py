@@ -1,4 +1,4 @@
-"""Names of classes: timm's own tables by name, a file, or a list in the catalog."""
+"""Names of classes: timm's tables and data sets' by name, a file, or a list in the catalog."""
 
 from pathlib import Path
 
@@ -7,20 +7,24 @@ from timm.data.imagenet_info import infer_imagenet_subset
 from torch import nn
 
 from models.errors import CatalogError
+from models.segmentation.label_sets import label_sets, load_label_set
 
 
 def load_labels(labels: str | list[str], base: Path) -> tuple[str, ...]:
     """Resolve a catalog's `labels`.
 
     Args:
-        labels: a list of names, `imagenet-1k` (or another subset that timm knows), or the path
-            of a text file with one name a line, relative to `base`.
+        labels: a list of names, `imagenet-1k` (or another subset that timm knows), a set of
+            `models/label_sets`, or the path of a text file with one name a line, relative to
+            `base`.
 
     Raises:
         CatalogError: neither a known table nor a readable file.
     """
     if isinstance(labels, list):
         return tuple(labels)
+    if labels in label_sets():
+        return load_label_set(labels)[0]
     if labels.startswith("imagenet"):
         info = ImageNetInfo(labels)
         return tuple(info.index_to_description(i) for i in range(info.num_classes()))

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from models.model import Model
 
 
+NUMBERS = "fiu"  # numpy's kinds
+
+
 def decode(given: Input | Image.Image, limits: ImageLimits) -> Any:
     """An encoded image as an RGB one; anything else as it is.
 
@@ -73,6 +76,8 @@ def _pixels(pixels: np.ndarray, model: "Model") -> Tensor:
             f"pixel_values for {model.name} have shape {list(wanted)}, not {list(pixels.shape)}",
             field="pixel_values",
         )
+    if pixels.dtype.kind not in NUMBERS:
+        raise InputError("pixel_values are no numbers", field="pixel_values")
     if not np.isfinite(pixels).all():
         raise InputError("pixel_values has values that are not finite", field="pixel_values")
     return torch.from_numpy(pixels.astype(np.float32))  # a copy: the message's memory is read-only
@@ -88,6 +93,8 @@ def _latent(given: Seed | Latent, model: "Model") -> Tensor:
             f"latent for {model.name} has {spec.latent_dim} numbers, not {given.vector.shape}",
             field="latent",
         )
+    if given.vector.dtype.kind not in NUMBERS:
+        raise InputError("latent is no numbers", field="latent")
     if not np.isfinite(given.vector).all():
         raise InputError("latent has values that are not finite", field="latent")
     return spec.of_latent(torch.from_numpy(given.vector.astype(np.float32)))

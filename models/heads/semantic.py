@@ -11,10 +11,12 @@ from models.errors import CheckpointError
 from models.heads.segment import Segment
 from models.need import Need
 from models.segmentation.decoders import create_decoder, resize
-from models.segmentation.label_sets import load_label_set
+from models.segmentation.label_sets import label_sets, load_label_set
 from models.segmentation.windows import Windows, sliding_logits
 from models.strict import load_strictly
 from models.trunk import Trunk, TrunkOutput
+
+MAX_CLASSES = 1000
 
 
 class Semantic(Segment):
@@ -34,8 +36,10 @@ class Semantic(Segment):
         settings = state.settings
         names, palette = labels or settings.get("labels", ()), settings.get("palette")
         if isinstance(names, str):
+            if names not in label_sets():
+                raise CheckpointError(f"no label set {names!r}")
             names, palette = load_label_set(names)
-        super().__init__(trunk, names, None if labels else palette)
+        super().__init__(trunk, names, None if labels else _checked(palette, len(names)))
         depth = len(trunk.layered)
         given = [int(n) for n in settings["layers"]]
         if not given or any(not -depth <= n < depth for n in given):
@@ -45,9 +49,11 @@ class Semantic(Segment):
         try:
             decoder = create_decoder(state.tensors, settings)
         except (KeyError, IndexError, ValueError) as error:
-            raise CheckpointError(f"no whole decoder: {error} is missing") from error
+            raise CheckpointError(f"no whole decoder, for want of {error}") from error
         load_strictly(decoder, state.tensors, "the decoder")
         classes = state.tensors["decode_head.conv_seg.weight"].shape[0]
+        if classes > MAX_CLASSES:
+            raise CheckpointError(f"{classes} classes; there can be {MAX_CLASSES}")
         if len(self.labels) != classes:
             raise CheckpointError(f"{len(self.labels)} labels for {classes} classes")
         self.network = trunk.placement.apply(decoder)
@@ -102,6 +108,21 @@ class Semantic(Segment):
     def _logits(self, pixels: Tensor) -> Tensor:
         output = self.trunk.forward(pixels, self.needs(range(len(pixels))))
         return self.forward(output)["logits"]
+
+
+def _checked(palette: Any, count: int) -> Any:
+    """A palette that has a colour for each class, or None."""
+    if palette is None:
+        return None
+    if not isinstance(palette, list | tuple):
+        raise CheckpointError("the palette is no list of colours")
+    colours = [
+        tuple(colour) for colour in palette if isinstance(colour, list | tuple) and len(colour) == 3
+    ]
+    values = [value for colour in colours for value in colour]
+    if len(colours) != count or not all(isinstance(v, int) and 0 <= v <= 255 for v in values):
+        raise CheckpointError(f"the palette is none of {count} colours")
+    return colours
 
 
 def tokens_to_map(tokens_BND: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -15,6 +15,8 @@ from torch.nn.functional import interpolate
 
 Pyramid = Sequence[Tensor]
 
+MAX_POOL = 64
+
 
 def resize(x: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
     """To (h, w), corners not aligned."""
@@ -197,7 +199,7 @@ def create_decoder(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -
             `in_index`, which levels the head reads, all if not given; `pool_scales` of UPerNet.
 
     Raises:
-        KeyError: no whole decoder.
+        KeyError, ValueError: no whole decoder.
     """
     inputs = [int(n) for n in settings["inputs"]]
     head = {k.removeprefix("decode_head."): v for k, v in tensors.items() if "decode_head." in k}
@@ -218,6 +220,8 @@ def create_decoder(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -
         inputs = [inputs[level] for level in chosen]
     if "fpn_bottleneck.conv.weight" in head:
         scales = [int(n) for n in settings.get("pool_scales", (1, 2, 3, 6))]
+        if not all(1 <= scale <= MAX_POOL for scale in scales):
+            raise ValueError(f"pool_scales {scales}")
         steps["decode_head"] = UperHead(inputs, channels, classes, scales)
     elif any(key.startswith("scale_heads.") for key in head):
         steps["decode_head"] = FpnHead(inputs, channels, classes)

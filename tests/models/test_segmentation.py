@@ -26,6 +26,7 @@ from models.heads.dense import LONGEST, WholePatches
 from models.heads.foreground import AttentionMask, cut
 from models.heads.segment import foreground_mask
 from models.heads.semantic import Semantic
+from models.labels import load_labels
 from models.masks import encode_mask, without_specks
 from models.model import Model
 from models.segmentation.decoders import create_decoder
@@ -167,6 +168,7 @@ def test_label_sets_have_a_colour_for_each_name() -> None:
         labels, palette = load_label_set(name)
         assert len(labels) == len(palette) == size
         assert palette_of(labels) == palette
+        assert load_labels(name, Path()) == labels
     assert load_label_set("voc-21")[1][1] == [128, 0, 0]
     own = palette_of([f"mine {i}" for i in range(250)])
     assert len({tuple(colour) for colour in own}) == 250
@@ -292,6 +294,10 @@ def test_semantic_fpn_sums_levels_brought_to_the_finest() -> None:
         ({"labels": ["only one"]}, "1 labels for 4 classes"),
         ({"windows": {"scale": [10**6, 10**6], "crop": [8, 8], "stride": [1, 1]}}, "windows"),
         ({"windows": {"tilt": 3}}, "windows"),
+        ({"palette": [[0, 0, 0]]}, "palette"),
+        ({"palette": [[0, 0, 300]] * 4}, "palette"),
+        ({"palette": 3}, "palette"),
+        ({"labels": "bogus"}, "no label set"),
     ],
 )
 def test_decoders_that_do_not_fit_are_refused(

@@ -395,6 +395,9 @@ def test_the_same_over_grpc(server: Running, clip: bytes, jpegs: dict[str, bytes
         assert len(made.results) == 2
         classified = stub.Classify(pb.TaskRequest(videos=[clip], model="mvit_video"))
         assert len(classified.results[0].tensors[0].contents) == 5 * 8
+        words = pb.Tensor(name="latent", datatype="BYTES", shape=[1], contents=b"\x01\0\0\0a")
+        with pytest.raises(grpc.RpcError, match="latent"):
+            stub.Generate(pb.TaskRequest(latents=[words], model="vitgan"))
         with pytest.raises(grpc.RpcError, match="not negative"):
             stub.Generate(pb.TaskRequest(seeds=[-1], model="vitgan"))
 
