@@ -26,7 +26,10 @@ def test_the_page_lists_the_models_that_are_ready(
         "--dump-dom", f"{demo_server}/",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    for name in ("classify: efficientnet-lite0", "segment: dinov2-focus"):
+    for name in (
+        "classify: efficientnet-lite0", "segment: dinov2-focus", "zero-shot: lite0-minilm",
+        "attention: dinov2-focus",
+    ):  # fmt: skip
         assert f">{name}</option>" in done.stdout
 
 

@@ -82,10 +82,14 @@ class TokenCut(Segment):
         left, top, right, bottom = self.region(size)
         rows = _inside(features.shape[1], top, bottom, size[1])
         columns = _inside(features.shape[2], left, right, size[0])
-        found = np.zeros(features.shape[1:], np.float32)
         shown = features[:, rows, columns]
-        found[rows, columns] = cut(shown.reshape(len(shown), -1).T, shown.shape[1:])
-        return found
+        found = cut(shown.reshape(len(shown), -1).T, shown.shape[1:])
+        beyond = [
+            (part.start, length - part.stop)
+            for part, length in zip((rows, columns), features.shape[1:], strict=True)
+        ]
+        # a cell at the border shows some of the image, too
+        return np.pad(found, beyond, mode="edge")
 
 
 def _inside(cells: int, start: float, end: float, length: int) -> slice:
