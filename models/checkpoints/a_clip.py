@@ -15,7 +15,7 @@ from torch import Tensor
 from models.checkpoint import Checkpoint
 from models.containers import Container
 from models.errors import CheckpointError
-from models.layouts.towers import LIBRARY, text_arguments, tower_states
+from models.layouts.towers import LIBRARY, assumed_heads, text_arguments, tower_states
 from models.layouts.vit import split_prefix, vit_arguments
 from models.model import Model
 from models.need import Need
@@ -57,6 +57,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     told = {"num_heads": arguments["vision_heads"]} if "vision_heads" in arguments else {}
     image = vit_arguments(vision, told)
     size = image["img_size"]
+    spoken = text_arguments(text, arguments.get("transformer_heads"))
     return Checkpoint(
         format=NAME,
         architecture=f"A-CLIP with a ViT of width {image['embed_dim']}",
@@ -68,9 +69,15 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
                 "projected": projection.shape[1],
                 **image,
             },
-            "text": text_arguments(text, arguments.get("transformer_heads")),
+            "text": spoken,
             "cut_end": True,
         },
+        assumed=assumed_heads(
+            arguments,
+            image["num_heads"],
+            spoken["heads"],
+            ("vision_heads", "transformer_heads"),
+        ),
         state_dict=tower_states({**vision, "projection": projection}, text, scale),
         preprocess=replace(
             Preprocess(), input_size=(size, size), crop_pct=1.0, interpolation="bilinear"

@@ -16,7 +16,7 @@ from torch import Tensor
 from models.checkpoint import Checkpoint
 from models.containers import Container
 from models.errors import CheckpointError
-from models.layouts.towers import LIBRARY, text_arguments, tower_states
+from models.layouts.towers import LIBRARY, assumed_heads, text_arguments, tower_states
 from models.layouts.vit import split_prefix
 from models.preprocess import Preprocess
 
@@ -41,14 +41,18 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     text = {key: container.tensors[key] for key in others if key != "logit_scale"}
     image = _image_arguments(visual, arguments)
     size = image["img_size"]
+    language = text_arguments(text, arguments.get("text_heads"))
     return Checkpoint(
         format=NAME,
         library=LIBRARY,
         architecture=f"MS-CLIP-S of width {image['width']}, patch {image['patch_size']}",
         arguments={
             "image": {"architecture": "ms-clip-image", **image},
-            "text": {**text_arguments(text, arguments.get("text_heads")), "norm_eps": 1e-12},
+            "text": {**language, "norm_eps": 1e-12},
         },
+        assumed=assumed_heads(
+            arguments, image["heads"], language["heads"], ("vision_heads", "text_heads")
+        ),
         state_dict=tower_states(visual, text, container.tensors["logit_scale"]),
         preprocess=replace(Preprocess(), input_size=(size, size), crop_pct=1.0),
     )

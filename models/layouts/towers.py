@@ -24,6 +24,14 @@ def text_arguments(text: Mapping[str, Tensor], heads: Any = None) -> dict[str, A
     }
 
 
+def assumed_heads(
+    arguments: Mapping[str, Any], image_heads: int, text_heads: int, names: tuple[str, str]
+) -> dict[str, int]:
+    """The numbers of heads that nobody told, under the names that would tell them."""
+    found = dict(zip(names, (image_heads, text_heads), strict=True))
+    return {name: heads for name, heads in found.items() if name not in arguments}
+
+
 def tower_states(
     image: Mapping[str, Tensor], text: Mapping[str, Tensor], logit_scale: Tensor
 ) -> dict[str, Tensor]:
