@@ -44,10 +44,13 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
 
 
 def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """MAE's, and what the classifier sees."""
+    """MAE's, and what the classifier sees; at other sizes than it was trained at, where upstream
+    evaluates with MAE's code, the class token."""
     head: Any = model.heads["classify"]
     named = mae_outputs(model, output, inputs)
+    first = output.tokens_BTD[:, 0]
+    trained = tuple(inputs["pixel_values"].shape[2:]) == model.trunk.preprocess.input_size
     return named | {
-        "embedding": head.features(output),
-        "embedding_cls": output.tokens_BTD[:, 0],
+        "embedding": head.features(output) if trained else first,
+        "embedding_cls": first,
     }

@@ -35,10 +35,9 @@ OTHER_INPUTS = ("_video", "vitgan", "semantic_segmentation")
 ALTERNATIVES = ("", "_hires", "_alt", "_hr", "_2", "_large")
 SETS = ("_student", "_momentum", "_ema", "_online")
 # About the tokenizer of the full vocabulary, which the fixtures' small models do not have; and
-# SupMAE's class token, which for its main input is embedding_cls. Scale-MAE's training loss is not
-# computed.
+# Scale-MAE's training loss is not computed.
 OTHERS = ("tokenizer_token_ids", "logits_model_ema")
-EXCEPT = {"supmae": ("embedding_alt",), "scale_mae": ("loss",)}
+EXCEPT = {"scale_mae": ("loss",)}
 
 FIXTURES = (
     "a_clip", "attmask", "attmask_backbone", "beit", "beit_abspos", "beit_finetuned", "clip",
