@@ -1,6 +1,7 @@
 """A task's named arrays for one image as the entry that clients read. Needs no torch."""
 
 import base64
+import io
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -77,7 +78,7 @@ def _segmentation(arrays: Arrays) -> dict[str, Any]:
     ]
     mask: Any
     if "mask" in arrays:
-        mask = arrays["mask"].tolist()
+        mask = _base64(npy(arrays["mask"]))
     elif (file := next((n for n in ("png", "overlay", "logits") if n in arrays), None)) is not None:
         mask = _base64(arrays[file])
     else:
@@ -91,6 +92,13 @@ def _attention(arrays: Arrays) -> dict[str, Any]:
     [drawn] = [arrays[name] for name in ("overlay", "map", "npy") if name in arrays]
     heads, grid = int(arrays["heads"]), arrays["grid"].tolist()
     return {**_size(arrays), "heads": heads, "grid": grid, "attention": _base64(drawn)}
+
+
+def npy(array: np.ndarray) -> np.ndarray:
+    """An array as the bytes of an .npy file, (N,) uint8."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return np.frombuffer(buffer.getvalue(), np.uint8)
 
 
 def _size(arrays: Arrays) -> dict[str, int]:

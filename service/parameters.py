@@ -110,8 +110,8 @@ class SegmentParameters(TaskParameters):
 
     output: Literal["png", "rle", "polygons", "overlay", "logits", "mask"] = Field(
         "png",
-        description="base64 of an indexed PNG, COCO run lengths, polygons with holes, base64 of a "
-        "PNG on the image or of an .npy file of logits, or rows of class numbers.",
+        description="base64 of an indexed PNG, COCO run lengths, polygons with holes; base64 of a "
+        "PNG on the image, or of an .npy file of logits or of the class numbers.",
     )
     threshold: float | None = Field(
         None,

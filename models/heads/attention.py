@@ -1,6 +1,5 @@
 """Where a trunk looks: how much its class token reads each patch, in its last block."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +8,7 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
+from models.answers import npy
 from models.architectures.patchconvnet import PatchConvNet
 from models.errors import InputError
 from models.heads.base import BaseHead
@@ -70,9 +70,7 @@ class Attention(BaseHead):
                 raise InputError(f"head is {head}; there are {len(maps)}", field="head")
             maps = maps[head : head + 1]
         if output == "npy":
-            buffer = io.BytesIO()
-            np.save(buffer, maps.astype("<f4"))
-            drawn = np.frombuffer(buffer.getvalue(), np.uint8)
+            drawn = npy(maps.astype("<f4"))
         else:
             drawn = encode_png(
                 self._draw(maps.mean(0), size, image if output == "overlay" else None)

@@ -1,12 +1,13 @@
 """What heads for segmentation share: maps in, a mask of the image's own size out."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import cv2
 import numpy as np
 from PIL import Image
 
+from models.answers import npy
 from models.errors import InputError
 from models.heads.base import BaseHead
 from models.masks import encode_mask, without_specks
@@ -17,6 +18,8 @@ from models.trunk import Trunk
 BINARY = ("background", "foreground")
 FOREGROUND = ((0, 0, 0), (255, 255, 255))
 OVERLAY = ((0, 0, 0), (255, 96, 0))
+# An answer holds those of many images.
+MAX_LOGITS = 16 * 2**20
 
 
 class Segment(BaseHead):
@@ -108,7 +111,7 @@ class Segment(BaseHead):
         index = np.arange(2) if found.ndim == 2 else np.flatnonzero(counts)
         names = [labels[i] if i < len(labels) else "unlabelled" for i in index.tolist()]
         encoded = (
-            npy(found[None] if found.ndim == 2 else found)
+            npy(reduced(found[None] if found.ndim == 2 else found).astype("<f4"))
             if output == "logits"
             else encode_mask(
                 mask_HW, output, palette, labels=labels, background=background, image=image
@@ -135,8 +138,10 @@ def foreground_mask(
     return above
 
 
-def npy(array: np.ndarray) -> np.ndarray:
-    """An array as the bytes of an .npy file, float32."""
-    buffer = io.BytesIO()
-    np.save(buffer, array.astype("<f4"), allow_pickle=False)
-    return np.frombuffer(buffer.getvalue(), np.uint8)
+def reduced(maps_Khw: np.ndarray) -> np.ndarray:
+    """The maps, both sides halved by averaging until they have no more than MAX_LOGITS bytes."""
+    while maps_Khw.nbytes > MAX_LOGITS and min(maps_Khw.shape[1:]) > 1:
+        size = (maps_Khw.shape[2] // 2, maps_Khw.shape[1] // 2)
+        halved = [cv2.resize(each, size, interpolation=cv2.INTER_AREA) for each in maps_Khw]
+        maps_Khw = np.stack(halved)
+    return maps_Khw

@@ -1,6 +1,5 @@
 """A backend's result as the answer that the client asked for: JSON, `.npy` or a PNG."""
 
-import io
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 from fastapi import Request, Response
 
-from models.answers import answer_entry, quantize
+from models.answers import answer_entry, npy, quantize
 from service.errors import ServiceError
 from service.gateway.problems import describe
 from service.parameters import PredictParameters, TaskParameters
@@ -29,7 +28,7 @@ def task_response(request: Request, parameters: TaskParameters, result: InferRes
     if used.task == "embed" and NPY in accept:
         vectors = np.stack([arrays["embedding"] for arrays in _all_arrays(result)])
         encoding = getattr(parameters, "encoding", "float")
-        return Response(_npy(quantize(vectors, encoding)), media_type=NPY)
+        return Response(npy(quantize(vectors, encoding)).tobytes(), media_type=NPY)
     for media, names in ((PNG, PICTURES), (NPY, ("npy", "logits"))):
         if used.task in PICTURED and media in accept:
             first = _first(result.images)
@@ -99,12 +98,6 @@ def _first(images: Sequence[ImageResult]) -> Mapping[str, np.ndarray]:
 def _all_arrays(result: InferResult) -> list[Mapping[str, np.ndarray]]:
     """Every image's arrays; an array cannot tell of a failed row, so one failure fails all."""
     return [_first([image]) for image in result.images]
-
-
-def _npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
 
 
 def _json(request: Request, answer: dict[str, Any], result: InferResult, timing: bool) -> Response:

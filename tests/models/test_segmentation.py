@@ -24,7 +24,7 @@ from models.errors import CatalogError, CheckpointError, InputError
 from models.heads import create_head
 from models.heads.dense import LONGEST, WholePatches
 from models.heads.foreground import AttentionMask, cut
-from models.heads.segment import foreground_mask
+from models.heads.segment import foreground_mask, reduced
 from models.heads.semantic import Semantic
 from models.labels import load_labels
 from models.masks import encode_mask, without_specks
@@ -118,6 +118,14 @@ def test_a_foreground_is_what_is_above_the_threshold() -> None:
         found = foreground_mask(saliency, (0, 0, 50, 80), (50, 80), threshold)
         sure = np.abs(full - threshold) > 1e-5
         np.testing.assert_array_equal(found[sure], (full > threshold)[sure])
+
+
+def test_logits_are_halved_until_an_answer_can_hold_them() -> None:
+    logits = RANDOM.normal(size=(150, 512, 680)).astype(np.float32)
+    small = reduced(logits)
+    assert small.shape == (150, 128, 170)
+    np.testing.assert_allclose(small[7, 0, 0], logits[7, :4, :4].mean(), atol=1e-5)
+    assert reduced(small) is small
 
 
 def test_small_regions_can_be_left_out() -> None:
