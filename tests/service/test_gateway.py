@@ -150,8 +150,11 @@ def test_models_are_listed_and_described(tiny: Running) -> None:
 def test_openapi_describes_the_three_ways(tiny: Running) -> None:
     schema = tiny.client.get("/openapi.json").json()
     body = schema["paths"]["/classify"]["post"]["requestBody"]["content"]
+    assert body.keys() == {"multipart/form-data", "image/*", "video/*", "application/json"}
+    assert {"image", "video", "top_k"} <= body["multipart/form-data"]["schema"]["properties"].keys()
+    body = schema["paths"]["/segment"]["post"]["requestBody"]["content"]
     assert body.keys() == {"multipart/form-data", "image/*", "application/json"}
-    assert "top_k" in body["multipart/form-data"]["schema"]["properties"]
+    assert "video" not in body["multipart/form-data"]["schema"]["properties"]
     assert tiny.client.get("/docs").status_code == 200
 
 
