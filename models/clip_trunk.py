@@ -1,6 +1,5 @@
 """The image towers of open_clip's models, as trunks."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,19 +7,11 @@ from torch import Tensor, nn
 from models.architectures.dense_clip import dense_pass
 from models.need import NOTHING, Need
 from models.preprocess import Preprocess
-from models.trunk import ImageTrunk, Placement, TrunkOutput, state_digest
+from models.trunk import ClosedTrunk, ImageTrunk, Placement, TrunkOutput, state_digest
 
 
-class OpenClipTrunk(ImageTrunk):
+class OpenClipTrunk(ClosedTrunk, ImageTrunk):
     """The image tower of an open_clip model; its pooled output is the projected embedding."""
-
-    num_classes = 0
-    has_tokens = False
-    blocks: Sequence[Any] = ()
-    layered: Sequence[Any] = ()
-
-    def norm(self, layer_BTD: Tensor) -> Tensor:
-        raise NotImplementedError("its blocks are not read")
 
     def __init__(
         self, architecture: str, network: nn.Module, preprocess: Preprocess, placement: Placement
@@ -50,6 +41,3 @@ class OpenClipTrunk(ImageTrunk):
         pixels_BCHW = self.placement.prepare(pixels_BCHW, self.preprocess)
         hidden = self.network.transformer(self.network._embeds(pixels_BCHW))
         return {"image_features_pre_projection": self.network._pool(hidden)[0]}
-
-    def classify(self, output: TrunkOutput) -> Tensor:
-        raise NotImplementedError("an image tower has no classifier")

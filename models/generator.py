@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from models.need import NOTHING, Need
-from models.trunk import Placement, TrunkOutput, state_digest
+from models.trunk import ClosedTrunk, Placement, TrunkOutput, state_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +40,10 @@ class LatentSpec:
         return torch.cat([latent, torch.zeros(self.noise_count)])
 
 
-class Generator:
+class Generator(ClosedTrunk):
     """A network that gives images (B, 3, H, W), nominally within 0..1, for such inputs."""
 
     modality = "latent"
-    num_classes = 0
-    has_tokens = False
-    blocks: Sequence[Any] = ()
-    layered: Sequence[Any] = ()
-    exponents = None
 
     def __init__(self, architecture: str, network: Any, placement: Placement) -> None:
         self.architecture = architecture
@@ -76,14 +71,8 @@ class Generator:
         images = self.network(latent, noise)
         return TrunkOutput(images, 0, images.shape[-2:])
 
-    def norm(self, layer_BTD: Tensor) -> Tensor:
-        raise NotImplementedError("its blocks are not read")
-
     def pool(self, output: TrunkOutput) -> Tensor:
         raise NotImplementedError("a generator embeds nothing")
-
-    def classify(self, output: TrunkOutput) -> Tensor:
-        raise NotImplementedError("a generator has no classifier")
 
 
 def is_generator(network: nn.Module) -> bool:

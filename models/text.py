@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from models.need import NOTHING, Need
-from models.trunk import Placement, TrunkOutput, state_digest
+from models.trunk import ClosedTrunk, Placement, TrunkOutput, state_digest
 
 # Of a text before it is tokenized; what a tokenizer keeps is far less.
 MAX_CHARACTERS = 10_000
@@ -32,22 +32,13 @@ class TextPreprocess:
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
-class TextTrunk:
+class TextTrunk(ClosedTrunk):
     """What text trunks share: tokens padded to the longest text of a batch.
 
     `pad_id` fills up; a subclass says in `encode` what to make of a batch.
     """
 
     modality = "text"
-    num_classes = 0
-    has_tokens = False
-    blocks: Sequence[Any] = ()
-    layered: Sequence[Any] = ()
-
-    def norm(self, layer_BTD: Tensor) -> Tensor:
-        raise NotImplementedError("its blocks are not read")
-
-    exponents = None
     pad_id = 0
 
     def __init__(
@@ -84,9 +75,6 @@ class TextTrunk:
 
     def pool(self, output: TrunkOutput) -> Tensor:
         return output.features[:, 0]
-
-    def classify(self, output: TrunkOutput) -> Tensor:
-        raise NotImplementedError("a text tower has no classifier")
 
 
 class OpenClipText(TextTrunk):

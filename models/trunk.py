@@ -161,6 +161,22 @@ class Placement:
         return pixels_BCHW.to(self.dtype, memory_format=self.memory_format)
 
 
+class ClosedTrunk:
+    """What trunks share that yield one embedding or image, and whose insides no head reads."""
+
+    num_classes = 0
+    has_tokens = False
+    exponents: Tensor | None = None
+    blocks: Sequence[Any] = ()
+    layered: Sequence[Any] = ()
+
+    def norm(self, layer_BTD: Tensor) -> Tensor:
+        raise NotImplementedError("its blocks are not read")
+
+    def classify(self, output: TrunkOutput) -> Tensor:
+        raise NotImplementedError("it has no classifier")
+
+
 class ImageTrunk:
     """What image trunks share: how prepared images become a batch."""
 

@@ -33,13 +33,17 @@ class ScaleVit(VisionTransformer):  # type: ignore[misc]
         """
         patches = self.patch_embed(x)
         batch, rows, columns, dim = patches.shape
-        if input_res is None:
-            input_res = patches.new_ones(batch)
-        table = ground_positions(input_res.to(patches), rows, columns, dim)
+        table = ground_positions(self.scales(input_res, patches), rows, columns, dim)
         tokens = torch.cat([self.cls_token.expand(batch, -1, -1), patches.flatten(1, 2)], 1)
         tokens[:, 1:] = tokens[:, 1:] + table
         done: Tensor = self.norm(self.blocks(tokens))
         return done
+
+    def scales(self, input_res: Tensor | None, batch: Tensor) -> Tensor:
+        """(B,) that positions are computed for: 1 where none is given, or none was trained with."""
+        if input_res is None or self.absolute_scale:
+            return batch.new_ones(len(batch))
+        return input_res.to(batch)
 
 
 def ground_positions(input_res: Tensor, rows: int, columns: int, dim: int) -> Tensor:

@@ -97,9 +97,6 @@ def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> 
     named: dict[str, Tensor] = {}
     pixels, scale = inputs["pixel_values"], inputs.get("input_res")
     network: Any = model.trunk.network
-    if network.absolute_scale:
-        inputs = {name: value for name, value in inputs.items() if name != "input_res_2"}
-        scale = pixels.new_ones(len(pixels))
     if scale is not None:
         scaled = replace(output, features=network.forward_features(pixels, scale))
         named = {"tokens": scaled.features, "embedding": model.trunk.pool(scaled)}
@@ -107,8 +104,7 @@ def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> 
             named |= model.heads["classify"].forward(scaled)
     head = model.heads.get("reconstruct")
     if isinstance(head, Reconstruct) and "noise" in inputs:
-        ones = pixels.new_ones(len(pixels))
-        scale = inputs.get("input_res_2", ones if scale is None else scale)
+        scale = inputs.get("input_res_2", scale)
         visible = head.encode(pixels, inputs["noise"], None, scale)
         drawn = head.draw_scales(visible, scale)
         patch = network.patch_embed.patch_size[0]

@@ -95,23 +95,23 @@ class Reconstruct(BaseHead):
         if not isinstance(network, ScaleVit):
             return encode_visible(network, pixels, noise_BN, ratio)
         patches = network.patch_embed(pixels)
-        batch, rows, columns, dim = patches.shape
-        scale = pixels.new_ones(batch) if scale is None else scale
-        table = ground_positions(scale, rows, columns, dim)
+        _, rows, columns, dim = patches.shape
+        table = ground_positions(network.scales(scale, patches), rows, columns, dim)
         first = torch.zeros_like(table[:, :1])
         return encode_placed(
             network, patches.flatten(1, 2), torch.cat([first, table], 1), noise_BN, ratio
         )
 
-    def draw_scales(self, visible: Visible, scale: Tensor) -> Drawn:
-        """What Scale-MAE's decoder draws."""
-        drawn: Drawn = self.network(visible, scale)
+    def draw_scales(self, visible: Visible, scale: Tensor | None = None) -> Drawn:
+        """What Scale-MAE's decoder draws; `scale` as for `encode`."""
+        network: Any = self.trunk.network
+        drawn: Drawn = self.network(visible, network.scales(scale, visible.latent))
         return drawn
 
     def draw(self, visible: Visible, pixels: Tensor) -> Tensor:
         """The drawn images (B, 3, h, w), normalised as the input is."""
         if isinstance(self.network, ScaleDecoder):
-            return self.draw_scales(visible, pixels.new_ones(len(pixels))).combined
+            return self.draw_scales(visible).combined
         patches = self.network(visible)
         side = round((patches.shape[-1] / PATCH_CHANNELS) ** 0.5)
         if self.by_patch:

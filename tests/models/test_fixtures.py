@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from models import Registry, load_checkpoint
+from models.architectures.vitgan import Modulated
 from models.checkpoint import save_checkpoint
 from models.checkpoints import detect_format
 from models.containers import open_container
@@ -120,6 +121,44 @@ def test_further_published_forms_give_the_same(name: str, file: str) -> None:
     for key in ("embedding", "tokens", "logits"):
         if key in golden:
             assert torch.allclose(found[key], golden[key], atol=1e-5, rtol=0), key
+
+
+def test_a_scale_mae_of_absolute_scale_knows_no_other() -> None:
+    model, golden, _ = fixture("scale_mae", absolute_scale=True)
+    given = {key: golden[key] for key in ("pixel_values", "noise")}
+    plain = model.run(**given, input_res=torch.ones(2))
+    scaled = model.run(**given, input_res=torch.full((2,), 3.0))
+    for key in ("embedding", "tokens", "reconstruction"):
+        assert torch.equal(plain[key], scaled[key]), key
+    head = model.heads["embed"]
+    [row, _] = model.forward(golden["pixel_values"], head, {"gsd": 3.0})
+    assert np.array_equal(row["embedding"], plain["embedding"][0].numpy())
+
+
+def test_a_clip_of_others_may_have_exact_gelu() -> None:
+    model, golden, _ = fixture("clip_dense", activation="gelu")
+    kinds = [type(module).__name__ for module in model.trunk.network.modules()]
+    assert "GELU" in kinds
+    assert "QuickGELU" not in kinds
+    found = model.run(golden["pixel_values"])["feature_map"]
+    assert not torch.allclose(found, golden["feature_map"], atol=1e-4)
+
+
+def test_only_ms_clip_s_is_read_as_such() -> None:
+    folder = GOLDENS / "ms_clip"
+    if not folder.is_dir():
+        pytest.skip("the fixture ms_clip is not here (shared/goldens)")
+    custom = json.loads((folder / "meta.json").read_text())["hyperparameters"]["CUSTOM"]
+    for change in ({"PRALLEL_T2B_USECLS": False}, {"PRALLEL_T2B_PADDINGS": [1, 0, 0, 0, 0]},
+                   {"PARALLEL_STRIDES": [1, 2, 2, 2, 2]}):  # fmt: skip
+        with pytest.raises(CheckpointError, match=r"MS-CLIP-S as published|not a patch"):
+            load_checkpoint(folder / "checkpoint.pth", {"CUSTOM": {**custom, **change}})
+
+
+@pytest.mark.parametrize("side", [3, 4, 5])
+def test_a_generator_doubles_whatever_its_blur(side: int) -> None:
+    layer = Modulated(6, 4, 3, 8, up=True, demodulate=True, blur=side)
+    assert layer(torch.randn(2, 6, 8, 8), torch.randn(2, 8)).shape == (2, 4, 16, 16)
 
 
 def test_exact_gelu_can_be_asked_for() -> None:

@@ -201,7 +201,7 @@ def test_windows_are_mmsegmentations(size: tuple[int, int]) -> None:
 
 def test_pieces_put_together_are_the_whole_by_windows() -> None:
     """What a server does with an image's pieces is what the reference does with the whole."""
-    model, golden, _ = fixture("semantic_segmentation")
+    model, _, _ = fixture("semantic_segmentation")
     head = model.heads["segment"]
     assert isinstance(head, Semantic)
     photo = Image.fromarray(RANDOM.integers(0, 255, (92, 110, 3), np.uint8))
@@ -212,7 +212,6 @@ def test_pieces_put_together_are_the_whole_by_windows() -> None:
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None]
     whole = model.run(model.trunk.placement.prepare(pixels, model.trunk.preprocess))
     np.testing.assert_allclose(merged, whole["mask_logits"][0], atol=1e-4)
-    del golden
 
 
 def test_one_window_is_the_whole_image() -> None:
@@ -291,6 +290,25 @@ def test_semantic_fpn_sums_levels_brought_to_the_finest() -> None:
     assert "neck.fpn_convs.3.conv.bias" in keys
     maps = [torch.randn(1, dim, 32 >> i, 48 >> i) for i, dim in enumerate(dims)]
     assert decoder.eval()(maps).shape == (1, 5, 32, 48)
+
+
+def test_a_decoder_reads_the_levels_that_it_names() -> None:
+    names = {"decode_head.conv_seg.weight": torch.randn(5, 24, 1, 1)}
+    inputs = {"inputs": [4, 8, 12, 16]}
+    some = create_decoder(names, {**inputs, "in_index": [1, 3]}).eval()
+    alone = create_decoder(names, {"inputs": [8, 16]}).eval()
+    alone.load_state_dict(some.state_dict())
+    maps = [torch.randn(1, dim, 8, 8) for dim in inputs["inputs"]]
+    assert torch.equal(some(maps), alone([maps[1], maps[3]]))
+
+
+def test_a_decoder_cannot_pool_to_any_size() -> None:
+    names = {
+        "decode_head.conv_seg.weight": torch.randn(5, 4, 1, 1),
+        "decode_head.fpn_bottleneck.conv.weight": torch.randn(4, 8, 3, 3),
+    }
+    with pytest.raises(ValueError, match="pool_scales"):
+        create_decoder(names, {"inputs": [4, 4], "pool_scales": [10**6]})
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from models.heads.files import HeadFile, encode_head
 from models.store import Store
 from service.stubs import vision_pb2 as pb
 from service.stubs.vision_pb2_grpc import VisionStub
+from service.worker.scheduler import QueueFull
 from tests.conftest import CLIP_CATALOG, Running, encode, running
 from tests.models.test_fixtures import GOLDENS
 
@@ -61,9 +62,12 @@ def server(
         yield started
 
 
+QUEUE = 8
+
+
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """mmsegmentation's layouts from the fixtures."""
+    """mmsegmentation's layouts from the fixtures, with short queues."""
     if not GOLDENS.is_dir():
         pytest.skip("the fixtures are not here (shared/goldens)")
     text = ""
@@ -73,7 +77,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         text += f'[models.{name}-embed]\ntrunk = "{name}"\ntask = "embed"\n'
     path = tmp_path_factory.mktemp("mmseg") / "catalog.toml"
     path.write_text(text)
-    with running(path) as started:
+    with running(path, max_queue_size=QUEUE) as started:
         started.wait_ready()
         yield started
 
@@ -265,22 +269,34 @@ def test_published_segmenters_answer_as_the_library(
     assert all(item["label"].startswith("class") for item in served["classes"])
 
 
-def test_windows_ride_in_batches_and_none_is_lost(
-    published: Running, jpegs: dict[str, bytes]
+def test_windows_ride_in_batches_and_wait_where_the_queue_is_full(
+    published: Running, photos: dict[str, Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More windows than the queue holds places, of many images at once: they wait their turn."""
-    files = [("image", ("a", jpegs[name])) for name in ("chelsea", "coffee", "rocket")] * 10
-    before = published.metric("vitrail_batch_size_sum", trunk="semantic_segmentation")
-    batches = published.metric("vitrail_batch_size_count", trunk="semantic_segmentation")
+    name, batcher = "semantic_segmentation", published.engine.batcher
+    admit, refused = batcher.admit, []
+
+    def counting(trunk: str, count: int) -> None:
+        try:
+            admit(trunk, count)
+        except QueueFull:
+            refused.append(trunk)
+            raise
+
+    monkeypatch.setattr(batcher, "admit", counting)
+    wide = encode(photos["rocket"].resize((1000, 250)))
+    before = published.metric("vitrail_batch_size_sum", trunk=name)
+    batches = published.metric("vitrail_batch_size_count", trunk=name)
     answer = published.client.post(
-        "/segment", files=files, data={"model": "semantic_segmentation"}, timeout=120
+        "/segment", files=[("image", ("wide", wide))] * QUEUE, data={"model": name}, timeout=120
     )
     results = answer.json()["results"]
+    assert len(results) == QUEUE
     assert not [result for result in results if "error" in result]
-    windows = published.metric("vitrail_batch_size_sum", trunk="semantic_segmentation") - before
-    batches = published.metric("vitrail_batch_size_count", trunk="semantic_segmentation") - batches
-    assert windows >= 2 * len(files)
+    windows = published.metric("vitrail_batch_size_sum", trunk=name) - before
+    batches = published.metric("vitrail_batch_size_count", trunk=name) - batches
+    assert windows == 6 * QUEUE  # (256 - 64 + 42) // 43 + 1 of each
     assert batches < windows
+    assert refused
 
 
 @pytest.fixture(scope="module")

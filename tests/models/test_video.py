@@ -1,0 +1,80 @@
+"""Clips: which frames are taken, and what is refused before it costs anything."""
+
+import io
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+
+from models.errors import ImageTooLargeError, InputError
+from models.images import DEFAULT_LIMITS, ImageLimits
+from models.preprocess import ClipPreprocess
+from models.video import create_clip_transform, decode_clip
+
+SPEC = ClipPreprocess(input_size=(32, 32), frames=4, sampling_rate=4)
+
+
+def clip(count: int = 40, rate: int = 30, size: tuple[int, int] = (64, 48)) -> bytes:
+    """Frames that grow brighter by 6 each."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream: Any = container.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
+        for number in range(count):
+            pixels = np.full((*size[::-1], 3), 6 * number, np.uint8)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv420p")))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("count", "fps", "wanted"),
+    [
+        (40, 30.0, [12, 17, 22, 27]),
+        (40, 60.0, [4, 14, 24, 35]),
+        (16, 30.0, [0, 5, 10, 15]),
+        (3, 30.0, [0, 2, 2, 2]),
+        (1, 30.0, [0, 0, 0, 0]),
+    ],
+)
+def test_frames_are_from_a_window_around_the_middle(
+    count: int, fps: float, wanted: list[int]
+) -> None:
+    assert SPEC.indices(count, fps).tolist() == wanted
+
+
+def test_the_frames_are_those_that_were_chosen() -> None:
+    frames = decode_clip(clip(), SPEC)
+    levels = [float(np.asarray(frame).mean()) / 6 for frame in frames]
+    assert np.abs(np.array(levels) - SPEC.indices(40, 30)).max() < 1
+    assert create_clip_transform(SPEC)(clip(), DEFAULT_LIMITS).shape == (4, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [ImageLimits(max_bytes=100), ImageLimits(max_pixels=64 * 47), ImageLimits(max_side=63)],
+)
+def test_clips_over_a_limit_are_refused(limits: ImageLimits) -> None:
+    with pytest.raises(ImageTooLargeError):
+        decode_clip(clip(), SPEC, limits)
+
+
+def test_clips_that_take_too_long_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.video.MAX_CLIP_PIXELS", 39 * 64 * 48)
+    with pytest.raises(ImageTooLargeError, match="40 frames of 64 x 48"):
+        decode_clip(clip(), SPEC)
+
+
+def test_a_file_without_video_is_told() -> None:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream: Any = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = 44100
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with pytest.raises(InputError, match="holds no video"):
+        decode_clip(buffer.getvalue(), SPEC)
