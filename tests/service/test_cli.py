@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from models import load_checkpoint
+from models.catalog import load_catalog
 from tests.conftest import answers, free_port, process, running, wait_until
 from tests.models.test_fixtures import GOLDENS
 from tests.service.test_heads import tinted
@@ -172,6 +173,19 @@ def test_no_server_is_told_without_a_traceback(folder: Path) -> None:
     assert done.returncode == 1
     assert "ConnectError" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_built_in_catalog_can_be_copied_but_not_over_another(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    assert vitrail("models", "copy", "published", str(mine)).returncode == 0
+    assert load_catalog(mine).models == load_catalog("published").models
+    again = vitrail("models", "copy", "demo", str(mine))
+    assert again.returncode == 1
+    assert "exists" in again.stderr
+    assert load_catalog(mine).models == load_catalog("published").models
+    unknown = vitrail("models", "copy", "nothing", str(tmp_path / "other.toml"))
+    assert unknown.returncode == 1
+    assert "there are demo, hub, published" in unknown.stderr
 
 
 def test_models_are_listed_pulled_and_inspected(tiny_catalog: Path) -> None:
