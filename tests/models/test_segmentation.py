@@ -27,6 +27,7 @@ from models.heads.foreground import AttentionMask, cut
 from models.heads.segment import foreground_mask, reduced
 from models.heads.semantic import Semantic
 from models.labels import load_labels
+from models.layouts.configuration import read_configuration
 from models.masks import encode_mask, without_specks
 from models.model import Model
 from models.segmentation.decoders import create_decoder
@@ -334,6 +335,35 @@ def test_decoders_that_do_not_fit_are_refused(
     settings = {"layers": [-1], "inputs": [dim], "labels": list("abcd"), **change}
     with pytest.raises(CheckpointError, match=message):
         create_head("semantic", tiny.trunk, (), linear_state(dim, settings))
+
+
+CONFIGURATION = """
+norm_cfg = dict(type='SyncBN', requires_grad=True)
+model = dict(
+    type='EncoderDecoder',
+    backbone=dict(type='BEiT', init_values=0.1, out_indices=[3, 5, 7, 11], norm_cfg=norm_cfg),
+    decode_head={'pool_scales': (1, 2, 3, 6), 'loss_decode': dict(loss_weight=-1.0)},
+    test_cfg=dict(mode='slide', crop_size=(640, 640), stride=(426, 426)))
+test_pipeline = [dict(type='MultiScaleFlipAug', img_scale=(2560, 640), flip=False)]
+load_from = open('/etc/passwd').read()
+import os
+data_root = os.environ['HOME'] + '/data'
+"""
+
+
+def test_configurations_are_read_as_data_and_never_run() -> None:
+    """mmcv's own form: calls of dict, names, tuples; whatever else there is, is nothing."""
+    found = read_configuration(CONFIGURATION)
+    assert found["model"]["backbone"] == {
+        "type": "BEiT", "init_values": 0.1, "out_indices": [3, 5, 7, 11], "norm_cfg": None,
+    }  # fmt: skip
+    assert found["model"]["decode_head"]["loss_decode"] == {"loss_weight": -1.0}
+    assert found["model"]["test_cfg"]["stride"] == [426, 426]
+    assert found["test_pipeline"][0]["img_scale"] == [2560, 640]
+    assert found["load_from"] is None
+    assert found["data_root"] is None
+    for text in ("model = (", "\0", "(" * 10_000, "x = " + "-" * 100_000 + "1", " " * 2_000_000):
+        assert not any(read_configuration(text).values())
 
 
 # -- foregrounds -------------------------------------------------------------------------------
