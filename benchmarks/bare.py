@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 
 from models import Model
-from models.images import decode_image
-from models.preprocess import collate
+from models.inputs.images import decode_image
+from models.inputs.transforms import collate
 from service.worker.runner import use_threads
 
 

@@ -20,15 +20,15 @@ import torch
 from prometheus_client import CollectorRegistry
 
 from models import Registry
-from models.checkpoint import HeadState
-from models.heads import create_head
+from models.checkpoints.checkpoint import HeadState
+from models.heads.registry import create_head
 from models.heads.vqt import Vqt
-from models.trunk import Trunk, parameter_bytes
+from models.trunks.base import Trunk, parameter_bytes
 from service.metrics import Metrics
 from service.worker.batcher import Batcher
-from service.worker.options import EngineOptions
 from service.worker.runner import HeadCall, Item, Runner, Threads
 from service.worker.scheduler import BatchQueue, Entry, Scheduler
+from service.worker_options import EngineOptions
 
 LABELS = tuple(map(str, range(20)))
 

@@ -26,10 +26,10 @@ from models.fitting.examples import Example, split
 from models.fitting.features import ReadFeatures, Row
 from models.fitting.fit import Fitted, fit, run_directly
 from models.fitting.options import FitOptions
-from models.heads import create_head
 from models.heads.files import save_head
+from models.heads.registry import create_head
 from models.model import Model
-from models.trunk import Trunk
+from models.trunks.base import Trunk
 
 LEAST = 8
 WAYS = {

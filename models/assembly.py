@@ -4,20 +4,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from models.catalog import ModelEntry
+from models.checkpoints.loading import LoadedTrunk, class_count, own_head
+from models.checkpoints.store import Store
 from models.errors import CatalogError
-from models.heads import Head, create_head
 from models.heads.dense import DenseClip
 from models.heads.embed import Embed
 from models.heads.files import read_head
+from models.heads.registry import Head, create_head
 from models.heads.zero_shot import ZeroShot
-from models.joining import SCALE, Joined, join_by_classes, load_joined, save_joined
-from models.labels import load_labels, numbered_labels
-from models.loading import LoadedTrunk, class_count, own_head
+from models.inputs.prompts import DEFAULT_TEMPLATES, expand_templates
 from models.model import Model
-from models.prompts import DEFAULT_TEMPLATES, expand_templates
-from models.store import Store
-from models.text import TextTrunk
-from models.trunk import Trunk
+from models.tasks.labels import load_labels, numbered_labels
+from models.trunks.base import Trunk
+from models.trunks.conse import SCALE, Joined, join_by_classes, load_joined, save_joined
+from models.trunks.text import TextTrunk
 
 FILE = "file:"
 # What MaskCLIP's code multiplies cosines with, whatever the checkpoint's own scale.

@@ -14,7 +14,7 @@ TASKS = ("classify", "zero-shot", "embed", "segment", "generate")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrunkEntry:
-    """A backbone. `source` says where its bytes come from (see `models/sources.py`), `origin` where
+    """A backbone. `source` says where its bytes come from (see `models/checkpoints/sources.py`), `origin` where
     a file that is not there is to be had.
 
     `architecture` is timm's or open_clip's name, needed where the checkpoint does not tell;
@@ -45,8 +45,8 @@ class ModelEntry:
     """What a request names: a head on a trunk, with labels.
 
     `text` is the trunk that reads the labels of a zero-shot model, `templates` what it reads
-    them in (see `models/prompts.py`), and `join` how towers that were not trained together are
-    brought to one space (`classes`, see `models/joining.py`).
+    them in (see `models/inputs/prompts.py`), and `join` how towers that were not trained together are
+    brought to one space (`classes`, see `models/trunks/conse.py`).
     """
 
     name: str

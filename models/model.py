@@ -10,31 +10,31 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from models.answers import answer_entry
-from models.architectures.scale_vit import ScaleVit
-from models.checkpoint import HeadState
+from models.checkpoints.checkpoint import HeadState
 from models.errors import InputError, TaskError
-from models.generator import Generator
-from models.heads import Head
 from models.heads.attention import Attention, has_attention
 from models.heads.dense import DenseClip
 from models.heads.embed import Embed
 from models.heads.linear import Linear
 from models.heads.prompted import Prompted, answering
 from models.heads.reconstruct import Reconstruct
+from models.heads.registry import Head
 from models.heads.scaled import ScaledEmbed
 from models.heads.vqt import Vqt
 from models.heads.zero_shot import ZeroShot
-from models.images import DEFAULT_LIMITS, ImageLimits, decode_image, to_upright_rgb
-from models.inputs import Input, Seed, Video, modality_of
-from models.need import NOTHING, Need
-from models.prepare import prepare, size_of
-from models.preprocess import create_transform
-from models.prompts import ensemble, prompts
-from models.running import run_dense, run_generator, run_images, run_towers
-from models.text import TextTrunk
-from models.trunk import Trunk, TrunkOutput, parameter_bytes, state_digest
-from models.video import create_clip_transform
+from models.inputs.images import DEFAULT_LIMITS, ImageLimits, decode_image, to_upright_rgb
+from models.inputs.prepare import prepare, size_of
+from models.inputs.prompts import ensemble, prompts
+from models.inputs.transforms import create_transform
+from models.inputs.types import Input, Seed, Video, modality_of
+from models.networks.scale_vit import ScaleVit
+from models.reference_outputs import run_dense, run_generator, run_images, run_towers
+from models.tasks.rendering import answer_entry
+from models.trunks.base import Trunk, TrunkOutput, parameter_bytes, state_digest
+from models.trunks.features import NOTHING, Need
+from models.trunks.generator import Generator
+from models.trunks.text import TextTrunk
+from models.trunks.video import create_clip_transform
 
 TEXT_BATCH = 32
 
@@ -267,7 +267,7 @@ class Model:
                 two towers `image_embedding` and what it is projected from.
             token_ids: (N, T) for `text_embedding`; with images `logits_per_image` (B, N).
             inputs: what else the checkpoint's format takes, such as `noise` to mask patches by, or
-                a generator's `latent`; see `models/running.py`.
+                a generator's `latent`; see `models/reference_outputs.py`.
         """
         named: dict[str, Tensor] = {}
         if isinstance(self.trunk, Generator):

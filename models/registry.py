@@ -14,12 +14,12 @@ import torch
 
 from models.assembly import Assembly
 from models.catalog import Catalog, ModelEntry, TrunkEntry, load_catalog
-from models.devices import resolve_device, resolve_dtype
+from models.checkpoints.loading import LoadedTrunk, load_trunk
+from models.checkpoints.store import Store
 from models.errors import CatalogError, ModelNotFoundError, ModelNotReadyError
-from models.loading import LoadedTrunk, load_trunk
 from models.model import Model
-from models.store import Store
-from models.trunk import Placement
+from models.trunks.base import Placement
+from models.trunks.devices import resolve_device, resolve_dtype
 
 logger = logging.getLogger(__name__)
 

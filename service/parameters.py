@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from models.inputs import Input, Latent, Seed
+from models.inputs.types import Input, Latent, Seed
 from service.errors import FieldError, InvalidInputError, InvalidParametersError
 from service.types import Call
 

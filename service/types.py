@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from models.inputs import Input
+from models.inputs.types import Input
 from service.errors import ServiceError
 
 # Failures of one image among several stay in its entry; these say that nothing was wrong with

@@ -26,8 +26,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from safetensors.torch import save_file
 
 from models import Registry
+from models.checkpoints.store import Store
 from models.errors import SourceError
-from models.store import Store
 from service.gateway.app import create_app
 from service.gateway.server import create_server
 from service.metrics import Metrics
@@ -35,8 +35,8 @@ from service.remote.backend import RemoteBackend
 from service.remote.metrics import RemoteMetrics
 from service.rpc.server import RpcServer
 from service.settings import Settings
+from service.worker.backend import Engine
 from service.worker.collector import EngineCollector
-from service.worker.engine import Engine
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["VITRAIL_GRPC_PORT"] = "0"  # any free one, unless a test says which
@@ -141,7 +141,7 @@ templates = "imagenet-7"
 trunk = "clip-text"
 task = "embed"
 
-[models.images]
+[models.inputs.images]
 trunk = "clip-image"
 task = "embed"
 """

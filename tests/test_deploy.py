@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from models import Registry
-from models.store import default_store_path
+from models.checkpoints.store import default_store_path
 from tests.conftest import answers, free_port, running, wait_until
 
 ROOT = Path(__file__).parents[1]

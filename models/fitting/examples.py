@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 
 from models.errors import InputError
-from models.images import SUFFIXES
+from models.inputs.images import SUFFIXES
 
 MAX_MEMBERS = 100_000
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from models.heads.linear import Linear, check_has_blocks
 from models.heads.ranking import Ranking
-from models.need import Need
-from models.trunk import Trunk, TrunkOutput
+from models.trunks.base import Trunk, TrunkOutput
+from models.trunks.features import Need
 
 # Keys and values are read once an epoch: half the bits are half the time, and training has noise.
 STORED = np.float16

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.checkpoint import HeadState
+from models.checkpoints.checkpoint import HeadState
 from models.errors import InputError
 from models.fitting.examples import Example, check_classes, split
 from models.fitting.features import Features, ReadFeatures, Row
@@ -26,9 +26,9 @@ from models.fitting.training import (
 )
 from models.heads.files import HeadFile
 from models.heads.linear import Linear
-from models.images import DEFAULT_LIMITS, ImageLimits, decode_image
-from models.preprocess import create_transform
-from models.trunk import Trunk
+from models.inputs.images import DEFAULT_LIMITS, ImageLimits, decode_image
+from models.inputs.transforms import create_transform
+from models.trunks.base import Trunk
 
 BATCH = 8
 LIMIT_BYTES = 16 * 2**30

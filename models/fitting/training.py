@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy, dropout
 from models.fitting.features import Features
 from models.fitting.options import FitOptions
 from models.heads.vqt import vqt_features
-from models.queries import finish_block, project
-from models.trunk import Trunk
+from models.trunks.base import Trunk
+from models.trunks.query_tokens import finish_block, project
 
 QUERY_DROPOUT = 0.1
 
@@ -71,7 +71,7 @@ class LinearLearner(Learner):
 
 
 class VqtLearner(Learner):
-    """Queries that read each block's keys and values; see `models/queries.py`."""
+    """Queries that read each block's keys and values; see `models/trunks/query_tokens.py`."""
 
     def __init__(self, trunk: Trunk, queries: int, classes: int) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ class Training:
 
 
 def _read(asked_BThd: Tensor, keys_BhKd: Tensor, values_BhKd: Tensor) -> Tensor:
-    """As `models.queries.read`, but with gradients for the queries alone, which is much less work
+    """As `models.trunks.query_tokens.read`, but with gradients for the queries alone, which is much less work
     than fused kernels do."""
     scores = asked_BThd.transpose(1, 2) @ keys_BhKd.transpose(-2, -1)
     found = scores.softmax(-1) @ values_BhKd

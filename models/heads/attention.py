@@ -8,13 +8,13 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
-from models.answers import npy
-from models.architectures.patchconvnet import PatchConvNet
 from models.errors import InputError
 from models.heads.base import BaseHead
 from models.heads.generate import encode_png
-from models.need import Need
-from models.trunk import Trunk, TrunkOutput
+from models.networks.patchconvnet import PatchConvNet
+from models.tasks.rendering import npy
+from models.trunks.base import Trunk, TrunkOutput
+from models.trunks.features import Need
 
 OVERLAY_SHARE = 0.6
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from models.need import NOTHING, Need
-from models.views import View
+from models.inputs.tiling import View
+from models.trunks.features import NOTHING, Need
 
 
 class BaseHead:

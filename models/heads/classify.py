@@ -4,7 +4,7 @@ from torch import Tensor
 
 from models.errors import CatalogError
 from models.heads.ranking import Ranking
-from models.trunk import Trunk, TrunkOutput
+from models.trunks.base import Trunk, TrunkOutput
 
 
 class Classify(Ranking):

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torchvision.transforms.functional import pil_to_tensor
 
-from models.architectures.dense_clip import can_be_dense
 from models.errors import CatalogError
 from models.heads.prompted import Prompted
 from models.heads.segment import Segment
-from models.need import Need
+from models.networks.dense_clip import can_be_dense
 from models.segmentation.label_sets import palette_of
-from models.trunk import Trunk, TrunkOutput
+from models.trunks.base import Trunk, TrunkOutput
+from models.trunks.features import Need
 
 LONGEST = 4  # times the shorter side
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from models.errors import InputError
 from models.heads.base import BaseHead
-from models.pooling import gem, ggem
-from models.trunk import Trunk, TrunkOutput
+from models.trunks.base import Trunk, TrunkOutput
+from models.trunks.pooling import gem, ggem
 
 POOLINGS = ("cls", "mean", "max", "gem", "ggem")
 

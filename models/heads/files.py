@@ -13,7 +13,7 @@ from safetensors.torch import load
 from safetensors.torch import save as save_bytes
 from torch import Tensor, isfinite
 
-from models.checkpoint import HeadState
+from models.checkpoints.checkpoint import HeadState
 from models.errors import CheckpointError
 
 METADATA_KEY = "vitrail-head"

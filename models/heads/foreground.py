@@ -13,8 +13,8 @@ from torch.nn.functional import normalize
 from models.errors import CatalogError
 from models.heads.attention import has_attention
 from models.heads.segment import BINARY, Segment
-from models.need import Need
-from models.trunk import Trunk, TrunkOutput
+from models.trunks.base import Trunk, TrunkOutput
+from models.trunks.features import Need
 
 # DINO keeps the patches that have 60 % of the attention.
 ATTENTION_THRESHOLD = 0.4

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.heads.base import BaseHead
-from models.trunk import TrunkOutput
+from models.trunks.base import TrunkOutput
 
 
 class Generate(BaseHead):

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from models.checkpoint import HeadState
+from models.checkpoints.checkpoint import HeadState
 from models.errors import CheckpointError
 from models.heads.ranking import Ranking
-from models.need import NOTHING, Need
-from models.trunk import Trunk, TrunkOutput, state_digest
+from models.trunks.base import Trunk, TrunkOutput, state_digest
+from models.trunks.features import NOTHING, Need
 
 CLASSIFIER = "classifier."
 ACTIVATIONS: dict[str, type[nn.Module]] = {

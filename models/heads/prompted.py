@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from models.errors import InputError
-from models.prompts import check_labels, expand_templates
+from models.inputs.prompts import check_labels, expand_templates
 
 
 class Prompted:

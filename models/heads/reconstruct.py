@@ -12,7 +12,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from models.architectures.masked import (
+from models.checkpoints.checkpoint import HeadState
+from models.checkpoints.strict import load_strictly
+from models.errors import InputError
+from models.heads.base import BaseHead
+from models.heads.generate import encode_png, to_pixels
+from models.networks.masked import (
     MaskedDecoder,
     Visible,
     encode_placed,
@@ -21,15 +26,10 @@ from models.architectures.masked import (
     patchify,
     unpatchify,
 )
-from models.architectures.scale_decoder import Drawn, ScaleDecoder
-from models.architectures.scale_vit import ScaleVit, ground_positions
-from models.checkpoint import HeadState
-from models.errors import InputError
-from models.heads.base import BaseHead
-from models.heads.generate import encode_png, to_pixels
-from models.need import Need
-from models.strict import load_strictly
-from models.trunk import Trunk, TrunkOutput
+from models.networks.scale_decoder import Drawn, ScaleDecoder
+from models.networks.scale_vit import ScaleVit, ground_positions
+from models.trunks.base import Trunk, TrunkOutput
+from models.trunks.features import Need
 
 PATCH_CHANNELS = 3
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, relu
 
 from models.heads.segment import BINARY, Segment
-from models.trunk import Trunk, TrunkOutput
+from models.trunks.base import Trunk, TrunkOutput
 
 
 class Decoder(nn.Module):

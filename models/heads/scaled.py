@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from models.heads.embed import Embed
-from models.need import Need
-from models.trunk import TrunkOutput
+from models.trunks.base import TrunkOutput
+from models.trunks.features import Need
 
 
 class ScaledEmbed(Embed):

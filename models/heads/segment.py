@@ -7,13 +7,13 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from models.answers import npy
 from models.errors import InputError
 from models.heads.base import BaseHead
-from models.masks import encode_mask, without_specks
 from models.segmentation.label_sets import palette_of
+from models.segmentation.masks import encode_mask, without_specks
 from models.segmentation.resample import Region, label_map, unlabelled
-from models.trunk import Trunk
+from models.tasks.rendering import npy
+from models.trunks.base import Trunk
 
 BINARY = ("background", "foreground")
 FOREGROUND = ((0, 0, 0), (255, 255, 255))

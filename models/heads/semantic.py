@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.checkpoint import HeadState
+from models.checkpoints.checkpoint import HeadState
+from models.checkpoints.strict import load_strictly
 from models.errors import CheckpointError
 from models.heads.segment import Segment
-from models.need import Need
 from models.segmentation.decoders import create_decoder, resize
 from models.segmentation.label_sets import label_sets, load_label_set
 from models.segmentation.windows import Windows, sliding_logits
-from models.strict import load_strictly
-from models.trunk import Trunk, TrunkOutput
+from models.trunks.base import Trunk, TrunkOutput
+from models.trunks.features import Need
 
 MAX_CLASSES = 1000
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from models.checkpoint import HeadState
+from models.checkpoints.checkpoint import HeadState
 from models.errors import CheckpointError
 from models.heads.linear import Linear, check_has_blocks, first_size
-from models.need import Need, Ride
-from models.queries import prepare_queries
-from models.trunk import TrunkOutput
+from models.trunks.base import TrunkOutput
+from models.trunks.features import Need, Ride
+from models.trunks.query_tokens import prepare_queries
 
 MAX_QUERIES = 256  # a block; a pass costs as much as there are
 

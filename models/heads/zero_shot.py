@@ -13,7 +13,7 @@ from torch import Tensor
 from models.heads.base import BaseHead
 from models.heads.embed import Embed
 from models.heads.prompted import Prompted
-from models.trunk import TrunkOutput
+from models.trunks.base import TrunkOutput
 
 
 class ZeroShot(Prompted, BaseHead):

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from models.images import SUFFIXES
+from models.inputs.images import SUFFIXES
 from service.cli.tables import write_table
 
 RETRY_STATUSES = (429, 503)

@@ -113,9 +113,9 @@ def convert(
     settings: Settings = None,
 ) -> None:
     """Write a checkpoint as one safetensors file that needs telling nothing any more."""
-    from models.checkpoint import save_checkpoint
+    from models.checkpoints.checkpoint import save_checkpoint
+    from models.checkpoints.loading import load_checkpoint, read_checkpoint
     from models.errors import CheckpointError
-    from models.loading import load_checkpoint, read_checkpoint
 
     def convert_file() -> None:
         if output.suffix != ".safetensors":
@@ -143,7 +143,7 @@ def _arguments(architecture: str | None, settings: list[str] | None) -> dict[str
 
 
 def _describe(file: Path, arguments: dict[str, Any]) -> dict[str, Any]:
-    from models.loading import load_checkpoint, read_checkpoint
+    from models.checkpoints.loading import load_checkpoint, read_checkpoint
 
     checkpoint = read_checkpoint(file, arguments)
     model = load_checkpoint(file, arguments)

@@ -51,7 +51,7 @@ def serve(
                 raise typer.BadParameter("several --processes need --workers")
             _serve_embedded(settings)
         else:
-            from service.processes.shares import count_gpus
+            from service.processes.child_settings import count_gpus
             from service.processes.supervisor import supervise
 
             count = max(1, count_gpus()) if workers == "auto" else int(workers)
@@ -146,6 +146,6 @@ def _serve_embedded(settings: Settings) -> None:
 
 
 def _end_with_parent(settings: Settings) -> None:
-    from service.processes.orphan import end_with_parent
+    from service.processes.parent_watch import end_with_parent
 
     end_with_parent(settings.drain_timeout_s)

@@ -6,17 +6,12 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from service.backend import Backend
-from service.gateway import (
-    head_routes,
-    model_routes,
-    open_inference_routes,
-    openai_routes,
-    routes,
-    system_routes,
-)
 from service.gateway.fetch import ImageFetcher
 from service.gateway.middleware import RequestContext
+from service.gateway.open_inference import routes as open_inference_routes
+from service.gateway.openai import routes as openai_routes
 from service.gateway.problems import install_handlers
+from service.gateway.rest import head_routes, model_routes, system_routes, task_routes
 from service.metrics import Metrics
 from service.rpc.server import RpcServer
 from service.settings import Settings
@@ -57,7 +52,7 @@ def create_app(
     app.add_middleware(RequestContext)
     install_handlers(app)
     modules = (
-        routes,
+        task_routes,
         model_routes,
         head_routes,
         open_inference_routes,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from models.inputs import Input, Latent, Seed, Video
+from models.inputs.types import Input, Latent, Seed, Video
 from service.errors import InvalidInputError
 from service.tensors import DTYPES, element_count, from_bytes, unpack
 

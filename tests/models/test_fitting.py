@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from models.checkpoint import HeadState
+from models.checkpoints.checkpoint import HeadState
 from models.errors import CheckpointError, InputError
 from models.fitting.examples import Example, check_classes, read_archive, read_examples, split
 from models.fitting.fit import Fitted, Progress, fit, run_directly
 from models.fitting.options import FitOptions
 from models.fitting.report import write_report
-from models.heads import create_head
 from models.heads.files import HeadFile, decode_head, encode_head, read_head, save_head
+from models.heads.registry import create_head
 from models.model import Model
 from tests.conftest import encode
 from tests.models.test_vqt import KINDS, small_trunk

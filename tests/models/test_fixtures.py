@@ -15,15 +15,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from models import Registry, load_checkpoint
-from models.architectures.vitgan import Modulated
-from models.checkpoint import save_checkpoint
-from models.checkpoints import detect_format
-from models.containers import open_container
+from models.checkpoints.checkpoint import save_checkpoint
+from models.checkpoints.containers import open_container
+from models.checkpoints.formats import detect_format
+from models.checkpoints.loading import read_checkpoint
+from models.checkpoints.store import Store
 from models.errors import CheckpointError
-from models.loading import read_checkpoint
+from models.inputs.tokenizers import CuttingTokenizer, OpenAITokenizer
 from models.model import Model
-from models.store import Store
-from models.tokenizer import CuttingTokenizer, OpenAITokenizer
+from models.networks.vitgan import Modulated
 
 GOLDENS = Path(__file__).parents[3] / "shared/goldens"
 INPUTS = (

@@ -14,13 +14,13 @@ from rasterio.features import rasterize
 from shapely.geometry import shape
 
 from models import Registry
-from models.answers import encode_embedding
 from models.errors import CatalogError, InputError, TaskError
 from models.heads.embed import Embed
-from models.masks import encode_mask
+from models.inputs.transforms import collate, normalize, preprocess_from_timm
 from models.model import Model
-from models.preprocess import collate, normalize, preprocess_from_timm
-from models.trunk import Placement, TimmTrunk
+from models.segmentation.masks import encode_mask
+from models.tasks.rendering import encode_embedding
+from models.trunks.base import Placement, TimmTrunk
 from tests.conftest import encode
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from models.errors import ImageTooLargeError, InputError
-from models.images import ImageLimits, decode_image
+from models.inputs.images import ImageLimits, decode_image
 from tests.conftest import encode
 
 

@@ -9,13 +9,18 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 
-from models.clip_trunk import OpenClipTrunk
 from models.errors import InputError
 from models.heads.embed import Embed
+from models.inputs.transforms import collate, create_transform, normalize
 from models.model import Model
-from models.preprocess import collate, create_transform, normalize
-from models.towers import load_open_clip, open_clip_preprocess, split_towers, zero_shot_head
-from models.trunk import Placement
+from models.trunks.base import Placement
+from models.trunks.open_clip import OpenClipTrunk
+from models.trunks.two_tower import (
+    load_open_clip,
+    open_clip_preprocess,
+    split_towers,
+    zero_shot_head,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

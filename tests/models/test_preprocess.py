@@ -7,7 +7,7 @@ from timm.data import create_transform as timm_transform
 from timm.data import resolve_model_data_config
 
 from models.errors import CatalogError
-from models.preprocess import (
+from models.inputs.transforms import (
     Preprocess,
     collate,
     create_transform,

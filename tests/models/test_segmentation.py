@@ -19,22 +19,22 @@ from torch.nn.functional import interpolate
 
 from models import Registry
 from models.catalog import load_catalog
-from models.checkpoint import HeadState
+from models.checkpoints.checkpoint import HeadState
+from models.checkpoints.families.configuration import read_configuration
+from models.checkpoints.store import Store
 from models.errors import CatalogError, CheckpointError, InputError
-from models.heads import create_head
 from models.heads.dense import LONGEST, WholePatches
 from models.heads.foreground import AttentionMask, cut
+from models.heads.registry import create_head
 from models.heads.segment import foreground_mask, reduced
 from models.heads.semantic import Semantic
-from models.labels import load_labels
-from models.layouts.configuration import read_configuration
-from models.masks import encode_mask, without_specks
 from models.model import Model
 from models.segmentation.decoders import create_decoder
 from models.segmentation.label_sets import label_sets, load_label_set, palette_of
+from models.segmentation.masks import encode_mask, without_specks
 from models.segmentation.resample import UNLABELLED, label_map
 from models.segmentation.windows import Windows
-from models.store import Store
+from models.tasks.labels import load_labels
 from tests.models.test_fixtures import fixture
 
 RANDOM = np.random.default_rng(0)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from models.checkpoints.sources import fetch, parse_source
+from models.checkpoints.store import Store
 from models.errors import SourceError
-from models.sources import fetch, parse_source
-from models.store import Store
 
 
 def test_a_file_is_made_once_however_many_want_it(tmp_path: Path) -> None:

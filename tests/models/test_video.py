@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from models.errors import ImageTooLargeError, InputError
-from models.images import DEFAULT_LIMITS, ImageLimits
-from models.preprocess import ClipPreprocess
-from models.video import create_clip_transform, decode_clip
+from models.inputs.images import DEFAULT_LIMITS, ImageLimits
+from models.inputs.transforms import ClipPreprocess
+from models.trunks.video import create_clip_transform, decode_clip
 
 SPEC = ClipPreprocess(input_size=(32, 32), frames=4, sampling_rate=4)
 
@@ -63,7 +63,7 @@ def test_clips_over_a_limit_are_refused(limits: ImageLimits) -> None:
 
 
 def test_clips_that_take_too_long_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.video.MAX_CLIP_PIXELS", 39 * 64 * 48)
+    monkeypatch.setattr("models.trunks.video.MAX_CLIP_PIXELS", 39 * 64 * 48)
     with pytest.raises(ImageTooLargeError, match="40 frames of 64 x 48"):
         decode_clip(clip(), SPEC)
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from models.checkpoint import HeadState
+from models.checkpoints.checkpoint import HeadState
 from models.errors import CheckpointError
-from models.heads import create_head
+from models.heads.registry import create_head
 from models.heads.vqt import Vqt
-from models.need import together
-from models.preprocess import preprocess_from_timm
-from models.trunk import Placement, TimmTrunk
+from models.inputs.transforms import preprocess_from_timm
+from models.trunks.base import Placement, TimmTrunk
+from models.trunks.features import together
 
 SMALL = {"img_size": 56, "patch_size": 14, "embed_dim": 24, "depth": 3, "num_heads": 3}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {

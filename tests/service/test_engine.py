@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from models.need import NOTHING, Need
-from models.trunk import TimmTrunk, TrunkOutput
+from models.trunks.base import TimmTrunk, TrunkOutput
+from models.trunks.features import NOTHING, Need
 from service.worker.runner import Runner
 from tests.conftest import Running, encode, running, wait_until
 

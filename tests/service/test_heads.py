@@ -20,9 +20,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from models import Registry
-from models.checkpoint import HeadState
+from models.checkpoints.checkpoint import HeadState
+from models.checkpoints.store import Store
 from models.heads.files import HeadFile, decode_head, encode_head, read_head
-from models.store import Store
 from service.stubs import vision_pb2 as pb
 from service.stubs.vision_pb2_grpc import VisionStub
 from tests.conftest import Running, answers, encode, free_port, process, running, wait_until
@@ -267,7 +267,7 @@ def test_a_fitted_head_is_known_while_it_is_declared(
         states.append(server.client.get("/heads/tints").json().get("state"))
         return head
 
-    monkeypatch.setattr("service.worker.heads.read_head", read_and_ask)
+    monkeypatch.setattr("service.worker.head_store.read_head", read_and_ask)
     assert begin_fit(server, "tints", tinted_zip()).status_code == 202
     assert settle(server, "tints")["state"] == "ready"
     assert states == ["fitting"]

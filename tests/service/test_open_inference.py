@@ -15,8 +15,8 @@ import pytest
 from tritonclient import http as triton
 from tritonclient.utils import InferenceServerException
 
-from models.images import decode_image
-from models.preprocess import normalize
+from models.inputs.images import decode_image
+from models.inputs.transforms import normalize
 from tests.conftest import Running, running
 
 INFER = "/v2/models/tiny/infer"

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from models.checkpoints import detect_format
-from models.containers import open_container
-from models.inputs import Latent, Seed, Video
+from models.checkpoints.containers import open_container
+from models.checkpoints.formats import detect_format
+from models.inputs.types import Latent, Seed, Video
 from service.stubs import vision_pb2 as pb
 from service.stubs.vision_pb2_grpc import VisionStub
 from tests.conftest import Running, encode, running
@@ -199,8 +199,8 @@ def test_hidden_patches_are_drawn(server: Running, name: str, jpegs: dict[str, b
 def test_what_mae_draws_is_the_references(server: Running) -> None:
     """The route's head draws what the fixture's decoder does, for the fixture's noise."""
     model, golden, _ = fixture("mae")
-    from models.architectures.masked import patch_statistics, patchify
     from models.heads.reconstruct import Reconstruct
+    from models.networks.masked import patch_statistics, patchify
 
     head = model.heads["reconstruct"]
     assert isinstance(head, Reconstruct)

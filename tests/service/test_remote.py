@@ -20,10 +20,10 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from models import Registry
-from models.store import Store
+from models.checkpoints.store import Store
 from service.metrics import Metrics
 from service.settings import Settings
-from service.worker.engine import Engine
+from service.worker.backend import Engine
 from tests.conftest import answers, free_port, gateway, process, running, serving_rpc, wait_until
 
 BLOCKER = """

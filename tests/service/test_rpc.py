@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 )
 from PIL import Image
 
-from models.preprocess import normalize
+from models.inputs.transforms import normalize
 from service.rpc.context import ERROR_KEY
 from service.stubs import vision_pb2 as pb
 from service.stubs.vision_pb2_grpc import VisionStub
@@ -112,7 +112,7 @@ def test_pixels_that_are_preprocessed_give_the_images_answer(
 
 
 def _jpeg(data: bytes) -> Image.Image:
-    from models.images import decode_image
+    from models.inputs.images import decode_image
 
     return decode_image(data)
 

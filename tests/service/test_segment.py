@@ -15,9 +15,9 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from models import Registry, load_checkpoint
-from models.checkpoint import HeadState
+from models.checkpoints.checkpoint import HeadState
+from models.checkpoints.store import Store
 from models.heads.files import HeadFile, encode_head
-from models.store import Store
 from service.stubs import vision_pb2 as pb
 from service.stubs.vision_pb2_grpc import VisionStub
 from service.worker.scheduler import QueueFull

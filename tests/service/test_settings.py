@@ -2,7 +2,7 @@ import pytest
 from pydantic import ValidationError
 
 from service.settings import Settings
-from service.worker.options import EngineOptions, usable_cores
+from service.worker_options import EngineOptions, usable_cores
 
 
 def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,10 +17,10 @@ from google.protobuf.struct_pb2 import Struct
 from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
-from models.images import decode_image
-from models.preprocess import normalize as normalize_pixels
-from models.prompts import NAMED_TEMPLATES
-from models.tokenizer import OpenAITokenizer
+from models.inputs.images import decode_image
+from models.inputs.prompts import NAMED_TEMPLATES
+from models.inputs.tokenizers import OpenAITokenizer
+from models.inputs.transforms import normalize as normalize_pixels
 from service.stubs import vision_pb2 as pb
 from service.stubs.vision_pb2_grpc import VisionStub
 from service.tensors import from_bytes

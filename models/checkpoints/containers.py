@@ -1,0 +1,198 @@
+"""Safe reading of the files that checkpoints come in. Nothing here ever runs code from a file."""
+
+import argparse
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from models.checkpoints.torchscript import is_torchscript, read_torchscript
+from models.errors import CheckpointError
+
+# Containers nest the weights under one of these, as the common training scripts write them.
+WRAPPERS = ("state_dict", "model", "module", "model_state_dict", "model_state", "teacher")
+
+
+# What training scripts store beside weights, and what cannot run anything: their arguments, and
+# numpy's scalars, by their names in numpy 1 and 2.
+_SCALAR = np._core.multiarray.scalar  # type: ignore[attr-defined]
+HARMLESS: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    *(getattr(np.dtypes, name) for name in np.dtypes.__all__ if name != "ObjectDType"),
+]
+
+
+# What training goes on from, and nobody else wants.
+LEFTOVERS = ("optimizer", "optimizer_state", "scaler", "lr_scheduler", "scheduler")
+MAX_SWELLING = 20
+ROOM_BYTES = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """What a checkpoint file holds: its tensors by name, and the metadata beside them.
+
+    Torch files nest weights as training scripts leave them: `wrapper` is what the tensors were
+    found under, empty for none; `sets` are all sets of weights that lie side by side (student and
+    teacher, ...) by name; `beside` are the other entries, those that are text, numbers or arguments
+    (as a mapping) with their values, the rest as None. For ONNX files `graph` is the graph,
+    since anonymous weights are named by their use in it.
+    """
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    wrapper: str = ""
+    sets: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    beside: Mapping[str, Any] = field(default_factory=dict)
+    graph: Any = None
+
+    @property
+    def script(self) -> Mapping[str, Any]:
+        """The training script's arguments, if they lie beside the weights."""
+        found = self.beside.get("args")
+        return found if isinstance(found, dict) else {}
+
+
+def open_container(path: Path) -> Container:
+    """Read `.safetensors`, `.npz`, `.onnx`, or a torch file (any other suffix).
+
+    Raises:
+        CheckpointError: missing, damaged, or a pickle that would need code to be run.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    match path.suffix:
+        case ".safetensors":
+            return _open_safetensors(path)
+        case ".npz":
+            _check_zip(path)
+            return _open_npz(path)
+        case ".onnx":
+            return _open_onnx(path)
+        case _:
+            _check_zip(path)
+            return _open_torch(path)
+
+
+def _check_zip(path: Path) -> None:
+    """Refuse a zip archive that would swell: torch's are stored as they are, and weights hardly
+    compress."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            swollen = sum(item.file_size for item in archive.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path}: not a readable zip archive: {error}") from error
+    if swollen > MAX_SWELLING * path.stat().st_size + ROOM_BYTES:
+        raise CheckpointError(
+            f"{path}: would unpack to {swollen} bytes, as no weights do; nothing was unpacked"
+        )
+
+
+def _open_safetensors(path: Path) -> Container:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return Container(path, tensors, file.metadata() or {})
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def _open_npz(path: Path) -> Container:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return Container(path, {key: torch.from_numpy(file[key]) for key in file.files})
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path}: not a readable npz file: {error}") from error
+
+
+def _open_onnx(path: Path) -> Container:
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+        tensors = {
+            item.name: torch.from_numpy(onnx.numpy_helper.to_array(item).copy())
+            for item in graph.initializer
+        }
+    except Exception as error:  # protobuf's and onnx's errors share no base class
+        raise CheckpointError(f"{path}: not a readable ONNX file: {error}") from error
+    return Container(path, tensors, graph=graph)
+
+
+def _open_torch(path: Path) -> Container:
+    if is_torchscript(path):
+        return Container(path, read_torchscript(path))
+    try:
+        with torch.serialization.safe_globals(HARMLESS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: holds Python objects other than tensors and plain values, and loading those "
+            "could run code. Re-save its state dict alone, best as .safetensors."
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path}: not a readable torch file: {error}") from error
+    tensors, wrapper = _find_state_dict(path, content)
+    entries = content if wrapper else {}
+    sets = {
+        str(name): _unwrapped(value) for name, value in entries.items() if _is_state_dict(value)
+    }
+    beside = {
+        str(name): _plain(v)
+        for name, v in entries.items()
+        if str(name) not in sets and str(name) not in LEFTOVERS
+    }
+    return Container(path, tensors, wrapper=wrapper, sets=sets, beside=beside)
+
+
+def _plain(value: Any) -> Any:
+    """What may be of use of a training script's leftovers."""
+    if isinstance(value, argparse.Namespace):
+        return vars(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float) else None
+
+
+def _is_state_dict(value: Any) -> bool:
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(
+        isinstance(item, Tensor) and item.nbytes <= item.untyped_storage().nbytes()
+        for item in value.values()
+    )
+
+
+def _unwrapped(state_dict: Mapping[Any, Tensor]) -> dict[str, Tensor]:
+    """Names without what data-parallel training puts in front."""
+    return {str(key).removeprefix("module."): value for key, value in state_dict.items()}
+
+
+def _find_state_dict(path: Path, content: Any) -> tuple[dict[str, Tensor], str]:
+    wrapper = ""
+    for name in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content, wrapper = content[name], wrapper or name
+    if not isinstance(content, dict) or not content:
+        raise CheckpointError(f"{path}: holds no state dict")
+    for key, value in content.items():
+        if isinstance(value, Tensor) and value.nbytes > value.untyped_storage().nbytes():
+            raise CheckpointError(f"{path}: {key} claims more numbers than the file holds")
+    strangers = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if strangers:
+        raise CheckpointError(f"{path}: entries are not tensors: {', '.join(strangers[:10])}")
+    return _unwrapped(content), wrapper

@@ -1,0 +1,32 @@
+"""How small-scale ViTs (arXiv 2210.07240) prepare images: by the data set's statistics, no crop."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from models.inputs.transforms import Preprocess
+
+Triple = tuple[float, float, float]
+
+STATISTICS: dict[str, tuple[Triple, Triple]] = {
+    "CIFAR10": ((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)),
+    "CIFAR100": ((0.507, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "SVHN": ((0.4377, 0.4438, 0.4728), (0.198, 0.201, 0.197)),
+    "Tiny-Imagenet": ((0.4802, 0.4481, 0.3975), (0.277, 0.2691, 0.2821)),
+    "CINIC": (
+        (0.47889522, 0.47227842, 0.43047404),
+        (0.24205776, 0.23828046, 0.25874835),
+    ),
+}
+
+
+def preprocess_for(arguments: Mapping[str, Any]) -> Preprocess:
+    """By `arguments["dataset"]`, CIFAR10 if it is not told."""
+    dataset = str(arguments.get("dataset", "CIFAR10"))
+    mean, std = STATISTICS.get(dataset, STATISTICS["CIFAR10"])
+    return Preprocess(
+        crop_mode="squash" if dataset == "CINIC" else "center",
+        crop_pct=1.0,
+        interpolation="bilinear",
+        mean=mean,
+        std=std,
+    )

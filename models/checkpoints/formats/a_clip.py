@@ -1,0 +1,102 @@
+"""A-CLIP (arXiv 2212.08653): towers trained and their exponential averages in one state dict, with
+parts that only training needs.
+
+The averages are served, as upstream evaluates them; `weights="online"` are the others. Embedding of
+tokens, positions and the last norm of texts are one for both.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.checkpoints.checkpoint import Checkpoint
+from models.checkpoints.containers import Container
+from models.checkpoints.families.towers import LIBRARY, assumed_heads, text_arguments, tower_states
+from models.checkpoints.families.vit import split_prefix, vit_arguments
+from models.errors import CheckpointError
+from models.inputs.transforms import Preprocess
+from models.model import Model
+from models.trunks.base import Trunk, TrunkOutput
+from models.trunks.features import Need
+
+NAME = "a-clip"
+SHARED = ("token_embedding.weight", "positional_embedding", "ln_final.weight", "ln_final.bias")
+# The visual tower, the projections and the text transformer of each set.
+SETS = {
+    "ema": ("visual_ema.", "image_projection_e", "text_projection_e", "transformer_e."),
+    "online": ("visual.", "image_projection", "text_projection", "transformer."),
+}
+
+
+def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
+    if {"visual_ema.cls_token", "image_projection_e"} <= container.tensors.keys():
+        return "visual_ema and image_projection_e"
+    return None
+
+
+def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    """`arguments`: `vision_heads` and `transformer_heads` (one for every 64 channels each)."""
+    tensors = container.tensors
+    weights = str(arguments.get("weights", "ema"))
+    if weights not in SETS:
+        raise CheckpointError(f"{container.path} has no weights {weights!r}; it has ema, online")
+    visual, image_projection, text_projection, transformer = SETS[weights]
+    vision, _ = split_prefix(tensors, visual)
+    language, _ = split_prefix(tensors, transformer)
+    try:
+        projection = tensors[image_projection]
+        text = {name: tensors[name] for name in SHARED}
+        text["text_projection"] = tensors[text_projection]
+        scale = tensors["logit_scale"]
+    except KeyError as error:
+        raise CheckpointError(f"{container.path}: {error} is missing") from error
+    text |= {f"transformer.{key}": value for key, value in language.items()}
+    told = {"num_heads": arguments["vision_heads"]} if "vision_heads" in arguments else {}
+    image = vit_arguments(vision, told)
+    size = image["img_size"]
+    spoken = text_arguments(text, arguments.get("transformer_heads"))
+    return Checkpoint(
+        format=NAME,
+        architecture=f"A-CLIP with a ViT of width {image['embed_dim']}",
+        library=LIBRARY,
+        arguments={
+            "image": {
+                "architecture": "projected-vit",
+                "positions": "bicubic",
+                "projected": projection.shape[1],
+                **image,
+            },
+            "text": spoken,
+            "cut_end": True,
+        },
+        assumed=assumed_heads(
+            arguments,
+            image["num_heads"],
+            spoken["heads"],
+            ("vision_heads", "transformer_heads"),
+        ),
+        state_dict=tower_states({**vision, "projection": projection}, text, scale),
+        preprocess=replace(
+            Preprocess(), input_size=(size, size), crop_pct=1.0, interpolation="bilinear"
+        ),
+        dropped=tuple(
+            key
+            for key in tensors
+            if key not in (*SHARED, "logit_scale", image_projection, text_projection)
+            and not key.startswith((visual, transformer))
+        ),
+    )
+
+
+def need(trunk: Trunk) -> Need:
+    """The attention of all blocks."""
+    return Need(attention=frozenset(range(len(trunk.blocks))))
+
+
+def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tokens, and how much the class token reads each patch, over all layers and heads."""
+    maps = torch.stack([layer[:, :, 0, 1:] for layer in output.attention.values()])
+    return {"tokens": output.features, "cls_attention": maps.mean((0, 2))}

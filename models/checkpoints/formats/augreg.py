@@ -1,0 +1,108 @@
+"""Google's `.npz` ViTs (arXiv 2010.11929, 2106.10270), as JAX keeps them, in old or linen names.
+
+The authors' code computes GELU by its tanh approximation; timm, from its own copies, exactly. A
+file of the authors gets the authors' numbers (`arguments = {act = "gelu"}` for timm's).
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from models.checkpoints.checkpoint import Checkpoint, HeadState
+from models.checkpoints.containers import Container
+from models.checkpoints.families.jax import POSITIONS, from_jax, in_old_names, num_heads
+from models.checkpoints.families.vit import vit_checkpoint
+from models.inputs.transforms import Preprocess
+from models.model import Model
+from models.trunks.base import TrunkOutput
+
+NAME = "augreg"
+HALF = (0.5, 0.5, 0.5)
+
+
+def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
+    if POSITIONS in in_old_names(container.tensors):
+        return "a ViT of JAX, by its Transformer/posembed_input"
+    return None
+
+
+def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    tensors = in_old_names(container.tensors)
+    kept = from_jax(tensors)
+    heads: dict[str, HeadState] = {}
+    if "head/kernel" in tensors:
+        head = {"weight": tensors["head/kernel"].T.contiguous(), "bias": tensors["head/bias"]}
+        if "pre_logits/kernel" in tensors:  # timm has no place for it any more
+            heads["linear"] = HeadState(
+                {
+                    "classifier.0.weight": tensors["pre_logits/kernel"].T.contiguous(),
+                    "classifier.0.bias": tensors["pre_logits/bias"],
+                    **{f"classifier.2.{key}": value for key, value in head.items()},
+                },
+                {"activations": {"1": "tanh"}},
+            )
+        else:
+            kept |= {f"head.{key}": value for key, value in head.items()}
+    built: dict[str, Any] = {"act_layer": str(arguments.get("act", "gelu_tanh"))}
+    if "cls_token" not in kept:
+        built |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    told = {**arguments, "num_heads": num_heads(tensors)}
+    preprocess = Preprocess(crop_mode="squash", crop_pct=1.0, mean=HALF, std=HALF)
+    return vit_checkpoint(
+        NAME,
+        kept,
+        told,
+        positions="corners",
+        heads=heads,
+        preprocess=preprocess,
+        **built,
+    )
+
+
+def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The table of positions for the input's grid; what the head sees, where that is more than a
+    pooling; and both once more with exact GELU, as timm has it."""
+    network: Any = model.trunk.network
+    exact = _with_exact_gelu(network).forward_features(inputs["pixel_values"])
+    other = replace(output, features=exact)
+    named = {
+        "pos_embedding": network.positions(output.grid),
+        "embedding": _embedding(model, output),
+        "embedding_gelu_erf": _embedding(model, other),
+    }
+    if "classify" in model.heads:
+        named["logits_gelu_erf"] = model.heads["classify"].forward(other)["logits"]
+    return named
+
+
+def _embedding(model: Model, output: TrunkOutput) -> Tensor:
+    pooled = model.trunk.pool(output)
+    state = model.states.get("linear")
+    if state is None:
+        return pooled
+    tensors = state.tensors
+    hidden = linear(pooled, tensors["classifier.0.weight"], tensors["classifier.0.bias"])
+    return torch.tanh(hidden)
+
+
+def _with_exact_gelu(network: Any) -> Any:
+    """The same weights in memory, with another activation."""
+    twin, blocks = _shallow(network), []
+    for block in network.blocks:
+        mlp = _shallow(block.mlp)
+        mlp.act = nn.GELU()
+        blocks.append(_shallow(block))
+        blocks[-1].mlp = mlp
+    twin.blocks = nn.Sequential(*blocks)
+    return twin
+
+
+def _shallow(module: nn.Module) -> Any:
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin

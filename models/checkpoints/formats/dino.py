@@ -1,0 +1,32 @@
+"""DINO's full checkpoint (arXiv 2104.14294): student and teacher, each a backbone with a projection
+head. The teacher is served; `weights="student"` is the other one.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from models.checkpoints.checkpoint import Checkpoint
+from models.checkpoints.containers import Container
+from models.checkpoints.families.attention import attention_need as need
+from models.checkpoints.families.attention import attention_outputs as outputs
+from models.checkpoints.families.vit import choose_weights, split_prefix, vit_checkpoint
+
+NAME = "dino"
+
+
+def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
+    teacher = container.sets.get("teacher", {})
+    if "backbone.cls_token" not in teacher or "student" not in container.sets:
+        return None
+    if "head.last_layer.weight_v" in teacher and "head.last_layer2.weight_v" not in teacher:
+        return "student and teacher with a backbone and one projection head each"
+    return None
+
+
+def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    weights = choose_weights(container, arguments, "teacher")
+    kept, dropped = split_prefix(weights, "backbone.")
+    return vit_checkpoint(NAME, kept, arguments, positions="dino", dropped=dropped)
+
+
+__all__ = ["NAME", "convert", "matches", "need", "outputs"]

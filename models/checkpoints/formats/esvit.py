@@ -1,0 +1,29 @@
+"""EsViT's full checkpoint (arXiv 2106.09785): student and teacher, each a Swin with its heads
+beside it. The teacher is served; `weights="student"` is the other one.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from models.checkpoints.checkpoint import Checkpoint
+from models.checkpoints.containers import Container
+from models.checkpoints.families.swin import MARK, swin_checkpoint
+from models.checkpoints.families.swin import swin_outputs as outputs
+from models.checkpoints.families.vit import choose_weights, split_prefix
+
+NAME = "esvit"
+
+__all__ = ["NAME", "convert", "matches", "outputs"]
+
+
+def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
+    teacher = container.sets.get("teacher", {})
+    if "student" in container.sets and MARK in teacher and "head.last_layer.weight_v" in teacher:
+        return "student and teacher, each a Swin with its heads beside it"
+    return None
+
+
+def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    weights = choose_weights(container, arguments, "teacher")
+    kept, dropped = split_prefix(weights, "", drop=("head.", "head_dense."))
+    return swin_checkpoint(NAME, kept, arguments, dropped=dropped)

@@ -1,0 +1,84 @@
+"""FT-CLIP (arXiv 2212.06138): CLIP's image tower fine-tuned to classify, or as DeepSpeed saves it.
+
+The plain weights are what a file of this format means; the paper's numbers are those of the
+exponential average, `weights = "ema"`. `patch_embed` in the file is a dummy that upstream never
+uses: `conv1` embeds the patches.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from models.checkpoints.checkpoint import Checkpoint
+from models.checkpoints.containers import Container
+from models.checkpoints.families.mae import need
+from models.checkpoints.families.vit import choose_weights, vit_checkpoint
+from models.errors import CheckpointError
+from models.inputs.transforms import Preprocess
+from models.model import Model
+from models.trunks.base import TrunkOutput
+
+NAME = "ft-clip"
+DUMMY = "patch_embed."
+RENAMED = (
+    ("transformer.resblocks.", "blocks."),
+    ("conv1.", "patch_embed.proj."),
+    ("class_embedding", "cls_token"),
+    ("positional_embedding", "pos_embed"),
+    ("ln_pre.", "norm_pre."),
+    (".ln_1.", ".norm1."),
+    (".ln_2.", ".norm2."),
+    (".attn.in_proj_weight", ".attn.qkv.weight"),
+    (".attn.in_proj_bias", ".attn.qkv.bias"),
+    (".attn.out_proj.", ".attn.proj."),
+    (".mlp.c_fc.", ".mlp.fc1."),
+    (".mlp.c_proj.", ".mlp.fc2."),
+    ("fc_norm.", "norm."),
+)
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+__all__ = ["NAME", "convert", "matches", "need", "outputs"]
+
+
+def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
+    keys = container.tensors.keys()
+    if {"conv1.weight", "fc_norm.weight", "head.weight", "class_embedding"} <= keys:
+        return "CLIP's image tower with fc_norm and a head"
+    return None
+
+
+def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    weights = choose_weights(container, arguments, container.wrapper)
+    named: dict[str, Tensor] = {}
+    for key, value in weights.items():
+        if key.startswith(DUMMY):
+            continue
+        for theirs, ours in RENAMED:
+            key = key.replace(theirs, ours)
+        named[key] = value
+    if "cls_token" not in named or "pos_embed" not in named:
+        raise CheckpointError(f"{container.path}: not a whole image tower of CLIP")
+    named["cls_token"] = named["cls_token"].reshape(1, 1, -1)
+    named["pos_embed"] = named["pos_embed"][None]
+    told = {"num_heads": arguments.get("heads"), **arguments}
+    return vit_checkpoint(
+        NAME,
+        named,
+        {key: value for key, value in told.items() if value is not None},
+        positions="bicubic",
+        preprocess=Preprocess(crop_pct=1.0, mean=MEAN, std=STD),
+        dropped=tuple(key for key in weights if key.startswith(DUMMY)),
+        pre_norm=True,
+        norm_eps=1e-5,
+        act_layer="quick_gelu",
+        global_pool="avg",
+        fc_norm=False,
+    )
+
+
+def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Patches after the norm, and all tokens before it."""
+    [last] = output.layers.values()
+    return {"patch_tokens": output.patches_BTD, "tokens_pre_norm": last}

@@ -1,0 +1,56 @@
+"""A ViT pooled by group generalized mean (arXiv 2212.04114): timm's names, and `ggem.p` (G,).
+
+No checkpoint was published; the name of the exponents is our choice.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from models.checkpoints.checkpoint import Checkpoint, HeadState
+from models.checkpoints.containers import Container
+from models.checkpoints.families.vit import MARKS, vit_arguments
+from models.inputs.transforms import Preprocess
+from models.model import Model
+from models.trunks.base import TrunkOutput
+from models.trunks.pooling import gem, ggem
+
+NAME = "ggem"
+EXPONENTS = "ggem.p"
+
+
+def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
+    """The exponents give it away."""
+    if EXPONENTS in container.tensors and container.tensors.keys() >= MARKS:
+        return "a ViT in timm's names with pooling exponents ggem.p"
+    return None
+
+
+def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    tensors = dict(container.tensors)
+    exponents = tensors.pop(EXPONENTS)
+    built = vit_arguments(tensors, {"num_heads": len(exponents), **arguments})
+    return Checkpoint(
+        format=NAME,
+        architecture="vit_small_patch16_224",
+        arguments=built,
+        state_dict=tensors,
+        preprocess=Preprocess(input_size=(built["img_size"], built["img_size"])),
+        heads={"ggem": HeadState({"p": exponents})},
+    )
+
+
+def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every pooling that the paper compares; of GGeM also as if the class token counted."""
+    exponents = model.trunk.exponents
+    patches = output.patches_BTD
+    return {
+        "pool_ggem": ggem(patches, exponents),
+        "pool_ggem_with_cls": ggem(output.tokens_BTD, exponents),
+        "pool_gem_p3": gem(patches),
+        "pool_max": patches.amax(1),
+        "pool_mean": patches.mean(1),
+        "pool_cls": output.tokens_BTD[:, 0],
+        "ggem_p": exponents,
+    }

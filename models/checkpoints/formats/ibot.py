@@ -1,0 +1,35 @@
+"""iBOT's full checkpoint (arXiv 2111.07832), which AttMask (arXiv 2203.12719) shares: student and
+teacher with a head for the class token and one for patches.
+
+The teacher is served; `weights="student"` is the other one, as published for ImageNet-22k.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from models.checkpoints.checkpoint import Checkpoint
+from models.checkpoints.containers import Container
+from models.checkpoints.families.attention import attention_need as need
+from models.checkpoints.families.attention import attention_outputs as outputs
+from models.checkpoints.families.swin import swin_checkpoint
+from models.checkpoints.families.vit import choose_weights, split_prefix, vit_checkpoint
+
+NAME = "ibot"
+
+
+def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
+    teacher = container.sets.get("teacher", {})
+    if "student" in container.sets and "head.last_layer2.weight_v" in teacher:
+        return "student and teacher with a head for the class token and one for patches"
+    return None
+
+
+def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    weights = choose_weights(container, arguments, "teacher")
+    kept, dropped = split_prefix(weights, "backbone.", drop=("masked_embed",))
+    if "cls_token" in kept:
+        return vit_checkpoint(NAME, kept, arguments, positions="dino", dropped=dropped)
+    return swin_checkpoint(NAME, kept, arguments, dropped=dropped)
+
+
+__all__ = ["NAME", "convert", "matches", "need", "outputs"]

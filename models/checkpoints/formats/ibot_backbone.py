@@ -1,0 +1,32 @@
+"""iBOT's and AttMask's published backbones (arXiv 2111.07832, 2203.12719): a ViT in timm's names,
+alone under `state_dict`; a student's also has the embedding of masked patches.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from models.checkpoints.checkpoint import Checkpoint
+from models.checkpoints.containers import Container
+from models.checkpoints.families.attention import attention_need as need
+from models.checkpoints.families.attention import attention_outputs as outputs
+from models.checkpoints.families.vit import MARKS, split_prefix, vit_checkpoint
+
+NAME = "ibot-backbone"
+KEPT = ("cls_token", "pos_embed", "patch_embed.proj.", "blocks.", "norm.", "masked_embed")
+
+
+def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
+    keys = container.tensors.keys()
+    if container.wrapper != "state_dict" or container.beside or "architecture" in arguments:
+        return None
+    if keys >= MARKS and all(key.startswith(KEPT) for key in keys):
+        return "a ViT in timm's names, alone under state_dict, without a classifier"
+    return None
+
+
+def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    kept, dropped = split_prefix(container.tensors, "", drop=("masked_embed",))
+    return vit_checkpoint(NAME, kept, arguments, positions="dino", dropped=dropped)
+
+
+__all__ = ["NAME", "convert", "matches", "need", "outputs"]

@@ -1,0 +1,80 @@
+"""The retrieval transformer (arXiv 2102.05644): a DeiT whose class token is the descriptor.
+
+A PCA learned off-line lies beside the checkpoint as `pca.npz`: `mean` (D,), `components` (K, D).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from models.checkpoints.checkpoint import Checkpoint, HeadState
+from models.checkpoints.containers import Container
+from models.checkpoints.families.vit import MARKS, vit_arguments
+from models.errors import CheckpointError
+from models.inputs.transforms import Preprocess
+from models.model import Model
+from models.trunks.base import TrunkOutput
+from models.trunks.pooling import gem
+
+NAME = "irt"
+PCA = "pca.npz"
+CLASSIFIERS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
+
+
+def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
+    """The weights are a plain DeiT's: the PCA beside them, or being told of one, tells."""
+    if "architecture" in arguments or not container.tensors.keys() >= MARKS:
+        return None
+    if _pca_path(container, arguments).is_file() or "pca_dim" in arguments:
+        return "a ViT in timm's names, with a PCA for its descriptors"
+    return None
+
+
+def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    tensors = {k: v for k, v in container.tensors.items() if k not in CLASSIFIERS}
+    path = _pca_path(container, arguments)
+    heads = {"pca": HeadState(_read_pca(path))} if path.is_file() else {}
+    distilled = "dist_token" in tensors
+    built = vit_arguments(tensors, arguments)
+    return Checkpoint(
+        format=NAME,
+        architecture="deit_small_distilled_patch16_224" if distilled else "deit_small_patch16_224",
+        arguments=built,
+        state_dict=tensors,
+        preprocess=Preprocess(input_size=(built["img_size"], built["img_size"])),
+        heads=heads,
+        dropped=tuple(key for key in CLASSIFIERS if key in container.tensors),
+    )
+
+
+def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The descriptor, and the alternatives that the paper studies; all of unit length but `raw`."""
+    cls, patches = output.tokens_BTD[:, 0], output.patches_BTD
+    named = {
+        "embedding": normalize(cls, dim=-1),
+        "embedding_raw": cls,
+        "descriptor_avg": normalize(patches.mean(1), dim=-1),
+        "descriptor_max": normalize(patches.amax(1), dim=-1),
+        "descriptor_gem": normalize(gem(patches), dim=-1),
+    }
+    projection = model.heads["embed"].network
+    if projection is not None:
+        named["embedding_pca"] = normalize(projection(cls), dim=-1)
+    return named
+
+
+def _pca_path(container: Container, arguments: Mapping[str, Any]) -> Path:
+    return Path(arguments["pca"]) if "pca" in arguments else container.path.with_name(PCA)
+
+
+def _read_pca(path: Path) -> dict[str, Tensor]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: torch.from_numpy(file[name]) for name in ("mean", "components")}
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{path}: not a PCA (mean, components): {error}") from error

@@ -1,0 +1,42 @@
+"""MoCo v3's pre-training (arXiv 2104.02057): base and momentum encoder, projectors and predictor.
+
+The base encoder is served, as upstream's own scripts transfer it; `weights="momentum"` is the other
+one. The stem may be one of convolutions. Both published sizes have 12 heads.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from models.checkpoints.checkpoint import Checkpoint
+from models.checkpoints.containers import Container
+from models.checkpoints.families.attention import attention_need as need
+from models.checkpoints.families.attention import attention_outputs as outputs
+from models.checkpoints.families.vit import STEM, split_prefix, vit_checkpoint
+from models.inputs.transforms import Preprocess
+
+NAME = "moco-v3"
+MARK = "base_encoder.cls_token"
+
+
+def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
+    if MARK in container.tensors and "momentum_encoder.cls_token" in container.tensors:
+        return "base_encoder and momentum_encoder"
+    return None
+
+
+def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    weights = str(arguments.get("weights", "base"))
+    prefix = f"{weights.removesuffix('_encoder')}_encoder."
+    kept, dropped = split_prefix(container.tensors, prefix, drop=("head.",))
+    return vit_checkpoint(
+        NAME,
+        kept,
+        {"num_heads": 12, **arguments},
+        positions="fixed",
+        preprocess=Preprocess(interpolation="bilinear"),
+        dropped=dropped,
+        conv_stem=STEM in kept,
+    )
+
+
+__all__ = ["NAME", "convert", "matches", "need", "outputs"]

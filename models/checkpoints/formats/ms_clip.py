@@ -1,0 +1,119 @@
+"""MS-CLIP (arXiv 2207.12661): a flat state dict of both towers, which share most of their blocks'
+weights; these appear under both names.
+
+What its configuration file says is read off the adapters, whose kernels are their strides: together
+with the stages before them they span a patch, and the first stage halves the image. Where
+`arguments["CUSTOM"]` holds the configuration, that is followed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from models.checkpoints.checkpoint import Checkpoint
+from models.checkpoints.containers import Container
+from models.checkpoints.families.towers import LIBRARY, assumed_heads, text_arguments, tower_states
+from models.checkpoints.families.vit import split_prefix
+from models.errors import CheckpointError
+from models.inputs.transforms import Preprocess
+
+NAME = "ms-clip"
+BRANCH = "transformer.parallel_branch_v."
+ADAPTER = "transformer.parallel_lateral_adapter."
+
+
+def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
+    if f"visual.{ADAPTER}0.ln_adapt.weight" in container.tensors:
+        return "a CLIP with adapters from a parallel branch to its image tower"
+    return None
+
+
+def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    """`arguments`: `vision_heads`, `text_heads` (one for every 64 channels each), `CUSTOM`.
+
+    Raises:
+        CheckpointError: a configuration that the published code's MS-CLIP-S is not.
+    """
+    visual, others = split_prefix(container.tensors, "visual.")
+    text = {key: container.tensors[key] for key in others if key != "logit_scale"}
+    image = _image_arguments(visual, arguments)
+    size = image["img_size"]
+    language = text_arguments(text, arguments.get("text_heads"))
+    return Checkpoint(
+        format=NAME,
+        library=LIBRARY,
+        architecture=f"MS-CLIP-S of width {image['width']}, patch {image['patch_size']}",
+        arguments={
+            "image": {"architecture": "ms-clip-image", **image},
+            "text": {**language, "norm_eps": 1e-12},
+        },
+        assumed=assumed_heads(
+            arguments, image["heads"], language["heads"], ("vision_heads", "text_heads")
+        ),
+        state_dict=tower_states(visual, text, container.tensors["logit_scale"]),
+        preprocess=replace(Preprocess(), input_size=(size, size), crop_pct=1.0),
+    )
+
+
+def _image_arguments(visual: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    custom: Mapping[str, Any] = arguments.get("CUSTOM", {})
+    adapters = len({key.split(".")[2] for key in visual if key.startswith(ADAPTER)})
+    layers = len({k.split(".")[2] for k in visual if k.startswith("transformer.resblocks.")})
+    stem = {k.split(".")[4] for k in visual if ".resblocks.0.resnet_stage." in k}
+
+    def told(name: str, default: Sequence[int], count: int) -> tuple[int, ...]:
+        return tuple(int(n) for n in custom.get(name, default))[:count]
+
+    reduces = [visual[f"{ADAPTER}{i}.top2bottom_dw_conv.conv.weight"] for i in range(adapters)]
+    kernels = [int(weight.shape[-1]) for weight in reduces]
+    patch = 2 * kernels[0]
+    halvings = (patch // 2).bit_length() - 1
+    width, hidden = visual["transformer.resblocks.1.mlp.c_proj.weight"].shape
+    cells = len(visual["positional_embedding"]) - 1
+    stem_strides = told(
+        "EARLY_CONV_RES_STRIDES",
+        [2] * halvings + [1] * (len(stem) - halvings),
+        len(stem),
+    )
+    strides = told("PARALLEL_STRIDES", [2, *(a // b for a, b in pairwise(kernels))], adapters)
+    kernel_strides = told("PRALLEL_T2B_STRIDES", kernels, adapters)
+    for name in ("PRALLEL_T2B_USECLS", "PARALLEL_RESNET", "EARLY_CONV_RES"):
+        if not custom.get(name, True):
+            raise CheckpointError(f"{name} off is not of MS-CLIP-S as published")
+    if any(told("PRALLEL_T2B_PADDINGS", [0] * adapters, adapters)):
+        raise CheckpointError("adapters with padding are not of MS-CLIP-S as published")
+    span = 1
+    for i, stride in enumerate(strides):
+        span *= stride
+        if span * kernel_strides[i] != patch:
+            raise CheckpointError(
+                f"the branch's stage {i} and its adapter span {span * kernel_strides[i]} pixels, "
+                f"not a patch of {patch}"
+            )
+    step = max(1, layers // (adapters + 1))
+    return {
+        "img_size": round(cells**0.5) * patch,
+        "patch_size": patch,
+        "width": width,
+        "heads": int(arguments.get("vision_heads", max(1, width // 64))),
+        "hidden": hidden,
+        "layers": layers,
+        "projected": visual["proj"].shape[1],
+        "stem_strides": stem_strides,
+        "channels": [int(weight.shape[0]) for weight in reduces],
+        "bottlenecks": [
+            int(visual[f"{BRANCH}{i}.resnet_stage.conv_0.conv1.weight"].shape[0])
+            for i in range(1, adapters)
+        ],
+        "strides": strides,
+        "kernels": kernels,
+        "kernel_strides": kernel_strides,
+        "first_kernels": [
+            int(visual[f"{part}.weight"].shape[-1])
+            for part in ("transformer.resblocks.0.conv1", f"{BRANCH}0.conv")
+        ],
+        "lateral": told("PARALLEL_LATERAL_LAYER", range(step, layers, step), adapters),
+    }

@@ -1,0 +1,60 @@
+"""PatchConvNet (arXiv 2112.13692), in DeiT's container: `model` is served, as upstream evaluates;
+`weights="ema"` is the exponential average.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from models.checkpoints.checkpoint import Checkpoint
+from models.checkpoints.containers import Container
+from models.checkpoints.families.vit import choose_weights
+from models.inputs.transforms import Preprocess
+from models.model import Model
+from models.networks import OWN
+from models.trunks.base import TrunkOutput
+
+NAME = "patchconvnet"
+MARK = "blocks.0.attn.qkv_pos.4.conv_reduce.weight"
+
+
+def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
+    if MARK in container.tensors and "blocks_token_only.0.attn.q.weight" in container.tensors:
+        return "columns with qkv_pos, and blocks_token_only"
+    return None
+
+
+def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    tensors = choose_weights(container, arguments, container.wrapper)
+    _, classes, dim = tensors["cls_token"].shape
+    only = "blocks_token_only."
+    single = tensors.get("head.weight")
+    size = int(arguments.get("img_size", 224))
+    return Checkpoint(
+        format=NAME,
+        architecture=NAME,
+        library=OWN,
+        arguments={
+            "embed_dim": dim,
+            "depth": len({k.split(".")[1] for k in tensors if k.startswith("blocks.")}),
+            "depth_token_only": len({k.split(".")[1] for k in tensors if k.startswith(only)}),
+            "num_heads": int(arguments.get("num_heads", 1)),
+            "mlp_ratio": tensors[f"{only}0.mlp.fc1.weight"].shape[0] / dim,
+            "num_classes": classes if single is None else single.shape[0],
+            "class_tokens": classes,
+        },
+        state_dict=dict(tensors),
+        preprocess=Preprocess(input_size=(size, size)),
+    )
+
+
+def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The last aggregation's attention; and each class's token, where there are several."""
+    network: Any = model.trunk.network
+    classes = output.tokens_BTD[:, : output.prefix]
+    return {
+        "attention": network.last_attention(inputs["pixel_values"]),
+        "feature_map": output.feature_map_BChw,
+        "embedding": classes[:, 0] if output.prefix == 1 else classes,
+    }

@@ -1,0 +1,69 @@
+"""PyramidTNT (arXiv 2201.00978): bare as released, or in timm's training container, of which the
+exponential average is served where there is one.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from models.checkpoints.checkpoint import Checkpoint
+from models.checkpoints.containers import Container
+from models.checkpoints.families.vit import choose_weights
+from models.inputs.transforms import Preprocess
+from models.model import Model
+from models.networks import OWN
+from models.trunks.base import TrunkOutput
+
+NAME = "pyramid-tnt"
+HALF = (0.5, 0.5, 0.5)
+
+
+def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
+    keys = container.tensors.keys()
+    if {"word_merges.0.norm.weight", "sentence_merges.0.norm.weight"} <= keys:
+        return "word_merges and sentence_merges"
+    return None
+
+
+def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    """`arguments`: `configs` with `inner_heads` (1, 2, 4, 4 of the published sizes)."""
+    default = "state_dict_ema" if "state_dict_ema" in container.sets else container.wrapper
+    tensors = choose_weights(container, arguments, default)
+    stages = range(4)
+    positions = [tensors[f"stages.{stage}.relative_pos"] for stage in stages]
+    first = "stages.{}.blocks.0."
+    size = round(tensors["outer_pos"].shape[1] ** 0.5) * 8
+    configs = arguments.get("configs", {})
+    outer = [tensors[first.format(s) + "outer_norm1.weight"].shape[0] for s in stages]
+    hidden = tensors[first.format(0) + "outer_mlp.fc1.weight"].shape[0]
+    blocks = "stages.{}.blocks."
+    return Checkpoint(
+        format=NAME,
+        architecture=NAME,
+        library=OWN,
+        arguments={
+            "img_size": size,
+            "depths": [
+                len({k.split(".")[3] for k in tensors if k.startswith(blocks.format(s))})
+                for s in stages
+            ],
+            "inner_dims": [
+                tensors[first.format(s) + "inner_attn.q.weight"].shape[0] for s in stages
+            ],
+            "outer_dims": outer,
+            "inner_heads": list(configs.get("inner_heads", (1, 2, 4, 4))),
+            "outer_heads": [table.shape[1] for table in positions],
+            "reductions": [round((t.shape[2] / t.shape[3]) ** 0.5) for t in positions],
+            "mlp_ratio": hidden / outer[0],
+            "qkv_bias": first.format(0) + "outer_attn.q.bias" in tensors,
+            "num_classes": tensors["head.weight"].shape[0],
+        },
+        state_dict=dict(tensors),
+        preprocess=Preprocess(input_size=(size, size), crop_pct=0.9, mean=HALF, std=HALF),
+    )
+
+
+def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The map's cells row by row."""
+    return {"tokens": output.tokens_BTD}

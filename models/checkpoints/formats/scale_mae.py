@@ -1,0 +1,117 @@
+"""Scale-MAE (arXiv 2212.14532): pre-training with its pyramid of decoders, or a classifier.
+
+Positions come from the ground that a pixel covers, not from the tables in the file.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from models.checkpoints.checkpoint import Checkpoint, HeadState
+from models.checkpoints.containers import Container
+from models.checkpoints.families.mae import ENCODER
+from models.checkpoints.families.vit import MARKS, vit_arguments
+from models.heads.reconstruct import Reconstruct
+from models.inputs.transforms import Preprocess
+from models.model import Model
+from models.networks import OWN
+from models.networks.masked import patchify
+from models.trunks.base import TrunkOutput
+
+NAME = "scale-mae"
+UNREAD = ("pos_embed",)
+PYRAMID = ("fpn.", "fcn", "mask_token", "decoder_")
+PYRAMID_UNREAD = ("mask_token_decoder", "decoder_pos_embed")
+
+
+def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
+    keys = container.tensors.keys()
+    if not keys >= MARKS:
+        return None
+    if "fpn.fpn1.0.weight" in keys:
+        return "a ViT in timm's names with a pyramid of decoders"
+    script = container.script
+    if "eval_base_resolution" in script and "head.1.weight" in keys:
+        return "a ViT in timm's names with its head, by a script that notes eval_base_resolution"
+    return None
+
+
+def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    tensors = container.tensors
+    told = {**container.script, **arguments}
+    built = vit_arguments(tensors, arguments) | {"num_classes": 0}
+    built["absolute_scale"] = bool(told.get("absolute_scale", False))
+    heads = {}
+    head = {k: v for k, v in tensors.items() if k.startswith("head.")}
+    if head:
+        classifier = {key.replace("head.", "classifier."): value for key, value in head.items()}
+        heads["linear"] = HeadState(classifier, {"norm_eps": 1e-6})
+    if "fpn.fpn1.0.weight" in tensors:
+        heads["decoder"] = _decoder(container, arguments)
+    kept = {
+        key: value
+        for key, value in tensors.items()
+        if key.startswith((*ENCODER, "fc_norm.")) and key not in UNREAD
+    }
+    if "fc_norm.weight" in kept:
+        built["global_pool"] = "avg"
+    size = (built["img_size"], built["img_size"])
+    return Checkpoint(
+        format=NAME,
+        architecture="scale-vit",
+        library=OWN,
+        arguments=built,
+        state_dict=kept,
+        heads=heads,
+        preprocess=replace(Preprocess(), input_size=size, crop_mode="squash", crop_pct=1.0),
+        dropped=tuple(
+            key
+            for key in tensors
+            if key not in kept
+            and key not in head
+            and (not key.startswith(PYRAMID) or key in PYRAMID_UNREAD)
+        ),
+    )
+
+
+def _decoder(container: Container, arguments: Mapping[str, Any]) -> HeadState:
+    told = {**container.script, **arguments}
+    tensors = {
+        key: value
+        for key, value in container.tensors.items()
+        if key.startswith(PYRAMID) and key not in PYRAMID_UNREAD
+    }
+    settings = {
+        "num_heads": int(told.get("decoder_num_heads", 16)),
+        "mask_ratio": float(told.get("mask_ratio", 0.75)),
+        "band": int(told.get("band_config", (7, 56))[0]),
+    }
+    return HeadState(tensors, settings)
+
+
+def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With `input_res` (B,), what comes of images of those scales; with `noise` (B, N), what the
+    decoders draw of the patches that it leaves: for `input_res_2` (B,) where that is given, too."""
+    named: dict[str, Tensor] = {}
+    pixels, scale = inputs["pixel_values"], inputs.get("input_res")
+    network: Any = model.trunk.network
+    if scale is not None:
+        scaled = replace(output, features=network.forward_features(pixels, scale))
+        named = {"tokens": scaled.features, "embedding": model.trunk.pool(scaled)}
+        if "classify" in model.heads:
+            named |= model.heads["classify"].forward(scaled)
+    head = model.heads.get("reconstruct")
+    if isinstance(head, Reconstruct) and "noise" in inputs:
+        scale = inputs.get("input_res_2", scale)
+        visible = head.encode(pixels, inputs["noise"], None, scale)
+        drawn = head.draw_scales(visible, scale)
+        patch = network.patch_embed.patch_size[0]
+        named |= {
+            "mask": visible.mask,
+            "reconstruction": patchify(drawn.combined, patch),
+            "reconstruction_high": patchify(drawn.high, patch),
+            "reconstruction_low": patchify(drawn.low, patch),
+        }
+    return named

@@ -1,0 +1,53 @@
+"""SdMAE's whole training checkpoint: MAE's keys with the encoder under `encoder.`, beside
+contrastive branches, a predictor and a head that tells where a patch was, all of training only.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.checkpoints.checkpoint import Checkpoint, HeadState
+from models.checkpoints.containers import Container
+from models.checkpoints.families.mae import DECODER, decoder_state, need
+from models.checkpoints.families.mae import outputs as mae_outputs
+from models.checkpoints.families.vit import split_prefix, vit_checkpoint
+from models.heads.linear import create_classifier
+from models.model import Model
+from models.trunks.base import TrunkOutput
+
+NAME = "sdmae"
+
+__all__ = ["NAME", "convert", "matches", "need", "outputs"]
+
+
+def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
+    keys = container.tensors.keys()
+    if "encoder.cls_token" in keys and "locality.0.weight" in keys:
+        return "encoder, locality and contrastive branches"
+    return None
+
+
+def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    kept, others = split_prefix(container.tensors, "encoder.")
+    heads = decoder_state(container, arguments)
+    location = {
+        key.replace("locality.", "classifier."): value
+        for key, value in container.tensors.items()
+        if key.startswith("locality.")
+    }
+    heads["location"] = HeadState(location)
+    dropped = tuple(key for key in others if not key.startswith((*DECODER, "locality.")))
+    return vit_checkpoint(NAME, kept, arguments, positions="bicubic", heads=heads, dropped=dropped)
+
+
+def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """MAE's, and where the location head thinks that each patch was (B, N, N)."""
+    named = mae_outputs(model, output, inputs)
+    locate = create_classifier(model.states["location"]).to(output.features.device)
+    patches = output.patches_BTD
+    if patches.shape[1] == locate[-1].out_features:
+        with torch.no_grad():
+            named["location_logits"] = locate(patches)
+    return named

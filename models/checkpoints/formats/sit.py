@@ -1,0 +1,60 @@
+"""SiT's pre-training (arXiv 2104.03602): student and teacher, each a backbone with a contrastive
+head and one that rebuilds the image. The teacher is served; `weights="student"` is the other one.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv_transpose2d, gelu, linear
+
+from models.checkpoints.checkpoint import Checkpoint, HeadState
+from models.checkpoints.containers import Container
+from models.checkpoints.families.attention import attention_need as need
+from models.checkpoints.families.attention import attention_outputs
+from models.checkpoints.families.vit import choose_weights, split_prefix, vit_checkpoint
+from models.model import Model
+from models.trunks.base import TrunkOutput
+
+NAME = "sit"
+HEAD = "head_recons."
+
+__all__ = ["NAME", "convert", "matches", "need", "outputs"]
+
+
+def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
+    if "head_recons.convTrans.weight" in container.sets.get("teacher", {}):
+        return "student and teacher with a head that rebuilds the image"
+    return None
+
+
+def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    weights = choose_weights(container, arguments, "teacher")
+    kept, others = split_prefix(weights, "backbone.")
+    drawing, _ = split_prefix(weights, HEAD)
+    return vit_checkpoint(
+        NAME,
+        kept,
+        arguments,
+        positions="dino",
+        heads={"drawing": HeadState(drawing)},
+        dropped=tuple(key for key in others if not key.startswith(HEAD)),
+    )
+
+
+def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The attention, the classifier's input, and `reconstruction` (B, 3, H, W), normalised."""
+    tensors = model.states["drawing"].tensors
+    patches = output.patches_BTD
+    x = patches
+    for layer in (0, 2, 4):
+        x = gelu(linear(x, tensors[f"mlp.{layer}.weight"], tensors[f"mlp.{layer}.bias"]))
+    rows, columns = output.grid
+    cells = torch.unflatten(x.transpose(1, 2), -1, (rows, columns))
+    weight = tensors["convTrans.weight"]
+    drawn = conv_transpose2d(cells, weight, tensors["convTrans.bias"], stride=weight.shape[-1])
+    return attention_outputs(model, output, inputs) | {
+        "cls_mean_embedding": torch.cat([output.tokens_BTD[:, 0], patches.mean(1)], -1),
+        "reconstruction": drawn,
+    }

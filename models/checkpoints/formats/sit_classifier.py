@@ -1,0 +1,40 @@
+"""SiT's fine-tuned classifier (arXiv 2104.03602): a ViT in timm's names under `model`, with two
+layers on the class token and the mean patch token side by side. How upstream stores it is assumed.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from models.checkpoints.checkpoint import Checkpoint, HeadState
+from models.checkpoints.containers import Container
+from models.checkpoints.families.vit import MARKS, vit_checkpoint
+from models.model import Model
+from models.trunks.base import TrunkOutput
+
+NAME = "sit-classifier"
+HEAD = ("head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias")
+
+
+def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
+    tensors = container.tensors
+    if not tensors.keys() >= MARKS | set(HEAD):
+        return None
+    if tensors[HEAD[0]].shape[-1] == 2 * tensors["cls_token"].shape[-1]:
+        return "a ViT in timm's names with two layers on twice its channels"
+    return None
+
+
+def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    tensors = dict(container.tensors)
+    head = {key.replace("head.", "classifier."): tensors.pop(key) for key in HEAD}
+    settings = {"layers": [-1], "mean": "appended", "activations": {"1": "gelu"}}
+    heads = {"linear": HeadState(head, settings)}
+    return vit_checkpoint(NAME, tensors, arguments, positions="dino", heads=heads)
+
+
+def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the classifier sees."""
+    head: Any = model.heads["classify"]
+    return {"embedding": head.features(output)}

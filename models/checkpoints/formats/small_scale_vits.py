@@ -1,0 +1,37 @@
+"""Small-scale ViTs' self-supervised stage (arXiv 2210.07240): student and teacher, each a backbone
+with a projection `mlphead`. The teacher is served; `weights="student"` is the other one.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from models.checkpoints.checkpoint import Checkpoint
+from models.checkpoints.containers import Container
+from models.checkpoints.families.attention import attention_need as need
+from models.checkpoints.families.attention import attention_outputs as outputs
+from models.checkpoints.families.small_scale import preprocess_for
+from models.checkpoints.families.swin import swin_checkpoint
+from models.checkpoints.families.vit import choose_weights, split_prefix, vit_checkpoint
+
+NAME = "small-scale-vits"
+
+__all__ = ["NAME", "convert", "matches", "need", "outputs"]
+
+
+def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
+    if "mlphead.last_layer.weight_v" in container.sets.get("teacher", {}):
+        return "student and teacher with a projection mlphead each"
+    return None
+
+
+def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    weights = choose_weights(container, arguments, "teacher")
+    kept, dropped = split_prefix(weights, "backbone.")
+    script = container.script
+    told = {**{k: script[k] for k in ("num_heads", "dataset") if k in script}, **arguments}
+    preprocess = preprocess_for(told)
+    if "cls_token" in kept:
+        return vit_checkpoint(
+            NAME, kept, told, positions="dino", preprocess=preprocess, dropped=dropped
+        )
+    return swin_checkpoint(NAME, kept, told, preprocess=preprocess, dropped=dropped)

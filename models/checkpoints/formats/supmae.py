@@ -1,0 +1,56 @@
+"""SupMAE (arXiv 2205.14540): MAE's pre-training with a classifier beside it, `cls_head`, on the
+mean of the patch tokens after the norm, or on the class token.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from models.checkpoints.checkpoint import Checkpoint, HeadState
+from models.checkpoints.containers import Container
+from models.checkpoints.families.mae import decoder_state, need, without_decoder
+from models.checkpoints.families.mae import outputs as mae_outputs
+from models.checkpoints.families.vit import MARKS, vit_checkpoint
+from models.model import Model
+from models.trunks.base import TrunkOutput
+
+NAME = "supmae"
+
+__all__ = ["NAME", "convert", "matches", "need", "outputs"]
+
+
+def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
+    keys = container.tensors.keys()
+    if keys >= MARKS and any(key.startswith("cls_head.") for key in keys):
+        return "a ViT in timm's names with a classifier cls_head beside it"
+    return None
+
+
+def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    tensors = container.tensors
+    kept, _ = without_decoder(tensors)
+    head = {k.removeprefix("cls_head."): v for k, v in tensors.items() if k.startswith("cls_head.")}
+    if "weight" in head:  # without hidden layers it is one
+        head = {f"0.{key}": value for key, value in head.items()}
+    script = container.script
+    mean = arguments.get("global_pool", script.get("global_pool", False))
+    settings: dict[str, Any] = {"layers": [-1], "mean": "alone" if mean else None}
+    if "3.weight" in head:
+        settings["activations"] = {"2": "relu"}
+    classifier = {f"classifier.{key}": value for key, value in head.items()}
+    heads = decoder_state(container, arguments) | {"linear": HeadState(classifier, settings)}
+    return vit_checkpoint(NAME, kept, arguments, positions="bicubic", heads=heads)
+
+
+def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """MAE's, and what the classifier sees; at other sizes than it was trained at, where upstream
+    evaluates with MAE's code, the class token."""
+    head: Any = model.heads["classify"]
+    named = mae_outputs(model, output, inputs)
+    first = output.tokens_BTD[:, 0]
+    trained = tuple(inputs["pixel_values"].shape[2:]) == model.trunk.preprocess.input_size
+    return named | {
+        "embedding": head.features(output) if trained else first,
+        "embedding_cls": first,
+    }

@@ -1,0 +1,45 @@
+"""A plain timm state dict: the keys of `timm.create_model(architecture)` and no others."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+
+from models.checkpoints.checkpoint import Checkpoint
+from models.checkpoints.containers import Container
+from models.errors import CheckpointError
+
+NAME = "timm"
+
+
+def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
+    """A state dict does not name its architecture, so the caller has to."""
+    architecture = arguments.get("architecture")
+    if architecture is None or container.graph is not None or "vitrail" in container.metadata:
+        return None
+    if not timm.is_model(architecture):
+        raise CheckpointError(f"timm has no architecture {architecture!r}")
+    classifier = timm.get_pretrained_cfg(architecture).classifier
+    shared = _own_keys(architecture) - {f"{classifier}.weight", f"{classifier}.bias"}
+    if shared & container.tensors.keys():
+        return f"told architecture {architecture}, and the keys are timm's for it"
+    return None
+
+
+def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    architecture = str(arguments["architecture"])
+    classifier = timm.get_pretrained_cfg(architecture).classifier
+    weight = container.tensors.get(f"{classifier}.weight")
+    known = {key: arguments[key] for key in ("img_size",) if key in arguments}
+    return Checkpoint(
+        format=NAME,
+        architecture=architecture,
+        arguments={"num_classes": 0 if weight is None else weight.shape[0], **known},
+        state_dict=dict(container.tensors),
+    )
+
+
+def _own_keys(architecture: str) -> set[str]:
+    with torch.device("meta"):
+        return set(timm.create_model(architecture).state_dict())

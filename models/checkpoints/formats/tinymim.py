@@ -1,0 +1,63 @@
+"""TinyMIM's pre-training (arXiv 2301.01296): a student in timm's names under `model`, by a script
+that notes its `teacher_model`.
+
+Served as the fine-tuning code builds it; pre-training splits the last block into other heads.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.checkpoints.checkpoint import Checkpoint, HeadState
+from models.checkpoints.containers import Container
+from models.checkpoints.families.mae import outputs as mae_outputs
+from models.checkpoints.families.vit import MARKS, vit_checkpoint
+from models.model import Model
+from models.trunks.base import Trunk, TrunkOutput
+from models.trunks.features import Need
+
+NAME = "tinymim"
+
+
+def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
+    keys = container.tensors.keys()
+    if keys >= MARKS and "teacher_model" in container.script:
+        return "a ViT in timm's names, by a script that notes its teacher_model"
+    return None
+
+
+def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    told = dict(arguments)
+    if "finetune_num_heads" in told:
+        told["num_heads"] = told["finetune_num_heads"]
+    dim = container.tensors["cls_token"].shape[-1]
+    relations = HeadState({}, {"heads": int(told.get("last_heads", 16 if dim == 768 else 12))})
+    return vit_checkpoint(
+        NAME, container.tensors, told, positions="bicubic", heads={"relations": relations}
+    )
+
+
+def need(trunk: Trunk) -> Need:
+    """What the last block got, and gave."""
+    depth = len(trunk.blocks)
+    return Need(layers=frozenset({depth - 2, depth - 1}))
+
+
+def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """MAE's pooling, and the relations that pre-training matches: softmax of q k and of v v."""
+    given, last = (output.layers[number] for number in sorted(output.layers))
+    number = max(output.layers)
+    block = model.trunk.blocks[-1]
+    heads = model.states["relations"].settings["heads"]
+    qkv = block.attn.qkv(block.norm1(given))
+    split = torch.unflatten(qkv, -1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    queries, keys, values = split.unbind(0)
+    scale = keys.shape[-1] ** -0.5
+    only_last = replace(output, layers={number: last})
+    return mae_outputs(model, only_last, inputs) | {
+        "relation_qk": (queries @ keys.transpose(-2, -1) * scale).softmax(-1),
+        "relation_vv": (values @ values.transpose(-2, -1) * scale).softmax(-1),
+    }

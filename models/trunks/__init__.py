@@ -1,0 +1,1 @@
+"""Trunks: backbones with their weights, shared between models; the unit of batching."""

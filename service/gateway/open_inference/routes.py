@@ -1,0 +1,115 @@
+"""The Open Inference Protocol over REST, with its binary tensor extension."""
+
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import JSONResponse
+
+from service.accounting import counted
+from service.backend import Backend
+from service.errors import PayloadTooLargeError
+from service.gateway.auth import require_admin_key, require_key
+from service.gateway.dispatch import ask
+from service.gateway.open_inference.codec import (
+    read_index_request,
+    read_infer_request,
+    write_infer_response,
+)
+from service.gateway.rest.body import read_body
+from service.open_inference.inputs import to_inputs
+from service.open_inference.metadata import (
+    check_version,
+    is_ready,
+    model_metadata,
+    repository_index,
+    server_metadata,
+)
+from service.open_inference.outputs import Plan
+
+router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
+keyed = [Depends(require_key)]
+admin = [Depends(require_admin_key)]
+
+
+def _backend(request: Request) -> Backend:
+    backend: Backend = request.app.state.backend
+    return backend
+
+
+@router.get("")
+async def metadata() -> dict[str, Any]:
+    """The server's name, version and extensions."""
+    return server_metadata()
+
+
+@router.get("/health/live", response_class=Response)
+async def live(request: Request) -> Response:
+    """200 unless a restart is needed."""
+    return Response(status_code=200 if _backend(request).health().live else 503)
+
+
+@router.get("/health/ready", response_class=Response)
+async def ready(request: Request) -> Response:
+    """200 when every start-up model is ready."""
+    return Response(status_code=200 if _backend(request).health().ready else 503)
+
+
+@router.get("/models/{name}", dependencies=keyed)
+@router.get("/models/{name}/versions/{version}", dependencies=keyed)
+async def model(request: Request, name: str, version: str = "") -> dict[str, Any]:
+    """A model's inputs and outputs."""
+    check_version(version)
+    return model_metadata(await _backend(request).model(name))
+
+
+@router.get("/models/{name}/ready", dependencies=keyed, response_class=Response)
+@router.get("/models/{name}/versions/{version}/ready", dependencies=keyed, response_class=Response)
+async def model_ready(request: Request, name: str, version: str = "") -> Response:
+    """200 when the model answers."""
+    check_version(version)
+    described = await _backend(request).model(name)
+    return Response(status_code=200 if is_ready(described) else 503)
+
+
+@router.post("/models/{name}/infer", dependencies=keyed)
+@router.post("/models/{name}/versions/{version}/infer", dependencies=keyed)
+async def infer(request: Request, name: str, version: str = "") -> Response:
+    """Inputs `image` (BYTES, encoded images) or `pixel_values` (FP32); outputs by their names."""
+    state = request.app.state
+    started = request.scope["state"]["started"]
+    with counted(state.metrics, state.backend.knows, "open-inference", started) as seen:
+        seen.models = [name]
+        check_version(version)
+        described = await _backend(request).model(name)
+        content = await read_body(request, state.settings)
+        wanted = read_infer_request(request, content)
+        plan = Plan(described, wanted.outputs, wanted.options)
+        inputs = to_inputs(wanted.inputs)
+        if len(inputs) > state.settings.max_images:
+            raise PayloadTooLargeError(
+                f"{len(inputs)} images in one request; the limit is {state.settings.max_images}"
+            )
+        result = await ask(request, inputs, plan.calls, timeout_ms=wanted.timeout_ms)
+        seen.answered(result)
+        return write_infer_response(name, wanted, plan.requested, plan.collect(result))
+
+
+@router.post("/repository/index", dependencies=keyed)
+async def index(request: Request) -> JSONResponse:
+    """Every model with its state; with `{"ready": true}` those that answer now."""
+    ready_only = read_index_request(await read_body(request, request.app.state.settings))
+    return JSONResponse(repository_index(await _backend(request).models(), ready_only))
+
+
+@router.post("/repository/models/{name}/load", dependencies=admin, response_class=Response)
+async def load(request: Request, name: str) -> Response:
+    """Load a model; answers when it is ready. Needs an admin key."""
+    await _backend(request).load(name)
+    return Response()
+
+
+@router.post("/repository/models/{name}/unload", dependencies=admin, response_class=Response)
+async def unload(request: Request, name: str) -> Response:
+    """Unload a model. Needs an admin key."""
+    await _backend(request).unload(name)
+    return Response()

@@ -1,0 +1,1 @@
+"""Vitrail's own REST routes."""

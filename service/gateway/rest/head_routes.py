@@ -1,0 +1,91 @@
+"""Heads as a resource: taken as files, or fitted to labelled images; then they are models."""
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from service.backend import Heads
+from service.errors import InvalidInputError
+from service.gateway.auth import require_head_key, require_key
+from service.gateway.rest.head_upload import read_head_body, zip_images
+from service.gateway.rest.openapi import head_body
+from service.parameters import FitParameters, HeadParameters, validate
+from service.settings import Settings
+from service.types import FitRequest, HeadUpload
+
+router = APIRouter(tags=["heads"])
+
+MEDIA_TYPES = {"json": "application/json", "png": "image/png"}
+
+
+@router.get("/heads", dependencies=[Depends(require_key)])
+async def list_heads(request: Request) -> dict[str, list[dict[str, Any]]]:
+    """Heads that were uploaded or fitted, or are being fitted."""
+    return {"heads": list(await _heads(request).all())}
+
+
+@router.get("/heads/{name}", dependencies=[Depends(require_key)])
+async def get_head(request: Request, name: str) -> dict[str, Any]:
+    """One head, as a model; one that is being fitted with its `progress`."""
+    return await _heads(request).get(name)
+
+
+@router.get("/heads/{name}/{part}", dependencies=[Depends(require_key)])
+async def read_head(request: Request, name: str, part: str) -> Response:
+    """`head.safetensors`, or of a head that was fitted here `report.json`, `curve.png`,
+    `confusion.png`."""
+    content = await _heads(request).read(name, part)
+    media_type = MEDIA_TYPES.get(part.rpartition(".")[2], "application/octet-stream")
+    return Response(content, media_type=media_type)
+
+
+@router.delete("/heads/{name}", status_code=204, dependencies=[Depends(require_head_key)])
+async def delete_head(request: Request, name: str) -> None:
+    """Forget a head, or stop fitting it."""
+    await _heads(request).delete(name)
+
+
+@router.post(
+    "/heads",
+    status_code=201,
+    dependencies=[Depends(require_head_key)],
+    openapi_extra=head_body(),
+)
+async def post_head(request: Request, response: Response) -> dict[str, Any]:
+    """Upload a trained head (part `file`, or the body itself) under `name`; or fit one on `trunk`:
+    to a zip archive of folders (part `archive`), to parts `image` with a field `label` each, or to
+    JSON's `images`, `{"base64", "label"}` each. Fitting answers 202 and goes on by itself."""
+    settings: Settings = request.app.state.settings
+    sent = await read_head_body(request, settings)
+    common = HeadParameters.model_fields.keys()
+    asked = validate(HeadParameters, {k: v for k, v in sent.fields.items() if k in common})
+    rest = {k: v for k, v in sent.fields.items() if k not in common}
+    if sent.file is not None:
+        if rest:
+            raise InvalidInputError(f"a trained head takes no {', '.join(rest)}", field=min(rest))
+        upload = HeadUpload(
+            name=asked.name, content=sent.file, trunk=asked.trunk, replace=asked.replace
+        )
+        return await _heads(request).put(upload)
+    options = validate(FitParameters, rest)
+    if asked.trunk is None:
+        raise InvalidInputError("trunk is missing: which one to fit the head on", field="trunk")
+    archive = sent.archive
+    if archive is None:
+        archive = await asyncio.to_thread(zip_images, sent.labelled)
+    wanted = FitRequest(
+        name=asked.name,
+        trunk=asked.trunk,
+        archive=archive,
+        options=options.model_dump(exclude_none=True),
+        replace=asked.replace,
+    )
+    described = await _heads(request).fit(wanted)
+    response.status_code = 202
+    return described
+
+
+def _heads(request: Request) -> Heads:
+    heads: Heads = request.app.state.backend.heads
+    return heads

@@ -1,0 +1,48 @@
+"""Health for orchestrators, metrics for Prometheus, and a page for people."""
+
+from pathlib import Path
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from service.metrics import exposition
+from service.types import Health
+
+router = APIRouter(tags=["system"])
+
+PLAYGROUND = Path(__file__).parents[1] / "playground.html"
+
+
+@router.get("/healthz")
+async def healthz(request: Request) -> JSONResponse:
+    """200 unless a restart is needed: a dead device thread, or a device that is stuck."""
+    health: Health = request.app.state.backend.health()
+    status = "ok" if health.live else "failed"
+    return JSONResponse(
+        {"status": status, "reasons": list(health.reasons)}, 200 if health.live else 503
+    )
+
+
+@router.get("/readyz")
+async def readyz(request: Request) -> JSONResponse:
+    """200 when every start-up model is ready and idle trunks still pass their probe."""
+    health: Health = request.app.state.backend.health()
+    status = "ready" if health.ready else "not ready"
+    return JSONResponse(
+        {"status": status, "reasons": list(health.reasons)}, 200 if health.ready else 503
+    )
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format."""
+    return Response(
+        exposition(request.app.state.metrics.registry),
+        headers={"Content-Type": CONTENT_TYPE_LATEST},
+    )
+
+
+@router.get("/", response_class=HTMLResponse, include_in_schema=False)
+async def playground() -> HTMLResponse:
+    return HTMLResponse(PLAYGROUND.read_text(encoding="utf-8"))

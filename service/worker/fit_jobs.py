@@ -1,0 +1,293 @@
+"""Fitting heads in the background: one at a time, behind everything that is asked of the trunk."""
+
+import io
+import json
+import logging
+import os
+import threading
+import time
+import zipfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from models.errors import InputError, ModelsError
+from models.fitting.examples import check_classes, read_archive
+from models.fitting.features import ReadFeatures, Row
+from models.fitting.fit import Fitted, Progress, create_reader, fit
+from models.fitting.options import FitOptions
+from models.fitting.report import write_report
+from models.heads.files import save_head, write_whole
+from models.inputs.images import ImageLimits
+from models.registry import Registry
+from service.errors import InvalidInputError, UnavailableError, from_library
+from service.metrics import Metrics
+from service.types import FitRequest
+from service.worker.batcher import Batcher
+from service.worker.runner import HeadCall, Item, use_threads
+from service.worker.scheduler import Entry, QueueFull
+
+logger = logging.getLogger(__name__)
+
+JOB = "vitrail-fit.json"
+SUFFIX = ".fit.zip"
+# Images are compressed already: an archive that swells is no archive of images.
+MAX_SWELLING = 4
+ROOM_BYTES = 16 * 2**20
+
+
+class CancelledError(Exception):
+    """The fit was deleted, or the server ends."""
+
+
+@dataclass(slots=True)
+class _Job:
+    """`lock` is held while this process works at the job, whose file others may see too."""
+
+    name: str
+    path: Path
+    lock: FileLock
+    state: str = "queued"
+    reason: str = ""
+    progress: Progress | None = None
+    request: dict[str, Any] = field(default_factory=dict)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    finished: bool = False
+
+
+class Fits:
+    """Jobs are files until they are done, so that a restart takes them up again.
+
+    `accept`, `cancel` and `poll` are called from the loader's thread; the training has its own, of
+    the lowest priority, and its trunk passes wait in the trunk's queue as bulk.
+    """
+
+    def __init__(
+        self, registry: Registry, folder: Path, batcher: Batcher, limits: ImageLimits,
+        metrics: Metrics,
+    ) -> None:  # fmt: skip
+        self._registry = registry
+        self._folder = folder
+        self._batcher = batcher
+        self._limits = limits
+        self._metrics = metrics
+        self._jobs: dict[str, _Job] = {}
+        self._pool = ThreadPoolExecutor(1, "fit", initializer=_step_back)
+        self._closing = threading.Event()
+
+    def names(self) -> Sequence[str]:
+        """Heads being fitted, or that could not be."""
+        return list(self._jobs)
+
+    def is_busy(self, name: str) -> bool:
+        """Whether a head of that name waits or is being fitted."""
+        job = self._jobs.get(name)
+        return job is not None and not job.finished
+
+    def accept(self, request: FitRequest) -> None:
+        """Check a request as far as can be without a pass, and keep it.
+
+        Raises:
+            ServiceError: it cannot come to anything.
+        """
+        trunk = self._registry.loaded_trunk(request.trunk)
+        if request.trunk not in self._registry.catalog.trunks:
+            some = ", ".join(self._registry.catalog.trunks)
+            raise InvalidInputError(f"no trunk {request.trunk!r}; there are {some}", field="trunk")
+        if trunk is None:
+            raise UnavailableError(
+                f"the trunk {request.trunk!r} is not loaded; load a model that stands on it",
+                retry_after_s=2,
+            )
+        try:
+            options = FitOptions(**request.options).check()
+            create_reader(trunk.trunk, request.trunk, options)
+            check_classes(_examples(request.archive))
+        except TypeError as error:
+            known = ", ".join(FitOptions.__dataclass_fields__)
+            raise InvalidInputError(f"unknown option; there are {known}") from error
+        except ModelsError as error:
+            field_name = getattr(error, "field", None)
+            raise InvalidInputError(str(error), field=field_name) from error
+        job = {"name": request.name, "trunk": request.trunk, "options": asdict(options)}
+        content = io.BytesIO(request.archive)
+        with zipfile.ZipFile(content, "a") as archive:
+            archive.writestr(JOB, json.dumps(job))
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._jobs.pop(request.name, None)
+        write_whole(self._path(request.name), content.getvalue())
+        self.poll()
+
+    def cancel(self, name: str) -> bool:
+        """Give a job up; whether there was one."""
+        job = self._jobs.pop(name, None)
+        if job is None:
+            return False
+        job.cancelled.set()
+        job.path.unlink(missing_ok=True)
+        return True
+
+    def forget(self, name: str) -> None:
+        """Drop what is told of a job that has ended: a head of that name came since."""
+        job = self._jobs.get(name)
+        if job is not None and job.finished:
+            del self._jobs[name]
+
+    def poll(self) -> None:
+        """Take up jobs that nobody works at, and let go of those whose head is there."""
+        for name, job in list(self._jobs.items()):
+            if job.finished and not job.reason and name in self._registry.catalog.models:
+                del self._jobs[name]
+        for path in sorted(self._folder.glob(f"*{SUFFIX}")):
+            name = path.name.removesuffix(SUFFIX)
+            if not self.is_busy(name) and not self._closing.is_set():
+                self._take_up(name, path)
+
+    def describe(self, name: str) -> dict[str, Any] | None:
+        """A head that is no model yet."""
+        job = self._jobs.get(name)
+        if job is None:
+            return None
+        described: dict[str, Any] = {"name": name, "state": job.state, "reason": job.reason or None}
+        if job.progress is not None:
+            described["progress"] = asdict(job.progress)
+        return {**described, "trunk": job.request.get("trunk"), "task": "classify"}
+
+    def close(self) -> None:
+        """Stop; what was not done is taken up by the next process."""
+        self._closing.set()
+        self._pool.shutdown(cancel_futures=True)
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}{SUFFIX}"
+
+    def _take_up(self, name: str, path: Path) -> None:
+        lock = FileLock(path.with_name(f".{name}.lock"), blocking=False)
+        try:
+            lock.acquire()
+        except Timeout:  # another process is at it
+            return
+        try:
+            with zipfile.ZipFile(path) as archive:
+                request = json.loads(archive.read(JOB))
+        except FileNotFoundError:  # done by another process meanwhile
+            lock.release()
+            return
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            logger.error("%s is no job: %s", path, error)
+            path.unlink(missing_ok=True)
+            lock.release()
+            return
+        job = _Job(name, path, lock, request=request)
+        self._jobs[name] = job
+        self._pool.submit(self._work, job)
+
+    # -- in the thread of the training -----------------------------------------------------
+
+    def _work(self, job: _Job) -> None:
+        outcome = "error"
+        try:
+            if job.cancelled.is_set():
+                raise CancelledError
+            job.state = "fitting"
+            started = time.monotonic()
+            fitted = self._fit(job)
+            self._check(job)
+            write_report(fitted.report, self._folder / f"{job.name}.report")
+            self._check(job)  # drawing takes a while
+            save_head(fitted.head, self._folder / f"{job.name}.safetensors")
+            job.path.unlink(missing_ok=True)
+            outcome = "ok"
+            logger.info("head %s fitted in %.1f s", job.name, time.monotonic() - started)
+        except CancelledError:
+            outcome = "cancelled"
+        except ModelsError as error:
+            outcome = "invalid" if isinstance(error, InputError) else "error"
+            self._fail(job, from_library(error).detail)
+        except Exception:
+            logger.exception("fitting %s failed", job.name)
+            self._fail(job, "an internal error; the log has it")
+        finally:
+            job.finished = True
+            job.lock.release()
+            self._metrics.fits.labels(outcome).inc()
+
+    def _fail(self, job: _Job, reason: str) -> None:
+        job.state, job.reason = "failed", reason
+        if not job.cancelled.is_set():  # or the file may be that of another job by now
+            job.path.unlink(missing_ok=True)
+
+    def _fit(self, job: _Job) -> Fitted:
+        request = job.request
+        loaded = self._wait_for_trunk(job, request["trunk"])
+        with zipfile.ZipFile(job.path) as archive:
+            total = sum(item.file_size for item in archive.infolist())
+        with job.path.open("rb") as file:
+            examples = read_archive(file, total)
+
+        def note(progress: Progress) -> None:
+            self._check(job)
+            job.progress = progress
+
+        with self._registry.store.temporary_folder() as folder:
+            return fit(
+                examples,
+                loaded.trunk,
+                request["trunk"],
+                FitOptions(**request["options"]),
+                folder,
+                run=lambda pixels, head: self._run(job, pixels, head),
+                progress=note,
+                trunk_source=loaded.source,
+                limits=self._limits,
+            )
+
+    def _wait_for_trunk(self, job: _Job, name: str) -> Any:
+        """The trunk, which after a restart may take a while to load."""
+        while (loaded := self._registry.loaded_trunk(name)) is None:
+            self._check(job)
+            time.sleep(0.1)
+        return loaded
+
+    def _run(self, job: _Job, pixels_BCHW: Tensor, head: ReadFeatures) -> list[Row]:
+        trunk = job.request["trunk"]
+        items = [Item(trunk, pixels, (HeadCall(head),)) for pixels in pixels_BCHW]
+        for item in items:
+            self._admit(job, trunk)
+            self._batcher.put(trunk, Entry(item, job.name, bulk=True))
+        rows: list[Row] = []
+        for item in items:
+            [row] = item.future.result().rows
+            if isinstance(row, Exception):
+                raise row
+            rows.append(row)
+        return rows
+
+    def _admit(self, job: _Job, trunk: str) -> None:
+        while True:
+            self._check(job)
+            try:
+                return self._batcher.admit(trunk, 1)
+            except QueueFull:
+                time.sleep(0.05)
+            except KeyError as error:
+                raise InputError(f"the trunk {trunk!r} was unloaded", field="trunk") from error
+
+    def _check(self, job: _Job) -> None:
+        if job.cancelled.is_set() or self._closing.is_set():
+            raise CancelledError
+
+
+def _examples(archive: bytes) -> Any:
+    return read_archive(io.BytesIO(archive), MAX_SWELLING * len(archive) + ROOM_BYTES)
+
+
+def _step_back() -> None:
+    """This thread computes only when nobody else wants to, and on one core."""
+    use_threads(1)
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

@@ -1,0 +1,69 @@
+"""The engine's settings, and the defaults that depend on the machine."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from models.inputs.images import ImageLimits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """0 means: choose for this machine. Times are in the unit their name ends with."""
+
+    startup: tuple[str, ...] = ()
+    threads: int = 0
+    streams: int = 0
+    decode_threads: int = 0
+    max_batch_size: int = 0
+    max_queue_size: int = 256
+    max_queue_delay_ms: float = 0.0
+    max_image_bytes: int = 20 * 2**20
+    max_image_pixels: int = 50_000_000
+    max_image_side: int = 16_384
+    probe_interval_s: float = 30.0
+    stuck_after_s: float = 60.0
+    label_cache_bytes: int = 256 * 2**20
+    heads_folder: str = ""
+
+    @property
+    def lane_threads(self) -> int:
+        """Threads of one stream: an equal share, never more than there are cores in all."""
+        return max(1, self.threads // self.streams)
+
+    @property
+    def image_limits(self) -> ImageLimits:
+        """The part that the decoder needs."""
+        return ImageLimits(
+            max_bytes=self.max_image_bytes,
+            max_pixels=self.max_image_pixels,
+            max_side=self.max_image_side,
+        )
+
+    def resolve(self, device_type: str) -> "EngineOptions":
+        """Fill in what is 0.
+
+        On a CPU: one batch at a time on all cores, the fastest way on two of them
+        (benchmarks/streams.py). On a machine shared with other busy
+        programs a stream a core is the safer choice: a batch on all cores waits for the slowest.
+        On a GPU: two streams, so that one batch copies while another computes.
+        """
+        cores = usable_cores()
+        cpu = device_type == "cpu"
+        return replace(
+            self,
+            threads=self.threads or cores,
+            streams=self.streams or (1 if cpu else 2),
+            decode_threads=self.decode_threads or max(2, cores),
+            max_batch_size=self.max_batch_size or (16 if cpu else 64),
+        )
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, and the quota of its control group."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):
+        return cores
