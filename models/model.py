@@ -29,7 +29,7 @@ from models.inputs.transforms import create_transform
 from models.inputs.types import Input, Seed, Video, modality_of
 from models.networks.scale_vit import ScaleVit
 from models.reference_outputs import run_dense, run_generator, run_images, run_towers
-from models.tasks.rendering import answer_entry
+from models.tasks.table import get_task
 from models.trunks.base import Trunk, TrunkOutput, parameter_bytes, state_digest
 from models.trunks.features import NOTHING, Need
 from models.trunks.generator import Generator
@@ -220,7 +220,7 @@ class Model:
         finish = {k: v for k, v in options.items() if k not in head.forward_options}
         if head.sees_image(options):
             finish["image"] = given
-        return answer_entry(head.task, head.finish(row, size, **finish))
+        return get_task(head.task).render(head.finish(row, size, **finish))
 
     @torch.inference_mode()
     def forward(

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from timm.data.imagenet_info import infer_imagenet_subset
+from torch import nn
 
 from models.catalog import TrunkEntry
 from models.checkpoints.checkpoint import Checkpoint, HeadState, save_checkpoint
@@ -23,7 +25,7 @@ from models.inputs.prompts import DEFAULT_TEMPLATES, expand_templates
 from models.inputs.transforms import ClipPreprocess, preprocess_from_mapping, preprocess_from_timm
 from models.model import Model
 from models.networks import create_network
-from models.tasks.labels import numbered_labels, pretrained_labels
+from models.tasks.labels import load_labels, numbered_labels
 from models.trunks.base import Placement, TimmTrunk, Trunk
 from models.trunks.generator import Generator, is_generator
 from models.trunks.two_tower import (
@@ -189,6 +191,16 @@ def build_trunk(
     if "ggem" in checkpoint.heads:
         trunk.exponents = checkpoint.heads["ggem"].tensors["p"].float().to(placement.device)
     return trunk
+
+
+def pretrained_labels(network: nn.Module) -> tuple[str, ...]:
+    """The class names of an ImageNet classifier from the hub; empty if timm does not know them.
+
+    timm infers the subset from the number of classes, so this is only for weights known to be its
+    own.
+    """
+    subset = infer_imagenet_subset(network)
+    return load_labels(subset, Path()) if subset else ()
 
 
 def _load_from_hub(entry: TrunkEntry, placement: Placement) -> LoadedTrunk:

@@ -19,7 +19,7 @@ from models.heads.embed import Embed
 from models.inputs.transforms import collate, normalize, preprocess_from_timm
 from models.model import Model
 from models.segmentation.masks import encode_mask
-from models.tasks.rendering import encode_embedding
+from models.tasks.embed import encode_embedding
 from models.trunks.base import Placement, TimmTrunk
 from tests.conftest import encode
 

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 
 from models.inputs.types import Input
-from models.tasks.rendering import encode_embedding
+from models.tasks.embed import encode_embedding
 from service.accounting import counted
 from service.errors import BadRequestError, PayloadTooLargeError, ServiceError
 from service.gateway.auth import require_key

@@ -12,7 +12,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from models.inputs.types import Input
-from models.tasks.rendering import answer_entry
+from models.tasks.table import get_task
 from service.accounting import Account, counted
 from service.backend import Backend
 from service.errors import QueueFullError, ServiceError
@@ -99,7 +99,7 @@ def _line(position: int, result: InferResult, encoding: str) -> bytes:
     if isinstance(output, ServiceError):
         return _encoded({**line, "error": describe(output)})
     line |= {"model_digest": used.model_digest, "preprocess_digest": used.preprocess_digest}
-    return _encoded({**line, **answer_entry(used.task, output, encoding=encoding)})
+    return _encoded({**line, **get_task(used.task).render(output, encoding=encoding)})
 
 
 def _encoded(line: dict[str, Any]) -> bytes:

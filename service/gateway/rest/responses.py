@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from fastapi import Request, Response
 
-from models.tasks.rendering import answer_entry, npy, quantize
+from models.tasks.embed import quantize
+from models.tasks.rendering import npy
+from models.tasks.table import get_task
 from service.errors import ServiceError
 from service.gateway.problems import describe
 from service.parameters import PredictParameters, TaskParameters
@@ -76,7 +78,7 @@ def _output(
 ) -> dict[str, Any]:
     if isinstance(output, ServiceError):
         return {"error": describe(output)}
-    return answer_entry(task, output, encoding=encoding)
+    return get_task(task).render(output, **({"encoding": encoding} if task == "embed" else {}))
 
 
 def _dimensions(result: InferResult) -> int | None:
