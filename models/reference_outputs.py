@@ -1,92 +1,99 @@
-"""A model's named outputs for tensors: what `Model.run` gives, by the authors' names."""
+"""What `Model.run` passes to heads and formats, for outputs by the authors' names.
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+Servers never use this: it exists for tests, for comparisons with the authors' code, and for what
+checkpoint formats return besides their heads' outputs.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from models.heads.dense import DenseClip
-from models.heads.semantic import Semantic
-from models.heads.zero_shot import ZeroShot
-from models.trunks.features import Need, together
-from models.trunks.generator import Generator
-from models.trunks.open_clip import OpenClipTrunk
+from models.checkpoints.checkpoint import HeadState
+from models.trunks.base import Trunk
+from models.trunks.features import NO_EXTRAS, FeatureRequest, merge
+from models.trunks.output import TrunkOutput
 
-if TYPE_CHECKING:
-    from models.model import Model
+FormatOutputs = Callable[["ReferenceRun"], dict[str, Tensor]]
 
 
-def run_images(model: "Model", inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the trunk gives for `pixel_values`, what its heads make of it, and what the
-    checkpoint's format adds; of a segmenter for a larger input than it takes, masks alone."""
+@dataclass(frozen=True, slots=True)
+class ReferenceRun:
+    """One pass of a model, with everything that its outputs can be computed from.
+
+    Args:
+        heads: the model's heads by task.
+        output: what the trunk returned for `inputs`.
+        inputs: named tensors, such as `pixel_values` (B, 3, H, W) and `noise` (B, N).
+        states: weights that came in the checkpoint besides the trunk's, by name.
+    """
+
+    trunk: Trunk
+    heads: Mapping[str, Any]
+    output: TrunkOutput
+    inputs: Mapping[str, Tensor]
+    states: Mapping[str, HeadState] = field(default_factory=dict)
+
+    @property
+    def network(self) -> Any:
+        """The trunk's module. Only reference outputs read it; everything else asks the trunk."""
+        return self.trunk.network
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts of a model that reference outputs are computed by.
+
+    Args:
+        task: the model's own task.
+        text: the text trunk and the head on it, for models of two towers.
+        format_request: what `format_outputs` needs of the pass.
+        format_outputs: further outputs of the checkpoint's format.
+    """
+
+    trunk: Trunk
+    heads: Mapping[str, Any]
+    task: str
+    text: tuple[Trunk, Any] | None = None
+    states: Mapping[str, HeadState] = field(default_factory=dict)
+    format_request: FeatureRequest = NO_EXTRAS
+    format_outputs: FormatOutputs | None = None
+
+    def embed_texts(self, token_ids: Tensor) -> Tensor:
+        """(N, D) text embeddings of (N, T) token ids, not normalised."""
+        assert self.text is not None
+        trunk, head = self.text
+        embedding: Tensor = head.forward(trunk.forward(token_ids))["embedding"]
+        return embedding
+
+    def outputs(self, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the checkpoint's format returns for a pass."""
+        if self.format_outputs is None:
+            return {}
+        run = ReferenceRun(self.trunk, self.heads, output, inputs, self.states)
+        return self.format_outputs(run)
+
+
+def image_outputs(parts: Parts, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs of an image model: `tokens` (B, T, D) or `feature_map`, `embedding` (B, D) by the
+    trunk's own pooling, what the heads for `embed` and the model's own task return, and what the
+    checkpoint's format adds."""
     pixels = inputs["pixel_values"]
-    segmenter = model.heads[model.task]
-    if isinstance(segmenter, Semantic) and segmenter.wants_windows(pixels):
-        return segmenter.run(pixels)
     rows = range(len(pixels))
-    heads = {task: model.heads[task] for task in ("embed", model.task)}
-    needs = [model.need, *(each.needs(rows) for each in heads.values())]
-    output = model.trunk.forward(pixels, together(needs))
+    heads = {task: parts.heads[task] for task in ("embed", parts.task)}
+    requests = [parts.format_request, *(head.request for head in heads.values())]
+    output = parts.trunk.forward(pixels, merge((request, rows) for request in requests))
     kind = "tokens" if output.features.dim() == 3 else "feature_map"
-    named = {kind: output.features, "embedding": model.trunk.pool(output)}
-    for each in heads.values():
-        named |= each.forward(output)
-    if isinstance(segmenter, Semantic):
-        named |= segmenter.run(pixels)
-    if model.outputs is not None:
-        named |= model.outputs(model, output, inputs)
-    return named
+    named = {kind: output.features, "embedding": parts.trunk.pool(output)}
+    for head in heads.values():
+        named |= head.forward(output)
+    return named | parts.outputs(output, inputs)
 
 
-def run_towers(
-    model: "Model", head: ZeroShot, pixel_values: Tensor | None, token_ids: Tensor | None
-) -> dict[str, Tensor]:
-    """The outputs of two towers."""
-    named = {"logit_scale": torch.tensor([head.scale])}
-    if pixel_values is not None:
-        output = model.trunk.forward(pixel_values, model.need)
-        named["image_embedding"] = head.forward(output)["embedding"]
-        named["image_embedding_normalized"] = normalize(named["image_embedding"], dim=-1)
-        if model.outputs is not None:
-            named |= model.outputs(model, output, {"pixel_values": pixel_values})
-        if isinstance(model.trunk, OpenClipTrunk):
-            named |= model.trunk.before_projection(pixel_values)
-    if token_ids is not None:
-        text = model.trunk_for("text")
-        named["text_embedding"] = model.text_embed.forward(text.forward(token_ids))["embedding"]
-        named["text_embedding_normalized"] = normalize(named["text_embedding"], dim=-1)
-    if pixel_values is not None and token_ids is not None:
-        similarity = named["image_embedding_normalized"] @ named["text_embedding_normalized"].T
-        named["logits_per_image"] = head.scale * similarity + (head.bias or 0.0)
-    return named
-
-
-def run_dense(
-    model: "Model", head: DenseClip, pixel_values: Tensor | None, token_ids: Tensor | None
-) -> dict[str, Tensor]:
-    """Those of a CLIP that labels patches; its embeddings have unit length."""
-    named: dict[str, Tensor] = {}
-    if token_ids is not None:
-        text = model.trunk_for("text")
-        embedded = model.text_embed.forward(text.forward(token_ids))["embedding"]
-        named["text_embedding"] = normalize(embedded, dim=-1)
-    if pixel_values is not None:
-        pooled = model.trunk.pool(model.trunk.forward(pixel_values, Need(dense=True)))
-        named["image_embedding"] = normalize(pooled, dim=-1)
-        named |= head.run(pixel_values, named.get("text_embedding"))
-    return named
-
-
-def run_generator(trunk: Generator, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`style` (B, D) and `images` of `latent` (B, D) without noise; with `noise_0` and so on, one
-    tensor a layer, `images_noised` too."""
-    latent = inputs["latent"].to(trunk.placement.device, trunk.placement.dtype)
-    named = {"style": trunk.network.style(latent), "images": trunk.network(latent)}
-    noise = [inputs[name] for i in range(len(trunk.preprocess.noise))
-             if (name := f"noise_{i}") in inputs]  # fmt: skip
-    noise = noise or list(inputs.get("noise", ()))
-    if noise:
-        named["images_noised"] = trunk.network(latent, [each.to(latent) for each in noise])
-    return named
+@torch.inference_mode()
+def reference_outputs(parts: Parts, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All named outputs for these inputs, float32 on the CPU."""
+    named = parts.heads[parts.task].reference_outputs(parts, inputs)
+    return {name: tensor.float().cpu() for name, tensor in named.items()}

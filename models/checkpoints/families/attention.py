@@ -1,29 +1,25 @@
 """Outputs that several published formats have in common, besides the trunk's and the heads'."""
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
 from models.checkpoints.families.swin import swin_outputs
-from models.model import Model
 from models.networks.swin import Swin
-from models.trunks.base import Trunk, TrunkOutput
-from models.trunks.features import NOTHING, Need
+from models.reference_outputs import ReferenceRun
+from models.trunks.base import Trunk
+from models.trunks.features import NO_EXTRAS, FeatureRequest
 
 
-def attention_need(trunk: Trunk) -> Need:
+def attention_request(trunk: Trunk) -> FeatureRequest:
     """The attention of the last block of a ViT."""
     if not trunk.blocks:
-        return NOTHING
-    return Need(attention=frozenset({len(trunk.blocks) - 1}))
+        return NO_EXTRAS
+    return FeatureRequest(attention=frozenset({len(trunk.blocks) - 1}))
 
 
-def attention_outputs(
-    model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def attention_outputs(run: ReferenceRun) -> dict[str, Tensor]:
     """`attention` (B, heads, T, T): probabilities of the last block; of a Swin what
     `swin_outputs` gives."""
-    if isinstance(model.trunk.network, Swin):
-        return swin_outputs(model, output, inputs)
-    found = list(output.attention.values())
+    if isinstance(run.network, Swin):
+        return swin_outputs(run)
+    found = list(run.output.attention.values())
     return {"attention": found[0]} if found else {}

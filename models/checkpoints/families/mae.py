@@ -9,10 +9,10 @@ from torch.nn.functional import layer_norm
 from models.checkpoints.checkpoint import HeadState
 from models.checkpoints.containers import Container
 from models.heads.reconstruct import Reconstruct
-from models.model import Model
 from models.networks.masked import drawing_loss
-from models.trunks.base import Trunk, TrunkOutput
-from models.trunks.features import Need
+from models.reference_outputs import ReferenceRun
+from models.trunks.base import Trunk
+from models.trunks.features import FeatureRequest
 
 DECODER = ("decoder_", "mask_token")
 ENCODER = ("cls_token", "pos_embed", "patch_embed.proj.", "blocks.", "norm.")
@@ -32,22 +32,22 @@ def decoder_state(container: Container, arguments: Mapping[str, Any]) -> dict[st
     return {"decoder": HeadState(found, settings)}
 
 
-def need(trunk: Trunk) -> Need:
+def request(trunk: Trunk) -> FeatureRequest:
     """The last block's output before the norm."""
-    return Need(layers=frozenset({len(trunk.blocks) - 1}))
+    return FeatureRequest(layers=frozenset({len(trunk.blocks) - 1}))
 
 
-def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     """What fine-tuning would pool at its first step; and with `noise` (B, N) what the decoder
     draws: `reconstruction` (B, N, pixels of a patch), `mask` (B, N), `latent_visible`, `loss`."""
-    [last] = output.layers.values()
-    mean = last[:, output.prefix :].mean(1)
+    [last] = run.output.layers.values()
+    mean = last[:, run.output.prefix :].mean(1)
     named = {"embedding_global_pool": layer_norm(mean, mean.shape[-1:], eps=1e-6)}
-    head = model.heads.get("reconstruct")
-    if not isinstance(head, Reconstruct) or "noise" not in inputs:
+    head = run.heads.get("reconstruct")
+    if not isinstance(head, Reconstruct) or "noise" not in run.inputs:
         return named
-    pixels = inputs["pixel_values"]
-    visible = head.encode(pixels, inputs["noise"], None)
+    pixels = run.inputs["pixel_values"]
+    visible = head.encode(pixels, run.inputs["noise"], None)
     drawn = head.network(visible)
     return named | {
         "latent_visible": visible.latent,

@@ -10,10 +10,9 @@ from torch import Tensor
 from models.checkpoints.checkpoint import Checkpoint
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
-from models.model import Model
 from models.networks import OWN
 from models.networks.swin import Swin
-from models.trunks.base import TrunkOutput
+from models.reference_outputs import ReferenceRun
 
 MARK = "layers.0.blocks.0.attn.relative_position_bias_table"
 BUFFERS = ("relative_position_index", "attn_mask")
@@ -78,17 +77,15 @@ def swin_checkpoint(
     )
 
 
-def swin_outputs(
-    model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def swin_outputs(run: ReferenceRun) -> dict[str, Tensor]:
     """Tokens row by row, the last block's `attention`, and `linear_features`: the means of the last
     four blocks' outputs, oldest first."""
-    network: Any = model.trunk.network
+    network = run.network
     assert isinstance(network, Swin)
-    outputs, given = network.block_outputs(inputs["pixel_values"])
+    outputs, given = network.block_outputs(run.inputs["pixel_values"])
     return {
-        "tokens": output.tokens_BTD,
-        "feature_map": output.feature_map_BChw,
+        "tokens": run.output.tokens_BTD,
+        "feature_map": run.output.feature_map_BChw,
         "attention": network.last_attention(given),
         "linear_features": torch.cat([block.mean((1, 2)) for block in outputs[-4:]], -1),
     }

@@ -3,7 +3,7 @@
 A format is a module with `NAME`, `matches(container, arguments) -> str | None` (why it is this
 format, or None) and `convert(container, arguments) -> Checkpoint`. Where the authors have more
 outputs than trunk and heads, also `outputs(model, output, inputs) -> dict[str, Tensor]`, and if
-these want more of a pass than its last output, `need(trunk) -> Need`.
+these want more of a pass than its last output, `request(trunk) -> FeatureRequest`.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
 from models.errors import CheckpointError
 from models.trunks.base import Trunk
-from models.trunks.features import NOTHING, Need
+from models.trunks.features import NO_EXTRAS, FeatureRequest
 
 
 class CheckpointFormat(Protocol):
@@ -39,11 +39,11 @@ def checkpoint_formats() -> tuple[CheckpointFormat, ...]:
     return tuple(cast("CheckpointFormat", module) for module in modules)
 
 
-def format_outputs(name: str, trunk: Trunk) -> tuple[Any, Need]:
+def format_outputs(name: str, trunk: Trunk) -> tuple[Any, FeatureRequest]:
     """The `outputs` of the format of that name, None if it has none, and their need."""
     found = next((module for module in checkpoint_formats() if name == module.NAME), None)
-    need = getattr(found, "need", None)
-    return getattr(found, "outputs", None), need(trunk) if need else NOTHING
+    need = getattr(found, "request", None)
+    return getattr(found, "outputs", None), need(trunk) if need else NO_EXTRAS
 
 
 def detect_format(

@@ -18,9 +18,9 @@ from models.checkpoints.families.towers import LIBRARY, assumed_heads, text_argu
 from models.checkpoints.families.vit import split_prefix, vit_arguments
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
-from models.model import Model
-from models.trunks.base import Trunk, TrunkOutput
-from models.trunks.features import Need
+from models.reference_outputs import ReferenceRun
+from models.trunks.base import Trunk
+from models.trunks.features import FeatureRequest
 
 NAME = "a-clip"
 SHARED = ("token_embedding.weight", "positional_embedding", "ln_final.weight", "ln_final.bias")
@@ -91,12 +91,12 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def need(trunk: Trunk) -> Need:
+def request(trunk: Trunk) -> FeatureRequest:
     """The attention of all blocks."""
-    return Need(attention=frozenset(range(len(trunk.blocks))))
+    return FeatureRequest(attention=frozenset(range(len(trunk.blocks))))
 
 
-def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     """The tokens, and how much the class token reads each patch, over all layers and heads."""
-    maps = torch.stack([layer[:, :, 0, 1:] for layer in output.attention.values()])
-    return {"tokens": output.features, "cls_attention": maps.mean((0, 2))}
+    maps = torch.stack([layer[:, :, 0, 1:] for layer in run.output.attention.values()])
+    return {"tokens": run.output.features, "cls_attention": maps.mean((0, 2))}

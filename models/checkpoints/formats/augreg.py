@@ -18,8 +18,7 @@ from models.checkpoints.containers import Container
 from models.checkpoints.families.jax import POSITIONS, from_jax, in_old_names, num_heads
 from models.checkpoints.families.vit import vit_checkpoint
 from models.inputs.transforms import Preprocess
-from models.model import Model
-from models.trunks.base import TrunkOutput
+from models.reference_outputs import ReferenceRun
 
 NAME = "augreg"
 HALF = (0.5, 0.5, 0.5)
@@ -64,25 +63,25 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     """The table of positions for the input's grid; what the head sees, where that is more than a
     pooling; and both once more with exact GELU, as timm has it."""
-    network: Any = model.trunk.network
-    exact = _with_exact_gelu(network).forward_features(inputs["pixel_values"])
-    other = replace(output, features=exact)
+    network = run.network
+    exact = _with_exact_gelu(network).forward_features(run.inputs["pixel_values"])
+    other = replace(run.output, features=exact)
     named = {
-        "pos_embedding": network.positions(output.grid),
-        "embedding": _embedding(model, output),
-        "embedding_gelu_erf": _embedding(model, other),
+        "pos_embedding": network.positions(run.output.grid),
+        "embedding": _embedding(run),
+        "embedding_gelu_erf": _embedding(replace(run, output=other)),
     }
-    if "classify" in model.heads:
-        named["logits_gelu_erf"] = model.heads["classify"].forward(other)["logits"]
+    if "classify" in run.heads:
+        named["logits_gelu_erf"] = run.heads["classify"].forward(other)["logits"]
     return named
 
 
-def _embedding(model: Model, output: TrunkOutput) -> Tensor:
-    pooled = model.trunk.pool(output)
-    state = model.states.get("linear")
+def _embedding(run: ReferenceRun) -> Tensor:
+    pooled = run.trunk.pool(run.output)
+    state = run.states.get("linear")
     if state is None:
         return pooled
     tensors = state.tensors

@@ -12,8 +12,7 @@ from torch.nn.functional import layer_norm, linear
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
 from models.checkpoints.families.beit import beit_checkpoint
-from models.model import Model
-from models.trunks.base import TrunkOutput
+from models.reference_outputs import ReferenceRun
 
 NAME = "beit"
 PRETRAINING = ("mask_token", "lm_head.weight", "lm_head.bias")
@@ -34,20 +33,20 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     """What fine-tuning and probing would pool at their first step; with `mask` (B, N), true where
     a patch is replaced, `mim_logits` (B, N, codes)."""
-    network: Any = model.trunk.network
-    pixels = inputs["pixel_values"]
+    network = run.network
+    pixels = run.inputs["pixel_values"]
     last = _blocks(network, pixels, None)
     mean = last[:, 1:].mean(1)
     named = {
         "embedding_mean_pool": layer_norm(mean, mean.shape[-1:], eps=1e-6),
         "linear_probe_feature": torch.cat([last[:, 0], mean], -1),
     }
-    if "mask" in inputs:
-        codes = model.states["codes"].tensors
-        masked = _blocks(network, pixels, (inputs["mask"], codes["mask_token"]))
+    if "mask" in run.inputs:
+        codes = run.states["codes"].tensors
+        masked = _blocks(network, pixels, (run.inputs["mask"], codes["mask_token"]))
         patches = network.norm(masked)[:, 1:]
         named["mim_logits"] = linear(patches, codes["lm_head.weight"], codes["lm_head.bias"])
     return named

@@ -16,9 +16,8 @@ from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
 from models.checkpoints.families.vit import choose_weights
 from models.inputs.transforms import Preprocess
-from models.model import Model
 from models.networks import OWN
-from models.trunks.base import TrunkOutput
+from models.reference_outputs import ReferenceRun
 
 NAME = "convnext-v2"
 SPARSE = "encoder.stages.0.0.dwconv.kernel"
@@ -82,13 +81,13 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     """The second stage's output, and the pooling without its norm."""
-    network: Any = model.trunk.network
+    network = run.network
     stages = network.forward_intermediates(
-        inputs["pixel_values"], indices=[1], intermediates_only=True
+        run.inputs["pixel_values"], indices=[1], intermediates_only=True
     )
-    mean = output.feature_map_BChw.mean((2, 3))
+    mean = run.output.feature_map_BChw.mean((2, 3))
     return {
         "feature_map_stage1": stages[0],
         "embedding_no_norm": mean,

@@ -5,8 +5,8 @@ from typing import Any
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
-from models.checkpoints.families.attention import attention_need as need
 from models.checkpoints.families.attention import attention_outputs as outputs
+from models.checkpoints.families.attention import attention_request as request
 from models.checkpoints.families.vit import MARKS, vit_checkpoint
 
 NAME = "dino-backbone"
@@ -26,4 +26,4 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     return vit_checkpoint(NAME, container.tensors, arguments, positions="dino")
 
 
-__all__ = ["NAME", "convert", "matches", "need", "outputs"]
+__all__ = ["NAME", "convert", "matches", "outputs", "request"]

@@ -16,8 +16,7 @@ from models.checkpoints.families.companions import open_companion
 from models.checkpoints.families.vit import MARKS, vit_arguments
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
-from models.model import Model
-from models.trunks.base import TrunkOutput
+from models.reference_outputs import ReferenceRun
 
 NAME = "dino-linear"
 BACKBONES = ("backbone.pth", "backbone.safetensors")
@@ -60,7 +59,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     """The features of the classifier, and the plain embedding of the backbone."""
-    head: Any = model.heads["classify"]
-    return {"embedding": head.features(output), "cls_embedding": model.trunk.pool(output)}
+    head: Any = run.heads["classify"]
+    return {"embedding": head.features(run.output), "cls_embedding": run.trunk.pool(run.output)}

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
-from models.checkpoints.families.mae import need
+from models.checkpoints.families.mae import request
 from models.checkpoints.families.vit import choose_weights, vit_checkpoint
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
-from models.model import Model
-from models.trunks.base import TrunkOutput
+from models.reference_outputs import ReferenceRun
 
 NAME = "ft-clip"
 DUMMY = "patch_embed."
@@ -39,7 +38,7 @@ RENAMED = (
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-__all__ = ["NAME", "convert", "matches", "need", "outputs"]
+__all__ = ["NAME", "convert", "matches", "outputs", "request"]
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
@@ -78,7 +77,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     """Patches after the norm, and all tokens before it."""
-    [last] = output.layers.values()
-    return {"patch_tokens": output.patches_BTD, "tokens_pre_norm": last}
+    [last] = run.output.layers.values()
+    return {"patch_tokens": run.output.patches_BTD, "tokens_pre_norm": last}

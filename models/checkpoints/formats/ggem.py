@@ -12,8 +12,7 @@ from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
 from models.checkpoints.families.vit import MARKS, vit_arguments
 from models.inputs.transforms import Preprocess
-from models.model import Model
-from models.trunks.base import TrunkOutput
+from models.reference_outputs import ReferenceRun
 from models.trunks.pooling import gem, ggem
 
 NAME = "ggem"
@@ -41,16 +40,16 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     """Every pooling that the paper compares; of GGeM also as if the class token counted."""
-    exponents = model.trunk.exponents
-    patches = output.patches_BTD
+    exponents = run.trunk.exponents
+    patches = run.output.patches_BTD
     return {
         "pool_ggem": ggem(patches, exponents),
-        "pool_ggem_with_cls": ggem(output.tokens_BTD, exponents),
+        "pool_ggem_with_cls": ggem(run.output.tokens_BTD, exponents),
         "pool_gem_p3": gem(patches),
         "pool_max": patches.amax(1),
         "pool_mean": patches.mean(1),
-        "pool_cls": output.tokens_BTD[:, 0],
+        "pool_cls": run.output.tokens_BTD[:, 0],
         "ggem_p": exponents,
     }

@@ -17,8 +17,7 @@ from models.checkpoints.containers import Container
 from models.checkpoints.families.vit import MARKS, vit_arguments
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
-from models.model import Model
-from models.trunks.base import TrunkOutput
+from models.reference_outputs import ReferenceRun
 from models.trunks.pooling import gem
 
 NAME = "irt"
@@ -52,9 +51,9 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     """The descriptor, and the alternatives that the paper studies; all of unit length but `raw`."""
-    cls, patches = output.tokens_BTD[:, 0], output.patches_BTD
+    cls, patches = run.output.tokens_BTD[:, 0], run.output.patches_BTD
     named = {
         "embedding": normalize(cls, dim=-1),
         "embedding_raw": cls,
@@ -62,7 +61,7 @@ def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> 
         "descriptor_max": normalize(patches.amax(1), dim=-1),
         "descriptor_gem": normalize(gem(patches), dim=-1),
     }
-    projection = model.heads["embed"].network
+    projection = run.heads["embed"].network
     if projection is not None:
         named["embedding_pca"] = normalize(projection(cls), dim=-1)
     return named

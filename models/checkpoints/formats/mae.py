@@ -11,15 +11,15 @@ from models.checkpoints.families.mae import (
     DECODER,
     ENCODER,
     decoder_state,
-    need,
     outputs,
+    request,
     without_decoder,
 )
 from models.checkpoints.families.vit import MARKS, vit_checkpoint
 
 NAME = "mae"
 
-__all__ = ["NAME", "convert", "matches", "need", "outputs"]
+__all__ = ["NAME", "convert", "matches", "outputs", "request"]
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:

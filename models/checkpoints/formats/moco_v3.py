@@ -9,8 +9,8 @@ from typing import Any
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
-from models.checkpoints.families.attention import attention_need as need
 from models.checkpoints.families.attention import attention_outputs as outputs
+from models.checkpoints.families.attention import attention_request as request
 from models.checkpoints.families.vit import STEM, split_prefix, vit_checkpoint
 from models.inputs.transforms import Preprocess
 
@@ -39,4 +39,4 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-__all__ = ["NAME", "convert", "matches", "need", "outputs"]
+__all__ = ["NAME", "convert", "matches", "outputs", "request"]

@@ -14,9 +14,8 @@ from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
 from models.errors import CheckpointError
 from models.inputs.transforms import ClipPreprocess, Preprocess
-from models.model import Model
 from models.networks import OWN
-from models.trunks.base import TrunkOutput
+from models.reference_outputs import ReferenceRun
 
 NAME = "mvit"
 VIDEO_MEAN, VIDEO_STD = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
@@ -38,17 +37,17 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     return _for_torchvision(tensors, config)
 
 
-def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     """Patches as a map, (B, D, h, w), of clips (B, D, T, h, w)."""
-    network: Any = model.trunk.network
-    prefix = 1 if output.features.shape[1] % 2 else 0
-    patches = output.features[:, prefix:].transpose(1, 2)
+    network = run.network
+    prefix = 1 if run.output.features.shape[1] % 2 else 0
+    patches = run.output.features[:, prefix:].transpose(1, 2)
     frames = network.last_grid[0] if hasattr(network, "last_grid") else 1
     side = round((patches.shape[-1] / frames) ** 0.5)
     cells = torch.unflatten(patches, 2, (frames, side, side))
-    named = {"feature_map": cells[:, :, 0] if inputs["pixel_values"].dim() == 4 else cells}
-    if model.trunk.num_classes:
-        named["probabilities"] = model.trunk.classify(output).softmax(-1)
+    named = {"feature_map": cells[:, :, 0] if run.inputs["pixel_values"].dim() == 4 else cells}
+    if run.trunk.num_classes:
+        named["probabilities"] = run.trunk.classify(run.output).softmax(-1)
     return named
 
 

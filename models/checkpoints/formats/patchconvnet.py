@@ -11,9 +11,8 @@ from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
 from models.checkpoints.families.vit import choose_weights
 from models.inputs.transforms import Preprocess
-from models.model import Model
 from models.networks import OWN
-from models.trunks.base import TrunkOutput
+from models.reference_outputs import ReferenceRun
 
 NAME = "patchconvnet"
 MARK = "blocks.0.attn.qkv_pos.4.conv_reduce.weight"
@@ -49,12 +48,12 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     """The last aggregation's attention; and each class's token, where there are several."""
-    network: Any = model.trunk.network
-    classes = output.tokens_BTD[:, : output.prefix]
+    network = run.network
+    classes = run.output.tokens_BTD[:, : run.output.prefix]
     return {
-        "attention": network.last_attention(inputs["pixel_values"]),
-        "feature_map": output.feature_map_BChw,
-        "embedding": classes[:, 0] if output.prefix == 1 else classes,
+        "attention": network.last_attention(run.inputs["pixel_values"]),
+        "feature_map": run.output.feature_map_BChw,
+        "embedding": classes[:, 0] if run.output.prefix == 1 else classes,
     }

@@ -10,9 +10,8 @@ from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
-from models.model import Model
 from models.networks import OWN
-from models.trunks.base import TrunkOutput
+from models.reference_outputs import ReferenceRun
 
 NAME = "pit"
 
@@ -67,11 +66,11 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     """The class token, the last stage's map before any norm, and each head's own word."""
-    network: Any = model.trunk.network
-    tokens = output.features
-    stages = network.forward_intermediates(inputs["pixel_values"], intermediates_only=True)
+    network = run.network
+    tokens = run.output.features
+    stages = network.forward_intermediates(run.inputs["pixel_values"], intermediates_only=True)
     named = {"embedding": tokens[:, 0], "feature_map": stages[-1]}
     if network.head_dist is not None:
         named |= {

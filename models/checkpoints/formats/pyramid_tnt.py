@@ -11,9 +11,8 @@ from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
 from models.checkpoints.families.vit import choose_weights
 from models.inputs.transforms import Preprocess
-from models.model import Model
 from models.networks import OWN
-from models.trunks.base import TrunkOutput
+from models.reference_outputs import ReferenceRun
 
 NAME = "pyramid-tnt"
 HALF = (0.5, 0.5, 0.5)
@@ -64,6 +63,6 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     """The map's cells row by row."""
-    return {"tokens": output.tokens_BTD}
+    return {"tokens": run.output.tokens_BTD}

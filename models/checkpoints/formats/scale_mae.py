@@ -15,10 +15,9 @@ from models.checkpoints.families.mae import ENCODER
 from models.checkpoints.families.vit import MARKS, vit_arguments
 from models.heads.reconstruct import Reconstruct
 from models.inputs.transforms import Preprocess
-from models.model import Model
 from models.networks import OWN
 from models.networks.masked import patchify
-from models.trunks.base import TrunkOutput
+from models.reference_outputs import ReferenceRun
 
 NAME = "scale-mae"
 UNREAD = ("pos_embed",)
@@ -91,21 +90,21 @@ def _decoder(container: Container, arguments: Mapping[str, Any]) -> HeadState:
     return HeadState(tensors, settings)
 
 
-def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     """With `input_res` (B,), what comes of images of those scales; with `noise` (B, N), what the
     decoders draw of the patches that it leaves: for `input_res_2` (B,) where that is given, too."""
     named: dict[str, Tensor] = {}
-    pixels, scale = inputs["pixel_values"], inputs.get("input_res")
-    network: Any = model.trunk.network
+    pixels, scale = run.inputs["pixel_values"], run.inputs.get("input_res")
+    network = run.network
     if scale is not None:
-        scaled = replace(output, features=network.forward_features(pixels, scale))
-        named = {"tokens": scaled.features, "embedding": model.trunk.pool(scaled)}
-        if "classify" in model.heads:
-            named |= model.heads["classify"].forward(scaled)
-    head = model.heads.get("reconstruct")
-    if isinstance(head, Reconstruct) and "noise" in inputs:
-        scale = inputs.get("input_res_2", scale)
-        visible = head.encode(pixels, inputs["noise"], None, scale)
+        scaled = replace(run.output, features=network.forward_features(pixels, scale))
+        named = {"tokens": scaled.features, "embedding": run.trunk.pool(scaled)}
+        if "classify" in run.heads:
+            named |= run.heads["classify"].forward(scaled)
+    head = run.heads.get("reconstruct")
+    if isinstance(head, Reconstruct) and "noise" in run.inputs:
+        scale = run.inputs.get("input_res_2", scale)
+        visible = head.encode(pixels, run.inputs["noise"], None, scale)
         drawn = head.draw_scales(visible, scale)
         patch = network.patch_embed.patch_size[0]
         named |= {

@@ -10,16 +10,15 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
-from models.checkpoints.families.mae import DECODER, decoder_state, need
+from models.checkpoints.families.mae import DECODER, decoder_state, request
 from models.checkpoints.families.mae import outputs as mae_outputs
 from models.checkpoints.families.vit import split_prefix, vit_checkpoint
 from models.heads.linear import create_classifier
-from models.model import Model
-from models.trunks.base import TrunkOutput
+from models.reference_outputs import ReferenceRun
 
 NAME = "sdmae"
 
-__all__ = ["NAME", "convert", "matches", "need", "outputs"]
+__all__ = ["NAME", "convert", "matches", "outputs", "request"]
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
@@ -42,11 +41,11 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     return vit_checkpoint(NAME, kept, arguments, positions="bicubic", heads=heads, dropped=dropped)
 
 
-def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     """MAE's, and where the location head thinks that each patch was (B, N, N)."""
-    named = mae_outputs(model, output, inputs)
-    locate = create_classifier(model.states["location"]).to(output.features.device)
-    patches = output.patches_BTD
+    named = mae_outputs(run)
+    locate = create_classifier(run.states["location"]).to(run.output.features.device)
+    patches = run.output.patches_BTD
     if patches.shape[1] == locate[-1].out_features:
         with torch.no_grad():
             named["location_logits"] = locate(patches)

@@ -11,16 +11,15 @@ from torch.nn.functional import conv_transpose2d, gelu, linear
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
-from models.checkpoints.families.attention import attention_need as need
 from models.checkpoints.families.attention import attention_outputs
+from models.checkpoints.families.attention import attention_request as request
 from models.checkpoints.families.vit import choose_weights, split_prefix, vit_checkpoint
-from models.model import Model
-from models.trunks.base import TrunkOutput
+from models.reference_outputs import ReferenceRun
 
 NAME = "sit"
 HEAD = "head_recons."
 
-__all__ = ["NAME", "convert", "matches", "need", "outputs"]
+__all__ = ["NAME", "convert", "matches", "outputs", "request"]
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
@@ -43,18 +42,18 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     """The attention, the classifier's input, and `reconstruction` (B, 3, H, W), normalised."""
-    tensors = model.states["drawing"].tensors
-    patches = output.patches_BTD
+    tensors = run.states["drawing"].tensors
+    patches = run.output.patches_BTD
     x = patches
     for layer in (0, 2, 4):
         x = gelu(linear(x, tensors[f"mlp.{layer}.weight"], tensors[f"mlp.{layer}.bias"]))
-    rows, columns = output.grid
+    rows, columns = run.output.grid
     cells = torch.unflatten(x.transpose(1, 2), -1, (rows, columns))
     weight = tensors["convTrans.weight"]
     drawn = conv_transpose2d(cells, weight, tensors["convTrans.bias"], stride=weight.shape[-1])
-    return attention_outputs(model, output, inputs) | {
-        "cls_mean_embedding": torch.cat([output.tokens_BTD[:, 0], patches.mean(1)], -1),
+    return attention_outputs(run) | {
+        "cls_mean_embedding": torch.cat([run.output.tokens_BTD[:, 0], patches.mean(1)], -1),
         "reconstruction": drawn,
     }

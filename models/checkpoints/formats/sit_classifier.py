@@ -10,8 +10,7 @@ from torch import Tensor
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
 from models.checkpoints.families.vit import MARKS, vit_checkpoint
-from models.model import Model
-from models.trunks.base import TrunkOutput
+from models.reference_outputs import ReferenceRun
 
 NAME = "sit-classifier"
 HEAD = ("head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias")
@@ -34,7 +33,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     return vit_checkpoint(NAME, tensors, arguments, positions="dino", heads=heads)
 
 
-def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     """What the classifier sees."""
-    head: Any = model.heads["classify"]
-    return {"embedding": head.features(output)}
+    head: Any = run.heads["classify"]
+    return {"embedding": head.features(run.output)}

@@ -7,15 +7,15 @@ from typing import Any
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
-from models.checkpoints.families.attention import attention_need as need
 from models.checkpoints.families.attention import attention_outputs as outputs
+from models.checkpoints.families.attention import attention_request as request
 from models.checkpoints.families.small_scale import preprocess_for
 from models.checkpoints.families.swin import swin_checkpoint
 from models.checkpoints.families.vit import choose_weights, split_prefix, vit_checkpoint
 
 NAME = "small-scale-vits"
 
-__all__ = ["NAME", "convert", "matches", "need", "outputs"]
+__all__ = ["NAME", "convert", "matches", "outputs", "request"]
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:

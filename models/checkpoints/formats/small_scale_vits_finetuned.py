@@ -10,8 +10,8 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
-from models.checkpoints.families.attention import attention_need as need
 from models.checkpoints.families.attention import attention_outputs as outputs
+from models.checkpoints.families.attention import attention_request as request
 from models.checkpoints.families.small_scale import preprocess_for
 from models.checkpoints.families.swin import MARK, swin_checkpoint
 from models.checkpoints.families.vit import MARKS, vit_checkpoint
@@ -21,7 +21,7 @@ NAME = "small-scale-vits-finetuned"
 CAIT = "blocks_token_only.0.attn.q.weight"
 FLAT_PATCH = "patch_embed.1."
 
-__all__ = ["NAME", "convert", "matches", "need", "outputs"]
+__all__ = ["NAME", "convert", "matches", "outputs", "request"]
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:

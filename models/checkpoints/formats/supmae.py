@@ -9,15 +9,14 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
-from models.checkpoints.families.mae import decoder_state, need, without_decoder
+from models.checkpoints.families.mae import decoder_state, request, without_decoder
 from models.checkpoints.families.mae import outputs as mae_outputs
 from models.checkpoints.families.vit import MARKS, vit_checkpoint
-from models.model import Model
-from models.trunks.base import TrunkOutput
+from models.reference_outputs import ReferenceRun
 
 NAME = "supmae"
 
-__all__ = ["NAME", "convert", "matches", "need", "outputs"]
+__all__ = ["NAME", "convert", "matches", "outputs", "request"]
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
@@ -43,14 +42,14 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     return vit_checkpoint(NAME, kept, arguments, positions="bicubic", heads=heads)
 
 
-def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     """MAE's, and what the classifier sees; at other sizes than it was trained at, where upstream
     evaluates with MAE's code, the class token."""
-    head: Any = model.heads["classify"]
-    named = mae_outputs(model, output, inputs)
-    first = output.tokens_BTD[:, 0]
-    trained = tuple(inputs["pixel_values"].shape[2:]) == model.trunk.preprocess.input_size
+    head: Any = run.heads["classify"]
+    named = mae_outputs(run)
+    first = run.output.tokens_BTD[:, 0]
+    trained = tuple(run.inputs["pixel_values"].shape[2:]) == run.trunk.preprocess.input_size
     return named | {
-        "embedding": head.features(output) if trained else first,
+        "embedding": head.features(run.output) if trained else first,
         "embedding_cls": first,
     }

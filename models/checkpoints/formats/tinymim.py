@@ -15,9 +15,9 @@ from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
 from models.checkpoints.families.mae import outputs as mae_outputs
 from models.checkpoints.families.vit import MARKS, vit_checkpoint
-from models.model import Model
-from models.trunks.base import Trunk, TrunkOutput
-from models.trunks.features import Need
+from models.reference_outputs import ReferenceRun
+from models.trunks.base import Trunk
+from models.trunks.features import FeatureRequest
 
 NAME = "tinymim"
 
@@ -40,24 +40,24 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def need(trunk: Trunk) -> Need:
+def request(trunk: Trunk) -> FeatureRequest:
     """What the last block got, and gave."""
     depth = len(trunk.blocks)
-    return Need(layers=frozenset({depth - 2, depth - 1}))
+    return FeatureRequest(layers=frozenset({depth - 2, depth - 1}))
 
 
-def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     """MAE's pooling, and the relations that pre-training matches: softmax of q k and of v v."""
-    given, last = (output.layers[number] for number in sorted(output.layers))
-    number = max(output.layers)
-    block = model.trunk.blocks[-1]
-    heads = model.states["relations"].settings["heads"]
+    given, last = (run.output.layers[number] for number in sorted(run.output.layers))
+    number = max(run.output.layers)
+    block = run.trunk.blocks[-1]
+    heads = run.states["relations"].settings["heads"]
     qkv = block.attn.qkv(block.norm1(given))
     split = torch.unflatten(qkv, -1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     queries, keys, values = split.unbind(0)
     scale = keys.shape[-1] ** -0.5
-    only_last = replace(output, layers={number: last})
-    return mae_outputs(model, only_last, inputs) | {
+    only_last = replace(run.output, layers={number: last})
+    return mae_outputs(replace(run, output=only_last)) | {
         "relation_qk": (queries @ keys.transpose(-2, -1) * scale).softmax(-1),
         "relation_vv": (values @ values.transpose(-2, -1) * scale).softmax(-1),
     }

@@ -20,8 +20,7 @@ from models.checkpoints.families.jax import POSITIONS, from_jax, num_heads
 from models.checkpoints.families.vit import vit_arguments
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
-from models.model import Model
-from models.trunks.base import TrunkOutput
+from models.reference_outputs import ReferenceRun
 
 NAME = "vqt"
 QUERIES = ("enc.transformer.encoder.query_prompt_embeddings", "enc.query_prompt_embeddings")
@@ -93,13 +92,13 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def outputs(model: Model, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     """What the classifier saw, and what that was made of."""
-    head: Any = model.heads["classify"]
+    head: Any = run.heads["classify"]
     return {
-        "embedding": head.features(output),
-        "backbone_embedding": model.trunk.pool(output),
-        "query_outputs": output.queries[head.queries],
+        "embedding": head.features(run.output),
+        "backbone_embedding": run.trunk.pool(run.output),
+        "query_outputs": run.output.queries[head.queries],
     }
 
 
