@@ -7,21 +7,26 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from models.errors import CatalogError, ModelNotFoundError
+from models.tasks.table import tasks
 
 BUILT_IN = Path(__file__).with_name("catalogs")
-TASKS = ("classify", "zero-shot", "embed", "segment", "generate")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrunkEntry:
-    """A backbone. `source` says where its bytes come from (see `models/checkpoints/sources.py`), `origin` where
-    a file that is not there is to be had.
+    """A backbone. Settings that are None follow the server's defaults.
 
-    `architecture` is timm's or open_clip's name, needed where the checkpoint does not tell;
-    `arguments` are what else it does not tell; `preprocess` overrides single settings of the
-    checkpoint's own transform. `tower` is `image` or `text`: the two of a CLIP are two trunks,
-    of one source. `tokenizer` is the source of a text tower's `tokenizer.json`. The rest is left
-    to the server's defaults where None.
+    Args:
+        source: where its bytes come from, see `models/checkpoints/sources.py`.
+        origin: where people get a file that is not there.
+        library: `timm`, `open_clip` or `sentence`.
+        architecture: timm's or open_clip's name, if the checkpoint does not say.
+        pretrained: open_clip's name of the weights.
+        tower: `image` or `text`. The towers of a CLIP are two trunks of one source.
+        tokenizer: the source of a text tower's `tokenizer.json`.
+        arguments: what else the checkpoint does not say, such as `num_heads`.
+        preprocess: settings that override those of the checkpoint's own transform.
+        engine: what runs its passes, see `models/trunks/engines`.
     """
 
     name: str
@@ -36,6 +41,7 @@ class TrunkEntry:
     preprocess: Mapping[str, Any] = field(default_factory=dict)
     channels_last: bool | None = None
     dtype: str | None = None
+    engine: str | None = None
     max_batch_size: int | None = None
     max_queue_delay_ms: float | None = None
 
@@ -44,9 +50,13 @@ class TrunkEntry:
 class ModelEntry:
     """What a request names: a head on a trunk, with labels.
 
-    `text` is the trunk that reads the labels of a zero-shot model, `templates` what it reads
-    them in (see `models/inputs/prompts.py`), and `join` how towers that were not trained together are
-    brought to one space (`classes`, see `models/trunks/conse.py`).
+    Args:
+        text: the trunk that reads texts.
+        templates: sentences that labels are put into, see `models/inputs/prompts.py`.
+        join: how towers that were not trained together are brought to one space: `classes`, see
+            `models/trunks/conse.py`.
+        head: the head's kind, or `file:PATH`; None: what suits the task and the checkpoint.
+        labels: see `models/tasks/labels.py`.
     """
 
     name: str
@@ -125,9 +135,9 @@ def _parse(path: Path, content: dict[str, Any]) -> Catalog:
                 raise CatalogError(f"catalog {path}: {model.name}: no trunk {trunk!r}")
         if model.task == "zero-shot" and model.text is None:
             raise CatalogError(f"catalog {path}: {model.name}: zero-shot needs text = 'TRUNK'")
-        if model.task not in TASKS:
+        if model.task not in tasks():
             raise CatalogError(
-                f"catalog {path}: {model.name}: no task {model.task!r}; there are {TASKS}"
+                f"catalog {path}: {model.name}: no task {model.task!r}; tasks: {', '.join(tasks())}"
             )
     first = {model.task: model.name for model in reversed(models.values())}
     if "zero-shot" in first:  # whose towers are made for it

@@ -18,8 +18,8 @@ from models.checkpoints.loading import LoadedTrunk, load_trunk
 from models.checkpoints.store import Store
 from models.errors import CatalogError, ModelNotFoundError, ModelNotReadyError
 from models.model import Model
-from models.trunks.base import Placement
-from models.trunks.devices import resolve_device, resolve_dtype
+from models.trunks.devices import Placement, resolve_device, resolve_dtype
+from models.trunks.engines.registry import AUTO
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,7 @@ class Registry:
         store: Store | None = None,
         device: str = "auto",
         dtype: str = "float32",
+        engine: str = AUTO,
         on_load: Hook | None = None,
         on_unload: Hook | None = None,
     ) -> None:
@@ -66,6 +67,7 @@ class Registry:
         self.store = store or Store()
         self.device = resolve_device(device)
         self.dtype = dtype
+        self.engine = engine
         self.on_load = on_load
         self.on_unload = on_unload
         self._slots = {name: _Slot(entry) for name, entry in catalog.models.items()}
@@ -269,6 +271,7 @@ class Registry:
             device=self.device,
             dtype=resolve_dtype(entry.dtype or self.dtype),
             channels_last=bool(entry.channels_last),
+            engine=entry.engine or self.engine,
         )
 
 

@@ -24,11 +24,16 @@ class HeadState:
 class Checkpoint:
     """Weights under an architecture's own names.
 
-    `architecture` is a timm name and `arguments` go to `timm.create_model`, unless `library` says
-    that another builds it: `vitrail`, which is `models/networks`, or what `TOWERS` in
-    `models/checkpoints/loading.py` names; `heads` came in the same file, by name; `dropped` are keys known to
-    be training-only; `assumed` is what the file does not say and nobody told; `reason` says how the
-    format was recognised.
+    Args:
+        architecture: a timm name, unless another library builds it.
+        library: `timm`; `vitrail`, which is `models/networks`; or a key of `TOWERS` in
+            `models/checkpoints/loading.py`.
+        arguments: for `timm.create_model`, or for the network of another library.
+        heads: weights of heads that came in the same file, by name.
+        preprocess: the transform; None: timm's for the architecture.
+        dropped: keys that only training needs.
+        assumed: values that neither the file nor the arguments state, by the argument's name.
+        reason: how the format was recognised.
     """
 
     format: str

@@ -10,15 +10,17 @@ from torch import Tensor
 
 from models.heads.linear import Linear, check_has_blocks
 from models.heads.ranking import Ranking
-from models.trunks.base import Trunk, TrunkOutput
-from models.trunks.features import Need
+from models.inference import Row
+from models.trunks.base import Trunk
+from models.trunks.features import FeatureRequest
+from models.trunks.output import TrunkOutput
 
 # Keys and values are read once an epoch: half the bits are half the time, and training has noise.
 STORED = np.float16
 
 
 class ReadFeatures(Ranking):
-    """Stands where a head would, and passes on what a head of that kind is made from.
+    """A head that returns what a head of that kind is trained on.
 
     For `linear`: `features` (B, F). For `vqt`: `pooled` (B, D) and `keys_values`
     (B, L, 2, h, T, d).
@@ -30,11 +32,8 @@ class ReadFeatures(Ranking):
         self._linear = linear
         if kind == "vqt":
             check_has_blocks(trunk)
-
-    def needs(self, rows: Sequence[int]) -> Need:
-        if self._linear is not None:
-            return self._linear.needs(rows)
-        return Need(keys_values=tuple(rows))
+        own = FeatureRequest(keys_values=True)
+        self.request = own if linear is None else linear.request
 
     def forward(self, output: TrunkOutput) -> dict[str, Tensor]:
         if self._linear is not None:
@@ -43,7 +42,6 @@ class ReadFeatures(Ranking):
         return {"pooled": self.trunk.pool(output), "keys_values": torch.stack(both, 1)}
 
 
-Row = dict[str, np.ndarray]
 Compute = Callable[[Sequence[int]], list[Row]]
 
 
@@ -70,7 +68,8 @@ class Features:
     def rows(self, positions: Sequence[int]) -> dict[str, Tensor]:
         """Tensors (len(positions), ...) by name, float32 but for keys and values."""
         missing = [p for p in positions if not self._has(p)]
-        computed = dict(zip(missing, self.compute(missing) if missing else [], strict=True))
+        rows = map(_as_stored, self.compute(missing) if missing else [])
+        computed = dict(zip(missing, rows, strict=True))
         for position, row in computed.items():
             self._keep(position, row)
         names = next(iter(computed.values())) if self._kept is None else self._kept
@@ -91,9 +90,6 @@ class Features:
         return np.asarray(self._kept[name][position])
 
     def _keep(self, position: int, row: Row) -> None:
-        for name in row:
-            if name == "keys_values":
-                row[name] = row[name].astype(STORED)
         if self._kept is None:
             each = sum(array.nbytes for array in row.values())
             capacity = min(self.count, self.limit_bytes // each)
@@ -112,3 +108,8 @@ class Features:
             for name, array in row.items():
                 self._kept[name][position] = array
             self._known[position] = True
+
+
+def _as_stored(row: Row) -> Row:
+    """A row with keys and values in the dtype that they are stored in."""
+    return {k: v.astype(STORED) if k == "keys_values" else v for k, v in row.items()}

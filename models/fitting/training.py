@@ -77,8 +77,7 @@ class VqtLearner(Learner):
         super().__init__()
         depth, dim = len(trunk.blocks), trunk.blocks[0].attn.qkv.in_features
         self._trunk = [trunk]  # in a list, so that it is no part of what is trained
-        network: Any = trunk.network
-        rows, columns = network.patch_embed.patch_size
+        rows, columns = trunk.patch_size
         bound = math.sqrt(6 / (3 * rows * columns + dim))  # upstream's initialisation
         self.queries = nn.Parameter(torch.empty(depth, queries, dim).uniform_(-bound, bound))
         self.classifier = _zero_linear(dim * (1 + depth * queries), classes)
@@ -212,8 +211,8 @@ class Training:
 
 
 def _read(asked_BThd: Tensor, keys_BhKd: Tensor, values_BhKd: Tensor) -> Tensor:
-    """As `models.trunks.query_tokens.read`, but with gradients for the queries alone, which is much less work
-    than fused kernels do."""
+    """`models.trunks.query_tokens.attend` with gradients for the queries alone, which is much less
+    work than a fused kernel's backward pass."""
     scores = asked_BThd.transpose(1, 2) @ keys_BhKd.transpose(-2, -1)
     found = scores.softmax(-1) @ values_BhKd
     return found.transpose(1, 2).flatten(2)

@@ -17,19 +17,21 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from models.errors import InputError, ModelsError
+from models.fitting.dataset import Progress
 from models.fitting.examples import check_classes, read_archive
-from models.fitting.features import ReadFeatures, Row
-from models.fitting.fit import Fitted, Progress, create_reader, fit
+from models.fitting.features import ReadFeatures
+from models.fitting.fit import Fitted, create_reader, fit
 from models.fitting.options import FitOptions
 from models.fitting.report import write_report
 from models.heads.files import save_head, write_whole
+from models.inference import HeadCall, Row
 from models.inputs.images import ImageLimits
 from models.registry import Registry
 from service.errors import InvalidInputError, UnavailableError, from_library
 from service.metrics import Metrics
 from service.types import FitRequest
 from service.worker.batcher import Batcher
-from service.worker.runner import HeadCall, Item, use_threads
+from service.worker.runner import Item, use_threads
 from service.worker.scheduler import Entry, QueueFull
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from tritonclient import http as triton
 from tritonclient.utils import InferenceServerException
 
 from models.inputs.images import decode_image
-from models.inputs.transforms import normalize
+from models.inputs.transforms import Normalize
 from tests.conftest import Running, running
 
 INFER = "/v2/models/tiny/infer"
@@ -42,7 +42,8 @@ def client(server: Running) -> Iterator[Any]:
 def pixels(server: Running, jpegs: dict[str, bytes]) -> np.ndarray:
     """Chelsea twice, as the tiny trunk's transform leaves her: (2, 3, H, W) float32."""
     model = server.engine.registry.get("tiny")
-    made = normalize(model.transform(decode_image(jpegs["chelsea"]))[None], model.trunk.preprocess)
+    pixels = model.trunk.prepare(decode_image(jpegs["chelsea"]))[None]
+    made = Normalize(model.trunk.preprocess)(pixels)
     return made.repeat(2, 1, 1, 1).numpy()
 
 

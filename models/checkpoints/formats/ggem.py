@@ -43,6 +43,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     """Every pooling that the paper compares; of GGeM also as if the class token counted."""
     exponents = run.trunk.exponents
+    assert exponents is not None
     patches = run.output.patches_BTD
     return {
         "pool_ggem": ggem(patches, exponents),
