@@ -101,7 +101,7 @@ class ModelDescription:
         Raises:
             TypeError: a member is missing that every description has.
         """
-        known = {
+        known: dict[str, Any] = {
             name: tuple(value) if name in _SEQUENCES and value is not None else value
             for name, value in members.items()
             if name in _MEMBERS
