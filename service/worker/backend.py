@@ -1,7 +1,6 @@
 """The worker's engine, the in-process Backend: the order in which everything happens."""
 
 import asyncio
-import contextlib
 import logging
 import math
 from collections.abc import Sequence
@@ -13,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from models.description import ModelDescription, State
 from models.errors import ModelsError
 from models.heads.prompted import Prompted, with_class_embeddings
 from models.inputs.types import modality_of
 from models.model import Model
-from models.registry import Registry, State
+from models.registry import Registry
 from service.errors import (
     DeadlineExceededError,
-    NotFoundError,
     QueueFullError,
     ServiceError,
     from_library,
@@ -112,28 +111,29 @@ class Engine:
         first = next(iter(plans.values()))
         return InferResult([call.used for call in first.calls], results)
 
-    async def models(self) -> Sequence[dict[str, Any]]:
-        described = []
-        for name in self.registry.catalog.models:
-            with contextlib.suppress(NotFoundError):  # a head that was deleted meanwhile
-                described.append(await self.model(name))
-        return described
+    async def models(self) -> Sequence[ModelDescription]:
+        return [self._served(description) for description in self.registry.describe_all().values()]
 
-    async def model(self, name: str) -> dict[str, Any]:
+    async def model(self, name: str) -> ModelDescription:
         try:
-            described = self.registry.describe(name)
+            return self._served(self.registry.describe(name))
         except ModelsError as error:
             raise from_library(error) from error
-        described["startup"] = name in self._startup
-        if failure := self.trunks.prober.failures.get(described["trunk"]):
-            described["reason"] = failure
-        return described
 
-    async def load(self, name: str) -> dict[str, Any]:
+    def _served(self, description: ModelDescription) -> ModelDescription:
+        """The description with what only a server knows of the model."""
+        failure = self.trunks.prober.failures.get(description.trunk)
+        return replace(
+            description,
+            startup=description.name in self._startup,
+            reason=failure or description.reason,
+        )
+
+    async def load(self, name: str) -> ModelDescription:
         await self._loader.run(self.registry.load, name)
         return await self.model(name)
 
-    async def unload(self, name: str) -> dict[str, Any]:
+    async def unload(self, name: str) -> ModelDescription:
         await self._loader.run(self.registry.unload, name)
         return await self.model(name)
 

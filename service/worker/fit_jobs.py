@@ -16,6 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from models.description import UnservedHead
 from models.errors import InputError, ModelsError
 from models.fitting.dataset import Progress
 from models.fitting.examples import check_classes, read_archive
@@ -150,15 +151,19 @@ class Fits:
             if not self.is_busy(name) and not self._closing.is_set():
                 self._take_up(name, path)
 
-    def describe(self, name: str) -> dict[str, Any] | None:
-        """A head that is no model yet."""
+    def describe(self, name: str) -> UnservedHead | None:
+        """The head of a job, or None if there is no job of that name."""
         job = self._jobs.get(name)
         if job is None:
             return None
-        described: dict[str, Any] = {"name": name, "state": job.state, "reason": job.reason or None}
-        if job.progress is not None:
-            described["progress"] = asdict(job.progress)
-        return {**described, "trunk": job.request.get("trunk"), "task": "classify"}
+        return UnservedHead(
+            name=name,
+            state=job.state,
+            reason=job.reason or None,
+            progress=None if job.progress is None else asdict(job.progress),
+            trunk=job.request.get("trunk"),
+            task="classify",
+        )
 
     def close(self) -> None:
         """Stop; what was not done is taken up by the next process."""

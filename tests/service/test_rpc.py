@@ -255,7 +255,7 @@ def test_a_stream_that_is_left_leaves_nothing_behind(
 
     def of_the_stream() -> int:
         names = [task.get_coro().__qualname__ for task in asyncio.all_tasks(loop)]  # type: ignore[union-attr]
-        return sum("EmbedStream" in name or "_embed_patiently" in name for name in names)
+        return sum("EmbedStream" in name or "_embed_when_admitted" in name for name in names)
 
     request = pb.TaskRequest(images=[jpegs["coffee"]], model="tiny-embed")
     call = vision.EmbedStream(iter([request] * 100))

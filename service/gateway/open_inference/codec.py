@@ -1,4 +1,4 @@
-"""An Open Inference Protocol request and response over HTTP: JSON, then maybe binary tensors.
+"""Requests and responses of the Open Inference Protocol over HTTP: JSON, then binary tensors.
 
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
 """
@@ -50,22 +50,24 @@ class _IndexRequest(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class InferenceIn:
-    """A request as it came; `options` are the task's, by the names of the REST parameters."""
+class InferenceRequest:
+    """A parsed request."""
 
     id: str
     inputs: Sequence[InputTensor]
     outputs: Sequence[RequestedOutput]
+    # The task's options, by the names of the REST parameters.
     options: Mapping[str, Any]
     timeout_ms: float | None
+    # Whether outputs are binary unless they say otherwise.
     binary: bool
 
 
-def read_infer_request(request: Request, content: bytes) -> InferenceIn:
-    """Parse a body. A header length of 0 means that the whole body is one encoded image.
+def read_infer_request(request: Request, content: bytes) -> InferenceRequest:
+    """Parse a body. If the header length is 0, the whole body is one encoded image.
 
     Raises:
-        ServiceError: not JSON, not the protocol's form, or binary parts that do not add up.
+        ServiceError: not JSON, not the protocol's form, or binary parts of the wrong size.
     """
     header = request.headers.get(HEADER_LENGTH)
     if header is not None and (not header.isdigit() or int(header) > len(content)):
@@ -75,14 +77,14 @@ def read_infer_request(request: Request, content: bytes) -> InferenceIn:
     length = len(content) if header is None else int(header)
     if header is not None and length == 0:
         image = InputTensor(name="image", datatype="BYTES", shape=[1], raw=pack([content]))
-        return InferenceIn("", [image], [], {}, None, binary=False)
+        return InferenceRequest("", [image], [], {}, None, binary=False)
     parsed = validate(_InferRequest, _json_object(content[:length]))
     options = dict(parsed.parameters)
     binary = options.pop("binary_data_output", False)
-    timeout_us = options.pop("timeout", None)  # in microseconds, as Triton has it
+    timeout_us = options.pop("timeout", None)  # Triton's unit is microseconds
     if not isinstance(binary, bool) or not isinstance(timeout_us, int | float | None):
         raise InvalidInputError("binary_data_output is a boolean, timeout a number of microseconds")
-    return InferenceIn(
+    return InferenceRequest(
         parsed.id,
         _inputs(parsed.inputs, memoryview(content)[length:]),
         [_requested(output) for output in parsed.outputs],
@@ -93,18 +95,18 @@ def read_infer_request(request: Request, content: bytes) -> InferenceIn:
 
 
 def read_index_request(content: bytes) -> bool:
-    """Whether the repository index is wanted for ready models only; the body may be empty."""
+    """Whether a repository index lists ready models only. The body may be empty."""
     return validate(_IndexRequest, _json_object(content or b"{}")).ready
 
 
 def write_infer_response(
     model: str,
-    wanted: InferenceIn,
+    request: InferenceRequest,
     outputs: Sequence[RequestedOutput],
     arrays: Sequence[np.ndarray],
 ) -> Response:
-    """The answer, with those outputs that were asked for as binary after the JSON."""
-    described: list[dict[str, Any]] = []
+    """The response. Binary outputs follow the JSON, in order."""
+    entries: list[dict[str, Any]] = []
     binary: list[bytes] = []
     for output, array in zip(outputs, arrays, strict=True):
         entry: dict[str, Any] = {
@@ -112,16 +114,16 @@ def write_infer_response(
             "datatype": datatype_of(array),
             "shape": list(array.shape),
         }
-        if wanted.binary if output.binary is None else output.binary:
+        if request.binary if output.binary is None else output.binary:
             binary.append(to_bytes(array))
             entry["parameters"] = {"binary_data_size": len(binary[-1])}
         else:
             entry["data"] = [_plain(element) for element in array.ravel().tolist()]
-        described.append(entry)
-    answer = {"model_name": model, "model_version": VERSION, "outputs": described}
-    if wanted.id:
-        answer["id"] = wanted.id
-    head = json.dumps(answer, separators=(",", ":"), allow_nan=False).encode()
+        entries.append(entry)
+    response = {"model_name": model, "model_version": VERSION, "outputs": entries}
+    if request.id:
+        response["id"] = request.id
+    head = json.dumps(response, separators=(",", ":"), allow_nan=False).encode()
     if not binary:
         return Response(head, media_type="application/json")
     return Response(
@@ -150,7 +152,7 @@ def _inputs(inputs: Sequence[_Input], binary: memoryview) -> list[InputTensor]:
             if not isinstance(size, int) or not 0 <= size <= len(binary) - position:
                 raise InvalidInputError(
                     f"{item.name}: binary_data_size is {size!r}; "
-                    f"{len(binary) - position} bytes are left in the body",
+                    f"the body has {len(binary) - position} bytes left",
                     field="inputs",
                 )
             raw = bytes(binary[position : position + size])
@@ -181,7 +183,7 @@ def _requested(output: _Output) -> RequestedOutput:
 
 
 def _flat(values: list[Any]) -> list[Any]:
-    """Data may be nested by the tensor's shape, or flat."""
+    """The elements in one list. Data may be nested by the tensor's shape, or flat."""
     while values and isinstance(values[0], list):
         try:
             values = [inner for outer in values for inner in outer]
@@ -191,5 +193,5 @@ def _flat(values: list[Any]) -> list[Any]:
 
 
 def _plain(element: Any) -> Any:
-    """BYTES in JSON: text as it is, files as base64."""
+    """An element in JSON. Files, which are bytes, are base64."""
     return base64.b64encode(element).decode() if isinstance(element, bytes) else element

@@ -19,12 +19,11 @@ from service.gateway.rest.body import read_body
 from service.open_inference.inputs import to_inputs
 from service.open_inference.metadata import (
     check_version,
-    is_ready,
     model_metadata,
     repository_index,
     server_metadata,
 )
-from service.open_inference.outputs import Plan
+from service.open_inference.outputs import OutputSelection
 
 router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
 keyed = [Depends(require_key)]
@@ -67,31 +66,31 @@ async def model(request: Request, name: str, version: str = "") -> dict[str, Any
 async def model_ready(request: Request, name: str, version: str = "") -> Response:
     """200 when the model answers."""
     check_version(version)
-    described = await _backend(request).model(name)
-    return Response(status_code=200 if is_ready(described) else 503)
+    ready = (await _backend(request).model(name)).is_ready
+    return Response(status_code=200 if ready else 503)
 
 
 @router.post("/models/{name}/infer", dependencies=keyed)
 @router.post("/models/{name}/versions/{version}/infer", dependencies=keyed)
 async def infer(request: Request, name: str, version: str = "") -> Response:
-    """Inputs `image` (BYTES, encoded images) or `pixel_values` (FP32); outputs by their names."""
+    """Inputs `image` (BYTES, encoded images) or `pixel_values` (FP32); outputs by name."""
     state = request.app.state
     started = request.scope["state"]["started"]
-    with counted(state.metrics, state.backend.knows, "open-inference", started) as seen:
-        seen.models = [name]
+    with counted(state.metrics, state.backend.knows, "open-inference", started) as account:
+        account.models = [name]
         check_version(version)
-        described = await _backend(request).model(name)
-        content = await read_body(request, state.settings)
-        wanted = read_infer_request(request, content)
-        plan = Plan(described, wanted.outputs, wanted.options)
-        inputs = to_inputs(wanted.inputs)
+        model = await _backend(request).model(name)
+        parsed = read_infer_request(request, await read_body(request, state.settings))
+        selection = OutputSelection(model, parsed.outputs, parsed.options)
+        inputs = to_inputs(parsed.inputs)
         if len(inputs) > state.settings.max_images:
             raise PayloadTooLargeError(
                 f"{len(inputs)} images in one request; the limit is {state.settings.max_images}"
             )
-        result = await ask(request, inputs, plan.calls, timeout_ms=wanted.timeout_ms)
-        seen.answered(result)
-        return write_infer_response(name, wanted, plan.requested, plan.collect(result))
+        result = await ask(request, inputs, selection.calls, timeout_ms=parsed.timeout_ms)
+        account.answered(result)
+        arrays = selection.collect(result)
+        return write_infer_response(name, parsed, selection.requested, arrays)
 
 
 @router.post("/repository/index", dependencies=keyed)
@@ -103,7 +102,7 @@ async def index(request: Request) -> JSONResponse:
 
 @router.post("/repository/models/{name}/load", dependencies=admin, response_class=Response)
 async def load(request: Request, name: str) -> Response:
-    """Load a model; answers when it is ready. Needs an admin key."""
+    """Load a model; returns when it is ready. Needs an admin key."""
     await _backend(request).load(name)
     return Response()
 

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 
+from models.description import ModelDescription
 from models.inputs.types import Input
 from models.tasks.embed import encode_embedding
 from service.accounting import counted
@@ -28,8 +29,8 @@ router = APIRouter(tags=["OpenAI"], dependencies=[Depends(require_key)])
 @router.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
     """Every model, in OpenAI's form."""
-    described = await request.app.state.backend.models()
-    return {"object": "list", "data": [_model(model) for model in described]}
+    models = await request.app.state.backend.models()
+    return {"object": "list", "data": [_model(model) for model in models]}
 
 
 @router.get("/v1/models/{name}")
@@ -116,5 +117,5 @@ def _at(position: int, error: ServiceError) -> ServiceError:
     )
 
 
-def _model(described: dict[str, Any]) -> dict[str, Any]:
-    return {"id": described["name"], "object": "model", "created": 0, "owned_by": "vitrail"}
+def _model(model: ModelDescription) -> dict[str, Any]:
+    return {"id": model.name, "object": "model", "created": 0, "owned_by": "vitrail"}

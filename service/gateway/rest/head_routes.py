@@ -22,13 +22,13 @@ MEDIA_TYPES = {"json": "application/json", "png": "image/png"}
 @router.get("/heads", dependencies=[Depends(require_key)])
 async def list_heads(request: Request) -> dict[str, list[dict[str, Any]]]:
     """Heads that were uploaded or fitted, or are being fitted."""
-    return {"heads": list(await _heads(request).all())}
+    return {"heads": [head.to_json() for head in await _heads(request).all()]}
 
 
 @router.get("/heads/{name}", dependencies=[Depends(require_key)])
 async def get_head(request: Request, name: str) -> dict[str, Any]:
     """One head, as a model; one that is being fitted with its `progress`."""
-    return await _heads(request).get(name)
+    return (await _heads(request).get(name)).to_json()
 
 
 @router.get("/heads/{name}/{part}", dependencies=[Depends(require_key)])
@@ -67,7 +67,7 @@ async def post_head(request: Request, response: Response) -> dict[str, Any]:
         upload = HeadUpload(
             name=asked.name, content=sent.file, trunk=asked.trunk, replace=asked.replace
         )
-        return await _heads(request).put(upload)
+        return (await _heads(request).put(upload)).to_json()
     options = validate(FitParameters, rest)
     if asked.trunk is None:
         raise InvalidInputError("trunk is missing: which one to fit the head on", field="trunk")
@@ -81,9 +81,9 @@ async def post_head(request: Request, response: Response) -> dict[str, Any]:
         options=options.model_dump(exclude_none=True),
         replace=asked.replace,
     )
-    described = await _heads(request).fit(wanted)
+    head = await _heads(request).fit(wanted)
     response.status_code = 202
-    return described
+    return head.to_json()
 
 
 def _heads(request: Request) -> Heads:
