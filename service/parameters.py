@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
@@ -87,7 +87,8 @@ def task_parameters(task: str) -> type[TaskParameters]:
     """
     options = get_task(task).options
     name = options.__name__.removesuffix("Options") + "Parameters"
-    parameters = create_model(name, __base__=(options, TaskParameters))
+    model = create_model(name, __base__=(options, TaskParameters))
+    parameters = cast(type[TaskParameters], model)  # mypy takes it for the bases' common one
     parameters.task = task
     return parameters
 

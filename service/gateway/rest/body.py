@@ -196,7 +196,7 @@ async def _parse_multipart(
                     raise InvalidInputError(
                         f"file part {name!r}; parts must be named 'image' or 'video'", field=name
                     )
-                case ("image" | "video"), _:
+                case (("image" | "video"), _):
                     raise InvalidInputError(
                         f"part {name!r} has no filename and so is text; send it as a file",
                         field=name,

@@ -44,7 +44,7 @@ async def stream_task(request: Request, task: Task) -> StreamingResponse:
             asyncio.create_task(_answer(backend, replace(infer_request, inputs=[item]), room))
             for item in infer_request.inputs
         ]
-        stack.callback(lambda: [answer.cancel() for answer in answers])
+        stack.callback(_cancel, answers)
         # An input's own failure is in its result. An exception concerns the calls, so all inputs.
         await asyncio.wait(answers[:1])
         if (error := answers[0].exception()) is not None:
@@ -64,6 +64,12 @@ async def _answer(backend: Backend, single: InferRequest, room: asyncio.Semaphor
                 if time.monotonic() + wait_s >= single.deadline:
                     raise
                 await asyncio.sleep(wait_s)
+
+
+def _cancel(answers: Answers) -> None:
+    for answer in answers:
+        if not answer.cancel() and not answer.cancelled():
+            answer.exception()  # or asyncio would log that nobody retrieved it
 
 
 async def _lines(
