@@ -42,8 +42,9 @@ async def get_model(request: Request, name: str) -> dict[str, Any]:
 @router.post("/v1/embeddings")
 @router.post("/embeddings")
 async def embeddings(request: Request) -> JSONResponse:
-    """Embed texts and images. `input`: strings, `data:` URIs of images (and
-    URLs with `modality: image`), or objects `{"text"}` and `{"image"}`; or `messages` with one text or image."""
+    """Embed texts and images. `input`: strings, `data:` URIs of images (and URLs with
+    `modality: image`), or objects `{"text"}` and `{"image"}`; or `messages` with one text or image.
+    """
     state = request.app.state
     with dispatch.count_request(request, "embed") as account:
         deadline, bulk = dispatch.read_deadline(request), dispatch.read_priority(request)

@@ -3,6 +3,7 @@
 from typing import Any
 
 from models.tasks.base import Task
+from service.gateway.rest.ndjson import NDJSON
 from service.parameters import FitParameters, HeadParameters, Parameters, task_parameters
 
 _BINARY = {"type": "string", "format": "binary"}
@@ -12,6 +13,22 @@ _IMAGE: dict[str, Any] = {
         {"type": "object", "properties": {"url": {"type": "string"}}, "required": ["url"]},
     ]
 }
+
+
+def task_description(task: Task) -> str:
+    """The task's summary, and the media types that its route can return."""
+    formats = [
+        f"`Accept: {body.media_type}` returns "
+        + ("the first result itself." if body.first_only else "all results in one body.")
+        for body in task.bodies
+    ]
+    return " ".join(
+        [
+            task.summary,
+            *formats,
+            f"`Accept: {NDJSON}` returns a line for each input as it is ready.",
+        ]
+    )
 
 
 def task_body(task: Task) -> dict[str, Any]:

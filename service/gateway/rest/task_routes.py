@@ -10,7 +10,7 @@ from service.gateway import dispatch
 from service.gateway.auth import require_key
 from service.gateway.rest.body import read_request
 from service.gateway.rest.ndjson import NDJSON, stream_task
-from service.gateway.rest.openapi import image_body, task_body
+from service.gateway.rest.openapi import image_body, task_body, task_description
 from service.gateway.rest.responses import predict_response, task_response
 from service.parameters import PredictParameters, task_parameters
 
@@ -40,7 +40,7 @@ for _task in tasks().values():
         _endpoint(_task),
         methods=["POST"],
         name=_task.name.replace("-", "_"),
-        description=_task.summary,
+        description=task_description(_task),
         openapi_extra=task_body(_task),
     )
 
