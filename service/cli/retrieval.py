@@ -18,7 +18,7 @@ def run_embed(task: Task, invocation: Invocation) -> None:
         run_task(task, invocation)
         return
     pooling: str | None = invocation.options["pooling"]
-    _write_index(invocation.client(task), invocation.paths, invocation.output, pooling)
+    _write_index(invocation.client(task, Client), invocation.paths, invocation.output, pooling)
 
 
 def search(

@@ -17,7 +17,7 @@ def run_segment(task: Task, invocation: Invocation, *, overlays: bool) -> None:
     if overlays and folder is None:
         raise typer.BadParameter("--overlays needs a folder as --output")
     if folder is None:
-        client = invocation.client(task)
+        client = invocation.client(task, Client)
         client.run(invocation.paths, invocation.as_json, output, task.line)
         return
     if invocation.options["output"] not in (None, "png"):

@@ -5,7 +5,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -26,6 +26,8 @@ from service.cli.client import (
 # `--output` is the file to write, so the option that chooses a task's form has another flag.
 FLAGS = {"output": "form"}
 
+C = TypeVar("C", bound=Client)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Invocation:
@@ -40,19 +42,19 @@ class Invocation:
     concurrency: int
     options: Mapping[str, Any]
 
-    def client(self, task: Task, kind: type[Client] = Client) -> Client:
-        """A client for the task's route."""
+    def client(self, task: Task, kind: type[C]) -> C:
+        """A client of that class for the task's route."""
         parameters = {"model": self.model, **self.options}
         return kind(self.url, self.key, task.name, parameters, self.concurrency)
 
 
-# Runs a task's command. Keyword arguments are the flags that only this command has.
+# `run(task, invocation, **flags)`: what a command does; `flags` are those of this command only.
 Run = Callable[..., None]
 
 
 def run_task(task: Task, invocation: Invocation) -> None:
     """Print a line for each image, or write a table."""
-    client = invocation.client(task)
+    client = invocation.client(task, Client)
     client.run(invocation.paths, invocation.as_json, invocation.output, task.line)
 
 
@@ -65,18 +67,16 @@ def task_command(
     """The command of a task, as a function from whose signature typer builds the command line.
 
     Args:
-        run: `run(task, invocation)`.
+        run: what the command does.
         output_help: the help text of `--output`.
         flags: further flags of this command, for `run`.
     """
-    options = {FLAGS.get(name, name): name for name in _option_fields(task)}
-    fields = {FLAGS.get(name, name): field for name, field in _option_fields(task).items()}
-    own_flags = [flag.name for flag in flags]
+    fields = _option_fields(task)
 
     def command(**arguments: Any) -> None:
-        given = {name: arguments.pop(flag) for flag, name in options.items()}
-        own = {name: arguments.pop(name) for name in own_flags}
-        run(task, Invocation(**arguments, options=given), **own)
+        options = {name: arguments.pop(FLAGS.get(name, name)) for name in fields}
+        further = {flag.name: arguments.pop(flag.name) for flag in flags}
+        run(task, Invocation(**arguments, options=options), **further)
 
     command.__doc__ = task.summary
     parameters = [
@@ -84,13 +84,13 @@ def task_command(
         flag_parameter("url", Url, DEFAULT_URL),
         flag_parameter("key", Key, None),
         flag_parameter("model", Model, None),
-        *(_option_parameter(flag, field) for flag, field in fields.items()),
+        *(_option_parameter(FLAGS.get(name, name), field) for name, field in fields.items()),
         flag_parameter("as_json", Json, False),
         flag_parameter("output", Annotated[Path | None, typer.Option(help=output_help)], None),
         *flags,
         flag_parameter("concurrency", Concurrency, DEFAULT_CONCURRENCY),
     ]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined] # of PEP 362
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # PEP 362
     return command
 
 
