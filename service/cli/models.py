@@ -114,8 +114,8 @@ def convert(
 ) -> None:
     """Write a checkpoint as one safetensors file that needs telling nothing any more."""
     from models.assembly import load_checkpoint
-    from models.checkpoints.loading import read_checkpoint
     from models.checkpoints.checkpoint import save_checkpoint
+    from models.checkpoints.loading import read_checkpoint
     from models.errors import CheckpointError
 
     def convert_file() -> None:

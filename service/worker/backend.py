@@ -96,16 +96,17 @@ class Engine:
         self._loader.close()
 
     async def infer(self, request: InferRequest) -> InferResult:
-        modalities = dict.fromkeys(map(modality_of, request.inputs)) or {"image": None}
+        inputs = request.readable
+        modalities = dict.fromkeys(map(modality_of, inputs)) or {"image": None}
         plans = {modality: await self._plan(request, modality) for modality in modalities}
-        self._pipeline.admit(plans, request.inputs)
+        self._pipeline.admit(plans, inputs)
         # one request decodes on all threads at most, so that no request waits behind a big one
         turn = asyncio.Semaphore(self.options.decode_threads)
         flow = object()
         results = await asyncio.gather(
             *(
                 self._pipeline.infer(item, plans[modality_of(item)], request, flow, turn)
-                for item in request.inputs
+                for item in inputs
             )
         )
         first = next(iter(plans.values()))

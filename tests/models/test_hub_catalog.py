@@ -5,7 +5,8 @@ import pytest
 import timm
 from open_clip.pretrained import get_pretrained_cfg
 
-from models.catalog import tasks(), ModelEntry, load_catalog
+from models.catalog import ModelEntry, load_catalog
+from models.tasks.table import tasks
 
 HUB = load_catalog("hub")
 TIMM = {n: t for n, t in HUB.trunks.items() if t.library == "timm"}

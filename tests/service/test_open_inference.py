@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 from tritonclient import http as triton
 from tritonclient.utils import InferenceServerException
 
@@ -43,8 +44,9 @@ def pixels(server: Running, jpegs: dict[str, bytes]) -> np.ndarray:
     """Chelsea twice, as the tiny trunk's transform leaves her: (2, 3, H, W) float32."""
     model = server.engine.registry.get("tiny")
     pixels = model.trunk.prepare(decode_image(jpegs["chelsea"]))[None]
-    made = Normalize(model.trunk.preprocess)(pixels)
-    return made.repeat(2, 1, 1, 1).numpy()
+    made: torch.Tensor = Normalize(model.trunk.preprocess)(pixels)
+    repeated: np.ndarray = made.repeat(2, 1, 1, 1).numpy()
+    return repeated
 
 
 @pytest.fixture(scope="module")

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from fastapi import Request, Response
+from fastapi import Response
 from pydantic import BaseModel, Field
+from starlette.datastructures import Headers
 
 from service.errors import BadRequestError, InvalidInputError
 from service.open_inference.inputs import InputTensor
 from service.open_inference.metadata import VERSION
 from service.open_inference.outputs import RequestedOutput
 from service.parameters import validate
+from service.payloads import parse_json_object
 from service.tensors import datatype_of, pack, to_bytes
 
 HEADER_LENGTH = "inference-header-content-length"
@@ -51,7 +53,13 @@ class _IndexRequest(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class InferenceRequest:
-    """A parsed request."""
+    """A parsed request.
+
+    Args:
+        options: the task's, by the names of the REST parameters.
+        timeout_ms: None if the body has none.
+        binary: whether outputs are binary by default.
+    """
 
     id: str
     inputs: Sequence[InputTensor]
@@ -63,13 +71,13 @@ class InferenceRequest:
     binary: bool
 
 
-def read_infer_request(request: Request, content: bytes) -> InferenceRequest:
-    """Parse a body. If the header length is 0, the whole body is one encoded image.
+async def parse_infer_request(headers: Headers, content: bytes) -> InferenceRequest:
+    """Parse a body. A header length of 0 means that the whole body is one encoded image.
 
     Raises:
-        ServiceError: not JSON, not the protocol's form, or binary parts of the wrong size.
+        ServiceError: not JSON, not the protocol's form, or with binary parts of a wrong size.
     """
-    header = request.headers.get(HEADER_LENGTH)
+    header = headers.get(HEADER_LENGTH)
     if header is not None and (not header.isdigit() or int(header) > len(content)):
         raise BadRequestError(
             f"Inference-Header-Content-Length is {header!r}; the body has {len(content)} bytes"
@@ -78,10 +86,10 @@ def read_infer_request(request: Request, content: bytes) -> InferenceRequest:
     if header is not None and length == 0:
         image = InputTensor(name="image", datatype="BYTES", shape=[1], raw=pack([content]))
         return InferenceRequest("", [image], [], {}, None, binary=False)
-    parsed = validate(_InferRequest, _json_object(content[:length]))
+    parsed = validate(_InferRequest, await parse_json_object(content[:length]))
     options = dict(parsed.parameters)
     binary = options.pop("binary_data_output", False)
-    timeout_us = options.pop("timeout", None)  # Triton's unit is microseconds
+    timeout_us = options.pop("timeout", None)  # microseconds, as in Triton
     if not isinstance(binary, bool) or not isinstance(timeout_us, int | float | None):
         raise InvalidInputError("binary_data_output is a boolean, timeout a number of microseconds")
     return InferenceRequest(
@@ -94,9 +102,9 @@ def read_infer_request(request: Request, content: bytes) -> InferenceRequest:
     )
 
 
-def read_index_request(content: bytes) -> bool:
-    """Whether a repository index lists ready models only. The body may be empty."""
-    return validate(_IndexRequest, _json_object(content or b"{}")).ready
+async def parse_index_request(content: bytes) -> bool:
+    """Whether the repository index is limited to ready models. The body may be empty."""
+    return validate(_IndexRequest, await parse_json_object(content or b"{}")).ready
 
 
 def write_infer_response(
@@ -105,8 +113,8 @@ def write_infer_response(
     outputs: Sequence[RequestedOutput],
     arrays: Sequence[np.ndarray],
 ) -> Response:
-    """The response. Binary outputs follow the JSON, in order."""
-    entries: list[dict[str, Any]] = []
+    """The response: JSON, followed by the outputs that were requested as binary."""
+    described: list[dict[str, Any]] = []
     binary: list[bytes] = []
     for output, array in zip(outputs, arrays, strict=True):
         entry: dict[str, Any] = {
@@ -119,11 +127,11 @@ def write_infer_response(
             entry["parameters"] = {"binary_data_size": len(binary[-1])}
         else:
             entry["data"] = [_plain(element) for element in array.ravel().tolist()]
-        entries.append(entry)
-    response = {"model_name": model, "model_version": VERSION, "outputs": entries}
+        described.append(entry)
+    answer = {"model_name": model, "model_version": VERSION, "outputs": described}
     if request.id:
-        response["id"] = request.id
-    head = json.dumps(response, separators=(",", ":"), allow_nan=False).encode()
+        answer["id"] = request.id
+    head = json.dumps(answer, separators=(",", ":"), allow_nan=False).encode()
     if not binary:
         return Response(head, media_type="application/json")
     return Response(
@@ -131,16 +139,6 @@ def write_infer_response(
         media_type="application/octet-stream",
         headers={HEADER_LENGTH: str(len(head))},
     )
-
-
-def _json_object(content: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise BadRequestError("the body is not valid JSON") from error
-    if not isinstance(fields, dict):
-        raise BadRequestError("the JSON body must be an object")
-    return fields
 
 
 def _inputs(inputs: Sequence[_Input], binary: memoryview) -> list[InputTensor]:
@@ -183,7 +181,7 @@ def _requested(output: _Output) -> RequestedOutput:
 
 
 def _flat(values: list[Any]) -> list[Any]:
-    """The elements in one list. Data may be nested by the tensor's shape, or flat."""
+    """Data as a flat list; it may be nested by the tensor's shape."""
     while values and isinstance(values[0], list):
         try:
             values = [inner for outer in values for inner in outer]
@@ -193,5 +191,5 @@ def _flat(values: list[Any]) -> list[Any]:
 
 
 def _plain(element: Any) -> Any:
-    """An element in JSON. Files, which are bytes, are base64."""
+    """An element as JSON has it: files as base64, all others unchanged."""
     return base64.b64encode(element).decode() if isinstance(element, bytes) else element
