@@ -1,4 +1,7 @@
-"""Draws docs/images/demo.png: what a running server answers about four photos. `python docs/images/demo.py`."""
+"""Draws docs/images/demo.png: a running server's answers about four photos.
+
+`python docs/images/demo.py`
+"""
 
 import base64
 import io

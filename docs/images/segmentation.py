@@ -1,4 +1,4 @@
-"""Draws docs/images/segmentation.jpg: the demo's segmenters on four photos, and where its ViT looks.
+"""Draws docs/images/segmentation.jpg: the demo's segmenters on four photos, and its attention.
 
 `python docs/images/segmentation.py`
 """
