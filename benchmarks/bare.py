@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 
 from models import Model
+from models.inference import HeadCall, run_rows
 from models.inputs.images import decode_image
-from models.inputs.transforms import collate
 from service.worker.runner import use_threads
 
 
@@ -19,12 +19,13 @@ def bare_rate(model: Model, photos: Sequence[bytes], *, workers: int, threads: i
 
     def loop(worker: int) -> None:
         use_threads(threads)
-        head = model.head(None, {})
+        trunk, head = model.trunk, model.head(None, {})
+        call = HeadCall(head)
         source = itertools.cycle(photos)
         while time.monotonic() < end:
             images = [decode_image(next(source)) for _ in range(batch)]
-            pixels = collate([model.transform(image) for image in images])
-            rows = model.forward(pixels, head, {})
+            pixels = trunk.collate([trunk.prepare(image) for image in images])
+            rows = run_rows(trunk, pixels, call)
             for row, image in zip(rows, images, strict=True):
                 head.finish(row, image.size)
             if time.monotonic() < end:

@@ -23,10 +23,11 @@ from models import Registry
 from models.checkpoints.checkpoint import HeadState
 from models.heads.registry import create_head
 from models.heads.vqt import Vqt
-from models.trunks.base import Trunk, parameter_bytes
+from models.inference import HeadCall
+from models.trunks.base import Trunk
 from service.metrics import Metrics
 from service.worker.batcher import Batcher
-from service.worker.runner import HeadCall, Item, Runner, Threads
+from service.worker.runner import Item, Runner, Threads
 from service.worker.scheduler import BatchQueue, Entry, Scheduler
 from service.worker_options import EngineOptions
 
@@ -125,11 +126,10 @@ def main() -> None:
     for name, found in rates.items():
         rate = statistics.median(found)
         print(f"{name:>12}: {rate:8.1f} images/s, {one / rate:5.2f} times the time of one head")
-    size = parameter_bytes(trunk.network)
+    size = trunk.nbytes
     head = heads[0].head
     assert isinstance(head, Vqt)
-    assert head.network is not None
-    held = head.queries.nbytes + parameter_bytes(head.network)
+    held = head.nbytes
     print(f"trunk {size / 2**20:.1f} MB; a head {held / 2**20:.3f} MB, {held / size:.2%} of it")
     print(f"{len(heads)} heads: resident memory grew by {grown / 2**20:.1f} MB")
 

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from models import Registry
 from models.fitting.examples import Example, split
-from models.fitting.features import ReadFeatures, Row
+from models.fitting.features import ReadFeatures
 from models.fitting.fit import Fitted, fit, run_directly
 from models.fitting.options import FitOptions
 from models.heads.files import save_head
 from models.heads.registry import create_head
+from models.inference import Row
 from models.model import Model
 from models.trunks.base import Trunk
 
@@ -60,8 +61,8 @@ class Passes:
         self._rows: dict[str, Row] = {}
 
     def __call__(self, pixels_BCHW: Tensor, head: ReadFeatures) -> list[Row]:
-        need = head.needs([0])
-        what = f"{bool(need.keys_values)} {sorted(need.layers)}"
+        request = head.request
+        what = f"{request.keys_values} {sorted(request.layers)}"
         keys = [what + hashlib.sha256(image.numpy()).hexdigest() for image in pixels_BCHW]
         new = [i for i, key in enumerate(keys) if key not in self._rows]
         if new:

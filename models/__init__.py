@@ -3,13 +3,13 @@
     from models import Registry
     Registry.from_catalog("demo").get("efficientnet-lite0").predict(["cat.jpg"], top_k=3)
 
-The public names load on first use, so that the torch-free gateway can import `models.tasks.rendering`.
+The public names are imported on first use: the gateway imports `models.tasks`, and no torch.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from models.checkpoints.loading import load_checkpoint
+    from models.assembly import load_checkpoint
     from models.model import Model
     from models.registry import Registry
 
@@ -27,7 +27,7 @@ def __getattr__(name: str) -> Any:
 
             return Model
         case "load_checkpoint":
-            from models.checkpoints.loading import load_checkpoint
+            from models.assembly import load_checkpoint
 
             return load_checkpoint
     raise AttributeError(f"module 'models' has no attribute {name!r}")

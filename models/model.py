@@ -1,54 +1,54 @@
-"""A model: what a request names. A head on a trunk, with the trunk's own preprocessing."""
+"""A model: what a request names. A head on a trunk."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor, nn
+from pydantic import ValidationError
+from torch import Tensor
 
 from models.checkpoints.checkpoint import HeadState
 from models.errors import InputError, TaskError
-from models.heads.attention import Attention, has_attention
-from models.heads.dense import DenseClip
+from models.heads.base import Head
 from models.heads.embed import Embed
-from models.heads.linear import Linear
-from models.heads.prompted import Prompted, answering
-from models.heads.reconstruct import Reconstruct
-from models.heads.registry import Head
-from models.heads.scaled import ScaledEmbed
-from models.heads.vqt import Vqt
-from models.heads.zero_shot import ZeroShot
+from models.heads.prompted import Prompted, with_class_embeddings
+from models.heads.registry import heads_of
+from models.inference import (
+    HeadCall,
+    Row,
+    finish,
+    finish_options,
+    image_size,
+    prepare_pieces,
+    run_rows,
+)
 from models.inputs.images import DEFAULT_LIMITS, ImageLimits, decode_image, to_upright_rgb
-from models.inputs.prepare import prepare, size_of
 from models.inputs.prompts import ensemble, prompts
-from models.inputs.transforms import create_transform
 from models.inputs.types import Input, Seed, Video, modality_of
-from models.networks.scale_vit import ScaleVit
-from models.reference_outputs import run_dense, run_generator, run_images, run_towers
+from models.reference_outputs import FormatOutputs, Parts, reference_outputs
+from models.tasks.base import Options
 from models.tasks.table import get_task
-from models.trunks.base import Trunk, TrunkOutput, parameter_bytes, state_digest
-from models.trunks.features import NOTHING, Need
-from models.trunks.generator import Generator
+from models.trunks.base import Trunk
+from models.trunks.features import NO_EXTRAS, FeatureRequest
 from models.trunks.text import TextTrunk
-from models.trunks.video import create_clip_transform
 
 TEXT_BATCH = 32
-
-Outputs = Callable[["Model", TrunkOutput, Mapping[str, Tensor]], dict[str, Tensor]]
 
 ImageLike = Image.Image | bytes | str | Path
 
 
 class Model:
-    """Serves its head's task; and `embed`, since every trunk can be pooled.
+    """Does its own head's task, and those of the heads that every such trunk has (`embed`, ...).
 
-    `text` is the trunk that reads texts, if there is one; of a model of texts alone it is `trunk`.
-
-    `digest` is over weights, transform and task: while it stays, so do embeddings (of one dtype).
+    Attributes:
+        task: the own head's task.
+        heads: all heads by task.
+        text: the trunk that reads texts, if there is one; of a model of texts alone it is `trunk`.
+        digest: SHA-256 over weights, transform and task. While it stays, so do answers (of one
+            dtype).
     """
 
     def __init__(
@@ -58,66 +58,57 @@ class Model:
         head: Head,
         *,
         text: TextTrunk | None = None,
-        text_embed: Embed | None = None,
-        outputs: Outputs | None = None,
-        need: Need = NOTHING,
+        format_outputs: FormatOutputs | None = None,
+        format_request: FeatureRequest = NO_EXTRAS,
         about: Mapping[str, Any] | None = None,
         states: Mapping[str, HeadState] | None = None,
     ) -> None:
         """
         Args:
-            text_embed: what makes embeddings of the text trunk's output, if not its pooling alone.
-            outputs: what `run` gives besides, by the names of the checkpoint's authors; and what
-                it `need`s of the pass.
-            about: how a head of a file of its own came to be.
-            states: what came in the checkpoint besides the trunk; `outputs` may use it.
+            format_outputs: what `run` returns besides, by the names of the checkpoint's authors.
+            format_request: what `format_outputs` needs of a pass.
+            about: how a head that has a file of its own was trained.
+            states: weights that came in the checkpoint besides the trunk's.
         """
         self.name = name
         self.trunk = trunk
         self.task = head.task
         self.text = trunk if isinstance(trunk, TextTrunk) else text
-        self.outputs = outputs
-        self.need = need
         self.about = about or {}
-        self.states = states or {}
-        self.heads = self._heads(trunk, head)
-        if trunk.modality == "image":
-            self.transform = create_transform(trunk.preprocess)
-        elif trunk.modality == "video":
-            self.clip_transform = create_clip_transform(trunk.preprocess)
-        if self.text is not None:
-            self.text_embed = text_embed or Embed(self.text)
-        networks = [head.network, self.text_embed.network if self.text else None]
-        drawing = self.heads.get("reconstruct")
-        self.trunk_bytes = parameter_bytes(trunk.network)
-        every = [*networks, drawing.network if drawing else None]
-        self.head_bytes = sum(parameter_bytes(network) for network in every if network)
-        if isinstance(head, Vqt):
-            self.head_bytes += head.queries.nbytes
-        self.digest = self._digest(networks)
+        self.heads = heads_of(trunk, head, states or {})
+        self.text_embed = self._create_text_embed(head)
+        text_head = (self.text, self.text_embed) if self.text and self.text_embed else None
+        self._parts = Parts(
+            trunk, self.heads, self.task, text_head, states or {}, format_request, format_outputs
+        )
+        self.trunk_bytes = trunk.nbytes
+        self.head_bytes = self._count_head_bytes()
+        self.digest = self._digest()
 
-    def _heads(self, trunk: Trunk, head: Head) -> dict[str, Head]:
-        """The model's own head, and those that every such trunk has."""
-        if trunk.modality == "latent":
-            return {head.task: head}
-        embed = head.embed if isinstance(head, ZeroShot) else head
-        if not isinstance(embed, Embed):
-            embed = (ScaledEmbed if isinstance(trunk.network, ScaleVit) else Embed)(trunk)
-        heads: dict[str, Head] = {"embed": embed, head.task: head}
-        if has_attention(trunk):
-            heads["attention"] = Attention(trunk)
-        if "decoder" in self.states:
-            heads["reconstruct"] = Reconstruct(trunk, self.states["decoder"])
-        return heads
+    def _create_text_embed(self, head: Head) -> Head | None:
+        if self.text is None:
+            return None
+        own = head.text_embed if isinstance(head, Prompted) else None
+        return own or Embed(self.text)
 
-    def _digest(self, networks: Sequence[nn.Module | None]) -> str:
-        weights = [state_digest(network.state_dict()) for network in networks if network]
-        if isinstance(head := self.heads[self.task], Linear):
-            weights = [head.digest]
+    def _count_head_bytes(self) -> int:
+        """Bytes of all heads' weights; heads that share a network count once."""
+        heads = [*self.heads.values(), *([self.text_embed] if self.text_embed else [])]
+        return sum({id(head.network): head.nbytes for head in heads}.values())
+
+    def _digest(self) -> str:
+        digests = self.heads[self.task].digests
+        if self.text_embed is not None:
+            digests = digests + self.text_embed.digests
         text = f" {self.text.digest} {self.text.preprocess.digest}" if self.text else ""
         parts = f"{self.trunk.digest} {self.trunk.preprocess.digest} {self.task} "
-        parts += " ".join(weights) + text
+        parts += " ".join(digests) + text
         return "sha256:" + hashlib.sha256(parts.encode()).hexdigest()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What the model does, its own task first."""
+        return (self.task, *(task for task in self.heads if task != self.task))
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -140,7 +131,7 @@ class Model:
         return self.trunk
 
     def head_for(self, modality: str, task: str | None, options: Mapping[str, Any]) -> Head:
-        """The head that answers `task` for such inputs, having checked `options` with it.
+        """The head that does `task` for inputs of a modality, with its options checked.
 
         Raises:
             TaskError, InputError: as `head` and `trunk_for`.
@@ -150,17 +141,18 @@ class Model:
             return self.head(task, options)
         if (task or self.task) != "embed":
             raise InputError(
-                f"texts can be embedded, not asked for {task or self.task}", field="texts"
+                f"texts can be embedded, but not used for {task or self.task}", field="texts"
             )
+        assert self.text_embed is not None
         self.text_embed.check(options)
         return self.text_embed
 
     def head(self, task: str | None, options: Mapping[str, Any]) -> Head:
-        """The head for `task` (the model's own if None), having checked `options` with it.
+        """The head for `task` (the model's own if None), with its options checked.
 
         Raises:
-            TaskError: this model does not do that.
-            InputError: an option out of what this model can do.
+            TaskError: this model does not do that task.
+            InputError: an option that this model cannot honour.
         """
         head = self.heads.get(task or self.task)
         if head is None:
@@ -171,11 +163,6 @@ class Model:
         head.check(options)
         return head
 
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """What the model does, its own task first."""
-        return (self.task, *(task for task in self.heads if task != self.task))
-
     def predict(
         self,
         inputs: Sequence[ImageLike | Input | int],
@@ -184,106 +171,88 @@ class Model:
         limits: ImageLimits = DEFAULT_LIMITS,
         **options: Any,
     ) -> list[dict[str, Any]]:
-        """Answer as the server would: one entry an input, in order.
+        """The entries of `results` that a server would answer with, one for each input.
 
         Args:
             inputs: images; of a model for clips `Video`s or their bytes, of a generator `Seed`s,
-                whole numbers for such, or `Latent`s.
+                integers that stand for seeds, or `Latent`s.
+            options: those of the task, see `models/tasks`.
 
         Raises:
             InputError: an input that does not decode, or an option out of range.
         """
-        head = self.head(task, options)
+        parsed = _parse_options(task or self.task, options)
+        head_options = parsed.head_options()
+        head = self.head(task, head_options)
         if isinstance(head, Prompted):
-            labels, templates = head.prompt(options)
-            options = answering(options, labels, self.class_embeddings(labels, templates))
-        return [self._answer(self._load(each, limits), head, options, limits) for each in inputs]
-
-    def _load(self, given: Any, limits: ImageLimits) -> Any:
-        """What bytes, a path or a number stand for, by what the model takes."""
-        if self.trunk.modality == "video" and isinstance(given, bytes):
-            return Video(given)
-        if self.trunk.modality == "latent" and isinstance(given, int):
-            return Seed(given)
-        return load_image(given, limits)
-
-    def _answer(
-        self, given: Any, head: Head, options: Mapping[str, Any], limits: ImageLimits
-    ) -> dict[str, Any]:
-        self.trunk_for(modality_of(given))
-        size = size_of(given)
-        options = head.at_size(options, size)
-        pieces = prepare(given, self, head.view, limits)
-        rows = [self.forward(self.trunk.collate([piece]), head, options)[0] for piece in pieces]
-        view = head.view if isinstance(given, Image.Image) else None
-        row = rows[0] if view is None else view.merge(rows, size)
-        finish = {k: v for k, v in options.items() if k not in head.forward_options}
-        if head.sees_image(options):
-            finish["image"] = given
-        return get_task(head.task).render(head.finish(row, size, **finish))
-
-    @torch.inference_mode()
-    def forward(
-        self, pixels_BCHW: Tensor, head: Head, options: Mapping[str, Any]
-    ) -> list[dict[str, np.ndarray]]:
-        """Trunk and head for a batch of pixels; named float32 arrays for each row."""
-        output = self.trunk.forward(pixels_BCHW, head.needs(range(len(pixels_BCHW))))
-        forward = {k: v for k, v in options.items() if k in head.forward_options}
-        tensors = head.forward(output, **forward)
-        arrays = {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()}
+            labels, templates = head.prompt(head_options)
+            classes = self.class_embeddings(labels, templates)
+            head_options = with_class_embeddings(head_options, labels, classes)
+        render = get_task(head.task).render
         return [
-            {name: array[row] for name, array in arrays.items()} for row in range(len(pixels_BCHW))
+            render(
+                self._answer(self._load(item, limits), head, head_options, limits),
+                **parsed.render_options(),
+            )
+            for item in inputs
         ]
 
+    def _load(self, item: Any, limits: ImageLimits) -> Any:
+        """The input that bytes, a path or a number stand for, by what the model takes."""
+        if self.trunk.modality == "video" and isinstance(item, bytes):
+            return Video(item)
+        if self.trunk.modality == "latent" and isinstance(item, int):
+            return Seed(item)
+        return load_image(item, limits)
+
+    def _answer(
+        self, item: Any, head: Head, options: Mapping[str, Any], limits: ImageLimits
+    ) -> dict[str, np.ndarray]:
+        trunk = self.trunk_for(modality_of(item))
+        size = image_size(item)
+        call = HeadCall.of(head, options).at_size(size)
+        pieces = prepare_pieces(item, trunk, head.view, limits)
+        rows = [run_rows(trunk, trunk.collate([piece]), call)[0] for piece in pieces]
+        return finish(head, rows, finish_options(head, options), item, size, limits)
+
     def embed_texts(self, texts: Sequence[str], **options: Any) -> np.ndarray:
-        """(N, D) float32 embeddings of texts, as the server would give them."""
+        """(N, D) float32 embeddings of texts, as a server would return them."""
         head = self.head_for("text", "embed", options)
-        text = self.trunk_for("text")
-        assert isinstance(text, TextTrunk)
-        rows = []
+        text, call = self.trunk_for("text"), HeadCall.of(head, options)
+        rows: list[Row] = []
         for start in range(0, len(texts), TEXT_BATCH):
-            ids = [text.tokenize(item) for item in texts[start : start + TEXT_BATCH]]
-            with torch.inference_mode():
-                embedded = head.forward(text.forward(text.collate(ids)))["embedding"]
-            rows += [{"embedding": row} for row in embedded.float().cpu().numpy()]
-        return np.stack([head.finish(row, (0, 0), **options)["embedding"] for row in rows])
+            ids = [text.prepare(item) for item in texts[start : start + TEXT_BATCH]]
+            rows += run_rows(text, text.collate(ids), call)
+        rest = finish_options(head, options)
+        return np.stack([head.finish(row, (0, 0), **rest)["embedding"] for row in rows])
 
     def class_embeddings(self, labels: Sequence[str], templates: Sequence[str]) -> np.ndarray:
-        """(labels, D) float32 of unit length: what a zero-shot head compares images with."""
+        """(labels, D) float32 of unit length: what a prompted head compares images with."""
         return ensemble(self.embed_texts(prompts(labels, templates)), len(templates))
 
-    @torch.inference_mode()
     def run(
         self,
         pixel_values: Tensor | None = None,
         token_ids: Tensor | None = None,
         **inputs: Tensor,
     ) -> dict[str, Tensor]:
-        """All named outputs, float32 on the CPU.
+        """All outputs by the names of the checkpoint's authors, float32 on the CPU.
 
         Args:
             pixel_values: preprocessed images (B, 3, H, W): the head's outputs, `embedding` (the
                 trunk's own pooling, not normalised) and `tokens` or `feature_map`; of a model of
-                two towers `image_embedding` and what it is projected from.
-            token_ids: (N, T) for `text_embedding`; with images `logits_per_image` (B, N).
+                two towers `image_embedding`.
+            token_ids: (N, T) for `text_embedding`; with images also `logits_per_image` (B, N).
             inputs: what else the checkpoint's format takes, such as `noise` to mask patches by, or
-                a generator's `latent`; see `models/reference_outputs.py`.
+                a generator's `latent`.
         """
-        named: dict[str, Tensor] = {}
-        if isinstance(self.trunk, Generator):
-            named = run_generator(self.trunk, inputs)
-        elif isinstance(head := self.heads[self.task], ZeroShot):
-            named = run_towers(self, head, pixel_values, token_ids)
-        elif isinstance(head, DenseClip):
-            named = run_dense(self, head, pixel_values, token_ids)
-        elif pixel_values is not None:
-            named = run_images(self, {"pixel_values": pixel_values, **inputs})
-        return {name: tensor.float().cpu() for name, tensor in named.items()}
+        named = {"pixel_values": pixel_values, "token_ids": token_ids, **inputs}
+        present = {name: tensor for name, tensor in named.items() if tensor is not None}
+        return reference_outputs(self._parts, present)
 
 
 def load_image(image: ImageLike | Input, limits: ImageLimits = DEFAULT_LIMITS) -> Any:
-    """An upright RGB image from a Pillow image, encoded bytes or a path; other inputs as they
-    are."""
+    """An upright RGB image from a Pillow image, encoded bytes or a path; other inputs unchanged."""
     if isinstance(image, bytes):
         return decode_image(image, limits)
     if isinstance(image, Image.Image):
@@ -294,3 +263,17 @@ def load_image(image: ImageLike | Input, limits: ImageLimits = DEFAULT_LIMITS) -
         return decode_image(Path(image).read_bytes(), limits)
     except OSError as error:
         raise InputError(f"{image}: {error.strerror}") from error
+
+
+def _parse_options(task: str, options: Mapping[str, Any]) -> Options:
+    """A task's options, validated.
+
+    Raises:
+        InputError: an unknown option, or a wrong value.
+    """
+    try:
+        return get_task(task).options.model_validate(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise InputError(f"{field}: {first['msg']}", field=field or None) from error

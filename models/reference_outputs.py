@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import HeadState
 from models.trunks.base import Trunk
-from models.trunks.features import NO_EXTRAS, FeatureRequest, merge
+from models.trunks.features import NO_EXTRAS, BatchRequest, FeatureRequest, merge
 from models.trunks.output import TrunkOutput
 
 FormatOutputs = Callable[["ReferenceRun"], dict[str, Tensor]]
@@ -38,8 +38,13 @@ class ReferenceRun:
 
     @property
     def network(self) -> Any:
-        """The trunk's module. Only reference outputs read it; everything else asks the trunk."""
-        return self.trunk.network
+        """The trunk's module."""
+        return network_of(self.trunk)
+
+
+def network_of(trunk: Trunk) -> Any:
+    """A trunk's module, for reference outputs alone."""
+    return trunk.network
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,10 @@ class Parts:
         trunk, head = self.text
         embedding: Tensor = head.forward(trunk.forward(token_ids))["embedding"]
         return embedding
+
+    def format_batch_request(self, size: int) -> BatchRequest:
+        """What `format_outputs` needs of a pass for a batch of that size."""
+        return merge([(self.format_request, range(size))])
 
     def outputs(self, output: TrunkOutput, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the checkpoint's format returns for a pass."""

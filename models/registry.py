@@ -1,12 +1,10 @@
 """What is loaded now: models by name, trunks shared between them, each with a truthful state."""
 
-import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +14,13 @@ from models.assembly import Assembly
 from models.catalog import Catalog, ModelEntry, TrunkEntry, load_catalog
 from models.checkpoints.loading import LoadedTrunk, load_trunk
 from models.checkpoints.store import Store
+from models.description import ModelDescription, State
 from models.errors import CatalogError, ModelNotFoundError, ModelNotReadyError
 from models.model import Model
-from models.trunks.base import Placement
-from models.trunks.devices import resolve_device, resolve_dtype
+from models.trunks.devices import Placement, resolve_device, resolve_dtype
+from models.trunks.engines.registry import AUTO
 
 logger = logging.getLogger(__name__)
-
-
-class State(StrEnum):
-    UNLOADED = "unloaded"
-    LOADING = "loading"
-    READY = "ready"
-    FAILED = "failed"
 
 
 @dataclass(slots=True)
@@ -59,6 +51,7 @@ class Registry:
         store: Store | None = None,
         device: str = "auto",
         dtype: str = "float32",
+        engine: str = AUTO,
         on_load: Hook | None = None,
         on_unload: Hook | None = None,
     ) -> None:
@@ -66,6 +59,7 @@ class Registry:
         self.store = store or Store()
         self.device = resolve_device(device)
         self.dtype = dtype
+        self.engine = engine
         self.on_load = on_load
         self.on_unload = on_unload
         self._slots = {name: _Slot(entry) for name, entry in catalog.models.items()}
@@ -182,54 +176,74 @@ class Registry:
         """The state of a model that is in the catalog."""
         return self._slot(name).state
 
-    def describe(self, name: str) -> dict[str, Any]:
-        """What `GET /models/{name}` tells: from the catalog, and from the weights once loaded."""
+    def describe(self, name: str) -> ModelDescription:
+        """A model's description: from the catalog, and from the weights once they are loaded.
+
+        Raises:
+            ModelNotFoundError: not in the catalog.
+        """
         slot = self._slot(name)
+        return self._describe(slot, self._defaults().get(name, ()))
+
+    def describe_all(self) -> dict[str, ModelDescription]:
+        """Every model's description by name, in the catalog's order."""
+        defaults = self._defaults()
+        return {
+            name: self._describe(slot, defaults.get(name, ()))
+            for name, slot in list(self._slots.items())
+        }
+
+    def _describe(self, slot: _Slot, default_for: Sequence[str]) -> ModelDescription:
         entry = slot.entry
         trunk_entry = self.catalog.trunks[entry.trunk]
-        described: dict[str, Any] = {
-            "name": name,
-            "task": entry.task,
-            "tasks": list(dict.fromkeys((entry.task, "embed"))),
-            "default_for": self._defaults(name),
-            "trunk": entry.trunk,
-            "text_trunk": entry.text,
-            "state": str(slot.state),
-            "reason": slot.reason or None,
-            "source": trunk_entry.source,
-            "device": str(self.device),
-            "dtype": trunk_entry.dtype or self.dtype,
-            "licence": entry.licence,
-            "description": entry.description,
-        }
-        if (model := slot.model) is not None:
-            trunk = model.trunk
-            labels = getattr(model.heads[model.task], "labels", ())
-            described |= {
-                "tasks": list(model.tasks),
-                "format": slot.format,
-                "architecture": trunk.architecture,
-                "memory_bytes": model.trunk_bytes + model.head_bytes,
-                "head_bytes": model.head_bytes,
-                "head": dict(model.about) or None,
-                "preprocess": asdict(trunk.preprocess),
-                "labels": len(labels),
-                "model_digest": model.digest,
-                "preprocess_digest": trunk.preprocess.digest,
-                "modalities": list(model.modalities),
-                "load_seconds": round(slot.load_seconds, 3),
-            }
-        return described
+        description = ModelDescription(
+            name=entry.name,
+            task=entry.task,
+            tasks=tuple(dict.fromkeys((entry.task, "embed"))),
+            default_for=tuple(default_for),
+            trunk=entry.trunk,
+            text_trunk=entry.text,
+            state=str(slot.state),
+            reason=slot.reason or None,
+            source=trunk_entry.source,
+            device=str(self.device),
+            dtype=trunk_entry.dtype or self.dtype,
+            licence=entry.licence,
+            description=entry.description,
+        )
+        if (model := slot.model) is None:
+            return description
+        trunk = model.trunk
+        return replace(
+            description,
+            tasks=tuple(model.tasks),
+            format=slot.format,
+            architecture=trunk.architecture,
+            memory_bytes=model.trunk_bytes + model.head_bytes,
+            head_bytes=model.head_bytes,
+            head=dict(model.about) or None,
+            preprocess=asdict(trunk.preprocess),
+            labels=len(getattr(model.heads[model.task], "labels", ())),
+            model_digest=model.digest,
+            preprocess_digest=trunk.preprocess.digest,
+            modalities=tuple(model.modalities),
+            load_seconds=round(slot.load_seconds, 3),
+        )
 
-    def _defaults(self, name: str) -> list[str]:
-        """The tasks that a model serves when a request names none."""
-        model = self._slots[name].model
-        tasks = {**self.catalog.defaults, **(model.heads if model else {})}
-        found = []
-        for task in tasks:
-            with contextlib.suppress(ModelNotFoundError):
-                found += [task] * (self.default_model(task).name == name)
-        return found
+    def _defaults(self) -> dict[str, list[str]]:
+        """The tasks that each model serves when a request names no model, as in `default_model`.
+
+        One pass over all models, so that describing all of them takes linear time.
+        """
+        names = dict(self.catalog.defaults)
+        for name, slot in list(self._slots.items()):
+            if (model := slot.model) is not None:
+                for task in model.heads:
+                    names.setdefault(task, name)
+        defaults: dict[str, list[str]] = {}
+        for task, name in names.items():
+            defaults.setdefault(name, []).append(task)
+        return defaults
 
     def _slot(self, name: str) -> _Slot:
         entry = self.catalog.model(name)
@@ -269,6 +283,7 @@ class Registry:
             device=self.device,
             dtype=resolve_dtype(entry.dtype or self.dtype),
             channels_last=bool(entry.channels_last),
+            engine=entry.engine or self.engine,
         )
 
 

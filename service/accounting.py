@@ -1,4 +1,4 @@
-"""Counting requests: each once, whatever becomes of it, over REST and gRPC alike."""
+"""Counts each request once, with its outcome, for REST and gRPC alike."""
 
 import asyncio
 import math
@@ -10,19 +10,24 @@ from starlette.requests import ClientDisconnect
 
 from service.errors import ServiceError
 from service.metrics import Metrics
-from service.types import InferResult
+from service.types import InferRequest, InferResult
 
 
 class Account:
-    """What is known of one request so far."""
+    """What the metrics need to know of one request: its models, its deadline and its result."""
 
     def __init__(self) -> None:
         self.models: list[str] = []
         self.result: InferResult | None = None
         self.deadline = math.inf
 
+    def requested(self, request: InferRequest) -> None:
+        """Record the models and the deadline of a request that goes to the backend."""
+        self.models = list(dict.fromkeys(call.model or "" for call in request.calls))
+        self.deadline = request.deadline
+
     def answered(self, result: InferResult) -> None:
-        """Note the backend's result, and with it the models that were used."""
+        """Record the backend's result, and with it the models that were used."""
         self.models = [used.name for used in result.models]
         self.result = result
 
@@ -33,8 +38,10 @@ def counted(
 ) -> Iterator[Account]:
     """Count the request that the block serves.
 
-    `known` tells whether a name is one of the catalog's, so that labels stay bounded; `started`
-    is in `time.monotonic` seconds.
+    Args:
+        known: whether the catalog has a model of that name. Other names share one label, so that
+            clients cannot create labels.
+        started: in `time.monotonic` seconds.
     """
     account, outcome = Account(), "ok"
     try:

@@ -1,65 +1,67 @@
-"""The one seam between gateway and workers. Nothing above it knows where the models are."""
+"""The interface between gateway and workers. Code above it does not know where the models are."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
+from models.description import HeadDescription, ModelDescription
 from service.types import FitRequest, HeadUpload, Health, InferRequest, InferResult
 
+# The files of a head, by the names in `GET /heads/{name}/{part}`.
 PARTS = ("head.safetensors", "report.json", "curve.png", "confusion.png")
 
 
 class Heads(Protocol):
-    """Heads that came after the catalog: uploaded, or fitted here. They are models, too."""
+    """Heads added after the catalog was read: uploaded, or fitted here. They are models, too."""
 
-    async def all(self) -> Sequence[dict[str, Any]]:
-        """Every head, described as a model; those being fitted with their `progress`."""
+    async def all(self) -> Sequence[HeadDescription]:
+        """Every head, those being fitted included."""
 
-    async def get(self, name: str) -> dict[str, Any]:
-        """One head, described."""
+    async def get(self, name: str) -> HeadDescription:
+        """One head."""
 
-    async def put(self, upload: HeadUpload) -> dict[str, Any]:
-        """Take a trained head, keep it, and serve it."""
+    async def put(self, upload: HeadUpload) -> HeadDescription:
+        """Store a trained head and serve it."""
 
-    async def fit(self, request: FitRequest) -> dict[str, Any]:
-        """Begin to fit a head in the background, and describe it."""
+    async def fit(self, request: FitRequest) -> HeadDescription:
+        """Start to fit a head in the background."""
 
     async def delete(self, name: str) -> None:
-        """Forget a head, or stop fitting it."""
+        """Delete a head, or cancel its fit."""
 
     async def read(self, name: str, part: str) -> bytes:
-        """A file of a head: one of PARTS."""
+        """The content of one of a head's files, see PARTS."""
 
 
 class Backend(Protocol):
-    """What the gateway needs. All methods raise ServiceError and nothing else on purpose."""
+    """What the gateway and the gRPC server need. Methods raise ServiceError for expected errors."""
 
     @property
     def heads(self) -> Heads:
-        """The heads that may come and go."""
+        """The heads added after the catalog was read."""
 
     async def start(self) -> None:
-        """Begin loading the start-up models; returns without waiting for them."""
+        """Start loading the start-up models; returns without waiting for them."""
 
     async def close(self) -> None:
-        """Answer what was accepted, then stop."""
+        """Answer the accepted requests, then stop."""
 
     async def infer(self, request: InferRequest) -> InferResult:
-        """Answer every image of the request; cancelling drops what still waits."""
+        """Answer every input of the request. Cancelling drops the inputs that still wait."""
 
-    async def models(self) -> Sequence[dict[str, Any]]:
-        """Every model of the catalog, described."""
+    async def models(self) -> Sequence[ModelDescription]:
+        """Every model of the catalog."""
 
-    async def model(self, name: str) -> dict[str, Any]:
-        """One model, described."""
+    async def model(self, name: str) -> ModelDescription:
+        """One model."""
 
-    async def load(self, name: str) -> dict[str, Any]:
-        """Load a model and describe it."""
+    async def load(self, name: str) -> ModelDescription:
+        """Load a model; returns when it is ready."""
 
-    async def unload(self, name: str) -> dict[str, Any]:
-        """Unload a model and describe it."""
+    async def unload(self, name: str) -> ModelDescription:
+        """Unload a model."""
 
     def knows(self, model: str) -> bool:
-        """Whether the catalog has a model of that name; quick, and from what is known now."""
+        """Whether the catalog has a model of that name. Does not wait."""
 
     def health(self) -> Health:
         """Whether the worker side is alive and ready."""

@@ -1,17 +1,26 @@
-"""JSON log lines, each with the id of the request it belongs to."""
+"""JSON log lines, each with its request's id."""
 
 import json
 import logging
+import re
+import uuid
 from contextvars import ContextVar
 from datetime import UTC, datetime
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 
+# Printable ASCII without spaces: cannot forge log lines or headers.
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _STANDARD = logging.LogRecord("", 0, "", 0, "", (), None).__dict__.keys() | {"message", "taskName"}
 
 
+def choose_request_id(candidate: str) -> str:
+    """The caller's request id if it is safe to log and to send back, otherwise a new one."""
+    return candidate if _REQUEST_ID.fullmatch(candidate) else uuid.uuid4().hex
+
+
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, and whatever `extra` held."""
+    """One JSON object for each line: time, level, logger, message, and the fields of `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -30,7 +39,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logs(level: str) -> None:
-    """Send everything to standard error as JSON lines; called once, at start."""
+    """Log to standard error as JSON lines. Called once, when the process starts."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

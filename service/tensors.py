@@ -1,7 +1,7 @@
 """numpy arrays as the Open Inference Protocol's data types and bytes, and back.
 
-BYTES elements are each preceded by their length, 4 bytes little-endian; all other types are
-little-endian and row by row. BF16, which numpy lacks, is read as float32.
+Each element of BYTES is preceded by its length, as 4 bytes little-endian. All other types are
+little-endian, row by row. numpy has no BF16, so it is read as float32.
 """
 
 import math
@@ -33,10 +33,10 @@ def to_bytes(array: np.ndarray) -> bytes:
 
 
 def from_bytes(name: str, datatype: str, shape: Sequence[int], contents: bytes) -> np.ndarray:
-    """The array that `contents` hold; read-only where no conversion was needed, BYTES as text.
+    """The array that `contents` hold, read-only unless it was converted. BYTES become text.
 
     Raises:
-        InvalidInputError: unknown data type, negative shape, or contents of another size.
+        InvalidInputError: unknown data type, negative shape, or contents of the wrong size.
     """
     count = element_count(name, shape)
     if datatype == "BYTES":
@@ -45,8 +45,8 @@ def from_bytes(name: str, datatype: str, shape: Sequence[int], contents: bytes) 
     width = 2 if datatype == "BF16" else np.dtype(_dtype(name, datatype)).itemsize
     if len(contents) != count * width:
         raise InvalidInputError(
-            f"{name}: {datatype} of shape {list(shape)} takes {count * width} bytes; "
-            f"{len(contents)} came",
+            f"{name}: {datatype} of shape {list(shape)} takes {count * width} bytes, "
+            f"not {len(contents)}",
             field=name,
         )
     if datatype == "BF16":
@@ -56,14 +56,18 @@ def from_bytes(name: str, datatype: str, shape: Sequence[int], contents: bytes) 
 
 
 def element_count(name: str, shape: Sequence[int]) -> int:
-    """How many elements a tensor of this shape has; refuses negative sizes."""
+    """The number of elements of a tensor.
+
+    Raises:
+        InvalidInputError: a size is negative.
+    """
     if any(size < 0 for size in shape):
         raise InvalidInputError(f"{name}: shape {list(shape)} has a negative size", field=name)
     return math.prod(shape)
 
 
 def pack(elements: Iterable[bytes]) -> bytes:
-    """BYTES elements in one run, each after its length."""
+    """BYTES elements, concatenated, each preceded by its length."""
     return b"".join(part for item in elements for part in (struct.pack("<I", len(item)), item))
 
 
@@ -71,7 +75,7 @@ def unpack(name: str, contents: bytes, count: int) -> list[bytes]:
     """The `count` BYTES elements that `contents` hold.
 
     Raises:
-        InvalidInputError: lengths that do not add up, or another number of elements.
+        InvalidInputError: the lengths do not add up, or the number of elements is wrong.
     """
     elements: list[bytes] = []
     position = 0
@@ -81,8 +85,8 @@ def unpack(name: str, contents: bytes, count: int) -> list[bytes]:
         position += 4 + size
     if position != len(contents) or len(elements) != count:
         raise InvalidInputError(
-            f"{name}: the {len(contents)} bytes are not {count} elements, each after its length "
-            "as 4 bytes, little-endian",
+            f"{name}: the {len(contents)} bytes are not {count} elements, each preceded by its "
+            "length as 4 bytes, little-endian",
             field=name,
         )
     return elements
@@ -94,5 +98,5 @@ def _as_bytes(element: str | bytes) -> bytes:
 
 def _dtype(name: str, datatype: str) -> str:
     if datatype not in DTYPES:
-        raise InvalidInputError(f"{name}: no data type {datatype!r}", field=name)
+        raise InvalidInputError(f"{name}: unknown data type {datatype!r}", field=name)
     return DTYPES[datatype]

@@ -1,4 +1,4 @@
-"""The plain values that pass between gateway and worker."""
+"""The values that gateway and worker exchange."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,16 +9,19 @@ import numpy as np
 from models.inputs.types import Input
 from service.errors import ServiceError
 
-# Failures of one image among several stay in its entry; these say that nothing was wrong with
-# the images, so when all fail the same way the whole answer does.
+# An input's failure stays in its own entry. Failures with these statuses are not the inputs' fault,
+# so if all inputs fail with one of them, the whole request fails.
 WHOLE_REQUEST_STATUSES = (429, 500, 503, 504)
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One model wanted for every image of a request.
+    """One model to run on every input of a request.
 
-    `task` None is the model's own task; `model` None is the task's default model.
+    Args:
+        model: None for the task's default model.
+        task: None for the model's own task.
+        options: as `Options.head_options` returns them.
     """
 
     model: str | None
@@ -28,12 +31,24 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferRequest:
-    """Inputs, and what to do with each. `deadline` is in `time.monotonic` seconds."""
+    """Inputs, and the models to run on each of them.
 
-    inputs: Sequence[Input]
+    Args:
+        inputs: in the client's order. An input that could not be read is represented by its error;
+            backends receive requests without errors.
+        deadline: in `time.monotonic` seconds.
+        bulk: may wait behind interactive requests.
+    """
+
+    inputs: Sequence[Input | ServiceError]
     calls: Sequence[Call]
     deadline: float
     bulk: bool = False
+
+    @property
+    def readable(self) -> list[Input]:
+        """The inputs that are not errors, in order."""
+        return [item for item in self.inputs if not isinstance(item, ServiceError)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +63,7 @@ class ModelUsed:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Where an image's time went, in milliseconds, and the size of the batch it rode in."""
+    """Milliseconds that an input spent in each stage, and the size of its batch."""
 
     decode_ms: float
     queue_ms: float
@@ -58,7 +73,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class ImageResult:
-    """What became of one image: an error, or for each call its named arrays or its own error."""
+    """The result of one input: an error, or for each call its named arrays or its own error."""
 
     outputs: Sequence[Mapping[str, np.ndarray] | ServiceError] = ()
     error: ServiceError | None = None
@@ -67,13 +82,17 @@ class ImageResult:
 
 @dataclass(frozen=True, slots=True)
 class InferResult:
-    """One result an image, in order; `models` is parallel to the request's calls."""
+    """One result for each input, in order; `models` is parallel to the request's calls."""
 
     models: Sequence[ModelUsed]
     images: Sequence[ImageResult]
 
     def raise_if_all_failed(self) -> None:
-        """Raise the error of a lone image, or the one reason why none could be answered."""
+        """Raise if all inputs failed and there is one, or if none of the failures is their fault.
+
+        Raises:
+            ServiceError: the first input's error.
+        """
         errors = [image.error for image in self.images if image.error is not None]
         if not errors or len(errors) < len(self.images):
             return
@@ -83,8 +102,12 @@ class InferResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadUpload:
-    """A trained head's file. `trunk` where it is another name here than where it was trained;
-    `replace`: instead of the one of that name, if there is one."""
+    """A trained head's file.
+
+    Args:
+        trunk: only if the trunk has another name here than where the head was trained.
+        replace: replace an existing head of that name.
+    """
 
     name: str
     content: bytes
@@ -94,7 +117,7 @@ class HeadUpload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitRequest:
-    """A head to be fitted to the images of a zip archive whose folders are classes."""
+    """A head to fit to the images of a zip archive, which has one folder for each class."""
 
     name: str
     trunk: str
@@ -105,7 +128,13 @@ class FitRequest:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """`live`: restarting would not help. `ready`: send traffic. `reasons` say why not."""
+    """The state of the worker side.
+
+    Args:
+        live: False if only a restart can help.
+        ready: whether to send traffic.
+        reasons: why it is not live or not ready.
+    """
 
     live: bool
     ready: bool

@@ -141,7 +141,7 @@ templates = "imagenet-7"
 trunk = "clip-text"
 task = "embed"
 
-[models.inputs.images]
+[models.images]
 trunk = "clip-image"
 task = "embed"
 """

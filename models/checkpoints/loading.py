@@ -13,39 +13,56 @@ from models.catalog import TrunkEntry
 from models.checkpoints.checkpoint import Checkpoint, HeadState, save_checkpoint
 from models.checkpoints.containers import open_container
 from models.checkpoints.families.towers import LIBRARY
-from models.checkpoints.formats import detect_format, format_outputs
+from models.checkpoints.formats import detect_format
 from models.checkpoints.sources import fetch, parse_source
 from models.checkpoints.store import Store
 from models.checkpoints.strict import load_strictly
 from models.errors import CheckpointError, SourceError
-from models.heads.dense import DenseClip
-from models.heads.linear import CLASSIFIER, create_classifier, last_size
-from models.heads.registry import Head, create_head
-from models.inputs.prompts import DEFAULT_TEMPLATES, expand_templates
-from models.inputs.transforms import ClipPreprocess, preprocess_from_mapping, preprocess_from_timm
-from models.model import Model
+from models.inputs.transforms import (
+    ClipPreprocess,
+    preprocess_from_mapping,
+    preprocess_from_timm,
+)
 from models.networks import create_network
-from models.tasks.labels import load_labels, numbered_labels
-from models.trunks.base import Placement, TimmTrunk, Trunk
-from models.trunks.generator import Generator, is_generator
+from models.networks.patchconvnet import PatchConvNet
+from models.networks.scale_vit import ScaleVit
+from models.networks.vit import Vit
+from models.tasks.labels import load_labels
+from models.trunks.base import Trunk
+from models.trunks.devices import Placement
+from models.trunks.generator import Generator
+from models.trunks.masked import MaskedTrunk, ScaleMaeTrunk
+from models.trunks.timm import PatchConvNetTrunk, TimmTrunk
 from models.trunks.two_tower import (
     Towers,
     load_open_clip,
     load_sentence_encoder,
     towers_of_openai,
     towers_of_two,
-    zero_shot_head,
 )
 from models.trunks.video import VideoTrunk
 
-# What builds both towers of checkpoints that hold two.
+# What builds both towers of checkpoints that hold two, by `Checkpoint.library`.
 TOWERS = {LIBRARY: towers_of_two, "openai-clip": towers_of_openai}
+# Networks that need a trunk of their own.
+TRUNK_CLASSES: Mapping[type[nn.Module], type[TimmTrunk]] = {
+    PatchConvNet: PatchConvNetTrunk,
+    ScaleVit: ScaleMaeTrunk,
+    Vit: MaskedTrunk,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedTrunk:
-    """A trunk, the weights of heads that came in its file, which format that was, the names of its
-    classes where they are known, the towers it is one of, and its entry's source."""
+    """A trunk, and what else came with it.
+
+    Args:
+        heads: weights of heads that came in its file, by name.
+        format: the checkpoint's format.
+        labels: class names, if they are known.
+        towers: both towers, if it is one of two.
+        source: its catalog entry's source.
+    """
 
     trunk: Trunk
     heads: Mapping[str, HeadState]
@@ -55,72 +72,19 @@ class LoadedTrunk:
     source: str = ""
 
 
-def load_checkpoint(
-    path: str | Path,
-    arguments: Mapping[str, Any] | None = None,
-    *,
-    placement: Placement | None = None,
-    **more: Any,
-) -> Model:
-    """Load a checkpoint file as a model that needs no catalog.
-
-    Args:
-        path: `.safetensors`, `.npz`, `.onnx` or a torch file, in any known format.
-        arguments: what the file does not say, such as `architecture`; others are ignored.
-            `more` are further ones: `weights="student"` among several sets in one file,
-            `backbone=PATH` of a companion that does not lie beside it.
-        placement: device, dtype and layout; float32 on the CPU if not given.
-
-    Raises:
-        CheckpointError: unreadable, unrecognised, or not fitting its architecture exactly.
-    """
-    checkpoint = read_checkpoint(Path(path), {**(arguments or {}), **more})
-    name, placement = Path(path).stem, placement or Placement()
-    if (build := TOWERS.get(checkpoint.library)) is not None:
-        towers = build(checkpoint, placement)
-        outputs, need = format_outputs(checkpoint.format, towers.image)
-        head: Head = zero_shot_head(towers)
-        if (dense := checkpoint.heads.get("dense")) is not None:
-            templates = expand_templates(DEFAULT_TEMPLATES)
-            head = DenseClip(towers.image, dense.settings["scale"], templates)
-        return Model(name, towers.image, head, text=towers.text, outputs=outputs, need=need)
-    trunk = build_trunk(checkpoint, placement)
-    kind = own_head(checkpoint.heads, trunk)
-    state = checkpoint.heads.get("pca" if kind == "embed" else kind)
-    # a segmenter's file names its own classes
-    labels = () if kind == "semantic" else numbered_labels(class_count(trunk, state))
-    head = create_head(kind, trunk, labels, state)
-    outputs, need = format_outputs(checkpoint.format, trunk)
-    return Model(name, trunk, head, outputs=outputs, need=need, states=checkpoint.heads)
-
-
-def own_head(heads: Mapping[str, HeadState], trunk: Trunk) -> str:
-    """What a checkpoint is for: the kind of the head that it brought, or that its trunk allows."""
-    if trunk.modality == "latent":
-        return "generate"
-    brought = [kind for kind in ("saliency", "semantic", "vqt", "linear") if kind in heads]
-    return brought[0] if brought else "classify" if trunk.num_classes else "embed"
-
-
-def class_count(trunk: Trunk, state: HeadState | None) -> int:
-    """Classes of a head that was trained for some, or else of the trunk's own classifier."""
-    if state is None or not any(key.startswith(CLASSIFIER) for key in state.tensors):
-        return trunk.num_classes
-    return last_size(create_classifier(state))
-
-
 def load_trunk(entry: TrunkEntry, store: Store, base: Path, placement: Placement) -> LoadedTrunk:
-    """Load a catalog's trunk from wherever it comes.
+    """Load a catalog's trunk from its source.
 
     Raises:
-        SourceError, CheckpointError: it cannot be fetched, or does not fit.
+        SourceError: it cannot be fetched.
+        CheckpointError: it does not fit its architecture.
     """
     source = parse_source(entry.source)
     if source.scheme == "hf-hub":
         return _load_from_hub(entry, placement)
     path = fetch(source, store, base)
     if entry.origin and not path.is_file():
-        raise SourceError(f"{path}: no such file; it is to be had from {entry.origin}")
+        raise SourceError(f"{path}: no such file; get it from {entry.origin}")
     if entry.library == "sentence":
         if entry.tokenizer is None:
             raise SourceError(f"{entry.name}: a sentence encoder needs tokenizer = 'SOURCE'")
@@ -150,7 +114,7 @@ def load_trunk(entry: TrunkEntry, store: Store, base: Path, placement: Placement
 
 
 def _tower(entry: TrunkEntry, towers: Towers, format_name: str) -> LoadedTrunk:
-    """The tower that the entry wants, with what the two have in common."""
+    """The tower that the entry names, with what both have in common."""
     trunk: Trunk = towers.text if entry.tower == "text" else towers.image
     return LoadedTrunk(trunk, {}, format_name, towers=towers.without(entry.tower))
 
@@ -164,21 +128,23 @@ def read_checkpoint(path: Path, arguments: Mapping[str, Any]) -> Checkpoint:
     except (KeyError, IndexError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
-            f"{path}: by its keys {checkpoint_format.NAME}, but not a whole one: {what}"
+            f"{path}: incomplete; by its keys it is of format {checkpoint_format.NAME}: {what}"
         ) from error
     return checkpoint if checkpoint.reason else replace(checkpoint, reason=reason)
 
 
 def build_trunk(
     checkpoint: Checkpoint, placement: Placement, preprocess: Mapping[str, Any] | None = None
-) -> TimmTrunk | Generator:
+) -> Trunk:
     """Build the architecture and fill it strictly: every key used, every parameter filled."""
     try:
         network = create_network(checkpoint)
     except (AssertionError, ValueError, TypeError, ArithmeticError) as error:
-        raise CheckpointError(f"no {checkpoint.architecture} has such weights: {error}") from error
+        raise CheckpointError(
+            f"{checkpoint.architecture} cannot be built for these weights: {error}"
+        ) from error
     load_strictly(network, checkpoint.state_dict, checkpoint.architecture)
-    if is_generator(network):
+    if hasattr(network, "latent_dim"):
         return Generator(checkpoint.architecture, network, placement)
     own = checkpoint.preprocess or preprocess_from_timm(network)
     if checkpoint.preprocess is None and (size := checkpoint.arguments.get("img_size")):
@@ -187,7 +153,8 @@ def build_trunk(
     if isinstance(spec, ClipPreprocess):
         in_rows = replace(placement, channels_last=False)
         return VideoTrunk(checkpoint.architecture, network, spec, in_rows)
-    trunk = TimmTrunk(checkpoint.architecture, network, spec, placement)
+    trunk_class = next((c for n, c in TRUNK_CLASSES.items() if isinstance(network, n)), TimmTrunk)
+    trunk = trunk_class(checkpoint.architecture, network, spec, placement)
     if "ggem" in checkpoint.heads:
         trunk.exponents = checkpoint.heads["ggem"].tensors["p"].float().to(placement.device)
     return trunk

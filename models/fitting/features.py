@@ -10,8 +10,10 @@ from torch import Tensor
 
 from models.heads.linear import Linear, check_has_blocks
 from models.heads.ranking import Ranking
-from models.trunks.base import Trunk, TrunkOutput
-from models.trunks.features import Need
+from models.inference import Row
+from models.trunks.base import Trunk
+from models.trunks.features import FeatureRequest
+from models.trunks.output import TrunkOutput
 
 # Keys and values are read once per epoch: half the bits take half the time, and the rounding is
 # small against the noise of training.
@@ -31,11 +33,8 @@ class ReadFeatures(Ranking):
         self._linear = linear
         if kind == "vqt":
             check_has_blocks(trunk)
-
-    def needs(self, rows: Sequence[int]) -> Need:
-        if self._linear is not None:
-            return self._linear.needs(rows)
-        return Need(keys_values=tuple(rows))
+        own = FeatureRequest(keys_values=True)
+        self.request = own if linear is None else linear.request
 
     def forward(self, output: TrunkOutput) -> dict[str, Tensor]:
         if self._linear is not None:
@@ -44,7 +43,6 @@ class ReadFeatures(Ranking):
         return {"pooled": self.trunk.pool(output), "keys_values": torch.stack(both, 1)}
 
 
-Row = dict[str, np.ndarray]
 Compute = Callable[[Sequence[int]], list[Row]]
 
 
@@ -80,7 +78,8 @@ class Features:
     def rows(self, positions: Sequence[int]) -> dict[str, Tensor]:
         """Tensors (len(positions), ...) by name; float32, keys and values float16."""
         missing = [p for p in positions if not self._has(p)]
-        computed = dict(zip(missing, self.compute(missing) if missing else [], strict=True))
+        rows = map(_as_stored, self.compute(missing) if missing else [])
+        computed = dict(zip(missing, rows, strict=True))
         for position, row in computed.items():
             self._keep(position, row)
         names = next(iter(computed.values())) if self._kept is None else self._kept
@@ -101,9 +100,6 @@ class Features:
         return np.asarray(self._kept[name][position])
 
     def _keep(self, position: int, row: Row) -> None:
-        for name in row:
-            if name == "keys_values":
-                row[name] = row[name].astype(STORED)
         if self._kept is None:
             each = sum(array.nbytes for array in row.values())
             capacity = min(self.count, self.limit_bytes // each)
@@ -122,3 +118,8 @@ class Features:
             for name, array in row.items():
                 self._kept[name][position] = array
             self._known[position] = True
+
+
+def _as_stored(row: Row) -> Row:
+    """A row with keys and values in the dtype that they are stored in."""
+    return {k: v.astype(STORED) if k == "keys_values" else v for k, v in row.items()}

@@ -1,4 +1,4 @@
-"""From labelled images and a frozen trunk to a head's file and a report on how that went."""
+"""From labelled images and a frozen trunk to a head's file, and a report on the training."""
 
 import time
 from collections import Counter
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import HeadState
 from models.errors import InputError
-from models.fitting.examples import Example, check_classes, split
-from models.fitting.features import Features, ReadFeatures, Row
+from models.fitting.dataset import Dataset, Progress, Report, prepare_dataset
+from models.fitting.examples import Example
+from models.fitting.features import Features, ReadFeatures
 from models.fitting.options import FitOptions
 from models.fitting.training import (
     Epoch,
@@ -26,46 +27,42 @@ from models.fitting.training import (
 )
 from models.heads.files import HeadFile
 from models.heads.linear import Linear
-from models.inputs.images import DEFAULT_LIMITS, ImageLimits, decode_image
-from models.inputs.transforms import create_transform
+from models.inference import HeadCall, Row, run_rows
+from models.inputs.images import DEFAULT_LIMITS, ImageLimits
 from models.trunks.base import Trunk
 
 BATCH = 8
 LIMIT_BYTES = 16 * 2**30
 
-# (pixels uint8 (B, 3, H, W), what is to be read of them) to a row each
+# Pixels uint8 (B, 3, H, W), and the head that reads their features; one row for each.
 Run = Callable[[Tensor, ReadFeatures], list[Row]]
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a fit is: `done` of `total` images or epochs; `accuracy` on what is held out."""
-
-    stage: str
-    done: int
-    total: int
-    accuracy: float | None = None
-
-
-Report = Callable[[Progress], None]
-
-
-@dataclass(frozen=True, slots=True)
 class Fitted:
-    """The head, and everything about its making as plain values for JSON."""
+    """The head, and everything about its training as plain values for JSON."""
 
     head: HeadFile
     report: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """A trained learner, the features that its classifier takes (None: all), its best epoch, and
+    what it predicts for the held-out images."""
+
+    learner: Learner
+    indices: Tensor | None
+    best: Epoch
+    curve: list[Epoch]
+    predicted: np.ndarray
 
 
 def run_directly(trunk: Trunk) -> Run:
     """Passes in this thread."""
 
     def run(pixels_BCHW: Tensor, head: ReadFeatures) -> list[Row]:
-        with torch.inference_mode():
-            tensors = head.forward(trunk.forward(pixels_BCHW, head.needs(range(len(pixels_BCHW)))))
-            arrays = {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()}
-        return [{name: array[i] for name, array in arrays.items()} for i in range(len(pixels_BCHW))]
+        return run_rows(trunk, pixels_BCHW, HeadCall(head))
 
     return run
 
@@ -87,81 +84,26 @@ def fit(
 
     Args:
         folder: for temporary files of up to `limit_bytes`, and the images as the trunk takes them.
-        run: passes of the trunk.
-        progress: called now and then; what it raises ends the fit.
-        trunk_source: where the trunk came from, if that is pinned.
+        run: runs passes of the trunk.
+        progress: called often. An exception that it raises ends the fit.
+        trunk_source: the trunk's source, if that pins its bytes.
 
     Raises:
-        InputError: options out of range, a class with one readable image, a single class.
+        InputError: options out of range, fewer than two classes, or a class with fewer than two
+            readable images.
         CheckpointError: the trunk cannot carry such a head.
     """
     started = time.monotonic()
     reader = create_reader(trunk, trunk_name, options)
-    check_classes(examples)
-    pixels, readable, skipped = _prepare(examples, trunk, folder, limits, progress)
-    try:
-        check_classes(readable)
-    except InputError as error:
-        if not skipped:
-            raise
-        raise InputError(
-            f"{error}, after {len(skipped)} unreadable images, the first of which is "
-            f"{skipped[0]['name']}: {skipped[0]['reason']}",
-            field=error.field,
-        ) from error
-    labels = sorted({example.label for example in readable})
-    targets = np.array([labels.index(example.label) for example in readable])
-    learn, held = split([example.label for example in readable], options.holdout, options.seed)
-
-    def compute(positions: Sequence[int]) -> list[Row]:
-        rows: list[Row] = []
-        for some in _batches(list(positions)):
-            rows += run(torch.from_numpy(pixels[some]), reader)
-        return rows
-
-    features = Features(compute, len(readable), folder, limit_bytes)
-    seen = 0
-
-    def count(more: int) -> None:
-        nonlocal seen
-        seen += more
-        progress(Progress("features", seen, len(readable)))
-
-    features.fill(_batches(list(range(len(readable)))), count)
-    torch.manual_seed(options.seed)
-    learner: Learner
-    if options.kind == "linear":
-        learner = LinearLearner(features, learn, len(labels))
-    else:
-        learner = VqtLearner(trunk, options.queries, len(labels))
-    at = Progress("training", 0, options.epochs * (1 if options.keep == 1 else 2))
-
-    def watch(point: Epoch) -> None:
-        nonlocal at
-        best = max(at.accuracy or 0.0, point.holdout_accuracy)
-        at = replace(at, done=point.epoch, accuracy=best)
-
-    training = Training(
-        learner,
-        features,
-        targets,
-        learn,
-        held,
-        options,
-        trunk.placement.device,
-        watch,
-        lambda: progress(at),
-    )
-    indices, point = _train(training, learner, options)
-    predicted = training.predict(indices)
-    confusion = np.zeros((len(labels), len(labels)), int)
-    np.add.at(confusion, (targets[held], predicted), 1)
+    dataset = prepare_dataset(examples, trunk, folder, options, limits, progress)
+    features = _compute_features(dataset, reader, folder, limit_bytes, run, progress)
+    outcome = _train(dataset, features, trunk, options, progress)
     summary = {
-        "images": len(readable),
-        "classes": len(labels),
-        "holdout_images": len(held),
-        "holdout_accuracy": point.holdout_accuracy,
-        "best_epoch": point.epoch,
+        "images": len(dataset.readable),
+        "classes": len(dataset.labels),
+        "holdout_images": len(dataset.held),
+        "holdout_accuracy": outcome.best.holdout_accuracy,
+        "best_epoch": outcome.best.epoch,
         "options": asdict(options),
     }
     head = HeadFile(
@@ -170,66 +112,22 @@ def fit(
         trunk_digest=trunk.digest,
         trunk_source=trunk_source,
         preprocess_digest=trunk.preprocess.digest,
-        labels=tuple(labels),
-        state=_state(learner, indices, options),
+        labels=tuple(dataset.labels),
+        state=_state(outcome.learner, outcome.indices, options),
         training=summary,
     )
-    report = summary | {
+    report = {
+        **summary,
         "kind": options.kind,
         "trunk": trunk_name,
-        "images_by_class": dict(Counter(example.label for example in readable)),
-        "skipped": skipped,
-        "holdout": [readable[i].name for i in held],
-        "labels": labels,
-        "confusion": confusion.tolist(),
-        "curve": curve_rows(training.curve),
+        **_details(dataset, outcome),
         "seconds": round(time.monotonic() - started, 1),
     }
     return Fitted(head, report)
 
 
-def _train(
-    training: Training, learner: Learner, options: FitOptions
-) -> tuple[Tensor | None, Epoch]:
-    """Train; where features are to be selected, train again on the strongest of them."""
-    if options.keep == 1:
-        return None, training.run()
-    training.run(lasso=options.lasso)
-    classifier = learner.classifier
-    count = max(1, int(options.keep * classifier.in_features))
-    strength = classifier.weight.detach().norm(dim=0)
-    indices = strength.topk(count).indices.sort().values
-    selected = torch.nn.Linear(count, classifier.out_features, device=strength.device)
-    with torch.no_grad():
-        selected.weight.copy_(classifier.weight[:, indices])
-        selected.bias.copy_(classifier.bias)
-    learner.classifier = selected
-    return indices, training.run(indices)
-
-
-def _state(learner: Learner, indices: Tensor | None, options: FitOptions) -> HeadState:
-    """The learner's weights as a head's file has them; scaled features are put into those of the
-    classifier."""
-    weight = learner.classifier.weight.detach()
-    bias = learner.classifier.bias.detach()
-    tensors = learner.tensors()
-    if isinstance(learner, LinearLearner):
-        mean, std = learner.mean, learner.std
-        if indices is not None:  # a linear head sees all features: the others weigh nothing
-            whole = weight.new_zeros(len(weight), len(mean))
-            whole[:, indices] = weight
-            weight, indices = whole, None
-        weight = weight / std
-        bias = bias - weight @ mean
-    if indices is not None:
-        tensors["indices"] = indices
-    tensors |= {"classifier.0.weight": weight, "classifier.0.bias": bias}
-    settings = {"layers": list(range(-options.layers, 0))} if options.kind == "linear" else {}
-    return HeadState({name: tensor.cpu() for name, tensor in tensors.items()}, settings)
-
-
 def create_reader(trunk: Trunk, trunk_name: str, options: FitOptions) -> ReadFeatures:
-    """What reads the features that such a head is made from.
+    """The head that reads the features for training.
 
     Raises:
         InputError: an option out of range, or a trunk that takes no images.
@@ -255,28 +153,119 @@ def _linear(trunk: Trunk, options: FitOptions) -> Linear | None:
     return Linear(trunk, ("",), HeadState(blank, settings))
 
 
-def _prepare(
-    examples: Sequence[Example],
-    trunk: Trunk,
+def _compute_features(
+    dataset: Dataset,
+    reader: ReadFeatures,
     folder: Path,
-    limits: ImageLimits,
+    limit_bytes: int,
+    run: Run,
     progress: Report,
-) -> tuple[np.memmap, list[Example], list[dict[str, str]]]:
-    """Pixels as the trunk takes them, uint8 (N, 3, H, W) on disk, of the examples that can be read;
-    and why the others cannot."""
-    transform = create_transform(trunk.preprocess)
-    shape = (len(examples), 3, *trunk.preprocess.input_size)
-    pixels = np.memmap(folder / "pixels.bin", np.uint8, "w+", shape=shape)
-    readable: list[Example] = []
-    skipped: list[dict[str, str]] = []
-    for number, example in enumerate(examples):
-        try:
-            pixels[len(readable)] = transform(decode_image(example.read(), limits)).numpy()
-            readable.append(replace(example, image=b""))
-        except (InputError, OSError) as error:
-            skipped.append({"name": example.name, "reason": str(error)})
-        progress(Progress("images", number + 1, len(examples)))
-    return pixels, readable, skipped
+) -> Features:
+    """The trunk's features of all images, computed once and stored as far as they fit."""
+    count = len(dataset.readable)
+
+    def compute(positions: Sequence[int]) -> list[Row]:
+        rows: list[Row] = []
+        for batch in _batches(list(positions)):
+            rows += run(torch.from_numpy(dataset.pixels[batch]), reader)
+        return rows
+
+    done = 0
+
+    def advance(more: int) -> None:
+        nonlocal done
+        done += more
+        progress(Progress("features", done, count))
+
+    features = Features(compute, count, folder, limit_bytes)
+    features.fill(_batches(list(range(count))), advance)
+    return features
+
+
+def _train(
+    dataset: Dataset, features: Features, trunk: Trunk, options: FitOptions, progress: Report
+) -> _Outcome:
+    torch.manual_seed(options.seed)
+    learner: Learner
+    if options.kind == "linear":
+        learner = LinearLearner(features, dataset.learn, len(dataset.labels))
+    else:
+        learner = VqtLearner(trunk, options.queries, len(dataset.labels))
+    state = Progress("training", 0, options.epochs * (1 if options.keep == 1 else 2))
+
+    def watch(point: Epoch) -> None:
+        nonlocal state
+        best = max(state.accuracy or 0.0, point.holdout_accuracy)
+        state = replace(state, done=point.epoch, accuracy=best)
+
+    training = Training(
+        learner,
+        features,
+        dataset.targets,
+        dataset.learn,
+        dataset.held,
+        options,
+        trunk.placement.device,
+        watch,
+        lambda: progress(state),
+    )
+    indices, best = _train_and_select(training, learner, options)
+    return _Outcome(learner, indices, best, training.curve, training.predict(indices))
+
+
+def _train_and_select(
+    training: Training, learner: Learner, options: FitOptions
+) -> tuple[Tensor | None, Epoch]:
+    """Train; if features are to be selected, train again on the strongest of them."""
+    if options.keep == 1:
+        return None, training.run()
+    training.run(lasso=options.lasso)
+    classifier = learner.classifier
+    count = max(1, int(options.keep * classifier.in_features))
+    strength = classifier.weight.detach().norm(dim=0)
+    indices = strength.topk(count).indices.sort().values
+    selected = torch.nn.Linear(count, classifier.out_features, device=strength.device)
+    with torch.no_grad():
+        selected.weight.copy_(classifier.weight[:, indices])
+        selected.bias.copy_(classifier.bias)
+    learner.classifier = selected
+    return indices, training.run(indices)
+
+
+def _state(learner: Learner, indices: Tensor | None, options: FitOptions) -> HeadState:
+    """The learner's weights as a head's file has them. The scaling of linear features is folded
+    into the classifier."""
+    weight = learner.classifier.weight.detach()
+    bias = learner.classifier.bias.detach()
+    tensors = learner.tensors()
+    if isinstance(learner, LinearLearner):
+        mean, std = learner.mean, learner.std
+        if indices is not None:  # a linear head takes all features: the others get weight 0
+            whole = weight.new_zeros(len(weight), len(mean))
+            whole[:, indices] = weight
+            weight, indices = whole, None
+        weight = weight / std
+        bias = bias - weight @ mean
+    if indices is not None:
+        tensors["indices"] = indices
+    tensors |= {"classifier.0.weight": weight, "classifier.0.bias": bias}
+    settings = {"layers": list(range(-options.layers, 0))} if options.kind == "linear" else {}
+    return HeadState({name: tensor.cpu() for name, tensor in tensors.items()}, settings)
+
+
+def _details(dataset: Dataset, outcome: _Outcome) -> dict[str, Any]:
+    """What only the report has."""
+    classes = len(dataset.labels)
+    confusion = np.zeros((classes, classes), int)
+    np.add.at(confusion, (dataset.targets[dataset.held], outcome.predicted), 1)
+    return {
+        "images_by_class": dict(Counter(example.label for example in dataset.readable)),
+        "skipped": dataset.skipped,
+        "holdout": [dataset.readable[i].name for i in dataset.held],
+        "labels": dataset.labels,
+        "confusion": confusion.tolist(),
+        "curve": curve_rows(outcome.curve),
+    }
 
 
 def _batches(positions: list[int]) -> list[list[int]]:

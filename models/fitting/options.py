@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from models.errors import InputError
-from models.heads.files import KINDS
+from models.heads.registry import head_classes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +51,11 @@ class FitOptions:
         Raises:
             InputError: an option is out of range; it names the first.
         """
-        if self.kind not in KINDS:
-            raise InputError(f"kind is {self.kind!r}; it can be {', '.join(KINDS)}", field="kind")
+        kinds = [kind for kind, head in head_classes().items() if head.is_fittable]
+        if self.kind not in kinds:
+            raise InputError(
+                f"kind is {self.kind!r}; heads that can be fitted: {', '.join(kinds)}", field="kind"
+            )
         for name, low, high in (
             ("seed", 0, 2**32 - 1), ("holdout", 0.01, 0.9), ("epochs", 1, 10_000),
             ("patience", 1, 10_000), ("batch_size", 1, 1024), ("rate", 1e-7, 10),

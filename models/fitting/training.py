@@ -77,8 +77,7 @@ class VqtLearner(Learner):
         super().__init__()
         depth, dim = len(trunk.blocks), trunk.blocks[0].attn.qkv.in_features
         self._trunk = [trunk]  # in a list, so that its parameters are not trained
-        network: Any = trunk.network
-        rows, columns = network.patch_embed.patch_size
+        rows, columns = trunk.patch_size
         bound = math.sqrt(6 / (3 * rows * columns + dim))  # upstream's initialisation
         self.queries = nn.Parameter(torch.empty(depth, queries, dim).uniform_(-bound, bound))
         self.classifier = _zero_linear(dim * (1 + depth * queries), classes)
@@ -213,7 +212,7 @@ class Training:
 
 
 def _read(queries_BThd: Tensor, keys_BhKd: Tensor, values_BhKd: Tensor) -> Tensor:
-    """As `models.trunks.query_tokens.read`, with gradients for the queries alone.
+    """`models.trunks.query_tokens.attend` with gradients for the queries alone.
 
     That is much less work than the backward pass of fused attention kernels.
     """

@@ -1,52 +1,57 @@
-"""Where a trunk looks: how much its class token reads each patch, in its last block."""
+"""Attention maps: how much a trunk's class token attends to each patch, in its last block."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
-from models.errors import InputError
-from models.heads.base import BaseHead
+from models.checkpoints.checkpoint import HeadState
+from models.errors import CatalogError, InputError
+from models.heads.base import Head
 from models.heads.generate import encode_png
-from models.networks.patchconvnet import PatchConvNet
 from models.tasks.rendering import npy
-from models.trunks.base import Trunk, TrunkOutput
-from models.trunks.features import Need
+from models.trunks.base import Trunk
+from models.trunks.output import TrunkOutput
 
 OVERLAY_SHARE = 0.6
 
 
-class Attention(BaseHead):
+class Attention(Head):
     """The last block's attention of a plain ViT (as DINO, arXiv 2104.14294, shows it), or that of
     PatchConvNet's pooling (arXiv 2112.13692)."""
 
+    kind = "attention"
     task = "attention"
     finish_is_slow = True
 
     def __init__(self, trunk: Trunk) -> None:
+        """
+        Raises:
+            CatalogError: the trunk has no class token whose attention can be read.
+        """
+        request = trunk.attention_request()
+        if request is None:
+            raise CatalogError(f"{trunk.architecture} has no class token's attention")
         self.trunk = trunk
+        self.request = request
 
-    def needs(self, rows: Sequence[int]) -> Need:
-        if isinstance(self.trunk.network, PatchConvNet):
-            return Need(pixels=True, features=False)
-        return Need(looks=frozenset({len(self.trunk.blocks) - 1}))
+    @classmethod
+    def create(cls, trunk: Trunk, labels: Sequence[str], state: HeadState | None) -> Self:
+        return cls(trunk)
 
-    def sees_image(self, options: Mapping[str, Any]) -> bool:
+    @classmethod
+    def comes_with(cls, trunk: Trunk, states: Mapping[str, HeadState]) -> bool:
+        return trunk.attention_request() is not None
+
+    def needs_image(self, options: Mapping[str, Any]) -> bool:
         return bool(options.get("output", "overlay") == "overlay")
 
     def forward(self, output: TrunkOutput) -> dict[str, Tensor]:
-        """`attention` (B, heads, h, w) probabilities, which with those of the other tokens sum to
-        1; with several class tokens there is a map of each."""
-        if isinstance(self.trunk.network, PatchConvNet):
-            assert output.pixels is not None
-            maps = self.trunk.network.last_attention(output.pixels)
-            maps = maps[..., -output.grid[0] * output.grid[1] :].flatten(1, 2)
-        else:
-            maps = output.looks[len(self.trunk.blocks) - 1][..., output.prefix :]
-        return {"attention": maps.reshape(*maps.shape[:2], *output.grid)}
+        """`attention` (B, heads, h, w): probabilities."""
+        return {"attention": self.trunk.class_attention(output)}
 
     def finish(
         self,
@@ -57,17 +62,17 @@ class Attention(BaseHead):
         head: int | None = None,
         image: Image.Image | None = None,
     ) -> dict[str, np.ndarray]:
-        """`size` (2,) width and height, `heads` and `grid` (2,) of the maps; and `output`: the
-        bytes of a PNG of the image's size, `overlay` on the `image` itself or `map` alone (white
-        where most is read), or `npy`, the maps (heads, h, w) float32.
+        """`size` (2,) width and height, `heads` and `grid` (2,) of the maps, and the `output`:
+        bytes of a PNG of the image's size (`overlay` on the `image`, or `map` alone, white where
+        attention is highest), or `npy`, the maps (heads, h, w) float32.
 
         Args:
-            head: one of them instead of their mean; for `npy` instead of all.
+            head: one head instead of their mean; in `npy` instead of all.
         """
         maps = row["attention"]
         if head is not None:
             if head >= len(maps):
-                raise InputError(f"head is {head}; there are {len(maps)}", field="head")
+                raise InputError(f"head is {head}; this model has {len(maps)} heads", field="head")
             maps = maps[head : head + 1]
         if output == "npy":
             drawn = npy(maps.astype("<f4"))
@@ -92,10 +97,3 @@ class Attention(BaseHead):
             return Image.fromarray(np.rint(placed * 255).astype(np.uint8))
         colours = (colormaps["inferno"](placed)[..., :3] * 255).astype(np.uint8)
         return Image.blend(image, Image.fromarray(colours), OVERLAY_SHARE)
-
-
-def has_attention(trunk: Trunk) -> bool:
-    """Whether there is a class token whose attention can be read."""
-    if isinstance(trunk.network, PatchConvNet):
-        return True
-    return bool(trunk.blocks) and getattr(trunk.network, "cls_token", None) is not None

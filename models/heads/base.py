@@ -1,26 +1,119 @@
-"""What most heads do the same way; a head overrides what it does otherwise."""
+"""What every head offers, with the defaults that most heads keep.
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+A head works in two steps. `forward` runs on the device for all rows of a batch that ask for the
+same thing. `finish` runs on the CPU for one input, with that caller's other options.
+"""
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from torch import Tensor
+
+from models.checkpoints.checkpoint import HeadState
+from models.errors import CatalogError
 from models.inputs.tiling import View
-from models.trunks.features import NOTHING, Need
+from models.reference_outputs import Parts, image_outputs
+from models.trunks.base import Trunk
+from models.trunks.features import NO_EXTRAS, FeatureRequest
+from models.trunks.weights import parameter_bytes, state_digest
 
 
-class BaseHead:
-    forward_options: frozenset[str] = frozenset()
-    finish_is_slow = False
-    network: Any = None
+class Head:
+    """A head on a trunk. A class with a `kind` is found by being in this package.
+
+    Class attributes:
+        kind: its name in catalogs (`head = "KIND"`) and in head files.
+        task: the task that it does, see `models/tasks`.
+        state_name: the name of its weights among those that come in a checkpoint; `kind` if empty.
+        needs_state: whether it cannot be created without weights.
+        is_main: whether a checkpoint that has its weights is a model for its task.
+        is_portable: whether it can be a file of its own, to be uploaded.
+        is_fittable: whether `vitrail fit` can train it.
+        forward_options: the options that `forward` takes. Rows with equal ones share a call. All
+            other options go to `finish`.
+        finish_is_slow: whether `finish` takes milliseconds, so that servers run it in a thread.
+
+    Attributes:
+        labels: class names, if it has classes.
+        request: what it needs of a pass beyond the trunk's last output.
+        view: how it wants images cut, if not by the trunk's transform. `finish` then gets what
+            the view has merged.
+        network: the module with its own weights, or None.
+    """
+
+    kind: ClassVar[str]
+    task: ClassVar[str]
+    state_name: ClassVar[str] = ""
+    needs_state: ClassVar[bool] = False
+    is_main: ClassVar[bool] = False
+    is_portable: ClassVar[bool] = False
+    is_fittable: ClassVar[bool] = False
+    forward_options: ClassVar[frozenset[str]] = frozenset()
+    finish_is_slow: ClassVar[bool] = False
+
+    labels: Sequence[str] = ()
+    request: FeatureRequest = NO_EXTRAS
     view: View | None = None
+    network: Any = None
 
-    def needs(self, rows: Sequence[int]) -> Need:
-        return NOTHING
+    @classmethod
+    def create(cls, trunk: Trunk, labels: Sequence[str], state: HeadState | None) -> Self:
+        """The head on a trunk.
+
+        Args:
+            labels: class names; may be empty if the weights or the task bring their own.
+            state: its weights.
+
+        Raises:
+            CatalogError: the trunk lacks what the head needs.
+            CheckpointError: the weights do not fit the trunk.
+        """
+        raise CatalogError(f"the head {cls.kind} cannot be named in a catalog")
+
+    @classmethod
+    def comes_with(cls, trunk: Trunk, states: Mapping[str, HeadState]) -> bool:
+        """Whether every model on such a trunk, with these weights beside it, has this head."""
+        return False
+
+    def companions(self) -> Mapping[str, "Head"]:
+        """Heads for other tasks that this head brings."""
+        return {}
 
     def check(self, options: Mapping[str, Any]) -> None:
-        pass
+        """Raise InputError for options that this model cannot honour, before anything runs."""
 
     def at_size(self, options: Mapping[str, Any], size: tuple[int, int]) -> Mapping[str, Any]:
+        """The options of `forward` for an image of that (width, height)."""
         return options
 
-    def sees_image(self, options: Mapping[str, Any]) -> bool:
+    def needs_image(self, options: Mapping[str, Any]) -> bool:
+        """Whether `finish` takes the decoded image itself, as the option `image`."""
         return False
+
+    # Subclasses declare the options that they take by name, so these are no plain methods here.
+
+    @property
+    def forward(self) -> Callable[..., dict[str, Tensor]]:
+        """`forward(output, **options)`: named tensors for a batch, first dimension B."""
+        raise NotImplementedError
+
+    @property
+    def finish(self) -> Callable[..., dict[str, np.ndarray]]:
+        """`finish(row, size, **options)`: one input's row of those to its answer's named arrays.
+        `size` is the image's (width, height)."""
+        raise NotImplementedError
+
+    @property
+    def digests(self) -> list[str]:
+        """Digests over the head's own weights and settings."""
+        return [] if self.network is None else [state_digest(self.network.state_dict())]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the head's own weights on the device."""
+        return 0 if self.network is None else parameter_bytes(self.network)
+
+    def reference_outputs(self, parts: Parts, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `Model.run` returns for a model whose own head this is."""
+        return image_outputs(parts, inputs) if "pixel_values" in inputs else {}

@@ -1,32 +1,41 @@
-"""Segmentation by any labels: each patch of a CLIP is compared with their texts (MaskCLIP, arXiv
-2112.01071)."""
+"""Segmentation by labels given as texts: each patch of a CLIP is compared with them (MaskCLIP,
+arXiv 2112.01071)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import interpolate, normalize
 from torchvision.transforms.functional import pil_to_tensor
 
+from models.checkpoints.checkpoint import HeadState
 from models.errors import CatalogError
-from models.heads.prompted import Prompted
-from models.heads.segment import Segment
-from models.networks.dense_clip import can_be_dense
+from models.heads.prompted import Prompted, Similarity
+from models.heads.segment import MaskOptions, Segment
+from models.reference_outputs import Parts
 from models.segmentation.label_sets import palette_of
-from models.trunks.base import Trunk, TrunkOutput
-from models.trunks.features import Need
+from models.trunks.base import Trunk
+from models.trunks.features import FeatureRequest, merge
+from models.trunks.output import TrunkOutput
+from models.trunks.text import TextTrunk
 
 LONGEST = 4  # times the shorter side
+# MaskCLIP's code multiplies cosines by this, whatever the checkpoint's own scale.
+DENSE_SCALE = 100.0
 
 
 @dataclass(frozen=True, slots=True)
 class WholePatches:
-    """An image as it is, its shorter side brought to `side` pixels, each side then to a multiple of
-    the patch; no side is longer than LONGEST times that."""
+    """A view of the whole image, resized to whole patches.
+
+    Args:
+        side: pixels of the shorter side. The longer one has at most LONGEST times as many.
+        patch: pixels of a patch's side, which each side is a multiple of.
+    """
 
     side: int
     patch: int
@@ -46,10 +55,12 @@ class WholePatches:
 
 
 class DenseClip(Prompted, Segment):
-    """`scale` is what cosines are multiplied with before the softmax. The trunk's input is doubled:
-    twice as fine a grid as it was trained with."""
+    """The trunk's input is twice the size that it was trained with, for a finer grid."""
 
+    kind = "dense-clip"
+    state_name = "dense"
     softmax = False
+    request = FeatureRequest(dense=True)
 
     def __init__(
         self,
@@ -59,23 +70,33 @@ class DenseClip(Prompted, Segment):
         labels: Sequence[str] = (),
     ) -> None:
         """
+        Args:
+            scale: multiplies cosines before the softmax.
+
         Raises:
             CatalogError: a tower of another kind.
         """
-        if not can_be_dense(trunk.network):
-            raise CatalogError(f"{trunk.architecture} is no plain ViT of a CLIP")
+        if not trunk.has_dense:
+            raise CatalogError(f"{trunk.architecture} is not the plain ViT of a CLIP")
         super().__init__(trunk, labels)
         self.scale = scale
         self.templates = tuple(templates)
-        patch: Any = trunk.network.conv1
-        side = 2 * min(trunk.preprocess.input_size)
-        self.view = WholePatches(side, int(patch.kernel_size[0]))
+        self.view = WholePatches(2 * min(trunk.preprocess.input_size), trunk.patch_size[0])
 
-    def needs(self, rows: Sequence[int]) -> Need:
-        return Need(dense=True)
-
-    def check(self, options: Mapping[str, Any]) -> None:
-        self.check_prompt(options)
+    @classmethod
+    def create_prompted(
+        cls,
+        image: Trunk,
+        text: TextTrunk,
+        similarity: Similarity | None,
+        *,
+        state: HeadState | None = None,
+        join: Any = None,
+        templates: Sequence[str],
+        labels: Sequence[str] = (),
+    ) -> Self:
+        scale = DENSE_SCALE if state is None else float(state.settings["scale"])
+        return cls(image, scale, templates, labels)
 
     def forward(self, output: TrunkOutput) -> dict[str, Tensor]:
         """`dense` (B, D, h, w) of unit length."""
@@ -89,29 +110,31 @@ class DenseClip(Prompted, Segment):
         *,
         classes: np.ndarray | None = None,
         labels: Sequence[str] = (),
-        threshold: float | None = None,
-        min_area: int = 0,
-        output: str = "png",
         image: Image.Image | None = None,
+        **options: Any,
     ) -> dict[str, np.ndarray]:
-        """As `Segment.finish`, for these labels; `logits` are probabilities here."""
+        """As `Segment.finish`, for these labels. `logits` are probabilities here."""
         assert classes is not None
-        found = probabilities(torch.from_numpy(row["dense"]), torch.from_numpy(classes), self.scale)
-        palette = palette_of(labels)
-        return self.answer(found.numpy(), labels, palette, size, threshold, min_area, output, image)
+        maps = probabilities(torch.from_numpy(row["dense"]), torch.from_numpy(classes), self.scale)
+        mask_options = MaskOptions(**options)
+        return self.answer(maps.numpy(), labels, palette_of(labels), size, mask_options, image)
 
-    def run(self, pixels: Tensor, classes_KD: Tensor | None) -> dict[str, Tensor]:
-        """By upstream's names: `feature_map` (B, D, h, w); and with the labels' embeddings
-        `mask_logits`, the cosines (B, K, h, w), `mask_logits_fullres` (B, K, H, W) of them, and
-        `mask_probabilities`."""
-        output = self.trunk.forward(pixels, Need(dense=True))
+    def reference_outputs(self, parts: Parts, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By upstream's names: `text_embedding`, `image_embedding` and `feature_map` (B, D, h, w),
+        of unit length; of both inputs `mask_logits`, the cosines (B, K, h, w),
+        `mask_logits_fullres` (B, K, H, W), and `mask_probabilities`."""
+        named: dict[str, Tensor] = {}
+        if (token_ids := inputs.get("token_ids")) is not None:
+            named["text_embedding"] = normalize(parts.embed_texts(token_ids), dim=-1)
+        if (pixels := inputs.get("pixel_values")) is None:
+            return named
+        output = self.trunk.forward(pixels, merge([(self.request, range(len(pixels)))]))
         features = self.forward(output)["dense"]
-        named = {"feature_map": features}
-        if classes_KD is not None:
-            cosines = torch.einsum("kd,bdhw->bkhw", normalize(classes_KD, dim=-1), features)
-            full = torch.nn.functional.interpolate(
-                cosines, size=pixels.shape[2:], mode="bilinear", align_corners=False
-            )
+        named["image_embedding"] = normalize(self.trunk.pool(output), dim=-1)
+        named["feature_map"] = features
+        if "text_embedding" in named:
+            cosines = torch.einsum("kd,bdhw->bkhw", named["text_embedding"], features)
+            full = interpolate(cosines, size=pixels.shape[2:], mode="bilinear", align_corners=False)
             named |= {
                 "mask_logits": cosines,
                 "mask_logits_fullres": full,

@@ -1,50 +1,39 @@
 """Pooled features of a trunk as a retrieval embedding."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 from torch import Tensor, nn
 
+from models.checkpoints.checkpoint import HeadState
 from models.errors import InputError
-from models.heads.base import BaseHead
-from models.trunks.base import Trunk, TrunkOutput
-from models.trunks.pooling import gem, ggem
+from models.heads.base import Head
+from models.trunks.base import Trunk
+from models.trunks.features import FeatureRequest
+from models.trunks.masked import ScaleMaeTrunk
+from models.trunks.output import TrunkOutput
+from models.trunks.pooling import gem, ggem, pca_projection
 
 POOLINGS = ("cls", "mean", "max", "gem", "ggem")
 
 
-class Projection(nn.Module):
-    """What follows the pooling: (x - mean) @ weight, to other dimensions; PCA is one."""
-
-    mean: Tensor
-    weight: Tensor
-
-    def __init__(self, mean: Tensor, weight: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mean", mean)
-        self.register_buffer("weight", weight)
-
-    def forward(self, x_BD: Tensor) -> Tensor:
-        projected: Tensor = (x_BD - self.mean) @ self.weight
-        return projected
-
-
-def pca(weights: Mapping[str, Tensor]) -> Projection:
-    """A principal component analysis: `mean` (D,), `components` (K, D)."""
-    return Projection(weights["mean"], weights["components"].T.contiguous())
-
-
-class Embed(BaseHead):
-    """`pooling` None is the checkpoint's own; the others pool the last layer's features.
+class Embed(Head):
+    """`pooling` None is the checkpoint's own. The others pool the last layer's features.
 
     `mean`, `max`, `gem` (generalized mean, p = 3; Radenovic et al., arXiv 1711.02512) and `ggem`
-    (one learned p a group of channels; arXiv 2212.04114) are over places in the image, so without
-    class and register tokens.
+    (one learned p per group of channels; arXiv 2212.04114) are over patches, without class and
+    register tokens.
+
+    Scale-MAE's features (arXiv 2212.14532) depend on the ground sample distance `gsd` of the sent
+    image in metres per pixel. Resizing it to the trunk's input changes the distance as much.
+    Without `gsd`, a pixel of the input covers what the model calls 1, as in upstream's evaluation.
     """
 
+    kind = "embed"
     task = "embed"
-    forward_options = frozenset({"pooling"})
+    state_name = "pca"
+    forward_options = frozenset({"pooling", "gsd"})
 
     def __init__(
         self,
@@ -62,10 +51,22 @@ class Embed(BaseHead):
         if projection is not None:
             self.network = trunk.placement.apply(projection)
         self.pooling = pooling
+        if trunk.takes_gsd:
+            self.request = FeatureRequest(pixels=True, features=False)
+
+    @classmethod
+    def create(cls, trunk: Trunk, labels: Sequence[str], state: HeadState | None) -> Self:
+        if state is None:
+            return cls(trunk)
+        return cls(trunk, projection=pca_projection(state.tensors), pooling="cls")
+
+    @classmethod
+    def comes_with(cls, trunk: Trunk, states: Mapping[str, HeadState]) -> bool:
+        return trunk.modality != "latent"
 
     def check(self, options: Mapping[str, Any]) -> None:
-        if "gsd" in options:
-            raise InputError("gsd is for Scale-MAE; this model knows no scale", field="gsd")
+        if "gsd" in options and not self.trunk.takes_gsd:
+            raise InputError("gsd is for Scale-MAE; this model does not take it", field="gsd")
         pooling = options.get("pooling")
         if pooling is None:
             return
@@ -78,12 +79,26 @@ class Embed(BaseHead):
             problem = "this model projects its own pooling; leave pooling out"
         elif pooling == "ggem" and self.trunk.exponents is None:
             problem = "pooling ggem needs exponents learned with the checkpoint; this one has none"
-        elif pooling == "cls" and not getattr(self.trunk.network, "num_prefix_tokens", 0):
+        elif pooling == "cls" and self.trunk.num_prefix_tokens == 0:
             problem = f"pooling cls needs a class token; {self.trunk.architecture} has none"
         if problem is not None:
             raise InputError(problem, field="pooling")
 
-    def forward(self, output: TrunkOutput, *, pooling: str | None = None) -> dict[str, Tensor]:
+    def at_size(self, options: Mapping[str, Any], size: tuple[int, int]) -> Mapping[str, Any]:
+        if (gsd := options.get("gsd")) is None:
+            return options
+        height, width = self.trunk.preprocess.input_size
+        shrinking = (size[0] * size[1] / (width * height)) ** 0.5
+        return {**options, "gsd": gsd * shrinking}
+
+    def forward(
+        self, output: TrunkOutput, *, pooling: str | None = None, gsd: float = 1.0
+    ) -> dict[str, Tensor]:
+        """`embedding` (B, E). `gsd` is that of the input's pixels."""
+        if isinstance(self.trunk, ScaleMaeTrunk):
+            assert output.pixels is not None
+            scale = output.pixels.new_full((len(output.pixels),), gsd)
+            output = self.trunk.forward_at_scale(output, scale)
         pooled = self.pool(output, pooling or self.pooling)
         return {"embedding": pooled if self.network is None else self.network(pooled)}
 
@@ -99,6 +114,7 @@ class Embed(BaseHead):
             case "gem":
                 return gem(output.patches_BTD)
             case "ggem":
+                assert self.trunk.exponents is not None
                 return ggem(output.patches_BTD, self.trunk.exponents)
         return self.trunk.pool(output)
 

@@ -15,20 +15,26 @@ from torch import Tensor, isfinite
 
 from models.checkpoints.checkpoint import HeadState
 from models.errors import CheckpointError
+from models.heads.registry import head_classes
 
 METADATA_KEY = "vitrail-head"
 VERSION = 1
-KINDS = {"linear": "classify", "vqt": "classify", "semantic": "segment"}
 MAX_LABELS = 100_000
 PIN = "sha256="
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadFile:
-    """A head for `trunk` (its name where it was made), and for no other than that of `trunk_digest`
-    with the transform of `preprocess_digest`; or of `trunk_source`, where that pins its bytes: what
-    a conversion computes may round differently on another machine. `training` sums up how it was
-    made."""
+    """A trained head, and the one trunk that it is for.
+
+    Args:
+        trunk: the trunk's name where the head was trained.
+        trunk_digest: the trunk's weights.
+        preprocess_digest: the trunk's transform.
+        trunk_source: the trunk's source. If it pins its bytes, an equal source counts instead of
+            an equal digest: a conversion may round differently on another machine.
+        training: a summary of the training, as plain values.
+    """
 
     kind: str
     trunk: str
@@ -43,14 +49,15 @@ class HeadFile:
     def check_trunk(self, trunk_digest: str, preprocess_digest: str, source: str = "") -> None:
         """Raise CheckpointError unless the head was made for this trunk and transform."""
         pinned = PIN in source and source == self.trunk_source
-        for what, wanted, given in (
+        for what, expected, actual in (
             ("trunk", self.trunk_digest, self.trunk_digest if pinned else trunk_digest),
             ("preprocessing", self.preprocess_digest, preprocess_digest),
         ):
-            if wanted != given:
+            if expected != actual:
                 raise CheckpointError(
-                    f"the head was made for another {what} ({wanted[:19]}..., of {self.trunk!r}), "
-                    f"not for this ({given[:19]}...)"
+                    f"the head was made for another {what} ({expected[:19]}..., of "
+                    f"{self.trunk!r}), "
+                    f"not for this one ({actual[:19]}...)"
                 )
 
 
@@ -61,13 +68,13 @@ def encode_head(head: HeadFile) -> bytes:
 
 
 def save_head(head: HeadFile, path: Path) -> None:
-    """Write the file, under its name only when complete."""
+    """Write the file. It appears under its name when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, encode_head(head))
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that a crash at any moment leaves either all of it or nothing of it."""
+    """Write a file so that a crash at any moment leaves all of it or nothing."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as file:
         try:
             os.fchmod(file.fileno(), 0o644)  # others on a shared volume may read it
@@ -84,7 +91,7 @@ def read_head(path: Path) -> HeadFile:
     """Read a head's file.
 
     Raises:
-        CheckpointError: missing, damaged, or no head.
+        CheckpointError: missing, damaged, or not a head.
     """
     try:
         content = path.read_bytes()
@@ -97,7 +104,7 @@ def read_head(path: Path) -> HeadFile:
 
 
 def decode_head(content: bytes) -> HeadFile:
-    """A head from its file's bytes, checked but for its trunk.
+    """A head from its file's bytes. Whether it fits its trunk is checked elsewhere.
 
     Raises:
         CheckpointError: damaged, not a head, or with weights that are not finite.
@@ -110,29 +117,32 @@ def decode_head(content: bytes) -> HeadFile:
     except (SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(f"not a readable safetensors file: {error}") from error
     if not isinstance(metadata, dict):
-        raise CheckpointError(f"a safetensors file, but no head: its metadata lack {METADATA_KEY}")
+        raise CheckpointError(f"not a head: its metadata has no entry {METADATA_KEY}")
     if metadata.get("version") != VERSION:
-        raise CheckpointError(f"a head of version {metadata.get('version')}; {VERSION} is known")
+        raise CheckpointError(
+            f"a head of version {metadata.get('version')}; version {VERSION} is supported"
+        )
     return _checked(metadata, tensors)
 
 
 def _checked(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> HeadFile:
     texts = ("kind", "trunk", "trunk_digest", "preprocess_digest", "task")
     if wrong := [name for name in texts if not isinstance(metadata.get(name), str)]:
-        raise CheckpointError(f"the head's metadata lack {', '.join(wrong)}")
-    if KINDS.get(metadata["kind"]) != metadata["task"]:
-        kinds = ", ".join(f"{kind} for {task}" for kind, task in KINDS.items())
+        raise CheckpointError(f"the head's metadata has no {', '.join(wrong)}")
+    tasks = {kind: head.task for kind, head in head_classes().items() if head.is_portable}
+    if tasks.get(metadata["kind"]) != metadata["task"]:
+        supported = ", ".join(f"{kind} for {task}" for kind, task in tasks.items())
         raise CheckpointError(
-            f"a {metadata['kind']!r} head for the task {metadata['task']!r}; known are {kinds}"
+            f"a {metadata['kind']!r} head for the task {metadata['task']!r}; supported: {supported}"
         )
     labels = metadata.get("labels")
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise CheckpointError("the head's metadata lack labels")
+        raise CheckpointError("the head's metadata has no labels")
     if not 1 <= len(labels) <= MAX_LABELS:
-        raise CheckpointError(f"the head has {len(labels)} labels")
+        raise CheckpointError(f"the head has {len(labels)} labels; it can have 1 to {MAX_LABELS}")
     for part in ("settings", "training"):
         if not isinstance(metadata.get(part, {}), dict):
-            raise CheckpointError(f"the head's {part} are no object")
+            raise CheckpointError(f"the head's {part} must be an object")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(isfinite(tensor).all()):
             raise CheckpointError(f"the head's {name} has values that are not finite")

@@ -1,8 +1,8 @@
-"""Foregrounds that nobody has trained: from what a self-supervised ViT attends to, or from a cut
-through the graph of its patches."""
+"""Foreground masks without training: from what a self-supervised ViT attends to, or from a
+normalised cut of the graph of its patches."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from scipy.linalg import eigh
@@ -10,11 +10,11 @@ from scipy.ndimage import label as connected
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from models.checkpoints.checkpoint import HeadState
 from models.errors import CatalogError
-from models.heads.attention import has_attention
 from models.heads.segment import BINARY, Segment
-from models.trunks.base import Trunk, TrunkOutput
-from models.trunks.features import Need
+from models.trunks.base import Trunk
+from models.trunks.output import TrunkOutput
 
 # DINO keeps the patches that have 60 % of the attention.
 ATTENTION_THRESHOLD = 0.4
@@ -24,25 +24,29 @@ APART = 1e-5
 
 
 class AttentionMask(Segment):
-    """DINO's thresholded attention (arXiv 2104.14294): a patch belongs to the foreground if those
-    that are attended to more have less than a share of the whole, 1 less `threshold` (0.4)."""
+    """DINO's thresholded attention (arXiv 2104.14294): a patch is foreground if the patches with
+    more attention have less than a share of the whole attention, 1 - `threshold` (0.4)."""
+
+    kind = "attention-mask"
 
     def __init__(self, trunk: Trunk, labels: Sequence[str] = ()) -> None:
         """
         Raises:
             CatalogError: the trunk has no class token whose attention can be read.
         """
-        if not has_attention(trunk) or not trunk.blocks:
+        request = trunk.attention_request()
+        if request is None or not trunk.blocks:
             raise CatalogError(f"{trunk.architecture} has no attention that can be read")
         super().__init__(trunk, labels or BINARY)
+        self.request = request
 
-    def needs(self, rows: Sequence[int]) -> Need:
-        return Need(looks=frozenset({len(self.trunk.blocks) - 1}))
+    @classmethod
+    def create(cls, trunk: Trunk, labels: Sequence[str], state: HeadState | None) -> Self:
+        return cls(trunk, labels)
 
     def forward(self, output: TrunkOutput) -> dict[str, Tensor]:
-        """`rank` (B, h, w): 1 less the share of attention on patches that have more of it."""
-        found = output.looks[len(self.trunk.blocks) - 1]
-        attention = found[..., output.prefix :].mean(1)
+        """`rank` (B, h, w): 1 minus the share of attention on patches that have more of it."""
+        attention = self.trunk.class_attention(output).flatten(2).mean(1)
         attention = attention / attention.sum(1, keepdim=True)
         ordered, order = attention.sort(1, descending=True)
         before = ordered.cumsum(1) - ordered
@@ -60,8 +64,10 @@ class AttentionMask(Segment):
 
 
 class TokenCut(Segment):
-    """A normalised cut of the graph of patches (arXiv 2202.11539): the part that holds the patch
-    most apart from the others, as far as it is connected."""
+    """A normalised cut of the graph of patches (arXiv 2202.11539): the connected region around the
+    patch that differs most from the others."""
+
+    kind = "tokencut"
 
     def __init__(self, trunk: Trunk, labels: Sequence[str] = ()) -> None:
         """
@@ -69,15 +75,19 @@ class TokenCut(Segment):
             CatalogError: the trunk yields no features of places.
         """
         if not trunk.has_tokens:
-            raise CatalogError(f"{trunk.architecture} yields one embedding, and no patches")
+            raise CatalogError(f"{trunk.architecture} yields one embedding, without patches")
         super().__init__(trunk, labels or BINARY)
+
+    @classmethod
+    def create(cls, trunk: Trunk, labels: Sequence[str], state: HeadState | None) -> Self:
+        return cls(trunk, labels)
 
     def forward(self, output: TrunkOutput) -> dict[str, Tensor]:
         """`patches` (B, D, h, w) of unit length."""
         return {"patches": normalize(output.feature_map_BChw.float(), dim=1)}
 
     def map_of(self, row: Mapping[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
-        """Of the patches that show the image: what fills it up would stand apart the most."""
+        """Computed over the patches that show the image: padding would differ most."""
         features = row["patches"]
         left, top, right, bottom = self.region(size)
         rows = _inside(features.shape[1], top, bottom, size[1])
@@ -88,7 +98,7 @@ class TokenCut(Segment):
             (part.start, length - part.stop)
             for part, length in zip((rows, columns), features.shape[1:], strict=True)
         ]
-        # a cell at the border shows some of the image, too
+        # a cell at the border may show some of the image
         return np.pad(found, beyond, mode="edge")
 
 

@@ -1,11 +1,12 @@
 """A classifier trained on a frozen trunk's features: a linear probe, or a small MLP.
 
-The features are the trunk's own pooled output; or, as the evaluations of self-supervised ViTs have
-them, the class tokens of several blocks, with or without the mean of the last one's patch tokens.
+The features are the trunk's own pooled output; or the class tokens of several blocks, with or
+without the mean of the last one's patch tokens, as in evaluations of self-supervised ViTs.
 """
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from models.checkpoints.checkpoint import HeadState
 from models.errors import CheckpointError
 from models.heads.ranking import Ranking
-from models.trunks.base import Trunk, TrunkOutput, state_digest
-from models.trunks.features import NOTHING, Need
+from models.trunks.base import Trunk
+from models.trunks.features import NO_EXTRAS, FeatureRequest
+from models.trunks.output import TrunkOutput
+from models.trunks.weights import state_digest
 
 CLASSIFIER = "classifier."
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -25,18 +28,27 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 class Linear(Ranking):
-    """Settings: `layers`, the blocks (counted from 0, or back from -1) whose class tokens are
-    taken, none for the trunk's pooling; `mean`: whether the mean of the last one's patch tokens
-    comes `interleaved` with these (DINO, arXiv 2104.14294), `appended` to them, or `alone`.
-    `activations` and `norm_eps` as `create_classifier` takes them.
+    """Settings:
+        layers: blocks, counted from 0 or back from -1, whose class tokens are the features. None:
+            the trunk's own pooling.
+        mean: how the mean of the last block's patch tokens is added: `interleaved` with the class
+            tokens (DINO, arXiv 2104.14294), `appended` to them, or `alone`.
+        activations, norm_eps: see `create_classifier`.
 
-    Tensors: `classifier.N...` as `create_classifier` reads them.
+    Tensors: `classifier.N...`, see `create_classifier`.
     """
+
+    kind = "linear"
+    needs_state = True
+    is_main = True
+    is_portable = True
+    is_fittable = True
 
     def __init__(self, trunk: Trunk, labels: Sequence[str], state: HeadState) -> None:
         """
         Raises:
-            CheckpointError: the trunk has no such blocks or features, or the labels do not fit.
+            CheckpointError: the trunk has no such blocks or features, or the number of labels is
+                not that of the outputs.
         """
         super().__init__(labels)
         self.trunk = trunk
@@ -44,26 +56,34 @@ class Linear(Ranking):
         outputs = last_size(self.network)
         if outputs != len(labels):
             raise CheckpointError(f"the head has {len(labels)} labels for {outputs} outputs")
-        self.digest = state_digest(state.tensors) + json.dumps(state.settings, sort_keys=True)
+        self._digest = state_digest(state.tensors) + json.dumps(state.settings, sort_keys=True)
         self.read_settings(state)
+
+    @classmethod
+    def create(cls, trunk: Trunk, labels: Sequence[str], state: HeadState | None) -> Self:
+        assert state is not None
+        return cls(trunk, labels, state)
+
+    @property
+    def digests(self) -> list[str]:
+        return [self._digest]
 
     def read_settings(self, state: HeadState) -> None:
         depth = len(self.trunk.blocks)
-        given = [int(layer) for layer in state.settings.get("layers", ())]
-        if given:
+        layers = [int(layer) for layer in state.settings.get("layers", ())]
+        if layers:
             check_has_blocks(self.trunk)
-        if wrong := [layer for layer in given if not -depth <= layer < depth]:
+        if wrong := [layer for layer in layers if not -depth <= layer < depth]:
             raise CheckpointError(f"the head reads block {wrong[0]}; the trunk has {depth}")
-        self.layers = [layer % depth for layer in given]
+        self.layers = [layer % depth for layer in layers]
         self.mean = state.settings.get("mean")
         if self.mean not in (None, "interleaved", "appended", "alone"):
-            raise CheckpointError(f"the head's mean is {self.mean!r}, which is not known")
-
-    def needs(self, rows: Sequence[int]) -> Need:
-        return Need(layers=frozenset(self.layers)) if self.layers else NOTHING
+            raise CheckpointError(f"unknown setting mean = {self.mean!r} of a linear head")
+        layer_request = FeatureRequest(layers=frozenset(self.layers))
+        self.request = layer_request if self.layers else NO_EXTRAS
 
     def features(self, output: TrunkOutput) -> Tensor:
-        """(B, F) float32: what the classifier sees."""
+        """(B, F) float32: the classifier's input."""
         if not self.layers:
             return self.trunk.pool(output).float()
         normed = [self.trunk.norm(output.layers[layer]) for layer in self.layers]
@@ -87,17 +107,19 @@ def check_has_blocks(trunk: Trunk) -> None:
     """Raise CheckpointError unless heads can read the trunk's blocks."""
     if not trunk.blocks:
         raise CheckpointError(
-            f"{trunk.architecture} is no plain ViT, whose blocks this head would have to read"
+            f"this head reads the blocks of a plain ViT; {trunk.architecture} is not one"
         )
 
 
 def create_classifier(state: HeadState) -> nn.Sequential:
-    """`classifier.N.weight` and so on as layers in the order of N: linear ones, and batch norms
-    (those with a `running_mean`), with `activations` (`gelu`, `relu`, `tanh`, by their own N) in
-    between. In float32, frozen. `norm_eps` is that of the batch norms.
+    """The layers of tensors `classifier.N.weight` and so on, in the order of N, float32 and frozen.
+
+    Tensors with a `running_mean` are batch norms, all others linear layers. The settings
+    `activations` (`gelu`, `relu` or `tanh` by N) stand between them; `norm_eps` is the batch
+    norms' epsilon.
 
     Raises:
-        CheckpointError: there is none, or the layers do not fit one another.
+        CheckpointError: no classifier, or layers whose sizes do not match.
     """
     layers: dict[int, nn.Module] = {}
     for number, tensors in sorted(_by_number(state.tensors).items()):
@@ -107,7 +129,9 @@ def create_classifier(state: HeadState) -> nn.Sequential:
         raise CheckpointError("the head has no classifier")
     for place, name in state.settings.get("activations", {}).items():
         if name not in ACTIVATIONS or int(place) in layers or int(place) > last:
-            raise CheckpointError(f"the head's activation {name!r} at {place} is not known")
+            raise CheckpointError(
+                f"the head's activation {name!r} at {place} is unknown, or its place is taken"
+            )
         layers[int(place)] = ACTIVATIONS[name]()
     _check_sizes(layers)
     ordered = [layers[number] for number in sorted(layers)]
@@ -120,7 +144,7 @@ def _by_number(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
         if key.startswith(CLASSIFIER):
             place, _, name = key.removeprefix(CLASSIFIER).partition(".")
             if not place.isdecimal():
-                raise CheckpointError(f"{key} is no layer of a classifier")
+                raise CheckpointError(f"{key}: a classifier's layers are numbered")
             by_number.setdefault(int(place), {})[name] = value.float()
     return by_number
 
@@ -156,10 +180,10 @@ def _check_sizes(layers: Mapping[int, nn.Module]) -> None:
 
 
 def first_size(network: nn.Module) -> int:
-    """Features that a classifier takes."""
+    """Input features of a classifier."""
     return next(layer.in_features for layer in network.modules() if isinstance(layer, nn.Linear))
 
 
 def last_size(network: nn.Module) -> int:
-    """Classes that it tells apart."""
+    """Classes of a classifier."""
     return [layer.out_features for layer in network.modules() if isinstance(layer, nn.Linear)][-1]

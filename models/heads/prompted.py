@@ -1,20 +1,60 @@
-"""What heads share that compare images with labels made up by the caller."""
+"""What heads share that compare images with labels given as texts."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
-from models.errors import InputError
+from models.checkpoints.checkpoint import HeadState
+from models.errors import CatalogError, InputError
+from models.heads.base import Head
 from models.inputs.prompts import check_labels, expand_templates
+from models.trunks.base import Trunk
+from models.trunks.text import TextTrunk
 
 
-class Prompted:
-    """`templates` and `labels` are the model's own, which a request may replace. `finish` takes
-    `classes` (K, D), the labels' embeddings of unit length, and the `labels` themselves."""
+@dataclass(frozen=True, slots=True)
+class Similarity:
+    """How similarities of two towers become logits: cosine times `scale`, plus `bias` (of sigmoid
+    models, else None)."""
 
-    templates: tuple[str, ...]
-    labels: tuple[str, ...]
+    scale: float
+    bias: float | None = None
 
-    def check_prompt(self, options: Mapping[str, Any]) -> None:
+
+class Prompted(Head):
+    """A request may replace the model's own `templates` and `labels`. `finish` takes `classes`
+    (K, D), the labels' embeddings of unit length, and the `labels` themselves."""
+
+    templates: Sequence[str]
+    text_embed: Head | None = None
+
+    @classmethod
+    def create_prompted(
+        cls,
+        image: Trunk,
+        text: TextTrunk,
+        similarity: Similarity | None,
+        *,
+        state: HeadState | None = None,
+        join: Any = None,
+        templates: Sequence[str],
+        labels: Sequence[str] = (),
+    ) -> Self:
+        """The head for two towers.
+
+        Args:
+            similarity: how the towers were trained to be compared; None if they were not trained
+                together.
+            state: settings of the head that came with the checkpoint.
+            join: projections that bring towers to one space that were not trained together, see
+                `models/trunks/conse.py`.
+
+        Raises:
+            CatalogError: towers that this head cannot compare.
+        """
+        raise CatalogError(f"the head {cls.kind} takes no prompts")
+
+    def check(self, options: Mapping[str, Any]) -> None:
         """Raise InputError for labels or templates that cannot be used, or if there are none."""
         labels = options.get("labels")
         if labels is None and not self.labels:
@@ -25,16 +65,18 @@ class Prompted:
             expand_templates(options["templates"])
 
     def prompt(self, options: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The labels and templates that a request's options come to."""
+        """The labels and templates of a request's options."""
         labels = options.get("labels")
         templates = options.get("templates")
         return (
-            self.labels if labels is None else tuple(labels),
-            self.templates if templates is None else expand_templates(templates),
+            tuple(self.labels if labels is None else labels),
+            tuple(self.templates) if templates is None else expand_templates(templates),
         )
 
 
-def answering(options: Mapping[str, Any], labels: Sequence[str], classes: Any) -> dict[str, Any]:
-    """A request's options as `finish` takes them, once the labels have been read."""
+def with_class_embeddings(
+    options: Mapping[str, Any], labels: Sequence[str], classes: Any
+) -> dict[str, Any]:
+    """A request's options as `finish` takes them: labels with their embeddings, no templates."""
     rest = {name: value for name, value in options.items() if name != "templates"}
     return {**rest, "labels": labels, "classes": classes}

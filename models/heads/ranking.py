@@ -6,18 +6,18 @@ from typing import Any
 import numpy as np
 
 from models.errors import InputError
-from models.heads.base import BaseHead
+from models.heads.base import Head
+from models.tasks.classify import DEFAULT_TOP_K
 
-DEFAULT_TOP_K = 5
 
-
-class Ranking(BaseHead):
-    """A subclass gives `forward`, with `logits` (B, labels)."""
+class Ranking(Head):
+    """A subclass has `forward`, which returns `logits` (B, labels)."""
 
     task = "classify"
 
     def __init__(self, labels: Sequence[str]) -> None:
-        self.labels = np.array(labels)
+        self.labels = labels
+        self._labels = np.array(labels)
 
     def check(self, options: Mapping[str, Any]) -> None:
         top_k = options.get("top_k")
@@ -35,4 +35,4 @@ class Ranking(BaseHead):
         scores = exponents / exponents.sum()
         count = min(top_k or DEFAULT_TOP_K, len(scores))
         index = np.argsort(-scores, kind="stable")[:count]
-        return {"index": index, "label": self.labels[index], "score": scores[index]}
+        return {"index": index, "label": self._labels[index], "score": scores[index]}

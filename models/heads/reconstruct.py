@@ -1,10 +1,10 @@
-"""Masked autoencoders' own task: from some of the patches, draw all of them.
+"""Masked autoencoders' own task: predict all patches from some of them.
 
-MAE (arXiv 2111.06377), SupMAE, SdMAE; Scale-MAE (arXiv 2212.14532) draws at twice the size.
+MAE (arXiv 2111.06377), SupMAE, SdMAE; Scale-MAE (arXiv 2212.14532) predicts at twice the size.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -14,65 +14,81 @@ from torch.nn.functional import interpolate
 
 from models.checkpoints.checkpoint import HeadState
 from models.checkpoints.strict import load_strictly
-from models.errors import InputError
-from models.heads.base import BaseHead
+from models.errors import CheckpointError, InputError
+from models.heads.base import Head
 from models.heads.generate import encode_png, to_pixels
 from models.networks.masked import (
     MaskedDecoder,
     Visible,
-    encode_placed,
-    encode_visible,
     patch_statistics,
     patchify,
     unpatchify,
 )
 from models.networks.scale_decoder import Drawn, ScaleDecoder
-from models.networks.scale_vit import ScaleVit, ground_positions
-from models.trunks.base import Trunk, TrunkOutput
-from models.trunks.features import Need
+from models.trunks.base import Trunk
+from models.trunks.features import FeatureRequest
+from models.trunks.masked import MaskedTrunk
+from models.trunks.output import TrunkOutput
 
 PATCH_CHANNELS = 3
 
 
-class Reconstruct(BaseHead):
-    """Settings: `num_heads` of the decoder; `mask_ratio` it was trained with; `by_patch`: whether
-    it draws patches scaled to mean 0 and variance 1 each; `band` as `ScaleDecoder` has it."""
+class Reconstruct(Head):
+    """Settings:
+    num_heads: attention heads of the decoder.
+    mask_ratio: the share of patches hidden in training.
+    by_patch: whether it predicts patches scaled to mean 0 and variance 1 each.
+    band: see `ScaleDecoder`.
+    """
 
+    kind = "reconstruct"
     task = "reconstruct"
+    state_name = "decoder"
+    needs_state = True
+    request = FeatureRequest(pixels=True, features=False)
     forward_options = frozenset({"mask_ratio", "seed"})
     finish_is_slow = True
 
     def __init__(self, trunk: Trunk, state: HeadState) -> None:
         """
         Raises:
-            CheckpointError: the decoder's weights do not fit together.
+            CheckpointError: the decoder's weights do not match, or the trunk cannot encode some
+                patches alone.
         """
+        if not isinstance(trunk, MaskedTrunk):
+            raise CheckpointError(f"{trunk.architecture} is not a masked autoencoder's encoder")
         self.trunk = trunk
         self.mask_ratio = float(state.settings.get("mask_ratio", 0.75))
         self.by_patch = bool(state.settings.get("by_patch", False))
         self.network = trunk.placement.apply(create_decoder(state))
 
-    def needs(self, rows: Sequence[int]) -> Need:
-        return Need(pixels=True, features=False)
+    @classmethod
+    def create(cls, trunk: Trunk, labels: Sequence[str], state: HeadState | None) -> Self:
+        assert state is not None
+        return cls(trunk, state)
+
+    @classmethod
+    def comes_with(cls, trunk: Trunk, states: Mapping[str, HeadState]) -> bool:
+        return cls.state_name in states
 
     def check(self, options: Mapping[str, Any]) -> None:
         ratio = options.get("mask_ratio", self.mask_ratio)
         height, width = self.trunk.preprocess.input_size
-        network: Any = self.trunk.network
-        rows, columns = network.patch_embed.patch_size
+        rows, columns = self.trunk.patch_size
         count = (height // rows) * (width // columns)
         if not 1 <= int(count * (1 - ratio)) < count:
             raise InputError(
-                f"mask_ratio is {ratio}; of {count} patches at least one must stay, and one go",
+                f"mask_ratio is {ratio}; of {count} patches at least one must be hidden, and one "
+                "visible",
                 field="mask_ratio",
             )
 
     def forward(
         self, output: TrunkOutput, *, mask_ratio: float | None = None, seed: int = 0
     ) -> dict[str, Tensor]:
-        """`drawn` and `pasted` (B, 3, h, w) within 0..1: all patches as drawn, and the kept ones as
-        they were; `seen` (B, 3, H, W), grey where masked; `mask` (B, rows, columns), 1 where
-        masked."""
+        """`drawn` (B, 3, h, w) within 0..1: all patches as predicted; `pasted`: the same with the
+        visible patches as they were; `seen` (B, 3, H, W), grey where hidden; `mask`
+        (B, rows, columns), 1 where hidden."""
         pixels = output.pixels
         assert pixels is not None
         count = output.grid[0] * output.grid[1]
@@ -88,28 +104,18 @@ class Reconstruct(BaseHead):
     def encode(
         self, pixels: Tensor, noise_BN: Tensor, ratio: float | None, scale: Tensor | None = None
     ) -> Visible:
-        """What the encoder makes of the patches with the least noise; `scale` (B,) is what
-        Scale-MAE calls input_res, None for 1."""
-        network: Any = self.trunk.network
+        """Encode the patches with the least noise; a `ratio` of None is the one of training.
+        `scale` (B,) is Scale-MAE's `input_res`, None for 1."""
         ratio = self.mask_ratio if ratio is None else ratio
-        if not isinstance(network, ScaleVit):
-            return encode_visible(network, pixels, noise_BN, ratio)
-        patches = network.patch_embed(pixels)
-        _, rows, columns, dim = patches.shape
-        table = ground_positions(network.scales(scale, patches), rows, columns, dim)
-        first = torch.zeros_like(table[:, :1])
-        return encode_placed(
-            network, patches.flatten(1, 2), torch.cat([first, table], 1), noise_BN, ratio
-        )
+        return self.trunk.encode_visible(pixels, noise_BN, ratio, scale)
 
     def draw_scales(self, visible: Visible, scale: Tensor | None = None) -> Drawn:
-        """What Scale-MAE's decoder draws; `scale` as for `encode`."""
-        network: Any = self.trunk.network
-        drawn: Drawn = self.network(visible, network.scales(scale, visible.latent))
+        """Scale-MAE's predictions; `scale` as for `encode`."""
+        drawn: Drawn = self.network(visible, self.trunk.scales(scale, visible.latent))
         return drawn
 
     def draw(self, visible: Visible, pixels: Tensor) -> Tensor:
-        """The drawn images (B, 3, h, w), normalised as the input is."""
+        """The predicted images (B, 3, h, w), normalised as the input is."""
         if isinstance(self.network, ScaleDecoder):
             return self.draw_scales(visible).combined
         patches = self.network(visible)
@@ -127,7 +133,7 @@ class Reconstruct(BaseHead):
 
     def finish(self, row: Mapping[str, np.ndarray], size: tuple[int, int]) -> dict[str, np.ndarray]:
         """`size` (2,) width and height of the PNGs `drawn` and `pasted`; `seen` is a PNG of the
-        input's size; `mask` (rows, columns) uint8, 1 where masked."""
+        input's size; `mask` (rows, columns) uint8, 1 where hidden."""
         images = {
             name: Image.fromarray(to_pixels(row[name])) for name in ("drawn", "pasted", "seen")
         }
@@ -142,7 +148,7 @@ def create_decoder(state: HeadState) -> nn.Module:
     """The decoder with its weights.
 
     Raises:
-        CheckpointError: they do not fit together.
+        CheckpointError: the weights do not match.
     """
     tensors = state.tensors
     dim, width = tensors["decoder_embed.weight"].shape

@@ -1,111 +1,77 @@
-"""Heads turn a trunk's output into a task's answer. One file each; a new head is a new file.
+"""Heads by kind. A head is found by being a class with a `kind` in this package."""
 
-A head works in two steps. `forward` runs on the device for all rows of a batch that ask for the
-same thing. `finish` runs on the CPU for one image and applies that caller's other options.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
-
-import numpy as np
-from torch import Tensor
+from collections.abc import Mapping, Sequence
 
 from models.checkpoints.checkpoint import HeadState
-from models.errors import CatalogError
-from models.inputs.tiling import View
+from models.discovery import classes_of
+from models.errors import CatalogError, CheckpointError
+from models.heads.base import Head
 from models.trunks.base import Trunk
-from models.trunks.features import Need
-
-KINDS = (
-    "attention-mask", "classify", "embed", "generate", "linear", "saliency", "semantic", "tokencut",
-    "vqt",
-)  # fmt: skip
 
 
-class Head(Protocol):
-    """What every head offers.
+def head_classes() -> Mapping[str, type[Head]]:
+    """Every head's class by its `kind`."""
+    return classes_of("models.heads", "kind")
 
-    `forward_options` names the options that `forward` takes, and so decides which rows may share
-    a call; all others go to `finish`. `finish_is_slow` where it takes milliseconds, so that a
-    server keeps it off its event loop. `view` where it wants images otherwise than the trunk's own
-    transform has them: what `finish` gets is then merged. `needs` is what it wants of a pass beyond
-    the trunk's last output. `base.py` has what is usual.
+
+def head_class(kind: str) -> type[Head]:
+    """The head of that kind.
+
+    Raises:
+        CatalogError: no such head.
     """
-
-    task: str
-    forward_options: frozenset[str]
-    finish_is_slow: bool
-    view: View | None
-
-    def needs(self, rows: Sequence[int]) -> Need:
-        """What it wants of a pass in which it answers for these rows of the batch."""
-
-    @property
-    def network(self) -> Any:
-        """The module with the head's own weights, or None."""
-
-    def check(self, options: Mapping[str, Any]) -> None:
-        """Raise InputError for options this model cannot honour, before anything is computed."""
-
-    def at_size(self, options: Mapping[str, Any], size: tuple[int, int]) -> Mapping[str, Any]:
-        """The options of `forward` for an image of that (width, height)."""
-
-    def sees_image(self, options: Mapping[str, Any]) -> bool:
-        """Whether `finish` wants the decoded image itself, as `image`."""
-
-    @property
-    def forward(self) -> Callable[..., dict[str, Tensor]]:
-        """`forward(output, **options)`: named tensors for a batch, first dimension B."""
-
-    @property
-    def finish(self) -> Callable[..., dict[str, np.ndarray]]:
-        """`finish(row, size, **options)`: one image's row of those to its answer's named arrays;
-        `size` is the image's (width, height)."""
+    if kind not in head_classes():
+        raise CatalogError(f"no head {kind!r}; heads: {', '.join(head_classes())}")
+    return head_classes()[kind]
 
 
 def create_head(
-    name: str, trunk: Trunk, labels: tuple[str, ...], state: HeadState | None = None
+    kind: str, trunk: Trunk, labels: Sequence[str], state: HeadState | None = None
 ) -> Head:
-    """Build a head by its kind; `state` is what it has been trained to.
+    """Create a head by its kind, with its weights if it has any.
 
     Raises:
         CatalogError: no such head, or the trunk lacks what it needs.
-        CheckpointError: the head's weights do not fit the trunk.
+        CheckpointError: the weights do not fit the trunk.
     """
-    from models.heads.classify import Classify
-    from models.heads.embed import Embed, pca
-    from models.heads.foreground import AttentionMask, TokenCut
-    from models.heads.generate import Generate
-    from models.heads.linear import Linear
-    from models.heads.saliency import Saliency
-    from models.heads.scaled import ScaledEmbed
-    from models.heads.semantic import Semantic
-    from models.heads.vqt import Vqt
-    from models.networks.scale_vit import ScaleVit
+    head = head_class(kind)
+    if state is None and head.needs_state:
+        raise CatalogError(f"the head {kind} needs a file that holds its weights")
+    return head.create(trunk, labels, state)
 
-    if state is None and name in ("linear", "saliency", "semantic", "vqt"):
-        raise CatalogError(f"the head {name} needs a file that holds its weights")
-    match name, state:
-        case "attention-mask", _:
-            return AttentionMask(trunk, labels)
-        case "tokencut", _:
-            return TokenCut(trunk, labels)
-        case "classify", _:
-            return Classify(trunk, labels)
-        case "embed", None:
-            return (ScaledEmbed if isinstance(trunk.network, ScaleVit) else Embed)(trunk)
-        case "embed", HeadState():
-            return Embed(trunk, projection=pca(state.tensors), pooling="cls")
-        case "generate", _:
-            return Generate()
-        case "linear", HeadState():
-            return Linear(trunk, labels, state)
-        case "saliency", HeadState():
-            return Saliency(trunk, labels, state.tensors)
-        case "semantic", HeadState():
-            return Semantic(trunk, labels, state)
-        case "vqt", HeadState():
-            return Vqt(trunk, labels, state)
-    raise CatalogError(
-        f"no head {name!r}; there are classify, embed, generate, linear, saliency, semantic, vqt"
-    )
+
+def head_state(kind: str, states: Mapping[str, HeadState]) -> HeadState | None:
+    """The weights for a head of that kind among those of a checkpoint."""
+    return states.get(head_class(kind).state_name or kind)
+
+
+def main_kind(trunk: Trunk, states: Mapping[str, HeadState]) -> str:
+    """What a checkpoint is for: the kind of the head whose weights it brings, or else the one that
+    its trunk allows.
+
+    Raises:
+        CheckpointError: it brings weights of several such heads.
+    """
+    brought = [
+        kind
+        for kind, head in head_classes().items()
+        if head.is_main and head_state(kind, states) is not None
+    ]
+    if len(brought) > 1:
+        raise CheckpointError(f"the checkpoint has several heads: {', '.join(brought)}")
+    if brought:
+        return brought[0]
+    if trunk.modality == "latent":
+        return "generate"
+    return "classify" if trunk.num_classes else "embed"
+
+
+def heads_of(trunk: Trunk, own: Head, states: Mapping[str, HeadState]) -> dict[str, Head]:
+    """All heads of a model by task: its own, those that it brings, and those that every model on
+    such a trunk has."""
+    heads = {**own.companions(), own.task: own}
+    for kind, head in head_classes().items():
+        if head.task not in heads and head.comes_with(trunk, states):
+            heads[head.task] = head.create(trunk, (), head_state(kind, states))
+    order = sorted(heads, key=lambda task: (task != "embed", task != own.task))
+    return {task: heads[task] for task in order}

@@ -4,15 +4,18 @@ Three transposed convolutions (x8), a 1x1 convolution, a bilinear resize to the 
 sigmoid, as in the published ONNX graph.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, relu
 
+from models.checkpoints.checkpoint import HeadState
 from models.heads.segment import BINARY, Segment
-from models.trunks.base import Trunk, TrunkOutput
+from models.trunks.base import Trunk
+from models.trunks.output import TrunkOutput
 
 
 class Decoder(nn.Module):
@@ -37,9 +40,11 @@ class Decoder(nn.Module):
 
 
 class Saliency(Segment):
-    def __init__(
-        self, trunk: Trunk, labels: tuple[str, ...], weights: Mapping[str, Tensor]
-    ) -> None:
+    kind = "saliency"
+    needs_state = True
+    is_main = True
+
+    def __init__(self, trunk: Trunk, labels: Sequence[str], weights: Mapping[str, Tensor]) -> None:
         super().__init__(trunk, labels or BINARY)
         with torch.device("meta"):
             decoder = Decoder(weights["upconv1.weight"].shape[0])
@@ -48,10 +53,16 @@ class Saliency(Segment):
         decoder.load_state_dict({**weights, **counters}, assign=True)
         self.network = trunk.placement.apply(decoder)
 
+    @classmethod
+    def create(cls, trunk: Trunk, labels: Sequence[str], state: HeadState | None) -> Self:
+        assert state is not None
+        return cls(trunk, labels, state.tensors)
+
     def map_of(self, row: Mapping[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
         return row["saliency"]
 
     def forward(self, output: TrunkOutput) -> dict[str, Tensor]:
+        """`saliency` (B, H, W): the foreground's probabilities."""
         logits = self.network(output.feature_map_BChw)
         size = self.trunk.preprocess.input_size
         resized = interpolate(logits, size=size, mode="bilinear", align_corners=False)

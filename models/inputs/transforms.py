@@ -1,7 +1,7 @@
 """An RGB image to the tensor a trunk expects: the checkpoint's own evaluation transform.
 
 It comes in two halves. The transform (resize, crop) works on one image on the CPU and leaves
-uint8, which is small to keep in a queue and to copy to a device; `normalize` does the arithmetic
+uint8, which is small to keep in a queue and to copy to a device; `Normalize` does the arithmetic
 for a whole batch where the trunk is. Together they equal timm's transform bit for bit.
 """
 
@@ -168,18 +168,24 @@ def collate(pixels: Sequence[torch.Tensor], *, pin_memory: bool = False) -> torc
     return torch.stack(images_HWC, out=batch).permute(0, 3, 1, 2)
 
 
-def normalize(pixels_BCHW: torch.Tensor, spec: Preprocess) -> torch.Tensor:
-    """uint8 pixels to normalised float32; float pixels are taken as normalised already.
+class Normalize(torch.nn.Module):
+    """uint8 pixels (..., 3, H, W) to normalised float32. Float pixels are normalised already.
 
     The steps are torchvision's (`ToTensor`, then `Normalize`), in its order.
     """
-    if pixels_BCHW.dtype != torch.uint8:
-        return pixels_BCHW
-    mean, std = (
-        torch.tensor(values, device=pixels_BCHW.device).view(3, 1, 1)
-        for values in (spec.mean, spec.std)
-    )
-    return pixels_BCHW.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, spec: Preprocess) -> None:
+        super().__init__()
+        for name, values in (("mean", spec.mean), ("std", spec.std)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        if pixels.dtype != torch.uint8:
+            return pixels
+        return pixels.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
 
 
 def _timm_transform(spec: Preprocess) -> Transform:

@@ -4,16 +4,16 @@ A module declares its networks as `NETWORKS`: classes or functions by the name t
 `Checkpoint.architecture` of the library `vitrail` has. They are found by being there.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import timm
 from torch import nn
 
 from models.checkpoints.checkpoint import Checkpoint
+from models.discovery import modules_of
 
 OWN = "vitrail"
 
@@ -45,10 +45,9 @@ def networks() -> Mapping[str, Callable[..., Any]]:
         ValueError: two modules declare the same name.
     """
     collected: dict[str, Callable[..., Any]] = {}
-    for item in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{item.name}")
+    for module in modules_of(__name__):
         declared: Mapping[str, Callable[..., Any]] = getattr(module, "NETWORKS", {})
         if repeated := collected.keys() & declared.keys():
             raise ValueError(f"{module.__name__}: {', '.join(sorted(repeated))} declared twice")
         collected |= declared
-    return collected
+    return MappingProxyType(collected)

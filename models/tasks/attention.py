@@ -36,8 +36,7 @@ def _line(entry: Mapping[str, Any]) -> str:
 
 TASK = Task(
     name="attention",
-    summary="Show which patches a model attends to. `Accept: image/png` or `application/x-npy` "
-    "returns the first answer itself.",
+    summary="Show which patches a model attends to.",
     options=AttentionOptions,
     outputs=(
         Output("size", "INT64", (-1, 2)),

@@ -97,8 +97,7 @@ def _members(arrays: Arrays | None) -> dict[str, Any]:
 
 TASK = Task(
     name="embed",
-    summary="Embed images or texts for retrieval, one vector each. `Accept: application/x-npy` "
-    "returns one array, `Accept: application/x-ndjson` a line for each input as it completes.",
+    summary="Embed images or texts for retrieval: one vector each.",
     options=EmbedOptions,
     outputs=(Output("embedding", "FP32", (-1, -1)),),
     render=_render,

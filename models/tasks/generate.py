@@ -62,8 +62,7 @@ def _line(entry: Mapping[str, Any]) -> str:
 
 TASK = Task(
     name="generate",
-    summary="Generate images from seeds or latent vectors. `Accept: image/png` returns the first "
-    "one itself.",
+    summary="Generate images from seeds or latent vectors.",
     options=GenerateOptions,
     outputs=(Output("size", "INT64", (-1, 2)), Output("png", "BYTES", (-1,))),
     render=_render,

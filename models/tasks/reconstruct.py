@@ -31,8 +31,8 @@ def _line(entry: Mapping[str, Any]) -> str:
 TASK = Task(
     name="reconstruct",
     summary="Hide patches of the images and let a masked autoencoder predict them: `drawn` is "
-    "predicted throughout, `pasted` keeps the visible patches, `seen` is what the model saw. "
-    "`Accept: image/png` returns the first `pasted` itself.",
+    "predicted throughout, `pasted` (the one returned as a PNG) keeps the visible patches, `seen` "
+    "is what the model saw.",
     options=ReconstructOptions,
     outputs=(
         Output("size", "INT64", (-1, 2)),

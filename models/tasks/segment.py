@@ -67,8 +67,7 @@ def _line(entry: Mapping[str, Any]) -> str:
 
 TASK = Task(
     name="segment",
-    summary="Segment images: a mask of each image's own size. `Accept: image/png` returns the "
-    "first mask itself.",
+    summary="Segment images: a mask of each image's own size.",
     options=SegmentOptions,
     outputs=(
         Output("size", "INT64", (-1, 2)),

@@ -1,12 +1,10 @@
 """The table of tasks: every module of this package that defines `TASK`, by the task's name."""
 
-import importlib
-import pkgutil
 from collections.abc import Mapping
 from functools import cache
 from types import MappingProxyType
 
-import models.tasks
+from models.discovery import modules_of
 from models.errors import TaskError
 from models.tasks.base import Task
 
@@ -19,8 +17,7 @@ def tasks() -> Mapping[str, Task]:
         ValueError: two modules define the same task.
     """
     table: dict[str, Task] = {}
-    for info in pkgutil.iter_modules(models.tasks.__path__):
-        module = importlib.import_module(f"models.tasks.{info.name}")
+    for module in modules_of("models.tasks"):
         task = getattr(module, "TASK", None)
         if isinstance(task, Task):
             if task.name in table:
@@ -33,7 +30,7 @@ def get_task(name: str) -> Task:
     """The task of that name.
 
     Raises:
-        TaskError: there is none.
+        TaskError: no such task.
     """
     if name not in tasks():
         raise TaskError(f"no task {name!r}; tasks: {', '.join(tasks())}", field="task")

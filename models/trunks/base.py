@@ -1,283 +1,246 @@
-"""Trunks: a backbone with its weights, what is shared between models and what gets batched.
+"""Trunks: a backbone with its weights, which several models may share, and which runs in batches.
 
-Shape suffixes: B batch, C channels, H W pixels, h w grid cells, T tokens, D embedding.
+Shape suffixes: B batch, C channels, H W pixels, h w grid cells, T tokens, D embedding, K classes.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.inputs.transforms import Preprocess, collate, normalize
-from models.trunks.features import NOTHING, Need, Queries
-from models.trunks.hooks import BlockReader
-from models.trunks.pooling import ggem
+from models.errors import InputError
+from models.inputs.images import DEFAULT_LIMITS, ImageLimits
+from models.inputs.transforms import Normalize, Preprocess, collate, create_transform
+from models.trunks.devices import Placement
+from models.trunks.engines.registry import engine_class
+from models.trunks.features import LAST_OUTPUT, BatchRequest, FeatureRequest, PassPlan
+from models.trunks.output import TrunkOutput
+from models.trunks.query_tokens import QueryBank, QueryBatch, QuerySet
+from models.trunks.weights import parameter_bytes, state_digest
 
-
-@dataclass(frozen=True, slots=True)
-class TrunkOutput:
-    """What one trunk pass yields for a batch, before any head.
-
-    `features` is the backbone's own last output, which its own pooling and classifier want:
-    (B, T, D) for token models, else (B, C, h, w), or (B, h, w, C) if `channels_last` (Swin).
-    `prefix` counts the class and register tokens before the patches; `grid` is (h, w). The rest
-    is there where it was needed: blocks' outputs by number, (B, T, D), before the final norm, or
-    stages', (B, C, h, w); blocks' attention probabilities (B, h, T, T), or in `looks` those of the
-    first token, (B, h, T); each block's keys and values, (rows, h, T, d), of `keys_values_rows`;
-    for each head's queries (rows, L, T, D), of those it answers for; the normalised `pixels`
-    (B, 3, H, W); and the patches' embeddings, `dense` (B, D, h, w).
-    """
-
-    features: Tensor
-    prefix: int
-    grid: tuple[int, int]
-    channels_last: bool = False
-    layers: Mapping[int, Tensor] = field(default_factory=dict)
-    attention: Mapping[int, Tensor] = field(default_factory=dict)
-    looks: Mapping[int, Tensor] = field(default_factory=dict)
-    keys_values: Sequence[tuple[Tensor, Tensor]] = ()
-    keys_values_rows: tuple[int, ...] = ()
-    queries: Mapping[Queries, Tensor] = field(default_factory=dict)
-    pixels: Tensor | None = None
-    dense: Tensor | None = None
-
-    @property
-    def tokens_BTD(self) -> Tensor:
-        """All tokens, prefix first; a feature map's cells row by row."""
-        if self.features.dim() == 3:
-            return self.features
-        return self.feature_map_BChw.flatten(2).transpose(1, 2)
-
-    @property
-    def patches_BTD(self) -> Tensor:
-        """The tokens that stand for places in the image."""
-        return self.tokens_BTD[:, self.prefix :]
-
-    @property
-    def feature_map_BChw(self) -> Tensor:
-        """The same features laid out in the image's plane."""
-        if self.features.dim() == 4:
-            return self.features.permute(0, 3, 1, 2) if self.channels_last else self.features
-        return self.patches_BTD.transpose(1, 2).reshape(*self.features.shape[::2], *self.grid)
-
-    def rows(self, index: list[int]) -> "TrunkOutput":
-        """The output for some of the batch's images, in the order of `index`; queries are by
-        head already."""
-        if index == list(range(self.features.shape[0])):
-            return self
-        places = [self.keys_values_rows.index(i) for i in index if i in self.keys_values_rows]
-        return replace(
-            self,
-            features=self.features[index],
-            layers={number: layer[index] for number, layer in self.layers.items()},
-            attention={number: map_[index] for number, map_ in self.attention.items()},
-            looks={number: map_[index] for number, map_ in self.looks.items()},
-            keys_values=[(keys[places], values[places]) for keys, values in self.keys_values],
-            keys_values_rows=tuple(range(len(places))),
-            pixels=None if self.pixels is None else self.pixels[index],
-            dense=None if self.dense is None else self.dense[index],
-        )
+NUMBER_KINDS = "fiu"  # of numpy dtypes
 
 
 class InputSpec(Protocol):
-    """How inputs are prepared for a trunk: a dataclass, equal digests meaning equal tensors."""
+    """How inputs become tensors: a dataclass. Equal digests mean equal tensors."""
 
     @property
     def digest(self) -> str:
-        """SHA-256 of everything that decides what tensor an input becomes."""
+        """SHA-256 over everything that decides the tensor."""
 
 
-class Trunk(Protocol):
-    """A backbone that several models may share.
+class Trunk:
+    """A backbone. Subclasses describe its pass (`create_pass`, `inputs`, `output`) and its inputs
+    (`prepare`, `collate`, `blank`). An engine runs the pass. Nothing outside a trunk reads its
+    `network`, except reference outputs.
 
-    `modality` is `image` or `text`; `has_tokens` is False where `forward` yields nothing but the
-    pooled embedding; `exponents` (G,) are those of a pooling by group generalized mean, or None;
-    `blocks` are those that heads can read and have queries ride along, none where they cannot;
-    `layered` those whose outputs they can read, or stages, which other networks have, too.
+    Args:
+        architecture: a name for people.
+        preprocess: the `InputSpec`: a `Preprocess` for images.
+
+    Attributes:
+        modality: what it takes: `image`, `text`, `video` or `latent`.
+        has_tokens: False if a pass yields the pooled embedding alone.
+        num_classes: classes of the checkpoint's own classifier; 0 if there is none.
+        num_prefix_tokens: class and register tokens.
+        blocks: blocks that heads can read and that query tokens pass through; empty for networks
+            other than plain ViTs.
+        layer_count: blocks or stages whose outputs heads can read.
+        exponents: (G,) of a pooling by group generalized mean, or None.
+        takes_gsd: whether features depend on the ground sample distance (Scale-MAE).
+        has_dense: whether it can embed every patch (`FeatureRequest.dense`).
+        digest: SHA-256 over the weights.
     """
 
-    architecture: str
-    modality: str
-    placement: "Placement"
-    digest: str
-    network: nn.Module
-    has_tokens: bool
-    exponents: Any
-    blocks: Sequence[Any]
-    layered: Sequence[Any]
+    modality = "image"
+    has_tokens = False
+    num_classes = 0
+    num_prefix_tokens = 0
+    blocks: Sequence[Any] = ()
+    layer_count = 0
+    exponents: Tensor | None = None
+    takes_gsd = False
+    has_dense = False
 
-    @property
-    def preprocess(self) -> Any:
-        """The InputSpec: a `Preprocess` for images."""
+    def __init__(
+        self, architecture: str, network: nn.Module, preprocess: Any, placement: Placement
+    ) -> None:
+        self.architecture = architecture
+        self.preprocess = preprocess
+        self.placement = placement
+        self.digest = state_digest(network.state_dict())
+        self.network: Any = placement.apply(network)
+        self.engine = engine_class(placement.engine)(self.create_pass, placement)
 
-    def collate(self, inputs: Sequence[Tensor], *, pin_memory: bool = False) -> Tensor:
-        """Prepared inputs as the batch that `forward` takes."""
+    # -- a pass ----------------------------------------------------------------------------
 
-    def blank(self) -> Tensor:
-        """An input that stands for none: enough to prove that the trunk computes."""
+    def forward(self, batch: Tensor, request: BatchRequest = LAST_OUTPUT) -> TrunkOutput:
+        """Run the backbone on a batch.
 
-    def forward(self, batch: Tensor, need: Need = NOTHING) -> TrunkOutput:
-        """Run the backbone on a batch: for images uint8 pixels (B, 3, H, W), or float pixels
-        already normalised; for texts token ids (B, T). Trunks with `blocks` also yield what is
-        needed of those."""
+        Args:
+            batch: for images uint8 pixels (B, 3, H, W), or normalised float pixels; for texts
+                token ids (B, T); for others as `collate` returns it.
+            request: what the pass yields beyond the last output.
+        """
+        batch = batch.to(self.placement.device, non_blocking=True)
+        tensors = self.engine.run(request.plan, (batch,))
+        return self.output(batch, tensors)
 
-    def norm(self, layer_BTD: Tensor) -> Tensor:
-        """A block's output as the final norm would leave it."""
+    def create_pass(self, plan: PassPlan) -> nn.Module:
+        """The module of a plan's pass: the batch in, named tensors out."""
+        raise NotImplementedError
+
+    def output(self, batch: Tensor, tensors: Mapping[str, Tensor]) -> TrunkOutput:
+        """A pass's named tensors as the trunk's output."""
+        raise NotImplementedError
 
     def pool(self, output: TrunkOutput) -> Tensor:
         """(B, D): the backbone's own pooled representation, before any classifier."""
+        raise NotImplementedError(f"{self.architecture} has no embedding")
 
     def classify(self, output: TrunkOutput) -> Tensor:
-        """(B, K) logits of the classifier that came with the checkpoint."""
-
-    @property
-    def num_classes(self) -> int:
-        """Classes of that classifier; 0 where the checkpoint has none."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
-    """Where and how a trunk computes. `channels_last` is the layout convolutions prefer on CPUs."""
-
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    dtype: torch.dtype = torch.float32
-    channels_last: bool = False
-
-    def apply(self, network: nn.Module) -> nn.Module:
-        """Move a network here and freeze it for inference."""
-        network = network.eval().requires_grad_(False).to(self.device, self.dtype)
-        return network.to(memory_format=self.memory_format)
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.channels_last else torch.contiguous_format
-
-    def prepare(self, pixels_BCHW: Tensor, preprocess: Preprocess) -> Tensor:
-        """A batch of pixels, uint8 or normalised, as the network wants it and where."""
-        pixels_BCHW = normalize(pixels_BCHW.to(self.device, non_blocking=True), preprocess)
-        return pixels_BCHW.to(self.dtype, memory_format=self.memory_format)
-
-
-class ClosedTrunk:
-    """What trunks share that yield one embedding or image, and whose insides no head reads."""
-
-    num_classes = 0
-    has_tokens = False
-    exponents: Tensor | None = None
-    blocks: Sequence[Any] = ()
-    layered: Sequence[Any] = ()
+        """(B, K) logits of the checkpoint's own classifier."""
+        raise NotImplementedError(f"{self.architecture} has no classifier")
 
     def norm(self, layer_BTD: Tensor) -> Tensor:
-        raise NotImplementedError("its blocks are not read")
+        """A block's output after the final norm."""
+        raise NotImplementedError(f"the blocks of {self.architecture} cannot be read")
 
-    def classify(self, output: TrunkOutput) -> Tensor:
-        raise NotImplementedError("it has no classifier")
+    # -- inputs ----------------------------------------------------------------------------
 
+    def prepare(self, item: Any, limits: ImageLimits = DEFAULT_LIMITS) -> Tensor:
+        """One decoded input as the tensor that `collate` takes.
 
-class ImageTrunk:
-    """What image trunks share: how prepared images become a batch."""
-
-    modality = "image"
-    exponents: Tensor | None = None
-    preprocess: Preprocess
+        Raises:
+            InputError: not an input of this trunk.
+        """
+        raise NotImplementedError
 
     def collate(self, inputs: Sequence[Tensor], *, pin_memory: bool = False) -> Tensor:
-        # decoded images are uint8, those that came preprocessed are not; together, none are
-        if len({image_CHW.dtype for image_CHW in inputs}) > 1:
-            inputs = [normalize(image_CHW[None], self.preprocess)[0] for image_CHW in inputs]
+        """Prepared inputs as the batch that `forward` takes."""
+        batch = torch.stack(list(inputs))
+        return batch.pin_memory() if pin_memory else batch
+
+    def blank(self) -> Tensor:
+        """A prepared input without content, for warm-up and probes."""
+        raise NotImplementedError
+
+    # -- what heads ask --------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights on the device."""
+        return parameter_bytes(self.network)
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of parameters."""
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """(height, width) of a patch in pixels; (0, 0) for networks without patches."""
+        return 0, 0
+
+    def add_queries(self, raw_LTD: Tensor) -> QuerySet:
+        """Store a head's query tokens (L, T, D), to be named in a `FeatureRequest`."""
+        raise NotImplementedError(f"{self.architecture} takes no query tokens")
+
+    def linear_classifier(self) -> tuple[Tensor, Tensor] | None:
+        """Weight (K, D) and bias (K,) of the own classifier, if it is one linear layer over the
+        pooled features; else None."""
+        return None
+
+    def attention_request(self) -> FeatureRequest | None:
+        """What `class_attention` needs of a pass; None if there is no class token to read."""
+        return None
+
+    def class_attention(self, output: TrunkOutput) -> Tensor:
+        """(B, heads, h, w): the class token's attention to each patch, of several class tokens one
+        after another. Together with the attention to other tokens each map sums to 1."""
+        raise NotImplementedError(f"{self.architecture} has no class token's attention")
+
+
+class ImageTrunk(Trunk):
+    """What image trunks share: the transform, and how prepared images become a batch."""
+
+    preprocess: Preprocess
+
+    def __init__(
+        self, architecture: str, network: nn.Module, preprocess: Preprocess, placement: Placement
+    ) -> None:
+        super().__init__(architecture, network, preprocess, placement)
+        self._transform = create_transform(preprocess)
+
+    def prepare(self, item: Any, limits: ImageLimits = DEFAULT_LIMITS) -> Tensor:
+        """An RGB image as uint8 (3, H, W), or `pixel_values` of that shape as float32."""
+        if isinstance(item, np.ndarray):
+            return to_numbers("pixel_values", item, (3, *self.preprocess.input_size))
+        return self._transform(item)
+
+    def collate(self, inputs: Sequence[Tensor], *, pin_memory: bool = False) -> Tensor:
+        # decoded images are uint8, pixel_values float; a mixed batch is normalised here
+        if len({image.dtype for image in inputs}) > 1:
+            normalize = Normalize(self.preprocess)
+            inputs = [normalize(image[None])[0] for image in inputs]
         return collate(inputs, pin_memory=pin_memory)
 
     def blank(self) -> Tensor:
         return torch.zeros(3, *self.preprocess.input_size, dtype=torch.uint8)
 
 
-class TimmTrunk(ImageTrunk):
-    """A timm network with its classifier still attached, if it has one."""
+class PixelInput(nn.Module):
+    """Pixels as a network takes them: normalised, in its dtype and memory layout."""
 
-    has_tokens = True
+    def __init__(self, preprocess: Preprocess, placement: Placement) -> None:
+        super().__init__()
+        self.normalize = Normalize(preprocess).to(placement.device)
+        self._placement = placement
 
-    def __init__(
-        self, architecture: str, network: nn.Module, preprocess: Preprocess, placement: Placement
-    ) -> None:
-        self.architecture = architecture
-        self.preprocess = preprocess
-        self.digest = state_digest(network.state_dict())
-        self.network: Any = placement.apply(network)
-        self.placement = placement
-        self._reader = BlockReader(network)
-        self.blocks: Sequence[Any] = self._reader.blocks
-        self.layered: Sequence[Any] = self._reader.layered
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        pixels_BCHW = self.normalize(pixels_BCHW)
+        placement = self._placement
+        return pixels_BCHW.to(placement.dtype, memory_format=placement.memory_format)
 
-    def forward(self, pixels_BCHW: Tensor, need: Need = NOTHING) -> TrunkOutput:
-        pixels_BCHW = self.placement.prepare(pixels_BCHW, self.preprocess)
-        if need == NOTHING:
-            return self._output(self.network.forward_features(pixels_BCHW), pixels_BCHW)
-        if not need.features:
-            nothing = pixels_BCHW.new_empty(len(pixels_BCHW), 0, 0)
-            return TrunkOutput(nothing, 0, self._grid(pixels_BCHW), pixels=pixels_BCHW)
-        with self._reader.reading(need) as reading:
-            features = self.network.forward_features(pixels_BCHW)
-        return replace(
-            self._output(features, pixels_BCHW),
-            layers=reading.layers,
-            attention=reading.attention,
-            looks=reading.looks,
-            keys_values=reading.keys_values,
-            keys_values_rows=need.keys_values,
-            queries=reading.queries(),
-            pixels=pixels_BCHW if need.pixels else None,
+
+class QueryTokens:
+    """A trunk's bank of query tokens, and how a request's tokens enter and leave a pass."""
+
+    def __init__(self, blocks: Sequence[Any], placement: Placement) -> None:
+        self.bank = QueryBank(blocks)
+        self._placement = placement
+
+    def add(self, raw_LTD: Tensor) -> QuerySet:
+        """Store query tokens (L, T, D) on the trunk's device, in its dtype."""
+        return self.bank.add(raw_LTD.to(self._placement.device, self._placement.dtype))
+
+    def batch(
+        self, request: BatchRequest, size: int, *, single_group: bool
+    ) -> tuple[PassPlan, QueryBatch | None]:
+        """The request's plan with its groups of query tokens, and where each head's lie."""
+        if not request.queries:
+            return request.plan, None
+        device = self._placement.device
+        queries = QueryBatch(request.queries, size, device, single_group=single_group)
+        return replace(request.plan, query_groups=queries.whole), queries
+
+
+def to_numbers(name: str, array: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+    """An input array of numbers as float32.
+
+    Raises:
+        InputError: another shape, another kind of dtype, or values that are not finite.
+    """
+    if array.shape != shape:
+        raise InputError(
+            f"{name} must have shape {list(shape)} for this model, not {list(array.shape)}",
+            field=name,
         )
-
-    def _output(self, features: Tensor, pixels_BCHW: Tensor) -> TrunkOutput:
-        if features.dim() == 4:
-            channels_last = getattr(self.network, "output_fmt", "NCHW") == "NHWC"
-            rows, columns = features.shape[1:3] if channels_last else features.shape[2:]
-            return TrunkOutput(features, 0, (rows, columns), channels_last)
-        prefix = int(getattr(self.network, "num_prefix_tokens", 0))
-        return TrunkOutput(features, prefix, self._grid(pixels_BCHW))
-
-    def norm(self, layer_BTD: Tensor) -> Tensor:
-        normed: Tensor = self.network.norm(layer_BTD)
-        return normed
-
-    def pool(self, output: TrunkOutput) -> Tensor:
-        if self.exponents is not None:
-            return ggem(output.patches_BTD, self.exponents)
-        pooled: Tensor = self.network.forward_head(output.features, pre_logits=True)
-        return pooled
-
-    def classify(self, output: TrunkOutput) -> Tensor:
-        logits: Tensor
-        if self.exponents is not None:
-            logits = self.network.head(self.pool(output).to(self.placement.dtype))
-        else:
-            logits = self.network.forward_head(output.features)
-        return logits
-
-    @property
-    def num_classes(self) -> int:
-        return int(self.network.num_classes)
-
-    def _grid(self, pixels_BCHW: Tensor) -> tuple[int, int]:
-        height, width = pixels_BCHW.shape[-2:]
-        patch_embed = getattr(self.network, "patch_embed", None)
-        rows, columns = getattr(patch_embed, "patch_size", (height, width))
-        return height // rows, width // columns
-
-
-def state_digest(state_dict: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and bytes of all weights: the same however they were stored."""
-    digest = hashlib.sha256()
-    for key, value in sorted(state_dict.items()):
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return "sha256:" + digest.hexdigest()
-
-
-def parameter_bytes(network: nn.Module) -> int:
-    """Bytes that a network's parameters and buffers take on their device."""
-    tensors = [*network.parameters(), *network.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if array.dtype.kind not in NUMBER_KINDS:
+        raise InputError(f"{name} must hold numbers, not {array.dtype}", field=name)
+    if not np.isfinite(array).all():
+        raise InputError(f"{name} has values that are not finite", field=name)
+    return torch.from_numpy(array.astype(np.float32))  # a copy: wire memory is read-only

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from models.errors import CatalogError
-from models.heads.embed import Projection
 from models.trunks.base import Trunk
+from models.trunks.pooling import Projection
 from models.trunks.text import TextTrunk
 
 # Softer than the classifier's own probabilities, so that related classes count
@@ -63,14 +63,15 @@ def join_by_classes(image: Trunk, text: TextTrunk, labels: Sequence[str]) -> Joi
         CatalogError: the image trunk has no linear classifier over its pooled features, or other
             classes than there are labels.
     """
-    classifier = getattr(image.network, "get_classifier", lambda: None)()
-    if not isinstance(classifier, nn.Linear) or classifier.out_features != len(labels):
+    classifier = image.linear_classifier()
+    if classifier is None or len(classifier[0]) != len(labels):
         raise CatalogError(
-            f"join needs a classifier of {image.architecture} with a label for each class"
+            f"join = 'classes' needs a linear classifier of {len(labels)} classes; "
+            f"{image.architecture} has none"
         )
     texts = embed_texts(text, labels)
     mean = texts.mean(0)
-    weight, bias = (value.detach().float().cpu() for value in (classifier.weight, classifier.bias))
+    weight, bias = (value.detach().float().cpu() for value in classifier)
     return (
         LikelyClasses(weight.clone(), bias.clone(), texts - mean),
         Centred(mean, torch.eye(len(mean))),

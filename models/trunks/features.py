@@ -1,72 +1,86 @@
-"""What heads want of a trunk's pass beyond its last output. Nothing else is computed or kept."""
+"""What heads request of a trunk's pass beyond its last output. Nothing else is computed or kept."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
-
-class Queries:
-    """A head's query tokens (L, T, D), a set for each block, and what of them does not depend on
-    the image (see `models/trunks/query_tokens.py`). Compared by identity, since its tensors never change."""
-
-    def __init__(self, raw_LTD: Tensor, projected_LThd: Tensor) -> None:
-        self.raw_LTD = raw_LTD
-        self.projected_LThd = projected_LThd
-
-    @property
-    def count(self) -> int:
-        """T, queries a block."""
-        return self.raw_LTD.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the device."""
-        return self.raw_LTD.nbytes + self.projected_LThd.nbytes
+from models.trunks.query_tokens import QuerySet
 
 
 @dataclass(frozen=True, slots=True)
-class Ride:
-    """Queries, and the rows of the batch that want them."""
+class FeatureRequest:
+    """What one head requests of a pass. Blocks are named by index.
 
-    queries: Queries
-    rows: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """`layers`, `attention` and `looks` name blocks by index: their outputs, their attention
-    probabilities, and of these the first token's alone. `keys_values` are rows whose keys and
-    values of all blocks are wanted. `rides` are queries to be computed along. `pixels` are the
-    normalised input, and `dense` what a CLIP embeds of each patch. Where nobody wants `features`,
-    the pass itself is left out."""
+    Args:
+        layers: blocks, or stages, whose outputs the head reads.
+        attention: blocks whose attention probabilities it reads.
+        cls_attention: blocks of whose attention it reads the first token's row.
+        keys_values: keys and values of every block.
+        queries: query tokens that attend to every block.
+        pixels: the normalised input.
+        dense: a CLIP's embedding of every patch.
+        features: the last output. If no head of a batch requests it, the network is not run.
+    """
 
     layers: frozenset[int] = frozenset()
     attention: frozenset[int] = frozenset()
-    looks: frozenset[int] = frozenset()
-    keys_values: tuple[int, ...] = ()
-    rides: tuple[Ride, ...] = ()
+    cls_attention: frozenset[int] = frozenset()
+    keys_values: bool = False
+    queries: QuerySet | None = None
     pixels: bool = False
     dense: bool = False
     features: bool = True
 
 
-NOTHING = Need()
+NO_EXTRAS = FeatureRequest()
 
 
-def together(needs: Iterable[Need]) -> Need:
-    """What heads of one batch need between them."""
-    every = list(needs)
-    wanted = [need for need in every if need is not NOTHING]
-    if not wanted:
-        return NOTHING
-    return Need(
-        layers=frozenset(number for need in wanted for number in need.layers),
-        attention=frozenset(number for need in wanted for number in need.attention),
-        looks=frozenset(number for need in wanted for number in need.looks),
-        keys_values=tuple(sorted({row for need in wanted for row in need.keys_values})),
-        rides=tuple(ride for need in wanted for ride in need.rides),
-        pixels=any(need.pixels for need in wanted),
-        dense=any(need.dense for need in wanted),
-        features=any(need.features for need in every),
+@dataclass(frozen=True, slots=True)
+class PassPlan:
+    """What a pass yields, for all heads of a batch: hashable, without rows and tensors, so that an
+    engine can build it once.
+
+    Args:
+        query_groups: one entry for each group of rows with equally many query tokens; true if
+            the group is the whole batch in its order.
+    """
+
+    layers: frozenset[int] = frozenset()
+    attention: frozenset[int] = frozenset()
+    cls_attention: frozenset[int] = frozenset()
+    keys_values: bool = False
+    query_groups: tuple[bool, ...] = ()
+    pixels: bool = False
+    dense: bool = False
+    features: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRequest:
+    """What a batch's heads request together: a plan, and which rows want which query tokens."""
+
+    plan: PassPlan = PassPlan()
+    queries: tuple[tuple[QuerySet, tuple[int, ...]], ...] = ()
+
+
+LAST_OUTPUT = BatchRequest()
+
+
+def merge(requests: Iterable[tuple[FeatureRequest, Sequence[int]]]) -> BatchRequest:
+    """Merge the requests of a batch's heads, each with the rows of the batch that it is for."""
+    pairs = list(requests)
+    distinct = list(dict.fromkeys(request for request, _ in pairs))
+    if all(request == NO_EXTRAS for request in distinct):
+        return LAST_OUTPUT
+    plan = PassPlan(
+        layers=frozenset(number for request in distinct for number in request.layers),
+        attention=frozenset(number for request in distinct for number in request.attention),
+        cls_attention=frozenset(number for request in distinct for number in request.cls_attention),
+        keys_values=any(request.keys_values for request in distinct),
+        pixels=any(request.pixels for request in distinct),
+        dense=any(request.dense for request in distinct),
+        features=any(request.features for request in distinct),
     )
+    queries = tuple(
+        (request.queries, tuple(rows)) for request, rows in pairs if request.queries is not None
+    )
+    return BatchRequest(plan, queries)

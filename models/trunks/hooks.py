@@ -1,7 +1,7 @@
-"""Reading along while a timm ViT computes, without changing a bit of what it computes."""
+"""Forward hooks that capture intermediate features of a timm network, without changing them."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,12 +12,12 @@ from timm.models.convnext import ConvNeXt
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from models.trunks.features import Need, Queries
-from models.trunks.query_tokens import Riding, attention_map, keys_values
+from models.trunks.features import PassPlan
+from models.trunks.query_tokens import QueryPass, attention_map, keys_values
 
 
-def readable_blocks(network: nn.Module) -> list[Any]:
-    """The blocks of a plain ViT, as timm builds it; none of a network of another kind."""
+def plain_blocks(network: nn.Module) -> list[Any]:
+    """The blocks of a plain ViT as timm builds it; empty for every other network."""
     blocks: list[Any] = list(network.blocks) if isinstance(network, VisionTransformer) else []
     plain = all(
         type(block) is Block and type(block.attn) is Attention and block.attn.gate is None
@@ -26,71 +26,76 @@ def readable_blocks(network: nn.Module) -> list[Any]:
     return blocks if plain else []
 
 
-def layered(network: nn.Module) -> list[Any]:
-    """What follows one another in a network, and whose outputs heads may read: the blocks of a ViT
-    or BEiT, the stages of a ConvNeXt; none of a network of another kind."""
+def layer_modules(network: nn.Module) -> list[Any]:
+    """The modules whose outputs heads can read: blocks of a ViT or BEiT, stages of a ConvNeXt;
+    empty for every other network."""
     if isinstance(network, VisionTransformer | Beit):
         return list(network.blocks)
     return list(network.stages) if isinstance(network, ConvNeXt) else []
 
 
-class Reading:
-    """What one pass has yielded so far, of what it was to yield."""
+class Capture:
+    """What one pass has captured so far.
 
-    def __init__(self, blocks: list[Any], need: Need) -> None:
+    `tensors` has `layers.N`, `attention.N`, `cls_attention.N`, `keys.N` and `values.N` for the
+    blocks N of the plan.
+    """
+
+    def __init__(self, blocks: list[Any], plan: PassPlan, query_inputs: Sequence[Tensor]) -> None:
         self._blocks = blocks
-        self._need = need
-        self._riding = Riding(blocks, need.rides) if need.rides else None
-        self.layers: dict[int, Tensor] = {}
-        self.attention: dict[int, Tensor] = {}
-        self.looks: dict[int, Tensor] = {}
-        self.keys_values: list[tuple[Tensor, Tensor]] = []
+        self._plan = plan
+        self._queries = (
+            QueryPass(blocks, plan.query_groups, query_inputs) if plan.query_groups else None
+        )
+        self.tensors: dict[str, Tensor] = {}
 
     def at_qkv(self, number: int, qkv_BKE: Tensor) -> None:
-        if number in self._need.attention:
-            self.attention[number] = attention_map(self._blocks[number], qkv_BKE)
-        if number in self._need.looks:
-            self.looks[number] = attention_map(self._blocks[number], qkv_BKE, 1)[:, :, 0]
-        if self._need.keys_values:
-            rows = list(self._need.keys_values)
-            self.keys_values.append(keys_values(self._blocks[number], qkv_BKE[rows]))
-        if self._riding is not None:
-            self._riding.at_block(number, qkv_BKE)
+        block = self._blocks[number]
+        if number in self._plan.attention:
+            self.tensors[f"attention.{number}"] = attention_map(block, qkv_BKE)
+        if number in self._plan.cls_attention:
+            self.tensors[f"cls_attention.{number}"] = attention_map(block, qkv_BKE, 1)[:, :, 0]
+        if self._plan.keys_values:
+            keys, values = keys_values(block, qkv_BKE)
+            self.tensors |= {f"keys.{number}": keys, f"values.{number}": values}
+        if self._queries is not None:
+            self._queries.at_block(number, qkv_BKE)
 
     def at_output(self, number: int, x_BKD: Tensor) -> None:
-        if number in self._need.layers:
-            self.layers[number] = x_BKD
+        if number in self._plan.layers:
+            self.tensors[f"layers.{number}"] = x_BKD
 
-    def queries(self) -> dict[Queries, Tensor]:
-        """What became of the queries that rode along."""
-        return {} if self._riding is None else self._riding.outputs()
+    def finish(self) -> dict[str, Tensor]:
+        """All captured tensors, with `queries` (L, N, D) if the plan has query tokens."""
+        queries = {} if self._queries is None else {"queries": self._queries.output()}
+        return self.tensors | queries
 
 
-class BlockReader:
-    """Listens at every block; several threads may run the network, each with its own reading."""
+class BlockHooks:
+    """The hooks of one network. Threads may run it at the same time, each with its own capture."""
 
     def __init__(self, network: Any) -> None:
-        self.blocks = readable_blocks(network)
+        self.blocks = plain_blocks(network)
+        self.layers = layer_modules(network)
         self._local = threading.local()
         for number, block in enumerate(self.blocks):
             block.attn.qkv.register_forward_hook(partial(self._on_qkv, number))
-        self.layered = layered(network)
-        for number, layer in enumerate(self.layered):
+        for number, layer in enumerate(self.layers):
             layer.register_forward_hook(partial(self._on_output, number))
 
     @contextmanager
-    def reading(self, need: Need) -> Iterator[Reading]:
-        """What this thread's pass inside the block yields of what is needed."""
-        self._local.reading = Reading(self.blocks, need)
+    def capture(self, plan: PassPlan, query_inputs: Sequence[Tensor]) -> Iterator[Capture]:
+        """Capture what the plan names while this thread runs the network inside the block."""
+        self._local.capture = Capture(self.blocks, plan, query_inputs)
         try:
-            yield self._local.reading
+            yield self._local.capture
         finally:
-            self._local.reading = None
+            self._local.capture = None
 
-    def _on_qkv(self, number: int, module: nn.Module, given: Any, output: Tensor) -> None:
-        if (reading := getattr(self._local, "reading", None)) is not None:
-            reading.at_qkv(number, output)
+    def _on_qkv(self, number: int, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if (capture := getattr(self._local, "capture", None)) is not None:
+            capture.at_qkv(number, output)
 
-    def _on_output(self, number: int, module: nn.Module, given: Any, output: Tensor) -> None:
-        if (reading := getattr(self._local, "reading", None)) is not None:
-            reading.at_output(number, output)
+    def _on_output(self, number: int, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if (capture := getattr(self._local, "capture", None)) is not None:
+            capture.at_output(number, output)

@@ -1,7 +1,9 @@
 """Poolings of patch tokens (B, T, D) to (B, D)."""
 
+from collections.abc import Mapping
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.errors import CheckpointError
 
@@ -15,8 +17,8 @@ def gem(patches_BTD: Tensor, p: float = GEM_P) -> Tensor:
 
 
 def ggem(patches_BTD: Tensor, exponents_G: Tensor) -> Tensor:
-    """Group generalized mean (arXiv 2212.04114): channels in G contiguous blocks, each with an
-    exponent of its own. In logarithms, since eps ** p underflows in float32 for p above 6.
+    """Group generalized mean (arXiv 2212.04114): G contiguous groups of channels with an exponent
+    each. Computed in logarithms, since eps ** p underflows in float32 for p above 6.
 
     Raises:
         CheckpointError: the groups do not divide the channels.
@@ -28,3 +30,24 @@ def ggem(patches_BTD: Tensor, exponents_G: Tensor) -> Tensor:
     logs = patches_BTD.float().clamp(min=GEM_EPS).log() * p_D
     mean = logs.logsumexp(1) - torch.log(torch.tensor(float(tokens), device=logs.device))
     return (mean / p_D).exp()
+
+
+class Projection(nn.Module):
+    """A projection after the pooling: (x - mean) @ weight, (B, D) to (B, E)."""
+
+    mean: Tensor
+    weight: Tensor
+
+    def __init__(self, mean: Tensor, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("weight", weight)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        projected: Tensor = (x_BD - self.mean) @ self.weight
+        return projected
+
+
+def pca_projection(weights: Mapping[str, Tensor]) -> Projection:
+    """A principal component analysis: `mean` (D,), `components` (E, D)."""
+    return Projection(weights["mean"], weights["components"].T.contiguous())

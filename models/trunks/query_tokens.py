@@ -1,13 +1,18 @@
-"""Visual Query Tuning's query path (arXiv 2212.03220) beside the blocks of a frozen ViT.
+"""Visual Query Tuning's query tokens (arXiv 2212.03220) beside the blocks of a frozen ViT.
 
-A block's queries go through it as its own tokens do, but read the keys and values of those and
-are read by nobody: attention, layer scale, MLP and residuals, with no norm afterwards. Every block
-has queries of its own. Only their attention depends on the image.
+In every block a head's query tokens attend to the image tokens' keys and values, then pass through
+layer scale, MLP and residuals like any token, without the final norm. No token attends to them, so
+the trunk's own output does not change. Each block has query tokens of its own.
 
-Shape suffixes: B rows, L blocks, N query tokens of a whole batch, T of one head, K image tokens,
-D embedding, h attention heads, d channels of one.
+All heads' query tokens lie in one bank per trunk. A batch says with integer slots which of them
+each row wants, so that a new head changes tensors' contents and not the computation.
+
+Shape suffixes: B rows, L blocks, C capacity, N query tokens of a batch, S of a row, T of a head,
+K image tokens, D embedding, h attention heads, d channels per head.
 """
 
+import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -16,30 +21,209 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from models.trunks.features import Queries, Ride
+FIRST_CAPACITY = 64
 
 
-def prepare_queries(blocks: Sequence[Any], raw_LTD: Tensor) -> Queries:
-    """Query tokens with all that can be computed before an image comes."""
-    with torch.no_grad():
-        projected = [project(block, raw) for block, raw in zip(blocks, raw_LTD, strict=True)]
-    return Queries(raw_LTD, torch.stack(projected))
+class QuerySet:
+    """A head's query tokens in a trunk's bank, compared by identity.
+
+    Args:
+        slots: the T consecutive places in the bank.
+        nbytes: bytes of the tokens on the device.
+    """
+
+    def __init__(self, slots: range, nbytes: int) -> None:
+        self.slots = slots
+        self.nbytes = nbytes
+
+
+class QueryBank:
+    """The query tokens of all heads on one trunk: raw (L, C, D), and projected to what each block's
+    attention takes (L, C, h, d). The capacity C doubles when it is used up."""
+
+    def __init__(self, blocks: Sequence[Any]) -> None:
+        self._blocks = blocks
+        self._lock = threading.Lock()
+        self._free: list[range] = []
+        self.tensors: tuple[Tensor, Tensor] | None = None
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def add(self, raw_LTD: Tensor) -> QuerySet:
+        """Store query tokens (L, T, D) until the returned set is garbage-collected."""
+        projected = [project(block, raw) for block, raw in zip(self._blocks, raw_LTD, strict=True)]
+        projected_LThd = torch.stack(projected)
+        with self._lock:
+            slots = self._take(raw_LTD, projected_LThd)
+            assert self.tensors is not None
+            for bank, tokens in zip(self.tensors, (raw_LTD, projected_LThd), strict=True):
+                bank[:, slots.start : slots.stop] = tokens
+        queries = QuerySet(slots, raw_LTD.nbytes + projected_LThd.nbytes)
+        weakref.finalize(queries, self._release, slots).atexit = False
+        return queries
+
+    def _take(self, raw_LTD: Tensor, projected_LThd: Tensor) -> range:
+        count = raw_LTD.shape[1]
+        while True:
+            for position, free in enumerate(self._free):
+                if len(free) >= count:
+                    self._free[position] = free[count:]
+                    return free[:count]
+            self._grow(raw_LTD, projected_LThd)
+
+    def _grow(self, raw_LTD: Tensor, projected_LThd: Tensor) -> None:
+        """Replace the tensors by larger ones. Passes in flight keep the old ones."""
+        old = 0 if self.tensors is None else self.tensors[0].shape[1]
+        new = max(FIRST_CAPACITY, 2 * old, old + raw_LTD.shape[1])
+        larger = tuple(
+            like.new_zeros(like.shape[0], new, *like.shape[2:])
+            for like in (raw_LTD, projected_LThd)
+        )
+        if self.tensors is not None:
+            for target, source in zip(larger, self.tensors, strict=True):
+                target[:, :old] = source
+        self.tensors = (larger[0], larger[1])
+        self._free.append(range(old, new))
+
+    def _release(self, slots: range) -> None:
+        with self._lock:
+            self._free = _joined([*self._free, slots])
+
+
+class QueryBatch:
+    """Which query tokens each row of a batch wants: what a pass takes, and how its output is split
+    by head again.
+
+    Rows with equally many tokens form a group and share one attention call.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[tuple[QuerySet, Sequence[int]]],
+        size: int,
+        device: torch.device,
+        *,
+        single_group: bool = False,
+    ) -> None:
+        """
+        Args:
+            requests: query sets, each with the rows that want it.
+            size: rows of the batch.
+            single_group: pad all rows to equally many tokens, for engines with fixed graphs.
+        """
+        self._requests = requests
+        self._device = device
+        slots_of = self._lay_out(size)
+        if single_group:
+            most = max(map(len, slots_of.values()), default=0)
+            slots_of = {
+                row: slots_of.get(row, []) + [0] * (most - len(slots_of.get(row, [])))
+                for row in range(size)
+            }
+        rows_by_count: dict[int, list[int]] = defaultdict(list)
+        for row in sorted(slots_of):
+            rows_by_count[len(slots_of[row])].append(row)
+        self.groups: list[tuple[list[int], list[list[int]]]] = [
+            (rows, [slots_of[row] for row in rows]) for rows in rows_by_count.values()
+        ]
+        self.whole = tuple(rows == list(range(size)) for rows, _ in self.groups)
+        starts: dict[int, int] = {}
+        place = 0
+        for rows, slots in self.groups:
+            for row in rows:
+                starts[row] = place
+                place += len(slots[0])
+        self._starts = starts
+
+    def _lay_out(self, size: int) -> dict[int, list[int]]:
+        """The slots of each row that wants any; `self._offsets` is where a set begins in a row."""
+        slots_of: dict[int, list[int]] = defaultdict(list)
+        self._offsets: dict[tuple[QuerySet, int], int] = {}
+        for queries, rows in self._requests:
+            for row in dict.fromkeys(rows):
+                self._offsets[queries, row] = len(slots_of[row])
+                slots_of[row] += queries.slots
+        return slots_of
+
+    def inputs(self, bank: QueryBank) -> tuple[Tensor, ...]:
+        """The bank's tensors, then for each group its rows (R,), unless it is the whole batch, and
+        its slots (R, S), both int64."""
+        assert bank.tensors is not None
+        tensors = list(bank.tensors)
+        for (rows, slots), whole in zip(self.groups, self.whole, strict=True):
+            tensors += [] if whole else [self._indices(rows)]
+            tensors.append(self._indices(slots))
+        return tuple(tensors)
+
+    def split(self, outputs_LND: Tensor) -> dict[QuerySet, Tensor]:
+        """The outputs (rows, L, T, D) of each set, in the order of the rows that want it."""
+        split = {}
+        for queries, rows in self._requests:
+            count = len(queries.slots)
+            first = [self._starts[row] + self._offsets[queries, row] for row in rows]
+            places = self._indices([start + t for start in first for t in range(count)])
+            by_row = torch.unflatten(outputs_LND[:, places], 1, (len(rows), count))
+            split[queries] = by_row.transpose(0, 1)
+        return split
+
+    def _indices(self, values: Any) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+
+class QueryPass:
+    """The query tokens of one pass, taken through one block after another.
+
+    All groups' tokens share everything but the attention.
+    """
+
+    def __init__(
+        self, blocks: Sequence[Any], whole: Sequence[bool], inputs: Sequence[Tensor]
+    ) -> None:
+        """
+        Args:
+            whole: `QueryBatch.whole`.
+            inputs: `QueryBatch.inputs`.
+        """
+        self._blocks = blocks
+        self._raw_LCD, self._projected_LChd, *groups = inputs
+        self._groups: list[tuple[Tensor | None, Tensor]] = []
+        for is_whole in whole:
+            rows = None if is_whole else groups.pop(0)
+            self._groups.append((rows, groups.pop(0)))
+        self._slots_N = torch.cat([slots.flatten() for _, slots in self._groups])
+        self._outputs: list[Tensor] = []
+
+    def at_block(self, number: int, qkv_BKE: Tensor) -> None:
+        """Take the query tokens of a block through it, given what its `qkv` layer returned."""
+        block = self._blocks[number]
+        keys, values = keys_values(block, qkv_BKE)
+        context = []
+        for rows, slots_RS in self._groups:
+            projected_RShd = self._projected_LChd[number][slots_RS]
+            own = (keys, values) if rows is None else (keys[rows], values[rows])
+            context.append(attend(projected_RShd, *own).flatten(0, 1))
+        raw_ND = self._raw_LCD[number][self._slots_N]
+        self._outputs.append(finish_block(block, raw_ND, torch.cat(context)))
+
+    def output(self) -> Tensor:
+        """(L, N, D): every block's query outputs."""
+        return torch.stack(self._outputs)
 
 
 def project(block: Any, raw_TD: Tensor) -> Tensor:
-    """(T, h, d): what the block's attention asks with for these tokens."""
+    """(T, h, d): the attention queries of a block for tokens (T, D)."""
     attention = block.attn
     bias = attention.qkv.bias
     size = attention.num_heads * attention.head_dim
-    asked = linear(
+    queries = linear(
         block.norm1(raw_TD), attention.qkv.weight[:size], None if bias is None else bias[:size]
     )
-    projected: Tensor = attention.q_norm(torch.unflatten(asked, -1, (attention.num_heads, -1)))
+    projected: Tensor = attention.q_norm(torch.unflatten(queries, -1, (attention.num_heads, -1)))
     return projected
 
 
 def keys_values(block: Any, qkv_BKE: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values, (B, h, K, d) each, from what the block's `qkv` layer gave."""
+    """Keys and values (B, h, K, d), from what the block's `qkv` layer returned."""
     attention = block.attn
     split = torch.unflatten(qkv_BKE, -1, (3, attention.num_heads, attention.head_dim))
     _, keys, values = split.permute(2, 0, 3, 1, 4).unbind(0)
@@ -47,8 +231,7 @@ def keys_values(block: Any, qkv_BKE: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention_map(block: Any, qkv_BKE: Tensor, first: int | None = None) -> Tensor:
-    """(B, h, K, K) probabilities with which the block's tokens read one another; or (B, h, first,
-    K), how the first ones do."""
+    """(B, h, K, K) attention probabilities of a block; (B, h, first, K) of the first tokens."""
     attention = block.attn
     split = torch.unflatten(qkv_BKE, -1, (3, attention.num_heads, attention.head_dim))
     queries, keys, _ = split.permute(2, 0, 3, 1, 4).unbind(0)
@@ -58,77 +241,26 @@ def attention_map(block: Any, qkv_BKE: Tensor, first: int | None = None) -> Tens
     return probabilities
 
 
-def read(projected_BThd: Tensor, keys_BhKd: Tensor, values_BhKd: Tensor) -> Tensor:
-    """(B, T, h * d): what queries gather from image tokens, each row from its own."""
-    found = scaled_dot_product_attention(projected_BThd.transpose(1, 2), keys_BhKd, values_BhKd)
-    return found.transpose(1, 2).flatten(2)
+def attend(projected_BShd: Tensor, keys_BhKd: Tensor, values_BhKd: Tensor) -> Tensor:
+    """(B, S, h * d): the attention output of query tokens, each row's over its own image tokens."""
+    context = scaled_dot_product_attention(projected_BShd.transpose(1, 2), keys_BhKd, values_BhKd)
+    return context.transpose(1, 2).flatten(2)
 
 
-def finish_block(block: Any, raw: Tensor, found: Tensor) -> Tensor:
-    """The rest of the block for tokens (..., D) that have read `found` (..., h * d)."""
+def finish_block(block: Any, raw: Tensor, context: Tensor) -> Tensor:
+    """The rest of a block for tokens (..., D) with their attention output (..., h * d)."""
     attention = block.attn
-    x = raw + block.ls1(attention.proj(attention.norm(found)))
+    x = raw + block.ls1(attention.proj(attention.norm(context)))
     finished: Tensor = x + block.ls2(block.mlp(block.norm2(x)))
     return finished
 
 
-class Riding:
-    """The queries of all heads of one pass, computed together, a block at a time.
-
-    The batch's query tokens lie row by row; rows with equally many share an attention, and all
-    tokens share the rest of the block.
-    """
-
-    def __init__(self, blocks: Sequence[Any], rides: Sequence[Ride]) -> None:
-        self._blocks = blocks
-        self._rides = rides
-        self._raw_LUD = torch.cat([ride.queries.raw_LTD for ride in rides], 1)
-        self._projected_LUhd = torch.cat([ride.queries.projected_LThd for ride in rides], 1)
-        self._device = self._raw_LUD.device
-        counts = [ride.queries.count for ride in rides]
-        starts = [sum(counts[:number]) for number in range(len(rides))]
-        rides_of: dict[int, list[int]] = defaultdict(list)
-        for number, ride in enumerate(rides):
-            for row in dict.fromkeys(ride.rows):
-                rides_of[row].append(number)
-        rows_by_count: dict[int, list[int]] = defaultdict(list)
-        for row in sorted(rides_of):
-            rows_by_count[sum(counts[number] for number in rides_of[row])].append(row)
-        self._groups = [(rows, self._tensor(rows), n) for n, rows in rows_by_count.items()]
-        self._slots: dict[tuple[int, int], int] = {}
-        tokens: list[int] = []
-        for row in (row for rows, _, _ in self._groups for row in rows):
-            for number in rides_of[row]:
-                self._slots[number, row] = len(tokens)
-                tokens += range(starts[number], starts[number] + counts[number])
-        self._tokens_N = self._tensor(tokens)
-        self._outputs: list[Tensor] = []
-
-    def at_block(self, number: int, qkv_BKE: Tensor) -> None:
-        """Take the queries of a block through it."""
-        block = self._blocks[number]
-        keys, values = keys_values(block, qkv_BKE)
-        asked_Nhd = self._projected_LUhd[number][self._tokens_N]
-        found = []
-        for rows, index, count in self._groups:
-            here, asked_Nhd = asked_Nhd.tensor_split([len(rows) * count])
-            whole = rows == list(range(len(keys)))
-            theirs = (keys, values) if whole else (keys[index], values[index])
-            found.append(read(torch.unflatten(here, 0, (len(rows), count)), *theirs).flatten(0, 1))
-        raw_ND = self._raw_LUD[number][self._tokens_N]
-        self._outputs.append(finish_block(block, raw_ND, torch.cat(found)))
-
-    def outputs(self) -> dict[Queries, Tensor]:
-        """(rows, L, T, D) for each head's queries, in the order of its ride's rows."""
-        together_LND = torch.stack(self._outputs)
-        outputs = {}
-        for number, ride in enumerate(self._rides):
-            count = ride.queries.count
-            slots = [self._slots[number, row] + t for row in ride.rows for t in range(count)]
-            picked = together_LND[:, self._tensor(slots)]
-            by_row = torch.unflatten(picked, 1, (len(ride.rows), count))
-            outputs[ride.queries] = by_row.transpose(0, 1)
-        return outputs
-
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, device=self._device)
+def _joined(ranges: Sequence[range]) -> list[range]:
+    """Ranges in order, with neighbours joined and empty ones removed."""
+    joined: list[range] = []
+    for free in sorted((r for r in ranges if len(r)), key=lambda r: r.start):
+        if joined and joined[-1].stop == free.start:
+            joined[-1] = range(joined[-1].start, free.stop)
+        else:
+            joined.append(free)
+    return joined

@@ -1,7 +1,7 @@
-"""Text towers: texts in, one embedding each; trunks of their own, batched like all others."""
+"""Text trunks: texts in, one embedding each. They are batched like all other trunks."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,14 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from models.trunks.base import ClosedTrunk, Placement, TrunkOutput, state_digest
-from models.trunks.features import NOTHING, Need
+from models.errors import InputError
+from models.inputs.images import DEFAULT_LIMITS, ImageLimits
+from models.trunks.base import Trunk
+from models.trunks.devices import Placement
+from models.trunks.features import PassPlan
+from models.trunks.output import TrunkOutput
 
-# Of a text before it is tokenized; what a tokenizer keeps is far less.
+# Before a text is tokenized. What a tokenizer keeps is far less.
 MAX_CHARACTERS = 10_000
 
 Tokenize = Callable[[str], Tensor]
@@ -21,7 +25,12 @@ Tokenize = Callable[[str], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class TextPreprocess:
-    """How texts become token ids. `tokenizer_digest` is over everything that decides them."""
+    """How texts become token ids.
+
+    Args:
+        context_length: most tokens of a text.
+        tokenizer_digest: SHA-256 over everything that decides the ids.
+    """
 
     context_length: int
     tokenizer_digest: str
@@ -32,11 +41,21 @@ class TextPreprocess:
         return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
-class TextTrunk(ClosedTrunk):
-    """What text trunks share: tokens padded to the longest text of a batch.
+class TextPass(nn.Module):
+    """Token ids (B, T) to `embedding` (B, D)."""
 
-    `pad_id` fills up; a subclass says in `encode` what to make of a batch.
-    """
+    def __init__(self, network: nn.Module, encode: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network = network
+        self._encode = encode
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        return {"embedding": self._encode(self.network, ids)}
+
+
+class TextTrunk(Trunk):
+    """What text trunks share. Tokens are padded with `pad_id` to the longest text of a batch; a
+    subclass has `encode`."""
 
     modality = "text"
     pad_id = 0
@@ -49,56 +68,68 @@ class TextTrunk(ClosedTrunk):
         preprocess: TextPreprocess,
         placement: Placement,
     ) -> None:
-        self.architecture = architecture
-        self.preprocess = preprocess
+        super().__init__(architecture, network, preprocess, placement)
         self.tokenize = tokenize
-        self.digest = state_digest(network.state_dict())
-        self.network: Any = placement.apply(network)
-        self.placement = placement
+
+    @staticmethod
+    def encode(network: Any, ids_BT: Tensor) -> Tensor:
+        """(B, T) token ids to (B, D) embeddings, not normalised."""
+        raise NotImplementedError
+
+    def create_pass(self, plan: PassPlan) -> nn.Module:
+        return TextPass(self.network, self.encode)
+
+    def output(self, batch: Tensor, tensors: Mapping[str, Tensor]) -> TrunkOutput:
+        return TrunkOutput(tensors["embedding"].unsqueeze(1), 1, (0, 0))
+
+    def pool(self, output: TrunkOutput) -> Tensor:
+        return output.features[:, 0]
+
+    def prepare(self, item: Any, limits: ImageLimits = DEFAULT_LIMITS) -> Tensor:
+        """A text as token ids (T,)."""
+        if not item.strip():
+            raise InputError("the text is empty", field="texts")
+        if len(item) > MAX_CHARACTERS:
+            raise InputError(
+                f"the text has {len(item)} characters; the limit is {MAX_CHARACTERS}",
+                field="texts",
+            )
+        return self.tokenize(item)
 
     def collate(self, inputs: Sequence[Tensor], *, pin_memory: bool = False) -> Tensor:
         longest = max(len(ids) for ids in inputs)
         rows = [pad(ids, (0, longest - len(ids)), value=self.pad_id) for ids in inputs]
-        batch = torch.stack(rows)
-        return batch.pin_memory() if pin_memory else batch
+        return super().collate(rows, pin_memory=pin_memory)
 
     def blank(self) -> Tensor:
-        return self.tokenize("a " * self.preprocess.context_length)  # the longest, for warming up
-
-    def forward(self, batch: Tensor, need: Need = NOTHING) -> TrunkOutput:
-        embedding = self.encode(batch.to(self.placement.device, non_blocking=True))
-        return TrunkOutput(embedding.unsqueeze(1), 1, (0, 0))
-
-    def encode(self, ids_BT: Tensor) -> Tensor:
-        """(B, T) token ids to (B, D) embeddings, not normalised."""
-        raise NotImplementedError
-
-    def pool(self, output: TrunkOutput) -> Tensor:
-        return output.features[:, 0]
+        return self.tokenize("a " * self.preprocess.context_length)  # the longest, for warm-up
 
 
 class OpenClipText(TextTrunk):
     """The text tower of an open_clip model, with open_clip's own tokenizer."""
 
-    def encode(self, ids_BT: Tensor) -> Tensor:
-        embedding: Tensor = self.network.encode_text(ids_BT)
+    @staticmethod
+    def encode(network: Any, ids_BT: Tensor) -> Tensor:
+        embedding: Tensor = network.encode_text(ids_BT)
         return embedding
 
 
 class TextTower(TextTrunk):
-    """A text transformer that gives the projected embedding itself."""
+    """A text transformer that returns the projected embedding."""
 
-    def encode(self, ids_BT: Tensor) -> Tensor:
-        embedding: Tensor = self.network(ids_BT)
+    @staticmethod
+    def encode(network: Any, ids_BT: Tensor) -> Tensor:
+        embedding: Tensor = network(ids_BT)
         return embedding
 
 
 class SentenceEncoder(TextTrunk):
     """A BERT whose embedding is the mean over a text's tokens (sentence-transformers' `mean`)."""
 
-    def encode(self, ids_BT: Tensor) -> Tensor:
-        mask_BT = (ids_BT != self.pad_id).long()
-        states_BTD = self.network(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
+    @staticmethod
+    def encode(network: Any, ids_BT: Tensor) -> Tensor:
+        mask_BT = (ids_BT != TextTrunk.pad_id).long()
+        states_BTD = network(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
         weights_BT1 = mask_BT.unsqueeze(-1).to(states_BTD.dtype)
         summed: Tensor = (states_BTD * weights_BT1).sum(1)
         return summed / weights_BT1.sum(1).clamp(min=1)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,13 +21,10 @@ from transformers import BertConfig, BertModel
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.strict import load_strictly
 from models.errors import CheckpointError
-from models.heads.embed import Embed
-from models.heads.zero_shot import ZeroShot
-from models.inputs.prompts import DEFAULT_TEMPLATES, expand_templates
 from models.inputs.tokenizers import CuttingTokenizer, OpenAITokenizer
 from models.inputs.transforms import Preprocess, preprocess_from_mapping
 from models.networks import create_own
-from models.trunks.base import Placement, TimmTrunk
+from models.trunks.devices import Placement
 from models.trunks.open_clip import OpenClipTrunk
 from models.trunks.text import (
     OpenClipText,
@@ -37,6 +34,7 @@ from models.trunks.text import (
     Tokenize,
     fast_tokenizer,
 )
+from models.trunks.timm import TimmTrunk
 
 _GONE: Any = None
 
@@ -56,14 +54,6 @@ class Towers:
     def without(self, kept: str) -> "Towers":
         """These, but for the tower that is not `kept`, whose memory may go."""
         return replace(self, **{"image" if kept == "text" else "text": _GONE})
-
-
-def zero_shot_head(
-    towers: Towers, templates: Sequence[str] | str = DEFAULT_TEMPLATES, labels: Sequence[str] = ()
-) -> ZeroShot:
-    """The head that compares what the towers yield."""
-    embed = Embed(towers.image)
-    return ZeroShot(embed, towers.scale, towers.bias, expand_templates(templates), labels)
 
 
 def towers_of_openai(checkpoint: Checkpoint, placement: Placement) -> Towers:

@@ -83,8 +83,8 @@ def fit(
 def _fit(
     images: Path, catalog: str, trunk_name: str, device: str, options: Any, path: Path
 ) -> dict[str, Any]:
+    from models.fitting.dataset import Progress as Step
     from models.fitting.examples import read_examples
-    from models.fitting.fit import Progress as Step
     from models.fitting.fit import fit, run_directly
     from models.fitting.report import write_report
     from models.heads.files import save_head

@@ -113,8 +113,9 @@ def convert(
     settings: Settings = None,
 ) -> None:
     """Write a checkpoint as one safetensors file that needs telling nothing any more."""
+    from models.assembly import load_checkpoint
     from models.checkpoints.checkpoint import save_checkpoint
-    from models.checkpoints.loading import load_checkpoint, read_checkpoint
+    from models.checkpoints.loading import read_checkpoint
     from models.errors import CheckpointError
 
     def convert_file() -> None:
@@ -143,7 +144,8 @@ def _arguments(architecture: str | None, settings: list[str] | None) -> dict[str
 
 
 def _describe(file: Path, arguments: dict[str, Any]) -> dict[str, Any]:
-    from models.checkpoints.loading import load_checkpoint, read_checkpoint
+    from models.assembly import load_checkpoint
+    from models.checkpoints.loading import read_checkpoint
 
     checkpoint = read_checkpoint(file, arguments)
     model = load_checkpoint(file, arguments)
@@ -155,7 +157,7 @@ def _describe(file: Path, arguments: dict[str, Any]) -> dict[str, Any]:
         "architecture": checkpoint.architecture,
         "arguments": dict(checkpoint.arguments),
         "task": model.task,
-        "parameters": sum(p.numel() for t in towers for p in t.network.parameters()),
+        "parameters": sum(trunk.parameter_count for trunk in towers),
         "classes": trunk.num_classes,
         "heads": sorted(checkpoint.heads),
         "dropped": list(checkpoint.dropped),

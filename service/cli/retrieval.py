@@ -1,59 +1,31 @@
-"""`vitrail embed` and `vitrail search`: folders to vectors, and nearest ones by image or text."""
+"""`vitrail embed` writes an index of images; `vitrail search` searches it by image or text."""
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.progress import Progress
 
-from service.cli.client import (
-    DEFAULT_URL,
-    Client,
-    Concurrency,
-    Json,
-    Key,
-    Model,
-    Paths,
-    Url,
-    errors,
-    expand,
-)
+from models.tasks.base import Task
+from service.cli.client import DEFAULT_URL, Client, Json, Key, Url, errors, expand
+from service.cli.task_commands import Invocation, run_task
 
 
-def embed(
-    paths: Paths,
-    url: Url = DEFAULT_URL,
-    key: Key = None,
-    model: Model = None,
-    pooling: Annotated[str | None, typer.Option(help="cls, mean, max, gem or ggem.")] = None,
-    dimensions: Annotated[int | None, typer.Option(help="Keep the first so many.")] = None,
-    as_json: Json = False,
-    output: Annotated[
-        Path | None,
-        typer.Option(help="A .parquet or .npy file; an interrupted run is resumed."),
-    ] = None,
-    concurrency: Concurrency = 8,
-) -> None:
-    """Embed images for retrieval, any number of them."""
-    parameters = {"model": model, "pooling": pooling, "dimensions": dimensions}
-    client = Client(url, key, "embed", parameters, concurrency)
-    if output is not None:
-        _write_index(client, paths, output, pooling)
+def run_embed(task: Task, invocation: Invocation) -> None:
+    """As `run_task`; with `--output`, embeddings are written in parts, so that a run can resume."""
+    if invocation.output is None:
+        run_task(task, invocation)
         return
-
-    def line(answer: dict[str, Any]) -> str:
-        vector = answer["embedding"]
-        return f"{len(vector)} dimensions: {', '.join(f'{v:.4f}' for v in vector[:4])}, ..."
-
-    client.run(paths, as_json, None, line)
+    pooling: str | None = invocation.options["pooling"]
+    _write_index(invocation.client(task, Client), invocation.paths, invocation.output, pooling)
 
 
 def search(
-    index: Annotated[Path, typer.Argument(exists=True, help="What `vitrail embed` wrote.")],
-    image: Annotated[Path | None, typer.Option(exists=True, help="Find its likes.")] = None,
-    text: Annotated[str | None, typer.Option(help="Find what it says.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="How many.")] = 5,
+    index: Annotated[Path, typer.Argument(exists=True, help="A file that `vitrail embed` wrote.")],
+    image: Annotated[Path | None, typer.Option(exists=True, help="Find similar images.")] = None,
+    text: Annotated[str | None, typer.Option(help="Find what the text describes.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Number of results.")] = 5,
     url: Url = DEFAULT_URL,
     key: Key = None,
     as_json: Json = False,
@@ -68,27 +40,27 @@ def search(
     from service.cli.index import IndexFileError, read_index
 
     try:
-        found = read_index(index)
+        contents = read_index(index)
     except IndexFileError as error:
         errors.print(str(error), highlight=False)
         raise typer.Exit(1) from error
-    wanted = {"model": found.made_by.model, "pooling": found.made_by.pooling}
-    client = Client(url, key, "embed", wanted, 1)
-    answer = client.ask(image) if image is not None else client.ask_text(str(text))
-    if "error" in answer:
-        errors.print(str(answer["error"]), markup=False, highlight=False)
+    parameters = {"model": contents.made_by.model, "pooling": contents.made_by.pooling}
+    client = Client(url, key, "embed", parameters)
+    entry = client.ask(image) if image is not None else client.ask_text(str(text))
+    if "error" in entry:
+        errors.print(str(entry["error"]), markup=False, highlight=False)
         raise typer.Exit(1)
-    if answer["model_digest"] != found.made_by.model_digest:
+    if entry["model_digest"] != contents.made_by.model_digest:
         errors.print(
-            f"{index} was made by another {found.made_by.model} than the server now has; "
+            f"{index} was made with another version of {contents.made_by.model}; "
             "embed the folder again"
         )
         raise typer.Exit(1)
-    query = np.array(answer["embedding"], np.float32)[: found.vectors.shape[1]]
-    count = min(top, len(found.paths))
-    matches = nearest(np.asarray(found.vectors), query, count, MetricKind.Cos, exact=True)
+    query = np.array(entry["embedding"], np.float32)[: contents.vectors.shape[1]]
+    count = min(top, len(contents.paths))
+    matches = nearest(np.asarray(contents.vectors), query, count, MetricKind.Cos, exact=True)
     for position, distance in zip(matches.keys.tolist(), matches.distances.tolist(), strict=True):
-        score, path = 1 - distance, found.paths[position]
+        score, path = 1 - distance, contents.paths[position]
         typer.echo(
             json.dumps({"path": path, "score": score}) if as_json else f"{score:.3f}  {path}"
         )
@@ -102,24 +74,24 @@ def _write_index(client: Client, paths: list[Path], output: Path, pooling: str |
         done = writer.done()
         files = [path for path in expand(paths) if str(path) not in done]
         if not files and not done:
-            errors.print("no image among the paths given")
+            errors.print("no image among the given paths")
             raise typer.Exit(1)
         if done:
             errors.print(f"{len(done)} images are done already", highlight=False)
         with Progress(console=errors, disable=not errors.is_terminal) as progress:
             bar = progress.add_task("embed", total=len(files) + len(done), completed=len(done))
             try:
-                for path, answer in client.ask_all(files):
-                    if "error" in answer:
-                        errors.print(f"{path}: {answer['error']}", markup=False, highlight=False)
-                        writer.add(str(path), None, str(answer["error"]))
+                for path, entry in client.ask_all(files):
+                    if "error" in entry:
+                        errors.print(f"{path}: {entry['error']}", markup=False, highlight=False)
+                        writer.add(str(path), None, str(entry["error"]))
                     else:
                         names = ("model", "model_digest", "preprocess_digest")
-                        writer.check(MadeBy(**{n: answer[n] for n in names}, pooling=pooling))
-                        writer.add(str(path), answer["embedding"], None)
+                        writer.check(MadeBy(**{n: entry[n] for n in names}, pooling=pooling))
+                        writer.add(str(path), entry["embedding"], None)
                     progress.advance(bar)
             except BaseException:
-                writer.flush()  # what is done so far need not be done again
+                writer.flush()  # the next run continues from here
                 raise
         rows, failed = writer.finish()
     except IndexFileError as error:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli.starting import read_settings, told_plainly
+from service.cli.starting import read_settings, report_errors
 from service.settings import Settings
 
 Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
@@ -45,7 +45,7 @@ def serve(
     )  # fmt: skip
     if workers != "auto" and not workers.isdigit():
         raise typer.BadParameter(f"--workers is {workers!r}; it is a number, or auto")
-    with told_plainly():
+    with report_errors():
         if workers == "0":
             if processes > 1:
                 raise typer.BadParameter("several --processes need --workers")
@@ -83,7 +83,7 @@ def gateway(
         raise typer.BadParameter("name the --workers, or set VITRAIL_WORKERS")
     if supervised:
         _end_with_parent(settings)
-    with told_plainly():
+    with report_errors():
         if processes > 1:
             from service.processes.supervisor import supervise
 
@@ -129,7 +129,7 @@ def worker(
     from service.allocator import keep_freed_memory
 
     keep_freed_memory()
-    with told_plainly():
+    with report_errors():
         from service.processes.worker import serve
 
         serve(settings, address or settings.rpc_address())

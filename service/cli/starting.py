@@ -1,4 +1,4 @@
-"""What the commands that start a process share."""
+"""Settings and error reports of the commands that start a process."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,9 +12,13 @@ from service.settings import Settings
 
 
 def read_settings(flags: Mapping[str, Any]) -> Settings:
-    """The settings from flags and environment, with the log set up; a wrong one ends the command.
+    """The settings from flags and environment. Also configures the log.
 
-    A flag that is None was not given.
+    Args:
+        flags: None for a flag that was not used.
+
+    Raises:
+        typer.Exit: a setting is invalid.
     """
     from service.logs import configure_logs
 
@@ -29,8 +33,8 @@ def read_settings(flags: Mapping[str, Any]) -> Settings:
 
 
 @contextmanager
-def told_plainly() -> Iterator[None]:
-    """End the command with 2 and one line for what its user can put right."""
+def report_errors() -> Iterator[None]:
+    """Report errors that the user can fix in one line, and exit with status 2."""
     from models.errors import ModelsError
 
     try:

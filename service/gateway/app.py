@@ -25,8 +25,14 @@ def create_app(
     *,
     shared: bool = False,
 ) -> FastAPI:
-    """Put routes and middleware around a backend; its lifespan starts and closes that backend,
-    and a gRPC server beside it if there is an address for one, `shared` with other processes."""
+    """The routes and middleware in front of a backend.
+
+    The application's lifespan starts and closes the backend.
+
+    Args:
+        rpc_address: where to serve gRPC as well; None for HTTP only.
+        shared: whether other processes listen on that address, too.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

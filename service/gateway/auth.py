@@ -1,4 +1,4 @@
-"""Who may use a route: `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
+"""Route dependencies that check `Authorization: Bearer KEY` or `X-API-Key: KEY`."""
 
 from fastapi import Request
 
@@ -6,13 +6,13 @@ from service.keys import check_admin_key, check_head_key, check_key
 
 
 def require_key(request: Request) -> None:
-    """Let the request pass if keys are off, or if it carries a user's or an admin's key."""
+    """Require a user's or an admin's key, if user keys are configured."""
     headers = request.headers
     check_key(request.app.state.settings, headers.get("x-api-key"), headers.get("authorization"))
 
 
 def require_admin_key(request: Request) -> None:
-    """Let the request pass only with an admin key."""
+    """Require an admin key."""
     headers = request.headers
     check_admin_key(
         request.app.state.settings, headers.get("x-api-key"), headers.get("authorization")
@@ -20,7 +20,7 @@ def require_admin_key(request: Request) -> None:
 
 
 def require_head_key(request: Request) -> None:
-    """Let the request pass with an admin key; without any configured, as `require_key` does."""
+    """Require an admin key if any is configured, otherwise the same as `require_key`."""
     headers = request.headers
     check_head_key(
         request.app.state.settings, headers.get("x-api-key"), headers.get("authorization")

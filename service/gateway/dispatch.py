@@ -1,78 +1,101 @@
-"""Asking the backend on behalf of a request: its deadline, its priority, and its leaving."""
+"""Sends a request to the backend: deadline, priority, metrics, and the client's disconnect."""
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from models.inputs.types import Input
+from service.accounting import Account, counted
 from service.backend import Backend
-from service.errors import InvalidInputError
+from service.errors import InvalidInputError, ServiceError
 from service.settings import Settings
-from service.types import Call, InferRequest, InferResult
+from service.types import ImageResult, InferRequest, InferResult
 
 T = TypeVar("T")
 
 
-async def ask(
-    request: Request,
-    inputs: Sequence[Input],
-    calls: Sequence[Call],
-    *,
-    timeout_ms: float | None = None,
-) -> InferResult:
-    """The backend's answer; dropped as soon as the client leaves.
+def count_request(request: Request, task: str) -> AbstractContextManager[Account]:
+    """A context in which the request is counted in the metrics, under that task."""
+    state = request.app.state
+    return counted(state.metrics, state.backend.knows, task, request.scope["state"]["started"])
 
-    Args:
-        timeout_ms: from the request's own body; without it `X-Timeout-Ms` or the setting counts.
+
+async def infer(request: Request, infer_request: InferRequest, account: Account) -> InferResult:
+    """The backend's result; cancelled as soon as the client disconnects.
 
     Raises:
         ServiceError: the request as a whole was refused.
-        ClientDisconnect: the client left.
+        ClientDisconnect: the client disconnected.
     """
-    backend: Backend = request.app.state.backend
-    wanted = InferRequest(
-        inputs=inputs,
-        calls=calls,
-        deadline=deadline_of(request, timeout_ms),
-        bulk=is_bulk(request),
-    )
+    account.requested(infer_request)
     settings: Settings = request.app.state.settings
-    return await _while_connected(request, _in_chunks(backend, wanted, settings.max_images))
+    work = send(request.app.state.backend, infer_request, settings.max_images)
+    result = await _while_connected(request, work)
+    account.answered(result)
+    return result
 
 
-async def _in_chunks(backend: Backend, wanted: InferRequest, size: int) -> InferResult:
-    """Many texts a few at a time, as many as a request may hold images: no queue takes more."""
+async def send(backend: Backend, infer_request: InferRequest, chunk_size: int) -> InferResult:
+    """The backend's result for the inputs that could be read, with the errors of the others.
+
+    Inputs are sent in chunks, one after the other: many texts at once would fill the queue.
+
+    Raises:
+        ServiceError: the request as a whole was refused.
+    """
+    inputs = infer_request.readable
     results = []
-    for start in range(0, max(1, len(wanted.inputs)), size):
-        inputs = wanted.inputs[start : start + size]
-        results.append(await backend.infer(replace(wanted, inputs=inputs)))
-    return InferResult(results[0].models, [image for r in results for image in r.images])
+    # Without inputs, the backend still resolves the calls and checks their options.
+    for start in range(0, max(1, len(inputs)), chunk_size):
+        chunk = replace(infer_request, inputs=inputs[start : start + chunk_size])
+        results.append(await backend.infer(chunk))
+    images = iter([image for result in results for image in result.images])
+    merged = [
+        ImageResult(error=item) if isinstance(item, ServiceError) else next(images)
+        for item in infer_request.inputs
+    ]
+    return InferResult(results[0].models, merged)
 
 
-def deadline_of(request: Request, timeout_ms: float | None = None) -> float:
-    """In `time.monotonic` seconds: by `timeout_ms`, or else `X-Timeout-Ms` or the setting."""
-    settings: Settings = request.app.state.settings
+def read_deadline(request: Request) -> float:
+    """The deadline in `time.monotonic` seconds, by `X-Timeout-Ms` or the default timeout.
+
+    Raises:
+        InvalidInputError: the header is not a positive number.
+    """
     header = request.headers.get("x-timeout-ms")
+    if header is None:
+        return deadline_after(request, request.app.state.settings.default_timeout_ms)
     try:
-        if timeout_ms is None:
-            timeout_ms = float(header) if header is not None else settings.default_timeout_ms
-    except ValueError:
-        timeout_ms = float("nan")
+        return deadline_after(request, float(header))
+    except (ValueError, InvalidInputError) as error:
+        raise InvalidInputError(
+            f"X-Timeout-Ms is {header!r}; it must be a positive number"
+        ) from error
+
+
+def deadline_after(request: Request, timeout_ms: float) -> float:
+    """The deadline in `time.monotonic` seconds, that long after the request's arrival.
+
+    Raises:
+        InvalidInputError: not a positive number.
+    """
     if not 0 < timeout_ms < float("inf"):
-        given = (
-            f"X-Timeout-Ms is {header!r}" if header is not None else f"timeout is {timeout_ms} ms"
-        )
-        raise InvalidInputError(f"{given}; it must be a positive number")
+        raise InvalidInputError(f"timeout is {timeout_ms} ms; it must be a positive number")
     started: float = request.scope["state"]["started"]
     return started + timeout_ms / 1e3
 
 
-def is_bulk(request: Request) -> bool:
-    """Whether `X-Priority` is bulk."""
+def read_priority(request: Request) -> bool:
+    """Whether `X-Priority` is `bulk`.
+
+    Raises:
+        InvalidInputError: neither `bulk` nor `interactive`.
+    """
     priority = request.headers.get("x-priority", "interactive")
     if priority not in ("interactive", "bulk"):
         raise InvalidInputError(f"X-Priority is {priority!r}; it can be interactive or bulk")
@@ -80,18 +103,18 @@ def is_bulk(request: Request) -> bool:
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Await `work`, but cancel it as soon as the client leaves."""
+    """Await `work`, but cancel it as soon as the client disconnects."""
     task = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnected(request))
+    disconnect = asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait((task, leaving), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, disconnect), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientDisconnect
         return task.result()
     finally:
-        leaving.cancel()
+        disconnect.cancel()
         task.cancel()
-        await asyncio.gather(task, leaving, return_exceptions=True)
+        await asyncio.gather(task, disconnect, return_exceptions=True)
 
 
 async def _disconnected(request: Request) -> None:

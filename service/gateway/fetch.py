@@ -1,4 +1,4 @@
-"""Images by URL: only from allowed hosts, only over public addresses, size and time limited."""
+"""Fetches images by URL: from allowed hosts and public addresses, within size and time limits."""
 
 import asyncio
 import ipaddress
@@ -6,15 +6,18 @@ import socket
 
 import httpx
 
-from service.errors import InvalidInputError, PayloadTooLargeError, ServiceError
+from service.errors import InvalidInputError, PayloadTooLargeError
 from service.settings import Settings
 
 MAX_REDIRECTS = 3
 
 
 class ImageFetcher:
-    """Fetches encoded images. The address that was checked is the address that is connected to,
-    so a name that resolves differently a moment later gains nothing."""
+    """Fetches encoded images.
+
+    It connects to the very address that it checked, so a host whose name resolves to another
+    address a moment later (DNS rebinding) cannot reach an internal one.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -27,7 +30,7 @@ class ImageFetcher:
         """The body of `url`.
 
         Raises:
-            ServiceError: off, not allowed, unreachable, too large or too slow.
+            ServiceError: URLs are off; or this one is not allowed, unreachable, too large or slow.
         """
         if not self._settings.url_hosts:
             raise InvalidInputError("image URLs are off here; send the image itself", field="url")
@@ -41,7 +44,7 @@ class ImageFetcher:
                 raise InvalidInputError(f"more than {MAX_REDIRECTS} redirects", field="url")
         except (TimeoutError, httpx.TimeoutException) as error:
             raise InvalidInputError(
-                "the image's host did not answer in time", field="url"
+                "the image's host did not respond in time", field="url"
             ) from error
         except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
             raise InvalidInputError("the image could not be fetched", field="url") from error
@@ -67,19 +70,19 @@ class ImageFetcher:
             await response.aclose()
 
     async def _allowed_address(self, url: httpx.URL) -> str:
-        """One address of an allowed host, after making sure that none of them is internal."""
+        """An address of an allowed host, all of whose addresses are public."""
         if url.scheme not in ("http", "https") or url.userinfo:
             raise InvalidInputError("image URLs must be plain http or https", field="url")
         if url.host not in self._settings.url_hosts:
             raise InvalidInputError(f"images may not be fetched from {url.host!r}", field="url")
         port = url.port or (443 if url.scheme == "https" else 80)
         loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(url.host, port, type=socket.SOCK_STREAM)
-        addresses = [str(entry[4][0]) for entry in found]
+        resolved = await loop.getaddrinfo(url.host, port, type=socket.SOCK_STREAM)
+        addresses = [str(entry[4][0]) for entry in resolved]
         if not self._settings.url_allow_private:
             for address in addresses:
                 parsed = ipaddress.ip_address(address.split("%")[0])
-                # an IPv4 address in IPv6 clothes is judged as what it is
+                # ::ffff:10.0.0.1 is the IPv4 address 10.0.0.1
                 mapped = getattr(parsed, "ipv4_mapped", None) or parsed
                 if not mapped.is_global or mapped.is_multicast:
                     detail = f"{url.host!r} resolves to an address that is not public"
@@ -92,9 +95,7 @@ class ImageFetcher:
         async for chunk in response.aiter_bytes():
             content += chunk
             if len(content) > limit:
-                raise _too_large(limit)
+                raise PayloadTooLargeError(
+                    f"the image has more than {limit} bytes, which is the limit"
+                )
         return bytes(content)
-
-
-def _too_large(limit: int) -> ServiceError:
-    return PayloadTooLargeError(f"the image has more than {limit} bytes, which is the limit")

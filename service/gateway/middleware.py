@@ -1,25 +1,25 @@
-"""Around every request: its id, the access line, and the last resort for our own faults."""
+"""Middleware for every request: its id, the access log line, and unhandled errors."""
 
 import logging
-import re
 import time
-import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.gateway.problems import internal_problem
-from service.logs import request_id
+from service.logs import choose_request_id, request_id
 
 logger = logging.getLogger("vitrail.access")
 
-_SAFE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _QUIET = ("/healthz", "/readyz", "/metrics")
 
 
 class RequestContext:
-    """Pure ASGI, so that the route keeps the raw `receive` and sees its client leave."""
+    """Sets the request's id and start time, and logs the request.
+
+    Plain ASGI, because starlette's `BaseHTTPMiddleware` hides the client's disconnect from routes.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -28,12 +28,11 @@ class RequestContext:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        current = given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex
+        current = choose_request_id(Headers(scope=scope).get("x-request-id", ""))
         request_id.set(current)
         started = time.monotonic()
         scope.setdefault("state", {})["started"] = started
-        status = 499  # what the log says of a client that left before its answer began
+        status = 499  # logged if the client leaves before the response starts
 
         async def send_with_id(message: Message) -> None:
             nonlocal status

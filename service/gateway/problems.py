@@ -12,7 +12,7 @@ from service.logs import request_id
 
 
 def describe(error: ServiceError) -> dict[str, Any]:
-    """The members that a whole answer's error and one entry's error share."""
+    """The members of an error, of a whole response or of one entry."""
     return {
         "type": f"urn:vitrail:problem:{error.slug}",
         "title": error.title,
@@ -22,11 +22,11 @@ def describe(error: ServiceError) -> dict[str, Any]:
 
 
 def problem_response(error: ServiceError, path: str = "") -> JSONResponse:
-    """The error as the whole answer to a request of `path`."""
+    """The error as the response to a request of `path`."""
     body = describe(error) | {"request_id": request_id.get()}
-    if path.startswith("/v2/"):  # where clients of the Open Inference Protocol look for it
+    if path.startswith("/v2/"):  # the Open Inference Protocol's member
         body["error"] = error.detail
-    if path.startswith("/v1/"):  # and OpenAI's
+    if path.startswith("/v1/"):  # OpenAI's member
         body["error"] = {"message": error.detail, "type": error.slug, "param": None, "code": None}
     if error.fields:
         body["errors"] = [item._asdict() for item in error.fields]
@@ -35,20 +35,20 @@ def problem_response(error: ServiceError, path: str = "") -> JSONResponse:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if error.status in (408, 413):  # the rest of the body will not be read
+    if error.status in (408, 413):  # the rest of the body is not read
         headers["Connection"] = "close"
     return JSONResponse(body, error.status, headers=headers, media_type="application/problem+json")
 
 
 def internal_problem() -> JSONResponse:
-    """What a client learns of a fault of ours: nothing but the request's id."""
+    """The response to an unhandled exception. It has the request's id and no details."""
     return problem_response(
         InternalError("an internal error; the log has it under this request_id")
     )
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Answer our errors and the framework's own (no such route, wrong method) as problems."""
+    """Turn `ServiceError` and the framework's errors (wrong path or method) into problems."""
 
     @app.exception_handler(ServiceError)
     async def _service_error(request: Request, error: ServiceError) -> JSONResponse:

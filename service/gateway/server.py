@@ -1,4 +1,4 @@
-"""The HTTP server around the application."""
+"""The HTTP server of the application."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ MAX_HEADER_BYTES = 64 * 1024
 
 
 def create_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
-    """A server that on SIGINT or SIGTERM stops accepting and answers what it has accepted."""
+    """A server that finishes its accepted requests on SIGINT or SIGTERM."""
 
     class Protocol(ImpatientProtocol):
         header_timeout_s = settings.header_timeout_s
@@ -37,25 +37,24 @@ def create_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
 
 
 def run_server(app: FastAPI, settings: Settings, listener: socket.socket | None = None) -> None:
-    """Serve until SIGINT or SIGTERM; then stop accepting, answer what was accepted, and return."""
+    """Serve until SIGINT or SIGTERM, finish the accepted requests, and return."""
     server = create_server(app, settings)
-    # uvicorn drains and then raises the signal again, for whoever handled it before
+    # uvicorn drains and then raises the signal again for the handler that was set before it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with contextlib.suppress(KeyboardInterrupt):
         server.run(None if listener is None else [listener])
 
 
 def check_free(host: str, port: int) -> None:
-    """Raise OSError if the port cannot be had: told before anything has started."""
+    """Raise OSError if the port is taken, so that a process fails before it starts anything."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     socket.create_server((host, port), family=family).close()
 
 
 class ImpatientProtocol(HttpToolsProtocol):
-    """Closes connections whose headers do not arrive in time or do not end, for which uvicorn
-    waits for ever.
+    """Closes connections whose headers are too slow or too long, which uvicorn does not limit.
 
-    Bodies are timed where they are read; idle keep-alive connections by uvicorn itself.
+    `read_body` limits the time of bodies, uvicorn that of idle keep-alive connections.
     """
 
     header_timeout_s: float

@@ -12,7 +12,9 @@ from models.inputs.types import Input, Latent, Seed, Video
 from service.errors import InvalidInputError
 from service.tensors import DTYPES, element_count, from_bytes, unpack
 
-PIXEL_TYPES = ("FP32", "FP16", "BF16")
+# The data types of preprocessed images and latent vectors; metadata names the first one.
+FLOAT_TYPES = ("FP32", "FP16", "BF16")
+# The inputs by name, with the data type that metadata names.
 KINDS = {
     "image": "BYTES",
     "pixel_values": "FP32",
@@ -25,12 +27,14 @@ KINDS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputTensor:
-    """One input: its contents are `raw` bytes, or `values` (of BYTES: bytes, or base64 text)."""
+    """One input tensor of a request."""
 
     name: str
     datatype: str
     shape: Sequence[int]
+    # The contents in the protocol's byte layout, or None if `values` has them.
     raw: bytes | None = None
+    # The elements, row by row. Elements of BYTES are bytes, or base64 text.
     values: Sequence[Any] = ()
 
 
@@ -38,12 +42,14 @@ def to_inputs(tensors: Sequence[InputTensor]) -> list[Input]:
     """The inputs of a request, all of one kind.
 
     Raises:
-        InvalidInputError: a wrong name, data type or shape, or contents that do not fit them.
+        InvalidInputError: wrong name, data type or shape, or contents that do not fit them.
     """
     if len(tensors) != 1 or tensors[0].name not in KINDS:
         names = ", ".join(repr(tensor.name) for tensor in tensors) or "none"
         kinds = ", ".join(f"{name} ({datatype})" for name, datatype in KINDS.items())
-        raise InvalidInputError(f"send one input of {kinds}; came: {names}", field="inputs")
+        raise InvalidInputError(
+            f"send one input of {kinds}; the request has {names}", field="inputs"
+        )
     tensor = tensors[0]
     inputs: list[Input]
     match tensor.name:
@@ -77,7 +83,7 @@ def _elements(tensor: InputTensor) -> Sequence[Any]:
         return unpack(name, tensor.raw, count)
     if len(tensor.values) != count:
         raise InvalidInputError(
-            f"{name}: shape {list(tensor.shape)} takes {count} elements; {len(tensor.values)} came",
+            f"{name}: shape {list(tensor.shape)} takes {count} elements, not {len(tensor.values)}",
             field=name,
         )
     return tensor.values
@@ -97,7 +103,7 @@ def _decoded(value: Any) -> bytes:
         return base64.b64decode(value, validate=True)
     except (binascii.Error, ValueError, TypeError) as error:
         raise InvalidInputError(
-            "BYTES of images and clips in JSON are base64 here; or use the binary tensor extension",
+            "in JSON, BYTES of images and videos are base64; or use the binary tensor extension",
             field="inputs",
         ) from error
 
@@ -114,9 +120,9 @@ def _seeds(tensor: InputTensor) -> list[int]:
 
 def _numbers(tensor: InputTensor, shape: str, dimensions: int) -> np.ndarray:
     name = tensor.name
-    if tensor.datatype not in PIXEL_TYPES:
+    if tensor.datatype not in FLOAT_TYPES:
         raise InvalidInputError(
-            f"{name} is {', '.join(PIXEL_TYPES)}, not {tensor.datatype}", field=name
+            f"{name} is {', '.join(FLOAT_TYPES)}, not {tensor.datatype}", field=name
         )
     if len(tensor.shape) != dimensions:
         raise InvalidInputError(f"{name} has shape {shape}, not {list(tensor.shape)}", field=name)
@@ -128,7 +134,7 @@ def _numbers(tensor: InputTensor, shape: str, dimensions: int) -> np.ndarray:
 def _packed(tensor: InputTensor) -> bytes:
     name = tensor.name
     if tensor.datatype == "BF16":
-        raise InvalidInputError(f"{name}: BF16 comes as raw bytes only", field=name)
+        raise InvalidInputError(f"{name}: BF16 must be sent as raw bytes", field=name)
     try:
         return np.array(tensor.values, DTYPES[tensor.datatype]).tobytes()
     except (ValueError, TypeError, OverflowError) as error:

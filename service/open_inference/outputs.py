@@ -1,4 +1,4 @@
-"""Output tensors: what each task has, what a request asks for, and how results become them."""
+"""Output tensors: which a model has, which a request selects, and how results become them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,190 +6,174 @@ from typing import Any
 
 import numpy as np
 
+from models.description import ModelDescription
+from models.tasks.base import Output, Task
+from models.tasks.classify import DEFAULT_TOP_K
+from models.tasks.table import tasks
 from service.errors import InvalidInputError, ServiceError
 from service.parameters import validated_call
 from service.types import Call, ImageResult, InferResult
 
-DEFAULT_TOP_K = 5
-# Of these tasks' outputs a call yields one, by its option `output`.
-FORMS: Mapping[str, Sequence[str]] = {
-    "segment": ("png", "rle", "polygons", "mask", "overlay", "logits"),
-    "attention": ("overlay", "map", "npy"),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """An output as metadata tells of it; -1 where the size varies. Unless asked for by name,
-    those that are `on_request` are left out."""
-
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-    on_request: bool = False
-
-
-SPECS: Mapping[str, Sequence[TensorSpec]] = {
-    "classify": (
-        TensorSpec("index", "INT64", (-1, -1)),
-        TensorSpec("label", "BYTES", (-1, -1)),
-        TensorSpec("score", "FP32", (-1, -1)),
-        TensorSpec("probabilities", "FP32", (-1, -1), on_request=True),
-    ),
-    "zero-shot": (
-        TensorSpec("index", "INT64", (-1, -1)),
-        TensorSpec("label", "BYTES", (-1, -1)),
-        TensorSpec("score", "FP32", (-1, -1)),
-    ),
-    "embed": (TensorSpec("embedding", "FP32", (-1, -1)),),
-    "segment": (
-        TensorSpec("size", "INT64", (-1, 2)),
-        TensorSpec("index", "INT64", (-1, -1)),
-        TensorSpec("label", "BYTES", (-1, -1)),
-        TensorSpec("pixels", "INT64", (-1, -1)),
-        TensorSpec("png", "BYTES", (-1,)),
-        TensorSpec("rle", "BYTES", (-1,), on_request=True),
-        TensorSpec("polygons", "BYTES", (-1,), on_request=True),
-        TensorSpec("mask", "UINT8", (-1, -1, -1), on_request=True),
-        TensorSpec("overlay", "BYTES", (-1,), on_request=True),
-        TensorSpec("logits", "BYTES", (-1,), on_request=True),
-    ),
-    "attention": (
-        TensorSpec("size", "INT64", (-1, 2)),
-        TensorSpec("overlay", "BYTES", (-1,)),
-        TensorSpec("map", "BYTES", (-1,), on_request=True),
-        TensorSpec("npy", "BYTES", (-1,), on_request=True),
-    ),
-    "reconstruct": (
-        TensorSpec("size", "INT64", (-1, 2)),
-        TensorSpec("drawn", "BYTES", (-1,)),
-        TensorSpec("pasted", "BYTES", (-1,)),
-        TensorSpec("seen", "BYTES", (-1,)),
-        TensorSpec("mask", "UINT8", (-1, -1, -1)),
-    ),
-    "generate": (
-        TensorSpec("size", "INT64", (-1, 2)),
-        TensorSpec("png", "BYTES", (-1,)),
-    ),
-}
+# The outputs of a task that ranks classes: one element for each class, best first.
+RANKING = frozenset({"index", "label", "score"})
+# An output derived from a ranking of all classes: their scores in the order of the classes.
+PROBABILITIES = "probabilities"
 
 
 @dataclass(frozen=True, slots=True)
 class RequestedOutput:
-    """An output asked for by name; `classification` k turns it into the k best classes."""
+    """An output that a request selects by name."""
 
     name: str
+    # If positive: text of this many best classes instead of numbers (the classification extension).
     classification: int = 0
+    # Whether REST returns it as binary data; None for the request's default.
     binary: bool | None = None
 
 
-def outputs_of(model: Mapping[str, Any]) -> dict[str, tuple[str, TensorSpec]]:
-    """A described model's outputs by name, each with the task that has it; its own task first."""
-    found: dict[str, tuple[str, TensorSpec]] = {}
-    for task in model["tasks"]:
-        for spec in SPECS.get(task, ()):
-            found.setdefault(spec.name, (task, spec))
-    return found
+@dataclass(frozen=True, slots=True)
+class TaskOutput:
+    """An output, and the task that returns it."""
+
+    task: Task
+    output: Output
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether it has a score for each class, so that the best classes can be named."""
+        names = {output.name for output in self.task.outputs}
+        return names >= RANKING and self.output.name in ("score", PROBABILITIES)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether an element is a file's content, which results have as bytes (N,) uint8."""
+        return (self.output.datatype, self.output.shape) == ("BYTES", (-1,))
 
 
-class Plan:
-    """The calls that answer a request for a model's outputs, and the tensors made of them."""
+def outputs_of(model: ModelDescription) -> dict[str, TaskOutput]:
+    """A model's outputs by name. If several tasks have one of that name, the first task's."""
+    outputs: dict[str, TaskOutput] = {}
+    for task in (tasks()[name] for name in model.tasks if name in tasks()):
+        for output in task.outputs:
+            outputs.setdefault(output.name, TaskOutput(task, output))
+    return outputs
+
+
+class OutputSelection:
+    """The outputs that a request selects, and the calls that return them.
+
+    Attributes:
+        requested: the outputs, in the response's order.
+        calls: one for each task, or for each form of a task's output.
+    """
 
     def __init__(
         self,
-        model: Mapping[str, Any],
+        model: ModelDescription,
         requested: Sequence[RequestedOutput],
         options: Mapping[str, Any],
     ) -> None:
         """
         Args:
-            model: as `GET /models/{name}` describes it.
-            options: for the first task that is asked.
+            requested: empty for those of the model's own task that are not `on_request`.
+            options: for the task of the first output.
 
         Raises:
-            InvalidInputError: an output or option that the model does not have.
+            InvalidInputError: the model has no such output or option.
         """
-        self._model = model
-        self._specs = outputs_of(model)
-        own = [RequestedOutput(spec.name) for task, spec in self._specs.values()
-               if task == model["task"] and not spec.on_request]  # fmt: skip
-        self.requested = list(requested) or own
+        self._classes = model.labels
+        self._outputs = outputs_of(model)
+        self.requested = list(requested) or [
+            RequestedOutput(name)
+            for name, item in self._outputs.items()
+            if item.task.name == model.task and not item.output.on_request
+        ]
+        if not self.requested:
+            raise InvalidInputError(f"the task {model.task!r} has no outputs", field="outputs")
         for output in self.requested:
             self._check(output)
-        tasks = list(dict.fromkeys(self._specs[output.name][0] for output in self.requested))
-        calls = [validated_call(model["name"], tasks[0], options)]
-        calls += [Call(model["name"], task) for task in tasks[1:]]
+        names = list(dict.fromkeys(self._outputs[item.name].task.name for item in self.requested))
+        calls = [validated_call(model.name, names[0], options)]
+        calls += [Call(model.name, name) for name in names[1:]]
         self._top_k = int(calls[0].options.get("top_k", DEFAULT_TOP_K))
-        self.calls = [special for call in calls for special in self._specialised(call)]
+        self.calls = [adapted for call in calls for adapted in self._adapt(call)]
 
     def collect(self, result: InferResult) -> list[np.ndarray]:
-        """The requested outputs, in order, first dimension the images.
+        """The requested outputs in order. Their first dimension is the number of inputs.
 
         Raises:
-            ServiceError: an image failed, for tensors cannot tell of failed rows.
+            ServiceError: an input failed; a tensor cannot leave out a row.
         """
         return [self._tensor(output, result.images) for output in self.requested]
 
     def _check(self, output: RequestedOutput) -> None:
-        if output.name not in self._specs:
+        if output.name not in self._outputs:
             raise InvalidInputError(
-                f"no output {output.name!r}; there are {', '.join(self._specs)}", field="outputs"
+                f"no output {output.name!r}; outputs: {', '.join(self._outputs)}", field="outputs"
             )
         if output.classification < 0 or (
-            output.classification and output.name not in ("score", "probabilities")
+            output.classification and not self._outputs[output.name].is_ranked
         ):
             raise InvalidInputError(
-                "classification is a positive number, for score or probabilities",
+                f"classification is a positive number, for score or {PROBABILITIES}",
                 field="outputs",
             )
 
-    def _specialised(self, call: Call) -> list[Call]:
-        """The call with what its outputs need: more classes, or one call for each mask's form."""
+    def _adapt(self, call: Call) -> list[Call]:
+        """The call with more classes if an output needs them, or a call for each form."""
+        task = tasks()[str(call.task)]
         names = [output.name for output in self.requested]
-        if call.task == "classify":
+        if _has_top_k(task):
             top_k = max(self._top_k, *(output.classification for output in self.requested))
-            classes = int(self._model.get("labels") or top_k)
-            top_k = classes if "probabilities" in names else min(top_k, max(classes, self._top_k))
+            classes = int(self._classes or top_k)
+            top_k = classes if PROBABILITIES in names else min(top_k, max(classes, self._top_k))
             return [Call(call.model, call.task, {**call.options, "top_k": top_k})]
-        if (known := FORMS.get(call.task or "")) is not None:
-            forms = [name for name in names if name in known] or [known[0]]
+        if task.forms:
+            forms = [name for name in names if name in task.forms] or [task.forms[0]]
             return [Call(call.model, call.task, {**call.options, "output": form}) for form in forms]
         return [call]
 
-    def _tensor(self, output: RequestedOutput, images: Sequence[ImageResult]) -> np.ndarray:
-        task, spec = self._specs[output.name]
-        rows = [self._arrays(image, task, output.name) for image in images]
-        if output.classification:
-            return np.stack([_best(row, output.classification) for row in rows])
-        if output.name == "probabilities":
+    def _tensor(self, requested: RequestedOutput, images: Sequence[ImageResult]) -> np.ndarray:
+        name, item = requested.name, self._outputs[requested.name]
+        rows = [self._arrays(image, item) for image in images]
+        if requested.classification:
+            return np.stack([_best(row, requested.classification) for row in rows])
+        if name == PROBABILITIES:
             return np.stack([_by_class(row) for row in rows])
-        arrays = [row[output.name] for row in rows]
-        if (spec.datatype, spec.shape) == ("BYTES", (-1,)):  # files, and so no array
+        arrays = [row[name] for row in rows]
+        if item.is_file:
             return np.array([array.tobytes() for array in arrays], dtype=object)
-        if task == "classify":
+        if _has_top_k(item.task):
             arrays = [array[: self._top_k] for array in arrays]
         if len({array.shape for array in arrays}) > 1:
             raise InvalidInputError(
-                f"{output.name}: images of different sizes do not make one tensor; "
-                "send them one by one, or ask for png",
+                f"{name}: images of different sizes do not make one tensor; "
+                "send them one by one, or request png",
                 field="outputs",
             )
         return np.stack(arrays)
 
-    def _arrays(self, image: ImageResult, task: str, name: str) -> Mapping[str, np.ndarray]:
+    def _arrays(self, image: ImageResult, item: TaskOutput) -> Mapping[str, np.ndarray]:
+        """The arrays of the call that returns an output."""
         if image.error is not None:
             raise image.error
+        name = item.output.name
         for call, output in zip(self.calls, image.outputs, strict=True):
-            form = call.options.get("output", name) if name in FORMS.get(task, ()) else name
-            if call.task == task and form == name:
+            form = call.options.get("output", name) if item.output.form else name
+            if call.task == item.task.name and form == name:
                 if isinstance(output, ServiceError):
                     raise output
                 return output
-        raise AssertionError(f"no call yields {name}")
+        raise AssertionError(f"no call returns {name}")
+
+
+def _has_top_k(task: Task) -> bool:
+    """Whether the task returns the best classes only."""
+    return "top_k" in task.options.model_fields
 
 
 def _best(row: Mapping[str, np.ndarray], count: int) -> np.ndarray:
-    """The classification extension's text: `score:index:label`."""
+    """The best classes as the classification extension writes them, `score:index:label`."""
     columns = (row["score"][:count], row["index"][:count], row["label"][:count])
     return np.array(
         [f"{score:f}:{index}:{label}" for score, index, label in zip(*columns, strict=True)]
@@ -197,6 +181,7 @@ def _best(row: Mapping[str, np.ndarray], count: int) -> np.ndarray:
 
 
 def _by_class(row: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The scores (K,) in the order of the classes, from a ranking of all K classes."""
     probabilities = np.empty_like(row["score"])
     probabilities[row["index"]] = row["score"]
     return probabilities

@@ -1,1 +1,1 @@
-"""Workers in other processes, as one backend: gRPC out, errors back, nothing accepted lost."""
+"""Workers in other processes, as one backend over gRPC."""

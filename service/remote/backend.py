@@ -1,4 +1,7 @@
-"""The Backend over workers: route by model, to the least busy; what one loses another answers."""
+"""The Backend over workers: requests go to the least busy worker that has the model ready.
+
+A request that a worker loses is sent to another one, once.
+"""
 
 import asyncio
 import logging
@@ -8,6 +11,7 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from models.description import ModelDescription, State
 from service.errors import (
     LOADING_RETRY_AFTER_S,
     DeadlineExceededError,
@@ -15,25 +19,26 @@ from service.errors import (
     ServiceError,
     UnavailableError,
 )
+from service.remote.descriptions import best_description
 from service.remote.discovery import Discovery
 from service.remote.heads import RemoteHeads
 from service.remote.metrics import RemoteMetrics
-from service.remote.worker import Worker, WorkerLostError, best_description
+from service.remote.worker import Worker, WorkerLostError
 from service.settings import Settings
 from service.types import Call, Health, ImageResult, InferRequest, InferResult
 
 logger = logging.getLogger(__name__)
 
 RESOLVE_INTERVAL_S = 5.0
-# A new request waits this long for a worker when some of them are out of reach.
-PATIENCE_S = 1.0
+# How long a new request waits for a worker while some of them cannot be reached.
+ROUTE_TIMEOUT_S = 1.0
 POLL_S = 0.02
 
-Nobody = frozenset[Worker]()
+NO_WORKERS = frozenset[Worker]()
 
 
 class RemoteBackend:
-    """All workers that discovery finds."""
+    """All workers that discovery finds, as one backend."""
 
     def __init__(self, settings: Settings, metrics: RemoteMetrics) -> None:
         self._settings = settings
@@ -47,9 +52,9 @@ class RemoteBackend:
     # -- Backend ---------------------------------------------------------------------------
 
     async def start(self) -> None:
-        await self._find_workers()
+        await self._discover()
         if self._discovery.changes:
-            self._spawn(self._keep_finding())
+            self._spawn(self._keep_discovering())
 
     async def close(self) -> None:
         self._closing = True
@@ -62,31 +67,31 @@ class RemoteBackend:
         request = replace(request, calls=calls)
         kinds = {type(item): None for item in request.inputs}
         if len(kinds) < 2:
-            return await self._infer(request, Nobody)
-        # a message holds inputs of one kind
+            return await self._infer(request, NO_WORKERS)
+        # a message has inputs of one kind
         groups = [[n for n, item in enumerate(request.inputs) if type(item) is k] for k in kinds]
         results = await _all(
-            self._infer(replace(request, inputs=[request.inputs[n] for n in group]), Nobody)
+            self._infer(replace(request, inputs=[request.inputs[n] for n in group]), NO_WORKERS)
             for group in groups
         )
         pairs = zip(groups, results, strict=True)
         images = {n: i for group, r in pairs for n, i in zip(group, r.images, strict=True)}
         return InferResult(results[0].models, [images[n] for n in range(len(images))])
 
-    async def models(self) -> Sequence[dict[str, Any]]:
+    async def models(self) -> Sequence[ModelDescription]:
         return [await self.model(name) for name in self._names()]
 
-    async def model(self, name: str) -> dict[str, Any]:
-        described = best_description(name, list(self._workers.values()))
-        if described is None:
+    async def model(self, name: str) -> ModelDescription:
+        model = best_description(name, self._workers.values())
+        if model is None:
             raise self._unknown(name)
-        return dict(described)
+        return model
 
-    async def load(self, name: str) -> dict[str, Any]:
+    async def load(self, name: str) -> ModelDescription:
         await self._everywhere(name, Worker.load)
         return await self.model(name)
 
-    async def unload(self, name: str) -> dict[str, Any]:
+    async def unload(self, name: str) -> ModelDescription:
         await self._everywhere(name, Worker.unload)
         return await self.model(name)
 
@@ -96,39 +101,43 @@ class RemoteBackend:
     def health(self) -> Health:
         """Ready while every start-up model is, somewhere."""
         workers = list(self._workers.values())
-        startup = {name for w in workers for name, model in w.models.items() if model["startup"]}
+        startup = {name for w in workers for name, model in w.models.items() if model.startup}
         missing = [name for name in startup if not any(w.has_ready(name) for w in workers)]
-        reasons = [f"model {name} is ready nowhere" for name in sorted(missing)]
+        reasons = [f"model {name} is ready on no worker" for name in sorted(missing)]
         if not any(worker.up for worker in workers):
-            reasons = ["no worker is within reach"]
+            reasons = ["no worker can be reached"]
         if self._closing:
             reasons = ["draining before exit", *reasons]
         ready = not reasons
         reasons += [f"worker {w.address}: {why}" for w in workers for why in w.health.reasons]
         return Health(live=True, ready=ready, reasons=reasons)
 
-    # -- a request's way -------------------------------------------------------------------
+    # -- routing ---------------------------------------------------------------------------
 
     async def _infer(self, request: InferRequest, avoid: frozenset[Worker]) -> InferResult:
-        """Ask the fewest workers that have all models wanted; `avoid` has lost it already."""
+        """Run a request on the fewest workers that have its models ready.
+
+        Args:
+            avoid: workers that lost the request.
+        """
         parts = await self._route(request, avoid)
         if len(parts) == 1:
-            return await self._ask(parts[0][0], request, avoid)
+            return await self._send(parts[0][0], request, avoid)
         results = await _all(
-            self._ask(worker, replace(request, calls=[request.calls[i] for i in places]), avoid)
+            self._send(worker, replace(request, calls=[request.calls[i] for i in places]), avoid)
             for worker, places in parts
         )
         return _merge(len(request.calls), [places for _, places in parts], results)
 
-    async def _ask(
+    async def _send(
         self, worker: Worker, request: InferRequest, avoid: frozenset[Worker]
     ) -> InferResult:
         try:
             return await worker.infer(request)
         except WorkerLostError as lost:
-            if avoid:  # given away once already
+            if avoid:  # lost twice
                 raise UnavailableError(
-                    "the workers that had it went away", retry_after_s=1
+                    "two workers were lost during the request", retry_after_s=1
                 ) from lost
         self._metrics.retries.labels(worker.address).inc()
         return await self._infer(request, frozenset({worker}))
@@ -136,22 +145,24 @@ class RemoteBackend:
     async def _route(
         self, request: InferRequest, avoid: frozenset[Worker]
     ) -> list[tuple[Worker, list[int]]]:
-        """Workers, each with the positions of the calls that it gets. A request that was lost
-        waits for a worker until its deadline, a new one for a moment.
+        """The workers for a request, each with the positions of its calls.
+
+        A request that a worker lost waits for another one until its deadline, a new request for
+        ROUTE_TIMEOUT_S.
 
         Raises:
             ServiceError: no worker has a model ready in time.
         """
         until = request.deadline
         if not avoid:
-            until = min(until, time.monotonic() + PATIENCE_S)
+            until = min(until, time.monotonic() + ROUTE_TIMEOUT_S)
         while True:
             try:
                 return self._choose([str(call.model) for call in request.calls], avoid)
             except UnavailableError as error:
                 if time.monotonic() >= until:
                     if avoid:
-                        text = "the deadline passed before there was a worker again"
+                        text = "the deadline passed before another worker was ready"
                         raise DeadlineExceededError(text) from error
                     raise
                 if not avoid and all(worker.up for worker in self._workers.values()):
@@ -172,7 +183,7 @@ class RemoteBackend:
             if most == 0:
                 raise self._not_ready(models[left[0]])
             equal = [worker for worker, places in able.items() if len(places) == most]
-            # one that lost the request or keeps failing only if there is no other
+            # workers that lost the request or keep failing only if there are no others
             chosen = min(
                 equal, key=lambda w: (w in avoid, w.ejected, w.outstanding, random.random())
             )
@@ -181,34 +192,33 @@ class RemoteBackend:
         return parts
 
     def _with_model(self, call: Call) -> Call:
-        """The call with its model's name: the catalog's default for the task if none was given."""
+        """The call with its model's name, which is the task's default model if it has none."""
         if call.model is not None:
             return call
         for worker in self._workers.values():
-            for name, described in worker.models.items():
-                if call.task in described["default_for"]:
+            for name, model in worker.models.items():
+                if call.task in model.default_for:
                     return replace(call, model=name)
         if not any(worker.models for worker in self._workers.values()):
-            raise UnavailableError("no worker is within reach", retry_after_s=1)
+            raise UnavailableError("no worker can be reached", retry_after_s=1)
         raise NotFoundError(f"no model in the catalog does the task {call.task!r}", field="model")
 
     def _not_ready(self, name: str) -> ServiceError:
-        described = best_description(name, list(self._workers.values()))
-        if described is None:
+        model = best_description(name, self._workers.values())
+        if model is None:
             return self._unknown(name)
-        state, reason = described["state"], described["reason"]
-        if state == "ready":
-            why = reason or "no worker that has it is within reach"
-            return UnavailableError(f"model {name!r}: {why}", retry_after_s=1)
-        because = f": {reason}" if reason else ""
+        if model.state == State.READY:
+            reason = model.reason or "no worker that has it can be reached"
+            return UnavailableError(f"model {name!r}: {reason}", retry_after_s=1)
+        because = f": {model.reason}" if model.reason else ""
         return UnavailableError(
-            f"model {name!r} is {state}{because}", retry_after_s=LOADING_RETRY_AFTER_S
+            f"model {name!r} is {model.state}{because}", retry_after_s=LOADING_RETRY_AFTER_S
         )
 
     def _unknown(self, name: str) -> ServiceError:
         names = sorted(self._names())
         if not names:
-            return UnavailableError("no worker is within reach", retry_after_s=1)
+            return UnavailableError("no worker can be reached", retry_after_s=1)
         some = ", ".join(names[:10])
         return NotFoundError(f"no model {name!r} in the catalog; it has {some}", field="model")
 
@@ -220,27 +230,27 @@ class RemoteBackend:
     async def _everywhere(
         self, name: str, work: Callable[[Worker, str], Coroutine[Any, Any, None]]
     ) -> None:
-        """On every worker within reach whose catalog has the model."""
+        """Do `work` on every reachable worker whose catalog has the model."""
         workers = [w for w in self._workers.values() if w.up and name in w.models]
         if not workers:
             raise self._unknown(name) if not self.knows(name) else self._not_ready(name)
         await _all(work(worker, name) for worker in workers)
 
-    async def _keep_finding(self) -> None:
+    async def _keep_discovering(self) -> None:
         while True:
             await asyncio.sleep(RESOLVE_INTERVAL_S)
             try:
-                await self._find_workers()
+                await self._discover()
             except Exception:
-                logger.exception("looking for workers failed")
+                logger.exception("discovering workers failed")
 
-    async def _find_workers(self) -> None:
+    async def _discover(self) -> None:
         addresses = await self._discovery.addresses()
         for address in addresses:
             if address not in self._workers:
                 self._workers[address] = Worker(address, self._settings, self._metrics)
         for address in self._workers.keys() - addresses:
-            logger.info("worker %s is no more", address)
+            logger.info("worker %s was removed", address)
             self._spawn(self._workers.pop(address).close())
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
@@ -250,7 +260,7 @@ class RemoteBackend:
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """All results, or the first error, with the rest cancelled."""
+    """All results, or the first error; the others are cancelled then."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(item) for item in work]
@@ -262,7 +272,7 @@ async def _all(work: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
 def _merge(
     count: int, parts: Sequence[Sequence[int]], results: Sequence[InferResult]
 ) -> InferResult:
-    """Several workers' answers as one. An image that failed at one worker fails those calls."""
+    """Several workers' results as one. An image that failed on a worker fails its calls there."""
     models: list[Any] = [None] * count
     outputs: list[list[Any]] = [[None] * count for _ in results[0].images]
     for places, result in zip(parts, results, strict=True):

@@ -1,4 +1,4 @@
-"""Which addresses there are: fixed ones, and those that a DNS name has right now."""
+"""Addresses of workers: fixed ones, and those that a DNS name currently resolves to."""
 
 import asyncio
 import logging
@@ -19,18 +19,18 @@ class Discovery:
 
     @property
     def changes(self) -> bool:
-        """Whether resolving again may tell something else."""
+        """Whether resolving again may give other addresses."""
         return any(target.startswith(DNS) for target in self._targets)
 
     async def addresses(self) -> list[str]:
-        """Every worker's address; a name that does not resolve keeps those it had."""
-        found: list[str] = []
+        """Every worker's address. A name that does not resolve keeps its last addresses."""
+        addresses: list[str] = []
         for target in self._targets:
             if target.startswith(DNS):
-                found += await self._resolve(target)
+                addresses += await self._resolve(target)
             else:
-                found.append(target)
-        return list(dict.fromkeys(found))
+                addresses.append(target)
+        return list(dict.fromkeys(addresses))
 
     async def _resolve(self, target: str) -> list[str]:
         name, _, port = target.removeprefix(DNS).rpartition(":")

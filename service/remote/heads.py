@@ -1,44 +1,44 @@
-"""Heads over all workers: uploads and deletions go to each, a fit to the least busy one."""
+"""Heads over all workers: uploads and deletions go to each worker, a fit to the least busy one."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from google.protobuf.json_format import ParseDict
 from google.protobuf.struct_pb2 import Struct
 
+from models.description import HeadDescription
 from service.errors import NotFoundError, ServiceError, UnavailableError
+from service.remote.descriptions import closeness
 from service.remote.worker import Worker
 from service.stubs import vision_pb2 as pb
 from service.types import FitRequest, HeadUpload
 
-ORDER = ("ready", "loading", "fitting", "queued", "failed", "unloaded")
-
 
 class RemoteHeads:
-    """Workers that share a folder of heads have the same ones; others have what each was given."""
+    """The heads of all workers.
+
+    Workers that share a folder of heads have the same ones. Others have those sent to them.
+    """
 
     def __init__(self, workers: Callable[[], Iterable[Worker]]) -> None:
         self._workers = workers
 
-    async def all(self) -> Sequence[dict[str, Any]]:
-        best: dict[str, dict[str, Any]] = {}
-        for heads in await asyncio.gather(*(worker.heads() for worker in self._reachable())):
-            for head in heads:
-                known = best.setdefault(head["name"], head)
-                if ORDER.index(head["state"]) < ORDER.index(known["state"]):
-                    best[head["name"]] = head
+    async def all(self) -> Sequence[HeadDescription]:
+        heads = await asyncio.gather(*(worker.heads() for worker in self._reachable()))
+        best: dict[str, HeadDescription] = {}
+        for head in (head for of_one in heads for head in of_one):
+            best[head.name] = min(best.get(head.name, head), head, key=closeness)
         return list(best.values())
 
-    async def get(self, name: str) -> dict[str, Any]:
+    async def get(self, name: str) -> HeadDescription:
         for head in await self.all():
-            if head["name"] == name:
-                if head["state"] == "ready":  # what is told to be ready must answer at once
+            if head.name == name:
+                if head.is_ready:  # so that requests for it are routed at once
                     await asyncio.gather(*(worker.learn() for worker in self._reachable()))
                 return head
         raise NotFoundError(f"no head {name!r}", field="name")
 
-    async def put(self, upload: HeadUpload) -> dict[str, Any]:
+    async def put(self, upload: HeadUpload) -> HeadDescription:
         request = pb.PutHeadRequest(
             name=upload.name,
             content=upload.content,
@@ -47,12 +47,12 @@ class RemoteHeads:
         )
         first, *others = self._reachable()
         await first.put_head(request)
-        # where the folder is shared, they have it already
+        # workers that share the folder have it already
         request.replace = True
         await asyncio.gather(*(worker.put_head(request) for worker in others))
         return await self.get(upload.name)
 
-    async def fit(self, request: FitRequest) -> dict[str, Any]:
+    async def fit(self, request: FitRequest) -> HeadDescription:
         message = pb.FitHeadRequest(
             name=request.name,
             trunk=request.trunk,
@@ -60,8 +60,9 @@ class RemoteHeads:
             options=ParseDict(dict(request.options), Struct()),
             replace=request.replace,
         )
-        able = [w for w in self._reachable() if w.has_trunk(request.trunk)] or self._reachable()
-        await min(able, key=lambda worker: worker.outstanding).fit_head(message)
+        workers = self._reachable()
+        able = [worker for worker in workers if worker.has_trunk(request.trunk)]
+        await min(able or workers, key=lambda worker: worker.outstanding).fit_head(message)
         return await self.get(request.name)
 
     async def delete(self, name: str) -> None:
@@ -86,5 +87,5 @@ class RemoteHeads:
     def _reachable(self) -> list[Worker]:
         workers = [worker for worker in self._workers() if worker.up]
         if not workers:
-            raise UnavailableError("no worker is within reach", retry_after_s=1)
+            raise UnavailableError("no worker can be reached", retry_after_s=1)
         return workers

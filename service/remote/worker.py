@@ -1,14 +1,14 @@
-"""One worker as a gateway sees it: what it has, how it is, and how much it has been given."""
+"""One worker of a gateway: its models, its health, and the images sent to it."""
 
 import asyncio
 import json
 import logging
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import grpc
 
+from models.description import HeadDescription, ModelDescription, head_from_json
 from service.errors import (
     DeadlineExceededError,
     InternalError,
@@ -32,8 +32,8 @@ DOWN_INTERVAL_S = 0.25
 EJECTION_S = 5.0
 MAX_EJECTION_S = 60.0
 FAILURES_TO_EJECT = 3
-# The worker answers by the deadline itself, with what it has; this is for the way back.
-WAY_BACK_S = 1.0
+# The worker responds at the deadline with what is done by then. This is for the response to arrive.
+RESPONSE_MARGIN_S = 1.0
 
 OPTIONS = (
     ("grpc.max_receive_message_length", -1),
@@ -44,29 +44,31 @@ OPTIONS = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2000),
-    # gateways in one process share no connection, so that each address stands for itself
+    # one connection for each gateway and address, even if several gateways are in one process
     ("grpc.use_local_subchannel_pool", 1),
 )
 
 
 class WorkerLostError(Exception):
-    """The call did not come through, or the answer did not come back."""
+    """The worker could not be reached, or disconnected before it responded."""
 
 
 class Worker:
     """A channel to one address, probed until closed.
 
-    `up` is whether the last probe or call came through; `models` are the descriptions by name
-    that it sent last, and are kept while it is down.
+    Attributes:
+        up: whether the last probe or call succeeded.
+        outstanding: images sent and not yet answered.
+        models: the worker's models by name, as of the last probe. They are kept while it is down.
+        health: the worker's health, as of the last probe.
     """
 
     def __init__(self, address: str, settings: Settings, metrics: RemoteMetrics) -> None:
         self.address = address
         self.up = False
         self.outstanding = 0
-        self.models: dict[str, dict[str, Any]] = {}
+        self.models: dict[str, ModelDescription] = {}
         self.health = Health(live=True, ready=False, reasons=("not reached yet",))
-        self._ready: set[str] = set()
         self._failures = 0
         self._ejections = 0
         self._ejected_until = 0.0
@@ -81,20 +83,20 @@ class Worker:
         metrics.add_worker(address)
 
     def has_ready(self, model: str) -> bool:
-        """Whether the model answers there, as far as is known."""
-        return self.up and model in self._ready
+        """Whether the worker is up, and the model was ready at the last probe."""
+        return self.up and model in self.models and self.models[model].is_ready
 
     @property
     def ejected(self) -> bool:
-        """Whether it has lately done nothing but fail."""
+        """Whether its last requests all failed, so that others are preferred for a while."""
         return time.monotonic() < self._ejected_until
 
     async def infer(self, request: InferRequest) -> InferResult:
-        """Ask this worker.
+        """Run a request on this worker.
 
         Raises:
-            ServiceError: what the worker said.
-            WorkerLostError: it could not be reached, or went away; asking another is safe.
+            ServiceError: the worker's own error, or the deadline passed.
+            WorkerLostError: it is lost. Another worker can run the request.
         """
         remaining_s = request.deadline - time.monotonic()
         if remaining_s <= 0:
@@ -105,60 +107,60 @@ class Worker:
             result = from_response(
                 await self._stub.Predict(
                     to_request(request, remaining_s),
-                    timeout=remaining_s + WAY_BACK_S,
+                    timeout=remaining_s + RESPONSE_MARGIN_S,
                     metadata=self._metadata(),
                 )
             )
         except grpc.aio.AioRpcError as error:
-            raise self._translated(error) from error
+            raise self._translate(error) from error
         finally:
             self._add_outstanding(-images)
-        self._note(result)
+        self._update_ejection(result)
         return result
 
     async def load(self, model: str) -> None:
-        """Load a model there."""
+        """Load a model."""
         await self._admin(
             self._stub.LoadModel(pb.LoadModelRequest(model=model), metadata=self._metadata())
         )
 
     async def unload(self, model: str) -> None:
-        """Unload a model there."""
+        """Unload a model."""
         await self._admin(
             self._stub.UnloadModel(pb.UnloadModelRequest(model=model), metadata=self._metadata())
         )
 
     def has_trunk(self, trunk: str) -> bool:
-        """Whether a model on that trunk answers there."""
-        return any(self.models[name]["trunk"] == trunk for name in self._ready)
+        """Whether a model on that trunk was ready at the last probe."""
+        return any(model.is_ready and model.trunk == trunk for model in self.models.values())
 
-    async def heads(self) -> list[dict[str, Any]]:
-        """The heads there, described."""
+    async def heads(self) -> list[HeadDescription]:
+        """The worker's heads."""
         response = await self._answer(
             self._stub.ListHeads(pb.ListHeadsRequest(), metadata=self._metadata())
         )
-        return [json.loads(head.description_json) for head in response.heads]
+        return [head_from_json(json.loads(head.description_json)) for head in response.heads]
 
     async def put_head(self, request: pb.PutHeadRequest) -> None:
-        """Have the head served there."""
+        """Store a trained head and serve it."""
         await self._admin(self._stub.PutHead(request, metadata=self._metadata()))
 
     async def fit_head(self, request: pb.FitHeadRequest) -> None:
-        """Have the head fitted there."""
+        """Start to fit a head."""
         await self._admin(self._stub.FitHead(request, metadata=self._metadata()))
 
     async def delete_head(self, request: pb.DeleteHeadRequest) -> None:
-        """Have the head forgotten there."""
+        """Delete a head, or cancel its fit."""
         await self._admin(self._stub.DeleteHead(request, metadata=self._metadata()))
 
     async def read_head(self, request: pb.ReadHeadRequest) -> bytes:
-        """A file of the head."""
+        """The content of a head's file."""
         call = self._stub.ReadHead(request, metadata=self._metadata())
         content: bytes = (await self._answer(call)).content
         return content
 
     async def close(self) -> None:
-        """Forget the worker; what it still answers is waited for."""
+        """Stop probing, and wait for the outstanding requests."""
         self._prober.cancel()
         self._closed = True
         self._metrics.remove_worker(self.address)
@@ -170,15 +172,19 @@ class Worker:
 
     def _add_outstanding(self, images: int) -> None:
         self.outstanding += images
-        if not self._closed:  # or its gauges, removed by now, would come back
+        if not self._closed:  # setting a gauge would create it again
             self._metrics.outstanding.labels(self.address).set(self.outstanding)
 
     async def learn(self) -> None:
-        """As `refresh`, on behalf of a request: UnavailableError if the worker is gone."""
+        """Do a `refresh` for a request.
+
+        Raises:
+            UnavailableError: the worker is lost.
+        """
         try:
             await self.refresh()
         except grpc.aio.AioRpcError as error:
-            raise UnavailableError("a worker went away meanwhile") from error
+            raise UnavailableError("a worker was lost during the request") from error
 
     async def _admin(self, call: Any) -> None:
         await self._answer(call)
@@ -189,12 +195,12 @@ class Worker:
             return await call
         except grpc.aio.AioRpcError as error:
             try:
-                raise self._translated(error) from error
+                raise self._translate(error) from error
             except WorkerLostError as lost:
-                raise UnavailableError("a worker went away meanwhile") from lost
+                raise UnavailableError("a worker was lost during the request") from lost
 
-    def _translated(self, error: grpc.aio.AioRpcError) -> Exception:
-        """The worker's own error; or, where it sent none, what its status means."""
+    def _translate(self, error: grpc.aio.AioRpcError) -> Exception:
+        """The worker's own error, or if it sent none, one by the gRPC status."""
         for key, value in error.trailing_metadata() or ():
             if key == ERROR_KEY and isinstance(value, bytes):
                 return from_error(pb.Error.FromString(value))
@@ -202,7 +208,7 @@ class Worker:
             case grpc.StatusCode.DEADLINE_EXCEEDED:
                 return DeadlineExceededError("the deadline passed before a worker answered")
             case grpc.StatusCode.RESOURCE_EXHAUSTED:
-                return PayloadTooLargeError(f"the worker does not take that: {error.details()}")
+                return PayloadTooLargeError(f"the worker refused the message: {error.details()}")
             case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED | grpc.StatusCode.UNKNOWN:
                 self._lose(f"{error.code().name}: {error.details()}")
                 return WorkerLostError(self.address)
@@ -221,22 +227,24 @@ class Worker:
         if not self._closed:
             self._metrics.up.labels(self.address).set(up)
 
-    def _note(self, result: InferResult) -> None:
-        """Eject a worker that fails every image of several requests in a row: having nothing to
-        do, it would else be given everything."""
+    def _update_ejection(self, result: InferResult) -> None:
+        """Eject the worker if it fails every image of several requests in a row.
+
+        It is always idle then, and would otherwise get all requests.
+        """
         failed = [image for image in result.images if isinstance(image.error, InternalError)]
         if not failed or len(failed) < len(result.images):
             self._failures = self._ejections = 0
             return
         self._failures += 1
         if self._failures >= FAILURES_TO_EJECT and not self.ejected:
-            away_s = min(EJECTION_S * 2**self._ejections, MAX_EJECTION_S)
-            self._ejected_until = time.monotonic() + away_s
+            ejection_s = min(EJECTION_S * 2**self._ejections, MAX_EJECTION_S)
+            self._ejected_until = time.monotonic() + ejection_s
             self._ejections += 1
-            logger.warning("worker %s keeps failing; ejected for %.0f s", self.address, away_s)
+            logger.warning("worker %s keeps failing; ejected for %.0f s", self.address, ejection_s)
 
     async def _probe(self) -> None:
-        """Learn what the worker has, now and then, and at once when a call has failed."""
+        """Refresh at intervals, and at once after a failed call."""
         while True:
             self._probe_now.clear()
             try:
@@ -247,8 +255,8 @@ class Worker:
                 reason = error.details() or error.code().name
                 self.health = Health(live=True, ready=False, reasons=(reason,))
                 self._set_up(False)
-            except Exception:  # not ours, or not this version
-                logger.exception("worker %s cannot be understood", self.address)
+            except Exception:  # another kind of server, or an incompatible version
+                logger.exception("worker %s sent an unexpected response", self.address)
                 self._set_up(False)
             if not self.up:
                 await asyncio.sleep(DOWN_INTERVAL_S)
@@ -260,22 +268,21 @@ class Worker:
                 pass
 
     async def refresh(self) -> None:
-        """Learn at once what the worker has and how it is."""
+        """Update models and health.
+
+        Raises:
+            grpc.aio.AioRpcError: the worker cannot be reached.
+        """
         response = await self._stub.ListModels(
             pb.ListModelsRequest(), timeout=PROBE_TIMEOUT_S, metadata=self._metadata()
         )
         if not self.up:
             logger.info("worker %s is up", self.address)
-        self.models = {model.name: json.loads(model.description_json) for model in response.models}
-        self._ready = {model.name for model in response.models if model.ready}
+        self.models = {
+            model.name: ModelDescription.from_json(json.loads(model.description_json))
+            for model in response.models
+        }
         self.health = Health(
             live=response.live, ready=response.ready, reasons=tuple(response.reasons)
         )
         self._set_up(True)
-
-
-def best_description(name: str, workers: list[Worker]) -> Mapping[str, Any] | None:
-    """A model as the worker describes it that is furthest with it."""
-    order = ("ready", "loading", "failed", "unloaded")
-    found = [worker.models[name] for worker in workers if name in worker.models]
-    return min(found, key=lambda model: order.index(model["state"]), default=None)

@@ -1,4 +1,4 @@
-"""Around every call: its id, its key, its deadline, and its errors as gRPC states them."""
+"""What every gRPC call has in common: request id, API key, deadline, errors and access log."""
 
 import asyncio
 import logging
@@ -26,14 +26,15 @@ logger = logging.getLogger("vitrail.access")
 Context = grpc.aio.ServicerContext[Any, Any]
 
 ERROR_KEY = "vitrail-error-bin"
-# From a gateway, which counts its requests itself and puts refused images back among the others.
+# The metadata key of a gateway's calls. A gateway counts its requests itself, and it needs the
+# results of the other images even if one is refused.
 GATEWAY_KEY = "vitrail-gateway"
 _SAFE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
 class Deps:
-    """What the services stand on."""
+    """The objects that all services share."""
 
     backend: Backend
     settings: Settings
@@ -42,29 +43,36 @@ class Deps:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks, since when, and their gRPC deadline; in `time.monotonic` seconds."""
+    """The sender of a call. Times are in `time.monotonic` seconds."""
 
     is_gateway: bool
     started: float
+    # Infinite if the call has none.
     grpc_deadline: float
 
     def deadline(self, settings: Settings, timeout_ms: float) -> float:
-        """The earlier of what the request (0 for no word) and its gRPC deadline allow, or else
-        the settings, in `time.monotonic` seconds.
+        """The earlier one of the request's deadline and the gRPC deadline.
+
+        Args:
+            timeout_ms: the request's timeout; 0 if it has none. The default of the settings is
+                used if there is no gRPC deadline either.
+
+        Returns:
+            The deadline in `time.monotonic` seconds.
 
         Raises:
-            InvalidInputError: a timeout that is no positive number.
+            InvalidInputError: the timeout is negative, infinite or not a number.
         """
         if not 0 <= timeout_ms < math.inf:
             raise InvalidInputError("timeout_ms must be a positive number", field="timeout_ms")
         if timeout_ms == 0 and self.grpc_deadline == math.inf:
             timeout_ms = settings.default_timeout_ms
-        asked = self.started + timeout_ms / 1e3 if timeout_ms else math.inf
-        return min(asked, self.grpc_deadline)
+        deadline = self.started + timeout_ms / 1e3 if timeout_ms else math.inf
+        return min(deadline, self.grpc_deadline)
 
 
 @asynccontextmanager
-async def answering(
+async def handle_call(
     deps: Deps,
     context: Context,
     method: str,
@@ -72,14 +80,19 @@ async def answering(
     admin: bool = False,
     changes_heads: bool = False,
 ) -> AsyncIterator[Caller]:
-    """Check the caller, then turn what goes wrong in the block into the call's status.
+    """Check the API key, then abort the call with the status of any error in the block.
 
-    Calls of a gateway, which logs its requests itself, are logged for debugging only.
+    A gateway logs its requests itself, so its calls are logged at level DEBUG.
+
+    Args:
+        method: the name in the access log.
+        admin: require an admin key.
+        changes_heads: require the key for uploading, fitting and deleting heads.
     """
     started = time.monotonic()
     metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
-    given = metadata.get("x-request-id", "")
-    request_id.set(given if _SAFE_ID.fullmatch(given) else uuid.uuid4().hex)
+    sent_id = metadata.get("x-request-id", "")
+    request_id.set(sent_id if _SAFE_ID.fullmatch(sent_id) else uuid.uuid4().hex)
     status = "CANCELLED"
     try:
         check = check_admin_key if admin else check_head_key if changes_heads else check_key
@@ -108,7 +121,11 @@ async def answering(
 
 
 def check_count(settings: Settings, count: int) -> None:
-    """Refuse more inputs than one request may have."""
+    """Check the number of a request's inputs.
+
+    Raises:
+        PayloadTooLargeError: more than one request may have.
+    """
     if count > settings.max_images:
         raise PayloadTooLargeError(
             f"{count} images in one request; the limit is {settings.max_images}"

@@ -1,7 +1,7 @@
-"""The head calls of the Vision service: a backend's heads, listed, taken, fitted and deleted."""
+"""The methods of the Vision service that list, add, fit and delete heads."""
 
 from service.parameters import FitParameters, validate
-from service.rpc.context import Context, Deps, answering
+from service.rpc.context import Context, Deps, handle_call
 from service.rpc.wire import from_options, to_model
 from service.stubs import vision_pb2 as pb
 from service.stubs.vision_pb2_grpc import VisionServicer
@@ -9,7 +9,7 @@ from service.types import FitRequest, HeadUpload
 
 
 class HeadCalls(VisionServicer):
-    """The part of the servicer that is about heads."""
+    """The part of the servicer for heads."""
 
     def __init__(self, deps: Deps) -> None:
         self._deps = deps
@@ -17,12 +17,12 @@ class HeadCalls(VisionServicer):
     async def ListHeads(
         self, request: pb.ListHeadsRequest, context: Context
     ) -> pb.ListHeadsResponse:
-        async with answering(self._deps, context, "ListHeads"):
-            described = await self._deps.backend.heads.all()
-            return pb.ListHeadsResponse(heads=[to_model(head) for head in described])
+        async with handle_call(self._deps, context, "ListHeads"):
+            heads = await self._deps.backend.heads.all()
+            return pb.ListHeadsResponse(heads=[to_model(head) for head in heads])
 
     async def PutHead(self, request: pb.PutHeadRequest, context: Context) -> pb.PutHeadResponse:
-        async with answering(self._deps, context, "PutHead", changes_heads=True):
+        async with handle_call(self._deps, context, "PutHead", changes_heads=True):
             upload = HeadUpload(
                 name=request.name,
                 content=request.content,
@@ -32,25 +32,25 @@ class HeadCalls(VisionServicer):
             return pb.PutHeadResponse(head=to_model(await self._deps.backend.heads.put(upload)))
 
     async def FitHead(self, request: pb.FitHeadRequest, context: Context) -> pb.FitHeadResponse:
-        async with answering(self._deps, context, "FitHead", changes_heads=True):
-            asked = validate(FitParameters, from_options(request.options))
-            wanted = FitRequest(
+        async with handle_call(self._deps, context, "FitHead", changes_heads=True):
+            options = validate(FitParameters, from_options(request.options))
+            fit = FitRequest(
                 name=request.name,
                 trunk=request.trunk,
                 archive=request.archive,
-                options=asked.model_dump(exclude_none=True),
+                options=options.model_dump(exclude_none=True),
                 replace=request.replace,
             )
-            return pb.FitHeadResponse(head=to_model(await self._deps.backend.heads.fit(wanted)))
+            return pb.FitHeadResponse(head=to_model(await self._deps.backend.heads.fit(fit)))
 
     async def DeleteHead(
         self, request: pb.DeleteHeadRequest, context: Context
     ) -> pb.DeleteHeadResponse:
-        async with answering(self._deps, context, "DeleteHead", changes_heads=True):
+        async with handle_call(self._deps, context, "DeleteHead", changes_heads=True):
             await self._deps.backend.heads.delete(request.name)
             return pb.DeleteHeadResponse()
 
     async def ReadHead(self, request: pb.ReadHeadRequest, context: Context) -> pb.ReadHeadResponse:
-        async with answering(self._deps, context, "ReadHead"):
+        async with handle_call(self._deps, context, "ReadHead"):
             content = await self._deps.backend.heads.read(request.name, request.part)
             return pb.ReadHeadResponse(content=content)

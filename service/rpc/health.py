@@ -1,4 +1,4 @@
-"""Asking grpc.health.v1 of a server."""
+"""A client of grpc.health.v1."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 
 def check_health(address: str, service: str = "", timeout_s: float = 2) -> bool:
-    """Whether the server at `address` (`host:port` or `unix:path`) says SERVING.
+    """Whether the server at `address` (`host:port` or `unix:path`) reports SERVING.
 
     Args:
         service: a model's name; "" for the server itself.

@@ -1,7 +1,9 @@
 """The Open Inference Protocol's gRPC service."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from service.accounting import counted
 from service.errors import InvalidInputError
@@ -9,13 +11,12 @@ from service.open_inference.inputs import InputTensor, to_inputs
 from service.open_inference.metadata import (
     VERSION,
     check_version,
-    is_ready,
     model_metadata,
     repository_index,
     server_metadata,
 )
-from service.open_inference.outputs import Plan, RequestedOutput
-from service.rpc.context import Context, Deps, answering, check_count
+from service.open_inference.outputs import OutputSelection, RequestedOutput
+from service.rpc.context import Context, Deps, check_count, handle_call
 from service.stubs import open_inference_pb2 as pb
 from service.stubs.open_inference_pb2_grpc import GRPCInferenceServiceServicer
 from service.tensors import datatype_of, to_bytes
@@ -23,6 +24,8 @@ from service.types import InferRequest
 
 
 class OpenInference(GRPCInferenceServiceServicer):
+    """The protocol's methods, and those of Triton's model repository extension."""
+
     def __init__(self, deps: Deps) -> None:
         self._deps = deps
         self._backend = deps.backend
@@ -40,9 +43,9 @@ class OpenInference(GRPCInferenceServiceServicer):
     async def ModelReady(
         self, request: pb.ModelReadyRequest, context: Context
     ) -> pb.ModelReadyResponse:
-        async with answering(self._deps, context, "ModelReady"):
+        async with handle_call(self._deps, context, "ModelReady"):
             check_version(request.version)
-            return pb.ModelReadyResponse(ready=is_ready(await self._backend.model(request.name)))
+            return pb.ModelReadyResponse(ready=(await self._backend.model(request.name)).is_ready)
 
     async def ServerMetadata(
         self, request: pb.ServerMetadataRequest, context: Context
@@ -52,7 +55,7 @@ class OpenInference(GRPCInferenceServiceServicer):
     async def ModelMetadata(
         self, request: pb.ModelMetadataRequest, context: Context
     ) -> pb.ModelMetadataResponse:
-        async with answering(self._deps, context, "ModelMetadata"):
+        async with handle_call(self._deps, context, "ModelMetadata"):
             check_version(request.version)
             return pb.ModelMetadataResponse(
                 **model_metadata(await self._backend.model(request.name))
@@ -61,7 +64,7 @@ class OpenInference(GRPCInferenceServiceServicer):
     async def RepositoryIndex(
         self, request: pb.RepositoryIndexRequest, context: Context
     ) -> pb.RepositoryIndexResponse:
-        async with answering(self._deps, context, "RepositoryIndex"):
+        async with handle_call(self._deps, context, "RepositoryIndex"):
             index = repository_index(await self._backend.models(), request.ready)
             models = [pb.RepositoryIndexResponse.ModelIndex(**entry) for entry in index]
             return pb.RepositoryIndexResponse(models=models)
@@ -69,14 +72,14 @@ class OpenInference(GRPCInferenceServiceServicer):
     async def RepositoryModelLoad(
         self, request: pb.RepositoryModelLoadRequest, context: Context
     ) -> pb.RepositoryModelLoadResponse:
-        async with answering(self._deps, context, "RepositoryModelLoad", admin=True):
+        async with handle_call(self._deps, context, "RepositoryModelLoad", admin=True):
             await self._backend.load(request.model_name)
             return pb.RepositoryModelLoadResponse()
 
     async def RepositoryModelUnload(
         self, request: pb.RepositoryModelUnloadRequest, context: Context
     ) -> pb.RepositoryModelUnloadResponse:
-        async with answering(self._deps, context, "RepositoryModelUnload", admin=True):
+        async with handle_call(self._deps, context, "RepositoryModelUnload", admin=True):
             await self._backend.unload(request.model_name)
             return pb.RepositoryModelUnloadResponse()
 
@@ -84,25 +87,26 @@ class OpenInference(GRPCInferenceServiceServicer):
         self, request: pb.ModelInferRequest, context: Context
     ) -> pb.ModelInferResponse:
         deps = self._deps
-        async with answering(deps, context, "ModelInfer") as caller:
-            known = deps.backend.knows
-            with counted(deps.metrics, known, "open-inference", caller.started) as account:
+        async with handle_call(deps, context, "ModelInfer") as caller:
+            knows = deps.backend.knows
+            with counted(deps.metrics, knows, "open-inference", caller.started) as account:
                 account.models = [request.model_name]
                 check_version(request.model_version)
                 model = await deps.backend.model(request.model_name)
                 options = _values(request.parameters)
-                timeout_us = options.pop("timeout", 0)  # in microseconds, as Triton has it
+                timeout_us = options.pop("timeout", 0)  # Triton's unit is microseconds
                 if not isinstance(timeout_us, int | float):
                     raise InvalidInputError("timeout is a number of microseconds", field="timeout")
                 account.deadline = caller.deadline(deps.settings, timeout_us / 1e3)
-                plan = Plan(model, [_requested(output) for output in request.outputs], options)
+                outputs = [_requested(output) for output in request.outputs]
+                selection = OutputSelection(model, outputs, options)
                 inputs = to_inputs(_tensors(request))
                 check_count(deps.settings, len(inputs))
                 result = await deps.backend.infer(
-                    InferRequest(inputs=inputs, calls=plan.calls, deadline=account.deadline)
+                    InferRequest(inputs=inputs, calls=selection.calls, deadline=account.deadline)
                 )
                 account.answered(result)
-                return _response(request, plan, plan.collect(result))
+                return _response(request, selection.requested, selection.collect(result))
 
 
 def _tensors(request: pb.ModelInferRequest) -> list[InputTensor]:
@@ -117,7 +121,9 @@ def _tensors(request: pb.ModelInferRequest) -> list[InputTensor]:
             datatype=tensor.datatype,
             shape=list(tensor.shape),
             raw=raw[position] if raw else None,
-            values=tensor.contents.bytes_contents or tensor.contents.fp32_contents,
+            values=tensor.contents.bytes_contents
+            or tensor.contents.fp32_contents
+            or tensor.contents.int64_contents,
         )
         for position, tensor in enumerate(request.inputs)
     ]
@@ -139,7 +145,7 @@ def _values(parameters: Mapping[str, pb.InferParameter]) -> dict[str, Any]:
 
 
 def _response(
-    request: pb.ModelInferRequest, plan: Plan, arrays: list[Any]
+    request: pb.ModelInferRequest, outputs: Sequence[RequestedOutput], arrays: list[np.ndarray]
 ) -> pb.ModelInferResponse:
     return pb.ModelInferResponse(
         model_name=request.model_name,
@@ -149,7 +155,7 @@ def _response(
             pb.ModelInferResponse.InferOutputTensor(
                 name=output.name, datatype=datatype_of(array), shape=array.shape
             )
-            for output, array in zip(plan.requested, arrays, strict=True)
+            for output, array in zip(outputs, arrays, strict=True)
         ],
         raw_output_contents=[to_bytes(array) for array in arrays],
     )

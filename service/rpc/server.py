@@ -9,7 +9,6 @@ from grpc_reflection.v1alpha import reflection
 
 from service.backend import Backend
 from service.metrics import Metrics
-from service.open_inference.metadata import is_ready
 from service.rpc.context import Deps
 from service.rpc.open_inference import OpenInference
 from service.rpc.vision import Vision
@@ -21,7 +20,8 @@ from service.stubs.vision_pb2_grpc import add_VisionServicer_to_server
 logger = logging.getLogger(__name__)
 
 HEALTH_INTERVAL_S = 0.5
-ROOM_FOR_THE_REST = 1024 * 1024  # of a message, beside its images
+# The size of a message without its images, at most.
+MESSAGE_OVERHEAD_BYTES = 1024 * 1024
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -35,34 +35,40 @@ SERVICES = (
 class RpcServer:
     """Serves a backend on one address until stopped.
 
-    Health (grpc.health.v1) is told for the server (""), for both services and for every model by
-    its name.
+    Health (grpc.health.v1) is reported for the server (""), for both services, and for every model
+    by its name.
     """
 
     def __init__(self, backend: Backend, settings: Settings, metrics: Metrics) -> None:
         self._backend = backend
         self._health = health.aio.HealthServicer()
-        self._told: dict[str, bool] = {}
-        self._teller: asyncio.Task[None] | None = None
+        self._reported: dict[str, bool] = {}
+        self._reporter: asyncio.Task[None] | None = None
         self._deps = Deps(backend, settings, metrics)
 
     async def start(self, address: str, *, shared: bool = False) -> int:
-        """Listen on `host:port` or `unix:path`; the port is returned.
+        """Listen on `host:port` or `unix:path`.
 
         Args:
-            shared: let other processes listen there, too; each gets some of the connections.
+            shared: allow other processes to listen on the same address. Each gets a part of the
+                connections.
+
+        Returns:
+            The port.
 
         Raises:
-            OSError: the address cannot be had.
+            OSError: the address is not available.
         """
         settings = self._deps.settings
         self._server = grpc.aio.server(
             options=(
-                ("grpc.max_receive_message_length", settings.max_request_bytes + ROOM_FOR_THE_REST),
+                (
+                    "grpc.max_receive_message_length",
+                    settings.max_request_bytes + MESSAGE_OVERHEAD_BYTES,
+                ),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", int(shared)),
-                # clients may ping as often as Vitrail's gateway does, so that both ends soon
-                # learn of a dead one
+                # allow pings as frequent as the gateway's, by which both ends detect a dead peer
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 4000),
                 ("grpc.keepalive_time_ms", 30_000),
@@ -79,31 +85,31 @@ class RpcServer:
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: {error}") from error
         await self._server.start()
-        self._teller = asyncio.create_task(self._tell_health())
+        self._reporter = asyncio.create_task(self._report_health())
         logger.info("gRPC on %s", address, extra={"port": port})
         return port
 
     async def stop(self, grace_s: float) -> None:
-        """Refuse new calls, answer the accepted ones within `grace_s`, and stop."""
-        if self._teller is not None:
-            self._teller.cancel()
+        """Refuse new calls, wait up to `grace_s` seconds for the accepted ones, and stop."""
+        if self._reporter is not None:
+            self._reporter.cancel()
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
 
-    async def _tell_health(self) -> None:
+    async def _report_health(self) -> None:
         while True:
-            await self._tell_once()
+            try:
+                await self._report_once()
+            except Exception:  # the next round tries again
+                logger.exception("reporting health failed")
             await asyncio.sleep(HEALTH_INTERVAL_S)
 
-    async def _tell_once(self) -> None:
-        try:
-            ready = self._backend.health().ready
-            now = dict.fromkeys(("", *SERVICES), ready)
-            now |= {model["name"]: is_ready(model) for model in await self._backend.models()}
-            now |= dict.fromkeys(self._told.keys() - now, False)  # heads that are gone
-            for name, serving in now.items():
-                if self._told.get(name) is not serving:
-                    await self._health.set(name, SERVING if serving else NOT_SERVING)
-            self._told = now
-        except Exception:  # what cannot be told now is told next time
-            logger.exception("health cannot be told")
+    async def _report_once(self) -> None:
+        ready = self._backend.health().ready
+        current = dict.fromkeys(("", *SERVICES), ready)
+        current |= {model.name: model.is_ready for model in await self._backend.models()}
+        current |= dict.fromkeys(self._reported.keys() - current, False)  # deleted heads
+        for name, serving in current.items():
+            if self._reported.get(name) is not serving:
+                await self._health.set(name, SERVING if serving else NOT_SERVING)
+        self._reported = current

@@ -1,4 +1,7 @@
-"""The values of `service.types` as the messages of `vision.proto`, and back."""
+"""Conversions between the values of `service.types` and the messages of `vision.proto`.
+
+`to_` functions return messages, `from_` functions read them.
+"""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -8,7 +11,9 @@ import numpy as np
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.struct_pb2 import Struct
 
+from models.description import HeadDescription
 from models.inputs.types import Input, Latent, Seed, Video
+from models.tasks.table import tasks
 from service.errors import BY_SLUG, FieldError, InternalError, InvalidInputError, ServiceError
 from service.parameters import validated_call
 from service.stubs import vision_pb2 as pb
@@ -23,13 +28,14 @@ from service.types import (
 )
 
 Output = Mapping[str, np.ndarray] | ServiceError
+Request = pb.TaskRequest | pb.InferRequest | pb.PredictRequest
 
 
 # -- requests ------------------------------------------------------------------------------
 
 
 def to_request(request: InferRequest, remaining_s: float) -> pb.PredictRequest:
-    """What a gateway asks of a worker; `remaining_s` is the time until the deadline."""
+    """A gateway's request to a worker; `remaining_s` is the time until the deadline."""
     inputs = request.inputs
     pixels = [item for item in inputs if isinstance(item, np.ndarray)]
     latents = [item.vector for item in inputs if isinstance(item, Latent)]
@@ -46,39 +52,66 @@ def to_request(request: InferRequest, remaining_s: float) -> pb.PredictRequest:
     )
 
 
-def from_inputs(request: pb.TaskRequest | pb.PredictRequest) -> list[Input]:
+def from_inputs(request: Request) -> list[Input]:
     """A request's inputs, all of one kind.
 
     Raises:
-        InvalidInputError: several kinds, or a tensor or seed that is not what it says.
+        InvalidInputError: several kinds, a malformed tensor, or a negative seed.
     """
-    pixels = [from_tensor(tensor) for tensor in request.pixel_values]
+    message = _inputs_of(request)
     kinds: list[list[Input]] = [
-        list(request.images),
-        list(pixels),
-        list(request.texts),
-        [Video(content) for content in request.videos],
-        [Seed(value) for value in request.seeds],
-        [Latent(from_tensor(tensor)) for tensor in request.latents],
+        list(message.images),
+        [from_tensor(tensor) for tensor in message.pixel_values],
+        list(message.texts),
+        [Video(content) for content in message.videos],
+        [Seed(value) for value in message.seeds],
+        [Latent(from_tensor(tensor)) for tensor in message.latents],
     ]
-    found = [kind for kind in kinds if kind]
-    if len(found) > 1:
+    inputs = [kind for kind in kinds if kind]
+    if len(inputs) > 1:
         raise InvalidInputError(
             "send images, pixel_values, texts, videos, seeds or latents", field="images"
         )
-    if any(value < 0 for value in request.seeds):
+    if any(value < 0 for value in message.seeds):
         raise InvalidInputError("a seed is not negative", field="seeds")
-    return found[0] if found else []
+    return inputs[0] if inputs else []
 
 
-def from_call(call: pb.Call) -> Call:
-    """A call, validated as its task's route would."""
-    return validated_call(call.model or None, call.task or None, from_options(call.options))
+def count_inputs(request: Request) -> int:
+    """The number of a request's inputs, of whichever kinds."""
+    message = _inputs_of(request)
+    return sum(len(getattr(message, name)) for name in pb.Inputs.DESCRIPTOR.fields_by_name)
+
+
+def from_call(model: str, task: str, options: Struct) -> Call:
+    """A call, validated by its task's options.
+
+    Args:
+        model: empty for the task's default model.
+        task: empty for the model's own task.
+
+    Raises:
+        InvalidInputError: options without a task, or an option that is an input and is sent as
+            one, such as a seed.
+        InvalidParametersError: an unknown option, or a value out of range.
+    """
+    values = from_options(options)
+    if task in tasks() and (inputs := tasks()[task].options.input_fields & values.keys()):
+        raise InvalidInputError(
+            f"{', '.join(sorted(inputs))}: send the inputs of {task} as inputs, not as options",
+            field="options",
+        )
+    return validated_call(model or None, task or None, values)
 
 
 def from_options(options: Struct) -> dict[str, Any]:
     """A Struct as plain values."""
     return MessageToDict(options)
+
+
+def _inputs_of(request: Request) -> pb.Inputs | pb.TaskRequest | pb.PredictRequest:
+    """The message that has the fields of `Inputs`."""
+    return request.inputs if isinstance(request, pb.InferRequest) else request
 
 
 def _to_call(call: Call) -> pb.Call:
@@ -91,14 +124,14 @@ def _to_call(call: Call) -> pb.Call:
 
 
 def to_task_response(result: InferResult) -> pb.TaskResponse:
-    """The answer of the one model that was asked."""
+    """The results of a request for one model."""
     return pb.TaskResponse(
         model=_to_used(result.models[0]), results=[_to_result(image) for image in result.images]
     )
 
 
 def to_response(result: InferResult) -> pb.PredictResponse:
-    """The answers of all models."""
+    """The results of a request for several models."""
     return pb.PredictResponse(
         models=[_to_used(used) for used in result.models],
         results=[
@@ -113,7 +146,7 @@ def to_response(result: InferResult) -> pb.PredictResponse:
 
 
 def from_response(response: pb.PredictResponse) -> InferResult:
-    """The answers as the in-process engine would give them."""
+    """A worker's results, equal to those of a backend in this process."""
     models = [
         ModelUsed(used.name, used.task, used.model_digest, used.preprocess_digest)
         for used in response.models
@@ -122,7 +155,7 @@ def from_response(response: pb.PredictResponse) -> InferResult:
 
 
 def to_error(error: ServiceError) -> pb.Error:
-    """An error, whole."""
+    """An error with all that a client needs to handle it."""
     return pb.Error(
         code=error.slug,
         detail=error.detail,
@@ -132,7 +165,7 @@ def to_error(error: ServiceError) -> pb.Error:
 
 
 def from_error(error: pb.Error) -> ServiceError:
-    """The error that a server sent; a code that is not known here is an internal one."""
+    """The error that a server sent. An unknown code becomes an internal error."""
     return BY_SLUG.get(error.code, InternalError)(
         error.detail,
         fields=[FieldError(item.field, item.detail) for item in error.fields],
@@ -173,8 +206,8 @@ def _to_output(output: Output) -> pb.Output:
 def _from_result(result: pb.PredictResult) -> ImageResult:
     timing = None
     if result.HasField("timing"):
-        sent = result.timing
-        timing = Timing(sent.decode_ms, sent.queue_ms, sent.compute_ms, sent.batch_size)
+        message = result.timing
+        timing = Timing(message.decode_ms, message.queue_ms, message.compute_ms, message.batch_size)
     if result.HasField("error"):
         return ImageResult(error=from_error(result.error), timing=timing)
     return ImageResult([_from_output(output) for output in result.outputs], timing=timing)
@@ -206,9 +239,8 @@ def _to_timing(timing: Timing | None) -> pb.Timing | None:
     )
 
 
-def to_model(described: Mapping[str, Any]) -> pb.Model:
-    """A model as `GET /models/{name}` describes it; one with a reason not to is not ready."""
-    ready = described["state"] == "ready" and not described["reason"]
+def to_model(model: HeadDescription) -> pb.Model:
+    """A model's description."""
     return pb.Model(
-        name=described["name"], ready=ready, description_json=json.dumps(dict(described))
+        name=model.name, ready=model.is_ready, description_json=json.dumps(model.to_json())
     )

@@ -26,8 +26,9 @@ if _version_not_supported:
 
 
 class VisionStub:
-    """Vision answers questions about images. Errors of a whole request carry a serialized Error in
-    the trailing metadata "vitrail-error-bin", beside their gRPC status.
+    """Vision runs vision models on images, texts, videos, seeds or latent vectors. If a whole request
+    fails, a serialized Error is in the trailing metadata "vitrail-error-bin", beside the gRPC
+    status.
     """
 
     def __init__(self, channel):
@@ -36,6 +37,11 @@ class VisionStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.Infer = channel.unary_unary(
+                '/vitrail.v1.Vision/Infer',
+                request_serializer=service_dot_stubs_dot_vision__pb2.InferRequest.SerializeToString,
+                response_deserializer=service_dot_stubs_dot_vision__pb2.TaskResponse.FromString,
+                _registered_method=True)
         self.Classify = channel.unary_unary(
                 '/vitrail.v1.Vision/Classify',
                 request_serializer=service_dot_stubs_dot_vision__pb2.TaskRequest.SerializeToString,
@@ -124,26 +130,35 @@ class VisionStub:
 
 
 class VisionServicer:
-    """Vision answers questions about images. Errors of a whole request carry a serialized Error in
-    the trailing metadata "vitrail-error-bin", beside their gRPC status.
+    """Vision runs vision models on images, texts, videos, seeds or latent vectors. If a whole request
+    fails, a serialized Error is in the trailing metadata "vitrail-error-bin", beside the gRPC
+    status.
     """
 
+    def Infer(self, request, context):
+        """Infer runs any task by its name. The methods named after tasks below are shorter forms of it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Classify(self, request, context):
-        """Classify names what the images show: index (k), label (k), score (k), best first.
+        """Classify returns the best classes of each image: index (k), label (k) and score (k), best
+        first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ZeroShot(self, request, context):
-        """ZeroShot scores labels given in the options.
+        """ZeroShot scores the labels in the options.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Embed(self, request, context):
-        """Embed turns each input into one vector: embedding (D).
+        """Embed returns one vector for each input: embedding (D).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -157,84 +172,85 @@ class VisionServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Attention(self, request, context):
-        """Attention tells where a model looks in each image.
+        """Attention returns a map of the patches that the model attends to.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Reconstruct(self, request, context):
-        """Reconstruct hides patches of each image and draws them anew.
+        """Reconstruct hides patches of each image and predicts them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Generate(self, request, context):
-        """Generate draws an image for each seed or latent vector.
+        """Generate returns an image for each seed or latent vector.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Predict(self, request, context):
-        """Predict asks several models at once; those on one trunk cost one trunk pass.
+        """Predict runs several models. Models on the same trunk share one pass of it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def EmbedStream(self, request_iterator, context):
-        """EmbedStream is Embed for bulk: any number of requests, answered in order.
+        """EmbedStream is Embed for bulk: any number of requests, with the responses in their order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """ListModels describes every model that this server knows, and the server's health.
+        """ListModels returns a description of every model, and the server's health.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LoadModel(self, request, context):
-        """LoadModel loads a model and answers when it is ready. Needs an admin key.
+        """LoadModel loads a model and returns when it is ready. Needs an admin key.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """UnloadModel answers what was accepted, then frees the model. Needs an admin key.
+        """UnloadModel answers the accepted requests, then frees the model. Needs an admin key.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListHeads(self, request, context):
-        """ListHeads describes heads that were uploaded or fitted, or are being fitted.
+        """ListHeads describes the heads that were uploaded or fitted, or are being fitted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PutHead(self, request, context):
-        """PutHead takes a trained head's file. Needs an admin key where there are any, as do the next.
+        """PutHead stores a trained head's file and serves it. If admin keys are configured, PutHead,
+        FitHead and DeleteHead need one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def FitHead(self, request, context):
-        """FitHead begins to fit a head to labelled images; ListHeads tells how far it is.
+        """FitHead starts to fit a head to labelled images. ListHeads reports its progress.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteHead(self, request, context):
-        """DeleteHead forgets a head, or stops fitting it.
+        """DeleteHead deletes a head, or cancels its fit.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -250,6 +266,11 @@ class VisionServicer:
 
 def add_VisionServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'Infer': grpc.unary_unary_rpc_method_handler(
+                    servicer.Infer,
+                    request_deserializer=service_dot_stubs_dot_vision__pb2.InferRequest.FromString,
+                    response_serializer=service_dot_stubs_dot_vision__pb2.TaskResponse.SerializeToString,
+            ),
             'Classify': grpc.unary_unary_rpc_method_handler(
                     servicer.Classify,
                     request_deserializer=service_dot_stubs_dot_vision__pb2.TaskRequest.FromString,
@@ -344,9 +365,37 @@ def add_VisionServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Vision:
-    """Vision answers questions about images. Errors of a whole request carry a serialized Error in
-    the trailing metadata "vitrail-error-bin", beside their gRPC status.
+    """Vision runs vision models on images, texts, videos, seeds or latent vectors. If a whole request
+    fails, a serialized Error is in the trailing metadata "vitrail-error-bin", beside the gRPC
+    status.
     """
+
+    @staticmethod
+    def Infer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vitrail.v1.Vision/Infer',
+            service_dot_stubs_dot_vision__pb2.InferRequest.SerializeToString,
+            service_dot_stubs_dot_vision__pb2.TaskResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def Classify(request,

@@ -1,7 +1,6 @@
 """The worker's engine, the in-process Backend: the order in which everything happens."""
 
 import asyncio
-import contextlib
 import logging
 import math
 from collections.abc import Sequence
@@ -13,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from models.description import ModelDescription, State
 from models.errors import ModelsError
-from models.heads.prompted import Prompted, answering
+from models.heads.prompted import Prompted, with_class_embeddings
 from models.inputs.types import modality_of
 from models.model import Model
-from models.registry import Registry, State
+from models.registry import Registry
 from service.errors import (
     DeadlineExceededError,
-    NotFoundError,
     QueueFullError,
     ServiceError,
     from_library,
@@ -28,16 +27,16 @@ from service.errors import (
 from service.metrics import Metrics
 from service.types import Call, Health, InferRequest, InferResult
 from service.worker.execution_plan import (
-    Resolved,
-    Way,
-    plan_way,
+    ExecutionPlan,
+    ResolvedCall,
+    plan_execution,
     resolve,
 )
 from service.worker.fit_jobs import Fits
 from service.worker.head_store import HeadFolder
 from service.worker.loader import Loader
-from service.worker.pipeline import Inputs, until
-from service.worker.postprocess import Finisher
+from service.worker.pipeline import InputPipeline, until
+from service.worker.postprocess import Postprocessor
 from service.worker.prompts import PromptCache
 from service.worker.runner import use_threads
 from service.worker.trunks import ServedTrunks
@@ -66,8 +65,10 @@ class Engine:
         folder = Path(options.heads_folder or registry.store.root / "heads")
         self._fits = Fits(registry, folder, self.batcher, self._limits, metrics)
         self.heads = HeadFolder(registry, folder, self._fits, self._loader.run)
-        finisher = Finisher(metrics, self._in_pool, self._limits)
-        self._inputs = Inputs(self.batcher, finisher, metrics, self._in_pool, self._limits)
+        postprocessor = Postprocessor(metrics, self._in_pool, self._limits)
+        self._pipeline = InputPipeline(
+            self.batcher, postprocessor, metrics, self._in_pool, self._limits
+        )
         self._prompts = PromptCache(self._embed_texts, options.label_cache_bytes, metrics)
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
@@ -95,43 +96,45 @@ class Engine:
         self._loader.close()
 
     async def infer(self, request: InferRequest) -> InferResult:
-        modalities = dict.fromkeys(map(modality_of, request.inputs)) or {"image": None}
-        ways = {modality: await self._way(request, modality) for modality in modalities}
-        self._inputs.admit(ways, request.inputs)
+        inputs = request.readable
+        modalities = dict.fromkeys(map(modality_of, inputs)) or {"image": None}
+        plans = {modality: await self._plan(request, modality) for modality in modalities}
+        self._pipeline.admit(plans, inputs)
         # one request decodes on all threads at most, so that no request waits behind a big one
         turn = asyncio.Semaphore(self.options.decode_threads)
         flow = object()
         results = await asyncio.gather(
             *(
-                self._inputs.infer(item, ways[modality_of(item)], request, flow, turn)
-                for item in request.inputs
+                self._pipeline.infer(item, plans[modality_of(item)], request, flow, turn)
+                for item in inputs
             )
         )
-        first = next(iter(ways.values()))
-        return InferResult([item.used for item in first.resolved], results)
+        first = next(iter(plans.values()))
+        return InferResult([call.used for call in first.calls], results)
 
-    async def models(self) -> Sequence[dict[str, Any]]:
-        described = []
-        for name in self.registry.catalog.models:
-            with contextlib.suppress(NotFoundError):  # a head that was deleted meanwhile
-                described.append(await self.model(name))
-        return described
+    async def models(self) -> Sequence[ModelDescription]:
+        return [self._served(description) for description in self.registry.describe_all().values()]
 
-    async def model(self, name: str) -> dict[str, Any]:
+    async def model(self, name: str) -> ModelDescription:
         try:
-            described = self.registry.describe(name)
+            return self._served(self.registry.describe(name))
         except ModelsError as error:
             raise from_library(error) from error
-        described["startup"] = name in self._startup
-        if failure := self.trunks.prober.failures.get(described["trunk"]):
-            described["reason"] = failure
-        return described
 
-    async def load(self, name: str) -> dict[str, Any]:
+    def _served(self, description: ModelDescription) -> ModelDescription:
+        """The description with what only a server knows of the model."""
+        failure = self.trunks.prober.failures.get(description.trunk)
+        return replace(
+            description,
+            startup=description.name in self._startup,
+            reason=failure or description.reason,
+        )
+
+    async def load(self, name: str) -> ModelDescription:
         await self._loader.run(self.registry.load, name)
         return await self.model(name)
 
-    async def unload(self, name: str) -> dict[str, Any]:
+    async def unload(self, name: str) -> ModelDescription:
         await self._loader.run(self.registry.unload, name)
         return await self.model(name)
 
@@ -154,25 +157,26 @@ class Engine:
         waiting += [f"trunk {n}: {why}" for n, why in self.trunks.prober.failures.items()]
         return Health(live=not dead, ready=not dead and not waiting, reasons=dead + waiting)
 
-    # -- a request's way -------------------------------------------------------------------
+    # -- planning a request ----------------------------------------------------------------
 
-    async def _way(self, request: InferRequest, modality: str) -> Way:
+    async def _plan(self, request: InferRequest, modality: str) -> ExecutionPlan:
         """Resolve the calls for inputs of one modality; prompted heads get their classes."""
         resolved = [resolve(self.registry, call, modality) for call in request.calls]
         try:
             async with until(request.deadline):
-                return plan_way([await self._prompted(item) for item in resolved])
+                return plan_execution([await self._with_classes(call) for call in resolved])
         except TimeoutError as error:
             raise DeadlineExceededError(
                 "the deadline passed before the labels were read"
             ) from error
 
-    async def _prompted(self, item: Resolved) -> Resolved:
-        if not isinstance(item.head, Prompted):
-            return item
-        labels, templates = item.head.prompt(item.finish_options)
-        classes = await self._prompts.get(item.model, labels, templates)
-        return replace(item, finish_options=answering(item.finish_options, labels, classes))
+    async def _with_classes(self, call: ResolvedCall) -> ResolvedCall:
+        if not isinstance(call.head, Prompted):
+            return call
+        labels, templates = call.head.prompt(call.finish_options)
+        classes = await self._prompts.get(call.model, labels, templates)
+        options = with_class_embeddings(call.finish_options, labels, classes)
+        return replace(call, finish_options=options)
 
     async def _embed_texts(self, model: Model, texts: Sequence[str]) -> np.ndarray:
         """(N, D) embeddings by way of the queue, a few at a time, so that others get turns."""
@@ -182,17 +186,18 @@ class Engine:
 
         async def embed_some() -> None:
             for position, text in left:
-                way = plan_way([resolve(self.registry, call, "text")])
+                plan = plan_execution([resolve(self.registry, call, "text")])
                 while True:
                     try:
-                        self._inputs.admit({"text": way}, [text])
+                        self._pipeline.admit({"text": plan}, [text])
                         break
                     except QueueFullError:
                         await asyncio.sleep(0.02)
-                wanted = InferRequest(
+                request = InferRequest(
                     inputs=(), calls=(), deadline=math.inf, bulk=len(texts) > MANY
                 )
-                result = await self._inputs.infer(text, way, wanted, left, asyncio.Semaphore())
+                turn = asyncio.Semaphore()
+                result = await self._pipeline.infer(text, plan, request, left, turn)
                 output = result.error or result.outputs[0]
                 if isinstance(output, ServiceError):
                     raise output

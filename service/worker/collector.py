@@ -1,4 +1,4 @@
-"""What is true of the worker right now, read when Prometheus asks."""
+"""Gauges of the worker's state, read when Prometheus scrapes."""
 
 import asyncio
 from collections.abc import Iterator
@@ -8,12 +8,12 @@ from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from models.registry import State
+from models.description import State
 from service.worker.backend import Engine
 
 
 class EngineCollector(Collector):
-    """Gauges of an engine."""
+    """Reads an engine's queues, models and GPU memory."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -36,7 +36,7 @@ class EngineCollector(Collector):
             depth.add_metric((trunk,), count)
         yield depth
         seconds = GaugeMetricFamily(
-            "vitrail_queue_seconds", "Estimated seconds to compute all that is admitted."
+            "vitrail_queue_seconds", "Estimated seconds to compute everything admitted."
         )
         seconds.add_metric((), batcher.queue_seconds())
         yield seconds
@@ -55,16 +55,15 @@ class EngineCollector(Collector):
         )
         load = GaugeMetricFamily(
             "vitrail_model_load_duration_seconds",
-            "How long the last load took, warm-up included.",
+            "Duration of the last load, warm-up included.",
             labels=("model",),
         )
-        for name in self._engine.registry.catalog.models:
-            described = self._engine.registry.describe(name)
+        for name, model in self._engine.registry.describe_all().items():
             for possible in State:
-                state.add_metric((name, possible), float(described["state"] == possible))
-            if "memory_bytes" in described:
-                memory.add_metric((name, described["trunk"]), described["memory_bytes"])
-                load.add_metric((name,), described["load_seconds"])
+                state.add_metric((name, possible), float(model.state == possible))
+            if model.memory_bytes is not None and model.load_seconds is not None:
+                memory.add_metric((name, model.trunk), model.memory_bytes)
+                load.add_metric((name,), model.load_seconds)
         yield from (state, memory, load)
 
     def _gpu(self) -> Iterator[Metric]:
@@ -81,10 +80,10 @@ SHARE_INTERVAL_S = 1.0
 
 
 async def share_gauges(collector: Collector) -> None:
-    """Copy a collector's gauges, once a second, to where the gateway's `/metrics` sums them up.
+    """Copy a collector's gauges once a second, for the gateway's `/metrics` to add up.
 
-    Collectors run only in their own process; processes that share PROMETHEUS_MULTIPROC_DIR see
-    each other's plain gauges.
+    A collector runs in its own process only, while processes that share PROMETHEUS_MULTIPROC_DIR
+    see each other's plain gauges.
     """
     registry = CollectorRegistry()
     gauges: dict[str, Gauge] = {}

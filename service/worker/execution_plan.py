@@ -7,21 +7,27 @@ from typing import Any
 import torch
 
 from models.errors import ModelsError
-from models.heads.registry import Head
+from models.heads.base import Head
+from models.inference import HeadCall, decode, finish_options, image_size, prepare_pieces
 from models.inputs.images import ImageLimits
-from models.inputs.prepare import decode, prepare, size_of
 from models.inputs.tiling import View
 from models.inputs.types import Input
 from models.model import Model
 from models.registry import Registry
+from models.trunks.base import Trunk
 from service.errors import from_library
 from service.types import Call, ModelUsed
-from service.worker.runner import HeadCall
 
 
 @dataclass(frozen=True, slots=True)
-class Resolved:
-    """A call with its model and head found, and its options split between the head's two steps."""
+class ResolvedCall:
+    """A call with its model and head.
+
+    Args:
+        trunk: the trunk's name.
+        head_call: the head, with the options of its `forward`.
+        finish_options: the options of its `finish`.
+    """
 
     model: Model
     trunk: str
@@ -38,29 +44,36 @@ class Resolved:
 
 @dataclass(slots=True)
 class TrunkPass:
-    """The calls that ride on one trunk pass, by their positions in the request."""
+    """The calls that share one trunk pass.
 
-    trunk: str
-    model: Model
+    Args:
+        name: the trunk's name.
+        view: how images are cut, if not by the trunk's transform.
+        positions: the calls' positions in the request.
+    """
+
+    name: str
+    trunk: Trunk
     view: View | None = None
     positions: list[int] = field(default_factory=list)
     calls: list[HeadCall] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    """What becomes of a request's inputs of one modality."""
+class ExecutionPlan:
+    """What is done with a request's inputs of one modality: its calls, and the passes for each
+    input."""
 
-    resolved: Sequence[Resolved]
+    calls: Sequence[ResolvedCall]
     passes: Sequence[TrunkPass]
 
 
-def resolve(registry: Registry, call: Call, modality: str) -> Resolved:
+def resolve(registry: Registry, call: Call, modality: str) -> ResolvedCall:
     """Find a call's model and head, and check its options with that head.
 
     Raises:
         ServiceError: no such model, not ready, not its task, an option out of range, or inputs of
-            the other modality.
+            another modality.
     """
     try:
         entry = (
@@ -72,35 +85,32 @@ def resolve(registry: Registry, call: Call, modality: str) -> Resolved:
         head = model.head_for(modality, call.task, call.options)
     except ModelsError as error:
         raise from_library(error) from error
-    forward = {k: v for k, v in call.options.items() if k in head.forward_options}
-    finish = {k: v for k, v in call.options.items() if k not in head.forward_options}
     trunk = entry.text if modality == "text" and entry.text else entry.trunk
-    head_call = HeadCall(head, tuple(sorted(forward.items())))
-    return Resolved(model, trunk, modality, head, head_call, finish)
+    head_call = HeadCall.of(head, call.options)
+    return ResolvedCall(model, trunk, modality, head, head_call, finish_options(head, call.options))
 
 
-def plan_way(resolved: Sequence[Resolved]) -> Way:
-    """Group calls by trunk, and by how they want images: each input takes one pass of each, or as
-    many as its view has pieces."""
+def plan_execution(calls: Sequence[ResolvedCall]) -> ExecutionPlan:
+    """Group calls by trunk and view. Each input takes one pass per group, or one per piece that
+    the view cuts it into."""
     passes: dict[tuple[str, View | None], TrunkPass] = {}
-    for position, item in enumerate(resolved):
-        view = item.head.view if item.modality == "image" else None
-        plan = TrunkPass(item.trunk, item.model, view)
-        shared = passes.setdefault((item.trunk, view), plan)
+    for position, call in enumerate(calls):
+        view = call.head.view if call.modality == "image" else None
+        trunk = call.model.trunk_for(call.modality)
+        shared = passes.setdefault((call.trunk, view), TrunkPass(call.trunk, trunk, view))
         shared.positions.append(position)
-        shared.calls.append(item.head_call)
-    return Way(resolved, list(passes.values()))
+        shared.calls.append(call.head_call)
+    return ExecutionPlan(calls, list(passes.values()))
 
 
 def prepare_all(
-    given: Input, passes: Sequence[TrunkPass], limits: ImageLimits
+    item: Input, passes: Sequence[TrunkPass], limits: ImageLimits
 ) -> tuple[list[list[torch.Tensor]], tuple[int, int]]:
-    """An input as each pass's trunk takes it, in one piece or several; and an image's own (width,
-    height).
+    """An input as each pass takes it, in one piece or several; and an image's (width, height).
 
     Raises:
         InputError: it cannot be decoded, or is not what the trunk takes.
     """
-    decoded = decode(given, limits)
-    prepared = [prepare(decoded, plan.model, plan.view, limits) for plan in passes]
-    return prepared, size_of(decoded)
+    decoded = decode(item, limits)
+    prepared = [prepare_pieces(decoded, each.trunk, each.view, limits) for each in passes]
+    return prepared, image_size(decoded)

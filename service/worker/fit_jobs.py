@@ -16,20 +16,23 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
+from models.description import UnservedHead
 from models.errors import InputError, ModelsError
+from models.fitting.dataset import Progress
 from models.fitting.examples import check_classes, read_archive
-from models.fitting.features import ReadFeatures, Row
-from models.fitting.fit import Fitted, Progress, create_reader, fit
+from models.fitting.features import ReadFeatures
+from models.fitting.fit import Fitted, create_reader, fit
 from models.fitting.options import FitOptions
 from models.fitting.report import write_report
 from models.heads.files import save_head, write_whole
+from models.inference import HeadCall, Row
 from models.inputs.images import ImageLimits
 from models.registry import Registry
 from service.errors import InvalidInputError, UnavailableError, from_library
 from service.metrics import Metrics
 from service.types import FitRequest
 from service.worker.batcher import Batcher
-from service.worker.runner import HeadCall, Item, use_threads
+from service.worker.runner import Item, use_threads
 from service.worker.scheduler import Entry, QueueFull
 
 logger = logging.getLogger(__name__)
@@ -148,15 +151,19 @@ class Fits:
             if not self.is_busy(name) and not self._closing.is_set():
                 self._take_up(name, path)
 
-    def describe(self, name: str) -> dict[str, Any] | None:
-        """A head that is no model yet."""
+    def describe(self, name: str) -> UnservedHead | None:
+        """The head of a job, or None if there is no job of that name."""
         job = self._jobs.get(name)
         if job is None:
             return None
-        described: dict[str, Any] = {"name": name, "state": job.state, "reason": job.reason or None}
-        if job.progress is not None:
-            described["progress"] = asdict(job.progress)
-        return {**described, "trunk": job.request.get("trunk"), "task": "classify"}
+        return UnservedHead(
+            name=name,
+            state=job.state,
+            reason=job.reason or None,
+            progress=None if job.progress is None else asdict(job.progress),
+            trunk=job.request.get("trunk"),
+            task="classify",
+        )
 
     def close(self) -> None:
         """Stop; what was not done is taken up by the next process."""

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from models.catalog import ModelEntry
+from models.description import HeadDescription, ModelDescription, State, UnservedHead
 from models.errors import CheckpointError, ModelNotFoundError, ModelsError
 from models.heads.files import HeadFile, decode_head, encode_head, read_head, write_whole
 from models.heads.registry import create_head
-from models.registry import Registry, State
+from models.registry import Registry
 from service.backend import PARTS
 from service.errors import (
     ConflictError,
@@ -60,24 +61,25 @@ class HeadFolder:
                 logger.exception("the folder of heads cannot be read")
             await asyncio.sleep(INTERVAL_S)
 
-    # -- what the gateway asks -------------------------------------------------------------
+    # -- Heads -----------------------------------------------------------------------------
 
-    async def all(self) -> Sequence[dict[str, Any]]:
+    async def all(self) -> Sequence[HeadDescription]:
+        served = self._registry.describe_all()
         names = dict.fromkeys([*self._seen, *self._fits.names()])
-        described = [self._describe(name) for name in names]
-        return [item for item in described if item is not None]
+        heads = [self._describe(name, served.get) for name in names]
+        return [head for head in heads if head is not None]
 
-    async def get(self, name: str) -> dict[str, Any]:
-        described = self._describe(name)
-        if described is None:
+    async def get(self, name: str) -> HeadDescription:
+        head = self._describe(name, self._describe_model)
+        if head is None:
             raise NotFoundError(f"no head {name!r}", field="name")
-        return described
+        return head
 
-    async def put(self, upload: HeadUpload) -> dict[str, Any]:
+    async def put(self, upload: HeadUpload) -> HeadDescription:
         await self._in_loader(self._put, upload)
         return await self.get(upload.name)
 
-    async def fit(self, request: FitRequest) -> dict[str, Any]:
+    async def fit(self, request: FitRequest) -> HeadDescription:
         def accept() -> None:
             self._check_name(request.name, request.trunk, request.replace)
             self._fits.accept(request)
@@ -237,16 +239,20 @@ class HeadFolder:
 
     # -- descriptions ----------------------------------------------------------------------
 
-    def _describe(self, name: str) -> dict[str, Any] | None:
+    def _describe(
+        self, name: str, served: Callable[[str], ModelDescription | None]
+    ) -> HeadDescription | None:
+        """A head's description, or None if there is no such head."""
         if (fitting := self._fits.describe(name)) is not None:
             return fitting
         if name in self._broken:
-            return {"name": name, "state": str(State.FAILED), "reason": self._broken[name]}
-        if name not in self._seen:
-            return None
+            return UnservedHead(name=name, state=State.FAILED, reason=self._broken[name])
+        return served(name) if name in self._seen else None
+
+    def _describe_model(self, name: str) -> ModelDescription | None:
         try:
             return self._registry.describe(name)
-        except ModelNotFoundError:  # seen, and just being declared, or just forgotten
+        except ModelNotFoundError:  # its file exists, and is not declared yet or not any more
             return None
 
     def _path(self, name: str) -> Path:

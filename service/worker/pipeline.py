@@ -1,4 +1,4 @@
-"""An input's way through the queues: a place, decoding, its trunks' passes, and the answer."""
+"""An input's way through a worker: a place in the queue, decoding, trunk passes, the answer."""
 
 import asyncio
 import itertools
@@ -22,44 +22,55 @@ from service.errors import (
 from service.metrics import Metrics
 from service.types import ImageResult, InferRequest
 from service.worker.batcher import Batcher
-from service.worker.execution_plan import TrunkPass, Way, prepare_all
-from service.worker.postprocess import Finisher
+from service.worker.execution_plan import ExecutionPlan, TrunkPass, prepare_all
+from service.worker.postprocess import Postprocessor
 from service.worker.runner import Item
 from service.worker.scheduler import Entry, QueueFull
 
 logger = logging.getLogger(__name__)
 
 
-class Inputs:
-    """`in_pool` runs what decodes off the event loop."""
+class InputPipeline:
+    """Takes inputs through the queues."""
 
     def __init__(
         self,
         batcher: Batcher,
-        finisher: Finisher,
+        postprocessor: Postprocessor,
         metrics: Metrics,
         in_pool: Callable[..., Awaitable[Any]],
         limits: ImageLimits,
     ) -> None:
+        """
+        Args:
+            in_pool: runs a function off the event loop: decoding.
+        """
         self._batcher = batcher
-        self._finisher = finisher
+        self._postprocessor = postprocessor
         self._metrics = metrics
         self._in_pool = in_pool
         self._limits = limits
 
-    def admit(self, ways: Mapping[str, Way], inputs: Sequence[Input]) -> None:
-        """Take places for every input in every trunk's queue, or none at all."""
+    def admit(self, plans: Mapping[str, ExecutionPlan], inputs: Sequence[Input]) -> None:
+        """Take a place for every input in every trunk's queue, or none at all.
+
+        Args:
+            plans: by modality.
+
+        Raises:
+            ServiceError: a queue is full, or its trunk is being unloaded.
+        """
         admitted: list[tuple[str, int]] = []
-        for modality, way in ways.items():
+        for modality, plan in plans.items():
             count = sum(modality_of(item) == modality for item in inputs)
-            for plan in way.passes:
+            for trunk_pass in plan.passes:
                 try:
-                    self._batcher.admit(plan.trunk, count)
+                    self._batcher.admit(trunk_pass.name, count)
                 except (QueueFull, KeyError) as error:
                     for trunk, places in admitted:
                         self._batcher.release(trunk, places)
-                    raise self._refusal(plan.trunk, error) from error
-                admitted.append((plan.trunk, count))
+                    raise self._refusal(trunk_pass.name, error) from error
+                admitted.append((trunk_pass.name, count))
 
     def _refusal(self, trunk: str, error: Exception) -> ServiceError:
         if isinstance(error, KeyError):
@@ -69,37 +80,44 @@ class Inputs:
 
     async def infer(
         self,
-        given: Input,
-        way: Way,
+        item: Input,
+        plan: ExecutionPlan,
         request: InferRequest,
         flow: object,
         turn: asyncio.Semaphore,
     ) -> ImageResult:
+        """The answers for one input, for which places are taken.
+
+        Args:
+            flow: the request's identity in the queues: flows take turns.
+            turn: bounds how many inputs of the request are decoded at a time.
+        """
         groups: list[list[Entry]] = []
-        passes = way.passes
+        passes = plan.passes
         try:
             async with until(request.deadline):
                 async with turn:
                     started = time.monotonic()
-                    prepared, size = await self._in_pool(prepare_all, given, passes, self._limits)
+                    prepared, size = await self._in_pool(prepare_all, item, passes, self._limits)
                     decode_s = time.monotonic() - started
-                for plan, pieces in zip(passes, prepared, strict=True):
-                    calls = [call.at_size(size) for call in plan.calls]
+                for trunk_pass, pieces in zip(passes, prepared, strict=True):
+                    calls = [call.at_size(size) for call in trunk_pass.calls]
+                    name = trunk_pass.name
                     groups.append([])
                     for number, piece in enumerate(pieces):
-                        if number:  # there is a place for the first one already
-                            await self._wait_for_place(plan)
+                        if number:  # the first piece has its place already
+                            await self._wait_for_place(trunk_pass)
                         entry = Entry(
-                            Item(plan.trunk, piece, calls), flow, request.bulk, request.deadline
+                            Item(name, piece, calls), flow, request.bulk, request.deadline
                         )
                         groups[-1].append(entry)
-                        self._batcher.put(plan.trunk, entry)
-                    self._metrics.stage_duration.labels("decode", plan.trunk).observe(decode_s)
+                        self._batcher.put(name, entry)
+                    self._metrics.stage_duration.labels("decode", name).observe(decode_s)
                 results = [
                     [await asyncio.wrap_future(entry.payload.future) for entry in group]
                     for group in groups
                 ]
-                return await self._finisher.finish(way, results, given, size, decode_s)
+                return await self._postprocessor.run(plan, results, item, size, decode_s)
         except TimeoutError:
             return ImageResult(error=DeadlineExceededError("the deadline passed before the answer"))
         except ModelsError as error:
@@ -111,19 +129,19 @@ class Inputs:
             return ImageResult(error=InternalError("the input could not be processed"))
         finally:
             for entry in itertools.chain(*groups):
-                entry.cancelled = True  # harmless once answered; else it is dropped unrun
-            for plan in passes[len(groups) :]:
-                self._batcher.release(plan.trunk, 1)
+                entry.cancelled = True  # without effect once answered; else it is dropped
+            for trunk_pass in passes[len(groups) :]:
+                self._batcher.release(trunk_pass.name, 1)
 
-    async def _wait_for_place(self, plan: TrunkPass) -> None:
-        """A place in the queue for one more piece of an image that was let in."""
+    async def _wait_for_place(self, trunk_pass: TrunkPass) -> None:
+        """Take a place for one more piece of an image that is admitted already."""
         while True:
             try:
-                return self._batcher.admit(plan.trunk, 1)
+                return self._batcher.admit(trunk_pass.name, 1)
             except QueueFull:
                 await asyncio.sleep(0.02)
             except KeyError as error:
-                raise self._refusal(plan.trunk, error) from error
+                raise self._refusal(trunk_pass.name, error) from error
 
 
 def until(deadline: float) -> asyncio.Timeout:

@@ -7,34 +7,16 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from models.heads.registry import Head
+from models.inference import HeadCall, Row, run_pass
 from models.trunks.base import Trunk
-from models.trunks.features import together
 from service.metrics import Metrics
 from service.worker.scheduler import Batch, BatchQueue, Entry
 
 logger = logging.getLogger(__name__)
-
-Row = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True, slots=True)
-class HeadCall:
-    """A head, with the options that its `forward` takes; rows with equal calls share one."""
-
-    head: Head
-    options: tuple[tuple[str, Any], ...] = ()
-
-    def at_size(self, size: tuple[int, int]) -> "HeadCall":
-        """The call for an image of that (width, height)."""
-        options = self.head.at_size(dict(self.options), size)
-        return HeadCall(self.head, tuple(sorted(options.items())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,37 +129,19 @@ class Runner:
         return results
 
     def _run_pass(self, items: Sequence[Item]) -> list[list[Row | Exception]]:
-        with torch.inference_mode(), self._stream():
-            on_gpu = self.trunk.placement.device.type == "cuda"
-            inputs = [item.prepared for item in items]
+        on_gpu = self.trunk.placement.device.type == "cuda"
+        with self._stream():
             # pinned, so that the copy to a GPU overlaps the other stream's computation
-            batch = self.trunk.collate(inputs, pin_memory=on_gpu)
-            places: dict[HeadCall, list[tuple[int, int]]] = defaultdict(list)
-            for row, item in enumerate(items):
-                for position, call in enumerate(item.calls):
-                    places[call].append((row, position))
-            needs = (call.head.needs([row for row, _ in rows]) for call, rows in places.items())
-            output = self.trunk.forward(batch, together(needs))
-            results: list[list[Row | Exception]] = [[{}] * len(item.calls) for item in items]
-            for call, wanted in places.items():
-                rows = self._run_head(call, output.rows([row for row, _ in wanted]), len(wanted))
-                for (row, position), result in zip(wanted, rows, strict=True):
-                    results[row][position] = result
-            if not places:
-                _ = output.features.flatten()[0].item()  # waits, so that a failure shows here
-            self.last_passed = time.monotonic()
-            return results
+            batch = self.trunk.collate([item.prepared for item in items], pin_memory=on_gpu)
+            results = run_pass(self.trunk, batch, [item.calls for item in items])
+        self._log_failures(results)
+        self.last_passed = time.monotonic()
+        return results
 
-    def _run_head(self, call: HeadCall, output: Any, count: int) -> Sequence[Row | Exception]:
-        try:
-            tensors = call.head.forward(output, **dict(call.options))
-            arrays = {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()}
-            return [{name: array[row] for name, array in arrays.items()} for row in range(count)]
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            logger.exception("a head on %s failed for its %d rows", self.name, count)
-            return [error] * count
+    def _log_failures(self, results: Sequence[Sequence[Row | Exception]]) -> None:
+        failures = {id(row): row for rows in results for row in rows if isinstance(row, Exception)}
+        for failure in failures.values():
+            logger.error("a head on %s failed", self.name, exc_info=failure)
 
     def _stream(self) -> torch.cuda.StreamContext:
         """This lane's own CUDA stream; on a CPU a context that does nothing."""

@@ -16,8 +16,8 @@ from models import Registry
 from models.checkpoints.sources import fetch, parse_source
 from models.checkpoints.store import Store
 from models.errors import InputError
-from models.inputs.transforms import normalize
-from models.trunks.base import TimmTrunk
+from models.inputs.transforms import Normalize
+from models.trunks.timm import TimmTrunk
 
 SIZE = 224
 
@@ -42,7 +42,7 @@ def test_logits_equal_timms(demo: Registry, photos: dict[str, Image.Image]) -> N
     for photo in photos.values():
         with torch.inference_mode():
             expected = network(transform(photo).unsqueeze(0))
-        ours = model.run(model.transform(photo).unsqueeze(0))["logits"]
+        ours = model.run(model.trunk.prepare(photo).unsqueeze(0))["logits"]
         assert torch.allclose(ours, expected, rtol=0, atol=1e-5)
 
 
@@ -71,7 +71,7 @@ def test_saliency_equals_the_onnx_models_on_equal_pixels(
 ) -> None:
     model = demo.get("dinov2-focus")
     for photo in photos.values():
-        pixels = normalize(model.transform(photo).unsqueeze(0), model.trunk.preprocess).contiguous()
+        pixels = Normalize(model.trunk.preprocess)(model.trunk.prepare(photo)[None]).contiguous()
         ours = model.run(pixels)["saliency"].numpy()
         theirs = onnx_model.run(None, {"input_image": pixels.numpy()})[0][:, 0]
         assert np.abs(ours - theirs).max() < 2e-5
@@ -88,7 +88,7 @@ def test_saliency_and_masks_follow_the_original_package_end_to_end(
         pixels, box = original_pixels(photo)
         spec = model.trunk.preprocess
         assert spec.content_box(*photo.size) == box
-        ours_pixels = normalize(model.transform(photo).unsqueeze(0), spec)
+        ours_pixels = Normalize(spec)(model.trunk.prepare(photo)[None])
         assert np.abs(ours_pixels.numpy() - pixels).max() < 1e-6
         theirs = onnx_model.run(None, {"input_image": pixels})[0][0, 0]
         ours = model.run(ours_pixels)["saliency"][0].numpy()
@@ -140,7 +140,7 @@ def test_a_crop_and_a_recompressed_copy_rank_above_other_photos(
 
 def test_the_stored_form_gives_what_the_wheel_gave(demo: Registry) -> None:
     from models.checkpoints.loading import build_trunk, read_checkpoint
-    from models.trunks.base import Placement
+    from models.trunks.devices import Placement
 
     path = fetch(parse_source(demo.catalog.trunks["dinov2-focus"].source), Store(), Path())
     direct = build_trunk(read_checkpoint(path, {}), Placement())
@@ -153,7 +153,7 @@ def test_the_shipped_head_stands_on_the_demos_trunk(demo: Registry) -> None:
     """The same object in memory, and made for these very weights."""
     model = demo.get("stamps")
     assert model.about["kind"] == "vqt"
-    assert len(model.heads["classify"].labels) == 24  # type: ignore[attr-defined]
+    assert len(model.heads["classify"].labels) == 24
     assert model.trunk is demo.get("dinov2-focus").trunk
     held = model.about["training"]["holdout_accuracy"]
     assert 0.5 < held < 1

@@ -13,8 +13,9 @@ from PIL import Image
 
 from models.checkpoints.checkpoint import HeadState
 from models.errors import CheckpointError, InputError
+from models.fitting.dataset import Progress
 from models.fitting.examples import Example, check_classes, read_archive, read_examples, split
-from models.fitting.fit import Fitted, Progress, fit, run_directly
+from models.fitting.fit import Fitted, fit, run_directly
 from models.fitting.options import FitOptions
 from models.fitting.report import write_report
 from models.heads.files import HeadFile, decode_head, encode_head, read_head, save_head

@@ -21,6 +21,7 @@ from models.checkpoints.formats import detect_format
 from models.checkpoints.loading import read_checkpoint
 from models.checkpoints.store import Store
 from models.errors import CheckpointError
+from models.inference import HeadCall, run_rows
 from models.inputs.tokenizers import CuttingTokenizer, OpenAITokenizer
 from models.model import Model
 from models.networks.vitgan import Modulated
@@ -131,7 +132,7 @@ def test_a_scale_mae_of_absolute_scale_knows_no_other() -> None:
     for key in ("embedding", "tokens", "reconstruction"):
         assert torch.equal(plain[key], scaled[key]), key
     head = model.heads["embed"]
-    [row, _] = model.forward(golden["pixel_values"], head, {"gsd": 3.0})
+    [row, _] = run_rows(model.trunk, golden["pixel_values"], HeadCall.of(head, {"gsd": 3.0}))
     assert np.array_equal(row["embedding"], plain["embedding"][0].numpy())
 
 
@@ -248,13 +249,14 @@ def test_tokenizers_are_upstreams(name: str, tokenizer: type[OpenAITokenizer]) -
 def test_ggem_is_a_pooling_that_can_be_asked_for() -> None:
     model, golden, _ = fixture("ggem")
     head = model.head("embed", {"pooling": "ggem"})
-    [row] = model.forward(golden["pixel_values"][:1], head, {"pooling": "ggem"})
+    call = HeadCall.of(head, {"pooling": "ggem"})
+    [row] = run_rows(model.trunk, golden["pixel_values"][:1], call)
     assert np.allclose(row["embedding"], golden["pool_ggem"][0], atol=1e-5)
 
 
 def test_the_served_descriptor_is_reduced_by_the_pca() -> None:
     model, golden, meta = fixture("irt")
-    [row] = model.forward(golden["pixel_values"][:1], model.heads["embed"], {})
+    [row] = run_rows(model.trunk, golden["pixel_values"][:1], HeadCall(model.heads["embed"]))
     served = model.heads["embed"].finish(row, (64, 64))["embedding"]
     assert served.shape == (meta["hyperparameters"]["pca_dim"],)
     assert np.allclose(served, golden["embedding_pca"][0], atol=1e-5)

@@ -16,11 +16,12 @@ from shapely.geometry import shape
 from models import Registry
 from models.errors import CatalogError, InputError, TaskError
 from models.heads.embed import Embed
-from models.inputs.transforms import collate, normalize, preprocess_from_timm
+from models.inputs.transforms import Normalize, collate, preprocess_from_timm
 from models.model import Model
 from models.segmentation.masks import encode_mask
 from models.tasks.embed import encode_embedding
-from models.trunks.base import Placement, TimmTrunk
+from models.trunks.devices import Placement
+from models.trunks.timm import TimmTrunk
 from tests.conftest import encode
 
 
@@ -49,7 +50,7 @@ def test_poolings_are_what_they_are_called(
     registry: Registry, photos: dict[str, Image.Image], pooling: str
 ) -> None:
     model = registry.get("tiny-embed")
-    tokens = model.run(model.transform(photos["rocket"]).unsqueeze(0))["tokens"][0]
+    tokens = model.run(model.trunk.prepare(photos["rocket"]).unsqueeze(0))["tokens"][0]
     patches = tokens[1:]
     expected = {
         "cls": tokens[0],
@@ -68,7 +69,7 @@ def test_swins_channels_last_features_are_pooled_over_places(
     network = timm.create_model("swin_tiny_patch4_window7_224").eval()
     trunk = TimmTrunk("swin", network, preprocess_from_timm(network), Placement())
     model = Model("swin", trunk, Embed(trunk))
-    pixels = normalize(collate([model.transform(photos["rocket"])]), trunk.preprocess)
+    pixels = Normalize(trunk.preprocess)(collate([model.trunk.prepare(photos["rocket"])]))
     with torch.inference_mode():
         features = network.forward_features(pixels.contiguous())
     assert features.shape == (1, 7, 7, 768)

@@ -11,15 +11,17 @@ from PIL import Image
 
 from models.errors import InputError
 from models.heads.embed import Embed
-from models.inputs.transforms import collate, create_transform, normalize
+from models.heads.prompted import Similarity
+from models.heads.zero_shot import ZeroShot
+from models.inputs.prompts import expand_templates
+from models.inputs.transforms import Normalize, collate, create_transform
 from models.model import Model
-from models.trunks.base import Placement
+from models.trunks.devices import Placement
 from models.trunks.open_clip import OpenClipTrunk
 from models.trunks.two_tower import (
     load_open_clip,
     open_clip_preprocess,
     split_towers,
-    zero_shot_head,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -42,7 +44,7 @@ def test_embeddings_and_transforms_are_open_clips(
     expected = torch.stack([theirs(photo) for photo in photos.values()])
     transform = create_transform(spec)
     pixels = collate([transform(photo) for photo in photos.values()])
-    assert torch.equal(normalize(pixels, spec), expected)
+    assert torch.equal(Normalize(spec)(pixels), expected)
     with torch.inference_mode():
         embeddings = network.encode_image(expected)
     trunk = OpenClipTrunk(name, network, spec, Placement())
@@ -87,7 +89,7 @@ def test_both_towers_and_their_scores_are_open_clips(
         torch.nn.init.constant_(network.logit_bias, -1.0)
     spec = open_clip_preprocess(network)
     transform = create_transform(spec)
-    pixels = normalize(collate([transform(photos["coffee"])]), spec)
+    pixels = Normalize(spec)(collate([transform(photos["coffee"])]))
     labels = ["cat", "coffee", "rocket"]
     with torch.inference_mode():
         image = network.encode_image(pixels, normalize=True)
@@ -97,7 +99,10 @@ def test_both_towers_and_their_scores_are_open_clips(
         logits = network.logit_scale.exp() * image @ text.T
         scores = (logits + network.logit_bias).sigmoid() if siglip else logits.softmax(-1)
     towers = split_towers(name, network, spec, tokenizer, Placement())
-    model = Model("clip", towers.image, zero_shot_head(towers), text=towers.text)
+    similarity = Similarity(towers.scale, towers.bias)
+    templates = expand_templates("photo")
+    head = ZeroShot.create_prompted(towers.image, towers.text, similarity, templates=templates)
+    model = Model("clip", towers.image, head, text=towers.text)
     [answer] = model.predict([photos["coffee"]], labels=labels)
     got = {item["label"]: item["score"] for item in answer["predictions"]}
     assert [got[label] for label in labels] == pytest.approx(scores[0].tolist(), abs=1e-5)

@@ -8,17 +8,19 @@ from timm.data import resolve_model_data_config
 
 from models.errors import CatalogError
 from models.inputs.transforms import (
+    Normalize,
     Preprocess,
     collate,
     create_transform,
-    normalize,
     preprocess_from_mapping,
     preprocess_from_timm,
 )
 
 
 def run(spec: Preprocess, *images: Image.Image) -> torch.Tensor:
-    return normalize(collate([create_transform(spec)(image) for image in images]), spec)
+    pixels = collate([create_transform(spec)(image) for image in images])
+    normalised: torch.Tensor = Normalize(spec)(pixels)
+    return normalised
 
 
 # center 0.875 bicubic; center 0.9; squash; 0.95 with another mean; bilinear; center 1.0
@@ -81,7 +83,7 @@ def test_letterbox_centres_the_whole_image_on_black() -> None:
 
 def test_float_pixels_are_taken_as_normalised() -> None:
     pixels = torch.randn(1, 3, 8, 8)
-    assert normalize(pixels, Preprocess()) is pixels
+    assert Normalize(Preprocess())(pixels) is pixels
 
 
 def test_digest_tells_transforms_apart() -> None:

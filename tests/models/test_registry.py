@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from models import Model, Registry, load_checkpoint
 from models.catalog import load_catalog
+from models.description import State
 from models.errors import CatalogError, CheckpointError, ModelNotReadyError, SourceError
-from models.registry import State
 
 
 @pytest.fixture
@@ -32,12 +32,13 @@ def test_states_are_told_truthfully(registry: Registry) -> None:
         registry.ready("tiny")
     registry.load("tiny")
     described = registry.describe("tiny")
-    assert described["state"] == "ready"
-    assert described["labels"] == 1000
-    assert described["memory_bytes"] > 100_000
-    assert described["format"] == "timm"
+    assert described.is_ready
+    assert described.labels == 1000
+    assert described.memory_bytes is not None
+    assert described.memory_bytes > 100_000
+    assert described.format == "timm"
     registry.unload("tiny")
-    assert registry.describe("tiny")["state"] == "unloaded"
+    assert registry.describe("tiny").state == "unloaded"
 
 
 def test_the_trunk_goes_with_its_last_model(registry: Registry) -> None:
@@ -57,7 +58,7 @@ def test_a_model_that_cannot_load_says_why(tiny_catalog: Path, tmp_path: Path) -
     with pytest.raises(CheckpointError, match="no such file"):
         registry.load("tiny")
     assert registry.state("tiny") is State.FAILED
-    assert "no such file" in registry.describe("tiny")["reason"]
+    assert "no such file" in str(registry.describe("tiny").reason)
     for name in ("tiny.safetensors", "conv.safetensors"):
         (tmp_path / name).write_bytes((tiny_catalog.parent / name).read_bytes())
     registry.load("tiny")

@@ -28,6 +28,8 @@ from models.heads.foreground import AttentionMask, cut
 from models.heads.registry import create_head
 from models.heads.segment import foreground_mask, reduced
 from models.heads.semantic import Semantic
+from models.inference import HeadCall, run_rows
+from models.inputs.transforms import Normalize
 from models.model import Model
 from models.segmentation.decoders import create_decoder
 from models.segmentation.label_sets import label_sets, load_label_set, palette_of
@@ -35,6 +37,7 @@ from models.segmentation.masks import encode_mask, without_specks
 from models.segmentation.resample import UNLABELLED, label_map
 from models.segmentation.windows import Windows
 from models.tasks.labels import load_labels
+from models.trunks.features import merge
 from tests.models.test_fixtures import fixture
 
 RANDOM = np.random.default_rng(0)
@@ -207,11 +210,12 @@ def test_pieces_put_together_are_the_whole_by_windows() -> None:
     assert isinstance(head, Semantic)
     photo = Image.fromarray(RANDOM.integers(0, 255, (92, 110, 3), np.uint8))
     view = Windows(scale=(110, 92), crop=(64, 64), stride=(43, 43))
-    rows = [model.forward(model.trunk.collate([piece]), head, {})[0] for piece in view.cut(photo)]
+    trunk, call = model.trunk, HeadCall(head)
+    rows = [run_rows(trunk, trunk.collate([piece]), call)[0] for piece in view.cut(photo)]
     assert len(rows) == 6
     merged = view.merge(rows, photo.size)["logits"]
     pixels = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None]
-    whole = model.run(model.trunk.placement.prepare(pixels, model.trunk.preprocess))
+    whole = model.run(Normalize(model.trunk.preprocess)(pixels))
     np.testing.assert_allclose(merged, whole["mask_logits"][0], atol=1e-4)
 
 
@@ -266,7 +270,8 @@ def test_linear_heads_read_one_layer_or_several(tiny: Model, layers: list[int]) 
     head = create_head("semantic", tiny.trunk, ("a", "b", "c", "d"), state)
     pixels = torch.randn(2, 3, *tiny.trunk.preprocess.input_size)
     with torch.inference_mode():
-        found = head.forward(tiny.trunk.forward(pixels, head.needs([0, 1])))["logits"]
+        request = merge([(head.request, [0, 1])])
+        found = head.forward(tiny.trunk.forward(pixels, request))["logits"]
         taken = network.get_intermediate_layers(
             pixels, n=[n % len(network.blocks) for n in layers], norm=True
         )
@@ -373,9 +378,9 @@ def test_attention_is_thresholded_as_dino_does_it(tiny: Model) -> None:
     head = AttentionMask(tiny.trunk)
     pixels = torch.randn(1, 3, *tiny.trunk.preprocess.input_size)
     with torch.inference_mode():
-        output = tiny.trunk.forward(pixels, head.needs([0]))
+        output = tiny.trunk.forward(pixels, merge([(head.request, [0])]))
         rank = head.forward(output)["rank"][0].flatten()
-    [found] = output.looks.values()
+    [found] = output.cls_attention.values()
     attention = found[0, :, output.prefix :].mean(0)
     # visualize_attention.py: sorted upwards, what lies in the upper 60 % of the sum
     ordered, order = attention.sort()
@@ -413,7 +418,7 @@ def test_foregrounds_are_heads_that_a_catalog_can_name(
         [answer] = registry.get(head).predict([photos["rocket"]], output="rle", min_area=20)
         assert [item["label"] for item in answer["classes"]] == ["background", "foreground"]
         assert answer["mask"]["size"] == [answer["height"], answer["width"]]
-    for name, message in (("nothing", "no head for segmentation"), ("none", "no attention")):
+    for name, message in (("nothing", "no head for segment; set head"), ("none", "no attention")):
         with pytest.raises(CatalogError, match=message):
             registry.get(name)
 

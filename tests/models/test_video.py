@@ -10,7 +10,7 @@ import pytest
 from models.errors import ImageTooLargeError, InputError
 from models.inputs.images import DEFAULT_LIMITS, ImageLimits
 from models.inputs.transforms import ClipPreprocess
-from models.trunks.video import create_clip_transform, decode_clip
+from models.inputs.video import create_clip_transform, decode_clip
 
 SPEC = ClipPreprocess(input_size=(32, 32), frames=4, sampling_rate=4)
 

@@ -14,8 +14,9 @@ from models.errors import CheckpointError
 from models.heads.registry import create_head
 from models.heads.vqt import Vqt
 from models.inputs.transforms import preprocess_from_timm
-from models.trunks.base import Placement, TimmTrunk
-from models.trunks.features import together
+from models.trunks.devices import Placement
+from models.trunks.features import BatchRequest, merge
+from models.trunks.timm import TimmTrunk
 
 SMALL = {"img_size": 56, "patch_size": 14, "embed_dim": 24, "depth": 3, "num_heads": 3}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -61,13 +62,25 @@ def random_head(trunk: TimmTrunk, seed: int, queries: int = 1, classes: int = 4)
     return head
 
 
+def for_all_rows(head: Vqt) -> BatchRequest:
+    return merge([(head.request, range(5))])
+
+
+def raw_tokens(trunk: TimmTrunk, head: Vqt) -> Tensor:
+    """The head's query tokens (L, T, D) as the trunk's bank holds them."""
+    bank = trunk._queries.bank.tensors
+    assert bank is not None
+    slots = head.queries.slots
+    return bank[0][:, slots.start : slots.stop]
+
+
 def as_published(trunk: TimmTrunk, head: Vqt, pixels: Tensor) -> Tensor:
     """The paper's way: queries in front of the sequence, keys and values of the rest alone."""
     network = trunk.network
     x = network.norm_pre(network.patch_drop(network._pos_embed(network.patch_embed(pixels))))
     segments = []
     for number, block in enumerate(network.blocks):
-        raw = head.queries.raw_LTD[number].expand(len(x), -1, -1)
+        raw = raw_tokens(trunk, head)[number].expand(len(x), -1, -1)
         count = raw.shape[1]
         sequence = torch.cat([raw, x], 1)
         attention = block.attn
@@ -100,7 +113,7 @@ def test_a_head_reads_the_trunk_as_the_paper_does(
 ) -> None:
     head = random_head(trunk, 0, queries)
     with torch.inference_mode():
-        logits = head.forward(trunk.forward(pixels, head.needs(range(5))))["logits"]
+        logits = head.forward(trunk.forward(pixels, for_all_rows(head)))["logits"]
         assert torch.allclose(logits, as_published(trunk, head, pixels), atol=1e-5, rtol=1e-5)
 
 
@@ -110,14 +123,14 @@ def test_rows_get_their_own_heads_and_the_trunk_is_not_disturbed(
     """Rows want none, one, and several heads, with different numbers of queries, in one pass."""
     heads = [random_head(trunk, seed, queries) for seed, queries in ((1, 1), (2, 2), (3, 1))]
     rows = ([0, 2, 4], [4, 2], [3])  # row 1 wants none; orders differ
-    needs = together(head.needs(some) for head, some in zip(heads, rows, strict=True))
+    request = merge((head.request, some) for head, some in zip(heads, rows, strict=True))
     with torch.inference_mode():
         bare = trunk.forward(pixels)
-        output = trunk.forward(pixels, needs)
+        output = trunk.forward(pixels, request)
         assert torch.equal(output.features, bare.features)
         for head, some in zip(heads, rows, strict=True):
             together_logits = head.forward(output.rows(list(some)))["logits"]
-            alone = head.forward(trunk.forward(pixels, head.needs(range(5))))["logits"][some]
+            alone = head.forward(trunk.forward(pixels, for_all_rows(head)))["logits"][some]
             assert torch.allclose(together_logits, alone, atol=1e-5)
 
 
@@ -130,7 +143,7 @@ def test_threads_read_their_own_passes(pixels: Tensor) -> None:
     def run(number: int) -> Tensor:
         head = heads[number % 4]
         with torch.inference_mode():
-            return head.forward(trunk.forward(pixels, head.needs(range(5))))["logits"]
+            return head.forward(trunk.forward(pixels, for_all_rows(head)))["logits"]
 
     expected = [run(number) for number in range(4)]
     with ThreadPoolExecutor(4) as pool:
@@ -143,15 +156,15 @@ def test_features_can_be_a_selection(pixels: Tensor) -> None:
     whole = random_head(trunk, 0)
     indices = torch.tensor([0, 5, 30, 95])
     tensors = {
-        "queries": whole.queries.raw_LTD,
+        "queries": raw_tokens(trunk, whole),
         "indices": indices,
         "classifier.0.weight": torch.eye(4),
     }
     head = create_head("vqt", trunk, tuple("abcd"), HeadState(tensors))
     assert isinstance(head, Vqt)
     with torch.inference_mode():
-        some = head.forward(trunk.forward(pixels, head.needs(range(5))))["logits"]
-        every = whole.features(trunk.forward(pixels, whole.needs(range(5))))
+        some = head.forward(trunk.forward(pixels, for_all_rows(head)))["logits"]
+        every = whole.features(trunk.forward(pixels, for_all_rows(whole)))
     assert torch.allclose(some, every[:, indices], atol=1e-5)
 
 
@@ -184,7 +197,7 @@ def test_networks_without_such_blocks_carry_no_queries() -> None:
     network = timm.create_model("test_convnext")
     trunk = TimmTrunk("test_convnext", network, preprocess_from_timm(network), Placement())
     tensors = {"queries": torch.zeros(3, 1, 24), "classifier.0.weight": torch.zeros(4, 96)}
-    with pytest.raises(CheckpointError, match="no plain ViT"):
+    with pytest.raises(CheckpointError, match="blocks of a plain ViT"):
         create_head("vqt", trunk, tuple("abcd"), HeadState(tensors))
 
 

@@ -156,6 +156,27 @@ def test_masks_go_to_a_folder(demo_server: str, folder: Path, tmp_path: Path) ->
     assert "needs a folder" in done.stderr
 
 
+def test_every_task_with_images_has_a_command(tiny_catalog: Path, folder: Path) -> None:
+    photo = str(folder / "coffee.jpg")
+    with running(tiny_catalog) as server:
+        server.wait_ready()
+        flags = ("--url", server.url)
+        shown = vitrail(
+            "attention", photo, "--head", "0", "--form", "map", *flags, "--model", "tiny"
+        )
+        assert shown.returncode == 0, shown.stderr
+        assert "heads of" in shown.stdout
+        refused = vitrail("reconstruct", photo, "--mask-ratio", "0.5", *flags, "--model", "tiny")
+        assert refused.returncode == 1
+        assert "422" in refused.stderr
+        plain = vitrail("embed", photo, "--no-normalize", "--json", *flags)
+        norm = np.linalg.norm(json.loads(plain.stdout)["embedding"])
+        assert abs(norm - 1) > 1e-3
+    wrong = vitrail("attention", photo, "--form", "picture")
+    assert wrong.returncode == 2
+    assert "overlay" in wrong.stderr
+
+
 def test_a_bad_file_is_told_and_the_others_are_answered(
     demo_server: str, folder: Path, tmp_path: Path
 ) -> None:

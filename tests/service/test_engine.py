@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from models.trunks.base import TimmTrunk, TrunkOutput
-from models.trunks.features import NOTHING, Need
+from models.trunks.features import LAST_OUTPUT, BatchRequest
+from models.trunks.output import TrunkOutput
+from models.trunks.timm import TimmTrunk
 from service.worker.runner import Runner
 from tests.conftest import Running, encode, running, wait_until
 
@@ -41,11 +42,11 @@ class Tap:
         self._forward: Forward = runner.trunk.forward
         monkeypatch.setattr(runner.trunk, "forward", self._run)
 
-    def _run(self, pixels: torch.Tensor, need: Need = NOTHING) -> TrunkOutput:
+    def _run(self, pixels: torch.Tensor, request: BatchRequest = LAST_OUTPUT) -> TrunkOutput:
         self.sizes.append(len(pixels))
         assert self.gate.wait(30)
         self.fault(pixels)
-        return self._forward(pixels, need)
+        return self._forward(pixels, request)
 
 
 @pytest.fixture
@@ -280,7 +281,7 @@ def test_a_broken_trunk_does_not_hide_behind_a_busy_one(
 def test_a_trunk_that_does_not_run_fails_its_model_and_leaves_no_queue(
     tiny_catalog: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(self: TimmTrunk, pixels: torch.Tensor, need: Need) -> TrunkOutput:
+    def fail(self: TimmTrunk, pixels: torch.Tensor, request: BatchRequest) -> TrunkOutput:
         raise RuntimeError("kernel fault")
 
     monkeypatch.setattr(TimmTrunk, "forward", fail)

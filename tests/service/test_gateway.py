@@ -302,6 +302,43 @@ def test_bad_deadlines_and_priorities_are_told(tiny: Running, jpegs: dict[str, b
     )
 
 
+# -- NDJSON --------------------------------------------------------------------------------
+
+NDJSON = {"Accept": "application/x-ndjson"}
+
+
+def test_every_task_can_answer_in_lines(tiny: Running, jpegs: dict[str, bytes]) -> None:
+    photos = as_files(*jpegs.values())
+    whole = tiny.client.post("/classify?top_k=2", files=photos).json()["results"]
+    answer = tiny.client.post("/classify?top_k=2", files=photos, headers=NDJSON)
+    lines = [json.loads(line) for line in answer.text.splitlines()]
+    assert [line["index"] for line in lines] == [0, 1, 2, 3]
+    for line, entry in zip(lines, whole, strict=True):
+        assert line["model"] == "tiny"
+        labels = [item["label"] for item in entry["predictions"]]
+        assert [item["label"] for item in line["predictions"]] == labels
+
+
+def test_an_unreadable_input_has_its_own_line_and_hides_no_wrong_model(
+    tiny: Running, jpegs: dict[str, bytes]
+) -> None:
+    good = {"base64": base64.b64encode(jpegs["coffee"]).decode()}
+    body = {"images": [{"base64": "!!!"}, good]}
+    answer = tiny.client.post("/classify", json=body, headers=NDJSON)
+    bad, fine = [json.loads(line) for line in answer.text.splitlines()]
+    assert bad["error"]["status"] == 422
+    assert len(fine["predictions"]) == 5
+    refused = tiny.client.post("/classify", json={**body, "model": "nope"}, headers=NDJSON)
+    problem(refused, 404)
+
+
+def test_headers_are_checked_before_the_body(tiny: Running) -> None:
+    """The body, which is no JSON, would be a 400."""
+    headers = {"X-Priority": "urgent", "Content-Type": "application/json"}
+    body = problem(tiny.client.post("/classify", content=b"{", headers=headers), 422)
+    assert "X-Priority" in body["detail"]
+
+
 # -- sockets that misbehave ----------------------------------------------------------------
 
 

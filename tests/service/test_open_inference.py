@@ -12,11 +12,12 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 from tritonclient import http as triton
 from tritonclient.utils import InferenceServerException
 
 from models.inputs.images import decode_image
-from models.inputs.transforms import normalize
+from models.inputs.transforms import Normalize
 from tests.conftest import Running, running
 
 INFER = "/v2/models/tiny/infer"
@@ -42,8 +43,10 @@ def client(server: Running) -> Iterator[Any]:
 def pixels(server: Running, jpegs: dict[str, bytes]) -> np.ndarray:
     """Chelsea twice, as the tiny trunk's transform leaves her: (2, 3, H, W) float32."""
     model = server.engine.registry.get("tiny")
-    made = normalize(model.transform(decode_image(jpegs["chelsea"]))[None], model.trunk.preprocess)
-    return made.repeat(2, 1, 1, 1).numpy()
+    pixels = model.trunk.prepare(decode_image(jpegs["chelsea"]))[None]
+    made: torch.Tensor = Normalize(model.trunk.preprocess)(pixels)
+    repeated: np.ndarray = made.repeat(2, 1, 1, 1).numpy()
+    return repeated
 
 
 @pytest.fixture(scope="module")

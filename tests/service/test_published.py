@@ -16,6 +16,8 @@ from PIL import Image
 
 from models.checkpoints.containers import open_container
 from models.checkpoints.formats import detect_format
+from models.inference import HeadCall, run_rows
+from models.inputs.transforms import Normalize
 from models.inputs.types import Latent, Seed, Video
 from service.stubs import vision_pb2 as pb
 from service.stubs.vision_pb2_grpc import VisionStub
@@ -144,7 +146,7 @@ def test_attention_comes_as_pictures_and_numbers(
 def test_attention_is_the_references(server: Running) -> None:
     model, golden, _ = fixture("dino")
     head = model.head("attention", {})
-    [row, *_] = model.forward(golden["pixel_values"], head, {})
+    [row, *_] = run_rows(model.trunk, golden["pixel_values"], HeadCall(head))
     side = row["attention"].shape[-1]
     reference = golden["attention"][0, :, 0, 1:].reshape(-1, side, side)
     np.testing.assert_allclose(row["attention"], reference, atol=1e-5)
@@ -239,10 +241,10 @@ def test_embeddings_of_scale_mae_depend_on_the_ground_covered(
         assert answer.status_code == 200, answer.text[:300]
         return np.array(answer.json()["results"][0]["embedding"])
 
-    pixels = model.transform(Image.open(io.BytesIO(content)))[None]
+    pixels = model.trunk.prepare(Image.open(io.BytesIO(content)))[None]
     for gsd in (0.3, 2.5):
         # the input has half the resolution, so that each of its pixels covers twice as much
-        normalised = model.trunk.placement.prepare(pixels, model.trunk.preprocess)
+        normalised = Normalize(model.trunk.preprocess)(pixels)
         named = model.run(normalised, input_res=torch.tensor([2 * gsd]))
         reference = torch.nn.functional.normalize(named["embedding"], dim=-1)[0]
         np.testing.assert_allclose(embed(gsd=gsd), reference, atol=1e-5)

@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 )
 from PIL import Image
 
-from models.inputs.transforms import normalize
+from models.inputs.transforms import Normalize
 from service.rpc.context import ERROR_KEY
 from service.stubs import vision_pb2 as pb
 from service.stubs.vision_pb2_grpc import VisionStub
@@ -102,7 +102,7 @@ def test_pixels_that_are_preprocessed_give_the_images_answer(
     vision: Any, server: Running, jpegs: dict[str, bytes], photos: dict[str, Image.Image]
 ) -> None:
     model = server.engine.registry.get("tiny")
-    pixels = normalize(model.transform(_jpeg(jpegs["coffee"]))[None], model.trunk.preprocess)[0]
+    pixels = Normalize(model.trunk.preprocess)(model.trunk.prepare(_jpeg(jpegs["coffee"])))
     tensor = pb.Tensor(datatype="FP32", shape=pixels.shape, contents=to_bytes(pixels.numpy()))
     ours = vision.Embed(pb.TaskRequest(pixel_values=[tensor], model="tiny-embed"))
     theirs = vision.Embed(pb.TaskRequest(images=[jpegs["coffee"]], model="tiny-embed"))
@@ -121,8 +121,8 @@ def test_images_and_pixels_collate_to_equal_rows(server: Running, jpegs: dict[st
     """A batch may mix uint8 and float32 rows; both must come out as they do alone."""
     runner = server.engine.trunks.runners["tiny"]
     model = server.engine.registry.get("tiny")
-    pixels = model.transform(_jpeg(jpegs["coffee"]))
-    mixed = runner.trunk.collate([pixels, normalize(pixels[None], model.trunk.preprocess)[0]])
+    pixels = model.trunk.prepare(_jpeg(jpegs["coffee"]))
+    mixed = runner.trunk.collate([pixels, Normalize(model.trunk.preprocess)(pixels)])
     assert mixed.dtype == torch.float32
     assert torch.equal(mixed[0], mixed[1])
 
@@ -255,7 +255,7 @@ def test_a_stream_that_is_left_leaves_nothing_behind(
 
     def of_the_stream() -> int:
         names = [task.get_coro().__qualname__ for task in asyncio.all_tasks(loop)]  # type: ignore[union-attr]
-        return sum("EmbedStream" in name or "_embed_patiently" in name for name in names)
+        return sum("EmbedStream" in name or "_embed_when_admitted" in name for name in names)
 
     request = pb.TaskRequest(images=[jpegs["coffee"]], model="tiny-embed")
     call = vision.EmbedStream(iter([request] * 100))

@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 from models.inputs.images import decode_image
 from models.inputs.prompts import NAMED_TEMPLATES
 from models.inputs.tokenizers import OpenAITokenizer
-from models.inputs.transforms import normalize as normalize_pixels
+from models.inputs.transforms import Normalize
 from service.stubs import vision_pb2 as pb
 from service.stubs.vision_pb2_grpc import VisionStub
 from service.tensors import from_bytes
@@ -44,10 +44,8 @@ def text_features(network: Any, texts: list[str]) -> torch.Tensor:
 @torch.inference_mode()
 def image_features(server: Running, network: Any, jpeg: bytes) -> torch.Tensor:
     model = server.engine.registry.get("clip")
-    pixels = model.transform(decode_image(jpeg))[None]
-    return normalize(
-        network.encode_image(normalize_pixels(pixels, model.trunk.preprocess)), dim=-1
-    )[0]
+    pixels = model.trunk.prepare(decode_image(jpeg))[None]
+    return normalize(network.encode_image(Normalize(model.trunk.preprocess)(pixels)), dim=-1)[0]
 
 
 def expected(
@@ -304,9 +302,9 @@ def test_open_clips_families_are_served_from_their_files(
     with running(tmp_path / "catalog.toml", apart=True, max_batch_size=2) as served:
         served.wait_ready()
         model = served.engine.registry.get("family")
-        image = model.transform(decode_image(jpegs["rocket"]))[None]
+        image = model.trunk.prepare(decode_image(jpegs["rocket"]))[None]
         with torch.inference_mode():
-            pixels = normalize_pixels(image, model.trunk.preprocess)
+            pixels = Normalize(model.trunk.preprocess)(image)
             seen = network.encode_image(pixels, normalize=True)
             read = network.encode_text(texts, normalize=True)
             wanted = (network.logit_scale.exp() * seen @ read.T).softmax(-1)[0].tolist()

@@ -9,15 +9,15 @@ A format is a module that has the members of `CheckpointFormat`, and may have tw
         What `outputs` needs of a pass besides its last output, such as a block's attention.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, Protocol, cast
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
+from models.discovery import modules_of
 from models.errors import CheckpointError
+from models.reference_outputs import FormatOutputs
 from models.trunks.base import Trunk
 from models.trunks.features import NO_EXTRAS, FeatureRequest
 
@@ -45,12 +45,10 @@ class CheckpointFormat(Protocol):
 @cache
 def checkpoint_formats() -> tuple[CheckpointFormat, ...]:
     """Every format of this package, in the order of their file names."""
-    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
-    return tuple(cast("CheckpointFormat", module) for module in modules)
+    return tuple(cast("CheckpointFormat", module) for module in modules_of(__name__))
 
 
-def format_outputs(name: str, trunk: Trunk) -> tuple[Any, FeatureRequest]:
+def format_outputs(name: str, trunk: Trunk) -> tuple[FormatOutputs | None, FeatureRequest]:
     """A format's `outputs`, None if it has none, and what they need of a pass of `trunk`."""
     module = next((module for module in checkpoint_formats() if name == module.NAME), None)
     request = getattr(module, "request", None)

@@ -44,6 +44,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     """Every pooling that the paper compares, and GGeM over all tokens with the class token."""
     exponents = run.trunk.exponents
+    assert exponents is not None
     patches = run.output.patches_BTD
     return {
         "pool_ggem": ggem(patches, exponents),

@@ -1,4 +1,4 @@
-"""An Open Inference Protocol request and response over HTTP: JSON, then maybe binary tensors.
+"""Requests and responses of the Open Inference Protocol over HTTP: JSON, then binary tensors.
 
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md
 """
@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from fastapi import Request, Response
+from fastapi import Response
 from pydantic import BaseModel, Field
+from starlette.datastructures import Headers
 
 from service.errors import BadRequestError, InvalidInputError
 from service.open_inference.inputs import InputTensor
 from service.open_inference.metadata import VERSION
 from service.open_inference.outputs import RequestedOutput
 from service.parameters import validate
+from service.payloads import parse_json_object
 from service.tensors import datatype_of, pack, to_bytes
 
 HEADER_LENGTH = "inference-header-content-length"
@@ -50,24 +52,32 @@ class _IndexRequest(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class InferenceIn:
-    """A request as it came; `options` are the task's, by the names of the REST parameters."""
+class InferenceRequest:
+    """A parsed request.
+
+    Args:
+        options: the task's, by the names of the REST parameters.
+        timeout_ms: None if the body has none.
+        binary: whether outputs are binary by default.
+    """
 
     id: str
     inputs: Sequence[InputTensor]
     outputs: Sequence[RequestedOutput]
+    # The task's options, by the names of the REST parameters.
     options: Mapping[str, Any]
     timeout_ms: float | None
+    # Whether outputs are binary unless they say otherwise.
     binary: bool
 
 
-def read_infer_request(request: Request, content: bytes) -> InferenceIn:
+async def parse_infer_request(headers: Headers, content: bytes) -> InferenceRequest:
     """Parse a body. A header length of 0 means that the whole body is one encoded image.
 
     Raises:
-        ServiceError: not JSON, not the protocol's form, or binary parts that do not add up.
+        ServiceError: not JSON, not the protocol's form, or with binary parts of a wrong size.
     """
-    header = request.headers.get(HEADER_LENGTH)
+    header = headers.get(HEADER_LENGTH)
     if header is not None and (not header.isdigit() or int(header) > len(content)):
         raise BadRequestError(
             f"Inference-Header-Content-Length is {header!r}; the body has {len(content)} bytes"
@@ -75,14 +85,14 @@ def read_infer_request(request: Request, content: bytes) -> InferenceIn:
     length = len(content) if header is None else int(header)
     if header is not None and length == 0:
         image = InputTensor(name="image", datatype="BYTES", shape=[1], raw=pack([content]))
-        return InferenceIn("", [image], [], {}, None, binary=False)
-    parsed = validate(_InferRequest, _json_object(content[:length]))
+        return InferenceRequest("", [image], [], {}, None, binary=False)
+    parsed = validate(_InferRequest, await parse_json_object(content[:length]))
     options = dict(parsed.parameters)
     binary = options.pop("binary_data_output", False)
-    timeout_us = options.pop("timeout", None)  # in microseconds, as Triton has it
+    timeout_us = options.pop("timeout", None)  # microseconds, as in Triton
     if not isinstance(binary, bool) or not isinstance(timeout_us, int | float | None):
         raise InvalidInputError("binary_data_output is a boolean, timeout a number of microseconds")
-    return InferenceIn(
+    return InferenceRequest(
         parsed.id,
         _inputs(parsed.inputs, memoryview(content)[length:]),
         [_requested(output) for output in parsed.outputs],
@@ -92,18 +102,18 @@ def read_infer_request(request: Request, content: bytes) -> InferenceIn:
     )
 
 
-def read_index_request(content: bytes) -> bool:
-    """Whether the repository index is wanted for ready models only; the body may be empty."""
-    return validate(_IndexRequest, _json_object(content or b"{}")).ready
+async def parse_index_request(content: bytes) -> bool:
+    """Whether the repository index is limited to ready models. The body may be empty."""
+    return validate(_IndexRequest, await parse_json_object(content or b"{}")).ready
 
 
 def write_infer_response(
     model: str,
-    wanted: InferenceIn,
+    request: InferenceRequest,
     outputs: Sequence[RequestedOutput],
     arrays: Sequence[np.ndarray],
 ) -> Response:
-    """The answer, with those outputs that were asked for as binary after the JSON."""
+    """The response: JSON, followed by the outputs that were requested as binary."""
     described: list[dict[str, Any]] = []
     binary: list[bytes] = []
     for output, array in zip(outputs, arrays, strict=True):
@@ -112,15 +122,15 @@ def write_infer_response(
             "datatype": datatype_of(array),
             "shape": list(array.shape),
         }
-        if wanted.binary if output.binary is None else output.binary:
+        if request.binary if output.binary is None else output.binary:
             binary.append(to_bytes(array))
             entry["parameters"] = {"binary_data_size": len(binary[-1])}
         else:
             entry["data"] = [_plain(element) for element in array.ravel().tolist()]
         described.append(entry)
     answer = {"model_name": model, "model_version": VERSION, "outputs": described}
-    if wanted.id:
-        answer["id"] = wanted.id
+    if request.id:
+        answer["id"] = request.id
     head = json.dumps(answer, separators=(",", ":"), allow_nan=False).encode()
     if not binary:
         return Response(head, media_type="application/json")
@@ -129,16 +139,6 @@ def write_infer_response(
         media_type="application/octet-stream",
         headers={HEADER_LENGTH: str(len(head))},
     )
-
-
-def _json_object(content: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise BadRequestError("the body is not valid JSON") from error
-    if not isinstance(fields, dict):
-        raise BadRequestError("the JSON body must be an object")
-    return fields
 
 
 def _inputs(inputs: Sequence[_Input], binary: memoryview) -> list[InputTensor]:
@@ -150,7 +150,7 @@ def _inputs(inputs: Sequence[_Input], binary: memoryview) -> list[InputTensor]:
             if not isinstance(size, int) or not 0 <= size <= len(binary) - position:
                 raise InvalidInputError(
                     f"{item.name}: binary_data_size is {size!r}; "
-                    f"{len(binary) - position} bytes are left in the body",
+                    f"the body has {len(binary) - position} bytes left",
                     field="inputs",
                 )
             raw = bytes(binary[position : position + size])
@@ -181,7 +181,7 @@ def _requested(output: _Output) -> RequestedOutput:
 
 
 def _flat(values: list[Any]) -> list[Any]:
-    """Data may be nested by the tensor's shape, or flat."""
+    """Data as a flat list; it may be nested by the tensor's shape."""
     while values and isinstance(values[0], list):
         try:
             values = [inner for outer in values for inner in outer]
@@ -191,5 +191,5 @@ def _flat(values: list[Any]) -> list[Any]:
 
 
 def _plain(element: Any) -> Any:
-    """BYTES in JSON: text as it is, files as base64."""
+    """An element as JSON has it: files as base64, all others unchanged."""
     return base64.b64encode(element).decode() if isinstance(element, bytes) else element

@@ -5,26 +5,25 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
-from service.accounting import counted
 from service.backend import Backend
-from service.errors import PayloadTooLargeError
+from service.gateway import dispatch
 from service.gateway.auth import require_admin_key, require_key
-from service.gateway.dispatch import ask
 from service.gateway.open_inference.codec import (
-    read_index_request,
-    read_infer_request,
+    parse_index_request,
+    parse_infer_request,
     write_infer_response,
 )
 from service.gateway.rest.body import read_body
+from service.limits import check_input_count
 from service.open_inference.inputs import to_inputs
 from service.open_inference.metadata import (
     check_version,
-    is_ready,
     model_metadata,
     repository_index,
     server_metadata,
 )
-from service.open_inference.outputs import Plan
+from service.open_inference.outputs import OutputSelection
+from service.types import InferRequest
 
 router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
 keyed = [Depends(require_key)]
@@ -38,7 +37,7 @@ def _backend(request: Request) -> Backend:
 
 @router.get("")
 async def metadata() -> dict[str, Any]:
-    """The server's name, version and extensions."""
+    """Describe the server: its name, version and extensions."""
     return server_metadata()
 
 
@@ -57,7 +56,7 @@ async def ready(request: Request) -> Response:
 @router.get("/models/{name}", dependencies=keyed)
 @router.get("/models/{name}/versions/{version}", dependencies=keyed)
 async def model(request: Request, name: str, version: str = "") -> dict[str, Any]:
-    """A model's inputs and outputs."""
+    """Describe a model's inputs and outputs."""
     check_version(version)
     return model_metadata(await _backend(request).model(name))
 
@@ -65,45 +64,45 @@ async def model(request: Request, name: str, version: str = "") -> dict[str, Any
 @router.get("/models/{name}/ready", dependencies=keyed, response_class=Response)
 @router.get("/models/{name}/versions/{version}/ready", dependencies=keyed, response_class=Response)
 async def model_ready(request: Request, name: str, version: str = "") -> Response:
-    """200 when the model answers."""
+    """200 when the model is ready."""
     check_version(version)
-    described = await _backend(request).model(name)
-    return Response(status_code=200 if is_ready(described) else 503)
+    ready = (await _backend(request).model(name)).is_ready
+    return Response(status_code=200 if ready else 503)
 
 
 @router.post("/models/{name}/infer", dependencies=keyed)
 @router.post("/models/{name}/versions/{version}/infer", dependencies=keyed)
 async def infer(request: Request, name: str, version: str = "") -> Response:
-    """Inputs `image` (BYTES, encoded images) or `pixel_values` (FP32); outputs by their names."""
-    state = request.app.state
-    started = request.scope["state"]["started"]
-    with counted(state.metrics, state.backend.knows, "open-inference", started) as seen:
-        seen.models = [name]
+    """Run a model. Inputs: `image` (BYTES, encoded images) or `pixel_values` (FP32)."""
+    with dispatch.count_request(request, "open-inference") as account:
+        account.models = [name]
+        deadline, bulk = dispatch.read_deadline(request), dispatch.read_priority(request)
         check_version(version)
-        described = await _backend(request).model(name)
-        content = await read_body(request, state.settings)
-        wanted = read_infer_request(request, content)
-        plan = Plan(described, wanted.outputs, wanted.options)
-        inputs = to_inputs(wanted.inputs)
-        if len(inputs) > state.settings.max_images:
-            raise PayloadTooLargeError(
-                f"{len(inputs)} images in one request; the limit is {state.settings.max_images}"
-            )
-        result = await ask(request, inputs, plan.calls, timeout_ms=wanted.timeout_ms)
-        seen.answered(result)
-        return write_infer_response(name, wanted, plan.requested, plan.collect(result))
+        model = await _backend(request).model(name)
+        parsed = await parse_infer_request(request.headers, await read_body(request))
+        if parsed.timeout_ms is not None:
+            deadline = dispatch.deadline_after(request, parsed.timeout_ms)
+        selection = OutputSelection(model, parsed.outputs, parsed.options)
+        inputs = to_inputs(parsed.inputs)
+        check_input_count(request.app.state.settings, len(inputs))
+        infer_request = InferRequest(
+            inputs=inputs, calls=selection.calls, deadline=deadline, bulk=bulk
+        )
+        result = await dispatch.infer(request, infer_request, account)
+        arrays = selection.collect(result)
+        return write_infer_response(name, parsed, selection.requested, arrays)
 
 
 @router.post("/repository/index", dependencies=keyed)
 async def index(request: Request) -> JSONResponse:
-    """Every model with its state; with `{"ready": true}` those that answer now."""
-    ready_only = read_index_request(await read_body(request, request.app.state.settings))
+    """List every model with its state; with `{"ready": true}` only those that are ready."""
+    ready_only = await parse_index_request(await read_body(request))
     return JSONResponse(repository_index(await _backend(request).models(), ready_only))
 
 
 @router.post("/repository/models/{name}/load", dependencies=admin, response_class=Response)
 async def load(request: Request, name: str) -> Response:
-    """Load a model; answers when it is ready. Needs an admin key."""
+    """Load a model; returns when it is ready. Needs an admin key."""
     await _backend(request).load(name)
     return Response()
 

@@ -1,4 +1,4 @@
-"""The inputs of OpenAI's embeddings interface, in the dialects that are spoken.
+"""The inputs of OpenAI's embeddings interface, in the forms that servers and clients use.
 
 OpenAI: strings. Infinity: URLs and data URIs with `modality: image`. NVIDIA's NV-CLIP: data URIs
 among strings. Jina: objects with `text` or `image`. vLLM: `messages` with parts.
@@ -11,11 +11,11 @@ from pydantic import BaseModel
 from service.errors import InvalidInputError
 
 # A text, or an image as `{"base64": ...}` or `{"url": ...}`.
-Given = str | dict[str, str]
+EmbeddingInput = str | dict[str, str]
 
 
 class EmbeddingsRequest(BaseModel):
-    """The members that count; others are let pass, as clients send many."""
+    """The members that are read. Others are ignored, because clients send many."""
 
     model: str | None = None
     input: str | list[Any] | None = None
@@ -25,11 +25,11 @@ class EmbeddingsRequest(BaseModel):
     dimensions: int | None = None
 
 
-def read_inputs(body: EmbeddingsRequest) -> list[Given]:
-    """What is to be embedded, in order.
+def parse_inputs(body: EmbeddingsRequest) -> list[EmbeddingInput]:
+    """The inputs to embed, in order.
 
     Raises:
-        InvalidInputError: nothing, or something in no dialect.
+        InvalidInputError: no input, or one in an unknown form.
     """
     if (body.input is None) == (body.messages is None):
         raise InvalidInputError("send input, or messages", field="input")
@@ -41,7 +41,7 @@ def read_inputs(body: EmbeddingsRequest) -> list[Given]:
     return [_of_item(item, body.modality) for item in items]
 
 
-def _of_item(item: Any, modality: str) -> Given:
+def _of_item(item: Any, modality: str) -> EmbeddingInput:
     match item:
         case str() if modality == "image" or item.startswith("data:image/"):
             return _image(item)
@@ -52,13 +52,13 @@ def _of_item(item: Any, modality: str) -> Given:
         case {"image": str(image), **rest} if not rest:
             return _image(image)
         case int() | [int(), *_]:
-            raise InvalidInputError("input of token ids is not taken; send text", field="input")
+            raise InvalidInputError("token ids are not supported; send text", field="input")
     raise InvalidInputError(
         'an input is a string, {"text": "..."} or {"image": "URL or base64"}', field="input"
     )
 
 
-def _of_messages(messages: list[Any]) -> Given:
+def _of_messages(messages: list[Any]) -> EmbeddingInput:
     """vLLM's form: one user message, whose content is one text or one image."""
     match messages:
         case [{"content": str(text)}]:

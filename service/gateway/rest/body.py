@@ -1,19 +1,16 @@
-"""A request body to encoded images and parameters: multipart, raw, or JSON."""
+"""A request body to an `InferRequest` and its parameters: multipart, raw, form or JSON."""
 
 import asyncio
-import base64
-import binascii
-import json
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 from fastapi import Request
-from starlette.datastructures import FormData, UploadFile
+from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from models.inputs.types import Input, Video
+from models.inputs.types import Video
 from service.errors import (
     BadRequestError,
     InvalidInputError,
@@ -22,75 +19,65 @@ from service.errors import (
     ServiceError,
     UnsupportedMediaTypeError,
 )
+from service.gateway.dispatch import read_deadline, read_priority
 from service.gateway.fetch import ImageFetcher
+from service.limits import check_input_count
 from service.parameters import Parameters, list_fields, validate
+from service.payloads import decode_base64, parse_json_object
 from service.settings import Settings
+from service.types import InferRequest
 
 P = TypeVar("P", bound=Parameters)
 
 MAX_FIELDS = 2000
 MAX_FIELD_BYTES = 64 * 1024
-SLOW_JSON_BYTES = 256 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class ImagesIn(Generic[P]):
-    """What a client sent. An input that could not be had stands as its error, in its place."""
-
-    inputs: Sequence[Input | ServiceError]
-    parameters: P
 
 
 @dataclass(frozen=True, slots=True)
 class _Body:
-    images: Sequence[bytes | Video | ServiceError]
+    """The inputs and the parameters of a body. An input that could not be read is its error."""
+
+    inputs: Sequence[bytes | Video | ServiceError]
     fields: dict[str, Any]
 
 
-async def read_images(request: Request, parameters: type[P]) -> ImagesIn[P]:
-    """Read the body in whichever of the three ways it came, and validate the parameters.
+async def read_request(request: Request, parameters: type[P]) -> tuple[P, InferRequest]:
+    """Parse and validate a whole request: its headers first, then its body and query.
 
     Raises:
-        ServiceError: malformed, over a limit, too slow, or with wrong parameters.
-        starlette.requests.ClientDisconnect: the client left while sending.
+        ServiceError: malformed, over a limit, too slow, or with invalid parameters.
+        ClientDisconnect: the client disconnected before the end of the body.
     """
-    settings: Settings = request.app.state.settings
+    deadline, bulk = read_deadline(request), read_priority(request)
     lists = list_fields(parameters)
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    match content_type.partition("/"):
-        case ("multipart", _, "form-data"):
-            body = await _read_form(request, settings, lists)
-        case ("application", _, "json"):
-            body = await _read_json(request, settings)
-        case ("application", _, "x-www-form-urlencoded"):
-            body = await _read_urlencoded(request, settings, lists)
-        case ("video", _, _):
-            body = _Body([Video(await read_body(request, settings))], {})
-        case ("image", _, _) | ("application", _, "octet-stream") | ("", _, _):
-            content = await read_body(request, settings)
-            body = _Body([content] if content or content_type else [], {})
-        case _:
-            raise UnsupportedMediaTypeError(
-                f"Content-Type {content_type!r}; send multipart/form-data with parts named "
-                "'image', one image as image/* or application/octet-stream, or application/json"
-            )
+    body = await _read_body(request, lists)
     fields = collect(request.query_params.multi_items(), lists) | body.fields
     validated = validate(parameters, fields)
-    given = validated.given()
-    if given is not None and body.images:
-        what = "texts" if "texts" in type(validated).model_fields else "parameters"
-        raise InvalidInputError(f"send images or {what}, not both", field=what)
-    if given is None and not body.images:
+    inputs = validated.inputs()
+    if inputs is None and not body.inputs:
         raise InvalidInputError("the request holds no image", field="image")
-    if len(body.images) > settings.max_images:
-        raise PayloadTooLargeError(
-            f"{len(body.images)} images in one request; the limit is {settings.max_images}"
-        )
-    return ImagesIn(body.images if given is None else given, validated)
+    if inputs is not None and body.inputs:
+        [name, *others] = sorted(validated.input_fields)
+        field = "parameters" if others else name
+        raise InvalidInputError(f"send images or {field}, not both", field=field)
+    check_input_count(request.app.state.settings, len(body.inputs))
+    return validated, InferRequest(
+        inputs=body.inputs if inputs is None else inputs,
+        calls=validated.calls(),
+        deadline=deadline,
+        bulk=bulk,
+    )
 
 
-async def read_body(request: Request, settings: Settings) -> bytes:
-    """The whole body, given up as soon as it is known to be too large or too slow."""
+async def read_body(request: Request) -> bytes:
+    """The whole body.
+
+    Raises:
+        PayloadTooLargeError: as soon as it is known to be larger than the limit.
+        RequestTimeoutError: it did not arrive in time.
+        ClientDisconnect: the client disconnected.
+    """
+    settings: Settings = request.app.state.settings
     limit = settings.max_request_bytes
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
@@ -111,31 +98,26 @@ async def read_body(request: Request, settings: Settings) -> bytes:
     return b"".join(chunks)
 
 
-async def _read_form(request: Request, settings: Settings, lists: frozenset[str]) -> _Body:
-    content = await read_body(request, settings)
-    form = await parse_form(request, content, max_files=settings.max_images, max_fields=MAX_FIELDS)
-    try:
-        return await _sort_parts(form, lists)
-    finally:
-        await form.close()
-
-
 async def parse_form(
-    request: Request, content: bytes, *, max_files: int, max_fields: int
+    headers: Headers, content: bytes, *, max_files: int, max_fields: int
 ) -> FormData:
-    """The parts of a multipart body that is in memory.
+    """The parts of a multipart body.
 
     Raises:
         ServiceError: malformed, or too many parts.
     """
+
+    async def stream() -> AsyncGenerator[bytes, None]:
+        yield content
+
     parser = MultiPartParser(
-        request.headers,
-        _once(content),
+        headers,
+        stream(),
         max_files=max_files,
         max_fields=max_fields,
         max_part_size=MAX_FIELD_BYTES,
     )
-    parser.spool_max_size = len(content)  # it is in memory already: never to disk
+    parser.spool_max_size = len(content)  # keeps parts in memory, where the body is anyway
     try:
         return await parser.parse()
     except MultiPartException as error:
@@ -146,99 +128,25 @@ async def parse_form(
         raise BadRequestError("the multipart body cannot be parsed") from error
 
 
-async def _read_urlencoded(request: Request, settings: Settings, lists: frozenset[str]) -> _Body:
-    """A form without files, as `curl -d texts=...` sends it."""
-    content = await read_body(request, settings)
+async def load_image(item: Any, fetcher: ImageFetcher) -> bytes | ServiceError:
+    """The encoded image of `{"base64": ...}` or `{"url": ...}`, or the error of reading it."""
     try:
-        fields = parse_qsl(content.decode(), keep_blank_values=True, max_num_fields=MAX_FIELDS)
-    except ValueError as error:  # curl names any body so, if not told otherwise
-        raise UnsupportedMediaTypeError(
-            "the body is no form of texts; send an image as image/* or application/octet-stream"
-        ) from error
-    return _Body([], collect(fields, lists))
-
-
-async def _sort_parts(form: FormData, lists: frozenset[str]) -> _Body:
-    images: list[bytes | Video | ServiceError] = []
-    fields: list[tuple[str, str]] = []
-    for name, value in form.multi_items():
-        if isinstance(value, UploadFile) and name == "image":
-            images.append(await value.read())
-        elif isinstance(value, UploadFile) and name == "video":
-            images.append(Video(await value.read()))
-        elif isinstance(value, UploadFile):
-            raise InvalidInputError(
-                f"file part {name!r}; parts must be named 'image' or 'video'", field=name
-            )
-        elif name in ("image", "video"):
-            raise InvalidInputError(
-                f"part {name!r} has no filename, so it came as text; send it as a file", field=name
-            )
-        else:
-            fields.append((name, value))
-    return _Body(images, collect(fields, lists))
-
-
-async def _read_json(request: Request, settings: Settings) -> _Body:
-    content = await read_body(request, settings)
-    try:
-        if len(content) > SLOW_JSON_BYTES:
-            fields = await asyncio.to_thread(json.loads, content)
-        else:
-            fields = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise BadRequestError("the body is not valid JSON") from error
-    if not isinstance(fields, dict):
-        raise BadRequestError("the JSON body must be an object")
-    items, clips = fields.pop("images", []), fields.pop("videos", [])
-    for name, found in (("images", items), ("videos", clips)):
-        if not isinstance(found, list):
-            raise InvalidInputError(f"{name} must be a list", field=name)
-    if len(items) + len(clips) > settings.max_images:
-        raise PayloadTooLargeError(
-            f"{len(items) + len(clips)} images in one request; the limit is {settings.max_images}"
-        )
-    fetcher: ImageFetcher = request.app.state.fetcher
-    images = await asyncio.gather(*(image_of(item, fetcher) for item in items))
-    return _Body([*images, *(video_of(item) for item in clips)], fields)
-
-
-def video_of(item: Any) -> Video | ServiceError:
-    """The encoded clip of `{"base64": ...}`, or why there is none."""
-    match item:
-        case {"base64": str(text), **rest} if not rest:
-            content = _from_base64(text, "videos")
-            return content if isinstance(content, ServiceError) else Video(content)
-    return InvalidInputError('a video is {"base64": "..."}', field="videos")
-
-
-def _from_base64(text: str, field: str) -> bytes | ServiceError:
-    _, comma, payload = text.partition(",")
-    try:
-        return base64.b64decode(payload if comma else text, validate=True)
-    except (binascii.Error, ValueError):
-        return InvalidInputError("base64 does not decode", field=field)
-
-
-async def image_of(item: Any, fetcher: ImageFetcher) -> bytes | ServiceError:
-    """The encoded image of `{"base64": ...}` or `{"url": ...}`, or why there is none."""
-    match item:
-        case {"base64": str(text), **rest} if not rest:
-            return _from_base64(text, "images")
-        case {"url": str(url), **rest} if not rest:
-            try:
+        match item:
+            case {"base64": str(text), **rest} if not rest:
+                return decode_base64(text, "images")
+            case {"url": str(url), **rest} if not rest:
                 return await fetcher.fetch(url)
-            except ServiceError as error:
-                return error
+    except ServiceError as error:
+        return error
     return InvalidInputError('an image is {"base64": "..."} or {"url": "..."}', field="images")
 
 
-async def _once(content: bytes) -> AsyncGenerator[bytes, None]:
-    yield content
-
-
 def collect(items: list[tuple[str, str]], lists: frozenset[str]) -> dict[str, Any]:
-    """Repeated fields as lists where the parameter is one; elsewhere repeating is an error."""
+    """Form or query fields by name; those of `lists` may be repeated.
+
+    Raises:
+        InvalidInputError: another field is repeated.
+    """
     fields: dict[str, Any] = {}
     for name, value in items:
         if name in lists:
@@ -248,3 +156,86 @@ def collect(items: list[tuple[str, str]], lists: frozenset[str]) -> dict[str, An
         else:
             fields[name] = value
     return fields
+
+
+async def _read_body(request: Request, lists: frozenset[str]) -> _Body:
+    content = await read_body(request)
+    settings: Settings = request.app.state.settings
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    match content_type.partition("/"):
+        case ("multipart", _, "form-data"):
+            return await _parse_multipart(request.headers, content, settings, lists)
+        case ("application", _, "json"):
+            return await _parse_json(content, settings, request.app.state.fetcher)
+        case ("application", _, "x-www-form-urlencoded"):
+            return _parse_urlencoded(content, lists)
+        case ("video", _, _):
+            return _Body([Video(content)], {})
+        case ("image", _, _) | ("application", _, "octet-stream") | ("", _, _):
+            return _Body([content] if content or content_type else [], {})
+    raise UnsupportedMediaTypeError(
+        f"Content-Type {content_type!r}; send multipart/form-data with parts named "
+        "'image', one image as image/* or application/octet-stream, or application/json"
+    )
+
+
+async def _parse_multipart(
+    headers: Headers, content: bytes, settings: Settings, lists: frozenset[str]
+) -> _Body:
+    form = await parse_form(headers, content, max_files=settings.max_images, max_fields=MAX_FIELDS)
+    inputs: list[bytes | Video | ServiceError] = []
+    fields: list[tuple[str, str]] = []
+    try:
+        for name, value in form.multi_items():
+            match name, value:
+                case "image", UploadFile():
+                    inputs.append(await value.read())
+                case "video", UploadFile():
+                    inputs.append(Video(await value.read()))
+                case _, UploadFile():
+                    raise InvalidInputError(
+                        f"file part {name!r}; parts must be named 'image' or 'video'", field=name
+                    )
+                case (("image" | "video"), _):
+                    raise InvalidInputError(
+                        f"part {name!r} has no filename and so is text; send it as a file",
+                        field=name,
+                    )
+                case _, str():
+                    fields.append((name, value))
+    finally:
+        await form.close()
+    return _Body(inputs, collect(fields, lists))
+
+
+def _parse_urlencoded(content: bytes, lists: frozenset[str]) -> _Body:
+    """A form without files, as `curl -d texts=...` sends it."""
+    try:
+        fields = parse_qsl(content.decode(), keep_blank_values=True, max_num_fields=MAX_FIELDS)
+    except ValueError as error:  # curl's default Content-Type, which it also gives to images
+        raise UnsupportedMediaTypeError(
+            "the body is not a form of texts; send an image as image/* or application/octet-stream"
+        ) from error
+    return _Body([], collect(fields, lists))
+
+
+async def _parse_json(content: bytes, settings: Settings, fetcher: ImageFetcher) -> _Body:
+    fields = await parse_json_object(content)
+    images, videos = fields.pop("images", []), fields.pop("videos", [])
+    for name, items in (("images", images), ("videos", videos)):
+        if not isinstance(items, list):
+            raise InvalidInputError(f"{name} must be a list", field=name)
+    check_input_count(settings, len(images) + len(videos))  # before any URL is fetched
+    encoded = await asyncio.gather(*(load_image(item, fetcher) for item in images))
+    return _Body([*encoded, *map(_decode_video, videos)], fields)
+
+
+def _decode_video(item: Any) -> Video | ServiceError:
+    """The encoded clip of `{"base64": ...}`, or the error of reading it."""
+    try:
+        match item:
+            case {"base64": str(text), **rest} if not rest:
+                return Video(decode_base64(text, "videos"))
+    except ServiceError as error:
+        return error
+    return InvalidInputError('a video is {"base64": "..."}', field="videos")

@@ -1,4 +1,4 @@
-"""Heads as a resource: taken as files, or fitted to labelled images; then they are models."""
+"""Heads as a resource: uploaded as files or fitted to images, and then served as models."""
 
 import asyncio
 from typing import Any
@@ -11,7 +11,6 @@ from service.gateway.auth import require_head_key, require_key
 from service.gateway.rest.head_upload import read_head_body, zip_images
 from service.gateway.rest.openapi import head_body
 from service.parameters import FitParameters, HeadParameters, validate
-from service.settings import Settings
 from service.types import FitRequest, HeadUpload
 
 router = APIRouter(tags=["heads"])
@@ -21,20 +20,20 @@ MEDIA_TYPES = {"json": "application/json", "png": "image/png"}
 
 @router.get("/heads", dependencies=[Depends(require_key)])
 async def list_heads(request: Request) -> dict[str, list[dict[str, Any]]]:
-    """Heads that were uploaded or fitted, or are being fitted."""
-    return {"heads": list(await _heads(request).all())}
+    """List the heads that were uploaded or fitted, or are being fitted."""
+    return {"heads": [head.to_json() for head in await _heads(request).all()]}
 
 
 @router.get("/heads/{name}", dependencies=[Depends(require_key)])
 async def get_head(request: Request, name: str) -> dict[str, Any]:
-    """One head, as a model; one that is being fitted with its `progress`."""
-    return await _heads(request).get(name)
+    """Describe a head, as a model. A head that is being fitted has a member `progress`."""
+    return (await _heads(request).get(name)).to_json()
 
 
 @router.get("/heads/{name}/{part}", dependencies=[Depends(require_key)])
 async def read_head(request: Request, name: str, part: str) -> Response:
-    """`head.safetensors`, or of a head that was fitted here `report.json`, `curve.png`,
-    `confusion.png`."""
+    """Download `head.safetensors`; for a head that was fitted here also `report.json`,
+    `curve.png` and `confusion.png`."""
     content = await _heads(request).read(name, part)
     media_type = MEDIA_TYPES.get(part.rpartition(".")[2], "application/octet-stream")
     return Response(content, media_type=media_type)
@@ -42,7 +41,7 @@ async def read_head(request: Request, name: str, part: str) -> Response:
 
 @router.delete("/heads/{name}", status_code=204, dependencies=[Depends(require_head_key)])
 async def delete_head(request: Request, name: str) -> None:
-    """Forget a head, or stop fitting it."""
+    """Delete a head, or stop fitting it."""
     await _heads(request).delete(name)
 
 
@@ -55,35 +54,38 @@ async def delete_head(request: Request, name: str) -> None:
 async def post_head(request: Request, response: Response) -> dict[str, Any]:
     """Upload a trained head (part `file`, or the body itself) under `name`; or fit one on `trunk`:
     to a zip archive of folders (part `archive`), to parts `image` with a field `label` each, or to
-    JSON's `images`, `{"base64", "label"}` each. Fitting answers 202 and goes on by itself."""
-    settings: Settings = request.app.state.settings
-    sent = await read_head_body(request, settings)
+    JSON's `images`, `{"base64", "label"}` each. Fitting returns 202 and goes on in the background.
+    """
+    body = await read_head_body(request)
     common = HeadParameters.model_fields.keys()
-    asked = validate(HeadParameters, {k: v for k, v in sent.fields.items() if k in common})
-    rest = {k: v for k, v in sent.fields.items() if k not in common}
-    if sent.file is not None:
+    parameters = validate(HeadParameters, {k: v for k, v in body.fields.items() if k in common})
+    rest = {k: v for k, v in body.fields.items() if k not in common}
+    if body.file is not None:
         if rest:
             raise InvalidInputError(f"a trained head takes no {', '.join(rest)}", field=min(rest))
         upload = HeadUpload(
-            name=asked.name, content=sent.file, trunk=asked.trunk, replace=asked.replace
+            name=parameters.name,
+            content=body.file,
+            trunk=parameters.trunk,
+            replace=parameters.replace,
         )
-        return await _heads(request).put(upload)
+        return (await _heads(request).put(upload)).to_json()
     options = validate(FitParameters, rest)
-    if asked.trunk is None:
-        raise InvalidInputError("trunk is missing: which one to fit the head on", field="trunk")
-    archive = sent.archive
+    if parameters.trunk is None:
+        raise InvalidInputError("trunk is missing: the trunk to fit the head on", field="trunk")
+    archive = body.archive
     if archive is None:
-        archive = await asyncio.to_thread(zip_images, sent.labelled)
-    wanted = FitRequest(
-        name=asked.name,
-        trunk=asked.trunk,
+        archive = await asyncio.to_thread(zip_images, body.labelled)
+    fit = FitRequest(
+        name=parameters.name,
+        trunk=parameters.trunk,
         archive=archive,
         options=options.model_dump(exclude_none=True),
-        replace=asked.replace,
+        replace=parameters.replace,
     )
-    described = await _heads(request).fit(wanted)
+    head = await _heads(request).fit(fit)
     response.status_code = 202
-    return described
+    return head.to_json()
 
 
 def _heads(request: Request) -> Heads:

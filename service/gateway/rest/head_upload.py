@@ -1,27 +1,24 @@
-"""The body of `POST /heads`: a trained head, or labelled images in one of three ways."""
+"""The body of `POST /heads`: a trained head, an archive, or images with labels."""
 
 import asyncio
-import base64
-import binascii
 import io
-import json
 import zipfile
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request
-from starlette.datastructures import UploadFile
+from starlette.datastructures import Headers, UploadFile
 
 from service.errors import BadRequestError, InvalidInputError, UnsupportedMediaTypeError
 from service.gateway.rest.body import collect, parse_form, read_body
-from service.settings import Settings
+from service.payloads import decode_base64, parse_json_object
 
 MAX_PARTS = 10_000
 
 
 @dataclass(slots=True)
 class HeadBody:
-    """What a request brought: a head's file, an archive, or images with their labels."""
+    """The fields of a request, with a head's file, an archive or labelled images."""
 
     fields: dict[str, Any]
     file: bytes | None = None
@@ -29,40 +26,40 @@ class HeadBody:
     labelled: list[tuple[str, bytes]] = field(default_factory=list)
 
 
-async def read_head_body(request: Request, settings: Settings) -> HeadBody:
-    """Read the body in whichever way it came.
+async def read_head_body(request: Request) -> HeadBody:
+    """Read and parse the body.
 
     Raises:
-        ServiceError: malformed, over a limit, too slow, or several ways at once.
+        ServiceError: malformed, over a limit, too slow, or with more than one of the three.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    content = await read_body(request, settings)
+    content = await read_body(request)
     query = collect(request.query_params.multi_items(), frozenset())
     match content_type:
         case "multipart/form-data":
-            sent = await _read_form(request, content)
+            body = await _parse_multipart(request.headers, content)
         case "application/json":
-            sent = await asyncio.to_thread(_read_json, content)
+            body = await _parse_json(content)
         case "application/zip":
-            sent = HeadBody({}, archive=content)
+            body = HeadBody({}, archive=content)
         case "application/octet-stream" | "":
-            sent = HeadBody({}, file=content)
+            body = HeadBody({}, file=content)
         case _:
             raise UnsupportedMediaTypeError(
                 f"Content-Type {content_type!r}; send multipart/form-data, application/json, a "
                 "head as application/octet-stream or an archive as application/zip"
             )
-    sent.fields = query | sent.fields
-    ways = [sent.file is not None, sent.archive is not None, bool(sent.labelled)]
-    if sum(ways) != 1:
+    body.fields = query | body.fields
+    contents = [body.file is not None, body.archive is not None, bool(body.labelled)]
+    if sum(contents) != 1:
         raise InvalidInputError(
             "send a head (file), an archive of labelled images, or images with labels", field="file"
         )
-    return sent
+    return body
 
 
-async def _read_form(request: Request, content: bytes) -> HeadBody:
-    form = await parse_form(request, content, max_files=MAX_PARTS, max_fields=2 * MAX_PARTS)
+async def _parse_multipart(headers: Headers, content: bytes) -> HeadBody:
+    form = await parse_form(headers, content, max_files=MAX_PARTS, max_fields=2 * MAX_PARTS)
     files: dict[str, list[bytes]] = {"file": [], "archive": [], "image": []}
     labels: list[str] = []
     fields: list[tuple[str, str]] = []
@@ -94,29 +91,30 @@ async def _read_form(request: Request, content: bytes) -> HeadBody:
     )
 
 
-def _read_json(content: bytes) -> HeadBody:
-    try:
-        fields = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise BadRequestError("the body is not valid JSON") from error
-    if not isinstance(fields, dict) or not isinstance(fields.get("images", []), list):
+async def _parse_json(content: bytes) -> HeadBody:
+    fields = await parse_json_object(content)
+    items = fields.pop("images", [])
+    if not isinstance(items, list):
         raise BadRequestError("the JSON body must be an object whose images are a list")
-    labelled = [_labelled(item) for item in fields.pop("images", [])]
+    labelled = await asyncio.to_thread(lambda: [_labelled(item) for item in items])
     return HeadBody(fields, labelled=labelled)
 
 
 def _labelled(item: Any) -> tuple[str, bytes]:
     match item:
         case {"base64": str(text), "label": str(label), **rest} if not rest:
-            try:
-                return label, base64.b64decode(text, validate=True)
-            except (binascii.Error, ValueError) as error:
-                raise InvalidInputError("base64 does not decode", field="images") from error
+            return label, decode_base64(text, "images")
     raise InvalidInputError('an image is {"base64": "...", "label": "..."}', field="images")
 
 
 def zip_images(labelled: list[tuple[str, bytes]]) -> bytes:
-    """Images as an archive of folders; what kind each is, its first bytes tell the decoder."""
+    """Labelled images as an archive with one folder for each label.
+
+    Every file is named `.jpg`, whatever its format: the decoder reads formats from the content.
+
+    Raises:
+        InvalidInputError: a label cannot be the name of a folder.
+    """
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         for number, (label, image) in enumerate(labelled):

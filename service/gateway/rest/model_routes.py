@@ -1,9 +1,10 @@
-"""What models there are, and loading and unloading them."""
+"""The models of the catalog: listed, described, loaded and unloaded."""
 
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 
+from service.backend import Backend
 from service.gateway.auth import require_admin_key, require_key
 
 router = APIRouter(tags=["models"])
@@ -11,26 +12,28 @@ router = APIRouter(tags=["models"])
 
 @router.get("/models", dependencies=[Depends(require_key)])
 async def list_models(request: Request) -> dict[str, list[dict[str, Any]]]:
-    """Every model of the catalog, with its state."""
-    return {"models": list(await request.app.state.backend.models())}
+    """List every model of the catalog, with its state."""
+    return {"models": [model.to_json() for model in await _backend(request).models()]}
 
 
 @router.get("/models/{name}", dependencies=[Depends(require_key)])
 async def get_model(request: Request, name: str) -> dict[str, Any]:
-    """One model: task, trunk, state, source, format, dtype, memory, preprocess, licence."""
-    described: dict[str, Any] = await request.app.state.backend.model(name)
-    return described
+    """Describe a model: task, trunk, state, source, format, dtype, memory, preprocess, licence."""
+    return (await _backend(request).model(name)).to_json()
 
 
 @router.post("/models/{name}/load", dependencies=[Depends(require_admin_key)])
 async def load_model(request: Request, name: str) -> dict[str, Any]:
-    """Load a model; answers when it is ready. Needs an admin key."""
-    described: dict[str, Any] = await request.app.state.backend.load(name)
-    return described
+    """Load a model; returns when it is ready. Needs an admin key."""
+    return (await _backend(request).load(name)).to_json()
 
 
 @router.post("/models/{name}/unload", dependencies=[Depends(require_admin_key)])
 async def unload_model(request: Request, name: str) -> dict[str, Any]:
-    """Unload a model once its accepted requests are answered. Needs an admin key."""
-    described: dict[str, Any] = await request.app.state.backend.unload(name)
-    return described
+    """Unload a model when its accepted requests are done. Needs an admin key."""
+    return (await _backend(request).unload(name)).to_json()
+
+
+def _backend(request: Request) -> Backend:
+    backend: Backend = request.app.state.backend
+    return backend

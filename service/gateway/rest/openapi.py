@@ -1,8 +1,10 @@
-"""What the OpenAPI page says of the routes that take images in three ways."""
+"""OpenAPI descriptions of the request bodies that the routes parse themselves."""
 
 from typing import Any
 
-from service.parameters import FitParameters, HeadParameters, Parameters
+from models.tasks.base import Task
+from service.gateway.rest.ndjson import NDJSON
+from service.parameters import FitParameters, HeadParameters, Parameters, task_parameters
 
 _BINARY = {"type": "string", "format": "binary"}
 _IMAGE: dict[str, Any] = {
@@ -13,9 +15,36 @@ _IMAGE: dict[str, Any] = {
 }
 
 
+def task_description(task: Task) -> str:
+    """The task's summary, and the media types that its route can return."""
+    formats = [
+        f"`Accept: {body.media_type}` returns "
+        + ("the first result itself." if body.first_only else "all results in one body.")
+        for body in task.bodies
+    ]
+    return " ".join(
+        [
+            task.summary,
+            *formats,
+            f"`Accept: {NDJSON}` returns a line for each input as it is ready.",
+        ]
+    )
+
+
+def task_body(task: Task) -> dict[str, Any]:
+    """The `openapi_extra` of a task's route."""
+    parameters = task_parameters(task.name)
+    if not task.modalities:
+        return parameter_body(parameters)
+    return image_body(parameters, videos="video" in task.modalities)
+
+
 def image_body(parameters: type[Parameters], *, videos: bool = False) -> dict[str, Any]:
-    """The `openapi_extra` of a route: its query parameters and the three forms of its body, which
-    may hold `videos` instead of images."""
+    """The `openapi_extra` of a route that takes images: query parameters and three kinds of body.
+
+    Args:
+        videos: whether it takes clips, too.
+    """
     schema = parameters.model_json_schema()
     fields: dict[str, Any] = schema["properties"]
     required = schema.get("required", [])
@@ -31,14 +60,14 @@ def image_body(parameters: type[Parameters], *, videos: bool = False) -> dict[st
     images = {"type": "array", "items": _IMAGE, "minItems": 1}
     form = {"image": {"type": "array", "items": _BINARY, "minItems": 1}, **fields}
     inputs = {"images": images}
-    needed = ["image"], ["images"]
+    form_required, json_required = ["image", *required], ["images", *required]
     if videos:
         form["video"] = {"type": "array", "items": _BINARY}
         inputs["videos"] = {"type": "array", "items": _IMAGE["oneOf"][0]}
-        needed = [], []
+        form_required, json_required = required, required
     body = {
         "multipart/form-data": {
-            "schema": {"type": "object", "properties": form, "required": [*needed[0], *required]}
+            "schema": {"type": "object", "properties": form, "required": form_required}
         },
         "image/*": {"schema": _BINARY},
         **({"video/*": {"schema": _BINARY}} if videos else {}),
@@ -46,7 +75,7 @@ def image_body(parameters: type[Parameters], *, videos: bool = False) -> dict[st
             "schema": {
                 "type": "object",
                 "properties": {**inputs, **fields},
-                "required": [*needed[1], *required],
+                "required": json_required,
             }
         },
     }
@@ -54,7 +83,7 @@ def image_body(parameters: type[Parameters], *, videos: bool = False) -> dict[st
 
 
 def parameter_body(parameters: type[Parameters]) -> dict[str, Any]:
-    """The same of a route that takes no images."""
+    """The `openapi_extra` of a route that takes parameters only."""
     schema = parameters.model_json_schema()
     body = {
         media: {"schema": {"type": "object", "properties": schema["properties"]}}
@@ -64,7 +93,7 @@ def parameter_body(parameters: type[Parameters]) -> dict[str, Any]:
 
 
 def head_body() -> dict[str, Any]:
-    """The same for `POST /heads`."""
+    """The `openapi_extra` of `POST /heads`."""
     shared = HeadParameters.model_json_schema()["properties"]
     options = FitParameters.model_json_schema()["properties"]
     labels = {"type": "array", "items": {"type": "string"}}

@@ -1,4 +1,4 @@
-"""Health for orchestrators, metrics for Prometheus, and a page for people."""
+"""Health checks, metrics and the playground page."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ PLAYGROUND = Path(__file__).parents[1] / "playground.html"
 
 @router.get("/healthz")
 async def healthz(request: Request) -> JSONResponse:
-    """200 unless a restart is needed: a dead device thread, or a device that is stuck."""
+    """200 unless a restart is needed, because a device thread is dead or stuck."""
     health: Health = request.app.state.backend.health()
     status = "ok" if health.live else "failed"
     return JSONResponse(
@@ -26,7 +26,7 @@ async def healthz(request: Request) -> JSONResponse:
 
 @router.get("/readyz")
 async def readyz(request: Request) -> JSONResponse:
-    """200 when every start-up model is ready and idle trunks still pass their probe."""
+    """200 when every start-up model is ready and idle trunks pass their probes."""
     health: Health = request.app.state.backend.health()
     status = "ready" if health.ready else "not ready"
     return JSONResponse(
@@ -36,7 +36,7 @@ async def readyz(request: Request) -> JSONResponse:
 
 @router.get("/metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
-    """Prometheus' text format."""
+    """Metrics in Prometheus' text format."""
     return Response(
         exposition(request.app.state.metrics.registry),
         headers={"Content-Type": CONTENT_TYPE_LATEST},

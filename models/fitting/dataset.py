@@ -1,0 +1,92 @@
+"""The images of a fit: decoded, transformed and divided."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from models.errors import InputError
+from models.fitting.examples import Example, check_classes, split
+from models.fitting.options import FitOptions
+from models.inputs.images import ImageLimits, decode_image
+from models.trunks.base import Trunk
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The state of a fit.
+
+    Args:
+        done, total: images or epochs, by the stage.
+        accuracy: the best one so far on held-out images.
+    """
+
+    stage: str
+    done: int
+    total: int
+    accuracy: float | None = None
+
+
+Report = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Readable images, and how they are divided.
+
+    Args:
+        pixels: uint8 (N, 3, H, W) on disk, of all examples; the first ones are the readable ones.
+        skipped: names and reasons of images that cannot be read.
+        targets: class indices (N,) int64.
+        learn, held: positions to learn from, and held out.
+    """
+
+    pixels: np.memmap
+    readable: list[Example]
+    skipped: list[dict[str, str]]
+    labels: list[str]
+    targets: np.ndarray
+    learn: np.ndarray
+    held: np.ndarray
+
+
+def prepare_dataset(
+    examples: Sequence[Example],
+    trunk: Trunk,
+    folder: Path,
+    options: FitOptions,
+    limits: ImageLimits,
+    progress: Report,
+) -> Dataset:
+    """Decode and transform all images that can be read, and divide them."""
+    check_classes(examples)
+    shape = (len(examples), 3, *trunk.preprocess.input_size)
+    pixels = np.memmap(folder / "pixels.bin", np.uint8, "w+", shape=shape)
+    readable: list[Example] = []
+    skipped: list[dict[str, str]] = []
+    for number, example in enumerate(examples):
+        try:
+            pixels[len(readable)] = trunk.prepare(decode_image(example.read(), limits)).numpy()
+            readable.append(replace(example, image=b""))
+        except (InputError, OSError) as error:
+            skipped.append({"name": example.name, "reason": str(error)})
+        progress(Progress("images", number + 1, len(examples)))
+    _check_readable(readable, skipped)
+    labels = sorted({example.label for example in readable})
+    targets = np.array([labels.index(example.label) for example in readable])
+    learn, held = split([example.label for example in readable], options.holdout, options.seed)
+    return Dataset(pixels, readable, skipped, labels, targets, learn, held)
+
+
+def _check_readable(readable: list[Example], skipped: list[dict[str, str]]) -> None:
+    try:
+        check_classes(readable)
+    except InputError as error:
+        if not skipped:
+            raise
+        raise InputError(
+            f"{error}, after {len(skipped)} unreadable images, the first of which is "
+            f"{skipped[0]['name']}: {skipped[0]['reason']}",
+            field=error.field,
+        ) from error

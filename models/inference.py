@@ -1,0 +1,162 @@
+"""One pass for many heads: the core that the library, the worker and fitting share.
+
+pieces = prepare_pieces(image, trunk, head.view, limits)
+rows = run_pass(trunk, trunk.collate(pieces), [[call]] * len(pieces))
+arrays = finish(head, [row for [row] in rows], options, image, limits)
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from models.errors import InputError
+from models.heads.base import Head
+from models.inputs.images import ImageLimits, decode_image
+from models.inputs.tiling import View
+from models.inputs.types import Input
+from models.trunks.base import Trunk
+from models.trunks.features import merge
+from models.trunks.output import TrunkOutput
+
+# What a head's `forward` returned for one row of a batch: float32 arrays by name.
+Row = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadCall:
+    """A head with the options of its `forward`. Rows with equal calls share one."""
+
+    head: Head
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, head: Head, options: Mapping[str, Any]) -> "HeadCall":
+        """The call for a request's options; those for `finish` are left out."""
+        forward = {k: v for k, v in options.items() if k in head.forward_options}
+        return cls(head, tuple(sorted(forward.items())))
+
+    def at_size(self, size: tuple[int, int]) -> "HeadCall":
+        """The call for an image of that (width, height)."""
+        options = self.head.at_size(dict(self.options), size)
+        return HeadCall(self.head, tuple(sorted(options.items())))
+
+
+def finish_options(head: Head, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a request that go to the head's `finish`."""
+    return {k: v for k, v in options.items() if k not in head.forward_options}
+
+
+def decode(item: Input | Image.Image, limits: ImageLimits) -> Any:
+    """An encoded image as an RGB image; every other input unchanged.
+
+    Raises:
+        InputError: it cannot be decoded, or is over a limit.
+    """
+    return decode_image(item, limits) if isinstance(item, bytes) else item
+
+
+def image_size(item: Any) -> tuple[int, int]:
+    """The (width, height) of a decoded image or of `pixel_values`; (0, 0) for other inputs."""
+    if isinstance(item, Image.Image):
+        return item.size
+    if isinstance(item, np.ndarray):
+        return item.shape[2], item.shape[1]
+    return 0, 0
+
+
+def prepare_pieces(item: Any, trunk: Trunk, view: View | None, limits: ImageLimits) -> list[Tensor]:
+    """A decoded input as the trunk takes it: one tensor, or one for each piece of the view.
+
+    Raises:
+        InputError: not an input of this trunk.
+    """
+    if view is None or not isinstance(item, Image.Image):
+        return [trunk.prepare(item, limits)]
+    return view.cut(item)
+
+
+@torch.inference_mode()
+def run_pass(
+    trunk: Trunk, batch: Tensor, calls: Sequence[Sequence[HeadCall]]
+) -> list[list[Row | Exception]]:
+    """Run the trunk once, then each head on the rows that call it.
+
+    Args:
+        batch: as `trunk.collate` returns it.
+        calls: for each row of the batch its head calls.
+
+    Returns:
+        For each row, for each of its calls, the head's arrays, or the exception that the head
+        raised. A trunk's exception, and running out of memory, are raised.
+    """
+    places: dict[HeadCall, list[tuple[int, int]]] = defaultdict(list)
+    for row, row_calls in enumerate(calls):
+        for position, call in enumerate(row_calls):
+            places[call].append((row, position))
+    output = trunk.forward(
+        batch, merge((call.head.request, [row for row, _ in at]) for call, at in places.items())
+    )
+    results: list[list[Row | Exception]] = [[{}] * len(row_calls) for row_calls in calls]
+    for call, at in places.items():
+        rows = _run_head(call, output.rows([row for row, _ in at]), len(at))
+        for (row, position), result in zip(at, rows, strict=True):
+            results[row][position] = result
+    if not places:  # a probe: wait for the device, so that a failure shows here
+        output.features.flatten()[:1].cpu()
+    return results
+
+
+def _run_head(call: HeadCall, output: TrunkOutput, count: int) -> Sequence[Row | Exception]:
+    try:
+        tensors = call.head.forward(output, **dict(call.options))
+        arrays = {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()}
+        return [{name: array[row] for name, array in arrays.items()} for row in range(count)]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return [error] * count
+
+
+def run_rows(trunk: Trunk, batch: Tensor, call: HeadCall) -> list[Row]:
+    """One head's arrays for every row of a batch; its exception is raised."""
+    rows: list[Row] = []
+    for [row] in run_pass(trunk, batch, [[call]] * len(batch)):
+        if isinstance(row, Exception):
+            raise row
+        rows.append(row)
+    return rows
+
+
+def finish(
+    head: Head,
+    rows: Sequence[Row],
+    options: Mapping[str, Any],
+    item: Input | Image.Image,
+    size: tuple[int, int],
+    limits: ImageLimits,
+) -> dict[str, np.ndarray]:
+    """A head's answer for one input.
+
+    Args:
+        rows: what `forward` returned for each piece of the input.
+        options: those of `finish`.
+        item: the input, encoded or decoded.
+        size: the image's (width, height).
+
+    Raises:
+        InputError: an option that needs an image, of an input that is not one.
+    """
+    is_image = isinstance(item, bytes | Image.Image)
+    if head.needs_image(options):
+        if not is_image:
+            raise InputError("an overlay needs an encoded image", field="output")
+        # encoded images are decoded again instead of being kept while they wait
+        options = {**options, "image": decode(item, limits)}
+    row = head.view.merge(rows, size) if head.view is not None and is_image else rows[0]
+    return head.finish(row, size, **options)

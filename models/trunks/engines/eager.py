@@ -1,0 +1,12 @@
+"""PyTorch without compilation: runs every module."""
+
+from torch import Tensor, nn
+
+from models.trunks.engines.base import Engine, Pass
+
+
+class Eager(Engine):
+    name = "eager"
+
+    def build(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Pass:
+        return module

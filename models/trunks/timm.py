@@ -1,0 +1,170 @@
+"""Trunks of timm's networks, and of networks with the same methods."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.inputs.transforms import Preprocess
+from models.networks.patchconvnet import PatchConvNet
+from models.trunks.base import ImageTrunk, PixelInput, QueryTokens
+from models.trunks.devices import Placement
+from models.trunks.features import LAST_OUTPUT, BatchRequest, FeatureRequest, PassPlan
+from models.trunks.hooks import BlockHooks
+from models.trunks.output import TrunkOutput
+from models.trunks.pooling import ggem
+from models.trunks.query_tokens import QuerySet
+
+
+class TimmPass(nn.Module):
+    """One pass: pixels (B, 3, H, W), then `QueryBatch.inputs`; named tensors out: `features`,
+    `pixels`, `queries`, and what `Capture.tensors` lists."""
+
+    def __init__(
+        self, network: nn.Module, hooks: BlockHooks, plan: PassPlan, pixel_input: nn.Module
+    ) -> None:
+        super().__init__()
+        self.network: Any = network
+        self.pixel_input = pixel_input
+        self._hooks = hooks
+        self._plan = plan
+
+    def forward(self, pixels: Tensor, *query_inputs: Tensor) -> dict[str, Tensor]:
+        plan = self._plan
+        pixels = self.pixel_input(pixels)
+        tensors = {"pixels": pixels} if plan.pixels else {}
+        if plan.features:
+            with self._hooks.capture(plan, query_inputs) as capture:
+                tensors["features"] = self.network.forward_features(pixels)
+            tensors |= capture.finish()
+        return tensors
+
+
+class TimmTrunk(ImageTrunk):
+    """A timm network with its classifier still attached, if it has one."""
+
+    has_tokens = True
+
+    def __init__(
+        self, architecture: str, network: nn.Module, preprocess: Preprocess, placement: Placement
+    ) -> None:
+        self._hooks = BlockHooks(network)
+        super().__init__(architecture, network, preprocess, placement)
+        self.blocks: Sequence[Any] = self._hooks.blocks
+        self.layer_count = len(self._hooks.layers)
+        self.num_classes = int(self.network.num_classes)
+        self.num_prefix_tokens = int(getattr(self.network, "num_prefix_tokens", 0))
+        self._queries = QueryTokens(self.blocks, placement)
+
+    def create_pass(self, plan: PassPlan) -> nn.Module:
+        pixel_input = PixelInput(self.preprocess, self.placement)
+        return TimmPass(self.network, self._hooks, plan, pixel_input)
+
+    def forward(self, batch: Tensor, request: BatchRequest = LAST_OUTPUT) -> TrunkOutput:
+        batch = batch.to(self.placement.device, non_blocking=True)
+        plan, queries = self._queries.batch(
+            request, len(batch), single_group=self.engine.single_group
+        )
+        query_inputs = () if queries is None else queries.inputs(self._queries.bank)
+        tensors = self.engine.run(plan, (batch, *query_inputs))
+        output = self.output(batch, tensors)
+        if queries is None:
+            return output
+        return replace(output, queries=queries.split(tensors["queries"]))
+
+    def output(self, batch: Tensor, tensors: Mapping[str, Tensor]) -> TrunkOutput:
+        pixels = tensors.get("pixels")
+        if (features := tensors.get("features")) is None:
+            assert pixels is not None
+            nothing = pixels.new_empty(len(batch), 0, 0)
+            return TrunkOutput(nothing, 0, self._grid(batch), pixels=pixels)
+        keys, values = _by_number(tensors, "keys"), _by_number(tensors, "values")
+        return TrunkOutput(
+            features,
+            *self._layout(features, batch),
+            layers=_by_number(tensors, "layers"),
+            attention=_by_number(tensors, "attention"),
+            cls_attention=_by_number(tensors, "cls_attention"),
+            keys_values=[(keys[number], values[number]) for number in sorted(keys)],
+            pixels=pixels,
+        )
+
+    def _layout(self, features: Tensor, batch: Tensor) -> tuple[int, tuple[int, int], bool]:
+        """Prefix tokens, grid, and whether channels are last."""
+        if features.dim() == 4:
+            channels_last = getattr(self.network, "output_fmt", "NCHW") == "NHWC"
+            rows, columns = features.shape[1:3] if channels_last else features.shape[2:]
+            return 0, (rows, columns), channels_last
+        return self.num_prefix_tokens, self._grid(batch), False
+
+    def norm(self, layer_BTD: Tensor) -> Tensor:
+        normed: Tensor = self.network.norm(layer_BTD)
+        return normed
+
+    def pool(self, output: TrunkOutput) -> Tensor:
+        if self.exponents is not None:
+            return ggem(output.patches_BTD, self.exponents)
+        pooled: Tensor = self.network.forward_head(output.features, pre_logits=True)
+        return pooled
+
+    def classify(self, output: TrunkOutput) -> Tensor:
+        logits: Tensor
+        if self.exponents is not None:
+            logits = self.network.head(self.pool(output).to(self.placement.dtype))
+        else:
+            logits = self.network.forward_head(output.features)
+        return logits
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        patch_embed = getattr(self.network, "patch_embed", None)
+        rows, columns = getattr(patch_embed, "patch_size", (0, 0))
+        return rows, columns
+
+    def add_queries(self, raw_LTD: Tensor) -> QuerySet:
+        return self._queries.add(raw_LTD)
+
+    def linear_classifier(self) -> tuple[Tensor, Tensor] | None:
+        classifier = getattr(self.network, "get_classifier", lambda: None)()
+        if not isinstance(classifier, nn.Linear) or classifier.bias is None:
+            return None
+        return classifier.weight, classifier.bias
+
+    def attention_request(self) -> FeatureRequest | None:
+        if not self.blocks or getattr(self.network, "cls_token", None) is None:
+            return None
+        return FeatureRequest(cls_attention=frozenset({len(self.blocks) - 1}))
+
+    def class_attention(self, output: TrunkOutput) -> Tensor:
+        maps = output.cls_attention[len(self.blocks) - 1][..., output.prefix :]
+        return maps.reshape(*maps.shape[:2], *output.grid)
+
+    def _grid(self, batch: Tensor) -> tuple[int, int]:
+        height, width = batch.shape[-2:]
+        rows, columns = self.patch_size
+        return height // (rows or height), width // (columns or width)
+
+
+class PatchConvNetTrunk(TimmTrunk):
+    """PatchConvNet, whose attention is that of its pooling (arXiv 2112.13692)."""
+
+    network: PatchConvNet
+
+    def attention_request(self) -> FeatureRequest | None:
+        return FeatureRequest(pixels=True, features=False)
+
+    def class_attention(self, output: TrunkOutput) -> Tensor:
+        assert output.pixels is not None
+        maps = self.network.last_attention(output.pixels)
+        maps = maps[..., -output.grid[0] * output.grid[1] :].flatten(1, 2)
+        return maps.reshape(*maps.shape[:2], *output.grid)
+
+
+def _by_number(tensors: Mapping[str, Tensor], name: str) -> dict[int, Tensor]:
+    """The tensors `name.N` by N."""
+    return {
+        int(key.partition(".")[2]): tensor
+        for key, tensor in tensors.items()
+        if key.partition(".")[0] == name
+    }

@@ -1,0 +1,58 @@
+"""`vitrail segment`: also writes masks to a folder."""
+
+import base64
+from pathlib import Path
+
+import typer
+
+from models.tasks.base import Task
+from service.cli.client import Client, Entry
+from service.cli.task_commands import Invocation
+
+
+def run_segment(task: Task, invocation: Invocation, *, overlays: bool) -> None:
+    """As `run_task`; with a folder as `--output`, each mask is written as soon as it is ready."""
+    output = invocation.output
+    folder = output if output is not None and not output.suffix else None
+    if overlays and folder is None:
+        raise typer.BadParameter("--overlays needs a folder as --output")
+    if folder is None:
+        client = invocation.client(task, Client)
+        client.run(invocation.paths, invocation.as_json, output, task.line)
+        return
+    if invocation.options["output"] not in (None, "png"):
+        raise typer.BadParameter("a folder as --output takes masks of --form png")
+    folder.mkdir(parents=True, exist_ok=True)
+    masks = invocation.client(task, MaskClient)
+    masks.folder, masks.overlays = folder, overlays
+    masks.run(invocation.paths, invocation.as_json, None, task.line)
+
+
+class MaskClient(Client):
+    """Writes each mask to `folder`; with `overlays` also a picture of it on the image, which takes
+    a second request."""
+
+    folder: Path
+    overlays: bool
+
+    def ask(self, path: Path) -> Entry:
+        entry = super().ask(path)
+        if "error" in entry:
+            return entry
+        try:
+            name = file_name(path)
+            (self.folder / f"{name}.png").write_bytes(base64.b64decode(entry["mask"]))
+            if self.overlays:
+                overlay = self.post(content=path.read_bytes(), params={"output": "overlay"})
+                if "error" in overlay:
+                    return overlay
+                content = base64.b64decode(overlay["mask"])
+                (self.folder / f"{name}.overlay.png").write_bytes(content)
+        except OSError as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+        return entry
+
+
+def file_name(path: Path) -> str:
+    """The whole path as a file name, so that equal names in two folders stay apart."""
+    return path.with_suffix("").as_posix().strip("/").replace("/", "_")

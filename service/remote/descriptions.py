@@ -1,0 +1,21 @@
+"""Which worker's description of a model a gateway shows, if workers differ."""
+
+from collections.abc import Iterable
+
+from models.description import HeadDescription, ModelDescription
+from service.remote.worker import Worker
+
+# The states of models and heads, the closest to answering first.
+STATES = ("ready", "loading", "fitting", "queued", "failed", "unloaded")
+
+
+def best_description(name: str, workers: Iterable[Worker]) -> ModelDescription | None:
+    """A model's description by the worker where it is closest to answering; None if unknown."""
+    models = [worker.models[name] for worker in workers if name in worker.models]
+    return min(models, key=closeness, default=None)
+
+
+def closeness(model: HeadDescription) -> tuple[bool, int]:
+    """A sort key, lowest for models that answer, highest for states of newer workers."""
+    known = model.state in STATES
+    return not model.is_ready, STATES.index(model.state) if known else len(STATES)
