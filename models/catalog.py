@@ -1,4 +1,4 @@
-"""The catalog: a TOML file that declares trunks, and the models that stand on them."""
+"""The catalog: a TOML file of trunks, and of the models that use them."""
 
 import tomllib
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ class TrunkEntry:
 
     Args:
         source: where its bytes come from, see `models/checkpoints/sources.py`.
-        origin: where people get a file that is not there.
+        origin: where a missing file can be downloaded.
         library: `timm`, `open_clip` or `sentence`.
         architecture: timm's or open_clip's name, if the checkpoint does not say.
         pretrained: open_clip's name of the weights.
@@ -74,13 +74,21 @@ class ModelEntry:
 
     @property
     def trunks(self) -> tuple[str, ...]:
-        """The names of the trunks that it stands on."""
+        """The names of the trunks that it uses."""
         return (self.trunk,) if self.text in (None, self.trunk) else (self.trunk, str(self.text))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Catalog:
-    """All entries by name; `startup` are loaded when a server starts, `defaults` is by task."""
+    """All entries of a catalog.
+
+    Args:
+        path: the file that it was read from, which relative paths are relative to.
+        trunks: entries by name.
+        models: entries by name.
+        defaults: the model that serves a task by default, by the task's name.
+        startup: the models that are loaded when a server starts.
+    """
 
     path: Path
     trunks: Mapping[str, TrunkEntry]
@@ -89,7 +97,11 @@ class Catalog:
     startup: tuple[str, ...]
 
     def model(self, name: str) -> ModelEntry:
-        """The entry of that name, or ModelNotFoundError naming a few that exist."""
+        """The entry of that name.
+
+        Raises:
+            ModelNotFoundError: no such model; the message names some that exist.
+        """
         try:
             return self.models[name]
         except KeyError:
@@ -97,17 +109,24 @@ class Catalog:
             raise ModelNotFoundError(f"no model {name!r} in the catalog; it has {some}") from None
 
     def default_model(self, task: str) -> ModelEntry:
-        """The model that serves `task` when a request names none."""
+        """The model that serves `task` if a request does not name one.
+
+        Raises:
+            ModelNotFoundError: the catalog has no model for the task.
+        """
         if task not in self.defaults:
-            raise ModelNotFoundError(f"no model in the catalog does the task {task!r}")
+            raise ModelNotFoundError(f"the catalog has no model for the task {task!r}")
         return self.models[self.defaults[task]]
 
 
 def load_catalog(name_or_path: str | Path) -> Catalog:
-    """Read a catalog: the name of a built-in one (`demo`, `hub`), or a path.
+    """Read a catalog.
+
+    Args:
+        name_or_path: a path, or the name of a built-in catalog (`demo`, `hub`, `published`).
 
     Raises:
-        CatalogError: unreadable, an unknown key, or a reference to nothing.
+        CatalogError: the file cannot be read, has an unknown key, or refers to a missing entry.
     """
     path = Path(name_or_path)
     if path.suffix != ".toml" and (BUILT_IN / f"{name_or_path}.toml").is_file():
@@ -117,7 +136,7 @@ def load_catalog(name_or_path: str | Path) -> Catalog:
     except OSError as error:
         built_in = ", ".join(sorted(item.stem for item in BUILT_IN.glob("*.toml")))
         raise CatalogError(
-            f"catalog {name_or_path}: no such file, and no built-in catalog (there are {built_in})"
+            f"catalog {name_or_path}: no such file or built-in catalog; built-in: {built_in}"
         ) from error
     except tomllib.TOMLDecodeError as error:
         raise CatalogError(f"catalog {path}: {error}") from error
@@ -126,7 +145,10 @@ def load_catalog(name_or_path: str | Path) -> Catalog:
 
 def _parse(path: Path, content: dict[str, Any]) -> Catalog:
     if unknown := content.keys() - {"trunks", "models", "defaults", "startup"}:
-        raise CatalogError(f"catalog {path}: unknown table {', '.join(sorted(unknown))}")
+        raise CatalogError(
+            f"catalog {path}: unknown table {', '.join(sorted(unknown))}; known are "
+            "trunks, models, defaults, startup"
+        )
     trunks = {n: _entry(TrunkEntry, path, n, t) for n, t in content.get("trunks", {}).items()}
     models = {n: _entry(ModelEntry, path, n, t) for n, t in content.get("models", {}).items()}
     for model in models.values():
@@ -140,7 +162,7 @@ def _parse(path: Path, content: dict[str, Any]) -> Catalog:
                 f"catalog {path}: {model.name}: no task {model.task!r}; tasks: {', '.join(tasks())}"
             )
     first = {model.task: model.name for model in reversed(models.values())}
-    if "zero-shot" in first:  # whose towers are made for it
+    if "zero-shot" in first:  # its towers embed images and texts
         first.setdefault("embed", first["zero-shot"])
     defaults = {**first, **content.get("defaults", {})}
     startup = tuple(content.get("startup", models))

@@ -1,14 +1,15 @@
-"""What can go wrong in the library, free of any web or gRPC vocabulary."""
+"""The library's errors. They know neither HTTP nor gRPC; `service` translates them."""
 
 
 class ModelsError(Exception):
-    """Base of every error that `models` raises on purpose."""
+    """Base of all errors that `models` raises deliberately."""
 
 
 class InputError(ModelsError):
-    """The caller's input cannot be used: an image that does not decode, an option out of range.
+    """An invalid input: an image that does not decode, an option out of range.
 
-    `field` names the offending parameter where there is one.
+    Args:
+        field: the name of the parameter, if it is one.
     """
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
@@ -21,15 +22,19 @@ class ImageTooLargeError(InputError):
 
 
 class TaskError(InputError):
-    """The model exists but does not do what was asked of it."""
+    """The model does not do the requested task."""
 
 
 class ModelNotFoundError(ModelsError):
-    """No model of that name is in the catalog."""
+    """The catalog has no model of that name."""
 
 
 class ModelNotReadyError(ModelsError):
-    """The model is in the catalog but not loaded: `state` says which state it is in."""
+    """The model is in the catalog, but not loaded.
+
+    Args:
+        state: the state that it is in, such as `loading` or `failed`.
+    """
 
     def __init__(self, message: str, *, state: str) -> None:
         super().__init__(message)
@@ -37,12 +42,12 @@ class ModelNotReadyError(ModelsError):
 
 
 class CatalogError(ModelsError):
-    """The catalog file is wrong; the message names the entry and the remedy."""
+    """The catalog is invalid; the message names the entry and the remedy."""
 
 
 class SourceError(ModelsError):
-    """A checkpoint could not be fetched, or what came is not what was pinned."""
+    """A checkpoint cannot be fetched, or does not have the pinned digest."""
 
 
 class CheckpointError(ModelsError):
-    """A checkpoint file could not be read, recognised, or does not fit its architecture."""
+    """A checkpoint cannot be read or recognised, or does not fit its architecture."""

@@ -1,1 +1,1 @@
-"""From a published checkpoint file to a trunk: sources, containers, formats and strict loading."""
+"""Checkpoint files to trunks: sources, containers, formats, and strict loading."""

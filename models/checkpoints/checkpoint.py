@@ -1,4 +1,4 @@
-"""A checkpoint after translation: what every format converts to, and its one stored form."""
+"""A translated checkpoint, which every format converts to, and its stored form."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,12 @@ from models.inputs.transforms import Preprocess
 
 @dataclass(frozen=True, slots=True)
 class HeadState:
-    """A head's weights, and what their shapes do not tell."""
+    """A head's weights.
+
+    Args:
+        tensors: the weights by name.
+        settings: what the shapes do not determine, as plain values.
+    """
 
     tensors: Mapping[str, Tensor]
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -22,17 +27,19 @@ class HeadState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """Weights under an architecture's own names.
+    """Weights under an architecture's own parameter names.
 
     Args:
-        architecture: a timm name, unless another library builds it.
-        library: `timm`; `vitrail`, which is `models/networks`; or a key of `TOWERS` in
-            `models/checkpoints/loading.py`.
-        arguments: for `timm.create_model`, or for the network of another library.
-        heads: weights of heads that came in the same file, by name.
-        preprocess: the transform; None: timm's for the architecture.
-        dropped: keys that only training needs.
-        assumed: values that neither the file nor the arguments state, by the argument's name.
+        format: `NAME` of the format that the file was read by.
+        architecture: the network's name in `library`.
+        library: what builds the network: `timm` (by `timm.create_model`), `vitrail`
+            (`models/networks`), or a key of `TOWERS` in `models/checkpoints/loading.py`.
+        arguments: keyword arguments of the network.
+        state_dict: the network's weights, complete.
+        heads: the states of heads in the same file, by name.
+        preprocess: how the network expects its images; None for the library's default.
+        dropped: keys of the file that only training uses.
+        assumed: values that neither the file nor the caller gave, by argument.
         reason: how the format was recognised.
     """
 
@@ -52,7 +59,7 @@ METADATA_KEY = "vitrail"
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
-    """Write one safetensors file that loads without conversion (read by `checkpoints/vitrail.py`).
+    """Write one safetensors file that loads without conversion (see `formats/vitrail.py`).
 
     Trunk tensors are stored as `trunk.KEY`, those of heads as `head.NAME.KEY`.
     """
@@ -68,15 +75,15 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         "heads": {name: dict(head.settings) for name, head in checkpoint.heads.items()},
         "reason": checkpoint.reason,
     }
-    save_file(_apart(tensors), path, metadata={METADATA_KEY: json.dumps(metadata)})
+    save_file(_unshared(tensors), path, metadata={METADATA_KEY: json.dumps(metadata)})
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, each with memory of its own: some files hold one under two names."""
-    seen: set[int] = set()
-    separate = {}
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, none of which share memory, as safetensors requires."""
+    addresses: set[int] = set()
+    unshared = {}
     for key, value in tensors.items():
-        place = value.untyped_storage().data_ptr()
-        separate[key] = value.clone() if place in seen else value
-        seen.add(place)
-    return {key: value.contiguous() for key, value in separate.items()}
+        address = value.untyped_storage().data_ptr()
+        unshared[key] = value.clone() if address in addresses else value
+        addresses.add(address)
+    return {key: value.contiguous() for key, value in unshared.items()}

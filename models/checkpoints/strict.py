@@ -1,4 +1,4 @@
-"""Weights into a network, with nothing missing and nothing left over."""
+"""Strict loading: every key of the weights is used, every parameter of the network is set."""
 
 from collections.abc import Mapping
 
@@ -8,17 +8,24 @@ from models.errors import CheckpointError
 
 
 def load_strictly(network: nn.Module, state_dict: Mapping[str, Tensor], name: str) -> None:
-    """Load a state dict; CheckpointError names the first keys that miss, are left, differ in shape
-    or hold values that are not finite."""
+    """Load a state dict.
+
+    Args:
+        name: the network's name, for the error.
+
+    Raises:
+        CheckpointError: keys are missing, left over, of another shape or not finite; it names the
+            first ten of each.
+    """
     expected = network.state_dict()
     missing = [key for key in expected if key not in state_dict]
     left = [key for key in state_dict if key not in expected]
-    wrong = [
+    misshapen = [
         f"{key} {tuple(state_dict[key].shape)} instead of {tuple(value.shape)}"
         for key, value in expected.items()
         if key in state_dict and state_dict[key].shape != value.shape
     ]
-    broken = [
+    not_finite = [
         key
         for key, value in state_dict.items()
         if value.is_floating_point() and not bool(value.isfinite().all())
@@ -28,8 +35,8 @@ def load_strictly(network: nn.Module, state_dict: Mapping[str, Tensor], name: st
         for what, keys in (
             ("missing", missing),
             ("left over", left),
-            ("wrong shape", wrong),
-            ("not finite", broken),
+            ("wrong shape", misshapen),
+            ("not finite", not_finite),
         )
         if keys
     ]

@@ -1,8 +1,8 @@
-"""The tensors of a TorchScript archive, without running anything of it.
+"""The tensors of a TorchScript archive, read without running its code.
 
-`torch.jit.load` would compile and may run code from the file. The archive is a zip: `data.pkl`
-describes the modules' attributes, and each tensor's bytes lie beside it. Here classes become empty
-shells, and of functions only those that rebuild a tensor from its bytes are known.
+`torch.jit.load` compiles and may run code from the file. The archive is a zip: `data.pkl` describes
+the modules' attributes, and each tensor's bytes are a member of their own. This reader replaces
+every class by an empty shell and allows only the functions that rebuild a tensor from its bytes.
 """
 
 import math
@@ -26,11 +26,11 @@ _DTYPES = {
 
 
 class _Shell:
-    """Any module of the archive: attributes, and no behaviour."""
+    """Replaces any module of the archive; it has attributes, and no behaviour."""
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether the file is a TorchScript archive, by the members that only those have."""
+    """Whether the file is a TorchScript archive, by a member that only those have."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -42,7 +42,7 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
     """The state dict of the archive's module.
 
     Raises:
-        CheckpointError: damaged, or its description asks for anything but modules and tensors.
+        CheckpointError: the archive is damaged, or refers to more than modules and tensors.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -75,15 +75,17 @@ class _Reader(pickle.Unpickler):
                 return _DTYPES[storage]
             case "torch.jit._pickle", "build_intlist" | "build_tensorlist" | "build_boollist":
                 return list
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
     def persistent_load(self, pid: Any) -> Tensor:
         _, dtype, key, _, count = pid
         if not isinstance(key, str) or not key.isdigit():
-            raise pickle.UnpicklingError(f"no storage {key!r}")
+            raise pickle.UnpicklingError(f"{key!r} is not the name of a storage")
         contents = bytearray(self._archive.read(self._folder + key))
         if len(contents) != count * dtype.itemsize:
-            raise pickle.UnpicklingError(f"storage {key} has {len(contents)} bytes")
+            raise pickle.UnpicklingError(
+                f"storage {key} has {len(contents)} bytes, not {count * dtype.itemsize}"
+            )
         if not contents:
             return torch.empty(0, dtype=dtype)
         return torch.frombuffer(contents, dtype=dtype)

@@ -1,1 +1,1 @@
-"""Fitting heads to labelled images, on a frozen trunk: examples, features, training, report."""
+"""Fitting heads to labelled images on a frozen trunk: examples, features, training, report."""

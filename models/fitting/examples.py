@@ -1,4 +1,4 @@
-"""Labelled images: folders named by class, a CSV file, or a zip archive of such folders."""
+"""Labelled images from folders named by class, a CSV file, or a zip archive of such folders."""
 
 import csv
 import zipfile
@@ -18,38 +18,52 @@ MAX_MEMBERS = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """An encoded image, or where it lies, and its class."""
+    """A labelled image.
+
+    Args:
+        name: the path below the folder or in the archive.
+        label: the name of its class.
+        image: the encoded image, or the path of its file.
+    """
 
     name: str
     label: str
     image: bytes | Path
 
     def read(self) -> bytes:
-        """The encoded image; OSError if it is a file that cannot be read."""
+        """The encoded image.
+
+        Raises:
+            OSError: its file cannot be read.
+        """
         return self.image if isinstance(self.image, bytes) else self.image.read_bytes()
 
 
 def read_examples(path: Path) -> list[Example]:
-    """The examples below a folder, or those that a `.csv` with the columns path and label names
-    (paths relative to it).
+    """The examples in a folder of folders named by class, or in a CSV file.
+
+    Args:
+        path: the folder, or a `.csv` file with the columns `path` (relative to it) and `label`.
 
     Raises:
-        InputError: neither, or nothing in it.
+        InputError: the path cannot be read, or holds no example.
     """
     examples = list(_of_csv(path) if path.suffix == ".csv" else _of_folder(path))
     if not examples:
-        raise InputError(f"{path}: no image in a folder named by its class")
+        raise InputError(
+            f"{path}: no image in a folder named by its class, and no row of path and label"
+        )
     return examples
 
 
 def read_archive(file: BinaryIO, max_bytes: int) -> list[Example]:
-    """The examples in a zip archive whose folders are classes; one folder around all is let be.
+    """The examples in a zip archive of folders named by class, or of a folder of such folders.
 
     Args:
-        max_bytes: of all images together, and so of what is held in memory.
+        max_bytes: limit of all images together, which are held in memory.
 
     Raises:
-        InputError: not a zip archive, encrypted, too much, or images outside of folders.
+        InputError: the archive is damaged, encrypted or too large, or an image is in no folder.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -59,22 +73,29 @@ def read_archive(file: BinaryIO, max_bytes: int) -> list[Example]:
 
 
 def check_classes(examples: Sequence[Example]) -> None:
-    """Raise InputError unless there are two classes with two images each."""
+    """Check that a head can be fitted.
+
+    Raises:
+        InputError: fewer than two classes, or a class with fewer than two images.
+    """
     counts = Counter(example.label for example in examples)
     if len(counts) < 2:
-        raise InputError(f"{len(counts)} class; a head tells at least two apart", field="labels")
+        raise InputError(f"{len(counts)} class; a head needs at least two", field="labels")
     lone = sorted(label for label, count in counts.items() if count < 2)
     if lone:
         raise InputError(
-            f"a single image of {', '.join(lone[:10])}; each class needs two at least, one to "
-            "learn from and one held out",
+            f"a single image of {', '.join(lone[:10])}; each class needs at least two, one to "
+            "train on and one to hold out",
             field="labels",
         )
 
 
 def split(labels: Sequence[str], holdout: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions to learn from, and positions held out: of each class the share `holdout`, but at
-    least one and never all."""
+    """Positions to train on, and positions to hold out.
+
+    Args:
+        holdout: the share of each class that is held out; at least one example, and never all.
+    """
     random = np.random.default_rng(seed)
     kept: list[int] = []
     held: list[int] = []
@@ -128,7 +149,7 @@ def _of_archive(archive: zipfile.ZipFile, max_bytes: int) -> list[Example]:
             break
         skip += 1
     if outside := next((path for path, _ in members if len(path.parts) < skip + 2), None):
-        raise InputError(f"{outside} lies in no folder named by its class", field="archive")
+        raise InputError(f"{outside} is in no folder named by its class", field="archive")
     examples = []
     for path, item in members:
         with archive.open(item) as file:
@@ -137,7 +158,9 @@ def _of_archive(archive: zipfile.ZipFile, max_bytes: int) -> list[Example]:
             raise InputError(f"{path} is longer than the archive says", field="archive")
         examples.append(Example(str(path), path.parts[skip], content))
     if not examples:
-        raise InputError("the archive holds no image", field="archive")
+        raise InputError(
+            "the archive holds no image; put images into folders named by class", field="archive"
+        )
     return examples
 
 

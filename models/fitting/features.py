@@ -1,4 +1,4 @@
-"""What a frozen trunk makes of the examples: computed once, and kept on disk while it fits."""
+"""Features of the examples from a frozen trunk: computed once, and cached on disk during a fit."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,12 +15,13 @@ from models.trunks.base import Trunk
 from models.trunks.features import FeatureRequest
 from models.trunks.output import TrunkOutput
 
-# Keys and values are read once an epoch: half the bits are half the time, and training has noise.
+# Keys and values are read once per epoch: half the bits take half the time, and the rounding is
+# small against the noise of training.
 STORED = np.float16
 
 
 class ReadFeatures(Ranking):
-    """A head that returns what a head of that kind is trained on.
+    """A head that returns the features that a head of a kind is trained on.
 
     For `linear`: `features` (B, F). For `vqt`: `pooled` (B, D) and `keys_values`
     (B, L, 2, h, T, d).
@@ -47,8 +48,17 @@ Compute = Callable[[Sequence[int]], list[Row]]
 
 @dataclass(slots=True)
 class Features:
-    """Rows by position, from `compute`. The first ones, as many as fit into `limit_bytes` on disk,
-    are computed once; the others anew each time they are asked for."""
+    """Rows of features by position.
+
+    The first rows, as many as `limit_bytes` holds, are computed once and cached on disk. The others
+    are computed again at every read.
+
+    Args:
+        compute: the rows of some positions.
+        count: the number of positions.
+        folder: where the cache is written.
+        limit_bytes: the size of the cache.
+    """
 
     compute: Compute
     count: int
@@ -58,15 +68,15 @@ class Features:
     _known: np.ndarray | None = None
 
     def fill(self, order: Iterable[Sequence[int]], done: Callable[[int], None]) -> None:
-        """Compute all that is kept, a batch of positions at a time."""
+        """Compute all rows that fit the cache, by batches of positions; `done` gets their sizes."""
         for positions in order:
-            wanted = [p for p in positions if self._known is None or p < len(self._known)]
-            if wanted:
-                self.rows(wanted)
+            cached = [p for p in positions if self._known is None or p < len(self._known)]
+            if cached:
+                self.rows(cached)
             done(len(positions))
 
     def rows(self, positions: Sequence[int]) -> dict[str, Tensor]:
-        """Tensors (len(positions), ...) by name, float32 but for keys and values."""
+        """Tensors (len(positions), ...) by name; float32, keys and values float16."""
         missing = [p for p in positions if not self._has(p)]
         rows = map(_as_stored, self.compute(missing) if missing else [])
         computed = dict(zip(missing, rows, strict=True))

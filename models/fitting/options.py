@@ -1,4 +1,4 @@
-"""How a head is fitted. Defaults are what the proof in the documentation was made with."""
+"""Options of a fit. The defaults are those of the experiment in `docs/heads.md`."""
 
 import math
 from dataclasses import dataclass
@@ -9,12 +9,21 @@ from models.heads.registry import head_classes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitOptions:
-    """`holdout` is the share of each class that decides when to stop; `patience` is in epochs.
+    """Options of a fit.
 
-    `learning_rate` None: what suits the kind. `queries`: query tokens a block (vqt). `layers`:
-    class tokens of so many last blocks; 0 for the trunk's own pooled output (linear). `keep` < 1:
-    that share of the features is selected by a group lasso of weight `lasso` first, as in the
-    papers (Head2Toe, arXiv 2201.03529; VQT).
+    Args:
+        kind: the head's kind.
+        seed: for the holdout split, initialisation and order of examples.
+        holdout: share of each class that is held out to decide when to stop.
+        epochs: the most epochs.
+        patience: epochs without improvement before training stops.
+        learning_rate: None for the kind's default.
+        queries: query tokens per block (vqt).
+        layers: number of last blocks whose class tokens are the features; 0 for the trunk's pooled
+            output (linear).
+        keep: share of the features that is kept. Below 1, a group lasso selects them first, as in
+            Head2Toe (arXiv 2201.03529) and VQT (arXiv 2212.03220).
+        lasso: weight of the group lasso.
     """
 
     kind: str = "vqt"
@@ -32,12 +41,16 @@ class FitOptions:
 
     @property
     def rate(self) -> float:
-        """The learning rate."""
-        own = 0.003 if self.kind == "vqt" else 0.001
-        return own if self.learning_rate is None else self.learning_rate
+        """The learning rate, by default that of the kind."""
+        default = 0.003 if self.kind == "vqt" else 0.001
+        return default if self.learning_rate is None else self.learning_rate
 
     def check(self) -> "FitOptions":
-        """These, or InputError naming the first that is out of range."""
+        """Return the options unchanged.
+
+        Raises:
+            InputError: an option is out of range; it names the first.
+        """
         kinds = [kind for kind, head in head_classes().items() if head.is_fittable]
         if self.kind not in kinds:
             raise InputError(

@@ -1,4 +1,4 @@
-"""A fit's report as files: JSON, and its learning curve and confusion matrix as pictures."""
+"""A fit's report as files: JSON, and plots of the learning curve and the confusion matrix."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
-    """`report.json`, `curve.png` and `confusion.png` in the folder."""
+    """Write `report.json`, `curve.png` and `confusion.png` into a folder, which is created."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     _curve(report).savefig(folder / "curve.png", dpi=120)
@@ -21,9 +21,9 @@ def _curve(report: Mapping[str, Any]) -> Figure:
     epochs = [point["epoch"] for point in curve]
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        axes.plot(epochs, [point[f"train_{what}"] for point in curve], label="learnt from")
-        axes.plot(epochs, [point[f"holdout_{what}"] for point in curve], label="held out")
-        axes.axvline(report["best_epoch"], color="grey", linestyle=":", label="kept")
+        axes.plot(epochs, [point[f"train_{what}"] for point in curve], label="training")
+        axes.plot(epochs, [point[f"holdout_{what}"] for point in curve], label="holdout")
+        axes.axvline(report["best_epoch"], color="grey", linestyle=":", label="best epoch")
         axes.set_xlabel("epoch")
         axes.set_ylabel(what)
         axes.legend()
@@ -38,10 +38,10 @@ def _confusion(report: Mapping[str, Any]) -> Figure:
     axes.imshow(counts, cmap="Blues")
     axes.set_xticks(range(len(labels)), labels, rotation=90)
     axes.set_yticks(range(len(labels)), labels)
-    axes.set_xlabel("taken for")
-    axes.set_ylabel("is")
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("actual")
     accuracy, images = report["holdout_accuracy"], report["holdout_images"]
-    axes.set_title(f"{accuracy:.1%} of {images} held out images")
+    axes.set_title(f"{accuracy:.1%} of {images} held-out images")
     for row, line in enumerate(counts):
         for column, count in enumerate(line):
             if count and len(labels) <= 50:

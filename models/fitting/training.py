@@ -1,4 +1,4 @@
-"""Gradient descent on a head's own weights, over features of a frozen trunk."""
+"""Training of a head's weights on features of a frozen trunk."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,21 +34,21 @@ Watch = Callable[[Epoch], None]
 
 
 class Learner(nn.Module):
-    """Features in the making, and the classifier on them."""
+    """The trainable part of a head: how features are computed, and a linear classifier."""
 
     classifier: nn.Linear
 
     def features(self, rows: Mapping[str, Tensor]) -> Tensor:
-        """(B, F), all of them, of stored rows."""
+        """All features (B, F) of stored rows."""
         raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
-        """The weights as a head's file has them, but for the classifier's."""
+        """The weights under a head file's names, without the classifier's."""
         raise NotImplementedError
 
 
 class LinearLearner(Learner):
-    """Features as they are, scaled by what the examples to learn from look like."""
+    """The stored features, standardised by the training examples' mean and deviation."""
 
     mean: Tensor
     std: Tensor
@@ -71,12 +71,12 @@ class LinearLearner(Learner):
 
 
 class VqtLearner(Learner):
-    """Queries that read each block's keys and values; see `models/trunks/query_tokens.py`."""
+    """Query tokens that attend to each block's keys and values; see `trunks/query_tokens.py`."""
 
     def __init__(self, trunk: Trunk, queries: int, classes: int) -> None:
         super().__init__()
         depth, dim = len(trunk.blocks), trunk.blocks[0].attn.qkv.in_features
-        self._trunk = [trunk]  # in a list, so that it is no part of what is trained
+        self._trunk = [trunk]  # in a list, so that its parameters are not trained
         rows, columns = trunk.patch_size
         bound = math.sqrt(6 / (3 * rows * columns + dim))  # upstream's initialisation
         self.queries = nn.Parameter(torch.empty(depth, queries, dim).uniform_(-bound, bound))
@@ -87,12 +87,12 @@ class VqtLearner(Learner):
         pooled_BD, stored = rows["pooled"], rows["keys_values"]
         outputs = []
         for number, block in enumerate(self._trunk[0].blocks):
-            # each of the two laid out for itself, or every product would copy it again
+            # contiguous, so that matrix products do not copy them again
             keys, values = (stored[:, number, i].to(self._dtype).contiguous() for i in (0, 1))
             raw_TD = dropout(self.queries[number], QUERY_DROPOUT, self.training).to(self._dtype)
-            asked = project(block, raw_TD).expand(len(keys), -1, -1, -1)
-            found = _read(block.attn.scale * asked, keys, values)
-            outputs.append(finish_block(block, raw_TD.expand(len(keys), -1, -1), found))
+            queries = project(block, raw_TD).expand(len(keys), -1, -1, -1)
+            context = _read(block.attn.scale * queries, keys, values)
+            outputs.append(finish_block(block, raw_TD.expand(len(keys), -1, -1), context))
         return vqt_features(pooled_BD, torch.stack(outputs, 1), None, True)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -100,10 +100,7 @@ class VqtLearner(Learner):
 
 
 class Training:
-    """Trains a learner until what is held out gets no better.
-
-    The classes' indices of all positions are `targets`; `learn` and `held` are positions.
-    """
+    """Trains a learner until the holdout's accuracy no longer improves."""
 
     def __init__(
         self,
@@ -119,8 +116,12 @@ class Training:
     ) -> None:
         """
         Args:
+            features: rows by position.
+            targets: the class index of every position.
+            learn: positions to train on.
+            held: positions held out.
             watch: called after every epoch.
-            step: called before every batch; what it raises ends the training.
+            step: called before every batch; an exception that it raises ends the training.
         """
         self._learner = learner.to(device)
         self._device = device
@@ -135,11 +136,11 @@ class Training:
         self.curve: list[Epoch] = []
 
     def run(self, indices: Tensor | None = None, lasso: float = 0.0) -> Epoch:
-        """Leave the learner as it was in its best epoch, which is returned.
+        """Train, restore the weights of the best epoch, and return that epoch.
 
         Args:
-            indices: the features that the classifier sees; None: all.
-            lasso: weight of the sum over features of their columns' norms in the classifier.
+            indices: the features that the classifier reads; None for all.
+            lasso: weight of the group lasso, the sum of the norms of the classifier's columns.
         """
         learner, options = self._learner, self._options
         optimizer = torch.optim.AdamW(
@@ -173,7 +174,7 @@ class Training:
         return best
 
     def predict(self, indices: Tensor | None) -> np.ndarray:
-        """(held,) indices of the classes that the held out images are taken for."""
+        """The predicted class index of each held-out image, (held,)."""
         self._learner.eval()
         with torch.no_grad():
             return np.concatenate(
@@ -210,18 +211,20 @@ class Training:
         return loss / len(self._held), correct / len(self._held)
 
 
-def _read(asked_BThd: Tensor, keys_BhKd: Tensor, values_BhKd: Tensor) -> Tensor:
-    """`models.trunks.query_tokens.attend` with gradients for the queries alone, which is much less
-    work than a fused kernel's backward pass."""
-    scores = asked_BThd.transpose(1, 2) @ keys_BhKd.transpose(-2, -1)
-    found = scores.softmax(-1) @ values_BhKd
-    return found.transpose(1, 2).flatten(2)
+def _read(queries_BThd: Tensor, keys_BhKd: Tensor, values_BhKd: Tensor) -> Tensor:
+    """`models.trunks.query_tokens.attend` with gradients for the queries alone.
+
+    That is much less work than the backward pass of fused attention kernels.
+    """
+    scores = queries_BThd.transpose(1, 2) @ keys_BhKd.transpose(-2, -1)
+    context = scores.softmax(-1) @ values_BhKd
+    return context.transpose(1, 2).flatten(2)
 
 
 def _better(point: Epoch, best: Epoch) -> bool:
-    """By accuracy, and among equals by loss."""
-    ours = (point.holdout_accuracy, -point.holdout_loss)
-    return ours > (best.holdout_accuracy, -best.holdout_loss)
+    """Whether an epoch is better: by holdout accuracy, then by holdout loss."""
+    score = (point.holdout_accuracy, -point.holdout_loss)
+    return score > (best.holdout_accuracy, -best.holdout_loss)
 
 
 def _runs(positions: np.ndarray, size: int = 64) -> Iterator[list[int]]:
@@ -237,5 +240,5 @@ def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def curve_rows(curve: Sequence[Epoch]) -> list[dict[str, float]]:
-    """The learning curve as plain values."""
+    """The learning curve as plain values, one mapping per epoch."""
     return [asdict(point) for point in curve]

@@ -1,1 +1,1 @@
-"""What models take: images, clips, texts and latent vectors, and the transforms to tensors."""
+"""Inputs of models: images, clips, texts and latent vectors, and their transforms to tensors."""

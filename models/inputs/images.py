@@ -1,4 +1,4 @@
-"""Encoded image bytes to an upright RGB image, with every limit checked before decoding."""
+"""Decoding of images to upright RGB. Limits are checked before pixels are decoded."""
 
 import io
 from dataclasses import dataclass
@@ -11,13 +11,19 @@ from models.errors import ImageTooLargeError, InputError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
-# Pillow's own bomb check warns at one size and raises at twice that; ours is exact and per call.
+# Pillow's own check warns at one size and raises at twice that; `ImageLimits` are exact, per call.
 Image.MAX_IMAGE_PIXELS = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageLimits:
-    """Largest image that is decoded. `max_bytes` encoded bytes, `max_pixels`, `max_side` pixels."""
+    """The largest image that is decoded.
+
+    Args:
+        max_bytes: encoded bytes.
+        max_pixels: width times height.
+        max_side: pixels of the longer side.
+    """
 
     max_bytes: int = 20 * 2**20
     max_pixels: int = 50_000_000
@@ -33,8 +39,8 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Ima
     Alpha is composited on white; 16-bit greyscale keeps its upper eight bits.
 
     Raises:
-        ImageTooLargeError: over a limit; known from the header, before pixels are decoded.
-        InputError: empty, truncated, damaged, or in a format that is not served.
+        ImageTooLargeError: the image is over a limit, by its header.
+        InputError: the image is empty, truncated, damaged, or in another format.
     """
     if not data:
         raise InputError("the image is empty (0 bytes)")
@@ -54,7 +60,7 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Ima
         return to_upright_rgb(image)
     except MemoryError:
         raise
-    except Exception as error:  # as above, for damaged or truncated pixel data
+    except Exception as error:  # likewise for damaged or truncated pixel data
         raise InputError(f"the {image.format} image cannot be decoded: {error}") from error
 
 
@@ -74,11 +80,11 @@ def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:
 
 
 def to_upright_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as RGB: turned as EXIF says, alpha on white, 16 bits to their upper 8."""
+    """A Pillow image as RGB: rotated by EXIF, alpha on white, 16 bits reduced to the upper 8."""
     image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):  # convert("RGB") would clip everything above 255 to white
+    if image.mode.startswith("I"):  # convert("RGB") clips values above 255 to white
         return Image.fromarray(_upper_byte(np.asarray(image))).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         rgba = image.convert("RGBA")
@@ -88,6 +94,6 @@ def to_upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upper_byte(grey: np.ndarray) -> np.ndarray:
-    """(H, W) integers of 16 bits, in a 16- or 32-bit container, to uint8."""
+    """The upper byte of 16-bit values (H, W), in a 16- or 32-bit type, as uint8."""
     upper: np.ndarray = np.clip(grey, 0, 0xFFFF).astype(np.uint16) >> 8
     return upper.astype(np.uint8)

@@ -1,7 +1,7 @@
-"""Labels as the sentences that a text tower reads, and their embeddings as one for each label.
+"""Prompt templates: labels to sentences, and the sentences' embeddings to one per label.
 
-Several templates a label, embedded, normalised, averaged and normalised again: the ensembling of
-CLIP (arXiv 2103.00020, section 3.1.4).
+The embeddings of a label in several templates are normalised, averaged and normalised again, which
+is CLIP's prompt ensembling (arXiv 2103.00020, section 3.1.4).
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ PLACE = "{}"
 
 
 def _text(template: object) -> str:
-    """open_clip's templates are functions of the class name."""
+    """The text of one of open_clip's templates, which are functions of the class name."""
     return str(template(PLACE))  # type: ignore[operator]
 
 
@@ -31,39 +31,39 @@ DEFAULT_TEMPLATES = "photo"
 
 
 def expand_templates(templates: Sequence[str] | str) -> tuple[str, ...]:
-    """Templates, any of which may be the name of a set of them.
+    """Templates, with the names of sets (`NAMED_TEMPLATES`) replaced by their templates.
 
     Raises:
-        InputError: none, too many, or one that is neither a name nor has one place for a label.
+        InputError: no template, more than MAX_TEMPLATES, or one that is not the name of a set and
+            does not have exactly one `{}` for the label.
     """
-    given = [templates] if isinstance(templates, str) else list(templates)
-    found: list[str] = []
-    for template in given:
+    expanded: list[str] = []
+    for template in [templates] if isinstance(templates, str) else templates:
         if template in NAMED_TEMPLATES:
-            found += NAMED_TEMPLATES[template]
+            expanded += NAMED_TEMPLATES[template]
         elif template.count(PLACE) == 1 and len(template) <= MAX_LABEL_CHARACTERS:
-            found.append(template)
+            expanded.append(template)
         else:
             raise InputError(
-                f"template {template[:80]!r} has no single {{}} for the label, and is none of the "
-                f"sets {', '.join(NAMED_TEMPLATES)}",
+                f"template {template[:80]!r} must have one {{}} for the label and at most "
+                f"{MAX_LABEL_CHARACTERS} characters, or name a set: {', '.join(NAMED_TEMPLATES)}",
                 field="templates",
             )
-    if not 1 <= len(found) <= MAX_TEMPLATES:
+    if not 1 <= len(expanded) <= MAX_TEMPLATES:
         raise InputError(
-            f"{len(found)} templates; there can be 1 to {MAX_TEMPLATES}", field="templates"
+            f"{len(expanded)} templates; there can be 1 to {MAX_TEMPLATES}", field="templates"
         )
-    return tuple(found)
+    return tuple(expanded)
 
 
 def check_labels(labels: Sequence[str]) -> None:
-    """Refuse what cannot be told apart or read.
+    """Check a request's labels.
 
     Raises:
-        InputError: no label, an empty, a repeated or an overlong one.
+        InputError: no label, or one that is empty, repeated or over MAX_LABEL_CHARACTERS long.
     """
     if not labels:
-        raise InputError("labels are missing", field="labels")
+        raise InputError("labels are missing; give at least one", field="labels")
     for position, label in enumerate(labels):
         if not label.strip():
             raise InputError(f"label {position} is empty", field="labels")
@@ -75,16 +75,16 @@ def check_labels(labels: Sequence[str]) -> None:
             )
     if len(set(labels)) < len(labels):
         repeated = next(label for label in labels if labels.count(label) > 1)
-        raise InputError(f"label {repeated!r} is given twice", field="labels")
+        raise InputError(f"label {repeated!r} is repeated; labels must be distinct", field="labels")
 
 
 def prompts(labels: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Every label in every template, label by label."""
+    """Every label in every template, ordered by label."""
     return [template.replace(PLACE, label) for label in labels for template in templates]
 
 
 def ensemble(embeddings_ND: np.ndarray, templates: int) -> np.ndarray:
-    """(labels * templates, D) embeddings of `prompts` to (labels, D) of unit length, float32."""
+    """Embeddings of `prompts` (labels * templates, D) to unit vectors (labels, D), float32."""
     unit = _normalised(embeddings_ND.astype(np.float32))
     return _normalised(unit.reshape(-1, templates, unit.shape[1]).mean(1))
 

@@ -1,4 +1,4 @@
-"""How a head wants an image where the trunk's own transform will not do: in pieces."""
+"""Views: how a head cuts an image into inputs, instead of the trunk's own transform."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -9,15 +9,18 @@ from torch import Tensor
 
 
 class View(Protocol):
-    """Compared by value: heads with equal views share their passes."""
+    """Cuts an image and merges the outputs. Heads with equal views share their passes."""
 
     def __hash__(self) -> int: ...
 
     def cut(self, image: Image.Image) -> list[Tensor]:
-        """The pieces of an RGB image as uint8 tensors (3, H, W), each of which is one input."""
+        """The pieces of an RGB image, uint8 (3, H, W) each. A piece is one input of the trunk."""
 
     def merge(
         self, rows: Sequence[Mapping[str, np.ndarray]], size: tuple[int, int]
     ) -> Mapping[str, np.ndarray]:
-        """What a head's `forward` gave for each piece, put together as its `finish` takes it;
-        `size` is the image's (width, height)."""
+        """The outputs of a head's `forward` for each piece, merged to the input of its `finish`.
+
+        Args:
+            size: (width, height) of the image.
+        """

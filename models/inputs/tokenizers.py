@@ -1,6 +1,6 @@
-"""OpenAI's tokenizer for CLIP: open_clip's, which names the special tokens differently.
+"""OpenAI's tokenizer for CLIP (github.com/openai/CLIP), on top of open_clip's.
 
-Their names in a text stand for the tokens themselves, as in https://github.com/openai/CLIP.
+It differs in the names of the special tokens, which in a text stand for the tokens themselves.
 """
 
 import regex
@@ -13,7 +13,7 @@ _WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
 class OpenAITokenizer(SimpleTokenizer):  # type: ignore[misc]
-    """Texts to (N, context_length) int64 ids: start, the text's first ones, end, zeros."""
+    """Texts to int64 ids (N, context_length): start, the text's first tokens, end, zeros."""
 
     def __init__(self, context_length: int = 77) -> None:
         super().__init__(context_length=context_length)
@@ -24,8 +24,8 @@ class OpenAITokenizer(SimpleTokenizer):  # type: ignore[misc]
 
 
 class CuttingTokenizer(OpenAITokenizer):
-    """The same, but of a text that is too long the end is cut off with its end token, as SLIP's and
-    A-CLIP's code does."""
+    """As `OpenAITokenizer`, but a text that is too long loses its end token, as in SLIP's and
+    A-CLIP's code."""
 
     def __call__(self, texts: str | list[str], context_length: int | None = None) -> Tensor:
         length = context_length or self.context_length

@@ -1,12 +1,19 @@
-"""Architectures that no library has, or has with other habits: one file each."""
+"""Architectures as their authors' code has them, where no library builds them that way.
+
+A module declares its networks as `NETWORKS`: classes or functions by the name that a
+`Checkpoint.architecture` of the library `vitrail` has. They are found by being there.
+"""
 
 from collections.abc import Callable, Mapping
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import timm
 from torch import nn
 
 from models.checkpoints.checkpoint import Checkpoint
+from models.discovery import modules_of
 
 OWN = "vitrail"
 
@@ -21,43 +28,26 @@ def create_network(checkpoint: Checkpoint) -> nn.Module:
 
 
 def create_own(architecture: str, **arguments: Any) -> nn.Module:
-    """A network of this package, by name."""
-    network: nn.Module = _own()[architecture](**arguments)
+    """A network of this package, without weights.
+
+    Raises:
+        KeyError: no module declares `architecture`.
+    """
+    network: nn.Module = networks()[architecture](**arguments)
     return network
 
 
-def _own() -> Mapping[str, Callable[..., Any]]:
-    from timm.models.beit import Beit
-    from timm.models.cait import Cait
-    from timm.models.convnext import ConvNeXt
-    from timm.models.pit import PoolingVisionTransformer
-    from timm.models.tnt import TNT
+@cache
+def networks() -> Mapping[str, Callable[..., Any]]:
+    """Everything that this package's modules declare as `NETWORKS`, by name.
 
-    from models.networks.dhvt import Dhvt
-    from models.networks.ms_clip import MsClipImage
-    from models.networks.mvit import TokenMvit, image_mvit
-    from models.networks.patchconvnet import PatchConvNet
-    from models.networks.pyramid_tnt import PyramidTnt
-    from models.networks.scale_vit import ScaleVit
-    from models.networks.swin import Swin
-    from models.networks.vit import ProjectedVit, Vit
-    from models.networks.vitgan import VitGan
-
-    return {
-        "beit": Beit,
-        "cait": Cait,
-        "convnext": ConvNeXt,
-        "dhvt": Dhvt,
-        "ms-clip-image": MsClipImage,
-        "mvit-images": image_mvit,
-        "mvit-tokens": TokenMvit,
-        "patchconvnet": PatchConvNet,
-        "projected-vit": ProjectedVit,
-        "pit": PoolingVisionTransformer,
-        "pyramid-tnt": PyramidTnt,
-        "scale-vit": ScaleVit,
-        "swin": Swin,
-        "tnt": TNT,
-        "vit": Vit,
-        "vitgan": VitGan,
-    }
+    Raises:
+        ValueError: two modules declare the same name.
+    """
+    collected: dict[str, Callable[..., Any]] = {}
+    for module in modules_of(__name__):
+        declared: Mapping[str, Callable[..., Any]] = getattr(module, "NETWORKS", {})
+        if repeated := collected.keys() & declared.keys():
+            raise ValueError(f"{module.__name__}: {', '.join(sorted(repeated))} declared twice")
+        collected |= declared
+    return MappingProxyType(collected)

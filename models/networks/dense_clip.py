@@ -1,7 +1,7 @@
-"""CLIP's ViT read densely (MaskCLIP, arXiv 2112.01071): an embedding for every patch.
+"""Dense CLIP (MaskCLIP, arXiv 2112.01071): a text-aligned embedding for every patch.
 
-In the last block each patch keeps its own value instead of reading the others; the residual and the
-MLP stay.
+In the last block each patch keeps its own value vector instead of attending to the others; the
+residual connection and the MLP stay. Upstream is github.com/chongzhou96/MaskCLIP.
 """
 
 from typing import Any
@@ -13,15 +13,16 @@ from torch.nn.functional import interpolate, linear
 
 
 def can_be_dense(network: nn.Module) -> bool:
-    """Whether a tower is OpenAI's plain ViT, as open_clip builds it."""
+    """Whether an image tower is OpenAI's plain ViT as open_clip builds it."""
     plain = isinstance(network, VisionTransformer) and network.attn_pool is None
     return plain and network.proj is not None and not network.final_ln_after_pool
 
 
 def dense_pass(network: Any, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """The ordinary embedding (B, D), and one of every patch (B, D, h, w); none normalised.
+    """The image embedding (B, D) and the patch embeddings (B, D, h, w), not normalised.
 
-    For inputs of other sizes than it was trained with, its positions are resized."""
+    The position table is resized to the input's grid.
+    """
     patches = network.conv1(pixels_BCHW)
     batch, _, rows, columns = patches.shape
     first = network.class_embedding.expand(batch, 1, -1).to(patches.dtype)
@@ -35,16 +36,16 @@ def dense_pass(network: Any, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
     values = linear(last.ln_1(x), *_value_projection(last.attn))
     dense = x + last.ls_1(last.attn.out_proj(values))
     dense = dense + last.ls_2(last.mlp(last.ln_2(dense)))
-    done = last(x)
+    tokens = last(x)
     if not network.transformer.batch_first:
-        dense, done = dense.transpose(0, 1), done.transpose(0, 1)
-    embedding = network._pool(done)[0] @ network.proj
+        dense, tokens = dense.transpose(0, 1), tokens.transpose(0, 1)
+    embedding = network._pool(tokens)[0] @ network.proj
     projected = network.ln_post(dense[:, 1:]) @ network.proj
     return embedding, projected.transpose(1, 2).reshape(batch, -1, rows, columns)
 
 
 def positions(table_ND: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(1 + h * w, D): the table, class token first, for a grid of (h, w) cells."""
+    """(1 + h * w, D): the table resized to a grid of (h, w) cells, class token first."""
     side = round((len(table_ND) - 1) ** 0.5)
     if grid == (side, side):
         return table_ND

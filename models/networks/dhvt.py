@@ -1,17 +1,18 @@
-"""DHVT (arXiv 2210.05958): a ViT for small data, with tokens for its heads, and convolutions where
-others have an MLP.
+"""DHVT (arXiv 2210.05958, github.com/ArieSeirack/DHVT): a ViT for small data sets.
+
+Each attention head adds a token of its own, and convolutions replace the MLP.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
 
-# Widths of the stem by patch size, as parts of the whole.
+# By patch size: each convolution of the stem has the embedding width divided by this.
 STEMS = {2: (1,), 4: (2, 1), 16: (8, 4, 2, 1)}
 
 
 class Affine(nn.Module):
-    """Each channel scaled and moved."""
+    """A learned scale and shift per channel."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -23,7 +24,10 @@ class Affine(nn.Module):
 
 
 class Stem(nn.Module):
-    """Convolutions of stride 2 with norms, GELU between them; where there is one, also after it."""
+    """Convolutions of stride 2 with batch norms and GELU between them.
+
+    A stem of one convolution also ends in a GELU.
+    """
 
     def __init__(self, dim: int, patch_size: int) -> None:
         super().__init__()
@@ -46,8 +50,11 @@ class Stem(nn.Module):
 
 
 class Attention(nn.Module):
-    """Beside the tokens stands one for each head, made of what that head's channels are on average;
-    at the end their mean goes to the class token."""
+    """Self-attention with one additional token per head.
+
+    A head token is computed from the mean of that head's channels. After attention, the mean of the
+    head tokens is added to the class token.
+    """
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool) -> None:
         super().__init__()
@@ -63,13 +70,13 @@ class Attention(nn.Module):
         x = torch.cat([x, self._head_tokens(x)], 1)
         split = torch.unflatten(self.qkv(x), -1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         queries, keys, values = split.unbind(0)
-        found = scaled_dot_product_attention(queries, keys, values)
-        x = self.proj(found.transpose(1, 2).flatten(2))
+        context = scaled_dot_product_attention(queries, keys, values)
+        x = self.proj(context.transpose(1, 2).flatten(2))
         first = x[:, :1] + x[:, count:].mean(1, keepdim=True)
         return torch.cat([first, x[:, 1:count]], 1)
 
     def _head_tokens(self, x: Tensor) -> Tensor:
-        """(B, heads, D)."""
+        """One token per head, (B, heads, D)."""
         means = torch.unflatten(x.mean(1), -1, (self.heads, -1))
         wide = torch.unflatten(self.ht_proj(means), -1, (self.heads, -1))
         tokens: Tensor = gelu(self.ht_norm(wide)).flatten(2) + self.pos_embed
@@ -77,7 +84,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Convolutions on the patches; the class token is scaled by what comes of them."""
+    """Convolutions on the patch grid; their pooled output gates the class token."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -96,12 +103,14 @@ class FeedForward(nn.Module):
         cells = torch.unflatten(patches.transpose(1, 2), 2, (side, side))
         cells = gelu(self.bn1(self.conv1(cells)))
         cells = cells + gelu(self.bn2(self.conv2(cells)))
-        done = self.bn3(self.conv3(cells)).flatten(2).transpose(1, 2)
-        weight = self.excitation(gelu(self.compress(done.mean(1, keepdim=True))))
-        return torch.cat([first * weight, done], 1)
+        patches = self.bn3(self.conv3(cells)).flatten(2).transpose(1, 2)
+        weight = self.excitation(gelu(self.compress(patches.mean(1, keepdim=True))))
+        return torch.cat([first * weight, patches], 1)
 
 
 class Block(nn.Module):
+    """Pre-norm attention and feed-forward."""
+
     def __init__(self, dim: int, heads: int, hidden: int, qkv_bias: bool) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -111,12 +120,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
-        done: Tensor = x + self.mlp(self.norm2(x))
-        return done
+        result: Tensor = x + self.mlp(self.norm2(x))
+        return result
 
 
 class Dhvt(nn.Module):
-    """Square inputs of any size that the patches divide; there are no positions but the heads'."""
+    """Square inputs of any multiple of the patch size; only the head tokens have positions."""
 
     num_prefix_tokens = 1
 
@@ -142,13 +151,16 @@ class Dhvt(nn.Module):
         self.head = nn.Linear(embed_dim, num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, 1 + N, D)."""
+        """Tokens after the norm, (B, 1 + N, D), class token first."""
         patches = self.patch_embed(x)
         tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), patches], 1)
-        done: Tensor = self.norm(self.blocks(tokens))
-        return done
+        normed: Tensor = self.norm(self.blocks(tokens))
+        return normed
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, K) logits, or the class token."""
+        """Logits (B, K), or the class token (B, D)."""
         first = x[:, 0]
         return first if pre_logits else self.head(first)
+
+
+NETWORKS = {"dhvt": Dhvt}

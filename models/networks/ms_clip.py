@@ -1,7 +1,8 @@
-"""MS-CLIP-S's image tower (arXiv 2207.12661): a ViT whose blocks are shared with the text tower,
-behind a stem of residual convolutions, with a branch of bottlenecks that reads the image beside it.
+"""MS-CLIP-S's image tower (arXiv 2207.12661, github.com/Hxyou/MSCLIP).
 
-Module names are the checkpoint's. The first block of the transformer is the stem.
+A ViT whose blocks are shared with the text tower, behind a stem of residual convolutions. A
+parallel branch of bottlenecks reads the image, and adapters fuse it into the tokens. Module names
+are the checkpoint's; the transformer's first block is the stem.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ def _norm(dim: int) -> nn.LayerNorm:
 
 
 class BasicBlock(nn.Module):
-    """One convolution, and beside it a 1x1 one."""
+    """A residual block of one convolution, with a 1x1 convolution as its shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -38,7 +39,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Three convolutions, and beside them a 1x1 one."""
+    """A residual bottleneck of three convolutions, with a 1x1 convolution as its shortcut."""
 
     def __init__(self, inputs: int, outputs: int, hidden: int, stride: int) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ class Bottleneck(nn.Module):
 
 
 class Stem(nn.Module):
-    """Image to a grid of the transformer's width."""
+    """Images to a grid (B, width, h, w)."""
 
     def __init__(self, width: int, strides: Sequence[int], kernel: int) -> None:
         super().__init__()
@@ -77,7 +78,7 @@ class Stem(nn.Module):
 
 
 class FirstStage(nn.Module):
-    """The first part of the branch beside the transformer."""
+    """The first stage of the parallel branch."""
 
     def __init__(self, outputs: int, stride: int, kernel: int) -> None:
         super().__init__()
@@ -89,7 +90,7 @@ class FirstStage(nn.Module):
 
 
 class Stage(nn.Module):
-    """A further part of that branch."""
+    """A further stage of the parallel branch."""
 
     def __init__(self, inputs: int, outputs: int, hidden: int, stride: int) -> None:
         super().__init__()
@@ -102,7 +103,7 @@ class Stage(nn.Module):
 
 
 class Convolved(nn.Module):
-    """A convolution, normalised or not."""
+    """A convolution with an optional batch norm."""
 
     def __init__(self, conv: nn.Conv2d, *, norm: bool) -> None:
         super().__init__()
@@ -115,8 +116,7 @@ class Convolved(nn.Module):
 
 
 class Adapter(nn.Module):
-    """Replaces the tokens by what they and the branch come to together; the class token counts
-    twice."""
+    """Fuses the branch's features into the tokens. The class token is doubled, as upstream does."""
 
     def __init__(self, width: int, channels: int, kernel: int, stride: int) -> None:
         super().__init__()
@@ -127,15 +127,15 @@ class Adapter(nn.Module):
         self.ln_adapt = _norm(width)
 
     def forward(self, tokens_BTD: Tensor, branch_BChw: Tensor) -> Tensor:
-        beside = self.top2bottom_pw_conv(self.top2bottom_dw_conv(branch_BChw))
-        grid = tokens_BTD[:, 1:].transpose(1, 2).reshape(beside.shape)
-        patches = (self.bottom_dw_conv(grid) + beside).flatten(2).transpose(1, 2)
+        projected = self.top2bottom_pw_conv(self.top2bottom_dw_conv(branch_BChw))
+        grid = tokens_BTD[:, 1:].transpose(1, 2).reshape(projected.shape)
+        patches = (self.bottom_dw_conv(grid) + projected).flatten(2).transpose(1, 2)
         fused: Tensor = self.ln_adapt(torch.cat([2 * tokens_BTD[:, :1], patches], 1))
         return fused
 
 
 class FusedAttention(nn.Module):
-    """Self-attention with one matrix for queries, keys and values, by PyTorch's names."""
+    """Self-attention under the parameter names of PyTorch's `nn.MultiheadAttention`."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -149,8 +149,8 @@ class FusedAttention(nn.Module):
         projected = nn.functional.linear(x, self.in_proj_weight, self.in_proj_bias)
         split = projected.reshape(batch, count, 3, self.heads, width // self.heads)
         query, key, value = split.permute(2, 0, 3, 1, 4)
-        read = scaled_dot_product_attention(query, key, value)
-        result: Tensor = self.out_proj(read.transpose(1, 2).reshape(batch, count, width))
+        context = scaled_dot_product_attention(query, key, value)
+        result: Tensor = self.out_proj(context.transpose(1, 2).reshape(batch, count, width))
         return result
 
 
@@ -169,12 +169,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
-        done: Tensor = x + self.mlp(self.ln_2(x))
-        return done
+        result: Tensor = x + self.mlp(self.ln_2(x))
+        return result
 
 
 class Transformer(nn.Module):
-    """The stem, the blocks, and the branch with its adapters."""
+    """The stem, the blocks, and the parallel branch with its adapters."""
 
     def __init__(
         self,
@@ -206,13 +206,19 @@ class Transformer(nn.Module):
 
 
 class MsClipImage(nn.Module):
-    """The tower, with timm's names for what a trunk calls.
+    """The image tower, with timm's method names.
 
     Args:
-        channels: of each stage of the branch; `bottlenecks` within all but the first.
-        lateral: before which block each adapter comes.
-        strides: of the branch's stages; `kernels` and `kernel_strides` of the adapters.
-        first_kernels: of the first convolutions of stem and branch.
+        hidden: width of the MLPs.
+        projected: width of the shared embedding space.
+        stem_strides: stride of each residual block of the stem.
+        channels: output channels of each stage of the branch.
+        bottlenecks: inner channels of each stage of the branch but the first.
+        strides: stride of each stage of the branch.
+        kernels: kernel size of each adapter.
+        kernel_strides: stride of each adapter.
+        lateral: number of the block that each adapter comes before.
+        first_kernels: kernel sizes of the first convolutions of the stem and of the branch.
     """
 
     num_classes = 0
@@ -252,7 +258,7 @@ class MsClipImage(nn.Module):
         self.proj = nn.Parameter(torch.zeros(width, projected))
 
     def forward_features(self, pixels_BCHW: Tensor) -> Tensor:
-        """(B, 1 + N, width): tokens after the last norm, class token first."""
+        """Tokens after the last norm, (B, 1 + N, width), class token first."""
         parts = self.transformer
         stem, *blocks = parts.resblocks
         grid = stem(pixels_BCHW).flatten(2).transpose(1, 2)
@@ -269,5 +275,8 @@ class MsClipImage(nn.Module):
         return normed
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, projected): the class token where texts are."""
+        """The class token projected to the shared space, (B, projected)."""
         return x[:, 0] @ self.proj
+
+
+NETWORKS = {"ms-clip-image": MsClipImage}

@@ -1,4 +1,7 @@
-"""MViT: timm's for images without absolute positions (v2), torchvision's for all others."""
+"""MViT v1 and v2 (arXiv 2104.11227, 2112.01526).
+
+timm's network runs image models with relative positions (v2); torchvision's runs all others.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +14,7 @@ from torchvision.models.video.mvit import MSBlockConfig, MViT
 def image_mvit(
     *, img_size: int, num_classes: int, global_pool: str, config: Mapping[str, Any]
 ) -> nn.Module:
-    """timm's; `config` are the fields of its MultiScaleVitCfg."""
+    """timm's MViT v2; `config` holds the fields of its `MultiScaleVitCfg`."""
     network: nn.Module = MultiScaleVit(
         MultiScaleVitCfg(**config),
         img_size=(img_size, img_size),
@@ -22,8 +25,10 @@ def image_mvit(
 
 
 class TokenMvit(MViT):  # type: ignore[misc]
-    """torchvision's, in timm's two steps. Clips (B, 3, T, H, W), or images, which are clips of one
-    frame."""
+    """torchvision's MViT with timm's `forward_features` and `forward_head`.
+
+    Takes clips (B, 3, T, H, W), or images (B, 3, H, W) as clips of one frame.
+    """
 
     num_prefix_tokens = 1
 
@@ -53,7 +58,7 @@ class TokenMvit(MViT):  # type: ignore[misc]
         self.last_grid = (0, 0, 0)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, 1 + T * h * w, D): class token first, frame by frame."""
+        """Tokens after the norm, (B, 1 + T * h * w, D): class token first, then frame by frame."""
         if x.dim() == 4:
             x = x[:, :, None]
         tokens = self.pos_encoding(self.conv_proj(x).flatten(2).transpose(1, 2))
@@ -61,10 +66,13 @@ class TokenMvit(MViT):  # type: ignore[misc]
         for block in self.blocks:
             tokens, grid = block(tokens, grid)
         self.last_grid = grid
-        done: Tensor = self.norm(tokens)
-        return done
+        normed: Tensor = self.norm(tokens)
+        return normed
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, K) logits, or the class token."""
+        """Logits (B, K), or the class token (B, D)."""
         first = x[:, 0]
         return first if pre_logits else self.head(first)
+
+
+NETWORKS = {"mvit-images": image_mvit, "mvit-tokens": TokenMvit}

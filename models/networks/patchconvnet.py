@@ -1,5 +1,7 @@
-"""PatchConvNet (arXiv 2112.13692): convolutions all the way, and one attention that gathers patches
-into a class token, or into one for each class.
+"""PatchConvNet (arXiv 2112.13692, github.com/facebookresearch/deit).
+
+A convolutional trunk without pyramid, and attention pooling of its patches into one class token, or
+into one token per class.
 """
 
 from typing import Any
@@ -12,7 +14,7 @@ STRIDE = 16
 
 
 class SqueezeExcite(nn.Module):
-    """(B, D, h, w): channels gated by what their means say."""
+    """Squeeze-and-excitation: channels of (B, D, h, w) gated by their means."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -26,7 +28,7 @@ class SqueezeExcite(nn.Module):
 
 
 class Branch(nn.Module):
-    """The convolutions of a column, on a square grid of tokens (B, N, D)."""
+    """The convolutions of a block, on tokens (B, N, D) of a square grid."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -42,11 +44,13 @@ class Branch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         side = round(x.shape[1] ** 0.5)
         cells = torch.unflatten(x.transpose(1, 2), 2, (side, side))
-        done: Tensor = self.qkv_pos(cells).flatten(2).transpose(1, 2)
-        return done
+        result: Tensor = self.qkv_pos(cells).flatten(2).transpose(1, 2)
+        return result
 
 
 class Column(nn.Module):
+    """A residual block of the column."""
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -54,12 +58,12 @@ class Column(nn.Module):
         self.gamma_1 = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        done: Tensor = x + self.gamma_1 * self.attn(self.norm1(x))
-        return done
+        result: Tensor = x + self.gamma_1 * self.attn(self.norm1(x))
+        return result
 
 
 class Gathering(nn.Module):
-    """Class tokens ask, `seen` tokens answer."""
+    """Cross-attention from class tokens (queries) to context tokens (keys and values)."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -69,23 +73,23 @@ class Gathering(nn.Module):
         self.v = nn.Linear(dim, dim)
         self.proj = nn.Linear(dim, dim)
 
-    def probabilities(self, asking: Tensor, seen: Tensor) -> Tensor:
-        """(B, heads, asking, seen)."""
-        queries, keys = self._split(self.q(asking)), self._split(self.k(seen))
+    def probabilities(self, classes: Tensor, context: Tensor) -> Tensor:
+        """Attention probabilities (B, heads, classes, context)."""
+        queries, keys = self._split(self.q(classes)), self._split(self.k(context))
         scale: float = keys.shape[-1] ** -0.5
         return (queries @ keys.transpose(-2, -1) * scale).softmax(-1)
 
-    def forward(self, asking: Tensor, seen: Tensor) -> Tensor:
-        found = self.probabilities(asking, seen) @ self._split(self.v(seen))
-        gathered: Tensor = self.proj(found.transpose(1, 2).flatten(2))
-        return gathered
+    def forward(self, classes: Tensor, context: Tensor) -> Tensor:
+        pooled = self.probabilities(classes, context) @ self._split(self.v(context))
+        result: Tensor = self.proj(pooled.transpose(1, 2).flatten(2))
+        return result
 
     def _split(self, x: Tensor) -> Tensor:
         return torch.unflatten(x, -1, (self.heads, -1)).transpose(1, 2)
 
 
 class Aggregation(nn.Module):
-    """Tokens of several classes see patches alone; a single one also sees itself."""
+    """Attention pooling: several class tokens attend to patches, a single one also to itself."""
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -97,18 +101,18 @@ class Aggregation(nn.Module):
         self.gamma_2 = nn.Parameter(torch.ones(dim))
 
     def sides(self, classes: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Who asks and who is seen, both normed."""
-        asking, seen = self.norm1(classes), self.norm1(patches)
-        return asking, torch.cat([asking, seen], 1) if asking.shape[1] == 1 else seen
+        """The queries' and the context's tokens, both normalised."""
+        queries, context = self.norm1(classes), self.norm1(patches)
+        return queries, torch.cat([queries, context], 1) if queries.shape[1] == 1 else context
 
     def forward(self, classes: Tensor, patches: Tensor) -> Tensor:
         classes = classes + self.gamma_1 * self.attn(*self.sides(classes, patches))
-        done: Tensor = classes + self.gamma_2 * self.mlp(self.norm2(classes))
-        return done
+        result: Tensor = classes + self.gamma_2 * self.mlp(self.norm2(classes))
+        return result
 
 
 class PatchConvNet(nn.Module):
-    """Any square input whose sides are multiples of 16; there are no positions."""
+    """Square inputs of any multiple of 16; there are no positions."""
 
     def __init__(
         self,
@@ -138,38 +142,38 @@ class PatchConvNet(nn.Module):
             self.head = nn.Linear(embed_dim, num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, classes + N, D)."""
+        """Tokens after the norm, (B, classes + N, D), class tokens first."""
         patches = self.blocks(self.patch_embed(x))
         classes = self.cls_token.expand(len(x), -1, -1)
         for block in self.blocks_token_only:
             classes = block(classes, patches)
-        done: Tensor = self.norm(torch.cat([classes, patches], 1))
-        return done
+        normed: Tensor = self.norm(torch.cat([classes, patches], 1))
+        return normed
 
     def last_attention(self, x: Tensor) -> Tensor:
-        """(B, heads, 1, 1 + N) or (B, heads, classes, N): of the last aggregation."""
+        """The last pooling's attention, (B, heads, 1, 1 + N) or (B, heads, classes, N)."""
         patches = self.blocks(self.patch_embed(x))
         classes = self.cls_token.expand(len(x), -1, -1)
         last: Any = self.blocks_token_only[-1]
         for block in self.blocks_token_only[:-1]:
             classes = block(classes, patches)
-        found: Tensor = last.attn.probabilities(*last.sides(classes, patches))
-        return found
+        attention: Tensor = last.attn.probabilities(*last.sides(classes, patches))
+        return attention
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, K) logits, or the class token; of several their mean."""
+        """Logits (B, K), or the mean of the class tokens (B, D)."""
         classes = x[:, : self.num_prefix_tokens]
         if pre_logits:
             return classes.mean(1)
         if isinstance(self.head, nn.ModuleList):
-            own = [head(classes[:, number]) for number, head in enumerate(self.head)]
-            return torch.cat(own, 1)
+            scores = [head(classes[:, number]) for number, head in enumerate(self.head)]
+            return torch.cat(scores, 1)
         logits: Tensor = self.head(classes[:, 0])
         return logits
 
 
 class Stem(nn.Module):
-    """Four convolutions of stride 2, a GELU between them."""
+    """Four convolutions of stride 2 with GELU between them: patches of 16 pixels."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -185,3 +189,6 @@ class Stem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         embedded: Tensor = self.proj(x).flatten(2).transpose(1, 2)
         return embedded
+
+
+NETWORKS = {"patchconvnet": PatchConvNet}

@@ -1,6 +1,7 @@
-"""PyramidTNT (arXiv 2201.00978): words within patches, patches in four stages of a pyramid.
+"""PyramidTNT (arXiv 2201.00978, github.com/huawei-noah/Efficient-AI-Backbones).
 
-Shape suffixes: B images, N patches (sentences), M words of a patch, C and D their channels.
+Each patch ("sentence") holds 4 x 4 finer tokens ("words"); both run through four pyramid stages.
+Shape suffixes: B images, N patches, M words of a patch, C channels of a word, D of a patch.
 """
 
 import itertools
@@ -12,7 +13,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
-WORDS = 4  # a side of the words in a patch
+WORDS = 4  # words along each side of a patch
 
 
 def _convolution(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
@@ -24,7 +25,7 @@ def _convolution(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
 
 
 class Stem(nn.Module):
-    """Words at half the resolution, 4 x 4 to a patch, and patches at an eighth."""
+    """Words (B * N, M, C) at half the resolution, and patches (B, N, D) at an eighth."""
 
     def __init__(self, inner: int, outer: int) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class Stem(nn.Module):
 
 
 class Attention(nn.Module):
-    """Keys and values may come of patches averaged `reduction` by `reduction`."""
+    """Self-attention; keys and values come from patches averaged over `reduction` squared cells."""
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool, reduction: int = 1) -> None:
         super().__init__()
@@ -61,27 +62,28 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         queries = torch.unflatten(self.q(x), -1, (self.heads, -1)).transpose(1, 2)
-        split = torch.unflatten(self.kv(self._seen(x)), -1, (2, self.heads, -1))
+        split = torch.unflatten(self.kv(self._context(x)), -1, (2, self.heads, -1))
         keys, values = split.permute(2, 0, 3, 1, 4).unbind(0)
         scores = queries @ keys.transpose(-2, -1) * queries.shape[-1] ** -0.5
         if positions is not None:
             scores = scores + positions
-        found = scores.softmax(-1) @ values
-        done: Tensor = self.proj(found.transpose(1, 2).flatten(2))
-        return done
+        context = scores.softmax(-1) @ values
+        result: Tensor = self.proj(context.transpose(1, 2).flatten(2))
+        return result
 
-    def _seen(self, x: Tensor) -> Tensor:
+    def _context(self, x: Tensor) -> Tensor:
+        """The tokens that keys and values are computed from."""
         if self.reduction == 1:
             return x
         side = round(x.shape[1] ** 0.5)
         cells = torch.unflatten(x.transpose(1, 2), 2, (side, side))
         pooled = avg_pool2d(cells, self.reduction).flatten(2).transpose(1, 2)
-        seen: Tensor = self.norm(self.linear(pooled))
-        return seen
+        reduced: Tensor = self.norm(self.linear(pooled))
+        return reduced
 
 
 class Block(nn.Module):
-    """The words' own attention, where there is one, tells the patches; then theirs."""
+    """Attention among words, added to their patch where there is one, then among patches."""
 
     def __init__(
         self, inner: int, outer: int, heads: tuple[int, int], reduction: int, has_inner: bool,
@@ -119,8 +121,10 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks with one table of relative positions; the first, and in long stages the second, have
-    an inner attention."""
+    """Blocks that share one table of relative positions.
+
+    The first block has an inner attention, and in stages of more than 6 blocks also the second.
+    """
 
     def __init__(self, count: int, depth: int, reduction: int, **sizes: Any) -> None:
         super().__init__()
@@ -140,7 +144,7 @@ class Stage(nn.Module):
 
 
 class WordMerge(nn.Module):
-    """2 x 2 neighbouring patches become one of as many words, by a convolution of stride 2."""
+    """The words of 2 x 2 patches to those of one, by a convolution of stride 2."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -155,7 +159,7 @@ class WordMerge(nn.Module):
 
 
 class SentenceMerge(nn.Module):
-    """Patches halved in each direction by a convolution of stride 2."""
+    """Patches to half as many in each direction, by a convolution of stride 2."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -169,7 +173,13 @@ class SentenceMerge(nn.Module):
 
 
 class PyramidTnt(nn.Module):
-    """Square inputs of one size, a multiple of 64."""
+    """Square inputs of one size, a multiple of 64. Sequences have one entry per stage.
+
+    Args:
+        inner_dims: channels of a word.
+        outer_dims: channels of a patch.
+        reductions: side of the cells that keys and values are averaged over.
+    """
 
     num_prefix_tokens = 0
 
@@ -214,7 +224,7 @@ class PyramidTnt(nn.Module):
         self.head = nn.Linear(outer_dims[-1], num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, D, h, w): the last stage after the norm."""
+        """The last stage after the norm, (B, D, h, w)."""
         words, patches = self.patch_embed(x)
         words, patches = words + self.inner_pos, patches + self.outer_pos
         side = self.side
@@ -228,6 +238,9 @@ class PyramidTnt(nn.Module):
         return torch.unflatten(normed.transpose(1, 2), 2, (side, side))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, K) logits, or the mean patch."""
+        """Logits (B, K), or the mean patch (B, D)."""
         mean = x.mean((2, 3))
         return mean if pre_logits else self.head(mean)
+
+
+NETWORKS = {"pyramid-tnt": PyramidTnt}

@@ -1,7 +1,8 @@
-"""Scale-MAE's decoder (arXiv 2212.14532): a transformer, then a pyramid whose finer level draws
-detail at twice the input's size, and whose coarser one draws the rest at the input's size.
+"""Scale-MAE's decoder (arXiv 2212.14532, github.com/bair-climate-initiative/scale-mae).
 
-Module names are the checkpoint's.
+A transformer and a two-level pyramid: the fine level predicts high frequencies at twice the input's
+size, the coarse level predicts low frequencies at the input's size. Module names are the
+checkpoint's.
 """
 
 from functools import partial
@@ -20,7 +21,13 @@ NORM_EPS = 1e-6
 
 
 class Drawn(NamedTuple):
-    """`low` (B, 3, H, W), `high` (B, 3, 2H, 2W), and both `combined` (B, 3, 2H, 2W)."""
+    """The predicted images.
+
+    Args:
+        low: low frequencies, (B, 3, H, W).
+        high: high frequencies, (B, 3, 2H, 2W).
+        combined: their sum, (B, 3, 2H, 2W).
+    """
 
     low: Tensor
     high: Tensor
@@ -28,7 +35,7 @@ class Drawn(NamedTuple):
 
 
 class Norm2d(nn.Module):
-    """A layer norm over channels."""
+    """A layer norm over the channels of (B, C, h, w)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -40,7 +47,7 @@ class Norm2d(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """A grid at four times and at twice its size."""
+    """A grid (B, C, h, w) upsampled by 4 and by 2."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -53,7 +60,7 @@ class Pyramid(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """Two convolutions after activations, and beside them a third."""
+    """Two convolutions behind activations, with a 1x1 convolution as their shortcut."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -72,7 +79,7 @@ class ConvBlock(nn.Module):
 
 
 class ConvHead(nn.Module):
-    """A grid to pixels at eight times its size."""
+    """A grid (B, C, h, w) to pixels (B, 3, 8h, 8w)."""
 
     def __init__(self, inputs: int, dim: int, layers: int) -> None:
         super().__init__()
@@ -96,7 +103,16 @@ class ConvHead(nn.Module):
 
 
 class ScaleDecoder(nn.Module):
-    """Sees no class token. `band`: side in pixels that the coarse drawing is reduced to."""
+    """Decodes all patches, without the class token.
+
+    Args:
+        width: channels of the encoder.
+        dim: channels of the decoder's transformer, of `depth` blocks with `heads` heads each.
+        fcn_dim: channels of the convolutional heads.
+        fcn_layers: blocks of each convolutional head.
+        shared: both pyramid levels use one convolutional head.
+        band: side in pixels that the low-frequency image is reduced to.
+    """
 
     def __init__(
         self, *, width: int, dim: int, depth: int, heads: int, fcn_dim: int, fcn_layers: int,
@@ -118,12 +134,13 @@ class ScaleDecoder(nn.Module):
             self.fcn_low = ConvHead(dim, fcn_dim, fcn_layers)
 
     def forward(self, visible: Visible, input_res: Tensor) -> Drawn:
-        """`input_res` (B,) as `ScaleVit.forward_features` takes it."""
-        seen = self.decoder_embed(visible.latent)[:, 1:]
+        """`input_res` (B,) is the same as in `ScaleVit.forward_features`."""
+        patches = self.decoder_embed(visible.latent)[:, 1:]
         batch, count = visible.restore.shape
-        every = torch.cat([seen, self.mask_token.expand(batch, count - seen.shape[1], -1)], 1)
-        dim, side = every.shape[-1], round(count**0.5)
-        x = every.gather(1, visible.restore[..., None].expand(-1, -1, dim))
+        masked = self.mask_token.expand(batch, count - patches.shape[1], -1)
+        shuffled = torch.cat([patches, masked], 1)
+        dim, side = shuffled.shape[-1], round(count**0.5)
+        x = shuffled.gather(1, visible.restore[..., None].expand(-1, -1, dim))
         x = x + ground_positions(input_res, side, side, dim)
         x = self.decoder_norm(self.decoder_blocks(x))
         fine, coarse = self.fpn(x.transpose(1, 2).reshape(batch, dim, side, side))

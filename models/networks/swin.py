@@ -1,4 +1,6 @@
-"""timm's Swin with the norms' epsilon of the self-supervised codes, and a look inside."""
+"""timm's Swin (arXiv 2103.14030) as self-supervised methods use it: another norm epsilon, and
+access to block outputs and attention.
+"""
 
 from functools import partial
 from typing import Any
@@ -9,32 +11,33 @@ from torch import Tensor, nn
 
 
 class Swin(SwinTransformer):  # type: ignore[misc]
-    """`norm_eps` is that of every norm."""
+    """timm's Swin; `norm_eps` is the epsilon of every layer norm."""
 
     def __init__(self, *, norm_eps: float = 1e-6, **arguments: Any) -> None:
         super().__init__(norm_layer=partial(nn.LayerNorm, eps=norm_eps), **arguments)
 
     def block_outputs(self, pixels_BCHW: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Each block's output (B, h, w, D), and what the last one got; those of the last stage as
-        the final norm leaves them."""
+        """Each block's output (B, h, w, D), and the input of the last block.
+
+        Outputs of the last stage are after the final norm.
+        """
         x = self.patch_embed(pixels_BCHW)
         outputs: list[Tensor] = []
-        given = x
+        last_input = x
         for number, stage in enumerate(self.layers):
             x = stage.downsample(x)
             for block in stage.blocks:
-                given = x
+                last_input = x
                 x = block(x)
                 last = number == len(self.layers) - 1
                 outputs.append(self.norm(x) if last else x)
-        return outputs, given
+        return outputs, last_input
 
-    def last_attention(self, given_BhwD: Tensor) -> Tensor:
-        """(B * windows, heads, T, T): with what probabilities the last block's tokens read those of
-        their window, for what it got."""
+    def last_attention(self, input_BhwD: Tensor) -> Tensor:
+        """The last block's attention probabilities, (B * windows, heads, T, T), for its input."""
         block = self.layers[-1].blocks[-1]
         shifts = tuple(-shift for shift in block.shift_size)
-        x = torch.roll(block.norm1(given_BhwD), shifts, (1, 2))
+        x = torch.roll(block.norm1(input_BhwD), shifts, (1, 2))
         windows = window_partition(x, block.window_size).flatten(1, 2)
         attention = block.attn
         split = torch.unflatten(attention.qkv(windows), -1, (3, attention.num_heads, -1))
@@ -47,3 +50,6 @@ class Swin(SwinTransformer):  # type: ignore[misc]
             scores = masked.flatten(0, 1)
         probabilities: Tensor = scores.softmax(-1)
         return probabilities
+
+
+NETWORKS = {"swin": Swin}

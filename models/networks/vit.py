@@ -1,7 +1,7 @@
-"""timm's ViT with what its authors' codes do otherwise: how positions are resized, and the stem.
+"""timm's ViT with the authors' ways of resizing positions and embedding patches.
 
-Every code resizes the table of positions by a rule of its own, none of them timm's (which filters
-against aliasing).
+Each code base resizes the position table by its own rule. All of them differ from timm's, which
+uses an antialiasing filter.
 """
 
 from collections.abc import Callable
@@ -14,25 +14,27 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-# Cells (1, D, h, w) as stored, and the grid wanted, to cells (1, D, H, W).
+# Stored cells (1, D, h, w) and a target grid (H, W) to cells (1, D, H, W).
 Rule = Callable[[Tensor, tuple[int, int]], Tensor]
 
 
 def dino_rule(cells_1Dhw: Tensor, grid: tuple[int, int]) -> Tensor:
-    """DINO's (and iBOT's, SiT's): a scale factor with 0.1 added to the grid, which moves every
-    sampling point."""
+    """The rule of DINO, iBOT and SiT: bicubic by a scale factor, with 0.1 added to the grid.
+
+    The addition moves every sampling point.
+    """
     stored = cells_1Dhw.shape[-1]
     factors = tuple((side + 0.1) / stored for side in grid)
     return interpolate(cells_1Dhw, scale_factor=factors, mode="bicubic")
 
 
 def bicubic_rule(cells_1Dhw: Tensor, grid: tuple[int, int]) -> Tensor:
-    """MAE's and its kin's: to that size, not filtered against aliasing."""
+    """The rule of MAE and related code: bicubic to the target size, without antialiasing."""
     return interpolate(cells_1Dhw, size=grid, mode="bicubic", align_corners=False)
 
 
 def corners_rule(cells_1Dhw: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Google's JAX code (scipy's zoom of order 1): linear, corners on corners."""
+    """The rule of Google's JAX code (scipy's `zoom` of order 1): bilinear with aligned corners."""
     return interpolate(cells_1Dhw, size=grid, mode="bilinear", align_corners=True)
 
 
@@ -40,7 +42,7 @@ RULES: dict[str, Rule] = {"dino": dino_rule, "bicubic": bicubic_rule, "corners":
 
 
 class Patches(PatchEmbed):  # type: ignore[misc]
-    """Pixels beyond the last whole patch are left out, as a convolution leaves them."""
+    """Patch embedding that ignores pixels beyond the last whole patch, as a convolution does."""
 
     def forward(self, x: Tensor) -> Tensor:
         rows, columns = self.patch_size
@@ -51,7 +53,7 @@ class Patches(PatchEmbed):  # type: ignore[misc]
 
 
 class ConvStem(Patches):
-    """MoCo v3's stem of convolutions (arXiv 2106.14881): four of stride 2, then one of 1x1."""
+    """MoCo v3's convolutional stem (arXiv 2106.14881): four of stride 2, then a 1x1."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -67,15 +69,19 @@ class ConvStem(Patches):
 
 
 class Vit(VisionTransformer):  # type: ignore[misc]
-    """`positions` names the rule for other input sizes than the stored one's, or is `fixed`;
-    `norm_eps` is that of every norm."""
+    """timm's ViT with a chosen rule for resizing its positions."""
 
     def __init__(
         self, *, positions: str, conv_stem: bool = False, norm_eps: float = 1e-6, **arguments: Any
     ) -> None:
         """
+        Args:
+            positions: name of the rule in `RULES`, or `fixed` for inputs of one size.
+            conv_stem: embed patches by `ConvStem`.
+            norm_eps: epsilon of every layer norm.
+
         Raises:
-            KeyError: no such rule.
+            KeyError: no rule is called `positions`.
         """
         embed_layer = ConvStem if conv_stem else Patches
         self._rule = None if positions == "fixed" else RULES[positions]
@@ -97,7 +103,7 @@ class Vit(VisionTransformer):  # type: ignore[misc]
         return x + self.positions(grid)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """(1, T, D): the table for a grid of (h, w) cells, class token first if there is one."""
+        """The table (1, T, D) for a grid of (h, w) cells, a class token first if there is one."""
         table: Tensor = self.pos_embed
         stored: tuple[int, int] = self.patch_embed.grid_size
         if self._rule is None or grid == stored:
@@ -109,13 +115,16 @@ class Vit(VisionTransformer):  # type: ignore[misc]
 
 
 class ProjectedVit(Vit):
-    """The image tower of a two-tower model: what is pooled, projected to where texts are."""
+    """The image tower of a two-tower model: a ViT with a projection to the shared space."""
 
     def __init__(self, *, projected: int, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.projection = nn.Parameter(torch.zeros(self.embed_dim, projected))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, projected)."""
+        """The projected pooled features, (B, projected)."""
         pooled: Tensor = super().forward_head(x, pre_logits=True)
         return pooled @ self.projection
+
+
+NETWORKS = {"projected-vit": ProjectedVit, "vit": Vit}

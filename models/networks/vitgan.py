@@ -1,8 +1,10 @@
-"""ViTGAN's generators (arXiv 2107.04589): a transformer over tokens of places, turned to pixels by
-StyleGAN 2's convolutions (arXiv 1912.04958) or by a small network per tile (CIPS, 2011.13775).
+"""ViTGAN's generators (arXiv 2107.04589, github.com/mlpc-ucsd/ViTGAN).
 
-Scales of the equalised learning rate and of spectral norms are folded into the weights by
-`checkpoints/vitgan.py`, so that plain layers do.
+A transformer over a grid of Fourier features. Its tokens become pixels by StyleGAN 2's convolutions
+(arXiv 1912.04958), or by a small network per tile (CIPS, arXiv 2011.13775).
+
+`checkpoints/formats/vitgan.py` folds the scales of the equalised learning rate and of spectral
+normalisation into the weights, so that plain layers are enough here.
 """
 
 from collections.abc import Sequence
@@ -17,7 +19,7 @@ GAIN = 2**0.5
 
 
 class Mapping(nn.Sequential):
-    """Latents (B, D) of unit mean square, through linear layers, to styles (B, D)."""
+    """Latents (B, D), normalised to unit mean square, to styles (B, D) by linear layers."""
 
     def __init__(self, dim: int, depth: int) -> None:
         super().__init__(*(nn.Linear(dim, dim) for _ in range(depth)))
@@ -30,7 +32,7 @@ class Mapping(nn.Sequential):
 
 
 class Places(nn.Module):
-    """Fourier features (1, D, side, side) of a grid of places from -1 to 1."""
+    """Fourier features (1, D, side, side) of a grid of coordinates from -1 to 1."""
 
     def __init__(self, dim: int, side: int) -> None:
         super().__init__()
@@ -46,7 +48,7 @@ class Places(nn.Module):
 
 
 class StyledNorm(nn.Module):
-    """A layer norm whose scale and shift come from the style."""
+    """A layer norm whose scale and shift are computed from the style."""
 
     def __init__(self, dim: int, style: int) -> None:
         super().__init__()
@@ -60,8 +62,11 @@ class StyledNorm(nn.Module):
 
 
 class DistanceAttention(nn.Module):
-    """Attention by distance, as upstream computes it: the mean square of the queries stands for
-    that of the keys too, and the sign is positive."""
+    """Attention by L2 distance, as upstream computes it.
+
+    The mean square of the queries is also used for the keys, and the distance enters the softmax
+    with a positive sign.
+    """
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -77,13 +82,13 @@ class DistanceAttention(nn.Module):
         square = query.square().mean(-1)
         distance = square[..., None] - 2 * query @ key.transpose(-2, -1) + square[..., None, :]
         scale = self.temperature * (dim // self.heads) ** -0.5
-        read = (distance * scale).softmax(-1) @ value
-        result: Tensor = self.to_out(read.transpose(1, 2).reshape(batch, count, dim))
+        context = (distance * scale).softmax(-1) @ value
+        result: Tensor = self.to_out(context.transpose(1, 2).reshape(batch, count, dim))
         return result
 
 
 class Block(nn.Module):
-    """Residuals start from what is normalised already."""
+    """A transformer block whose residual connections start after the norms."""
 
     def __init__(self, dim: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -96,13 +101,18 @@ class Block(nn.Module):
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
         x = self.norm1(x, style)
         x = self.norm2(self.attn(x) + x, style)
-        done: Tensor = self.fc2(silu(self.fc1(x))) + x
-        return done
+        result: Tensor = self.fc2(silu(self.fc1(x))) + x
+        return result
 
 
 class Modulated(nn.Module):
-    """A convolution whose weights the style scales by input channel; `up` doubles the size first,
-    with a blur."""
+    """A convolution whose weights are scaled by the style, per input channel.
+
+    Args:
+        up: double the resolution first, followed by a blur.
+        demodulate: normalise the scaled weights of each output channel.
+        blur: side of the blur's kernel.
+    """
 
     def __init__(
         self,
@@ -134,7 +144,7 @@ class Modulated(nn.Module):
             x = conv_transpose2d(x, weight, stride=2, groups=batch)
             x = x.reshape(batch, -1, *x.shape[2:])
             blur = self.get_buffer("blur").flip(0, 1)
-            beyond = len(blur) - self.weight.shape[-1] - 1  # StyleGAN's, for a factor of 2
+            beyond = len(blur) - self.weight.shape[-1] - 1  # StyleGAN's padding for a factor of 2
             before, after = (beyond + 1) // 2 + 1, beyond // 2 + 1
             kernel = blur.expand(x.shape[1], 1, *blur.shape)
             return conv2d(pad(x, (before, after, before, after)), kernel, groups=x.shape[1])
@@ -144,7 +154,7 @@ class Modulated(nn.Module):
 
 
 class Styled(nn.Module):
-    """A modulated convolution, noise (B, 1, h, w), a bias and a leaky ReLU."""
+    """A modulated convolution, additive noise (B, 1, h, w), a bias and a leaky ReLU."""
 
     def __init__(
         self, inputs: int, outputs: int, size: int, style: int, *, up: bool, blur: int = 4
@@ -162,7 +172,7 @@ class Styled(nn.Module):
 
 
 class ToRgb(nn.Module):
-    """Features to three colours."""
+    """Features (B, C, h, w) to colours (B, 3, h, w)."""
 
     def __init__(self, inputs: int, style: int) -> None:
         super().__init__()
@@ -175,7 +185,7 @@ class ToRgb(nn.Module):
 
 
 class ConvolutionPixels(nn.Module):
-    """Tokens as a grid, doubled in size by every other convolution."""
+    """A convolutional generator on the grid of tokens; every other layer doubles the resolution."""
 
     def __init__(self, dim: int, channels: Sequence[int], side: int, blur: int) -> None:
         super().__init__()
@@ -187,7 +197,7 @@ class ConvolutionPixels(nn.Module):
         )
         self.to_rgb = ToRgb(channels[-1], dim)
         self.size = side << (len(channels) // 2)
-        # of one image's noise
+        # shapes of one image's noise tensors
         self.noise_shapes = [(1, 1, *2 * (side << (i // 2 + 1),)) for i in range(len(channels))]
 
     def forward(self, x_BTD: Tensor, style: Tensor, noise: Sequence[Tensor | None]) -> Tensor:
@@ -200,7 +210,7 @@ class ConvolutionPixels(nn.Module):
 
 
 class TilePixels(nn.Module):
-    """A network that draws a tile from each token."""
+    """A network that generates one tile of the image from each token."""
 
     def __init__(self, dim: int, width: int, depth: int, layers: int, side: int, size: int) -> None:
         super().__init__()
@@ -229,9 +239,16 @@ class VitGan(nn.Module):
     """Latents (B, D) to images (B, 3, size, size), nominally within 0..1.
 
     Args:
-        channels: of each convolution; None: `tile_width` and `tile_layers` draw tiles, behind
-            `tile_mapping` linear layers, to images of `size`.
-        blur: side of the kernel that blurs what has been doubled.
+        dim: channels of latents, styles and tokens.
+        hidden: width of the MLPs.
+        mapping: linear layers from latent to style.
+        side: tokens along each side of the grid.
+        channels: output channels of each convolution; None generates tiles instead.
+        blur: side of the blur's kernel behind upsampling.
+        size: side of the image in pixels, for tiles.
+        tile_width: channels of the tile network.
+        tile_layers: layers of the tile network.
+        tile_mapping: linear layers from token to the tile network's style.
     """
 
     def __init__(
@@ -264,11 +281,15 @@ class VitGan(nn.Module):
 
     @property
     def noise_shapes(self) -> Sequence[tuple[int, ...]]:
-        """Shapes of the noise tensors that one image takes, in the order of the layers."""
+        """Shapes of one image's noise tensors, in the order of the layers."""
         return self.pixels.noise_shapes
 
     def forward(self, latent_BD: Tensor, noise: Sequence[Tensor] = ()) -> Tensor:
-        """Without `noise` there is none; of several images it is one after the other."""
+        """Generate images (B, 3, size, size).
+
+        Args:
+            noise: one tensor per layer, images along the first axis; empty for no noise.
+        """
         style = self.style(latent_BD)
         x = self.places().flatten(2).transpose(1, 2).expand(len(style), -1, -1)
         for block in self.blocks:
@@ -276,3 +297,6 @@ class VitGan(nn.Module):
         each: Sequence[Tensor | None] = noise or [None] * len(self.noise_shapes)
         images: Tensor = self.pixels(self.norm(x, style), style, each)
         return images
+
+
+NETWORKS = {"vitgan": VitGan}

@@ -1,1 +1,1 @@
-"""Segmentation: decoders, sliding windows, and masks of an image's own size."""
+"""Semantic segmentation: decoders, sliding windows, and masks at the image's size."""

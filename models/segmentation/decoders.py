@@ -1,7 +1,8 @@
-"""mmsegmentation's decoders and necks, by its module names: pyramids of features to class logits.
+"""Decoders and necks under mmsegmentation's module names: feature pyramids to class logits.
 
 UPerNet (arXiv 1807.10221), Semantic FPN (arXiv 1901.02446), and a linear layer behind a batch norm,
-as DINOv2's linear evaluation has it (arXiv 2304.07193).
+as in DINOv2's linear evaluation (arXiv 2304.07193). A pyramid is a sequence of maps (B, C, h, w),
+finest first.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,13 +20,13 @@ MAX_POOL = 64
 
 
 def resize(x: Tensor, size: Sequence[int], mode: str = "bilinear") -> Tensor:
-    """To (h, w), corners not aligned."""
+    """Resize maps to (h, w), without aligned corners."""
     align = {} if mode == "nearest" else {"align_corners": False}
     return interpolate(x, size=tuple(size), mode=mode, **align)
 
 
 class ConvModule(nn.Module):
-    """A convolution; unless it is `plain`, without a bias and before a batch norm and a ReLU."""
+    """A convolution with a batch norm and a ReLU, or with a bias alone if it is `plain`."""
 
     def __init__(self, inputs: int, outputs: int, size: int, *, plain: bool = False) -> None:
         super().__init__()
@@ -39,7 +40,7 @@ class ConvModule(nn.Module):
 
 
 class BeitNeck(nn.Module):
-    """Four maps of a plain ViT's grid to strides 4, 8, 16 and 32."""
+    """Four maps on a plain ViT's grid to strides 4, 8, 16 and 32."""
 
     def __init__(self, dim: int, patch: int) -> None:
         super().__init__()
@@ -61,7 +62,7 @@ class BeitNeck(nn.Module):
 
 
 class LevelNorms(nn.Module):
-    """A layer norm of its own for each level of a hierarchical trunk."""
+    """One layer norm per level of a hierarchical trunk."""
 
     def __init__(self, dims: Sequence[int]) -> None:
         super().__init__()
@@ -88,14 +89,14 @@ class FpnNeck(nn.Module):
 
 
 def _top_down(levels: list[Tensor], mode: str = "nearest") -> list[Tensor]:
-    """Each level with what the coarser ones come to."""
+    """Add each level, upsampled, to the next finer one, from the coarsest down."""
     for i in range(len(levels) - 1, 0, -1):
         levels[i - 1] = levels[i - 1] + resize(levels[i], levels[i - 1].shape[2:], mode)
     return levels
 
 
 class UperHead(nn.Module):
-    """Pools the coarsest level at several scales, and brings all levels to the finest."""
+    """UPerNet: pools the coarsest level at several scales, and fuses all levels at the finest."""
 
     def __init__(
         self, inputs: Sequence[int], channels: int, classes: int, pool_scales: Sequence[int]
@@ -120,13 +121,13 @@ class UperHead(nn.Module):
         levels = _top_down(levels, "bilinear")
         smoothed = [conv(x) for conv, x in zip(self.fpn_convs, levels[:-1], strict=True)]
         size = levels[0].shape[2:]
-        every = [resize(x, size) for x in (*smoothed, levels[-1])]
-        logits: Tensor = self.conv_seg(self.fpn_bottleneck(torch.cat(every, 1)))
+        resized = [resize(x, size) for x in (*smoothed, levels[-1])]
+        logits: Tensor = self.conv_seg(self.fpn_bottleneck(torch.cat(resized, 1)))
         return logits
 
 
 class FpnHead(nn.Module):
-    """Semantic FPN: each level convolved and doubled in turn until it is as fine as the first."""
+    """Semantic FPN: convolves and upsamples each level to the resolution of the first, and adds."""
 
     def __init__(self, inputs: Sequence[int], channels: int, classes: int) -> None:
         super().__init__()
@@ -149,7 +150,7 @@ class FpnHead(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """All levels beside each other, a batch norm, and a 1x1 convolution."""
+    """Concatenated levels, a batch norm, and a 1x1 convolution."""
 
     def __init__(self, inputs: Sequence[int], classes: int, *, norm: bool) -> None:
         super().__init__()
@@ -158,13 +159,13 @@ class LinearHead(nn.Module):
 
     def forward(self, maps: Pyramid) -> Tensor:
         size = maps[0].shape[2:]
-        every = torch.cat([resize(x, size) for x in maps], 1)
-        logits: Tensor = self.conv_seg(self.bn(every))
+        stacked = torch.cat([resize(x, size) for x in maps], 1)
+        logits: Tensor = self.conv_seg(self.bn(stacked))
         return logits
 
 
-class Chosen(nn.Module):
-    """Some of the levels, in that order."""
+class SelectLevels(nn.Module):
+    """A selection of the levels, in the order of their numbers in `levels`."""
 
     def __init__(self, levels: Sequence[int]) -> None:
         super().__init__()
@@ -175,7 +176,7 @@ class Chosen(nn.Module):
 
 
 class Decoder(nn.Module):
-    """What follows a trunk: (B, C, h, w) maps of some of its blocks or stages to (B, K, h, w)."""
+    """Maps (B, C, h, w) of a trunk's blocks or stages to logits (B, K, h, w), by steps in order."""
 
     def __init__(self, steps: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -191,15 +192,17 @@ class Decoder(nn.Module):
 
 
 def create_decoder(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Decoder:
-    """The decoder of tensors `levels.*` (a `BeitNeck` or `LevelNorms`), `neck.*` (an `FpnNeck`) and
-    `decode_head.*`, those that there are; without its weights.
+    """A decoder without its weights, from the names and shapes of its tensors.
 
     Args:
-        settings: `inputs`, the channels of each map; `patch` of a plain ViT with a neck;
-            `in_index`, which levels the head reads, all if not given; `pool_scales` of UPerNet.
+        tensors: `levels.*` (a `BeitNeck` or `LevelNorms`, optional), `neck.*` (an `FpnNeck`,
+            optional) and `decode_head.*`.
+        settings: `inputs`, the channels of each map; `patch`, the patch size, for a `BeitNeck`;
+            `in_index`, the levels that the head reads (all); `pool_scales` of UPerNet (1, 2, 3, 6).
 
     Raises:
-        KeyError, ValueError: no whole decoder.
+        KeyError: a tensor or a setting is missing.
+        ValueError: `pool_scales` are out of range.
     """
     inputs = [int(n) for n in settings["inputs"]]
     head = {k.removeprefix("decode_head."): v for k, v in tensors.items() if "decode_head." in k}
@@ -214,14 +217,14 @@ def create_decoder(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -
         width = tensors["neck.lateral_convs.0.conv.weight"].shape[0]
         steps["neck"] = FpnNeck(inputs, width)
         inputs = [width] * len(inputs)
-    chosen = [int(n) for n in settings.get("in_index", range(len(inputs)))]
-    if chosen != list(range(len(inputs))):
-        steps["chosen"] = Chosen(chosen)
-        inputs = [inputs[level] for level in chosen]
+    selected = [int(n) for n in settings.get("in_index", range(len(inputs)))]
+    if selected != list(range(len(inputs))):
+        steps["selected"] = SelectLevels(selected)
+        inputs = [inputs[level] for level in selected]
     if "fpn_bottleneck.conv.weight" in head:
         scales = [int(n) for n in settings.get("pool_scales", (1, 2, 3, 6))]
         if not all(1 <= scale <= MAX_POOL for scale in scales):
-            raise ValueError(f"pool_scales {scales}")
+            raise ValueError(f"pool_scales are {scales}; they can be 1 to {MAX_POOL}")
         steps["decode_head"] = UperHead(inputs, channels, classes, scales)
     elif any(key.startswith("scale_heads.") for key in head):
         steps["decode_head"] = FpnHead(inputs, channels, classes)

@@ -1,4 +1,4 @@
-"""Segmentation masks in the forms that clients ask for: PNG, COCO RLE, polygons, overlays."""
+"""Encodings of segmentation masks: PNG, COCO RLE, polygons, overlays."""
 
 import io
 import json
@@ -27,16 +27,23 @@ def encode_mask(
     background: int,
     image: Image.Image | None = None,
 ) -> np.ndarray:
-    """Encode an (H, W) mask of class numbers as uint8 bytes; `mask` is the mask as it came.
+    """Encode an (H, W) mask of class numbers as uint8 bytes.
 
-    `png` is an indexed PNG with the palette; `overlay` one of the `image` with the classes' colours
-    over it. `rle` and `polygons` are JSON: of two classes, background and foreground, that of the
-    foreground alone; else a list with `index`, `label` and its own for every class that is there.
-    RLE is COCO's compressed form; polygons are GeoJSON's MultiPolygon coordinates in pixels:
-    exterior ring first, then holes.
+    Outputs:
+        png: an indexed PNG with the palette.
+        overlay: a PNG of `image` with the classes' colours over it.
+        rle: JSON of COCO's compressed run-length encoding.
+        polygons: JSON of GeoJSON's MultiPolygon coordinates in pixels, exterior ring first.
+        mask: the mask itself, not encoded.
+
+    JSON is a list with an entry (`index`, `label` and the encoding) per class in the mask. If the
+    classes are background and foreground, it is the foreground's encoding alone.
 
     Args:
-        background: the number that belongs to no class that is looked for.
+        output: one of the outputs above.
+        palette: (R, G, B) of each class.
+        background: the class number that is left out.
+        image: the RGB image, which `overlay` requires.
 
     Raises:
         InputError: more classes than a PNG's palette can have.
@@ -48,22 +55,22 @@ def encode_mask(
         return _bytes_of(_png_of(_overlay(mask_HW, image, palette, background)))
     if output == "png":
         if mask_HW.dtype != np.uint8:
-            raise InputError("a PNG holds 255 classes at most; ask for rle", field="output")
+            raise InputError("a PNG holds 255 classes at most; use output=rle", field="output")
         return _bytes_of(_png(mask_HW, palette))
     encode = _rle if output == "rle" else _polygons
     if background == 0 and len(labels) == 2:
         return _bytes_of(json.dumps(encode(mask_HW != 0)).encode())
     key = "rle" if output == "rle" else "polygons"
-    every = [
+    entries = [
         {"index": index, "label": labels[index], key: encode(mask_HW == index)}
         for index in np.unique(mask_HW).tolist()
         if index != background
     ]
-    return _bytes_of(json.dumps(every).encode())
+    return _bytes_of(json.dumps(entries).encode())
 
 
 def without_specks(mask_HW: np.ndarray, min_area: int, background: int) -> np.ndarray:
-    """The mask without connected regions of fewer pixels than that, which become background."""
+    """Replace 4-connected regions of fewer than `min_area` pixels by background."""
     cleaned = mask_HW.copy()
     for index in np.unique(mask_HW).tolist():
         if index == background:
@@ -71,7 +78,7 @@ def without_specks(mask_HW: np.ndarray, min_area: int, background: int) -> np.nd
         of_class = (mask_HW == index).astype(np.uint8)
         _, regions, stats, _ = cv2.connectedComponentsWithStats(of_class, connectivity=4)
         small = stats[:, cv2.CC_STAT_AREA] < min_area
-        small[0] = False  # what is not of the class
+        small[0] = False  # the pixels of other classes
         cleaned[small[regions]] = background
     return cleaned
 
@@ -96,7 +103,7 @@ def _png_of(image: Image.Image) -> bytes:
 def _overlay(
     mask_HW: np.ndarray, image: Image.Image, palette: Sequence[Sequence[int]], background: int
 ) -> Image.Image:
-    """The image in grey where there is background, the classes' colours over it elsewhere."""
+    """The image, greyed where there is background, blended with the classes' colours elsewhere."""
     pixels = np.asarray(image)
     result = (pixels // 2 + 96).astype(np.uint8)
     for index in np.unique(mask_HW).tolist():
@@ -115,5 +122,5 @@ def _rle(place_HW: np.ndarray) -> dict[str, Any]:
 
 def _polygons(place_HW: np.ndarray) -> list[Any]:
     # 4-connected outlines along pixel edges never touch themselves, so each polygon is valid
-    found = shapes(place_HW.astype(np.uint8), mask=place_HW, connectivity=4)
-    return [geometry["coordinates"] for geometry, _ in found]
+    outlines = shapes(place_HW.astype(np.uint8), mask=place_HW, connectivity=4)
+    return [geometry["coordinates"] for geometry, _ in outlines]

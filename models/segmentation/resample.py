@@ -1,7 +1,8 @@
-"""Class logits at a model's resolution to a mask of the image's own.
+"""Class logits at a model's resolution to a mask at the image's resolution.
 
-Tile by tile, and for each only of the classes that could win there, so that many classes and a
-large image fit into memory."""
+Logits are resized tile by tile, and only those of classes that can win in a tile, so that large
+images and many classes fit into memory.
+"""
 
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ import numpy as np
 TILE = 64
 UNLABELLED = 255
 
-# Left, top, right, bottom of what a map shows, in the image's pixels.
+# The part of the image that a map covers: left, top, right, bottom in pixels.
 Region = Sequence[float]
 
 
@@ -22,19 +23,21 @@ def label_map(
     *,
     softmax: bool = True,
 ) -> np.ndarray:
-    """(H, W) numbers of the best classes, where the logits are resized bilinearly; uint8, or uint16
-    of more than 255 classes.
+    """The best class of each pixel, (H, W), after bilinear resizing of the logits.
+
+    Returns uint8, or uint16 for more than 255 classes. Pixels without a class have the value
+    `unlabelled(classes)`.
 
     Args:
-        region: beyond it nothing is known: UNLABELLED, or the last uint16.
-        size: (W, H).
-        threshold: classes of less probability are left UNLABELLED, too.
-        softmax: what makes probabilities of the logits; false where they are such already.
+        region: the part of the image that the logits cover; pixels outside have no class.
+        size: (W, H) of the image.
+        threshold: the least probability; pixels whose best class has less have no class.
+        softmax: the logits become probabilities by a softmax; false if they are probabilities.
     """
     width, height = size
     left, top, right, bottom = region
-    none = unlabelled(len(logits_Khw))
-    result = np.full((height, width), none, np.uint8 if none == UNLABELLED else np.uint16)
+    empty = unlabelled(len(logits_Khw))
+    result = np.full((height, width), empty, np.uint8 if empty == UNLABELLED else np.uint16)
     columns = _Axis(width, left, right, logits_Khw.shape[2])
     rows = _Axis(height, top, bottom, logits_Khw.shape[1])
     for y in range(rows.first, rows.last, TILE):
@@ -43,18 +46,17 @@ def label_map(
             across = slice(x, min(columns.last, x + TILE))
             near = logits_Khw[:, rows.cells(down), columns.cells(across)]
             best = _best(near, rows, columns, down, across, threshold, softmax)
-            result[down, across] = np.where(best < 0, none, best)
+            result[down, across] = np.where(best < 0, empty, best)
     return result
 
 
 def unlabelled(classes: int) -> int:
-    """The number that stands for no class."""
+    """The value of pixels without a class: 255, or 65535 for more than 255 classes."""
     return UNLABELLED if classes <= UNLABELLED else 2**16 - 1
 
 
 class _Axis:
-    """Where an output's pixels lie between a map's cells, as bilinear resizing without aligned
-    corners has it; cells at the border reach outwards."""
+    """Bilinear weights along one axis, without aligned corners; border cells extend outwards."""
 
     def __init__(self, length: int, start: float, end: float, cells: int) -> None:
         self.first = max(0, int(np.floor(start)))
@@ -66,11 +68,12 @@ class _Axis:
         self.step = int(cells > 1)
 
     def cells(self, pixels: slice) -> slice:
+        """The cells that these pixels are computed from."""
         low = self.low[pixels]
         return slice(int(low[0]), int(low[-1]) + 1 + self.step)
 
     def mix(self, pixels: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each pixel the two cells it lies between, counted from `cells`, and how far."""
+        """The two cells around each pixel, counted from `cells`, and the second one's weight."""
         low = self.low[pixels] - self.low[pixels][0]
         return low, low + self.step, self.share[pixels]
 
@@ -84,19 +87,19 @@ def _best(
     threshold: float | None,
     softmax: bool,
 ) -> np.ndarray:
-    """The best classes of a tile, -1 where none is good enough."""
+    """The best classes of a tile, -1 where none reaches the threshold."""
     if threshold is None or not softmax:
-        # a mean of cells is within their range: who is below another's least cannot win
+        # a mean of cells lies in their range: a class below another's minimum cannot win
         flat = near_Khw.reshape(len(near_Khw), -1)
-        able = np.flatnonzero(flat.max(1) >= flat.min(1).max())
+        candidates = np.flatnonzero(flat.max(1) >= flat.min(1).max())
     else:
-        able = np.arange(len(near_Khw))
+        candidates = np.arange(len(near_Khw))
     above, below, share_y = rows.mix(down)
     before, after, share_x = columns.mix(across)
     best = np.full((len(above), len(before)), -np.inf, np.float32)
-    total = np.zeros_like(best)  # the sum of exponents, relative to the best so far
+    total = np.zeros_like(best)  # the softmax's denominator, relative to the best so far
     winner = np.zeros(best.shape, np.int64)
-    for number in able:
+    for number in candidates:
         map_hw = near_Khw[number]
         lines = map_hw[above] * (1 - share_y[:, None]) + map_hw[below] * share_y[:, None]
         value = lines[:, before] * (1 - share_x) + lines[:, after] * share_x

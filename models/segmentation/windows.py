@@ -1,7 +1,8 @@
-"""Images of any size for a trunk that wants crops: resized, and looked at window by window.
+"""Sliding windows over images of any size, as in mmsegmentation's test pipeline.
 
-mmsegmentation's test pipeline: keep the ratio within a scale; then the whole image, or windows at a
-stride, the last ones shifted back inside, their logits averaged where they overlap.
+An image is resized to fit a scale, keeping its aspect ratio. The network sees the whole image, or
+windows at a stride, of which the last are shifted back inside. Logits of overlapping windows are
+averaged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,9 +24,16 @@ MAX_WINDOWS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Windows:
-    """`scale`: what the longer and the shorter side must fit in. `crop` (height, width) and
-    `stride` of the windows; None: the whole image, at least `min_side` pixels a side. `fill` is the
-    colour of what the image does not cover."""
+    """How an image is resized and cut.
+
+    Args:
+        scale: pixels that the longer and the shorter side must fit in.
+        crop: (height, width) of a window; None for the whole image.
+        stride: (down, across) pixels between windows.
+        min_side: the least side of an input without `crop`.
+        multiple: sides of an input are padded to multiples of this.
+        fill: (R, G, B) of the padding.
+    """
 
     scale: tuple[int, int]
     crop: tuple[int, int] | None = None
@@ -37,30 +45,33 @@ class Windows:
     def __post_init__(self) -> None:
         """
         Raises:
-            ValueError: no windows, or more or larger ones than anybody means.
+            ValueError: a size is below 1, or the windows are too large or too many.
         """
         longer, shorter = max(self.scale), min(self.scale)
         sizes = (shorter, *(self.crop or ()), *self.stride, self.min_side, self.multiple)
         if min(sizes) < 1 or longer * shorter > MAX_PIXELS:
-            raise ValueError(f"of {self.scale} pixels, or strides of {self.stride}")
+            raise ValueError(
+                f"sizes must be 1 or more and the scale at most {MAX_PIXELS} pixels; the scale is "
+                f"{self.scale}, the stride {self.stride}"
+            )
         if len(self.boxes(*self.padded(longer, shorter))) > MAX_WINDOWS:
-            raise ValueError(f"more than {MAX_WINDOWS} of them")
+            raise ValueError(f"more than {MAX_WINDOWS} windows; raise stride or reduce scale")
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """The (width, height) that an image is brought to."""
+        """The (width, height) that an image is resized to."""
         longer, shorter = max(self.scale), min(self.scale)
         factor = min(longer / max(width, height), shorter / min(width, height))
         return max(1, int(width * factor + 0.5)), max(1, int(height * factor + 0.5))
 
     def padded(self, width: int, height: int) -> tuple[int, int]:
-        """What that is filled up to, below and to the right."""
+        """The (width, height) of the input, after padding at the bottom and on the right."""
         rows, columns = self.crop or (self.min_side, self.min_side)
         sides = max(width, columns), max(height, rows)
         across, down = (-(-side // self.multiple) * self.multiple for side in sides)
         return across, down
 
     def boxes(self, width: int, height: int) -> list[tuple[int, int, int, int]]:
-        """Windows over an input of that size: top, left, bottom, right."""
+        """The windows of an input of that size: top, left, bottom, right."""
         if self.crop is None:
             return [(0, 0, height, width)]
         return [
@@ -70,6 +81,7 @@ class Windows:
         ]
 
     def cut(self, image: Image.Image) -> list[Tensor]:
+        """The windows of an RGB image, uint8 (3, h, w) each."""
         width, height = self.resized(*image.size)
         pixels_HWC = cv2.resize(np.asarray(image), (width, height), interpolation=cv2.INTER_LINEAR)
         across, down = self.padded(width, height)
@@ -85,8 +97,14 @@ class Windows:
     def merge(
         self, rows: Sequence[Mapping[str, np.ndarray]], size: tuple[int, int]
     ) -> dict[str, Any]:
-        """`logits` (K, h, w) of the resized image, of the windows' (K, h', w'); a few classes at a
-        time, so that no more than that is there twice."""
+        """The resized image's `logits` (K, h, w), float32, from those of its windows.
+
+        Computed for CLASSES_AT_ONCE classes at a time, to bound the memory.
+
+        Args:
+            rows: each window's `logits` (K, h', w').
+            size: (width, height) of the image before resizing.
+        """
         width, height = self.resized(*size)
         across, down = self.padded(width, height)
         boxes = self.boxes(across, down)
@@ -96,13 +114,13 @@ class Windows:
         for top, left, bottom, right in boxes:
             counts[top:bottom, left:right] += 1
         for start in range(0, classes, CLASSES_AT_ONCE):
-            some = slice(start, min(classes, start + CLASSES_AT_ONCE))
-            total = np.zeros((some.stop - start, down, across), np.float32)
+            chunk = slice(start, min(classes, start + CLASSES_AT_ONCE))
+            total = np.zeros((chunk.stop - start, down, across), np.float32)
             for row, (top, left, bottom, right) in zip(rows, boxes, strict=True):
-                logits = torch.from_numpy(row["logits"][some])[None]
+                logits = torch.from_numpy(row["logits"][chunk])[None]
                 window = resize(logits, (bottom - top, right - left))[0]
                 total[:, top:bottom, left:right] += window.numpy()
-            merged[some] = (total / counts)[:, :height, :width]
+            merged[chunk] = (total / counts)[:, :height, :width]
         return {"logits": merged}
 
 
@@ -112,16 +130,19 @@ def _starts(length: int, window: int, stride: int) -> list[int]:
 
 
 def sliding_logits(pixels_BCHW: Tensor, windows: Windows, logits_of: Any) -> Tensor:
-    """(B, K, H, W) logits of an input that is as large as it is to be: what `logits_of` a batch of
-    windows gives, put together."""
+    """Logits (B, K, H, W) of an input that is already resized, averaged over its windows.
+
+    Args:
+        logits_of: a batch of windows (B, 3, h, w) to logits (B, K, h', w').
+    """
     height, width = pixels_BCHW.shape[2:]
     total, counts = None, pixels_BCHW.new_zeros(height, width)
     for top, left, bottom, right in windows.boxes(width, height):
-        found = logits_of(pixels_BCHW[:, :, top:bottom, left:right])
-        found = resize(found, (bottom - top, right - left))
+        logits = logits_of(pixels_BCHW[:, :, top:bottom, left:right])
+        logits = resize(logits, (bottom - top, right - left))
         if total is None:
-            total = found.new_zeros(*found.shape[:2], height, width)
-        total[:, :, top:bottom, left:right] += found
+            total = logits.new_zeros(*logits.shape[:2], height, width)
+        total[:, :, top:bottom, left:right] += logits
         counts[top:bottom, left:right] += 1
     assert total is not None
     return total / counts

@@ -165,7 +165,7 @@ def test_unreadable_images_are_skipped_and_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("examples", "message"),
     [
-        ([], "0 class; a head tells at least two apart"),
+        ([], "0 class; a head needs at least two"),
         (stripes()[:12], "1 class"),
         (stripes()[:13], "a single image of upright"),
         ([*stripes()[:13], Example("upright/x.png", "upright", b"?")],
@@ -258,7 +258,7 @@ def test_archives_that_are_none_or_too_much_are_refused() -> None:
     for content, message in (
         (io.BytesIO(b"no archive"), "cannot be read"),
         (archive({"notes.txt": b"x"}), "holds no image"),
-        (archive({"cat/1.png": b"x", "2.png": b"x"}), "2.png lies in no folder"),
+        (archive({"cat/1.png": b"x", "2.png": b"x"}), "2.png is in no folder"),
         (archive({"cat/1.png": bytes(10**6)}), "1 images of 1000000 bytes"),
     ):
         with pytest.raises(InputError, match=message):

@@ -1,2 +1,1 @@
-"""What several checkpoint formats have in common: how keys tell the architecture, and the outputs
-that authors have besides. `models/checkpoints/` uses these; one file a family."""
+"""What several checkpoint formats share: names, preprocessing and reference outputs of a family."""

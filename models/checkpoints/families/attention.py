@@ -1,4 +1,4 @@
-"""Outputs that several published formats have in common, besides the trunk's and the heads'."""
+"""The last block's attention maps, which several self-supervised formats return."""
 
 from torch import Tensor
 
@@ -10,16 +10,15 @@ from models.trunks.features import NO_EXTRAS, FeatureRequest
 
 
 def attention_request(trunk: Trunk) -> FeatureRequest:
-    """The attention of the last block of a ViT."""
+    """The last block's attention of a ViT; nothing of other trunks."""
     if not trunk.blocks:
         return NO_EXTRAS
     return FeatureRequest(attention=frozenset({len(trunk.blocks) - 1}))
 
 
 def attention_outputs(run: ReferenceRun) -> dict[str, Tensor]:
-    """`attention` (B, heads, T, T): probabilities of the last block; of a Swin what
-    `swin_outputs` gives."""
+    """`attention`, the last block's probabilities (B, heads, T, T); of a Swin `swin_outputs`."""
     if isinstance(run.network, Swin):
         return swin_outputs(run)
-    found = list(run.output.attention.values())
-    return {"attention": found[0]} if found else {}
+    maps = list(run.output.attention.values())
+    return {"attention": maps[0]} if maps else {}

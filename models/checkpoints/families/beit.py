@@ -1,4 +1,4 @@
-"""What a BEiT's state dict says of its architecture, which is timm's."""
+"""BEiT (arXiv 2106.08254, github.com/microsoft/unilm): timm's arguments from its shapes."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,15 +26,23 @@ def beit_checkpoint(
     global_pool: str,
     heads: Mapping[str, HeadState] | None = None,
 ) -> Checkpoint:
-    """A BEiT as a checkpoint of format `name`. Models of ImageNet-22k take pixels from -1 to 1; the
-    script notes it where one takes ImageNet's mean and deviation."""
-    script = container.script
-    usual = bool(script.get("imagenet_default_mean_and_std", False))
-    preprocess = Preprocess() if usual else Preprocess(mean=HALF, std=HALF)
+    """A BEiT as a checkpoint of format `name`.
+
+    Pixels are scaled to -1..1, unless the training script's `imagenet_default_mean_and_std` says
+    that they are normalised by ImageNet's statistics.
+
+    Args:
+        tensors: the backbone in timm's names.
+        arguments: `num_heads`, for files without tables of relative positions (dim / 64).
+        global_pool: timm's pooling, `token` or `avg`.
+        heads: the states of heads in the same file.
+    """
+    by_imagenet = bool(container.script.get("imagenet_default_mean_and_std", False))
+    preprocess = Preprocess() if by_imagenet else Preprocess(mean=HALF, std=HALF)
     kept = {key: value for key, value in tensors.items() if not key.endswith(INDEX)}
     dim, _, _, patch = kept["patch_embed.proj.weight"].shape
     table = kept.get(SHARED, kept.get(OWN_TABLE))
-    if table is not None:  # (2 h - 1) squared, and three rows for the class token
+    if table is not None:  # (2 h - 1)^2 rows, and three for the class token
         side = round(((table.shape[0] - 3) ** 0.5 + 1) / 2)
         num_heads = table.shape[1]
     else:

@@ -1,4 +1,4 @@
-"""Files that belong to a checkpoint: named in its arguments, or found beside it."""
+"""Companion files of a checkpoint: named in its arguments, or in the same folder."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,20 +11,24 @@ from models.errors import CheckpointError
 def open_companion(
     container: Container, arguments: Mapping[str, Any], name: str, files: Sequence[str]
 ) -> Container:
-    """The companion at `arguments[name]` (a path as it is, or relative to the checkpoint), or the
-    first of `files` that lies beside it.
+    """Open the companion at `arguments[name]`, or the first of `files` in the checkpoint's folder.
+
+    Args:
+        arguments: a path under `name` is used as it is, or relative to the checkpoint.
+        name: what the companion is, such as `backbone`.
+        files: default file names.
 
     Raises:
-        CheckpointError: there is none, or it cannot be read.
+        CheckpointError: no such file, or it cannot be read.
     """
     folder = container.path.parent
     if name in arguments:
-        given = Path(arguments[name])
-        return open_container(given if given.is_file() else folder / given)
+        path = Path(arguments[name])
+        return open_container(path if path.is_file() else folder / path)
     for file in files:
         if (folder / file).is_file():
             return open_container(folder / file)
     raise CheckpointError(
-        f"{container.path} needs its {name}: put {' or '.join(files)} beside it, or say where it "
-        f"is: arguments = {{{name} = 'FILE'}}"
+        f"{container.path} needs its {name}: put {' or '.join(files)} beside it, or set its path: "
+        f"arguments = {{{name} = 'FILE'}}"
     )

@@ -1,4 +1,4 @@
-"""mmcv's configurations: Python text of assignments, read as data; nothing of it is ever run."""
+"""mmcv's configurations: Python assignments, parsed as data and never executed."""
 
 import ast
 from typing import Any
@@ -7,8 +7,11 @@ MAX_CHARACTERS = 1_000_000
 
 
 def read_configuration(text: str) -> dict[str, Any]:
-    """The names assigned and what to: numbers, texts, lists, tuples, dicts and calls of `dict`;
-    anything else is None. Empty where the text is no Python."""
+    """The assigned names and their values; empty if the text is not Python.
+
+    Values are numbers, strings, lists, dicts and calls of `dict`; tuples become lists, and any
+    other expression becomes None.
+    """
     if len(text) > MAX_CHARACTERS:
         return {}
     try:

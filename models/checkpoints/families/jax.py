@@ -1,4 +1,4 @@
-"""Google's `.npz` files of JAX ViTs (google-research/vision_transformer) in timm's names."""
+"""Google's `.npz` JAX ViTs in timm's names (github.com/google-research/vision_transformer)."""
 
 from collections.abc import Mapping
 
@@ -12,8 +12,7 @@ POSITIONS = "Transformer/posembed_input/pos_embedding"
 BLOCK = "Transformer/encoderblock_"
 ATTENTION = "MultiHeadDotProductAttention_1"
 
-
-# What newer releases of upstream's code call its parts.
+# Names of newer releases of upstream's code, and of the published files.
 LINEN = (
     ("LayerNorm_1/", "LayerNorm_2/"),
     ("MultiHeadDotProductAttention_0/", "MultiHeadDotProductAttention_1/"),
@@ -22,7 +21,7 @@ LINEN = (
 
 
 def in_old_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The names that published files have; optimizers' prefix is stripped."""
+    """Tensors under the names of the published files, without an optimizer's prefix."""
     named = {}
     for key, value in tensors.items():
         key = key.removeprefix("opt/target/")
@@ -35,11 +34,12 @@ def in_old_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_jax(
     tensors: Mapping[str, Tensor], grid: tuple[int, int] | None = None
 ) -> dict[str, Tensor]:
-    """The backbone under timm's names; classifier and `pre_logits` are left out.
+    """The backbone under timm's names, without classifier and `pre_logits`.
 
-    Kernels (in, out) are transposed; those of attention have an axis for the heads. The table of
-    positions is resized to `grid`, if given, linearly, corners to corners, as upstream does with
-    scipy's zoom.
+    Kernels (in, out) are transposed; attention kernels have a separate axis for the heads.
+
+    Args:
+        grid: (h, w) cells to resize the position table to, as upstream does with scipy's `zoom`.
 
     Raises:
         CheckpointError: a weight is missing.
@@ -47,11 +47,11 @@ def from_jax(
     try:
         return _convert(tensors, grid)
     except KeyError as error:
-        raise CheckpointError(f"not a whole ViT of JAX: the weight {error} is missing") from error
+        raise CheckpointError(f"not a complete JAX ViT: the weight {error} is missing") from error
 
 
 def num_heads(tensors: Mapping[str, Tensor]) -> int:
-    """Heads, which JAX keeps as an axis."""
+    """The number of heads, which is an axis of the attention kernels."""
     return int(tensors[f"{BLOCK}0/{ATTENTION}/query/kernel"].shape[1])
 
 
@@ -86,7 +86,7 @@ def _convert(tensors: Mapping[str, Tensor], grid: tuple[int, int] | None) -> dic
 
 
 def resize_corners(table_1ND: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(1, 1 + h * w, D): a square table with a class entry, its corners kept at the corners."""
+    """Resize a square table with a class entry to (1, 1 + h * w, D), corners aligned."""
     side = round((table_1ND.shape[1] - 1) ** 0.5)
     if (side, side) == grid:
         return table_1ND

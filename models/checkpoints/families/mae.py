@@ -1,4 +1,7 @@
-"""What masked autoencoders' files have in common: an encoder in timm's names, and a decoder."""
+"""Masked autoencoders (MAE, arXiv 2111.06377, github.com/facebookresearch/mae).
+
+Their files hold an encoder in timm's names, and may hold a decoder under `decoder_`.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,27 +22,33 @@ ENCODER = ("cls_token", "pos_embed", "patch_embed.proj.", "blocks.", "norm.")
 
 
 def decoder_state(container: Container, arguments: Mapping[str, Any]) -> dict[str, HeadState]:
-    """The decoder as a head's state, if the file has one."""
-    told = {**container.script, **arguments}
-    found = {k: value for k, value in container.tensors.items() if k.startswith(DECODER)}
-    if "decoder_pred.weight" not in found:
+    """The decoder as the head `decoder`; empty if the file has none.
+
+    Args:
+        arguments: `decoder_num_heads` (16), `norm_pix_loss` (false) and `mask_ratio` (0.75); the
+            training script's arguments in the file are the defaults.
+    """
+    config = {**container.script, **arguments}
+    decoder = {k: value for k, value in container.tensors.items() if k.startswith(DECODER)}
+    if "decoder_pred.weight" not in decoder:
         return {}
     settings = {
-        "num_heads": int(told.get("decoder_num_heads", 16)),
-        "by_patch": bool(told.get("norm_pix_loss", False)),
-        "mask_ratio": float(told.get("mask_ratio", 0.75)),
+        "num_heads": int(config.get("decoder_num_heads", 16)),
+        "by_patch": bool(config.get("norm_pix_loss", False)),
+        "mask_ratio": float(config.get("mask_ratio", 0.75)),
     }
-    return {"decoder": HeadState(found, settings)}
+    return {"decoder": HeadState(decoder, settings)}
 
 
 def request(trunk: Trunk) -> FeatureRequest:
-    """The last block's output before the norm."""
+    """The last block's output, before the norm."""
     return FeatureRequest(layers=frozenset({len(trunk.blocks) - 1}))
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:
-    """What fine-tuning would pool at its first step; and with `noise` (B, N) what the decoder
-    draws: `reconstruction` (B, N, pixels of a patch), `mask` (B, N), `latent_visible`, `loss`."""
+    """`embedding_global_pool` (B, D), which fine-tuning starts from; with a decoder and `noise`
+    (B, N) also `reconstruction` (B, N, P), `mask` (B, N), `latent_visible` (B, 1 + V, D), `loss`.
+    """
     [last] = run.output.layers.values()
     mean = last[:, run.output.prefix :].mean(1)
     named = {"embedding_global_pool": layer_norm(mean, mean.shape[-1:], eps=1e-6)}
@@ -58,6 +67,6 @@ def outputs(run: ReferenceRun) -> dict[str, Tensor]:
 
 
 def without_decoder(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The encoder's tensors, and all other keys."""
+    """The encoder's tensors, and the keys of all others."""
     kept = {key: value for key, value in tensors.items() if key.startswith(ENCODER)}
     return kept, tuple(key for key in tensors if key not in kept)

@@ -1,4 +1,7 @@
-"""How small-scale ViTs (arXiv 2210.07240) prepare images: by the data set's statistics, no crop."""
+"""Preprocessing of small-scale ViTs (arXiv 2210.07240): the data set's statistics, no crop.
+
+Upstream is github.com/hananshafi/vits-for-small-scale-datasets.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +23,7 @@ STATISTICS: dict[str, tuple[Triple, Triple]] = {
 
 
 def preprocess_for(arguments: Mapping[str, Any]) -> Preprocess:
-    """By `arguments["dataset"]`, CIFAR10 if it is not told."""
+    """The preprocessing of `arguments["dataset"]`; CIFAR10's by default."""
     dataset = str(arguments.get("dataset", "CIFAR10"))
     mean, std = STATISTICS.get(dataset, STATISTICS["CIFAR10"])
     return Preprocess(

@@ -1,4 +1,4 @@
-"""What a Swin's state dict, as the self-supervised codes keep it, says of its architecture."""
+"""Swin (arXiv 2103.14030) as self-supervised methods store it, in timm's names."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,14 +27,21 @@ def swin_checkpoint(
     dropped: tuple[str, ...] = (),
     **built: Any,
 ) -> Checkpoint:
-    """A Swin as a checkpoint of format `name`. What merges patches belongs to the end of a stage
-    there, and to the beginning of the next one in timm.
+    """A Swin as a checkpoint of format `name`.
+
+    Patch merging ends a stage in upstream's names, and begins the next stage in timm's.
+
+    Args:
+        arguments: `img_size` (224) and `window_size` (from the tables of relative positions).
+        preprocess: everything but the input size.
+        dropped: keys that only training used.
+        built: arguments of the network that no shape determines.
 
     Raises:
-        CheckpointError: not a whole Swin.
+        CheckpointError: the first table of relative positions or the patch embedding is missing.
     """
     if MARK not in tensors or "patch_embed.proj.weight" not in tensors:
-        raise CheckpointError(f"not a whole Swin: {MARK} or patch_embed missing")
+        raise CheckpointError(f"not a complete Swin: {MARK} or patch_embed.proj.weight is missing")
     named: dict[str, Tensor] = {}
     for key, value in tensors.items():
         if key.endswith(BUFFERS):
@@ -55,7 +62,7 @@ def swin_checkpoint(
     dim, _, patch, _ = tensors["patch_embed.proj.weight"].shape
     head = tensors.get("head.weight")
     size = int(arguments.get("img_size", 224))
-    told = {
+    network = {
         "img_size": size,
         "patch_size": patch,
         "embed_dim": dim,
@@ -70,7 +77,7 @@ def swin_checkpoint(
         format=name,
         architecture="swin",
         library=OWN,
-        arguments=told,
+        arguments=network,
         state_dict=named,
         preprocess=replace(preprocess or Preprocess(), input_size=(size, size)),
         dropped=dropped,
@@ -78,14 +85,15 @@ def swin_checkpoint(
 
 
 def swin_outputs(run: ReferenceRun) -> dict[str, Tensor]:
-    """Tokens row by row, the last block's `attention`, and `linear_features`: the means of the last
-    four blocks' outputs, oldest first."""
+    """`tokens` (B, h * w, D) row by row, `feature_map` (B, D, h, w), the last block's `attention`,
+    and `linear_features`: the means of the last four blocks' outputs, in the order of the blocks.
+    """
     network = run.network
     assert isinstance(network, Swin)
-    outputs, given = network.block_outputs(run.inputs["pixel_values"])
+    outputs, last_input = network.block_outputs(run.inputs["pixel_values"])
     return {
         "tokens": run.output.tokens_BTD,
         "feature_map": run.output.feature_map_BChw,
-        "attention": network.last_attention(given),
+        "attention": network.last_attention(last_input),
         "linear_features": torch.cat([block.mean((1, 2)) for block in outputs[-4:]], -1),
     }

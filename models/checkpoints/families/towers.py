@@ -1,5 +1,4 @@
-"""Checkpoints of two towers whose text tower is CLIP's transformer and whose image tower is one of
-`models/networks`."""
+"""Two-tower checkpoints of CLIP's text transformer and an image tower of `models/networks`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +9,11 @@ LIBRARY = "two-towers"
 
 
 def text_arguments(text: Mapping[str, Tensor], heads: Any = None) -> dict[str, Any]:
-    """The arguments of open_clip's `TextTransformer` that a state dict in CLIP's names tells;
-    `heads` are in no shape: None is one for every 64 channels."""
+    """Arguments of open_clip's `TextTransformer`, from the shapes of a state dict in CLIP's names.
+
+    Args:
+        heads: the number of heads, which no shape determines; None is width / 64.
+    """
     length, width = text["positional_embedding"].shape
     layers = {key.split(".")[2] for key in text if key.startswith("transformer.resblocks.")}
     return {
@@ -27,15 +29,19 @@ def text_arguments(text: Mapping[str, Tensor], heads: Any = None) -> dict[str, A
 def assumed_heads(
     arguments: Mapping[str, Any], image_heads: int, text_heads: int, names: tuple[str, str]
 ) -> dict[str, int]:
-    """The numbers of heads that nobody told, under the names that would tell them."""
-    found = dict(zip(names, (image_heads, text_heads), strict=True))
-    return {name: heads for name, heads in found.items() if name not in arguments}
+    """Head counts that were assumed, keyed by the argument that overrides them.
+
+    Args:
+        names: the arguments for the image tower's and for the text tower's heads.
+    """
+    counts = dict(zip(names, (image_heads, text_heads), strict=True))
+    return {name: heads for name, heads in counts.items() if name not in arguments}
 
 
 def tower_states(
     image: Mapping[str, Tensor], text: Mapping[str, Tensor], logit_scale: Tensor
 ) -> dict[str, Tensor]:
-    """Both towers' weights in one state dict, as `towers_of_two` takes them."""
+    """Both towers' weights in one state dict, under `image.` and `text.` (see `towers_of_two`)."""
     state = {f"image.{key}": value for key, value in image.items()}
     state |= {f"text.{key}": value for key, value in text.items()}
     return state | {"logit_scale": logit_scale}

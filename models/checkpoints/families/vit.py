@@ -1,4 +1,4 @@
-"""What a ViT's state dict in timm's names says of its architecture."""
+"""ViTs in timm's names: the network's arguments from a state dict's shapes."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,11 +18,13 @@ MARKS = {"cls_token", "pos_embed", PATCHES, "blocks.0.attn.qkv.weight"}
 
 
 def vit_arguments(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of timm's `VisionTransformer` that a state dict's shapes tell; the number of
-    heads is in no shape: `arguments["num_heads"]`, or else a head for every 64 channels.
+    """Arguments of timm's `VisionTransformer`, from a state dict's shapes.
+
+    Args:
+        arguments: `num_heads`, which no shape determines (channels / 64).
 
     Raises:
-        CheckpointError: the heads do not divide the channels.
+        CheckpointError: `num_heads` does not divide the channels.
     """
     if STEM in tensors:  # four convolutions of stride 2 instead of one
         dim, patch = tensors[STEM].shape[0], 16
@@ -33,7 +35,9 @@ def vit_arguments(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -
     side = round(cells**0.5)
     heads = int(arguments.get("num_heads", max(1, dim // 64)))
     if dim % heads:
-        raise CheckpointError(f"num_heads is {heads}, which does not divide {dim} channels")
+        raise CheckpointError(
+            f"num_heads is {heads}, which does not divide {dim} channels; set a divisor of them"
+        )
     head = tensors.get("head.weight")
     return {
         "img_size": side * patch,
@@ -61,56 +65,66 @@ def vit_checkpoint(
     """A plain ViT in timm's names as a checkpoint of format `name`.
 
     Args:
-        positions: the rule of `models/networks/vit.py` for other input sizes.
-        built: arguments of the network that the shapes do not tell.
+        tensors: the whole state dict, and nothing else.
+        arguments: `num_heads` (channels / 64, reported as assumed).
+        positions: the rule of `models/networks/vit.py` for resizing positions.
+        heads: the states of heads in the same file.
+        preprocess: everything but the input size.
+        dropped: keys that only training used.
+        built: arguments of the network that no shape determines.
 
     Raises:
-        CheckpointError: not a whole ViT.
+        CheckpointError: `pos_embed` or the first block's MLP is missing.
     """
     needed = {"pos_embed", "blocks.0.mlp.fc1.weight"}
     if missing := sorted(needed - tensors.keys()):
-        raise CheckpointError(f"not a whole ViT: {', '.join(missing)} missing")
-    told = {**vit_arguments(tensors, arguments), **built}
-    size = told["img_size"]
-    own = preprocess or Preprocess()
+        raise CheckpointError(f"not a whole ViT: {', '.join(missing)} is missing")
+    network = {**vit_arguments(tensors, arguments), **built}
+    size = network["img_size"]
     return Checkpoint(
         format=name,
         architecture="vit",
         library=OWN,
-        arguments={"positions": positions, **told},
+        arguments={"positions": positions, **network},
         state_dict=dict(tensors),
         heads=heads or {},
-        preprocess=replace(own, input_size=(size, size)),
+        preprocess=replace(preprocess or Preprocess(), input_size=(size, size)),
         dropped=dropped,
-        assumed={} if "num_heads" in arguments else {"num_heads": told["num_heads"]},
+        assumed={} if "num_heads" in arguments else {"num_heads": network["num_heads"]},
     )
 
 
 def choose_weights(
     container: Container, arguments: Mapping[str, Any], default: str
 ) -> Mapping[str, Tensor]:
-    """The set of weights that `arguments["weights"]` names, or else the default one, which is the
-    whole file where that is one state dict and no more.
+    """One of a file's sets of weights, such as `student` and `teacher`.
+
+    Args:
+        arguments: `weights` names the set; `model_` and `state_dict_` before its name are optional.
+        default: the set without `weights`; a file with a single state dict is that set.
 
     Raises:
         CheckpointError: the file has no such set.
     """
-    wanted = str(arguments.get("weights", default))
+    name = str(arguments.get("weights", default))
     if not container.sets and "weights" not in arguments:
         return container.tensors
-    for name in (wanted, f"model_{wanted}", f"state_dict_{wanted}"):
-        if name in container.sets:
-            return container.sets[name]
+    for key in (name, f"model_{name}", f"state_dict_{name}"):
+        if key in container.sets:
+            return container.sets[key]
     raise CheckpointError(
-        f"{container.path} has no weights {wanted!r}; it has {', '.join(container.sets)}"
+        f"{container.path} has no weights {name!r}; it has {', '.join(container.sets)}"
     )
 
 
 def split_prefix(
     tensors: Mapping[str, Tensor], prefix: str, *, drop: tuple[str, ...] = ()
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors below a prefix, by their names without it; and the keys of all others. `drop`
-    are beginnings of names below the prefix that only training needed."""
+    """The tensors below a prefix under their names without it, and the keys of all others.
+
+    Args:
+        drop: beginnings of names below the prefix that count as others.
+    """
     kept: dict[str, Tensor] = {}
     others = []
     for key, value in tensors.items():

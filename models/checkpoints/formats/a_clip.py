@@ -1,8 +1,8 @@
-"""A-CLIP (arXiv 2212.08653): towers trained and their exponential averages in one state dict, with
-parts that only training needs.
+"""A-CLIP (arXiv 2212.08653, github.com/microsoft/A-CLIP): both towers and their averages.
 
-The averages are served, as upstream evaluates them; `weights="online"` are the others. Embedding of
-tokens, positions and the last norm of texts are one for both.
+One state dict holds the trained towers, their exponential averages, and parts that only training
+uses. The averages are served, as upstream evaluates them; `weights="online"` selects the trained
+towers. Both sets share the text tower's token embedding, positions and last norm.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from models.trunks.features import FeatureRequest
 
 NAME = "a-clip"
 SHARED = ("token_embedding.weight", "positional_embedding", "ln_final.weight", "ln_final.bias")
-# The visual tower, the projections and the text transformer of each set.
+# By set: the image tower, both projections, and the text transformer.
 SETS = {
     "ema": ("visual_ema.", "image_projection_e", "text_projection_e", "transformer_e."),
     "online": ("visual.", "image_projection", "text_projection", "transformer."),
@@ -38,7 +38,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `vision_heads` and `transformer_heads` (one for every 64 channels each)."""
+    """`arguments`: `weights` (`ema`), `vision_heads` and `transformer_heads` (width / 64 each)."""
     tensors = container.tensors
     weights = str(arguments.get("weights", "ema"))
     if weights not in SETS:
@@ -52,12 +52,12 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         text["text_projection"] = tensors[text_projection]
         scale = tensors["logit_scale"]
     except KeyError as error:
-        raise CheckpointError(f"{container.path}: {error} is missing") from error
+        raise CheckpointError(f"{container.path}: the weight {error} is missing") from error
     text |= {f"transformer.{key}": value for key, value in language.items()}
-    told = {"num_heads": arguments["vision_heads"]} if "vision_heads" in arguments else {}
-    image = vit_arguments(vision, told)
+    config = {"num_heads": arguments["vision_heads"]} if "vision_heads" in arguments else {}
+    image = vit_arguments(vision, config)
     size = image["img_size"]
-    spoken = text_arguments(text, arguments.get("transformer_heads"))
+    language_config = text_arguments(text, arguments.get("transformer_heads"))
     return Checkpoint(
         format=NAME,
         architecture=f"A-CLIP with a ViT of width {image['embed_dim']}",
@@ -69,13 +69,13 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
                 "projected": projection.shape[1],
                 **image,
             },
-            "text": spoken,
+            "text": language_config,
             "cut_end": True,
         },
         assumed=assumed_heads(
             arguments,
             image["num_heads"],
-            spoken["heads"],
+            language_config["heads"],
             ("vision_heads", "transformer_heads"),
         ),
         state_dict=tower_states({**vision, "projection": projection}, text, scale),
@@ -97,6 +97,7 @@ def request(trunk: Trunk) -> FeatureRequest:
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:
-    """The tokens, and how much the class token reads each patch, over all layers and heads."""
+    """`tokens` (B, T, D), and `cls_attention` (B, N): the class token's attention to each patch, as
+    the mean over layers and heads."""
     maps = torch.stack([layer[:, :, 0, 1:] for layer in run.output.attention.values()])
     return {"tokens": run.output.features, "cls_attention": maps.mean((0, 2))}

@@ -1,7 +1,8 @@
-"""Google's `.npz` ViTs (arXiv 2010.11929, 2106.10270), as JAX keeps them, in old or linen names.
+"""Google's `.npz` ViTs (ViT, arXiv 2010.11929; AugReg, arXiv 2106.10270), in old or linen names.
 
-The authors' code computes GELU by its tanh approximation; timm, from its own copies, exactly. A
-file of the authors gets the authors' numbers (`arguments = {act = "gelu"}` for timm's).
+Upstream is github.com/google-research/vision_transformer. The authors' code approximates GELU by
+tanh, timm computes it exactly. The authors' way is the default here; `arguments = {act = "gelu"}`
+selects timm's.
 """
 
 import copy
@@ -26,17 +27,18 @@ HALF = (0.5, 0.5, 0.5)
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     if POSITIONS in in_old_names(container.tensors):
-        return "a ViT of JAX, by its Transformer/posembed_input"
+        return "a JAX ViT, by its Transformer/posembed_input"
     return None
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    """`arguments`: `act`, the name of an activation in timm (`gelu_tanh`)."""
     tensors = in_old_names(container.tensors)
     kept = from_jax(tensors)
     heads: dict[str, HeadState] = {}
     if "head/kernel" in tensors:
         head = {"weight": tensors["head/kernel"].T.contiguous(), "bias": tensors["head/bias"]}
-        if "pre_logits/kernel" in tensors:  # timm has no place for it any more
+        if "pre_logits/kernel" in tensors:  # timm's ViT no longer has this layer
             heads["linear"] = HeadState(
                 {
                     "classifier.0.weight": tensors["pre_logits/kernel"].T.contiguous(),
@@ -50,12 +52,12 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     built: dict[str, Any] = {"act_layer": str(arguments.get("act", "gelu_tanh"))}
     if "cls_token" not in kept:
         built |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
-    told = {**arguments, "num_heads": num_heads(tensors)}
+    config = {**arguments, "num_heads": num_heads(tensors)}
     preprocess = Preprocess(crop_mode="squash", crop_pct=1.0, mean=HALF, std=HALF)
     return vit_checkpoint(
         NAME,
         kept,
-        told,
+        config,
         positions="corners",
         heads=heads,
         preprocess=preprocess,
@@ -64,22 +66,23 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:
-    """The table of positions for the input's grid; what the head sees, where that is more than a
-    pooling; and both once more with exact GELU, as timm has it."""
+    """`pos_embedding` for the input's grid; `embedding`, the classifier's input; and embedding and
+    logits with exact GELU, as timm computes them."""
     network = run.network
     exact = _with_exact_gelu(network).forward_features(run.inputs["pixel_values"])
-    other = replace(run.output, features=exact)
+    exact_output = replace(run.output, features=exact)
     named = {
         "pos_embedding": network.positions(run.output.grid),
         "embedding": _embedding(run),
-        "embedding_gelu_erf": _embedding(replace(run, output=other)),
+        "embedding_gelu_erf": _embedding(replace(run, output=exact_output)),
     }
     if "classify" in run.heads:
-        named["logits_gelu_erf"] = run.heads["classify"].forward(other)["logits"]
+        named["logits_gelu_erf"] = run.heads["classify"].forward(exact_output)["logits"]
     return named
 
 
 def _embedding(run: ReferenceRun) -> Tensor:
+    """(B, D): the pooled features, through `pre_logits` where the file has it."""
     pooled = run.trunk.pool(run.output)
     state = run.states.get("linear")
     if state is None:
@@ -90,7 +93,7 @@ def _embedding(run: ReferenceRun) -> Tensor:
 
 
 def _with_exact_gelu(network: Any) -> Any:
-    """The same weights in memory, with another activation."""
+    """A copy of the network with exact GELU that shares its weights."""
     twin, blocks = _shallow(network), []
     for block in network.blocks:
         mlp = _shallow(block.mlp)

@@ -1,5 +1,7 @@
-"""BEiT's pre-training (arXiv 2106.08254), whose layout PeCo's is assumed to share: timm's names
-with biases of queries and values apart, and `lm_head` over the codebook.
+"""BEiT's pre-training (arXiv 2106.08254, github.com/microsoft/unilm).
+
+timm's names with separate biases of queries and values, and `lm_head` over the codebook. PeCo
+(arXiv 2111.12710, github.com/microsoft/PeCo) is assumed to have the same layout.
 """
 
 from collections.abc import Mapping
@@ -34,8 +36,8 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:
-    """What fine-tuning and probing would pool at their first step; with `mask` (B, N), true where
-    a patch is replaced, `mim_logits` (B, N, codes)."""
+    """`embedding_mean_pool` (B, D), which fine-tuning starts from; `linear_probe_feature` (B, 2 D);
+    and with `mask` (B, N), true for masked patches, `mim_logits` (B, N, codes)."""
     network = run.network
     pixels = run.inputs["pixel_values"]
     last = _blocks(network, pixels, None)
@@ -53,7 +55,11 @@ def outputs(run: ReferenceRun) -> dict[str, Tensor]:
 
 
 def _blocks(network: Any, pixels: Tensor, masked: tuple[Tensor, Tensor] | None) -> Tensor:
-    """(B, 1 + N, D): what the last block gives, before the norm."""
+    """The last block's output before the norm, (B, 1 + N, D).
+
+    Args:
+        masked: the mask (B, N) and the token that replaces masked patches.
+    """
     x = network.patch_embed(pixels)
     if masked is not None:
         mask, token = masked
@@ -64,5 +70,5 @@ def _blocks(network: Any, pixels: Tensor, masked: tuple[Tensor, Tensor] | None) 
     shared = None if network.rel_pos_bias is None else network.rel_pos_bias()
     for block in network.blocks:
         x = block(x, shared_rel_pos_bias=shared)
-    done: Tensor = x
-    return done
+    tokens: Tensor = x
+    return tokens

@@ -1,5 +1,7 @@
-"""BEiT's fine-tuned classifiers (arXiv 2106.08254), whose layout PeCo's is assumed to share: timm's
-names with biases of queries and values apart, and a table of relative positions in each block.
+"""BEiT's fine-tuned classifiers (arXiv 2106.08254, github.com/microsoft/unilm).
+
+timm's names with separate biases of queries and values, and a table of relative positions in each
+block. PeCo (arXiv 2111.12710, github.com/microsoft/PeCo) is assumed to have the same layout.
 """
 
 from collections.abc import Mapping
@@ -14,8 +16,8 @@ NAME = "beit-finetuned"
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     keys = container.tensors.keys()
-    apart = "blocks.0.attn.q_bias" in keys and "lm_head.weight" not in keys
-    if apart and "head.weight" in keys and "visual.conv1.weight" not in keys:
+    is_beit = "blocks.0.attn.q_bias" in keys and "lm_head.weight" not in keys
+    if is_beit and "head.weight" in keys and "visual.conv1.weight" not in keys:
         return "blocks with q_bias, and a head"
     return None
 

@@ -1,7 +1,8 @@
-"""ConvNeXt V2 (arXiv 2301.00808): classifiers, the published FCMAE backbones, and what FCMAE's
-script saves, whose sparse convolutions are turned into dense ones.
+"""ConvNeXt V2 (arXiv 2301.00808, github.com/facebookresearch/ConvNeXt-V2).
 
-`model` is served, as upstream evaluates it, not `model_ema` (`weights="model_ema"`).
+Classifiers, the published FCMAE backbones, and checkpoints of FCMAE's training script, whose sparse
+convolutions are converted to dense ones. `model` is served, as upstream evaluates it;
+`weights="model_ema"` selects the exponential average.
 """
 
 from collections.abc import Mapping
@@ -41,6 +42,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    """`arguments`: `weights` (`model`), `img_size` in pixels, one side or both (224)."""
     weights = choose_weights(container, arguments, "model")
     dense = _dense(weights)
     named = {in_timms_names(key): value for key, value in dense.items()}
@@ -53,7 +55,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         depths.append(len(blocks))
         dims.append(named[f"stages.{stage}.blocks.0.conv_dw.weight"].shape[0])
     head = named.get("head.fc.weight")
-    if "head.norm.weight" not in named:  # of the backbone alone: as fine-tuning begins
+    if "head.norm.weight" not in named:  # a backbone alone: the values fine-tuning starts from
         named["head.norm.weight"], named["head.norm.bias"] = (
             torch.ones(dims[3]),
             torch.zeros(dims[3]),
@@ -82,7 +84,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:
-    """The second stage's output, and the pooling without its norm."""
+    """`feature_map_stage1`, the second stage's output, and `embedding` with and without norm."""
     network = run.network
     stages = network.forward_intermediates(
         run.inputs["pixel_values"], indices=[1], intermediates_only=True
@@ -98,8 +100,10 @@ def outputs(run: ReferenceRun) -> dict[str, Tensor]:
 
 
 def _dense(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without what pre-training alone needs, and with ordinary convolutions: sparse kernels
-    (k * k, in, out) or, depthwise, (k * k, C) run through columns first."""
+    """The weights with dense convolutions, without parts that only pre-training uses.
+
+    Sparse kernels are (k * k, in, out), or (k * k, C) if depthwise, in column-major order.
+    """
     dense: dict[str, Tensor] = {}
     for key, value in weights.items():
         if key.startswith(PRETRAINING):
@@ -119,7 +123,7 @@ def _dense(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def in_timms_names(key: str) -> str:
-    """timm's name for one of ConvNeXt's own."""
+    """timm's name for a key of upstream's ConvNeXt."""
     parts = key.split(".")
     match parts[0]:
         case "downsample_layers":

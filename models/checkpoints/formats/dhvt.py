@@ -1,5 +1,6 @@
-"""DHVT (arXiv 2210.05958), in DeiT's container: `model` is served, as upstream evaluates it;
-`weights="ema"` is the exponential average.
+"""DHVT (arXiv 2210.05958, github.com/ArieSeirack/DHVT), in DeiT's container.
+
+`model` is served, as upstream evaluates it; `weights="ema"` selects the exponential average.
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from models.networks import OWN
 
 NAME = "dhvt"
 MARKS = {"blocks.0.attn.ht_proj.weight", "patch_embed.pre_affine.alpha"}
-# Convolutions in the stem, and the patch that they make.
+# The patch size by the number of entries in the stem.
 PATCHES = {1: 2, 2: 4, 4: 16}
 
 
@@ -25,10 +26,14 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    """`arguments`: `weights`, `img_size` (32, or 224 for patches of 16)."""
     tensors = choose_weights(container, arguments, container.wrapper)
     stem = {k.split(".")[2] for k in tensors if k.startswith("patch_embed.proj.")}
     if len(stem) not in PATCHES:
-        raise CheckpointError(f"{container.path}: a stem of {len(stem)} convolutions is not known")
+        raise CheckpointError(
+            f"{container.path}: its stem has {len(stem)} layers; there are networks for "
+            f"{', '.join(map(str, PATCHES))}"
+        )
     patch = PATCHES[len(stem)]
     size = int(arguments.get("img_size", 32 if patch < 16 else 224))
     heads, dim = tensors["blocks.0.attn.pos_embed"].shape[1:]

@@ -1,5 +1,7 @@
-"""DINO's full checkpoint (arXiv 2104.14294): student and teacher, each a backbone with a projection
-head. The teacher is served; `weights="student"` is the other one.
+"""DINO's full checkpoint (arXiv 2104.14294, github.com/facebookresearch/dino).
+
+Student and teacher, each a backbone with a projection head. The teacher is served;
+`weights="student"` selects the student.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,7 @@
-"""DINO's published backbones (arXiv 2104.14294): a flat state dict in timm's names."""
+"""DINO's published backbones (arXiv 2104.14294, github.com/facebookresearch/dino).
+
+A flat state dict of a ViT in timm's names.
+"""
 
 from collections.abc import Mapping
 from typing import Any

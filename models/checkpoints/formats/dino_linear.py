@@ -1,8 +1,8 @@
-"""DINO's published linear classifiers (arXiv 2104.14294): weights for the features of a backbone
-that is a file of its own.
+"""DINO's published linear classifiers (arXiv 2104.14294, github.com/facebookresearch/dino).
 
-The features are the class tokens of the last four blocks; or, if the weights take twice the
-backbone's channels, the last one's interleaved with the mean of the patch tokens.
+The file holds the classifier alone; the backbone is a companion file. Its input are the class
+tokens of the last four blocks or, if it takes twice the backbone's channels, the last class token
+interleaved with the mean of the patch tokens.
 """
 
 from collections.abc import Mapping
@@ -29,11 +29,15 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `backbone`, its file, if that is not beside as `backbone.pth`; `num_heads`;
-    `n_last_blocks` and `avgpool_patchtokens` where the weights' size does not tell."""
+    """`arguments`: `backbone`, a path (`backbone.pth` beside the file); `num_heads` (width / 64);
+    `n_last_blocks` and `avgpool_patchtokens` (from the number of features).
+
+    Raises:
+        CheckpointError: the backbone is not a ViT, or has another number of features.
+    """
     backbone = open_companion(container, arguments, "backbone", BACKBONES)
     if not backbone.tensors.keys() >= MARKS:
-        raise CheckpointError(f"{backbone.path}: not a ViT as DINO publishes it")
+        raise CheckpointError(f"{backbone.path}: not a ViT in timm's names, as DINO publishes it")
     trunk = dict(backbone.tensors)
     weight, bias = container.tensors["linear.weight"], container.tensors["linear.bias"]
     built = vit_arguments(trunk, arguments)
@@ -42,8 +46,9 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     blocks = int(arguments.get("n_last_blocks", 1 if mean else times))
     if times != blocks * (1 + mean) or (mean and blocks != 1):
         raise CheckpointError(
-            f"linear.weight takes {weight.shape[1]} features; {blocks} blocks of "
-            f"{built['embed_dim']} channels{' with means' if mean else ''} are others"
+            f"linear.weight takes {weight.shape[1]} features, which is not what {blocks} blocks of "
+            f"{built['embed_dim']} channels{' with the mean patch' if mean else ''} return; set "
+            "n_last_blocks and avgpool_patchtokens"
         )
     head = HeadState(
         {"classifier.0.weight": weight, "classifier.0.bias": bias},
@@ -60,6 +65,6 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:
-    """The features of the classifier, and the plain embedding of the backbone."""
+    """`embedding`, the classifier's input, and `cls_embedding`, the backbone's pooled output."""
     head: Any = run.heads["classify"]
     return {"embedding": head.features(run.output), "cls_embedding": run.trunk.pool(run.output)}

@@ -1,7 +1,7 @@
-"""EfficientNet-lite0 as lukemelas' EfficientNet-PyTorch names it, in timm's architecture.
+"""EfficientNet-lite0 in the names of github.com/lukemelas/EfficientNet-PyTorch.
 
-Both list the same 296 tensors in the same order and shapes, so the translation is by position.
-The reference transform is bicubic at 0.875, scaled to -1..1, as timm's own conversion says.
+timm lists the same 296 tensors in the same order and shapes, so keys are translated by position.
+The preprocessing is that of timm's own conversion: bicubic, crop 0.875, scaled to -1..1.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,9 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     ours = timm.create_model(ARCHITECTURE, num_classes=num_classes).state_dict()
     pairs = list(zip(ours, container.tensors.values(), strict=False))
     if len(ours) != len(container.tensors) or any(ours[k].shape != v.shape for k, v in pairs):
-        raise CheckpointError(f"{container.path}: an EfficientNet, but not of lite0's shapes")
+        raise CheckpointError(
+            f"{container.path}: an EfficientNet, but not of lite0's {len(ours)} shapes"
+        )
     return Checkpoint(
         format=NAME,
         architecture=ARCHITECTURE,

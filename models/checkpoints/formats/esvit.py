@@ -1,5 +1,7 @@
-"""EsViT's full checkpoint (arXiv 2106.09785): student and teacher, each a Swin with its heads
-beside it. The teacher is served; `weights="student"` is the other one.
+"""EsViT's full checkpoint (arXiv 2106.09785, github.com/microsoft/esvit).
+
+Student and teacher, each a Swin with its projection heads at the same level. The teacher is served;
+`weights="student"` selects the student.
 """
 
 from collections.abc import Mapping

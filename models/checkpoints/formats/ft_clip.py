@@ -1,8 +1,8 @@
-"""FT-CLIP (arXiv 2212.06138): CLIP's image tower fine-tuned to classify, or as DeepSpeed saves it.
+"""FT-CLIP (arXiv 2212.06138, github.com/LightDXY/FT-CLIP): CLIP's image tower as a classifier.
 
-The plain weights are what a file of this format means; the paper's numbers are those of the
-exponential average, `weights = "ema"`. `patch_embed` in the file is a dummy that upstream never
-uses: `conv1` embeds the patches.
+Flat, or as DeepSpeed saves it. The plain weights are the default; the paper reports the exponential
+average, `weights = "ema"`. `patch_embed` in the file is not used by upstream: `conv1` embeds the
+patches.
 """
 
 from collections.abc import Mapping
@@ -49,6 +49,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    """`arguments`: `weights`, `heads` or `num_heads` (width / 64)."""
     weights = choose_weights(container, arguments, container.wrapper)
     named: dict[str, Tensor] = {}
     for key, value in weights.items():
@@ -58,14 +59,17 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             key = key.replace(theirs, ours)
         named[key] = value
     if "cls_token" not in named or "pos_embed" not in named:
-        raise CheckpointError(f"{container.path}: not a whole image tower of CLIP")
+        raise CheckpointError(
+            f"{container.path}: not a whole image tower of CLIP: class_embedding or "
+            "positional_embedding is missing"
+        )
     named["cls_token"] = named["cls_token"].reshape(1, 1, -1)
     named["pos_embed"] = named["pos_embed"][None]
-    told = {"num_heads": arguments.get("heads"), **arguments}
+    config = {"num_heads": arguments.get("heads"), **arguments}
     return vit_checkpoint(
         NAME,
         named,
-        {key: value for key, value in told.items() if value is not None},
+        {key: value for key, value in config.items() if value is not None},
         positions="bicubic",
         preprocess=Preprocess(crop_pct=1.0, mean=MEAN, std=STD),
         dropped=tuple(key for key in weights if key.startswith(DUMMY)),
@@ -78,6 +82,6 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:
-    """Patches after the norm, and all tokens before it."""
+    """`patch_tokens` (B, N, D) after the norm, and `tokens_pre_norm` (B, 1 + N, D)."""
     [last] = run.output.layers.values()
     return {"patch_tokens": run.output.patches_BTD, "tokens_pre_norm": last}

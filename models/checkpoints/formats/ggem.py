@@ -1,6 +1,7 @@
-"""A ViT pooled by group generalized mean (arXiv 2212.04114): timm's names, and `ggem.p` (G,).
+"""A ViT with group generalized mean pooling (GGeM, arXiv 2212.04114).
 
-No checkpoint was published; the name of the exponents is our choice.
+timm's names, and the exponents of the G groups as `ggem.p` (G,). No checkpoint is published; that
+name is chosen here.
 """
 
 from collections.abc import Mapping
@@ -20,13 +21,13 @@ EXPONENTS = "ggem.p"
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
-    """The exponents give it away."""
     if EXPONENTS in container.tensors and container.tensors.keys() >= MARKS:
         return "a ViT in timm's names with pooling exponents ggem.p"
     return None
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    """`arguments`: `num_heads` (the number of groups)."""
     tensors = dict(container.tensors)
     exponents = tensors.pop(EXPONENTS)
     built = vit_arguments(tensors, {"num_heads": len(exponents), **arguments})
@@ -41,7 +42,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:
-    """Every pooling that the paper compares; of GGeM also as if the class token counted."""
+    """Every pooling that the paper compares, and GGeM over all tokens with the class token."""
     exponents = run.trunk.exponents
     assert exponents is not None
     patches = run.output.patches_BTD

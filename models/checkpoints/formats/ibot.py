@@ -1,7 +1,8 @@
-"""iBOT's full checkpoint (arXiv 2111.07832), which AttMask (arXiv 2203.12719) shares: student and
-teacher with a head for the class token and one for patches.
+"""iBOT's full checkpoint (arXiv 2111.07832, github.com/bytedance/ibot).
 
-The teacher is served; `weights="student"` is the other one, as published for ImageNet-22k.
+Student and teacher, each with a head for the class token and one for patches. AttMask (arXiv
+2203.12719, github.com/gkakogeorgiou/attmask) has the same layout. The teacher is served;
+`weights="student"` selects the student, which is the one published for ImageNet-22k.
 """
 
 from collections.abc import Mapping

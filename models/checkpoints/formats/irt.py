@@ -1,6 +1,7 @@
-"""The retrieval transformer (arXiv 2102.05644): a DeiT whose class token is the descriptor.
+"""IRT (arXiv 2102.05644): a DeiT whose class token is a descriptor for image retrieval.
 
-A PCA learned off-line lies beside the checkpoint as `pca.npz`: `mean` (D,), `components` (K, D).
+A PCA, learned separately, is the companion file `pca.npz`: `mean` (D,) and `components` (K, D). No
+checkpoint is published.
 """
 
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ CLASSIFIERS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
-    """The weights are a plain DeiT's: the PCA beside them, or being told of one, tells."""
+    """The weights alone are a plain DeiT's, so that a PCA or `pca_dim` identifies the format."""
     if "architecture" in arguments or not container.tensors.keys() >= MARKS:
         return None
     if _pca_path(container, arguments).is_file() or "pca_dim" in arguments:
@@ -35,6 +36,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    """`arguments`: `pca`, a path (`pca.npz` beside the file); `num_heads` (width / 64)."""
     tensors = {k: v for k, v in container.tensors.items() if k not in CLASSIFIERS}
     path = _pca_path(container, arguments)
     heads = {"pca": HeadState(_read_pca(path))} if path.is_file() else {}
@@ -52,7 +54,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:
-    """The descriptor, and the alternatives that the paper studies; all of unit length but `raw`."""
+    """The descriptor and the paper's alternatives, all of unit length but `embedding_raw`."""
     cls, patches = run.output.tokens_BTD[:, 0], run.output.patches_BTD
     named = {
         "embedding": normalize(cls, dim=-1),
@@ -76,4 +78,4 @@ def _read_pca(path: Path) -> dict[str, Tensor]:
         with np.load(path, allow_pickle=False) as file:
             return {name: torch.from_numpy(file[name]) for name in ("mean", "components")}
     except (ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"{path}: not a PCA (mean, components): {error}") from error
+        raise CheckpointError(f"{path}: not a PCA with mean and components: {error}") from error

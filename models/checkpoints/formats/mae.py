@@ -1,5 +1,7 @@
-"""MAE (arXiv 2111.06377): the encoder in timm's names under `model`, alone as published for
-transfer, or with the decoder. SdMAE's and others' encoders alone look the same.
+"""MAE's pre-training (arXiv 2111.06377, github.com/facebookresearch/mae).
+
+The encoder in timm's names under `model`, alone, as it is published for transfer, or with the
+decoder. Encoders of SdMAE and others have the same layout.
 """
 
 from collections.abc import Mapping

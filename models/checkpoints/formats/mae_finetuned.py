@@ -1,6 +1,8 @@
-"""MAE's fine-tuned classifiers (arXiv 2111.06377), and those of SupMAE, SdMAE and TinyMIM: a ViT in
-timm's names with its head under `model`, as `fc_norm` of the mean patch token or on the class
-token. Linear probes have a batch norm without affine parameters before the head.
+"""Fine-tuned classifiers of MAE (arXiv 2111.06377), SupMAE, SdMAE and TinyMIM.
+
+A ViT in timm's names with its head under `model`. The head reads `fc_norm` of the mean patch token,
+or the class token. Linear probes have a batch norm without affine parameters before the head.
+Upstream is github.com/facebookresearch/mae.
 """
 
 from collections.abc import Mapping

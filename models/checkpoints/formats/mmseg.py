@@ -1,8 +1,8 @@
-"""mmsegmentation's checkpoints: a backbone, a decoder and what only training needed, with the whole
-configuration as text and the classes' names and colours under `meta`.
+"""mmsegmentation's checkpoints (github.com/open-mmlab/mmsegmentation): a backbone and a decoder.
 
-Backbones: BEiT's, as BEiT, MAE, TinyMIM and others publish for ADE20K (arXiv 2106.08254), with or
-without its table of relative positions; and ConvNeXt, V1 and V2 (arXiv 2201.03545).
+`meta` holds the configuration as text, and the classes' names and colours. Backbones are BEiT
+(arXiv 2106.08254), with or without its tables of relative positions, as BEiT, MAE, TinyMIM and
+others publish for ADE20K; and ConvNeXt V1 and V2 (arXiv 2201.03545, 2301.00808).
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,29 +37,33 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `backbone`, `decode_head` and `test_cfg`, as mmsegmentation's configuration has
-    them; those in the file's own stand where these are silent."""
+    """`arguments`: `backbone`, `decode_head` and `test_cfg`, tables of an mmsegmentation
+    configuration; the file's own configuration has the defaults.
+
+    Raises:
+        CheckpointError: the decoder resizes with aligned corners.
+    """
     meta = container.beside.get("meta")
     meta = meta if isinstance(meta, dict) else {}
     config = read_configuration(str(meta.get("config", "")))
-    told = {**config.get("model", {}), **_tables(arguments)}
+    model_config = {**config.get("model", {}), **_tables(arguments)}
     backbone, rest = split_prefix(container.tensors, "backbone.")
     tensors = {
         key: container.tensors[key] for key in rest if key.startswith(("decode_head.", "neck."))
     }
     dropped = tuple(key for key in rest if key not in tensors)
     settings = _labels(meta, tensors["decode_head.conv_seg.weight"].shape[0])
-    head = dict(told.get("decode_head", {}))
+    head = dict(model_config.get("decode_head", {}))
     settings["pool_scales"] = list(head.get("pool_scales", (1, 2, 3, 6)))
     if isinstance(head.get("in_index"), list | tuple):
         settings["in_index"] = [int(n) for n in head["in_index"]]
     if head.get("align_corners"):
-        raise CheckpointError("decoders with aligned corners are not known")
+        raise CheckpointError("decode_head has align_corners = true; only false is supported")
     if "blocks.0.norm1.weight" in backbone:
-        checkpoint, levels, window = _beit(container, backbone, told, settings)
+        checkpoint, levels, window = _beit(container, backbone, model_config, settings)
     else:
-        checkpoint, levels, window = _convnext(backbone, told, settings)
-    settings["windows"] = _windows(config, told.get("test_cfg", {}), window)
+        checkpoint, levels, window = _convnext(backbone, settings)
+    settings["windows"] = _windows(config, model_config.get("test_cfg", {}), window)
     state = HeadState({**levels, **tensors}, settings)
     return Checkpoint(
         format=NAME,
@@ -70,23 +74,24 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         heads={"semantic": state},
         preprocess=_preprocess(config, checkpoint),
         dropped=(*checkpoint.dropped, *dropped),
-        assumed={} if told else {"layers": settings["layers"]},
+        assumed={} if model_config else {"layers": settings["layers"]},
     )
 
 
 def _tables(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables of a configuration among the arguments."""
     names = ("backbone", "decode_head", "test_cfg")
     return {n: arguments[n] for n in names if isinstance(arguments.get(n), Mapping)}
 
 
 def _labels(meta: Mapping[str, Any], classes: int) -> dict[str, Any]:
-    """Names and colours: the file's, or a well-known set of as many classes, or numbers."""
+    """`labels` and `palette`: the file's, ADE20K's for 150 classes, or numbers."""
     names, palette = meta.get("CLASSES"), meta.get("PALETTE")
     if isinstance(names, list) and len(names) == classes:
-        found: dict[str, Any] = {"labels": [str(name) for name in names]}
+        settings: dict[str, Any] = {"labels": [str(name) for name in names]}
         if isinstance(palette, list) and len(palette) == classes:
-            found["palette"] = palette
-        return found
+            settings["palette"] = palette
+        return settings
     if classes == 150:
         return {"labels": "ade20k-150"}
     return {"labels": [str(number) for number in range(classes)]}
@@ -95,18 +100,19 @@ def _labels(meta: Mapping[str, Any], classes: int) -> dict[str, Any]:
 def _beit(
     container: Container,
     backbone: Mapping[str, Tensor],
-    told: Mapping[str, Any],
+    config: Mapping[str, Any],
     settings: dict[str, Any],
 ) -> tuple[Checkpoint, dict[str, Tensor], int | None]:
+    """The backbone, the decoder's levels, and the side of its windows; extends `settings`."""
     network = {k: v for k, v in backbone.items() if not k.startswith(("fpn", "norm."))}
     dim = network["patch_embed.proj.weight"].shape[0]
-    # the decoder sees blocks as they are; embeddings, their mean scaled, as fine-tuning begins
+    # only embeddings use this norm; its values are those that fine-tuning starts from
     network["fc_norm.weight"], network["fc_norm.bias"] = torch.ones(dim), torch.zeros(dim)
-    own = dict(told.get("backbone", {}))
-    checkpoint = beit_checkpoint(NAME, container, network, own, global_pool="avg")
+    backbone_config = dict(config.get("backbone", {}))
+    checkpoint = beit_checkpoint(NAME, container, network, backbone_config, global_pool="avg")
     depth = checkpoint.arguments["depth"]
-    usual = range(depth // 4 - 1, depth, depth // 4) if depth >= 4 else range(depth)
-    settings["layers"] = list(own.get("out_indices", usual))
+    default = range(depth // 4 - 1, depth, depth // 4) if depth >= 4 else range(depth)
+    settings["layers"] = list(backbone_config.get("out_indices", default))
     settings["inputs"] = [dim] * len(settings["layers"])
     settings["patch"] = checkpoint.arguments["patch_size"]
     levels = {f"levels.{k}": v for k, v in backbone.items() if k.startswith("fpn")}
@@ -114,18 +120,19 @@ def _beit(
 
 
 def _convnext(
-    backbone: Mapping[str, Tensor], told: Mapping[str, Any], settings: dict[str, Any]
+    backbone: Mapping[str, Tensor], settings: dict[str, Any]
 ) -> tuple[Checkpoint, dict[str, Tensor], int | None]:
+    """As `_beit`; windows may have any side."""
     levels = {f"levels.{k}": v for k, v in backbone.items() if k.startswith("norm")}
     named = {in_timms_names(k): v for k, v in backbone.items() if not k.startswith("norm")}
-    for name in ("weight", "bias"):  # the last level's norm is the trunk's own, too
+    for name in ("weight", "bias"):  # the last level's norm is also the trunk's
         named[f"norm_pre.{name}"] = backbone[f"norm3.{name}"]
     depths, dims = [], []
     for stage in range(4):
         blocks = {k.split(".")[3] for k in named if k.startswith(f"stages.{stage}.blocks.")}
         depths.append(len(blocks))
         dims.append(named[f"stages.{stage}.blocks.0.conv_dw.weight"].shape[0])
-    second = "stages.0.blocks.0.mlp.grn.weight" in named
+    is_v2 = "stages.0.blocks.0.mlp.grn.weight" in named
     for key in list(named):
         if ".grn." in key:
             named[key] = named[key].flatten()
@@ -138,7 +145,7 @@ def _convnext(
         arguments={
             "depths": depths,
             "dims": dims,
-            "use_grn": second,
+            "use_grn": is_v2,
             "ls_init_value": 1.0 if "stages.0.blocks.0.gamma" in named else None,
             "head_norm_first": True,
             "num_classes": 0,
@@ -151,19 +158,19 @@ def _convnext(
 def _windows(
     config: Mapping[str, Any], test: Mapping[str, Any], window: int | None
 ) -> dict[str, Any]:
-    """A trunk whose positions are of one size takes windows of that; others as the file says."""
+    """Sliding windows: `window` for trunks of one input size, else the test configuration's."""
     windows: dict[str, Any] = {"scale": _scale(config, window)}
     crop = test.get("crop_size") or ((window, window) if window else None)
     if crop is None or (test.get("mode") != "slide" and window is None):
         return windows
     windows["crop"] = [window, window] if window else [int(n) for n in crop]
-    usual = [side * 2 // 3 for side in windows["crop"]]
-    windows["stride"] = [int(n) for n in test.get("stride", usual)]
+    default = [side * 2 // 3 for side in windows["crop"]]
+    windows["stride"] = [int(n) for n in test.get("stride", default)]
     return windows
 
 
 def _scale(config: Mapping[str, Any], window: int | None) -> list[int]:
-    """What the test pipeline resizes images to fit in; else four windows by one."""
+    """The test pipeline's (longer, shorter) image side; else four windows by one, or SCALE."""
     for step in config.get("test_pipeline", ()):
         scale = step.get("img_scale", step.get("scale")) if isinstance(step, dict) else None
         if isinstance(scale, Sequence) and len(scale) == 2 and all(scale):
@@ -172,15 +179,15 @@ def _scale(config: Mapping[str, Any], window: int | None) -> list[int]:
 
 
 def _preprocess(config: Mapping[str, Any], checkpoint: Checkpoint) -> Preprocess:
-    """For other tasks than segmentation: the window's size, squashed."""
+    """The transform for other tasks than segmentation: squashed to the size of a window."""
     size = checkpoint.arguments.get("img_size", min(SCALE))
-    found = config.get("img_norm_cfg", {})
-    usual = Preprocess()
+    norm = config.get("img_norm_cfg", {})
+    default = Preprocess()
 
-    def triple(name: str, default: tuple[float, float, float]) -> tuple[float, float, float]:
-        values = found.get(name)
+    def triple(name: str, otherwise: tuple[float, float, float]) -> tuple[float, float, float]:
+        values = norm.get(name)
         if not isinstance(values, Sequence) or len(values) != 3:
-            return default
+            return otherwise
         first, second, third = (float(value) / 255 for value in values)
         return first, second, third
 
@@ -189,6 +196,6 @@ def _preprocess(config: Mapping[str, Any], checkpoint: Checkpoint) -> Preprocess
         crop_mode="squash",
         crop_pct=1.0,
         interpolation="bilinear",
-        mean=triple("mean", usual.mean),
-        std=triple("std", usual.std),
+        mean=triple("mean", default.mean),
+        std=triple("std", default.std),
     )

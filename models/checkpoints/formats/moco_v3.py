@@ -1,7 +1,8 @@
-"""MoCo v3's pre-training (arXiv 2104.02057): base and momentum encoder, projectors and predictor.
+"""MoCo v3's pre-training (arXiv 2104.02057, github.com/facebookresearch/moco-v3).
 
-The base encoder is served, as upstream's own scripts transfer it; `weights="momentum"` is the other
-one. The stem may be one of convolutions. Both published sizes have 12 heads.
+Base and momentum encoder, projectors and predictor. The base encoder is served, as upstream's
+scripts transfer it; `weights="momentum"` selects the momentum encoder. The stem may be
+convolutional. Both published sizes have 12 heads.
 """
 
 from collections.abc import Mapping

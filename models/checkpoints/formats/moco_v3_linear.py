@@ -1,7 +1,7 @@
-"""MoCo v3's linear classifiers (arXiv 2104.02057): the whole ViT with its `head`, in timm's names,
-saved by a training script that notes `arch` and `best_acc1` beside it.
+"""MoCo v3's linear classifiers (arXiv 2104.02057, github.com/facebookresearch/moco-v3).
 
-Both published sizes have 12 heads, whatever their channels.
+The whole ViT with its `head`, in timm's names; the training script stores `arch` and `best_acc1`
+beside it. Both published sizes have 12 heads, independent of their channels.
 """
 
 from collections.abc import Mapping

@@ -1,9 +1,10 @@
-"""MS-CLIP (arXiv 2207.12661): a flat state dict of both towers, which share most of their blocks'
-weights; these appear under both names.
+"""MS-CLIP-S (arXiv 2207.12661, github.com/Hxyou/MSCLIP): a flat state dict of both towers.
 
-What its configuration file says is read off the adapters, whose kernels are their strides: together
-with the stages before them they span a patch, and the first stage halves the image. Where
-`arguments["CUSTOM"]` holds the configuration, that is followed.
+The towers share most of their blocks' weights, which are stored under both names.
+
+`arguments["CUSTOM"]` is upstream's configuration. Without it, strides are computed from the
+adapters: an adapter's kernel is its stride, it spans a patch together with the stages before it,
+and the first stage halves the image.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,10 +33,10 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `vision_heads`, `text_heads` (one for every 64 channels each), `CUSTOM`.
+    """`arguments`: `vision_heads`, `text_heads` (width / 64 each), `CUSTOM`.
 
     Raises:
-        CheckpointError: a configuration that the published code's MS-CLIP-S is not.
+        CheckpointError: the configuration is not of MS-CLIP-S as published.
     """
     visual, others = split_prefix(container.tensors, "visual.")
     text = {key: container.tensors[key] for key in others if key != "logit_scale"}
@@ -59,12 +60,13 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
 
 
 def _image_arguments(visual: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `MsClipImage`, from the shapes and the configuration."""
     custom: Mapping[str, Any] = arguments.get("CUSTOM", {})
     adapters = len({key.split(".")[2] for key in visual if key.startswith(ADAPTER)})
     layers = len({k.split(".")[2] for k in visual if k.startswith("transformer.resblocks.")})
     stem = {k.split(".")[4] for k in visual if ".resblocks.0.resnet_stage." in k}
 
-    def told(name: str, default: Sequence[int], count: int) -> tuple[int, ...]:
+    def setting(name: str, default: Sequence[int], count: int) -> tuple[int, ...]:
         return tuple(int(n) for n in custom.get(name, default))[:count]
 
     reduces = [visual[f"{ADAPTER}{i}.top2bottom_dw_conv.conv.weight"] for i in range(adapters)]
@@ -73,26 +75,19 @@ def _image_arguments(visual: Mapping[str, Tensor], arguments: Mapping[str, Any])
     halvings = (patch // 2).bit_length() - 1
     width, hidden = visual["transformer.resblocks.1.mlp.c_proj.weight"].shape
     cells = len(visual["positional_embedding"]) - 1
-    stem_strides = told(
+    stem_strides = setting(
         "EARLY_CONV_RES_STRIDES",
         [2] * halvings + [1] * (len(stem) - halvings),
         len(stem),
     )
-    strides = told("PARALLEL_STRIDES", [2, *(a // b for a, b in pairwise(kernels))], adapters)
-    kernel_strides = told("PRALLEL_T2B_STRIDES", kernels, adapters)
+    strides = setting("PARALLEL_STRIDES", [2, *(a // b for a, b in pairwise(kernels))], adapters)
+    kernel_strides = setting("PRALLEL_T2B_STRIDES", kernels, adapters)
     for name in ("PRALLEL_T2B_USECLS", "PARALLEL_RESNET", "EARLY_CONV_RES"):
         if not custom.get(name, True):
-            raise CheckpointError(f"{name} off is not of MS-CLIP-S as published")
-    if any(told("PRALLEL_T2B_PADDINGS", [0] * adapters, adapters)):
-        raise CheckpointError("adapters with padding are not of MS-CLIP-S as published")
-    span = 1
-    for i, stride in enumerate(strides):
-        span *= stride
-        if span * kernel_strides[i] != patch:
-            raise CheckpointError(
-                f"the branch's stage {i} and its adapter span {span * kernel_strides[i]} pixels, "
-                f"not a patch of {patch}"
-            )
+            raise CheckpointError(f"{name} is off; it must be on, as in MS-CLIP-S as published")
+    if any(setting("PRALLEL_T2B_PADDINGS", [0] * adapters, adapters)):
+        raise CheckpointError("PRALLEL_T2B_PADDINGS must be 0, as in MS-CLIP-S as published")
+    _check_spans(strides, kernel_strides, patch)
     step = max(1, layers // (adapters + 1))
     return {
         "img_size": round(cells**0.5) * patch,
@@ -115,5 +110,17 @@ def _image_arguments(visual: Mapping[str, Tensor], arguments: Mapping[str, Any])
             int(visual[f"{part}.weight"].shape[-1])
             for part in ("transformer.resblocks.0.conv1", f"{BRANCH}0.conv")
         ],
-        "lateral": told("PARALLEL_LATERAL_LAYER", range(step, layers, step), adapters),
+        "lateral": setting("PARALLEL_LATERAL_LAYER", range(step, layers, step), adapters),
     }
+
+
+def _check_spans(strides: Sequence[int], kernel_strides: Sequence[int], patch: int) -> None:
+    """Refuse adapters whose output is not the grid of patches."""
+    span = 1
+    for i, stride in enumerate(strides):
+        span *= stride
+        if span * kernel_strides[i] != patch:
+            raise CheckpointError(
+                f"the branch's stage {i} and its adapter span {span * kernel_strides[i]} pixels, "
+                f"not a patch of {patch}"
+            )

@@ -1,5 +1,7 @@
-"""MViT v1 and v2 (arXiv 2104.11227, 2112.01526), images and clips, in SlowFast's container: weights
-under `model_state`, and the whole configuration as YAML under `cfg`.
+"""MViT v1 and v2 (arXiv 2104.11227, 2112.01526) of images and clips, in SlowFast's container.
+
+Weights are under `model_state`, the configuration is YAML text under `cfg`. Upstream:
+github.com/facebookresearch/SlowFast, github.com/facebookresearch/mvit.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,6 +31,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    """`arguments`: the configuration by SlowFast's names, for files without `cfg`."""
     config = _config(container, arguments)
     tensors = container.tensors
     stem = tensors["patch_embed.proj.weight"]
@@ -38,7 +41,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:
-    """Patches as a map, (B, D, h, w), of clips (B, D, T, h, w)."""
+    """`feature_map` (B, D, h, w), of clips (B, D, T, h, w); `probabilities` of classifiers."""
     network = run.network
     prefix = 1 if run.output.features.shape[1] % 2 else 0
     patches = run.output.features[:, prefix:].transpose(1, 2)
@@ -52,30 +55,33 @@ def outputs(run: ReferenceRun) -> dict[str, Tensor]:
 
 
 def _config(container: Container, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration in the file, or else what was told by the same names.
+    """The file's configuration, or the arguments.
 
     Raises:
-        CheckpointError: neither has one.
+        CheckpointError: neither has the table `MVIT`.
     """
     try:
-        found = yaml.safe_load(container.beside.get("cfg") or "{}")
+        stored = yaml.safe_load(container.beside.get("cfg") or "{}")
     except yaml.YAMLError as error:
         raise CheckpointError(f"{container.path}: its cfg is not YAML: {error}") from error
-    config = found if isinstance(found, dict) and "MVIT" in found else dict(arguments)
+    config = stored if isinstance(stored, dict) and "MVIT" in stored else dict(arguments)
     if "MVIT" not in config:
-        raise CheckpointError(f"{container.path}: no cfg in it, and no MVIT settings were told")
+        raise CheckpointError(
+            f"{container.path}: no configuration: it has no cfg, and arguments have no MVIT"
+        )
     return config
 
 
 def _multipliers(pairs: Sequence[Sequence[float]], depth: int) -> list[float]:
-    found = [1.0] * (depth + 1)
-    for place, factor in pairs:
-        found[int(place)] = float(factor)
-    return found
+    """A factor per block, from pairs of block and factor; 1 for the others."""
+    factors = [1.0] * (depth + 1)
+    for block, factor in pairs:
+        factors[int(block)] = float(factor)
+    return factors
 
 
 def _blocks(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What each block is: channels, heads, kernels and strides in time, height and width."""
+    """Arguments of torchvision's `MSBlockConfig` for each block."""
     mvit = config["MVIT"]
     depth = int(mvit["DEPTH"])
     dims, heads = (_multipliers(mvit.get(k) or (), depth) for k in ("DIM_MUL", "HEAD_MUL"))
@@ -88,34 +94,35 @@ def _blocks(config: Mapping[str, Any]) -> list[dict[str, Any]]:
                 current[axis] = max(current[axis] // stride, 1)
             strides_kv[number] = list(current)
     kernel = _three(mvit.get("POOL_KVQ_KERNEL") or (1, 1, 1))
-    inside = bool(mvit.get("DIM_MUL_IN_ATT", False))
+    in_attention = bool(mvit.get("DIM_MUL_IN_ATT", False))
     dim, count = int(mvit["EMBED_DIM"]), int(mvit["NUM_HEADS"])
     blocks = []
     for number in range(depth):
         count = round(count * heads[number])
-        wider = round(dim * dims[number if inside else number + 1])
+        outputs = round(dim * dims[number if in_attention else number + 1])
         blocks.append(
             {
                 "num_heads": count,
                 "input_channels": dim,
-                "output_channels": wider,
+                "output_channels": outputs,
                 "kernel_q": kernel if number in strides_q else [],
                 "kernel_kv": kernel if number in strides_kv else [],
                 "stride_q": strides_q.get(number, []),
                 "stride_kv": strides_kv.get(number, []),
             }
         )
-        dim = wider
+        dim = outputs
     return blocks
 
 
 def _three(sizes: Sequence[int]) -> list[int]:
-    """Sizes in time, height and width; of images alone in height and width."""
+    """Sizes in time, height and width, from those or from height and width alone."""
     plain = [int(size) for size in sizes]
     return [1, *plain] if len(plain) == 2 else plain
 
 
 def _for_torchvision(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Checkpoint:
+    """A `TokenMvit`: clips, and images with absolute positions."""
     mvit, data = config["MVIT"], config["DATA"]
     stem = tensors["patch_embed.proj.weight"]
     image = stem.dim() == 4
@@ -137,9 +144,8 @@ def _for_torchvision(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
         elif key in ("pos_embed_spatial", "pos_embed_temporal"):
             value = value[0]
         named[name] = value.contiguous()
-    second = "blocks.0.attn.rel_pos_h" in tensors
-    usual = Preprocess()
-    preprocess = replace(usual, input_size=(size, size))
+    is_v2 = "blocks.0.attn.rel_pos_h" in tensors
+    preprocess = replace(Preprocess(), input_size=(size, size))
     if not image:
         preprocess = ClipPreprocess(
             input_size=(size, size),
@@ -149,8 +155,9 @@ def _for_torchvision(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
             frames=int(data["NUM_FRAMES"]),
             sampling_rate=int(data.get("SAMPLING_RATE", 4)),
         )
-    one = [1] if image else []
-    none = [0] if image else []
+    # images are clips of one frame
+    time_size = [1] if image else []
+    time_padding = [0] if image else []
     return Checkpoint(
         format=NAME,
         architecture="mvit-tokens",
@@ -160,10 +167,10 @@ def _for_torchvision(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -
             "frames": 1 if image else int(data["NUM_FRAMES"]),
             "blocks": _blocks(config),
             "num_classes": tensors["head.projection.weight"].shape[0],
-            "version": 2 if second else 1,
-            "patch_embed_kernel": [*one, *mvit["PATCH_KERNEL"]],
-            "patch_embed_stride": [*one, *mvit["PATCH_STRIDE"]],
-            "patch_embed_padding": [*none, *mvit["PATCH_PADDING"]],
+            "version": 2 if is_v2 else 1,
+            "patch_embed_kernel": [*time_size, *mvit["PATCH_KERNEL"]],
+            "patch_embed_stride": [*time_size, *mvit["PATCH_STRIDE"]],
+            "patch_embed_padding": [*time_padding, *mvit["PATCH_PADDING"]],
         },
         state_dict=named,
         preprocess=preprocess,
@@ -192,18 +199,19 @@ def _torchvisions_name(key: str) -> str:
 
 
 def _for_timm(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Checkpoint:
+    """timm's MViT v2: images with relative positions. A stage begins where the heads change."""
     blocks = _blocks(config)
     starts = [0]
     for number, block in enumerate(blocks[1:], 1):
         if block["num_heads"] != blocks[number - 1]["num_heads"]:
             starts.append(number)
-    grown = [
+    widened = [  # stages that widen in their first attention
         number
         for number in starts[1:]
         if tensors[f"blocks.{number}.attn.proj.weight"].shape[0]
         > tensors[f"blocks.{number}.norm1.weight"].shape[0]
     ]
-    inside = len(grown) == len(starts) - 1
+    in_attention = len(widened) == len(starts) - 1
     stages = {
         number: stage for stage, start in enumerate(starts) for number in range(start, len(blocks))
     }
@@ -212,7 +220,7 @@ def _for_timm(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Check
         name = key.replace("head.projection.", "head.fc.")
         if key.startswith("blocks."):
             number, rest = int(key.split(".")[1]), ".".join(key.split(".")[2:])
-            shortcut = "shortcut_proj_attn." if inside else "shortcut_proj_mlp."
+            shortcut = "shortcut_proj_attn." if in_attention else "shortcut_proj_mlp."
             if rest.startswith("proj."):
                 rest = rest.replace("proj.", shortcut)
             name = f"stages.{stages[number]}.blocks.{number - starts[stages[number]]}.{rest}"
@@ -237,7 +245,7 @@ def _for_timm(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Check
                 "embed_dim": dims,
                 "num_heads": [blocks[start]["num_heads"] for start in starts],
                 "mlp_ratio": float(mvit.get("MLP_RATIO", 4.0)),
-                "expand_attn": inside,
+                "expand_attn": in_attention,
                 "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
                 "use_cls_token": token,
                 "residual_pooling": bool(mvit.get("RESIDUAL_POOLING", True)),

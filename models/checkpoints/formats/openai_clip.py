@@ -1,6 +1,6 @@
-"""OpenAI's CLIP: a flat state dict of both towers, mostly in half precision.
+"""OpenAI's CLIP (arXiv 2103.00020, github.com/openai/CLIP): a flat state dict of both towers.
 
-The published files are TorchScript archives of it. https://github.com/openai/CLIP
+The published files are TorchScript archives, mostly in half precision.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from models.inputs.transforms import Preprocess
 
 NAME = "openai-clip"
 
-# What the archives hold beside the weights.
+# Settings that the archives hold beside the weights.
 SETTINGS = ("input_resolution", "context_length", "vocab_size")
 DENSE = "logit_multiplier"
 MARKS = {
@@ -27,20 +27,21 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
-    """Both towers at the top level; open_clip's own files are told by their library."""
+    """Both towers at the top level. open_clip's own files need `library = "open_clip"` instead."""
     if container.tensors.keys() >= MARKS:
         return "both towers of a CLIP: visual.conv1, token_embedding, text_projection, logit_scale"
     return None
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `activation`, `gelu` for weights in this layout that others have trained."""
+    """`arguments`: `activation` (`quick_gelu`; `gelu` for weights of others in this layout);
+    `logit_multiplier`, which makes it a model that labels patches instead of images."""
     tensors = dict(container.tensors)
     for key in SETTINGS:
         tensors.pop(key, None)
     size = _image_size(tensors)
     heads = {}
-    if DENSE in arguments:  # it is to label patches, rather than images
+    if DENSE in arguments:
         heads["dense"] = HeadState({}, {"scale": float(arguments[DENSE])})
     return Checkpoint(
         format=NAME,

@@ -1,5 +1,6 @@
-"""PatchConvNet (arXiv 2112.13692), in DeiT's container: `model` is served, as upstream evaluates;
-`weights="ema"` is the exponential average.
+"""PatchConvNet (arXiv 2112.13692, github.com/facebookresearch/deit), in DeiT's container.
+
+`model` is served, as upstream evaluates it; `weights="ema"` selects the exponential average.
 """
 
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    """`arguments`: `weights`, `num_heads` (1), `img_size` (224)."""
     tensors = choose_weights(container, arguments, container.wrapper)
     _, classes, dim = tensors["cls_token"].shape
     only = "blocks_token_only."
@@ -49,7 +51,8 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:
-    """The last aggregation's attention; and each class's token, where there are several."""
+    """The last pooling's `attention`, `feature_map`, and `embedding`: the class token (B, D), or
+    one per class (B, K, D)."""
     network = run.network
     classes = run.output.tokens_BTD[:, : run.output.prefix]
     return {

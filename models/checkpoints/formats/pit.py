@@ -1,4 +1,4 @@
-"""PiT (arXiv 2103.16302): a bare state dict of transformers and pools, plain or distilled."""
+"""PiT (arXiv 2103.16302, github.com/naver-ai/pit): a flat state dict, plain or distilled."""
 
 import re
 from collections.abc import Mapping
@@ -24,9 +24,13 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `stride` of the overlapping patches (8), `heads` (2, 4, 8)."""
+    """`arguments`: `stride` of the overlapping patches (8), `heads` (2, 4, 8), `image_size`.
+
+    Raises:
+        CheckpointError: `heads` do not divide the stages' widths.
+    """
     tensors = container.tensors
-    # timm has what pools at the beginning of the next stage
+    # in timm's names pooling begins the next stage
     named = {
         re.sub(r"^pools\.(\d)\.", lambda m: f"transformers.{int(m[1]) + 1}.pool.", key): value
         for key, value in tensors.items()
@@ -38,7 +42,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     widths = [tensors[f"transformers.{stage}.blocks.0.norm1.weight"].shape[0] for stage in stages]
     heads = list(arguments.get("heads", (2, 4, 8)))
     if len(heads) != len(stages) or any(w % h for w, h in zip(widths, heads, strict=True)):
-        raise CheckpointError(f"heads are {heads}, which do not divide the stages' {widths}")
+        raise CheckpointError(f"heads are {heads}; each must divide its stage's width, {widths}")
     blocks = "transformers.{}.blocks."
     head = tensors.get("head.weight")
     size = (side - 1) * stride + patch
@@ -67,7 +71,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:
-    """The class token, the last stage's map before any norm, and each head's own word."""
+    """The class token, the last stage's map before the norm, and each head's own logits."""
     network = run.network
     tokens = run.output.features
     stages = network.forward_intermediates(run.inputs["pixel_values"], intermediates_only=True)

@@ -1,5 +1,7 @@
-"""PyramidTNT (arXiv 2201.00978): bare as released, or in timm's training container, of which the
-exponential average is served where there is one.
+"""PyramidTNT (arXiv 2201.00978, github.com/huawei-noah/Efficient-AI-Backbones).
+
+A flat state dict, as released, or timm's training container, of which the exponential average is
+served if it has one.
 """
 
 from collections.abc import Mapping
@@ -26,7 +28,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `configs` with `inner_heads` (1, 2, 4, 4 of the published sizes)."""
+    """`arguments`: `weights`, and `configs` with `inner_heads` (1, 2, 4, 4, as published)."""
     default = "state_dict_ema" if "state_dict_ema" in container.sets else container.wrapper
     tensors = choose_weights(container, arguments, default)
     stages = range(4)
@@ -64,5 +66,5 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:
-    """The map's cells row by row."""
+    """`tokens`: the feature map's cells row by row, (B, h * w, D)."""
     return {"tokens": run.output.tokens_BTD}

@@ -1,6 +1,7 @@
-"""Scale-MAE (arXiv 2212.14532): pre-training with its pyramid of decoders, or a classifier.
+"""Scale-MAE (arXiv 2212.14532, github.com/bair-climate-initiative/scale-mae).
 
-Positions come from the ground that a pixel covers, not from the tables in the file.
+Pre-training with its decoder, or a classifier. Positions are computed from the ground sample
+distance; the position tables in the file are not used.
 """
 
 from collections.abc import Mapping
@@ -20,9 +21,9 @@ from models.networks.masked import patchify
 from models.reference_outputs import ReferenceRun
 
 NAME = "scale-mae"
-UNREAD = ("pos_embed",)
-PYRAMID = ("fpn.", "fcn", "mask_token", "decoder_")
-PYRAMID_UNREAD = ("mask_token_decoder", "decoder_pos_embed")
+UNUSED = ("pos_embed",)
+DECODER = ("fpn.", "fcn", "mask_token", "decoder_")
+DECODER_UNUSED = ("mask_token_decoder", "decoder_pos_embed")
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
@@ -38,10 +39,12 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    """`arguments`: `num_heads` (width / 64), `absolute_scale` (false), `decoder_num_heads` (16),
+    `mask_ratio` (0.75), `band_config` (7, 56); the training script's are the defaults."""
     tensors = container.tensors
-    told = {**container.script, **arguments}
+    config = {**container.script, **arguments}
     built = vit_arguments(tensors, arguments) | {"num_classes": 0}
-    built["absolute_scale"] = bool(told.get("absolute_scale", False))
+    built["absolute_scale"] = bool(config.get("absolute_scale", False))
     heads = {}
     head = {k: v for k, v in tensors.items() if k.startswith("head.")}
     if head:
@@ -52,7 +55,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     kept = {
         key: value
         for key, value in tensors.items()
-        if key.startswith((*ENCODER, "fc_norm.")) and key not in UNREAD
+        if key.startswith((*ENCODER, "fc_norm.")) and key not in UNUSED
     }
     if "fc_norm.weight" in kept:
         built["global_pool"] = "avg"
@@ -70,29 +73,30 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             for key in tensors
             if key not in kept
             and key not in head
-            and (not key.startswith(PYRAMID) or key in PYRAMID_UNREAD)
+            and (not key.startswith(DECODER) or key in DECODER_UNUSED)
         ),
     )
 
 
 def _decoder(container: Container, arguments: Mapping[str, Any]) -> HeadState:
-    told = {**container.script, **arguments}
+    config = {**container.script, **arguments}
     tensors = {
         key: value
         for key, value in container.tensors.items()
-        if key.startswith(PYRAMID) and key not in PYRAMID_UNREAD
+        if key.startswith(DECODER) and key not in DECODER_UNUSED
     }
     settings = {
-        "num_heads": int(told.get("decoder_num_heads", 16)),
-        "mask_ratio": float(told.get("mask_ratio", 0.75)),
-        "band": int(told.get("band_config", (7, 56))[0]),
+        "num_heads": int(config.get("decoder_num_heads", 16)),
+        "mask_ratio": float(config.get("mask_ratio", 0.75)),
+        "band": int(config.get("band_config", (7, 56))[0]),
     }
     return HeadState(tensors, settings)
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:
-    """With `input_res` (B,), what comes of images of those scales; with `noise` (B, N), what the
-    decoders draw of the patches that it leaves: for `input_res_2` (B,) where that is given, too."""
+    """With `input_res` (B,), tokens, embedding and logits at those scales. With `noise` (B, N),
+    `mask` and the reconstructions, for the scales `input_res_2` (B,) if they are among the inputs.
+    """
     named: dict[str, Tensor] = {}
     pixels, scale = run.inputs["pixel_values"], run.inputs.get("input_res")
     network = run.network

@@ -1,5 +1,7 @@
-"""SdMAE's whole training checkpoint: MAE's keys with the encoder under `encoder.`, beside
-contrastive branches, a predictor and a head that tells where a patch was, all of training only.
+"""SdMAE's training checkpoint (github.com/Talented-Q/SDMAE).
+
+MAE's keys with the encoder under `encoder.`. Contrastive branches, a predictor and a head that
+predicts a patch's location are parts that only training uses.
 """
 
 from collections.abc import Mapping
@@ -42,7 +44,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:
-    """MAE's, and where the location head thinks that each patch was (B, N, N)."""
+    """MAE's outputs, and `location_logits` (B, N, N): the predicted location of each patch."""
     named = mae_outputs(run)
     locate = create_classifier(run.states["location"]).to(run.output.features.device)
     patches = run.output.patches_BTD

@@ -1,5 +1,7 @@
-"""SiT's pre-training (arXiv 2104.03602): student and teacher, each a backbone with a contrastive
-head and one that rebuilds the image. The teacher is served; `weights="student"` is the other one.
+"""SiT's pre-training (arXiv 2104.03602, github.com/Sara-Ahmed/SiT).
+
+Student and teacher, each a backbone with a contrastive and a reconstruction head. The teacher is
+served; `weights="student"` selects the student.
 """
 
 from collections.abc import Mapping
@@ -24,7 +26,7 @@ __all__ = ["NAME", "convert", "matches", "outputs", "request"]
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     if "head_recons.convTrans.weight" in container.sets.get("teacher", {}):
-        return "student and teacher with a head that rebuilds the image"
+        return "student and teacher with a head that reconstructs the image"
     return None
 
 
@@ -43,7 +45,8 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:
-    """The attention, the classifier's input, and `reconstruction` (B, 3, H, W), normalised."""
+    """`attention`, the classifier's input `cls_mean_embedding` (B, 2 D), and `reconstruction`
+    (B, 3, H, W) of the normalised image."""
     tensors = run.states["drawing"].tensors
     patches = run.output.patches_BTD
     x = patches

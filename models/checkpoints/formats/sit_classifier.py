@@ -1,5 +1,7 @@
-"""SiT's fine-tuned classifier (arXiv 2104.03602): a ViT in timm's names under `model`, with two
-layers on the class token and the mean patch token side by side. How upstream stores it is assumed.
+"""SiT's fine-tuned classifier (arXiv 2104.03602, github.com/Sara-Ahmed/SiT).
+
+A ViT in timm's names under `model`; its classifier of two layers reads the concatenation of the
+class token and the mean patch token. No such file is published; the layout is assumed.
 """
 
 from collections.abc import Mapping
@@ -34,6 +36,6 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:
-    """What the classifier sees."""
+    """`embedding` (B, 2 D), the classifier's input."""
     head: Any = run.heads["classify"]
     return {"embedding": head.features(run.output)}

@@ -1,5 +1,8 @@
-"""Small-scale ViTs' self-supervised stage (arXiv 2210.07240): student and teacher, each a backbone
-with a projection `mlphead`. The teacher is served; `weights="student"` is the other one.
+"""Small-scale ViTs' self-supervised stage (arXiv 2210.07240).
+
+Student and teacher, each a backbone with a projection `mlphead`. The teacher is served;
+`weights="student"` selects the student. Upstream is
+github.com/hananshafi/vits-for-small-scale-datasets.
 """
 
 from collections.abc import Mapping
@@ -28,10 +31,10 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     weights = choose_weights(container, arguments, "teacher")
     kept, dropped = split_prefix(weights, "backbone.")
     script = container.script
-    told = {**{k: script[k] for k in ("num_heads", "dataset") if k in script}, **arguments}
-    preprocess = preprocess_for(told)
+    config = {**{k: script[k] for k in ("num_heads", "dataset") if k in script}, **arguments}
+    preprocess = preprocess_for(config)
     if "cls_token" in kept:
         return vit_checkpoint(
-            NAME, kept, told, positions="dino", preprocess=preprocess, dropped=dropped
+            NAME, kept, config, positions="dino", preprocess=preprocess, dropped=dropped
         )
-    return swin_checkpoint(NAME, kept, told, preprocess=preprocess, dropped=dropped)
+    return swin_checkpoint(NAME, kept, config, preprocess=preprocess, dropped=dropped)

@@ -1,5 +1,7 @@
-"""Small-scale ViTs' fine-tuned classifiers (arXiv 2210.07240): a ViT, Swin or CaiT with its head
-under `model_state_dict`.
+"""Small-scale ViTs' fine-tuned classifiers (arXiv 2210.07240).
+
+A ViT, Swin or CaiT with its head under `model_state_dict`. Upstream is
+github.com/hananshafi/vits-for-small-scale-datasets.
 """
 
 from collections.abc import Mapping
@@ -41,13 +43,16 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         return _cait(tensors, arguments)
     if MARK in tensors:
         return swin_checkpoint(NAME, tensors, arguments, preprocess=preprocess)
-    told = {"num_heads": 12, **arguments}
-    return vit_checkpoint(NAME, tensors, told, positions="dino", preprocess=preprocess)
+    config = {"num_heads": 12, **arguments}
+    return vit_checkpoint(NAME, tensors, config, positions="dino", preprocess=preprocess)
 
 
 def _cait(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> Checkpoint:
-    """timm's CaiT. Patches are flattened by row, column and channel, then go through a linear
-    layer: the convolution of the same weights."""
+    """A CaiT (arXiv 2103.17239) in timm's names.
+
+    Upstream flattens patches by row, column and channel and embeds them by a linear layer, which is
+    the convolution of the same weights.
+    """
     named = {k: v for k, v in tensors.items() if not k.startswith(FLAT_PATCH)}
     flat = tensors[f"{FLAT_PATCH}weight"]
     dim, patch = flat.shape[0], round((flat.shape[1] / 3) ** 0.5)

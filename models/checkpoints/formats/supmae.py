@@ -1,5 +1,6 @@
-"""SupMAE (arXiv 2205.14540): MAE's pre-training with a classifier beside it, `cls_head`, on the
-mean of the patch tokens after the norm, or on the class token.
+"""SupMAE (arXiv 2205.14540, github.com/enyac-group/supmae): MAE's pre-training with a classifier.
+
+The classifier `cls_head` reads the mean of the patch tokens after the norm, or the class token.
 """
 
 from collections.abc import Mapping
@@ -27,10 +28,11 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    """`arguments`: `global_pool` (the training script's, else false), and the decoder's."""
     tensors = container.tensors
     kept, _ = without_decoder(tensors)
     head = {k.removeprefix("cls_head."): v for k, v in tensors.items() if k.startswith("cls_head.")}
-    if "weight" in head:  # without hidden layers it is one
+    if "weight" in head:  # a single layer
         head = {f"0.{key}": value for key, value in head.items()}
     script = container.script
     mean = arguments.get("global_pool", script.get("global_pool", False))
@@ -43,8 +45,11 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:
-    """MAE's, and what the classifier sees; at other sizes than it was trained at, where upstream
-    evaluates with MAE's code, the class token."""
+    """MAE's outputs; `embedding`, the classifier's input; and `embedding_cls`, the class token.
+
+    At other sizes than that of training, upstream evaluates with MAE's code, and `embedding` is the
+    class token.
+    """
     head: Any = run.heads["classify"]
     named = mae_outputs(run)
     first = run.output.tokens_BTD[:, 0]

@@ -1,4 +1,4 @@
-"""A plain timm state dict: the keys of `timm.create_model(architecture)` and no others."""
+"""A plain timm state dict: the keys of `timm.create_model(architecture)`, and no others."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,20 +14,23 @@ NAME = "timm"
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
-    """A state dict does not name its architecture, so the caller has to."""
+    """Requires `arguments["architecture"]`, which a state dict does not name."""
     architecture = arguments.get("architecture")
     if architecture is None or container.graph is not None or "vitrail" in container.metadata:
         return None
     if not timm.is_model(architecture):
-        raise CheckpointError(f"timm has no architecture {architecture!r}")
+        raise CheckpointError(
+            f"timm has no architecture {architecture!r}; `timm.list_models()` has the names"
+        )
     classifier = timm.get_pretrained_cfg(architecture).classifier
     shared = _own_keys(architecture) - {f"{classifier}.weight", f"{classifier}.bias"}
     if shared & container.tensors.keys():
-        return f"told architecture {architecture}, and the keys are timm's for it"
+        return f"the architecture is set to {architecture}, and the keys are timm's for it"
     return None
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    """`arguments`: `architecture`, `img_size`."""
     architecture = str(arguments["architecture"])
     classifier = timm.get_pretrained_cfg(architecture).classifier
     weight = container.tensors.get(f"{classifier}.weight")
@@ -41,5 +44,6 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
 
 
 def _own_keys(architecture: str) -> set[str]:
+    """The keys of the architecture's state dict, without allocating its weights."""
     with torch.device("meta"):
         return set(timm.create_model(architecture).state_dict())

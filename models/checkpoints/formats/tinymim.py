@@ -1,7 +1,8 @@
-"""TinyMIM's pre-training (arXiv 2301.01296): a student in timm's names under `model`, by a script
-that notes its `teacher_model`.
+"""TinyMIM's pre-training (arXiv 2301.01296, github.com/OliverRensu/TinyMIM).
 
-Served as the fine-tuning code builds it; pre-training splits the last block into other heads.
+A student in timm's names under `model`; the training script's arguments name its `teacher_model`.
+The network is served as the fine-tuning code builds it. Pre-training splits the last block into
+another number of heads.
 """
 
 from collections.abc import Mapping
@@ -30,29 +31,31 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    told = dict(arguments)
-    if "finetune_num_heads" in told:
-        told["num_heads"] = told["finetune_num_heads"]
+    """`arguments`: `finetune_num_heads` or `num_heads` (width / 64), and `last_heads`, those of
+    pre-training's last block (16 for 768 channels, else 12)."""
+    config = dict(arguments)
+    if "finetune_num_heads" in config:
+        config["num_heads"] = config["finetune_num_heads"]
     dim = container.tensors["cls_token"].shape[-1]
-    relations = HeadState({}, {"heads": int(told.get("last_heads", 16 if dim == 768 else 12))})
+    relations = HeadState({}, {"heads": int(config.get("last_heads", 16 if dim == 768 else 12))})
     return vit_checkpoint(
-        NAME, container.tensors, told, positions="bicubic", heads={"relations": relations}
+        NAME, container.tensors, config, positions="bicubic", heads={"relations": relations}
     )
 
 
 def request(trunk: Trunk) -> FeatureRequest:
-    """What the last block got, and gave."""
+    """The last block's input and output."""
     depth = len(trunk.blocks)
     return FeatureRequest(layers=frozenset({depth - 2, depth - 1}))
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:
-    """MAE's pooling, and the relations that pre-training matches: softmax of q k and of v v."""
-    given, last = (run.output.layers[number] for number in sorted(run.output.layers))
+    """MAE's outputs, and the relations that pre-training distils, (B, heads, T, T) each."""
+    last_input, last = (run.output.layers[number] for number in sorted(run.output.layers))
     number = max(run.output.layers)
     block = run.trunk.blocks[-1]
     heads = run.states["relations"].settings["heads"]
-    qkv = block.attn.qkv(block.norm1(given))
+    qkv = block.attn.qkv(block.norm1(last_input))
     split = torch.unflatten(qkv, -1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     queries, keys, values = split.unbind(0)
     scale = keys.shape[-1] ** -0.5

@@ -1,7 +1,7 @@
-"""TNT (arXiv 2103.00112): transformers in transformer, bare or in timm's training container.
+"""TNT (arXiv 2103.00112, github.com/huawei-noah/Efficient-AI-Backbones).
 
-The exponential average is served where there is one (`weights="state_dict"` is the other set), as
-upstream reports it.
+A flat state dict, or timm's training container. The exponential average is served if there is one,
+as upstream reports it; `weights="state_dict"` selects the plain weights.
 """
 
 from collections.abc import Mapping
@@ -44,8 +44,8 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `patch_size` (16), `inner_num_heads` (4), `outer_num_heads` (one for every 64
-    channels)."""
+    """`arguments`: `weights`, `patch_size` (16), `inner_num_heads` (4), `outer_num_heads`
+    (channels / 64), `inner_stride` (from the number of words)."""
     default = "state_dict_ema" if "state_dict_ema" in container.sets else container.wrapper
     tensors = choose_weights(container, arguments, default)
     named: dict[str, Tensor] = {}

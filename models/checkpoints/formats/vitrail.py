@@ -1,4 +1,7 @@
-"""Our own stored form: a converted checkpoint in one safetensors file with metadata."""
+"""Vitrail's own format: a converted checkpoint in one safetensors file with metadata.
+
+`models.checkpoints.checkpoint.save_checkpoint` writes it.
+"""
 
 import json
 from collections import defaultdict
@@ -15,7 +18,7 @@ NAME = "vitrail"
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
-    return "its metadata says so" if METADATA_KEY in container.metadata else None
+    return f"metadata under {METADATA_KEY}" if METADATA_KEY in container.metadata else None
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:

@@ -1,8 +1,8 @@
-"""Visual Query Tuning (arXiv 2212.03220, andytu28/VQT): query tokens and a classifier.
+"""Visual Query Tuning (VQT, arXiv 2212.03220, github.com/andytu28/VQT): queries and a classifier.
 
-`enc.` holds the frozen backbone, in the names of its supervised ViTs or in timm's (the MAE route);
-where a file has only what was trained, the backbone lies beside it. A classifier that takes fewer
-features than there are was trained on a selection, which upstream keeps in another file.
+`enc.` holds the frozen backbone, in upstream's names for supervised ViTs, or in timm's for MAE. If
+a file has only the trained parts, the backbone is a companion file. A classifier with fewer inputs
+than features was trained on selected features, whose indices upstream keeps in another file.
 """
 
 from collections.abc import Mapping
@@ -40,16 +40,16 @@ RENAMED = (
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
-    found = [key for key in QUERIES if key in container.tensors]
-    if found and "head.last_layer.weight" in container.tensors:
-        return f"query tokens {found[0]} and a classifier head.last_layer"
+    queries = [key for key in QUERIES if key in container.tensors]
+    if queries and "head.last_layer.weight" in container.tensors:
+        return f"query tokens {queries[0]} and a classifier head.last_layer"
     return None
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `num_heads`, `img_size` and `backbone` where the file does not tell;
-    `normalize_feats` (true), `pooling_feats` (false: else a block's queries are averaged);
-    `indices`, the features selected (numbers, or a `.npy` file of them)."""
+    """`arguments`: `num_heads` (width / 64); `backbone`, a path, and `img_size` (224), for files
+    without the backbone; `normalize_feats` (true); `pooling_feats` (false), which averages a
+    block's queries; `indices` of the selected features, numbers or the path of a `.npy` file."""
     tensors = container.tensors
     is_mae = QUERIES[1] in tensors
     own = {k.removeprefix("enc."): v for k, v in tensors.items() if k.startswith("enc.")}
@@ -61,17 +61,19 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         head["combine"] = torch.full(queries.shape[:2], 1 / queries.shape[1])
     if "indices" in arguments:
         head["indices"] = _indices(container, arguments["indices"])
-    told = dict(arguments)
+    config = dict(arguments)
     dropped: tuple[str, ...] = ()
     if not any("patch_embed" in key for key in own):
         backbone = open_companion(container, arguments, "backbone", BACKBONES)
-        beside, dropped = _backbone(backbone, told, is_mae)
-        own = {**beside, **own}
+        companion, dropped = _backbone(backbone, config, is_mae)
+        own = {**companion, **own}
     trunk = _in_timms_names(own)
-    if is_mae and "fc_norm.weight" not in trunk:  # not in MAE's file; upstream leaves it as it is
+    if (
+        is_mae and "fc_norm.weight" not in trunk
+    ):  # MAE's file has none; upstream keeps its initial values
         dim = queries.shape[-1]
         trunk |= {"fc_norm.weight": torch.ones(dim), "fc_norm.bias": torch.zeros(dim)}
-    built = vit_arguments(trunk, told) | {"num_classes": 0}
+    built = vit_arguments(trunk, config) | {"num_classes": 0}
     settings = {
         "normalize": bool(arguments.get("normalize_feats", True)),
         "activations": _activations(head),
@@ -93,7 +95,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:
-    """What the classifier saw, and what that was made of."""
+    """`embedding`, the classifier's input, and the two parts that it is computed from."""
     head: Any = run.heads["classify"]
     return {
         "embedding": head.features(run.output),
@@ -103,8 +105,8 @@ def outputs(run: ReferenceRun) -> dict[str, Tensor]:
 
 
 def _classifier(container: Container) -> dict[str, Tensor]:
-    """`head.projection` (Linear, ReLU, BatchNorm1d in turn, if there is any) and
-    `head.last_layer`, numbered in their order."""
+    """`head.projection` (optional; Linear, ReLU and BatchNorm1d repeated) and `head.last_layer`, as
+    `classifier.NUMBER` in their order."""
     tensors = container.tensors
     prefix = "head.projection."
     hidden = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -117,7 +119,7 @@ def _classifier(container: Container) -> dict[str, Tensor]:
 
 
 def _activations(head: Mapping[str, Tensor]) -> dict[str, str]:
-    """A ReLU after each hidden linear layer."""
+    """Activations by position: a ReLU after each hidden linear layer."""
     places = sorted(
         int(key.split(".")[1])
         for key, value in head.items()
@@ -127,16 +129,19 @@ def _activations(head: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _backbone(
-    backbone: Container, told: dict[str, Any], is_mae: bool
+    backbone: Container, config: dict[str, Any], is_mae: bool
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """A backbone of its own file, and the keys that its pre-training alone needed."""
+    """The tensors of a companion file, and its keys that only pre-training uses.
+
+    Sets `num_heads` in `config` if the file determines it.
+    """
     tensors = backbone.tensors
     if POSITIONS in tensors:
-        told["num_heads"] = num_heads(tensors)
-        side = int(told.get("img_size", 224)) // tensors["embedding/kernel"].shape[0]
+        config["num_heads"] = num_heads(tensors)
+        side = int(config.get("img_size", 224)) // tensors["embedding/kernel"].shape[0]
         kept = ("cls", "embedding/", "Transformer/")
-        left = tuple(key for key in tensors if not key.startswith(kept))
-        return from_jax(tensors, (side, side)), left
+        others = tuple(key for key in tensors if not key.startswith(kept))
+        return from_jax(tensors, (side, side)), others
     if not is_mae:
         return dict(tensors), ()
     dropped = tuple(key for key in tensors if key.startswith(PRETRAINING))
@@ -144,6 +149,11 @@ def _backbone(
 
 
 def _in_timms_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename upstream's keys, and fuse queries, keys and values.
+
+    Raises:
+        CheckpointError: a weight is missing.
+    """
     named: dict[str, Tensor] = {}
     for key, value in tensors.items():
         for theirs, ours in RENAMED:
@@ -155,15 +165,15 @@ def _in_timms_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise CheckpointError(f"the weight {missing[0]} is missing")
         named[key.replace("query", "qkv")] = torch.cat([named.pop(part) for part in parts])
     if "patch_embed.proj.weight" not in named or "pos_embed" not in named:
-        raise CheckpointError("the backbone has no patch embedding or no positions")
+        raise CheckpointError("the backbone has no patch_embed.proj.weight or no pos_embed")
     return named
 
 
-def _indices(container: Container, given: Any) -> Tensor:
-    if isinstance(given, str | Path):
-        path = container.path.parent / given
+def _indices(container: Container, indices: Any) -> Tensor:
+    if isinstance(indices, str | Path):
+        path = container.path.parent / indices
         try:
-            given = np.load(path, allow_pickle=False)
+            indices = np.load(path, allow_pickle=False)
         except (ValueError, OSError) as error:
             raise CheckpointError(f"{path}: not a readable .npy file of indices") from error
-    return torch.as_tensor(np.asarray(given)).long()
+    return torch.as_tensor(np.asarray(indices)).long()
