@@ -31,7 +31,7 @@ def load_label_set(name: str) -> tuple[tuple[str, ...], Palette]:
 
 
 def palette_of(labels: Sequence[str]) -> Palette:
-    """The colours of a well-known set, told by its names; or else as many as tell apart well."""
+    """The colours of the well-known set with these names, otherwise well-separated colours."""
     for name in label_sets():
         names, palette = load_label_set(name)
         if tuple(labels) == names:
