@@ -257,8 +257,8 @@ def test_archives_hold_folders_of_classes(above: str) -> None:
 def test_archives_that_are_none_or_too_much_are_refused() -> None:
     for content, message in (
         (io.BytesIO(b"no archive"), "cannot be read"),
-        (archive({"notes.txt": b"x"}), "holds no image"),
-        (archive({"cat/1.png": b"x", "2.png": b"x"}), "2.png is in no folder"),
+        (archive({"notes.txt": b"x"}), "has no images"),
+        (archive({"cat/1.png": b"x", "2.png": b"x"}), "2.png is not in a folder"),
         (archive({"cat/1.png": bytes(10**6)}), "1 images of 1000000 bytes"),
     ):
         with pytest.raises(InputError, match=message):
