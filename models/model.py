@@ -32,7 +32,7 @@ from models.reference_outputs import FormatOutputs, Parts, reference_outputs
 from models.tasks.base import Options
 from models.tasks.table import get_task
 from models.trunks.base import Trunk
-from models.trunks.features import NO_EXTRAS, FeatureRequest
+from models.trunks.features import LAST_OUTPUT, NO_EXTRAS, FeatureRequest, merge
 from models.trunks.text import TextTrunk
 
 TEXT_BATCH = 32
@@ -115,6 +115,13 @@ class Model:
         """What it takes: `image`, `text`, `video` or `latent`."""
         own = self.trunk.modality
         return (own,) if self.text in (None, self.trunk) else (own, "text")
+
+    def build(self) -> None:
+        """Have the engines build the passes of the model's own task before their first use."""
+        own = self.heads[self.task]
+        self.trunk.build(merge([(own.request, range(2))]))
+        if self.text is not None and self.text is not self.trunk:
+            self.text.build(LAST_OUTPUT)
 
     def trunk_for(self, modality: str) -> Trunk:
         """The trunk that takes `image`, `text`, `video` or `latent` inputs.

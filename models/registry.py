@@ -18,7 +18,7 @@ from models.description import ModelDescription, State
 from models.errors import CatalogError, ModelNotFoundError, ModelNotReadyError
 from models.model import Model
 from models.trunks.devices import Placement, resolve_device, resolve_dtype
-from models.trunks.engines.registry import AUTO, engine_class
+from models.trunks.engines.registry import engine_class
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,9 @@ class Registry:
         store: Store | None = None,
         device: str = "auto",
         dtype: str = "float32",
-        engine: str = AUTO,
+        engine: str = "eager",
+        threads: int = 0,
+        streams: int = 1,
         on_load: Hook | None = None,
         on_unload: Hook | None = None,
     ) -> None:
@@ -60,6 +62,8 @@ class Registry:
         self.device = resolve_device(device)
         self.dtype = dtype
         self.engine = engine
+        self.threads = threads
+        self.streams = streams
         for entry in catalog.trunks.values():
             engine_class(entry.engine or engine)  # unknown ones are errors at once
         self.on_load = on_load
@@ -215,15 +219,17 @@ class Registry:
         )
         if (model := slot.model) is None:
             return description
-        trunk = model.trunk
+        trunk, engine = model.trunk, model.trunk.engine.report()
         return replace(
             description,
             tasks=tuple(model.tasks),
             format=slot.format,
             architecture=trunk.architecture,
-            engine=trunk.engine.name,
+            engine=engine.name,
             precision=description.dtype,
             transform="exact",
+            agreement=engine.to_json(),
+            engine_reason=engine.reason or None,
             memory_bytes=model.trunk_bytes + model.head_bytes,
             head_bytes=model.head_bytes,
             head=dict(model.about) or None,
@@ -289,6 +295,9 @@ class Registry:
             dtype=resolve_dtype(entry.dtype or self.dtype),
             channels_last=bool(entry.channels_last),
             engine=entry.engine or self.engine,
+            threads=self.threads,
+            streams=self.streams,
+            cache=self.store.root / "engines",
         )
 
 

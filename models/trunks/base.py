@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.errors import InputError
 from models.inputs.images import DEFAULT_LIMITS, ImageLimits
+from models.inputs.samples import sample_photos
 from models.inputs.transforms import Normalize, Preprocess, collate, create_transform
 from models.trunks.devices import Placement
 from models.trunks.engines.registry import engine_class
@@ -73,7 +74,8 @@ class Trunk:
         self.placement = placement
         self.digest = state_digest(network.state_dict())
         self.network: Any = placement.apply(network)
-        self.engine = engine_class(placement.engine)(self.create_pass, placement)
+        identity = f"{architecture} {self.digest} {preprocess.digest}"
+        self.engine = engine_class(placement.engine)(self.create_pass, placement, identity)
 
     # -- a pass ----------------------------------------------------------------------------
 
@@ -86,8 +88,24 @@ class Trunk:
             request: what the pass yields beyond the last output.
         """
         batch = batch.to(self.placement.device, non_blocking=True)
-        tensors = self.engine.run(request.plan, (batch,))
-        return self.output(batch, tensors)
+        plan, inputs, queries = self.pass_inputs(batch, request)
+        tensors = self.engine.run(plan, inputs)
+        output = self.output(batch, tensors)
+        if queries is None:
+            return output
+        return replace(output, queries=queries.split(tensors["queries"]))
+
+    def build(self, request: BatchRequest) -> None:
+        """Have the engine build the pass for a request, before its first use."""
+        batch = self.collate(self.samples(2)).to(self.placement.device)
+        plan, inputs, _ = self.pass_inputs(batch, request)
+        self.engine.prepare(plan, inputs)
+
+    def pass_inputs(
+        self, batch: Tensor, request: BatchRequest
+    ) -> tuple[PassPlan, tuple[Tensor, ...], QueryBatch | None]:
+        """The plan of a request's pass, its input tensors, and where query tokens are in them."""
+        return request.plan, (batch,), None
 
     def create_pass(self, plan: PassPlan) -> nn.Module:
         """The module of a plan's pass: the batch in, named tensors out."""
@@ -126,6 +144,10 @@ class Trunk:
 
     def blank(self) -> Tensor:
         """A prepared input without content, for warm-up and probes."""
+        raise NotImplementedError
+
+    def samples(self, count: int) -> list[Tensor]:
+        """Prepared inputs with real content, for comparing engines."""
         raise NotImplementedError
 
     # -- what heads ask --------------------------------------------------------------------
@@ -190,6 +212,9 @@ class ImageTrunk(Trunk):
 
     def blank(self) -> Tensor:
         return torch.zeros(3, *self.preprocess.input_size, dtype=torch.uint8)
+
+    def samples(self, count: int) -> list[Tensor]:
+        return [self.prepare(photo) for photo in sample_photos(count)]
 
 
 class PixelInput(nn.Module):

@@ -1,6 +1,7 @@
 """Where and how a trunk computes: device, dtype, memory layout and engine."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,12 +22,18 @@ class Placement:
     Args:
         channels_last: the memory layout that convolutions prefer on CPUs.
         engine: the name of the engine that runs passes, see `models/trunks/engines`.
+        threads: CPU threads of an engine that has threads of its own; 0: all cores.
+        streams: passes that run at the same time.
+        cache: a folder where engines keep what they have built; None: nowhere.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
-    engine: str = "auto"
+    engine: str = "eager"
+    threads: int = 0
+    streams: int = 1
+    cache: Path | None = None
 
     def apply(self, network: nn.Module) -> nn.Module:
         """Move a network to the device and freeze it for inference."""

@@ -215,6 +215,7 @@ class LocalBackend:
 
     def _on_load(self, model: Model) -> None:
         """Bring the model into service; the label set of its catalog entry is read already."""
+        model.build()
         self.trunks.serve(model)
         head = model.heads[model.task]
         if isinstance(head, Prompted) and head.labels:

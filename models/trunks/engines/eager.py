@@ -2,11 +2,11 @@
 
 from torch import Tensor, nn
 
-from models.trunks.engines.base import Engine, Pass
+from models.trunks.engines.base import Engine, Pass, PassKey
 
 
 class Eager(Engine):
     name = "eager"
 
-    def build(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Pass:
+    def build(self, key: PassKey, module: nn.Module, inputs: tuple[Tensor, ...]) -> Pass:
         return module

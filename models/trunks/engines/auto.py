@@ -1,0 +1,146 @@
+"""Chooses an engine for each pass: the fastest one whose outputs agree with eager's.
+
+A pass runs eagerly until another engine's version of it is built and compared with eager on real
+inputs. Then both run a few times, in the thread that runs passes, and the faster one stays.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from models.errors import EngineError
+from models.trunks.engines.base import Engine, EngineReport, Pass, PassKey, pass_key
+from models.trunks.engines.eager import Eager
+from models.trunks.engines.openvino import OpenVino
+from models.trunks.features import PassPlan
+
+logger = logging.getLogger(__name__)
+
+TRIALS = 2
+# Images of many sizes would each need a graph of their own.
+MAX_PASSES = 8
+
+
+@dataclass(slots=True)
+class _Choice:
+    """How one pass is run.
+
+    Args:
+        candidate: the other engine's pass, once it is built.
+        reason: why the pass stays with eager.
+    """
+
+    candidate: Pass | None = None
+    trials: int = 0
+    eager_s: float = 0.0
+    candidate_s: float = 0.0
+    chosen: bool = False
+    reason: str = ""
+
+
+class Auto(Engine):
+    name = "auto"
+    # so that both engines get the same query tokens
+    single_group = True
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._eager = Eager(*arguments)
+        self._other = OpenVino(*arguments)
+        self._choices: dict[PassKey, _Choice] = {}
+
+    def run(self, plan: PassPlan, inputs: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
+        choice = self._choices.get(pass_key(plan, inputs))
+        if choice is None:
+            self._build_later(plan, inputs)
+            return self._eager.run(plan, inputs)
+        if choice.candidate is None:
+            return self._eager.run(plan, inputs)
+        try:
+            if choice.chosen:
+                return choice.candidate(*inputs)
+            return self._try(choice, plan, inputs)
+        except Exception as error:
+            logger.warning("%s failed and is not used again: %s", self._other.name, error)
+            choice.candidate, choice.reason = None, f"{self._other.name} failed: {error}"
+            return self._eager.run(plan, inputs)
+
+    def prepare(self, plan: PassPlan, inputs: tuple[Tensor, ...]) -> None:
+        key = pass_key(plan, inputs)
+        with self._lock:
+            if key in self._choices:
+                return
+            choice = self._choices[key] = _Choice()
+            if len(self._choices) > MAX_PASSES:
+                choice.reason = f"{MAX_PASSES} other passes are built already"
+                return
+        self._build(choice, plan, inputs)
+
+    def report(self) -> EngineReport:
+        choices = list(self._choices.values())
+        if any(choice.chosen for choice in choices):
+            return self._other.report()
+        reason = next((choice.reason for choice in choices if choice.reason), "")
+        return EngineReport(self._eager.name, reason=reason)
+
+    def _build_later(self, plan: PassPlan, inputs: tuple[Tensor, ...]) -> None:
+        """Build in the background, with a copy of these inputs to compare on."""
+        with self._lock:
+            key = pass_key(plan, inputs)
+            if key in self._choices:
+                return
+            choice = self._choices[key] = _Choice()
+            if len(self._choices) > MAX_PASSES:
+                choice.reason = f"{MAX_PASSES} other passes are built already"
+                return
+        copies = tuple(tensor.clone() for tensor in inputs)
+        _builder().submit(self._build, choice, plan, copies)
+
+    def _build(self, choice: _Choice, plan: PassPlan, inputs: tuple[Tensor, ...]) -> None:
+        try:
+            choice.candidate = self._other.get(plan, inputs)
+        except EngineError as error:
+            choice.reason = str(error)
+        except Exception as error:
+            logger.exception("an engine could not be built")
+            choice.reason = f"{self._other.name}: {error}"
+
+    def _try(
+        self, choice: _Choice, plan: PassPlan, inputs: tuple[Tensor, ...]
+    ) -> Mapping[str, Tensor]:
+        """Run both, and choose after some trials. The first run of each is not counted."""
+        assert choice.candidate is not None
+        started = time.perf_counter()
+        choice.candidate(*inputs)
+        between = time.perf_counter()
+        outputs = self._eager.run(plan, inputs)
+        ended = time.perf_counter()
+        if choice.trials:
+            choice.candidate_s += between - started
+            choice.eager_s += ended - between
+        choice.trials += 1
+        if choice.trials > TRIALS:
+            if choice.candidate_s <= choice.eager_s:
+                choice.chosen = True
+            else:
+                choice.candidate, choice.reason = None, f"{self._other.name} is slower"
+        return outputs
+
+
+_pool: ThreadPoolExecutor | None = None
+_pool_lock = threading.Lock()
+
+
+def _builder() -> ThreadPoolExecutor:
+    """The one thread of the process that builds passes in the background."""
+    global _pool
+    with _pool_lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(1, "engine-builder")
+        return _pool
