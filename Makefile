@@ -7,7 +7,7 @@ OUT ?= .
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help serve test check format proto bench clean
+.PHONY: help serve test check format docs proto bench clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
@@ -19,6 +19,10 @@ $(VENV)/serve.stamp: pyproject.toml constraints.txt
 
 $(VENV)/dev.stamp: $(VENV)/serve.stamp
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/docs.stamp: $(VENV)/dev.stamp
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
 serve: $(VENV)/serve.stamp ## Serve the demo on http://HOST:PORT, gRPC on GRPC_PORT
@@ -36,6 +40,9 @@ check: $(VENV)/dev.stamp ## Lint, formatting and types
 format: $(VENV)/dev.stamp ## Format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/docs.stamp ## Build the documentation into site/
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 proto: $(VENV)/dev.stamp ## Generate service/stubs from proto/
 	$(BIN)/python -m grpc_tools.protoc \
@@ -55,4 +62,4 @@ bench: $(VENV)/dev.stamp ## Measure serving against the bare loop
 	$(BIN)/python -m benchmarks.masks
 
 clean: ## Remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build site *.egg-info

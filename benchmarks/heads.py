@@ -29,7 +29,7 @@ from service.metrics import Metrics
 from service.worker.batcher import Batcher
 from service.worker.runner import Item, Runner, Threads
 from service.worker.scheduler import BatchQueue, Entry, Scheduler
-from service.worker_options import EngineOptions
+from service.worker_options import WorkerOptions
 
 LABELS = tuple(map(str, range(20)))
 
@@ -40,7 +40,7 @@ class Bench:
     """A trunk behind one queue for all heads, and behind one for each head."""
 
     def __init__(self, trunk: Trunk, count: int, batch: int) -> None:
-        options = EngineOptions().resolve(trunk.placement.device.type)
+        options = WorkerOptions().resolve(trunk.placement.device.type)
         threads = Threads(lane=options.lane_threads, wide=options.threads)
         metrics = Metrics(CollectorRegistry())
         self.trunk = trunk

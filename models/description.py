@@ -54,6 +54,10 @@ class ModelDescription:
     # The name of the checkpoint format.
     format: str | None = None
     architecture: str | None = None
+    # What runs the trunk's passes, the dtype it computes in, and the kind of image transform.
+    engine: str | None = None
+    precision: str | None = None
+    transform: str | None = None
     # The weights of trunks and head, and of the head alone.
     memory_bytes: int | None = None
     head_bytes: int | None = None

@@ -18,7 +18,7 @@ from models.description import ModelDescription, State
 from models.errors import CatalogError, ModelNotFoundError, ModelNotReadyError
 from models.model import Model
 from models.trunks.devices import Placement, resolve_device, resolve_dtype
-from models.trunks.engines.registry import AUTO
+from models.trunks.engines.registry import AUTO, engine_class
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,8 @@ class Registry:
         self.device = resolve_device(device)
         self.dtype = dtype
         self.engine = engine
+        for entry in catalog.trunks.values():
+            engine_class(entry.engine or engine)  # unknown ones are errors at once
         self.on_load = on_load
         self.on_unload = on_unload
         self._slots = {name: _Slot(entry) for name, entry in catalog.models.items()}
@@ -219,6 +221,9 @@ class Registry:
             tasks=tuple(model.tasks),
             format=slot.format,
             architecture=trunk.architecture,
+            engine=trunk.engine.name,
+            precision=description.dtype,
+            transform="exact",
             memory_bytes=model.trunk_bytes + model.head_bytes,
             head_bytes=model.head_bytes,
             head=dict(model.about) or None,

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from service.worker_options import EngineOptions
+from service.worker_options import WorkerOptions
 
 Names = Annotated[tuple[str, ...], NoDecode]
 Secrets = Annotated[tuple[SecretStr, ...], NoDecode]
@@ -33,6 +33,9 @@ class Settings(BaseSettings):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="What trunks compute in, unless the catalog says otherwise."
+    )
+    engine: str = Field(
+        "auto", description="What runs trunks' passes, unless the catalog says otherwise."
     )
     threads: int = Field(0, ge=0, description="CPU threads in all; 0: the usable cores.")
     streams: int = Field(0, ge=0, description="Batches in flight; 0: 1, 2 on a GPU.")
@@ -104,7 +107,7 @@ class Settings(BaseSettings):
         return workers
 
     @property
-    def engine(self) -> EngineOptions:
-        """The part that the worker's engine needs."""
-        names = EngineOptions.__dataclass_fields__.keys() - {"startup"}
-        return EngineOptions(startup=self.models, **{name: getattr(self, name) for name in names})
+    def worker_options(self) -> WorkerOptions:
+        """The settings of a worker's backend."""
+        names = WorkerOptions.__dataclass_fields__.keys() - {"startup"}
+        return WorkerOptions(startup=self.models, **{name: getattr(self, name) for name in names})

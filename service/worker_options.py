@@ -1,4 +1,4 @@
-"""The engine's settings, and the defaults that depend on the machine."""
+"""A worker's settings, and the defaults that depend on the machine."""
 
 import os
 from dataclasses import dataclass, replace
@@ -8,8 +8,8 @@ from models.inputs.images import ImageLimits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineOptions:
-    """0 means: choose for this machine. Times are in the unit their name ends with."""
+class WorkerOptions:
+    """0 stands for a default that suits the machine. Names end with the unit of times."""
 
     startup: tuple[str, ...] = ()
     threads: int = 0
@@ -28,25 +28,25 @@ class EngineOptions:
 
     @property
     def lane_threads(self) -> int:
-        """Threads of one stream: an equal share, never more than there are cores in all."""
+        """Threads of one stream: an equal share of all."""
         return max(1, self.threads // self.streams)
 
     @property
     def image_limits(self) -> ImageLimits:
-        """The part that the decoder needs."""
+        """The limits of decoders."""
         return ImageLimits(
             max_bytes=self.max_image_bytes,
             max_pixels=self.max_image_pixels,
             max_side=self.max_image_side,
         )
 
-    def resolve(self, device_type: str) -> "EngineOptions":
-        """Fill in what is 0.
+    def resolve(self, device_type: str) -> "WorkerOptions":
+        """The options with defaults in place of 0.
 
-        On a CPU: one batch at a time on all cores, the fastest way on two of them
-        (benchmarks/streams.py). On a machine shared with other busy
-        programs a stream a core is the safer choice: a batch on all cores waits for the slowest.
-        On a GPU: two streams, so that one batch copies while another computes.
+        On a CPU: one batch at a time on all cores, which is fastest on two of them
+        (benchmarks/streams.py). On a machine shared with other busy programs one stream per core
+        is safer: a batch on all cores waits for the slowest. On a GPU: two streams, so that one
+        batch is copied while another computes.
         """
         cores = usable_cores()
         cpu = device_type == "cpu"

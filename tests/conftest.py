@@ -35,8 +35,8 @@ from service.remote.backend import RemoteBackend
 from service.remote.metrics import RemoteMetrics
 from service.rpc.server import RpcServer
 from service.settings import Settings
-from service.worker.backend import Engine
-from service.worker.collector import EngineCollector
+from service.worker.backend import LocalBackend
+from service.worker.collector import BackendCollector
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["VITRAIL_GRPC_PORT"] = "0"  # any free one, unless a test says which
@@ -173,14 +173,14 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 @dataclass
 class Running:
-    """A server in threads of this process, with its engine at hand for fault injection.
+    """A server in threads of this process, with its backend at hand for fault injection.
 
-    `grpc` is the address of the engine's own gRPC server.
+    `grpc` is the address of the backend's own gRPC server.
     """
 
     url: str
     client: httpx.Client
-    engine: Engine
+    backend: LocalBackend
     grpc: str
     worker_metrics: CollectorRegistry | None = None
 
@@ -222,14 +222,15 @@ def running(catalog: Path, *, apart: bool = False, **overrides: Any) -> Iterator
     address = f"127.0.0.1:{port}"
     metrics = Metrics(CollectorRegistry())
     registry = Registry.from_catalog(catalog, device="cpu", store=Store(catalog.parent / "store"))
-    engine = Engine(registry, settings.engine, metrics)
-    metrics.registry.register(EngineCollector(engine))
+    backend = LocalBackend(registry, settings.worker_options, metrics)
+    metrics.registry.register(BackendCollector(backend))
     if not apart:
-        with serving(create_app(settings, engine, metrics, address), settings) as (url, client):
-            yield Running(url, client, engine, address)
+        rpc = RpcServer(backend, settings, metrics).serving(address)
+        with serving(create_app(settings, backend, metrics, rpc), settings) as (url, client):
+            yield Running(url, client, backend, address)
         return
-    with serving_rpc(engine, settings, metrics, address), gateway(settings, address) as front:
-        yield Running(*front, engine, address, metrics.registry)
+    with serving_rpc(backend, settings, metrics, address), gateway(settings, address) as front:
+        yield Running(*front, backend, address, metrics.registry)
 
 
 @contextmanager
@@ -261,18 +262,18 @@ def serving(app: FastAPI, settings: Settings) -> Iterator[tuple[str, httpx.Clien
 
 @contextmanager
 def serving_rpc(
-    engine: Engine, settings: Settings, metrics: Metrics, address: str
+    backend: LocalBackend, settings: Settings, metrics: Metrics, address: str
 ) -> Iterator[None]:
-    """An engine behind its real gRPC server, in a thread."""
+    """An backend behind its real gRPC server, in a thread."""
     stop: threading.Event = threading.Event()
 
     async def serve() -> None:
-        server = RpcServer(engine, settings, metrics)
-        await engine.start()
+        server = RpcServer(backend, settings, metrics)
+        await backend.start()
         await server.start(address)
         await asyncio.to_thread(stop.wait)
         await server.stop(5)
-        await engine.close()
+        await backend.close()
 
     thread = threading.Thread(target=asyncio.run, args=(serve(),))
     thread.start()

@@ -3,7 +3,7 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,67 @@ def imported(folder: str) -> set[str]:
 def test_the_library_knows_nothing_of_the_service_or_the_web() -> None:
     roots = {name.partition(".")[0] for name in imported("models")}
     assert not roots & {"service", "fastapi", "starlette", "uvicorn", "grpc"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Modules that each module imports, also inside functions and under TYPE_CHECKING."""
+    modules = {module_name(path): path for path in SOURCES}
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        edges: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                edges |= {item.name for item in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                inner = {f"{node.module}.{item.name}" for item in node.names}
+                edges |= (inner & modules.keys()) or {node.module}
+        graph[name] = edges & modules.keys()
+    return graph
+
+
+def find_cycle(graph: Mapping[str, Iterable[str]]) -> list[str]:
+    """The nodes of one cycle, or nothing."""
+    finished: set[str] = set()
+
+    def visit(node: str, path: list[str]) -> list[str]:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in finished:
+            return []
+        for neighbour in sorted(graph[node]):
+            if cycle := visit(neighbour, [*path, node]):
+                return cycle
+        finished.add(node)
+        return []
+
+    return next((cycle for node in sorted(graph) if (cycle := visit(node, []))), [])
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a", "b", "c", "a"]
+    graph = import_graph()
+    graph.pop("models")  # its public names are imported when they are used
+    graph = {name: edges - {"models"} for name, edges in graph.items()}
+    assert find_cycle(graph) == []
+
+
+def test_nothing_outside_a_trunk_reads_its_network() -> None:
+    """Except reference outputs: they are the authors' own, which no head returns."""
+    allowed = {ROOT / "models/reference_outputs.py"}
+    for path in SOURCES:
+        if path.parent.name in ("trunks", "engines") or path in allowed:
+            continue
+        reads = [
+            ast.unparse(node)
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Attribute) and node.attr == "network"
+        ]
+        assert [read for read in reads if "trunk" in read] == [], path
 
 
 def test_the_sides_do_not_know_each_other() -> None:
@@ -75,8 +136,8 @@ def test_the_settings_are_these() -> None:
 
     assert sorted(Settings.model_fields) == [
         "admin_keys", "api_keys", "body_timeout_s", "catalog", "decode_threads",
-        "default_timeout_ms", "device", "drain_timeout_s", "dtype", "grpc_port", "header_timeout_s",
-        "heads_folder", "host", "label_cache_bytes",
+        "default_timeout_ms", "device", "drain_timeout_s", "dtype", "engine", "grpc_port",
+        "header_timeout_s", "heads_folder", "host", "label_cache_bytes",
         "log_level", "max_batch_size", "max_image_bytes", "max_image_pixels", "max_image_side",
         "max_images", "max_queue_delay_ms", "max_queue_size", "max_request_bytes",
         "metrics_port", "models", "port", "probe_interval_s", "streams", "stuck_after_s", "threads",

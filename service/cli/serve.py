@@ -14,6 +14,7 @@ Catalog = Annotated[str | None, typer.Option(help="demo, hub, or a TOML file.")]
 Models = Annotated[str | None, typer.Option(help="Models to load, comma-separated.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+EngineName = Annotated[str | None, typer.Option(help="What runs passes: auto, eager, ...")]
 Streams = Annotated[int | None, typer.Option(help="Batches in flight.")]
 LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning, error.")]
 Processes = Annotated[int, typer.Option(min=1, help="Gateway processes, on one port.")]
@@ -28,6 +29,7 @@ def serve(
     models: Models = None,
     device: Device = None,
     dtype: Dtype = None,
+    engine: EngineName = None,
     streams: Streams = None,
     log_level: LogLevel = None,
     workers: Annotated[
@@ -41,7 +43,8 @@ def serve(
     """
     settings = read_settings(
         {"host": host, "port": port, "grpc_port": grpc_port, "catalog": catalog, "models": models,
-         "device": device, "dtype": dtype, "streams": streams, "log_level": log_level}
+         "device": device, "dtype": dtype, "engine": engine, "streams": streams,
+         "log_level": log_level}
     )  # fmt: skip
     if workers != "auto" and not workers.isdigit():
         raise typer.BadParameter(f"--workers is {workers!r}; it is a number, or auto")
@@ -107,6 +110,7 @@ def worker(
     models: Models = None,
     device: Device = None,
     dtype: Dtype = None,
+    engine: EngineName = None,
     streams: Streams = None,
     log_level: LogLevel = None,
     address: Annotated[
@@ -120,7 +124,7 @@ def worker(
     """
     settings = read_settings(
         {"host": host, "grpc_port": port, "metrics_port": metrics_port, "catalog": catalog,
-         "models": models, "device": device, "dtype": dtype, "streams": streams,
+         "models": models, "device": device, "dtype": dtype, "engine": engine, "streams": streams,
          "log_level": log_level}
     )  # fmt: skip
     if supervised:

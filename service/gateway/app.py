@@ -1,7 +1,7 @@
 """The ASGI application."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 
 from fastapi import FastAPI
 
@@ -13,7 +13,6 @@ from service.gateway.openai import routes as openai_routes
 from service.gateway.problems import install_handlers
 from service.gateway.rest import head_routes, model_routes, system_routes, task_routes
 from service.metrics import Metrics
-from service.rpc.server import RpcServer
 from service.settings import Settings
 
 
@@ -21,28 +20,21 @@ def create_app(
     settings: Settings,
     backend: Backend,
     metrics: Metrics,
-    rpc_address: str | None = None,
-    *,
-    shared: bool = False,
+    beside: AbstractAsyncContextManager[None] | None = None,
 ) -> FastAPI:
     """The routes and middleware in front of a backend.
 
     The application's lifespan starts and closes the backend.
 
     Args:
-        rpc_address: where to serve gRPC as well; None for HTTP only.
-        shared: whether other processes listen on that address, too.
+        beside: entered while the application runs: a gRPC server on the same backend.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await backend.start()
-        rpc = RpcServer(backend, settings, metrics)
-        if rpc_address is not None:
-            await rpc.start(rpc_address, shared=shared)
-        yield
-        if rpc_address is not None:
-            await rpc.stop(settings.drain_timeout_s)
+        async with beside or nullcontext():
+            yield
         await backend.close()
         await app.state.fetcher.close()
 

@@ -95,7 +95,9 @@ class OutputSelection:
         names = list(dict.fromkeys(self._outputs[item.name].task.name for item in self.requested))
         calls = [validated_call(model.name, names[0], options)]
         calls += [Call(model.name, name) for name in names[1:]]
-        self._top_k = int(calls[0].options.get("top_k", DEFAULT_TOP_K))
+        # a default above the number of classes would be refused
+        default = min(DEFAULT_TOP_K, self._classes or DEFAULT_TOP_K)
+        self._top_k = int(calls[0].options.get("top_k", default))
         self.calls = [adapted for call in calls for adapted in self._adapt(call)]
 
     def collect(self, result: InferResult) -> list[np.ndarray]:

@@ -4,14 +4,16 @@ from fastapi import FastAPI
 
 from service.gateway.app import create_app
 from service.gateway.server import check_free, run_server
-from service.processes.worker import create_engine
+from service.processes.worker import create_backend
+from service.rpc.server import RpcServer
 from service.settings import Settings
 
 
 def create_embedded_app(settings: Settings) -> FastAPI:
-    """The application with its engine behind it in this process, gRPC included."""
-    engine, metrics = create_engine(settings)
-    return create_app(settings, engine, metrics, settings.rpc_address())
+    """The application with its backend in this process, and gRPC beside it."""
+    backend, metrics = create_backend(settings)
+    rpc = RpcServer(backend, settings, metrics).serving(settings.rpc_address())
+    return create_app(settings, backend, metrics, rpc)
 
 
 def serve(settings: Settings) -> None:

@@ -10,6 +10,7 @@ from service.gateway.server import run_server
 from service.metrics import Metrics
 from service.remote.backend import RemoteBackend
 from service.remote.metrics import RemoteMetrics
+from service.rpc.server import RpcServer
 from service.settings import Settings
 
 
@@ -19,7 +20,8 @@ def create_gateway_app(settings: Settings, rpc_address: str | None, *, shared: b
     ProcessCollector(registry=metrics.registry)
     PlatformCollector(registry=metrics.registry)
     backend = RemoteBackend(settings, RemoteMetrics(metrics.registry))
-    return create_app(settings, backend, metrics, rpc_address, shared=shared)
+    rpc = RpcServer(backend, settings, metrics).serving(rpc_address, shared=shared)
+    return create_app(settings, backend, metrics, rpc)
 
 
 def serve(

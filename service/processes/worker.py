@@ -17,22 +17,24 @@ from models.registry import Registry
 from service.metrics import Metrics
 from service.rpc.server import RpcServer
 from service.settings import Settings
-from service.worker.backend import Engine
-from service.worker.collector import EngineCollector, share_gauges
+from service.worker.backend import LocalBackend
+from service.worker.collector import BackendCollector, share_gauges
 
 
-def create_engine(settings: Settings) -> tuple[Engine, Metrics]:
-    """The engine of a catalog, and the metrics of its process."""
+def create_backend(settings: Settings) -> tuple[LocalBackend, Metrics]:
+    """The backend of a catalog, and the metrics of its process."""
     catalog = load_catalog(settings.catalog)
     for name in settings.models:
         catalog.model(name)
-    registry = Registry(catalog, device=settings.device, dtype=settings.dtype)
+    registry = Registry(
+        catalog, device=settings.device, dtype=settings.dtype, engine=settings.engine
+    )
     metrics = Metrics(CollectorRegistry())
-    engine = Engine(registry, settings.engine, metrics)
+    backend = LocalBackend(registry, settings.worker_options, metrics)
     ProcessCollector(registry=metrics.registry)
     PlatformCollector(registry=metrics.registry)
-    metrics.registry.register(EngineCollector(engine))
-    return engine, metrics
+    metrics.registry.register(BackendCollector(backend))
+    return backend, metrics
 
 
 def serve(settings: Settings, address: str) -> None:
@@ -44,17 +46,15 @@ async def _serve(settings: Settings, address: str) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    engine, metrics = create_engine(settings)
+    backend, metrics = create_backend(settings)
     if settings.metrics_port:
         start_http_server(settings.metrics_port, settings.host, metrics.registry)
-    await engine.start()
+    await backend.start()
     sharing = None
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-        sharing = asyncio.create_task(share_gauges(EngineCollector(engine)))
-    server = RpcServer(engine, settings, metrics)
-    await server.start(address)
-    await stopping.wait()
-    await server.stop(settings.drain_timeout_s)
-    await engine.close()
+        sharing = asyncio.create_task(share_gauges(BackendCollector(backend)))
+    async with RpcServer(backend, settings, metrics).serving(address):
+        await stopping.wait()
+    await backend.close()
     if sharing is not None:
         sharing.cancel()

@@ -3,9 +3,7 @@
 import asyncio
 import logging
 import math
-import re
 import time
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -14,9 +12,9 @@ from typing import Any
 import grpc
 
 from service.backend import Backend
-from service.errors import InternalError, InvalidInputError, PayloadTooLargeError, ServiceError
+from service.errors import InternalError, InvalidInputError, ServiceError
 from service.keys import check_admin_key, check_head_key, check_key
-from service.logs import request_id
+from service.logs import choose_request_id, request_id
 from service.metrics import Metrics
 from service.rpc.wire import to_error
 from service.settings import Settings
@@ -29,7 +27,6 @@ ERROR_KEY = "vitrail-error-bin"
 # The metadata key of a gateway's calls. A gateway counts its requests itself, and it needs the
 # results of the other images even if one is refused.
 GATEWAY_KEY = "vitrail-gateway"
-_SAFE_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +89,7 @@ async def handle_call(
     started = time.monotonic()
     metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
     sent_id = metadata.get("x-request-id", "")
-    request_id.set(sent_id if _SAFE_ID.fullmatch(sent_id) else uuid.uuid4().hex)
+    request_id.set(choose_request_id(sent_id))
     status = "CANCELLED"
     try:
         check = check_admin_key if admin else check_head_key if changes_heads else check_key
@@ -117,18 +114,6 @@ async def handle_call(
             "gRPC %s",
             method,
             extra={"status": status, "duration_s": round(time.monotonic() - started, 4)},
-        )
-
-
-def check_count(settings: Settings, count: int) -> None:
-    """Check the number of a request's inputs.
-
-    Raises:
-        PayloadTooLargeError: more than one request may have.
-    """
-    if count > settings.max_images:
-        raise PayloadTooLargeError(
-            f"{count} images in one request; the limit is {settings.max_images}"
         )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from service.accounting import counted
 from service.errors import InvalidInputError
+from service.limits import check_input_count
 from service.open_inference.inputs import InputTensor, to_inputs
 from service.open_inference.metadata import (
     VERSION,
@@ -16,7 +17,7 @@ from service.open_inference.metadata import (
     server_metadata,
 )
 from service.open_inference.outputs import OutputSelection, RequestedOutput
-from service.rpc.context import Context, Deps, check_count, handle_call
+from service.rpc.context import Context, Deps, handle_call
 from service.stubs import open_inference_pb2 as pb
 from service.stubs.open_inference_pb2_grpc import GRPCInferenceServiceServicer
 from service.tensors import datatype_of, to_bytes
@@ -101,7 +102,7 @@ class OpenInference(GRPCInferenceServiceServicer):
                 outputs = [_requested(output) for output in request.outputs]
                 selection = OutputSelection(model, outputs, options)
                 inputs = to_inputs(_tensors(request))
-                check_count(deps.settings, len(inputs))
+                check_input_count(deps.settings, len(inputs))
                 result = await deps.backend.infer(
                     InferRequest(inputs=inputs, calls=selection.calls, deadline=account.deadline)
                 )

@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -95,6 +97,18 @@ class RpcServer:
             self._reporter.cancel()
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
+
+    @asynccontextmanager
+    async def serving(self, address: str | None, *, shared: bool = False) -> AsyncIterator[None]:
+        """A context in which the server runs, see `start`. Without an address, none runs."""
+        if address is None:
+            yield
+            return
+        await self.start(address, shared=shared)
+        try:
+            yield
+        finally:
+            await self.stop(self._deps.settings.drain_timeout_s)
 
     async def _report_health(self) -> None:
         while True:

@@ -8,8 +8,9 @@ from dataclasses import replace
 from models.tasks.table import tasks
 from service.accounting import Account, counted
 from service.errors import InvalidInputError, QueueFullError, ServiceError
+from service.limits import check_input_count
 from service.parameters import MAX_MODELS
-from service.rpc.context import Caller, Context, check_count, handle_call
+from service.rpc.context import Caller, Context, handle_call
 from service.rpc.heads import HeadCalls
 from service.rpc.wire import (
     Request,
@@ -175,7 +176,7 @@ class Vision(HeadCalls):
         inputs = from_inputs(request)
         if not inputs and not caller.is_gateway:
             raise InvalidInputError("the request has no inputs", field="images")
-        check_count(self._deps.settings, len(inputs))
+        check_input_count(self._deps.settings, len(inputs))
         account.deadline = caller.deadline(self._deps.settings, request.timeout_ms)
         return await self._deps.backend.infer(
             InferRequest(

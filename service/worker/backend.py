@@ -1,4 +1,4 @@
-"""The worker's engine, the in-process Backend: the order in which everything happens."""
+"""The worker's backend, the in-process Backend: the order in which everything happens."""
 
 import asyncio
 import logging
@@ -32,25 +32,25 @@ from service.worker.execution_plan import (
     plan_execution,
     resolve,
 )
-from service.worker.fit_jobs import Fits
-from service.worker.head_store import HeadFolder
+from service.worker.fit_jobs import FitJobs
+from service.worker.head_store import HeadStore
 from service.worker.loader import Loader
 from service.worker.pipeline import InputPipeline, until
 from service.worker.postprocess import Postprocessor
 from service.worker.prompts import PromptCache
 from service.worker.runner import use_threads
 from service.worker.trunks import ServedTrunks
-from service.worker_options import EngineOptions
+from service.worker_options import WorkerOptions
 
 logger = logging.getLogger(__name__)
 
 MANY = 100  # texts of a label set; more of them step behind interactive requests
 
 
-class Engine:
+class LocalBackend:
     """Owns the device, the decode pool and the registry of one process."""
 
-    def __init__(self, registry: Registry, options: EngineOptions, metrics: Metrics) -> None:
+    def __init__(self, registry: Registry, options: WorkerOptions, metrics: Metrics) -> None:
         self.registry = registry
         self.options = options.resolve(registry.device.type)
         self._metrics = metrics
@@ -63,8 +63,8 @@ class Engine:
         self._pool = ThreadPoolExecutor(self.options.decode_threads, "decode", initializer=alone)
         self._loader = Loader()
         folder = Path(options.heads_folder or registry.store.root / "heads")
-        self._fits = Fits(registry, folder, self.batcher, self._limits, metrics)
-        self.heads = HeadFolder(registry, folder, self._fits, self._loader.run)
+        self._fit_jobs = FitJobs(registry, folder, self.batcher, self._limits, metrics)
+        self.heads = HeadStore(registry, folder, self._fit_jobs, self._loader.run)
         postprocessor = Postprocessor(metrics, self._in_pool, self._limits)
         self._pipeline = InputPipeline(
             self.batcher, postprocessor, metrics, self._in_pool, self._limits
@@ -90,7 +90,7 @@ class Engine:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.to_thread(self._fits.close)
+        await asyncio.to_thread(self._fit_jobs.close)
         await asyncio.to_thread(self.batcher.close)
         self._pool.shutdown()
         self._loader.close()

@@ -9,14 +9,14 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from models.description import State
-from service.worker.backend import Engine
+from service.worker.backend import LocalBackend
 
 
-class EngineCollector(Collector):
-    """Reads an engine's queues, models and GPU memory."""
+class BackendCollector(Collector):
+    """Reads an backend's queues, models and GPU memory."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, backend: LocalBackend) -> None:
+        self._engine = backend
 
     def collect(self) -> Iterator[Metric]:
         yield from self._queues()

@@ -63,7 +63,7 @@ class _Job:
     finished: bool = False
 
 
-class Fits:
+class FitJobs:
     """Jobs are files until they are done, so that a restart takes them up again.
 
     `accept`, `cancel` and `poll` are called from the loader's thread; the training has its own, of

@@ -24,7 +24,7 @@ from service.errors import (
     UnavailableError,
 )
 from service.types import FitRequest, HeadUpload
-from service.worker.fit_jobs import Fits
+from service.worker.fit_jobs import FitJobs
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +36,16 @@ MAX_HEADS = 4096
 InLoader = Callable[..., Awaitable[Any]]
 
 
-class HeadFolder:
+class HeadStore:
     """Keeps the registry as the folder is. All that changes either runs in the loader's thread, so
     that nothing of it needs a lock; several processes may share the folder."""
 
-    def __init__(self, registry: Registry, folder: Path, fits: Fits, in_loader: InLoader) -> None:
+    def __init__(
+        self, registry: Registry, folder: Path, fits: FitJobs, in_loader: InLoader
+    ) -> None:
         self._registry = registry
         self._folder = folder
-        self._fits = fits
+        self._fit_jobs = fits
         self._in_loader = in_loader
         self._own = frozenset(registry.catalog.models)
         self._seen: dict[str, tuple[int, int]] = {}
@@ -65,7 +67,7 @@ class HeadFolder:
 
     async def all(self) -> Sequence[HeadDescription]:
         served = self._registry.describe_all()
-        names = dict.fromkeys([*self._seen, *self._fits.names()])
+        names = dict.fromkeys([*self._seen, *self._fit_jobs.names()])
         heads = [self._describe(name, served.get) for name in names]
         return [head for head in heads if head is not None]
 
@@ -82,7 +84,7 @@ class HeadFolder:
     async def fit(self, request: FitRequest) -> HeadDescription:
         def accept() -> None:
             self._check_name(request.name, request.trunk, request.replace)
-            self._fits.accept(request)
+            self._fit_jobs.accept(request)
 
         await self._in_loader(accept)
         return await self.get(request.name)
@@ -130,7 +132,7 @@ class HeadFolder:
         old = self._registry.catalog.models.get(name)
         if old is not None and old.trunk != trunk:
             raise ConflictError(f"{name!r} stands on {old.trunk!r}; delete it first", field="name")
-        if self._fits.is_busy(name):
+        if self._fit_jobs.is_busy(name):
             raise ConflictError(f"a head {name!r} is being fitted", field="name")
         if len(self._seen) >= MAX_HEADS:
             raise PayloadTooLargeError(f"there are {len(self._seen)} heads, as many as can be")
@@ -158,7 +160,7 @@ class HeadFolder:
             raise CheckpointError(f"the head cannot be built: {error}") from error
 
     def _delete(self, name: str) -> None:
-        fitting = self._fits.cancel(name)
+        fitting = self._fit_jobs.cancel(name)
         if name not in self._seen and not fitting:
             what = "is of the catalog, not a head" if name in self._own else "does not exist"
             raise NotFoundError(f"{name!r} {what}", field="name")
@@ -176,7 +178,7 @@ class HeadFolder:
                 self._take(name)
             elif name in self._unloaded:
                 self._load(name)
-        self._fits.poll()
+        self._fit_jobs.poll()
 
     def _scan(self) -> dict[str, tuple[int, int]]:
         found = {}
@@ -201,7 +203,7 @@ class HeadFolder:
             self._unloaded.add(name)
             self._load(name)
         # only now, or whoever asks meanwhile is told that the head does not exist
-        self._fits.forget(name)
+        self._fit_jobs.forget(name)
 
     def _declare(self, name: str) -> None:
         if name in self._own:
@@ -243,7 +245,7 @@ class HeadFolder:
         self, name: str, served: Callable[[str], ModelDescription | None]
     ) -> HeadDescription | None:
         """A head's description, or None if there is no such head."""
-        if (fitting := self._fits.describe(name)) is not None:
+        if (fitting := self._fit_jobs.describe(name)) is not None:
             return fitting
         if name in self._broken:
             return UnservedHead(name=name, state=State.FAILED, reason=self._broken[name])

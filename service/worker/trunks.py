@@ -12,13 +12,13 @@ from service.worker.batcher import Batcher
 from service.worker.prober import Prober
 from service.worker.runner import Runner, Threads
 from service.worker.scheduler import Batch, BatchQueue, Entry, Scheduler
-from service.worker_options import EngineOptions
+from service.worker_options import WorkerOptions
 
 
 class ServedTrunks:
     """Brings trunks into service with the first model on them, and out with the last."""
 
-    def __init__(self, registry: Registry, options: EngineOptions, metrics: Metrics) -> None:
+    def __init__(self, registry: Registry, options: WorkerOptions, metrics: Metrics) -> None:
         self._registry = registry
         self._options = options
         self._metrics = metrics

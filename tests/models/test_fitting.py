@@ -304,7 +304,7 @@ def test_a_plain_safetensors_file_is_no_head(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"a": torch.ones(1)}, tmp_path / "plain.safetensors")
-    with pytest.raises(CheckpointError, match="but no head"):
+    with pytest.raises(CheckpointError, match="not a head"):
         read_head(tmp_path / "plain.safetensors")
     with pytest.raises(CheckpointError, match="No such file"):
         read_head(tmp_path / "none.safetensors")

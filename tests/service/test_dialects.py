@@ -171,7 +171,7 @@ def test_ndjson_comes_before_all_is_done_and_refuses_before_it_begins(
     server: Running, monkeypatch: pytest.MonkeyPatch, jpegs: dict[str, bytes]
 ) -> None:
     accept = {"Accept": "application/x-ndjson"}
-    runner = server.engine.trunks.runners["clip-text"]
+    runner = server.backend.trunks.runners["clip-text"]
     gate, forward = threading.Event(), runner.trunk.forward
     seen: list[int] = []
 

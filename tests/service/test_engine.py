@@ -1,4 +1,4 @@
-"""The engine over HTTP, with faults put into its trunks: shared passes, shared fate avoided."""
+"""The backend over HTTP, with faults put into its trunks: shared passes, shared fate avoided."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -51,7 +51,7 @@ class Tap:
 
 @pytest.fixture
 def tap(server: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tap]:
-    made = Tap(server.engine.trunks.runners["tiny"], monkeypatch)
+    made = Tap(server.backend.trunks.runners["tiny"], monkeypatch)
     yield made
     made.gate.set()
 
@@ -97,8 +97,8 @@ def test_requests_for_different_heads_ride_in_one_batch_and_agree_with_singles(
             pool.submit(post, server, path, image)
             for path, image in zip(paths, jpegs.values(), strict=True)
         ]
-        wait_until(lambda: server.engine.batcher.depth()["tiny"] == 4)
-        wait_until(lambda: len(server.engine.batcher._scheduler.queues["tiny"]) == 4)
+        wait_until(lambda: server.backend.batcher.depth()["tiny"] == 4)
+        wait_until(lambda: len(server.backend.batcher._scheduler.queues["tiny"]) == 4)
         tap.gate.set()
         mixed = [future.result().json() for future in together]
         assert held.result().status_code == 200
@@ -142,7 +142,7 @@ def test_out_of_memory_halves_the_batch_and_lowers_the_cap(
     tap.fault = fail_on_large_batches
     answer = post(server, "/classify", *jpegs.values()).json()
     assert all("predictions" in entry for entry in answer["results"])
-    assert server.engine.batcher._scheduler.queues["tiny"].max_batch_size == 1
+    assert server.backend.batcher._scheduler.queues["tiny"].max_batch_size == 1
 
 
 def test_a_failing_head_fails_its_own_rows(
@@ -151,7 +151,7 @@ def test_a_failing_head_fails_its_own_rows(
     def fail(output: TrunkOutput, **options: Any) -> dict[str, torch.Tensor]:
         raise RuntimeError("head fault")
 
-    model = server.engine.registry.get("tiny-embed")
+    model = server.backend.registry.get("tiny-embed")
     monkeypatch.setattr(model.heads["embed"], "forward", fail)
     answer = post(server, "/predict", jpegs["coffee"], data={"models": ["tiny", "tiny-embed"]})
     outputs = answer.json()["results"][0]["outputs"]
@@ -165,14 +165,14 @@ def test_a_full_queue_is_429_with_retry_after_and_takes_nothing(
     with ThreadPoolExecutor(8) as pool:
         hold(server, tap, pool, jpegs["coffee"])
         waiting = pool.submit(post, server, "/classify", *[jpegs["coffee"]] * 7)
-        wait_until(lambda: server.engine.batcher.depth()["tiny"] == 7)
+        wait_until(lambda: server.backend.batcher.depth()["tiny"] == 7)
         refused = post(server, "/classify", jpegs["coffee"], jpegs["coffee"])
         assert refused.status_code == 429
         assert int(refused.headers["Retry-After"]) >= 1
         assert refused.headers["Content-Type"] == "application/problem+json"
         tap.gate.set()
         assert len(waiting.result().json()["results"]) == 7
-    assert server.engine.batcher.depth()["tiny"] == 0
+    assert server.backend.batcher.depth()["tiny"] == 0
     assert server.metric("vitrail_requests_total", task="classify", outcome="rejected") == 1
 
 
@@ -246,7 +246,7 @@ def test_health_tells_of_a_failing_probe_and_of_its_recovery(
 ) -> None:
     with running(tiny_catalog, probe_interval_s=0.1, stuck_after_s=5) as server:
         server.wait_ready()
-        tap = Tap(server.engine.trunks.runners["tiny"], monkeypatch)
+        tap = Tap(server.backend.trunks.runners["tiny"], monkeypatch)
 
         def fail(pixels: torch.Tensor) -> None:
             raise RuntimeError("the device fell off the bus")
@@ -264,7 +264,7 @@ def test_a_broken_trunk_does_not_hide_behind_a_busy_one(
 ) -> None:
     with running(tiny_catalog, probe_interval_s=0.3, stuck_after_s=5) as server:
         server.wait_ready()
-        tap = Tap(server.engine.trunks.runners["tiny"], monkeypatch)
+        tap = Tap(server.backend.trunks.runners["tiny"], monkeypatch)
 
         def fail(pixels: torch.Tensor) -> None:
             raise RuntimeError("kernel fault")
@@ -288,7 +288,7 @@ def test_a_trunk_that_does_not_run_fails_its_model_and_leaves_no_queue(
     with running(tiny_catalog, admin_keys="admin") as server:
         wait_until(lambda: server.client.get("/models/conv").json()["state"] == "failed")
         assert "kernel fault" in server.client.get("/models/tiny").json()["reason"]
-        assert server.engine.batcher.depth() == {}
+        assert server.backend.batcher.depth() == {}
         monkeypatch.undo()
         for name in ("tiny", "tiny-embed", "conv"):
             loaded = server.client.post(f"/models/{name}/load", headers={"X-API-Key": "admin"})
@@ -300,7 +300,7 @@ def test_health_tells_of_a_stuck_device(
 ) -> None:
     with running(tiny_catalog, probe_interval_s=0.1, stuck_after_s=0.3) as server:
         server.wait_ready()
-        tap = Tap(server.engine.trunks.runners["tiny"], monkeypatch)
+        tap = Tap(server.backend.trunks.runners["tiny"], monkeypatch)
         tap.gate.clear()
         wait_until(lambda: server.client.get("/healthz").status_code == 503)
         assert server.metric("vitrail_worker_up") == 0

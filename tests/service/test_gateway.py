@@ -531,4 +531,4 @@ def test_answers_are_strict_json(tiny: Running, jpegs: dict[str, bytes]) -> None
 
 
 def test_nothing_stays_admitted_after_all_this(tiny: Running) -> None:
-    wait_until(lambda: set(tiny.engine.batcher.depth().values()) == {0})
+    wait_until(lambda: set(tiny.backend.batcher.depth().values()) == {0})

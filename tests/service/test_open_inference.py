@@ -42,7 +42,7 @@ def client(server: Running) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def pixels(server: Running, jpegs: dict[str, bytes]) -> np.ndarray:
     """Chelsea twice, as the tiny trunk's transform leaves her: (2, 3, H, W) float32."""
-    model = server.engine.registry.get("tiny")
+    model = server.backend.registry.get("tiny")
     pixels = model.trunk.prepare(decode_image(jpegs["chelsea"]))[None]
     made: torch.Tensor = Normalize(model.trunk.preprocess)(pixels)
     repeated: np.ndarray = made.repeat(2, 1, 1, 1).numpy()
@@ -152,7 +152,7 @@ def test_the_server_and_its_models_are_described(client: Any, server: Running) -
     assert client.is_model_ready("tiny")
     assert client.get_server_metadata()["name"] == "vitrail"
     model = client.get_model_metadata("tiny")
-    size = list(server.engine.registry.get("tiny").trunk.preprocess.input_size)
+    size = list(server.backend.registry.get("tiny").trunk.preprocess.input_size)
     assert model["inputs"] == [
         {"name": "image", "datatype": "BYTES", "shape": [-1]},
         {"name": "pixel_values", "datatype": "FP32", "shape": [-1, 3, *size]},

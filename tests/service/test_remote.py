@@ -23,7 +23,7 @@ from models import Registry
 from models.checkpoints.store import Store
 from service.metrics import Metrics
 from service.settings import Settings
-from service.worker.backend import Engine
+from service.worker.backend import LocalBackend
 from tests.conftest import answers, free_port, gateway, process, running, serving_rpc, wait_until
 
 BLOCKER = """
@@ -89,14 +89,14 @@ def more(made: Load, count: int) -> None:
 
 
 @contextmanager
-def worker_thread(catalog: Path, **overrides: Any) -> Iterator[tuple[str, Engine]]:
+def worker_thread(catalog: Path, **overrides: Any) -> Iterator[tuple[str, LocalBackend]]:
     address = f"127.0.0.1:{free_port()}"
     settings = Settings(catalog=str(catalog), device="cpu", **overrides)
     metrics = Metrics(CollectorRegistry())
     registry = Registry.from_catalog(catalog, device="cpu", store=Store(catalog.parent / "store"))
-    engine = Engine(registry, settings.engine, metrics)
-    with serving_rpc(engine, settings, metrics, address):
-        yield address, engine
+    backend = LocalBackend(registry, settings.worker_options, metrics)
+    with serving_rpc(backend, settings, metrics, address):
+        yield address, backend
 
 
 def test_requests_go_to_whoever_has_the_model(tiny_catalog: Path, jpegs: dict[str, bytes]) -> None:
@@ -142,8 +142,8 @@ def test_models_load_everywhere_and_keys_are_passed_on(
         wait_until(lambda: client.get("/readyz").status_code == 200)
         loaded = client.post("/models/conv/load", headers=boss)
         assert loaded.json()["state"] == "ready"
-        for engine in (first, second):
-            assert engine.registry.state("conv") == "ready"
+        for backend in (first, second):
+            assert backend.registry.state("conv") == "ready"
         assert client.post("/models/none/load", headers=boss).status_code == 404
         unloaded = client.post("/models/conv/unload", headers=boss)
         assert unloaded.json()["state"] == "unloaded"
@@ -167,8 +167,8 @@ def test_the_least_busy_worker_is_asked(
         addresses = {address for address, _ in workers}
         url, client = stack.enter_context(gateway(Settings(), *addresses))
         wait_until(lambda: reached(client) == addresses)
-        for _, engine in workers:
-            trunk = engine.trunks.runners["tiny"].trunk
+        for _, backend in workers:
+            trunk = backend.trunks.runners["tiny"].trunk
 
             def jam_first(pixels: Any, need: Any, forward: Any = trunk.forward) -> Any:
                 if not jammed.is_set():
@@ -338,8 +338,8 @@ def test_workers_follow_the_dns_name(
             metrics = Metrics(CollectorRegistry())
             store = Store(tiny_catalog.parent / "store")
             registry = Registry.from_catalog(tiny_catalog, device="cpu", store=store)
-            engine = Engine(registry, settings.engine, metrics)
-            stack.enter_context(serving_rpc(engine, settings, metrics, f"{host}:{port}"))
+            backend = LocalBackend(registry, settings.worker_options, metrics)
+            stack.enter_context(serving_rpc(backend, settings, metrics, f"{host}:{port}"))
         hosts("127.0.0.1 vitrail-workers\n")
         name = f"dns:///vitrail-workers:{port}"
         _, client = stack.enter_context(gateway(Settings(), name))
@@ -365,8 +365,8 @@ def test_the_gateway_process_needs_no_torch(
     tiny_catalog: Path, jpegs: dict[str, bytes], tmp_path: Path
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(BLOCKER)
-    with worker_thread(tiny_catalog) as (address, engine):
-        wait_until(lambda: engine.health().ready)
+    with worker_thread(tiny_catalog) as (address, backend):
+        wait_until(lambda: backend.health().ready)
         port = free_port()
         url = f"http://127.0.0.1:{port}"
         with process("gateway", "--workers", address, "--port", str(port),

@@ -101,7 +101,7 @@ def test_predict_asks_several_models(vision: Any, jpegs: dict[str, bytes]) -> No
 def test_pixels_that_are_preprocessed_give_the_images_answer(
     vision: Any, server: Running, jpegs: dict[str, bytes], photos: dict[str, Image.Image]
 ) -> None:
-    model = server.engine.registry.get("tiny")
+    model = server.backend.registry.get("tiny")
     pixels = Normalize(model.trunk.preprocess)(model.trunk.prepare(_jpeg(jpegs["coffee"])))
     tensor = pb.Tensor(datatype="FP32", shape=pixels.shape, contents=to_bytes(pixels.numpy()))
     ours = vision.Embed(pb.TaskRequest(pixel_values=[tensor], model="tiny-embed"))
@@ -119,8 +119,8 @@ def _jpeg(data: bytes) -> Image.Image:
 
 def test_images_and_pixels_collate_to_equal_rows(server: Running, jpegs: dict[str, bytes]) -> None:
     """A batch may mix uint8 and float32 rows; both must come out as they do alone."""
-    runner = server.engine.trunks.runners["tiny"]
-    model = server.engine.registry.get("tiny")
+    runner = server.backend.trunks.runners["tiny"]
+    model = server.backend.registry.get("tiny")
     pixels = model.trunk.prepare(_jpeg(jpegs["coffee"]))
     mixed = runner.trunk.collate([pixels, Normalize(model.trunk.preprocess)(pixels)])
     assert mixed.dtype == torch.float32
@@ -243,7 +243,7 @@ def test_a_stream_answers_in_order_and_survives_bad_requests(
 def test_a_stream_that_is_left_leaves_nothing_behind(
     vision: Any, server: Running, jpegs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trunk = server.engine.trunks.runners["tiny"].trunk
+    trunk = server.backend.trunks.runners["tiny"].trunk
     gate, forward = threading.Event(), trunk.forward
 
     def jam(batch: Any, need: Any) -> Any:
@@ -251,7 +251,7 @@ def test_a_stream_that_is_left_leaves_nothing_behind(
         return forward(batch, need)
 
     monkeypatch.setattr(trunk, "forward", jam)
-    loop = next(iter(server.engine._tasks)).get_loop()
+    loop = next(iter(server.backend._tasks)).get_loop()
 
     def of_the_stream() -> int:
         names = [task.get_coro().__qualname__ for task in asyncio.all_tasks(loop)]  # type: ignore[union-attr]

@@ -16,6 +16,7 @@ from service.metrics import Metrics
 from service.remote.backend import RemoteBackend
 from service.remote.metrics import RemoteMetrics
 from service.rpc.context import ERROR_KEY
+from service.rpc.server import RpcServer
 from service.settings import Settings
 from service.stubs import vision_pb2 as pb
 from service.stubs.vision_pb2_grpc import VisionStub
@@ -37,7 +38,8 @@ def stub_of(catalog: Path, *, apart: bool) -> Iterator[Any]:
             settings = Settings(workers=(server.grpc,))
             metrics = Metrics(CollectorRegistry())
             backend = RemoteBackend(settings, RemoteMetrics(metrics.registry))
-            app = create_app(settings, backend, metrics, address)
+            rpc = RpcServer(backend, settings, metrics).serving(address)
+            app = create_app(settings, backend, metrics, rpc)
             _, client = stack.enter_context(serving(app, settings))
             wait_until(lambda: client.get("/readyz").status_code == 200)
         yield VisionStub(stack.enter_context(grpc.insecure_channel(address)))

@@ -157,7 +157,7 @@ def test_parts_are_found_by_any_words(server: Running, jpegs: dict[str, bytes]) 
 def test_prompted_labels_are_the_librarys(server: Running, jpegs: dict[str, bytes]) -> None:
     labels = ["cat", "grass", "sky"]
     served = segment(server, jpegs["chelsea"], model="parts", labels=labels, output="mask")
-    catalog = server.engine.registry
+    catalog = server.backend.registry
     [own] = catalog.get("parts").predict([jpegs["chelsea"]], labels=labels, output="mask")
     assert (array(served["mask"]) == array(own["mask"])).mean() > 0.9999
 
@@ -272,7 +272,7 @@ def test_published_segmenters_answer_as_the_library(
 def test_windows_ride_in_batches_and_wait_where_the_queue_is_full(
     published: Running, photos: dict[str, Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name, batcher = "semantic_segmentation", published.engine.batcher
+    name, batcher = "semantic_segmentation", published.backend.batcher
     admit, refused = batcher.admit, []
 
     def counting(trunk: str, count: int) -> None:

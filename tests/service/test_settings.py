@@ -2,7 +2,7 @@ import pytest
 from pydantic import ValidationError
 
 from service.settings import Settings
-from service.worker_options import EngineOptions, usable_cores
+from service.worker_options import WorkerOptions, usable_cores
 
 
 def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,8 +27,8 @@ def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
 
 
 def test_defaults_fit_the_machine() -> None:
-    cpu = EngineOptions().resolve("cpu")
+    cpu = WorkerOptions().resolve("cpu")
     assert cpu.threads == usable_cores() >= 1
     assert cpu.streams * cpu.lane_threads <= max(cpu.threads, cpu.streams)
-    assert EngineOptions().resolve("cuda").streams == 2
-    assert EngineOptions(streams=3, max_batch_size=5).resolve("cpu").max_batch_size == 5
+    assert WorkerOptions().resolve("cuda").streams == 2
+    assert WorkerOptions(streams=3, max_batch_size=5).resolve("cpu").max_batch_size == 5

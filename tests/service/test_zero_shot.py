@@ -43,7 +43,7 @@ def text_features(network: Any, texts: list[str]) -> torch.Tensor:
 
 @torch.inference_mode()
 def image_features(server: Running, network: Any, jpeg: bytes) -> torch.Tensor:
-    model = server.engine.registry.get("clip")
+    model = server.backend.registry.get("clip")
     pixels = model.trunk.prepare(decode_image(jpeg))[None]
     return normalize(network.encode_image(Normalize(model.trunk.preprocess)(pixels)), dim=-1)[0]
 
@@ -185,7 +185,7 @@ def test_a_label_set_is_read_once(server: Running, jpegs: dict[str, bytes]) -> N
 def test_first_requests_at_once_share_one_reading(
     server: Running, jpegs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trunk = server.engine.trunks.runners["clip-text"].trunk
+    trunk = server.backend.trunks.runners["clip-text"].trunk
     gate, texts = threading.Event(), []
     forward = trunk.forward
 
@@ -301,7 +301,7 @@ def test_open_clips_families_are_served_from_their_files(
     texts = open_clip.get_tokenizer(name)([f"a photo of a {label}." for label in LABELS])
     with running(tmp_path / "catalog.toml", apart=True, max_batch_size=2) as served:
         served.wait_ready()
-        model = served.engine.registry.get("family")
+        model = served.backend.registry.get("family")
         image = model.trunk.prepare(decode_image(jpegs["rocket"]))[None]
         with torch.inference_mode():
             pixels = Normalize(model.trunk.preprocess)(image)

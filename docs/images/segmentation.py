@@ -1,6 +1,6 @@
-"""Draws docs/segmentation.jpg: the demo's segmenters on four photos, and where its ViT looks.
+"""Draws docs/images/segmentation.jpg: the demo's segmenters on four photos, and its attention.
 
-`python docs/segmentation.py`
+`python docs/images/segmentation.py`
 """
 
 import base64
@@ -36,7 +36,7 @@ def main() -> None:
             drawn = photo if model is None else overlay(registry, model, photo, options)
             drawn.thumbnail((TILE[0] - 4, TILE[1] - 4))
             sheet.paste(drawn, (column * TILE[0] + 2, TITLE + row * TILE[1] + 2))
-    sheet.save("docs/segmentation.jpg", quality=85)
+    sheet.save("docs/images/segmentation.jpg", quality=85)
 
 
 def overlay(

@@ -1,4 +1,7 @@
-"""Draws docs/demo.png: what a running server answers about four photos. `python docs/demo.py`."""
+"""Draws docs/images/demo.png: a running server's answers about four photos.
+
+`python docs/images/demo.py`
+"""
 
 import base64
 import io
@@ -18,7 +21,7 @@ def main() -> None:
     sheet = Image.new("RGB", (width * len(tiles), height), "white")
     for number, drawn in enumerate(tiles):
         sheet.paste(drawn, (number * width, 0))
-    sheet.quantize(256).save("docs/demo.png", optimize=True)
+    sheet.quantize(256).save("docs/images/demo.png", optimize=True)
 
 
 def tile(name: str) -> Image.Image:
