@@ -340,7 +340,9 @@ def test_a_selection_of_features_needs_to_be_told(tmp_path: Path) -> None:
 
     path = vqt_file(tmp_path, select)
     arguments = json.loads((GOLDENS / "vqt/meta.json").read_text())["hyperparameters"]
-    with pytest.raises(CheckpointError, match="takes 4 features of 192; the tensor indices must say"):
+    with pytest.raises(
+        CheckpointError, match="takes 4 features of 192; the tensor indices must say"
+    ):
         load_checkpoint(path, arguments)
     np.save(tmp_path / "chosen.npy", np.array(chosen))
     golden = load_file(GOLDENS / "vqt/golden.safetensors")
