@@ -241,7 +241,7 @@ def test_a_hub_that_cannot_be_reached_is_told(tmp_path: Path) -> None:
 
 
 def test_wrong_devices_and_dtypes_are_told(tiny_catalog: Path) -> None:
-    with pytest.raises(CatalogError, match="no device"):
+    with pytest.raises(CatalogError, match="unknown device"):
         Registry.from_catalog(tiny_catalog, device="quantum")
     with pytest.raises(CatalogError, match="float7"):
         Registry.from_catalog(tiny_catalog, device="cpu", dtype="float7").get("tiny")

@@ -171,15 +171,18 @@ def test_features_can_be_a_selection(pixels: Tensor) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"queries": torch.zeros(2, 1, 24)}, r"the trunk wants \(3, T, 24\)"),
+        ({"queries": torch.zeros(2, 1, 24)}, r"the trunk takes \(3, T, 24\)"),
         ({"queries": torch.zeros(3, 300, 24)}, "T up to 256"),
-        ({"queries": torch.zeros(3, 24)}, "no queries of 3 dimensions"),
-        ({"combine": torch.zeros(3, 2)}, "combine does not fit"),
-        ({"classifier.0.weight": torch.zeros(4, 10)}, "takes 10 features of 96; which ones"),
+        ({"queries": torch.zeros(3, 24)}, "tensor queries of 3 dimensions"),
+        ({"combine": torch.zeros(3, 2)}, "combine must have shape"),
+        (
+            {"classifier.0.weight": torch.zeros(4, 10)},
+            "takes 10 features of 96; the tensor indices",
+        ),
         ({"indices": torch.tensor([96] * 96)}, r"must lie in 0\.\.95"),
-        ({"indices": torch.tensor([1, 2])}, "indices must be 96 whole numbers"),
+        ({"indices": torch.tensor([1, 2])}, "indices must be 96 integers"),
         ({"classifier.0.weight": torch.zeros(3, 96)}, "4 labels for 3 outputs"),
-        ({"classifier.x.weight": torch.zeros(3, 96)}, "is no layer of a classifier"),
+        ({"classifier.x.weight": torch.zeros(3, 96)}, "layers are numbered"),
     ],
 )
 def test_heads_that_do_not_fit_say_why(changed: dict[str, Tensor], message: str) -> None:
