@@ -302,7 +302,7 @@ def test_fits_that_cannot_come_to_anything_are_refused(server: Running) -> None:
         (begin_fit(server, "x", good, kind="magic"), "kind"),
         (begin_fit(server, "x", good, epochs=0), "epochs is 0"),
         (begin_fit(server, "x", good, trunk="nowhere"), "no trunk 'nowhere'"),
-        (begin_fit(server, "x", good, trunk="conv"), "no plain ViT"),
+        (begin_fit(server, "x", good, trunk="conv"), "blocks of a plain ViT"),
         (begin_fit(server, "x", good, momentum=3), "momentum"),
         (begin_fit(server, "x/y", good), "name is 'x/y'"),
         (server.client.post("/heads", files={"image": b"1"}, data={"name": "x", "trunk": "tiny"}),
