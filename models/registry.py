@@ -62,8 +62,7 @@ class Registry:
         self.device = resolve_device(device)
         self.dtype = dtype
         self.engine = engine
-        self.threads = threads
-        self.streams = streams
+        self._parallelism = {"threads": threads, "streams": streams}
         for entry in catalog.trunks.values():
             engine_class(entry.engine or engine)  # raises for unknown engines
         self.on_load = on_load
@@ -291,8 +290,7 @@ class Registry:
             dtype=resolve_dtype(entry.dtype or self.dtype),
             channels_last=bool(entry.channels_last),
             engine=entry.engine or self.engine,
-            threads=self.threads,
-            streams=self.streams,
+            **self._parallelism,
             cache=self.store.root / "engines",
         )
 
