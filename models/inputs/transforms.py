@@ -67,9 +67,9 @@ class Preprocess:
         if self.crop_mode == "squash":
             return 0, 0, width, height
         # timm resizes to the input's size by crop_pct, and cuts or fills up around the centre
-        wanted_height, wanted_width = (math.floor(n / self.crop_pct) for n in self.input_size)
+        resized_height, resized_width = (math.floor(n / self.crop_pct) for n in self.input_size)
         fit = min if self.crop_mode == "center" else max
-        scale = fit(height / wanted_height, width / wanted_width)
+        scale = fit(height / resized_height, width / resized_width)
         across, down = input_width * scale, input_height * scale
         left, top = (width - across) / 2, (height - down) / 2
         return left, top, left + across, top + down

@@ -283,11 +283,8 @@ class VitGan(nn.Module):
         return self.pixels.noise_shapes
 
     def forward(self, latent_BD: Tensor, noise: Sequence[Tensor] = ()) -> Tensor:
-        """Generate images (B, 3, size, size).
-
-        Args:
-            noise: one tensor per layer, images along the first axis; empty for no noise.
-        """
+        """Images (B, 3, size, size). `noise` is empty, or one tensor per layer, images along the
+        first axis."""
         style = self.style(latent_BD)
         x = self.places().flatten(2).transpose(1, 2).expand(len(style), -1, -1)
         for block in self.blocks:
