@@ -62,9 +62,8 @@ class Auto(Engine):
     def run(self, plan: PassPlan, inputs: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
         choice = self._choices.get(pass_key(plan, inputs))
         if choice is None:
-            self.prepare(plan, inputs)
-            return self._eager.run(plan, inputs)
-        if choice.candidate is None:
+            self._build_in_background(plan, inputs)
+        if choice is None or choice.candidate is None:
             return self._eager.run(plan, inputs)
         try:
             if choice.chosen:
@@ -78,20 +77,11 @@ class Auto(Engine):
 
     def prepare(self, plan: PassPlan, inputs: tuple[Tensor, ...]) -> None:
         """Build the other engine's pass: now if it only has to be read from disk, otherwise in the
-        background, with a copy of these inputs to compare on."""
-        key = pass_key(plan, inputs)
-        with self._lock:
-            if key in self._choices:
-                return
-            choice = self._choices[key] = _Choice()
-            if len(self._choices) > MAX_PASSES:
-                choice.reason = f"{MAX_PASSES} other passes are built already"
-                return
-        if self._other.is_cached(key):
+        background."""
+        if not self._other.is_cached(pass_key(plan, inputs)):
+            self._build_in_background(plan, inputs)
+        elif (choice := self._new_choice(pass_key(plan, inputs))) is not None:
             self._build(choice, plan, inputs)
-        else:
-            copies = tuple(tensor.clone() for tensor in inputs)
-            in_background(lambda: self._build(choice, plan, copies))
 
     def report(self) -> EngineReport:
         choices = list(self._choices.values())
@@ -99,6 +89,20 @@ class Auto(Engine):
             return self._other.report()
         reason = next((choice.reason for choice in choices if choice.reason), "")
         return EngineReport(self._eager.name, reason=reason)
+
+    def _new_choice(self, key: PassKey) -> _Choice | None:
+        """The choice of a pass that is new; None for others, and for more than MAX_PASSES."""
+        with self._lock:
+            if key in self._choices or len(self._choices) >= MAX_PASSES:
+                return None
+            choice = self._choices[key] = _Choice()
+            return choice
+
+    def _build_in_background(self, plan: PassPlan, inputs: tuple[Tensor, ...]) -> None:
+        """Build with a copy of these inputs, which the pass is compared with eager on."""
+        if (choice := self._new_choice(pass_key(plan, inputs))) is not None:
+            copies = tuple(tensor.clone() for tensor in inputs)
+            in_background(lambda: self._build(choice, plan, copies))
 
     def _build(self, choice: _Choice, plan: PassPlan, inputs: tuple[Tensor, ...]) -> None:
         try:
