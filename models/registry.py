@@ -16,6 +16,7 @@ from models.checkpoints.loading import LoadedTrunk, load_trunk
 from models.checkpoints.store import Store
 from models.description import ModelDescription, State
 from models.errors import CatalogError, ModelNotFoundError, ModelNotReadyError
+from models.inputs.transforms import resolve_transform
 from models.model import Model
 from models.trunks.devices import Placement, resolve_device, resolve_dtype
 from models.trunks.engines.registry import engine_class
@@ -52,6 +53,7 @@ class Registry:
         device: str = "auto",
         dtype: str = "float32",
         engine: str = "eager",
+        transform: str = "exact",
         threads: int = 0,
         streams: int = 1,
         on_load: Hook | None = None,
@@ -62,10 +64,12 @@ class Registry:
         self.device = resolve_device(device)
         self.dtype = dtype
         self.engine = engine
+        self.transform = transform
         self.threads = threads
         self.streams = streams
         for entry in catalog.trunks.values():
             engine_class(entry.engine or engine)  # unknown ones are errors at once
+            resolve_transform(entry.transform or transform)
         self.on_load = on_load
         self.on_unload = on_unload
         self._slots = {name: _Slot(entry) for name, entry in catalog.models.items()}
@@ -227,7 +231,7 @@ class Registry:
             architecture=trunk.architecture,
             engine=engine.name,
             precision=description.dtype,
-            transform="exact",
+            transform=getattr(trunk.preprocess, "transform", "exact"),
             agreement=engine.to_json(),
             engine_reason=engine.reason or None,
             memory_bytes=model.trunk_bytes + model.head_bytes,
@@ -295,6 +299,7 @@ class Registry:
             dtype=resolve_dtype(entry.dtype or self.dtype),
             channels_last=bool(entry.channels_last),
             engine=entry.engine or self.engine,
+            transform=resolve_transform(entry.transform or self.transform),
             threads=self.threads,
             streams=self.streams,
             cache=self.store.root / "engines",

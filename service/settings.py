@@ -37,6 +37,9 @@ class Settings(BaseSettings):
     engine: str = Field(
         "auto", description="What runs trunks' passes, unless the catalog says otherwise."
     )
+    transform: Literal["exact", "fast"] = Field(
+        "exact", description="How images are resized, unless the catalog says otherwise."
+    )
     threads: int = Field(0, ge=0, description="CPU threads in all; 0: the usable cores.")
     streams: int = Field(0, ge=0, description="Batches in flight; 0: 1, 2 on a GPU.")
     decode_threads: int = Field(0, ge=0, description="Image decoders; 0: the usable cores.")
