@@ -1,11 +1,11 @@
-# Two images from one file:
+# This file builds two images:
 #
 #   docker build -t vitrail .
-#       Everything; torch's default build runs on NVIDIA GPUs, and on CPUs too.
+#       The whole service. torch's default build runs on NVIDIA GPUs and on CPUs.
 #   docker build -t vitrail --build-arg TORCH_INDEX_URL=URL .
-#       torch from another index, such as PyTorch's own of CPU-only builds: gigabytes smaller.
+#       The same with torch from another index. PyTorch's CPU-only builds are gigabytes smaller.
 #   docker build -t vitrail-gateway --target gateway .
-#       The gateway alone, without torch.
+#       Only the gateway, without torch.
 ARG PYTHON_VERSION=3.11
 
 FROM python:${PYTHON_VERSION}-slim AS base
@@ -45,7 +45,7 @@ COPY service service
 RUN /opt/vitrail/bin/pip install -c constraints.txt .
 
 FROM base
-# rasterio's wheel takes libexpat from the system
+# rasterio's wheel needs the system's libexpat.
 RUN apt-get update \
  && apt-get install -y --no-install-recommends libexpat1 \
  && rm -rf /var/lib/apt/lists/*
@@ -55,7 +55,7 @@ ENV VITRAIL_STORE=/var/lib/vitrail \
 USER vitrail
 VOLUME /var/lib/vitrail
 EXPOSE 8000 8001 8002
-# of `vitrail serve`; a worker alone answers no HTTP but /metrics, see docker-compose.yml
+# For `vitrail serve`. docker-compose.yml has another check for workers, which do not serve HTTP.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s \
   CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/healthz', timeout=4)"]
 CMD ["serve"]

@@ -1,4 +1,4 @@
-# One verb a target; people and CI use the same ones.
+# CI runs the same targets.
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
@@ -37,7 +37,7 @@ check: $(VENV)/dev.stamp ## Lint, formatting and types
 	$(BIN)/protolint lint proto
 	$(BIN)/mypy
 
-format: $(VENV)/dev.stamp ## Format and fix what can be fixed
+format: $(VENV)/dev.stamp ## Format, and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -52,7 +52,7 @@ proto: $(VENV)/dev.stamp ## Generate service/stubs from proto/
 		--python_out=$(OUT) --grpc_python_out=$(OUT) --mypy_out=$(OUT) --mypy_grpc_out=$(OUT) \
 		service/stubs/vision.proto service/stubs/open_inference.proto
 
-bench: $(VENV)/dev.stamp ## Measure serving against the bare loop
+bench: $(VENV)/dev.stamp ## Run the benchmarks
 	$(BIN)/python -m benchmarks.serving
 	$(BIN)/python -m benchmarks.serving --model dinov2-focus --route segment
 	$(BIN)/python -m benchmarks.allocator

@@ -1,1 +1,1 @@
-"""Measurements. Each prints ratios of things measured side by side in one run."""
+"""Benchmarks. Each compares variants that take turns within one run, and prints ratios."""

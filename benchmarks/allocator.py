@@ -1,7 +1,7 @@
-"""What keeping freed memory gains: `python -m benchmarks.allocator`.
+"""The effect of keeping freed memory (service/allocator.py): `python -m benchmarks.allocator`.
 
-The same forward passes in a process with glibc's defaults and in one with Vitrail's settings, in
-turns; printed are medians, page faults an image, and the ratio.
+A process with glibc's defaults and one with Vitrail's settings take turns at the same forward
+passes. Prints medians, page faults per image, and the ratio.
 """
 
 import os
@@ -22,20 +22,20 @@ def main() -> None:
     rates: dict[str, list[float]] = {"default": [], "kept": []}
     faults: dict[str, float] = {}
     for _ in range(ROUNDS):
-        for name, measured in rates.items():
+        for name, values in rates.items():
             command = [sys.executable, "-m", "benchmarks.allocator", name]
             output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             rate, faults[name] = map(float, output.split())
-            measured.append(rate)
+            values.append(rate)
     print(f"efficientnet-lite0, batch {BATCH}, {cores} threads, {ROUNDS} rounds: medians")
     medians = {name: statistics.median(values) for name, values in rates.items()}
     for name, rate in medians.items():
-        print(f"  {name:8} {rate:6.1f} images/s, {faults[name]:7.0f} page faults an image")
+        print(f"  {name:8} {rate:6.1f} images/s, {faults[name]:7.0f} page faults per image")
     print(f"  ratio    {medians['kept'] / medians['default']:.2f}")
 
 
 def measure(kept: bool) -> None:
-    """Print images a second and page faults an image of passes in a thread of their own."""
+    """Print the images per second and page faults per image of passes in a separate thread."""
     if kept:
         from service.allocator import keep_freed_memory
 

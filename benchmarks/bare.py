@@ -1,4 +1,4 @@
-"""The bare loop: decode, preprocess and run the same model with no server around it."""
+"""The bare loop: decodes, preprocesses and runs the same model without a server."""
 
 import itertools
 import threading
@@ -13,7 +13,7 @@ from service.worker.runner import use_threads
 
 def bare_rate(model: Model, photos: Sequence[bytes], *, workers: int, threads: int, batch: int,
               seconds: float) -> float:  # fmt: skip
-    """Images a second of `workers` loops, each with its own `threads` and batches of `batch`."""
+    """Images per second of `workers` loops, each with `threads` threads and batches of `batch`."""
     done = [0] * workers
     end = time.monotonic() + seconds
 

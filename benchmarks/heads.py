@@ -1,11 +1,13 @@
-"""Many VQT heads on one trunk, against a model each and against the bare trunk.
+"""Many VQT heads on one trunk, compared with separate models and with the trunk alone.
 
     python -m benchmarks.heads [--model dinov2-focus-embed] [--heads 1,8,64,256] [--images 64]
 
-Heads have random weights and one query a block (as published). `mixed`: each image wants one head,
-drawn at random; `all`: each image wants all of them. `apart`: as mixed, but every head is a model
-with a queue of its own, as servers without shared trunks have it. All go through the real batcher
-and runner, in alternating rounds; figures are medians.
+Heads have random weights and one query token per block, as published. The variants take turns for
+several rounds, all with the service's batcher and runner; figures are medians.
+
+- mixed: each image is for one head, drawn at random.
+- all: each image is for all heads.
+- apart: as mixed, but every head has a queue of its own, as in servers that do not share trunks.
 """
 
 import argparse
@@ -33,11 +35,12 @@ from service.worker_options import WorkerOptions
 
 LABELS = tuple(map(str, range(20)))
 
-Wanted = list[tuple[str, Sequence[HeadCall]]]
+# For each image its queue and the heads to run.
+Requests = list[tuple[str, Sequence[HeadCall]]]
 
 
 class Bench:
-    """A trunk behind one queue for all heads, and behind one for each head."""
+    """A trunk with one queue for all heads, and one queue for each head."""
 
     def __init__(self, trunk: Trunk, count: int, batch: int) -> None:
         options = WorkerOptions().resolve(trunk.placement.device.type)
@@ -55,9 +58,9 @@ class Bench:
             self._batcher.add_queue(BatchQueue(name, max_batch_size=batch, capacity=10**6))
         self._batcher.start()
 
-    def run(self, wanted: Wanted) -> float:
-        """Images a second, all waiting from the start."""
-        items = [Item(queue, self.trunk.blank(), calls) for queue, calls in wanted]
+    def run(self, requests: Requests) -> float:
+        """Images per second, with all images queued at the start."""
+        items = [Item(queue, self.trunk.blank(), calls) for queue, calls in requests]
         started = time.perf_counter()
         for item in items:
             self._batcher.admit(item.trunk, 1)
@@ -86,51 +89,51 @@ def resident_bytes() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default="dinov2-focus-embed", help="a model on the trunk")
+    parser.add_argument("--model", default="dinov2-focus-embed", help="a model of the trunk")
     parser.add_argument("--heads", default="1,8,64,256")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
-    given = parser.parse_args()
-    counts = [int(count) for count in given.heads.split(",")]
-    trunk = Registry.from_catalog("demo", device=given.device).get(given.model).trunk
+    arguments = parser.parse_args()
+    counts = [int(count) for count in arguments.heads.split(",")]
+    trunk = Registry.from_catalog("demo", device=arguments.device).get(arguments.model).trunk
     before = resident_bytes()
     heads = [random_head(trunk, seed) for seed in range(max(counts))]
     grown = resident_bytes() - before
-    bench = Bench(trunk, len(heads), given.batch)
-    images = given.images
+    bench = Bench(trunk, len(heads), arguments.batch)
+    images = arguments.images
 
-    def mixed(count: int) -> Wanted:
+    def mixed(count: int) -> Requests:
         return [("shared", [random.choice(heads[:count])]) for _ in range(images)]
 
-    def every(count: int) -> Wanted:
+    def every(count: int) -> Requests:
         return [("shared", heads[:count])] * images
 
-    def apart(count: int) -> Wanted:
+    def apart(count: int) -> Requests:
         return [(str(i), [heads[i]]) for i in random.choices(range(count), k=images)]
 
-    ways: dict[str, Callable[[], Wanted]] = {"bare trunk": lambda: [("shared", ())] * images}
+    variants: dict[str, Callable[[], Requests]] = {"trunk alone": lambda: [("shared", ())] * images}
     for count in counts:
-        ways[f"{count} mixed"] = partial(mixed, count)
-        ways[f"{count} all"] = partial(every, count)
-        ways[f"{count} apart"] = partial(apart, count)
-    for make in ways.values():
-        bench.run(make()[: given.batch])
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(given.rounds):
-        for name, make in ways.items():
-            rates[name].append(bench.run(make()))
-    print(f"{trunk.architecture}, batches of {given.batch}, {given.rounds} rounds")
+        variants[f"{count} mixed"] = partial(mixed, count)
+        variants[f"{count} all"] = partial(every, count)
+        variants[f"{count} apart"] = partial(apart, count)
+    for requests in variants.values():
+        bench.run(requests()[: arguments.batch])
+    rates: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(arguments.rounds):
+        for name, requests in variants.items():
+            rates[name].append(bench.run(requests()))
+    print(f"{trunk.architecture}, batches of {arguments.batch}, {arguments.rounds} rounds: medians")
     one = statistics.median(rates["1 mixed"])
-    for name, found in rates.items():
-        rate = statistics.median(found)
+    for name, values in rates.items():
+        rate = statistics.median(values)
         print(f"{name:>12}: {rate:8.1f} images/s, {one / rate:5.2f} times the time of one head")
-    size = trunk.nbytes
+    trunk_bytes = trunk.nbytes
     head = heads[0].head
     assert isinstance(head, Vqt)
-    held = head.nbytes
-    print(f"trunk {size / 2**20:.1f} MB; a head {held / 2**20:.3f} MB, {held / size:.2%} of it")
+    share = head.nbytes / trunk_bytes
+    print(f"trunk: {trunk_bytes / 2**20:.1f} MB; head: {head.nbytes / 2**20:.3f} MB, {share:.2%}")
     print(f"{len(heads)} heads: resident memory grew by {grown / 2**20:.1f} MB")
 
 

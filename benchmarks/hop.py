@@ -1,8 +1,8 @@
-"""What the way from gateway to worker costs: `python -m benchmarks.hop [--model NAME]`.
+"""The cost of the hop from gateway to worker: `python -m benchmarks.hop [--model NAME]`.
 
-The single process and a gateway with one worker take turns for several rounds on the same photos;
-both have all cores. Printed are medians over the rounds, and ratios. The load generator runs in
-this process, on the same cores as what it measures.
+A single process and a gateway with one worker take turns for several rounds on the same photos.
+Both may use all cores. Prints medians over the rounds, and ratios. The load generator runs in this
+process, on the same cores as the servers.
 """
 
 import argparse
@@ -37,17 +37,17 @@ def main() -> None:
                     loads.setdefault((name, count), []).append(load)
     print(f"{arguments.model}, {arguments.rounds} rounds of {arguments.seconds:g} s: medians")
     for count in CONNECTIONS:
-        rates, halves = {}, {}
+        rates, latencies = {}, {}
         for name in ports:
             runs = loads[name, count]
             rates[name] = statistics.median(load.rate for load in runs)
-            halves[name] = statistics.median(load.percentile(0.5) for load in runs)
+            latencies[name] = statistics.median(load.percentile(0.5) for load in runs)
             failed = sum(load.failures for load in runs)
             print(f"  {count:2} connections, {name:16} {rates[name]:6.1f} images/s, "
-                  f"p50 {halves[name]:6.1f} ms, {failed} failed")  # fmt: skip
+                  f"p50 {latencies[name]:6.1f} ms, {failed} failed")  # fmt: skip
         one, two = ports
         print(f"  {count:2} connections: the hop keeps {rates[two] / rates[one]:.2f} of the rate "
-              f"and adds {halves[two] - halves[one]:+.1f} ms to p50")  # fmt: skip
+              f"and adds {latencies[two] - latencies[one]:+.1f} ms to p50")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A load generator that costs the machine little: raw keep-alive connections, prebuilt requests."""
+"""A load generator with little overhead: raw keep-alive connections and prebuilt requests."""
 
 import asyncio
 import random
@@ -10,7 +10,12 @@ from typing import cast
 
 @dataclass(slots=True)
 class Load:
-    """What a run saw: latencies in seconds of answered requests, and how many were not 200."""
+    """The result of a run.
+
+    Args:
+        latencies: in seconds, of the requests with status 200.
+        failures: the number of other requests.
+    """
 
     seconds: float
     latencies: list[float] = field(default_factory=list)
@@ -21,13 +26,13 @@ class Load:
         return len(self.latencies) / self.seconds
 
     def percentile(self, share: float) -> float:
-        """Latency in milliseconds below which `share` of the answers came."""
+        """The latency in milliseconds that `share` of the requests stay below."""
         ordered = sorted(self.latencies)
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))] * 1e3 if ordered else 0.0
 
 
 def build_requests(path: str, bodies: Sequence[bytes], media_type: str) -> list[bytes]:
-    """Whole HTTP/1.1 requests, ready to be written."""
+    """The bytes of one HTTP/1.1 request for each body."""
     return [
         f"POST {path} HTTP/1.1\r\nHost: benchmark\r\nContent-Type: {media_type}\r\n"
         f"Content-Length: {len(body)}\r\n\r\n".encode()
@@ -58,8 +63,8 @@ class _Connection(asyncio.Protocol):
             self._buffer = b""
             self._answered.set_result(int(head[9:12]))
 
-    async def ask(self, request: bytes) -> int:
-        """The status of the answer; 0 if the connection was lost."""
+    async def send(self, request: bytes) -> int:
+        """The status of the response; 0 if the connection was lost."""
         self._answered = asyncio.get_running_loop().create_future()
         self._transport.write(request)
         return await self._answered
@@ -72,7 +77,7 @@ async def _connect(port: int) -> _Connection:
 
 
 async def closed_loop(port: int, requests: list[bytes], connections: int, seconds: float) -> Load:
-    """Each connection sends its next request when the last one is answered."""
+    """A run in which each connection sends its next request when the last one is answered."""
     load = Load(seconds)
     end = time.monotonic() + seconds
 
@@ -80,7 +85,7 @@ async def closed_loop(port: int, requests: list[bytes], connections: int, second
         connection = await _connect(port)
         turn = number
         while (started := time.monotonic()) < end:
-            status = await connection.ask(requests[turn % len(requests)])
+            status = await connection.send(requests[turn % len(requests)])
             turn += 1
             if status == 200 and time.monotonic() < end:
                 load.latencies.append(time.monotonic() - started)
@@ -92,8 +97,8 @@ async def closed_loop(port: int, requests: list[bytes], connections: int, second
 
 
 async def open_loop(port: int, requests: list[bytes], rate: float, seconds: float) -> Load:
-    """Poisson arrivals at `rate` a second, whether or not earlier ones are answered. Latency
-    counts from the moment a request was due."""
+    """A run with Poisson arrivals at `rate` per second, whether or not earlier requests are
+    answered. Latencies count from the time at which a request was due."""
     load = Load(seconds)
     idle = [await _connect(port) for _ in range(8)]
     tasks = set()
@@ -101,7 +106,7 @@ async def open_loop(port: int, requests: list[bytes], rate: float, seconds: floa
 
     async def one(due: float, request: bytes) -> None:
         connection = idle.pop() if idle else await _connect(port)
-        status = await connection.ask(request)
+        status = await connection.send(request)
         idle.append(connection)
         if status == 200:
             load.latencies.append(time.monotonic() - due)

@@ -1,7 +1,7 @@
-"""Class logits to a mask of the image's own size: by tiles, against resizing everything.
+"""Class logits to a mask of the image's size, in tiles or whole: `python -m benchmarks.masks`.
 
-`python -m benchmarks.masks`: medians of rounds in which both take turns, on smooth and on mixed
-logits of 150 classes; the whole only where it fits, its memory being 4 bytes a class and pixel.
+Both take turns for several rounds, on smooth and on mixed logits of 150 classes. Resizing whole
+logits takes 4 bytes per class and pixel, and is measured only where that fits. Prints medians.
 """
 
 import statistics
@@ -26,28 +26,29 @@ def main() -> None:
         coarse = random.normal(size=(CLASSES, *cells)).astype(np.float32) * 3
         logits = np.stack([cv2.resize(each, RESIZED) for each in coarse])
         for size in ((1000, 750), (4000, 3000)):
-            ways: dict[str, Callable[..., np.ndarray]] = {"tiles": tiles}
+            methods: dict[str, Callable[..., np.ndarray]] = {"tiles": tiles}
             if size[0] < 2000:
-                ways["whole"] = whole
-            taken: dict[str, list[float]] = {way: [] for way in ways}
+                methods["whole"] = whole
+            durations: dict[str, list[float]] = {method: [] for method in methods}
             for _ in range(ROUNDS):
-                for way, work in ways.items():
+                for method, work in methods.items():
                     started = time.perf_counter()
                     work(logits, size)
-                    taken[way].append(time.perf_counter() - started)
-            medians = {way: statistics.median(times) for way, times in taken.items()}
-            shown = ", ".join(f"{way} {seconds:.2f} s" for way, seconds in medians.items())
-            ratio = f"; ratio {medians['tiles'] / medians['whole']:.2f}" if "whole" in ways else ""
-            print(f"{name} logits, {size[0]}x{size[1]}: {shown}{ratio}")
+                    durations[method].append(time.perf_counter() - started)
+            medians = {method: statistics.median(times) for method, times in durations.items()}
+            figures = ", ".join(f"{method} {seconds:.2f} s" for method, seconds in medians.items())
+            if "whole" in medians:
+                figures += f"; ratio {medians['tiles'] / medians['whole']:.2f}"
+            print(f"{name} logits, {size[0]}x{size[1]}: {figures}")
 
 
 def tiles(logits_Khw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """As the server does it."""
+    """The server's method."""
     return label_map(logits_Khw, (0, 0, *size), size)
 
 
 def whole(logits_Khw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """All classes resized, then the best."""
+    """Resizes the logits of all classes, then takes the best class."""
     resized = interpolate(
         torch.from_numpy(logits_Khw)[None], size=size[::-1], mode="bilinear", align_corners=False
     )

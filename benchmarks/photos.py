@@ -1,4 +1,4 @@
-"""Real photos as JPEG, from scikit-image, at the sizes people send."""
+"""Photos from scikit-image, as JPEG of typical web sizes."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Servers to be measured, started as their users start them."""
+"""Starts servers to measure, as a user would start them."""
 
 import signal
 import socket
@@ -10,7 +10,7 @@ import httpx
 
 
 class Server:
-    """`vitrail serve` with one model of the demo, ready inside the `with`."""
+    """A context manager that runs `vitrail serve` with one model of the demo catalog."""
 
     def __init__(self, port: int, model: str, *flags: str) -> None:
         self._port = port
@@ -35,7 +35,7 @@ class Server:
 
 
 def free_port() -> int:
-    """A port that was free a moment ago."""
+    """A port that is free now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

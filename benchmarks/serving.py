@@ -1,8 +1,8 @@
-"""Served images a second against the bare loop: `python -m benchmarks.serving [--model NAME]`.
+"""Images per second of a server and of the bare loop: `python -m benchmarks.serving`.
 
-The bare loop and the server take turns for several rounds on the same photos, model, threads and
-allocator; printed are medians over the rounds, and the served share of the best bare loop. The
-load generator runs in this process, on the same cores as the server it measures.
+The bare loop and the server take turns for several rounds on the same photos, with the same model,
+threads and allocator. Prints medians over the rounds, and the server's share of the best bare loop.
+The load generator runs in this process, on the same cores as the server.
 """
 
 import argparse
@@ -43,22 +43,22 @@ def main() -> None:
     path = f"/{arguments.route}?model={arguments.model}"
     requests = build_requests(path, photos, "image/jpeg")
     port = free_port()
-    with _bare_process(arguments.model) as ask, Server(port, arguments.model):
+    with _bare_process(arguments.model) as measure, Server(port, arguments.model):
         for _ in range(arguments.rounds):
             for name, settings in variants.items():
-                bare[name].append(ask({**settings, "seconds": arguments.seconds}))
+                bare[name].append(measure({**settings, "seconds": arguments.seconds}))
             for count in CONNECTIONS:
                 run = closed_loop(port, requests, count, arguments.seconds)
                 served[count].append(uvloop.run(run))
         rates = {name: statistics.median(values) for name, values in bare.items()}
         best = max(rates.values())
-        lone = rates[f"1 worker, {cores} threads, batch 1"]
+        single = rates[f"1 worker, {cores} threads, batch 1"]
         print(f"{arguments.model}, {arguments.rounds} rounds of {arguments.seconds:g} s, "
               f"{cores} cores: medians")  # fmt: skip
         for name, rate in rates.items():
             print(f"  bare loop, {name:32} {rate:7.1f} images/s")
         for count, loads in served.items():
-            _print_closed(count, loads, best, lone)
+            _print_closed(count, loads, best, single)
         for share in OPEN_LOADS:
             load = uvloop.run(
                 open_loop(port, requests, share * best, arguments.seconds * arguments.rounds / 2)
@@ -70,21 +70,21 @@ def main() -> None:
             )
 
 
-def _print_closed(count: int, loads: list[Load], best: float, lone: float) -> None:
+def _print_closed(count: int, loads: list[Load], best: float, single: float) -> None:
     rate = statistics.median(load.rate for load in loads)
     p50, p99 = (statistics.median(load.percentile(q) for load in loads) for q in (0.5, 0.99))
     failures = sum(load.failures for load in loads)
-    against = f"{rate / best:.2f} of the best bare loop"
+    ratio = f"{rate / best:.2f} of the best bare loop"
     if count == 1:
-        against = f"{rate / lone:.2f} of the lone bare loop, {p50 - 1e3 / lone:+.1f} ms"
+        ratio = f"{rate / single:.2f} of one bare loop at batch 1, {p50 - 1e3 / single:+.1f} ms"
     print(
-        f"  served, {count:2} connections: {rate:6.1f} images/s = {against}; "
+        f"  served, {count:2} connections: {rate:6.1f} images/s = {ratio}; "
         f"p50 {p50:.1f} p99 {p99:.1f} ms, {failures} failed"
     )
 
 
 class _bare_process:
-    """The bare loop in a process of its own, so that it shares no interpreter with anything."""
+    """Runs the bare loop in a separate process, so that it has an interpreter to itself."""
 
     def __init__(self, model: str) -> None:
         context = multiprocessing.get_context("spawn")
@@ -94,12 +94,12 @@ class _bare_process:
     def __enter__(self) -> Any:
         self._process.start()
         self._ours.recv()
-        return self._ask
+        return self._measure
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
 
-    def _ask(self, settings: dict[str, Any]) -> float:
+    def _measure(self, settings: dict[str, Any]) -> float:
         self._ours.send(settings)
         rate: float = self._ours.recv()
         return rate
@@ -111,7 +111,7 @@ def _serve_bare(name: str, pipe: Connection) -> None:
     from models import Registry
     from service.worker.runner import use_threads
 
-    use_threads(1)  # so that a loop's OpenMP pool is the only one: the fastest it can be
+    use_threads(1)  # so that a loop's pool of OpenMP threads is the only one, which is fastest
     model = Registry.from_catalog("demo").get(name)
     photos = jpegs()
     bare_rate(model, photos, workers=1, threads=2, batch=1, seconds=2)

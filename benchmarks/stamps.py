@@ -1,12 +1,12 @@
-"""VQT against a linear probe on real images: `python -m benchmarks.stamps [FOLDER]`.
+"""VQT compared with linear probes on real images: `python -m benchmarks.stamps [FOLDER]`.
 
-FOLDER holds Tux Paint's stamps (Debian's tuxpaint-stamps-default, /usr/share/tuxpaint/stamps):
-photographs and drawings of everyday things, sorted into folders. Classes are all folders with at
-least eight images but those of symbols; cartoons count to the folder above theirs.
+FOLDER has Tux Paint's stamps (Debian's tuxpaint-stamps-default, /usr/share/tuxpaint/stamps):
+photographs and drawings of everyday things, sorted into folders. The classes are the folders with
+at least eight images, without symbols. Cartoons belong to the class of their parent folder.
 
-For each seed a quarter of each class is set aside; heads are fitted on the rest with the same
-options, which hold out a share of their own to stop by, and are then asked about what was set
-aside, by the head that a server would use. `--save FILE` also fits the demo's head, on all images.
+For each seed, a quarter of each class is the test set. Heads are fitted to the rest, of which they
+hold out a share to decide when to stop, and then classify the test set as a server would. `--save
+FILE` also fits the demo's head, to all images.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from models.inference import Row
 from models.model import Model
 from models.trunks.base import Trunk
 
-LEAST = 8
-WAYS = {
+MIN_IMAGES = 8
+VARIANTS = {
     "linear": FitOptions(kind="linear"),
     "linear, 4 blocks": FitOptions(kind="linear", layers=4),
     "linear, 12 blocks": FitOptions(kind="linear", layers=12),
@@ -44,17 +44,18 @@ WAYS = {
 
 
 def stamps(root: Path) -> list[Example]:
-    found = []
+    """The stamps of all classes that have enough images."""
+    examples = []
     for path in sorted(root.rglob("*.png")):
         folders = [name for name in path.relative_to(root).parts[:-1] if name != "cartoon"]
         if folders[0] != "symbols":
-            found.append(Example(str(path.relative_to(root)), folders[-1], path))
-    counts = Counter(example.label for example in found)
-    return [example for example in found if counts[example.label] >= LEAST]
+            examples.append(Example(str(path.relative_to(root)), folders[-1], path))
+    counts = Counter(example.label for example in examples)
+    return [example for example in examples if counts[example.label] >= MIN_IMAGES]
 
 
 class Passes:
-    """The trunk's passes, each image's once: all fits read the same features."""
+    """Runs the trunk's passes, and caches each image's features for all fits."""
 
     def __init__(self, trunk: Trunk) -> None:
         self._run = run_directly(trunk)
@@ -82,6 +83,7 @@ def fitted(
     passes: Passes,
     source: str = "",
 ) -> Fitted:
+    """Fit a head in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         return fit(
             examples,
@@ -96,6 +98,7 @@ def fitted(
 
 
 def accuracy(result: Fitted, trunk: Trunk, examples: Sequence[Example]) -> float:
+    """The share of examples that a fitted head classifies correctly."""
     file = result.head
     model = Model("fitted", trunk, create_head(file.kind, trunk, file.labels, file.state))
     right = 0
@@ -112,36 +115,40 @@ def accuracy(result: Fitted, trunk: Trunk, examples: Sequence[Example]) -> float
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path, nargs="?", default="/usr/share/tuxpaint/stamps")
-    parser.add_argument("--model", default="dinov2-focus-embed", help="a model on the trunk")
+    parser.add_argument("--model", default="dinov2-focus-embed", help="a model of the trunk")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--ways", default=",".join(map(str, range(len(WAYS)))))
-    parser.add_argument("--set", default="{}", help="options for all ways, as JSON")
-    parser.add_argument("--save", type=Path)
-    given = parser.parse_args()
-    examples = stamps(given.folder)
+    parser.add_argument("--variants", default=",".join(map(str, range(len(VARIANTS)))))
+    parser.add_argument("--set", default="{}", help="fit options for all variants, as JSON")
+    parser.add_argument("--save", type=Path, help="fit the demo's head and write it here")
+    arguments = parser.parse_args()
+    examples = stamps(arguments.folder)
     if not examples:
-        raise SystemExit(f"no stamps in {given.folder}; apt-get install tuxpaint-stamps-default")
+        raise SystemExit(
+            f"no stamps in {arguments.folder}; apt-get install tuxpaint-stamps-default"
+        )
     registry = Registry.from_catalog("demo")
-    trunk = registry.get(given.model).trunk
-    name = registry.catalog.models[given.model].trunk
+    trunk = registry.get(arguments.model).trunk
+    name = registry.catalog.models[arguments.model].trunk
     passes = Passes(trunk)
     labels = [example.label for example in examples]
     print(f"{name}: {len(examples)} images, {len(set(labels))} classes")
-    chosen = [list(WAYS.items())[int(i)] for i in given.ways.split(",")]
-    for way, options in chosen:
-        found = []
-        for seed in range(given.seeds):
-            learn, aside = split(labels, 0.25, seed + 1000)
-            wanted = FitOptions(**{**_plain(options), "seed": seed, **json.loads(given.set)})
-            result = fitted([examples[i] for i in learn], trunk, name, wanted, passes)
-            found.append(accuracy(result, trunk, [examples[i] for i in aside]))
-        spread = statistics.stdev(found) if len(found) > 1 else 0.0
-        each = " ".join(f"{value:.3f}" for value in found)
-        print(f"{way:>22}: {statistics.mean(found):.3f} +- {spread:.3f}  ({each})", flush=True)
-    if given.save:
+    selected = [list(VARIANTS.items())[int(i)] for i in arguments.variants.split(",")]
+    overrides = json.loads(arguments.set)
+    for variant, defaults in selected:
+        scores = []
+        for seed in range(arguments.seeds):
+            train, test = split(labels, 0.25, seed + 1000)
+            options = FitOptions(**{**_plain(defaults), "seed": seed, **overrides})
+            result = fitted([examples[i] for i in train], trunk, name, options, passes)
+            scores.append(accuracy(result, trunk, [examples[i] for i in test]))
+        spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+        each = " ".join(f"{score:.3f}" for score in scores)
+        mean = statistics.mean(scores)
+        print(f"{variant:>22}: {mean:.3f} +- {spread:.3f}  ({each})", flush=True)
+    if arguments.save:
         source = registry.catalog.trunks[name].source
         result = fitted(examples, trunk, name, FitOptions(), passes, source)
-        save_head(result.head, given.save)
+        save_head(result.head, arguments.save)
 
 
 def _plain(options: FitOptions) -> dict[str, object]:

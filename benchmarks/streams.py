@@ -1,8 +1,8 @@
-"""One batch on all cores against one batch a core: `python -m benchmarks.streams [MODEL]`.
+"""One batch on all cores compared with one batch per core: `python -m benchmarks.streams [MODEL]`.
 
-The same trunk's passes in one process, in turns: by one thread with all cores, and by as many
-threads as there are cores with one each. Also what a second pool of OpenMP threads does to the
-first (see `use_threads` in service/worker/runner.py). Printed are medians in images a second.
+One thread with all cores, and one thread per core, take turns at passes of the same trunk in one
+process. Also measures how a second pool of OpenMP threads slows down the first (see `use_threads`
+in service/worker/runner.py). Prints medians in images per second.
 """
 
 import os
@@ -30,17 +30,17 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
 
     class Lane(threading.Thread):
-        """Runs passes of (threads, batch) on request and reports images a second."""
+        """Runs passes with (threads, batch) from `settings`; puts images per second into `rate`."""
 
         def __init__(self) -> None:
             super().__init__(daemon=True)
-            self.asked: queue.Queue[tuple[int, int]] = queue.Queue()
+            self.settings: queue.Queue[tuple[int, int]] = queue.Queue()
             self.rate: queue.Queue[float] = queue.Queue()
             self.start()
 
         def run(self) -> None:
             while True:
-                threads, batch = self.asked.get()
+                threads, batch = self.settings.get()
                 torch.get_num_threads()
                 torch.set_num_threads(threads)
                 pixels = torch.zeros(batch, 3, *trunk.preprocess.input_size, dtype=torch.uint8)
@@ -55,18 +55,18 @@ def main() -> None:
     rates: dict[str, list[float]] = {}
     for _ in range(ROUNDS):
         for batch in (1, 2, 4, 8, 16):
-            lanes[0].asked.put((cores, batch))
+            lanes[0].settings.put((cores, batch))
             rates.setdefault(f"all cores, batch {batch}", []).append(lanes[0].rate.get())
         for batch in (1, 2, 4, 8):
             for lane in lanes:
-                lane.asked.put((1, batch))
+                lane.settings.put((1, batch))
             total = sum(lane.rate.get() for lane in lanes)
             rates.setdefault(f"one core each, batch {batch}", []).append(total)
-    lanes[1].asked.put((cores, 1))
+    lanes[1].settings.put((cores, 1))
     lanes[1].rate.get()
     for _ in range(ROUNDS):
-        lanes[0].asked.put((cores, 1))
-        rates.setdefault("all cores, batch 1, beside a second pool", []).append(lanes[0].rate.get())
+        lanes[0].settings.put((cores, 1))
+        rates.setdefault("all cores, batch 1, with a second pool", []).append(lanes[0].rate.get())
     print(f"{name}, {cores} cores, {ROUNDS} rounds of {SECONDS:g} s: medians in images/s")
     for label, values in rates.items():
         print(f"  {label:42} {statistics.median(values):6.1f}")

@@ -1,7 +1,7 @@
-"""How well the demo's stand-in for CLIP knows clip art: `python -m benchmarks.zero_shot [FOLDER]`.
+"""Zero-shot accuracy of the demo on drawings: `python -m benchmarks.zero_shot [FOLDER]`.
 
-FOLDER holds Tux Paint's stamps (Debian's tuxpaint-stamps-default, /usr/share/tuxpaint/stamps): the
-drawings of 23 of its folders, each with the folder's plain name as its label.
+FOLDER has Tux Paint's stamps (Debian's tuxpaint-stamps-default, /usr/share/tuxpaint/stamps). The
+drawings of 23 of its folders are classified, with the folders' plain names as labels.
 """
 
 import argparse
@@ -46,9 +46,9 @@ def main() -> None:
         for answer, label in zip(answers, truth[start : start + 32], strict=True):
             order = [item["label"] for item in answer["predictions"]]
             ranks.append(order.index(label))
-    found = np.array(ranks)
+    rank = np.array(ranks)
     print(f"{arguments.model}: {len(images)} drawings, chance {1 / len(labels):.1%}")
-    print(f"  top-1 {(found < 1).mean():.1%}, top-3 {(found < 3).mean():.1%}")
+    print(f"  top-1 {(rank < 1).mean():.1%}, top-3 {(rank < 3).mean():.1%}")
 
 
 if __name__ == "__main__":

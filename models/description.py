@@ -1,4 +1,4 @@
-"""What clients are told about a model: the object that `GET /models/{name}` returns.
+"""A model's description: the object that `GET /models/{name}` returns.
 
 Needs no torch, so that a gateway can read descriptions that its workers send.
 """
@@ -141,7 +141,7 @@ class UnservedHead:
 
     @property
     def is_ready(self) -> bool:
-        """False: there is no model that could answer."""
+        """False: the head is not served."""
         return False
 
     def to_json(self) -> dict[str, Any]:

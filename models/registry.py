@@ -1,10 +1,10 @@
-"""What is loaded now: models by name, trunks shared between them, each with a truthful state."""
+"""Loaded models by name, the trunks that they share, and the state of each model."""
 
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,11 @@ from models.description import ModelDescription, State
 from models.errors import CatalogError, ModelNotFoundError, ModelNotReadyError
 from models.inputs.transforms import resolve_transform
 from models.model import Model
+from models.slot import Slot
 from models.trunks.devices import Placement, resolve_device, resolve_dtype
 from models.trunks.engines.registry import engine_class
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Slot:
-    entry: ModelEntry
-    state: State = State.UNLOADED
-    reason: str = ""
-    model: Model | None = None
-    format: str = ""
-    load_seconds: float = 0.0
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 Hook = Callable[[Model], None]
@@ -41,8 +31,8 @@ Hook = Callable[[Model], None]
 class Registry:
     """Loads and unloads a catalog's models. Every method may be called from any thread.
 
-    `on_load` runs after a model is built and before it is ready (a server warms it up there);
-    `on_unload` runs after it has stopped being ready and before its memory is let go.
+    `on_load` is called with a model that has been built but is not ready yet; a server warms it up
+    there. `on_unload` is called with a model that is no longer ready, before its memory is freed.
     """
 
     def __init__(
@@ -68,22 +58,22 @@ class Registry:
         self.threads = threads
         self.streams = streams
         for entry in catalog.trunks.values():
-            engine_class(entry.engine or engine)  # unknown ones are errors at once
+            engine_class(entry.engine or engine)  # raises for unknown engines
             resolve_transform(entry.transform or transform)
         self.on_load = on_load
         self.on_unload = on_unload
-        self._slots = {name: _Slot(entry) for name, entry in catalog.models.items()}
+        self._slots = {name: Slot(entry) for name, entry in catalog.models.items()}
         self._trunks: dict[str, LoadedTrunk] = {}
         self._trunk_locks = {name: threading.Lock() for name in catalog.trunks}
         self._assembly = Assembly(catalog.path.parent, self.store, self.load_trunk)
 
     @classmethod
     def from_catalog(cls, name_or_path: str | Path, **options: Any) -> "Registry":
-        """A registry over a built-in catalog's name or a TOML file's path."""
+        """A registry of a built-in catalog, by its name, or of a TOML file."""
         return cls(load_catalog(name_or_path), **options)
 
     def get(self, name: str) -> Model:
-        """The model, loaded now if it is not yet."""
+        """The model, which is loaded if it is not yet. The same as `load`."""
         return self.load(name)
 
     def ready(self, name: str) -> Model:
@@ -100,10 +90,10 @@ class Registry:
         raise ModelNotReadyError(f"model {name!r} is {slot.state}{reason}", state=slot.state)
 
     def load(self, name: str) -> Model:
-        """Load a model, waiting if another thread is at it; a loaded one is returned at once.
+        """Load a model, or wait for a thread that is loading it. Returns a loaded one at once.
 
         Raises:
-            ModelsError: whatever kept it from loading; its state is then `failed`, with the reason.
+            ModelsError: it could not be loaded. Its state is then `failed`, with the reason.
         """
         slot = self._slot(name)
         entry = slot.entry
@@ -129,7 +119,7 @@ class Registry:
             return model
 
     def unload(self, name: str) -> None:
-        """Let a model go, and its trunk with the last model on it."""
+        """Unload a model, and its trunks if no other model uses them."""
         slot = self._slot(name)
         with slot.lock:
             model, slot.model = slot.model, None
@@ -139,42 +129,41 @@ class Registry:
         self._drop_unused_trunks(slot.entry)
 
     def loaded_trunk(self, name: str) -> LoadedTrunk | None:
-        """A trunk that some model stands on now."""
+        """A trunk that a loaded model uses, or None."""
         return self._trunks.get(name)
 
     def add(self, entry: ModelEntry) -> None:
-        """Declare a model that the catalog's file does not. One of that name that is loaded on the
-        same trunk goes on until this one is loaded, and is replaced by it at once.
+        """Declare a model that is not in the catalog's file. A loaded model of that name, on the
+        same trunk, serves until the new one is loaded and replaces it.
 
         Raises:
-            CatalogError: there is no such trunk.
-            ModelsError: the model that was to replace another does not load; that one stays.
+            CatalogError: the trunk does not exist, or a loaded model of that name uses another.
+            ModelsError: the replacement does not load. The old model remains.
         """
         if entry.trunk not in self.catalog.trunks:
-            some = ", ".join(self.catalog.trunks)
-            raise CatalogError(f"{entry.name}: no trunk {entry.trunk!r}; there are {some}")
-        slot, old = _Slot(entry), self._slots.get(entry.name)
+            trunks = ", ".join(self.catalog.trunks)
+            raise CatalogError(f"{entry.name}: no trunk {entry.trunk!r}; the catalog has {trunks}")
+        slot, old = Slot(entry), self._slots.get(entry.name)
         if old is not None and old.model is not None:
             if old.entry.trunk != entry.trunk:
-                raise CatalogError(f"{entry.name} stands on {old.entry.trunk!r}; remove it first")
+                raise CatalogError(f"{entry.name} uses {old.entry.trunk!r}; remove it first")
             slot.model, slot.state = self._assembly.build(entry), State.READY
             slot.format, slot.load_seconds = old.format, old.load_seconds
         self._slots[entry.name] = slot
         self.catalog = replace(self.catalog, models={**self.catalog.models, entry.name: entry})
 
     def remove(self, name: str) -> None:
-        """Let a model go, and forget that it was declared."""
+        """Unload a model, and remove its declaration."""
         self.unload(name)
         self._slots.pop(name, None)
         models = {other: entry for other, entry in self.catalog.models.items() if other != name}
         self.catalog = replace(self.catalog, models=models)
 
     def default_model(self, task: str) -> ModelEntry:
-        """The model that serves `task` when a request names none: the catalog's default, or else
-        the first one loaded that does it.
+        """The catalog's default model for a task, otherwise the first loaded model that does it.
 
         Raises:
-            ModelNotFoundError: there is none.
+            ModelNotFoundError: no model does the task.
         """
         if task not in self.catalog.defaults:
             for name, slot in list(self._slots.items()):
@@ -203,7 +192,7 @@ class Registry:
             for name, slot in list(self._slots.items())
         }
 
-    def _describe(self, slot: _Slot, default_for: Sequence[str]) -> ModelDescription:
+    def _describe(self, slot: Slot, default_for: Sequence[str]) -> ModelDescription:
         entry = slot.entry
         trunk_entry = self.catalog.trunks[entry.trunk]
         description = ModelDescription(
@@ -246,10 +235,7 @@ class Registry:
         )
 
     def _defaults(self) -> dict[str, list[str]]:
-        """The tasks that each model serves when a request names no model, as in `default_model`.
-
-        One pass over all models, so that describing all of them takes linear time.
-        """
+        """The tasks that each model is the default of, computed in one pass over all models."""
         names = dict(self.catalog.defaults)
         for name, slot in list(self._slots.items()):
             if (model := slot.model) is not None:
@@ -260,31 +246,31 @@ class Registry:
             defaults.setdefault(name, []).append(task)
         return defaults
 
-    def _slot(self, name: str) -> _Slot:
+    def _slot(self, name: str) -> Slot:
         entry = self.catalog.model(name)
         try:
             return self._slots[entry.name]
-        except KeyError as error:  # removed since
+        except KeyError as error:  # removed meanwhile
             raise ModelNotFoundError(f"no model {name!r}") from error
 
     def _drop_unused_trunks(self, entry: ModelEntry) -> None:
         for trunk in entry.trunks:
             with self._trunk_locks[trunk]:
-                if not any(_uses(slot, trunk) for slot in list(self._slots.values())):
+                if not any(slot.uses(trunk) for slot in list(self._slots.values())):
                     self._trunks.pop(trunk, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def load_trunk(self, name: str) -> LoadedTrunk:
-        """A trunk of the catalog, loaded now if it is not yet.
+        """A trunk of the catalog, which is loaded if it is not yet.
 
         Raises:
-            CatalogError: there is none of that name.
-            SourceError, CheckpointError: it cannot be had.
+            CatalogError: the catalog has no such trunk.
+            SourceError, CheckpointError: it cannot be loaded.
         """
         if name not in self.catalog.trunks:
-            some = ", ".join(self.catalog.trunks)
-            raise CatalogError(f"no trunk {name!r} in the catalog; it has {some}")
+            trunks = ", ".join(self.catalog.trunks)
+            raise CatalogError(f"no trunk {name!r} in the catalog; it has {trunks}")
         entry = self.catalog.trunks[name]
         with self._trunk_locks[name]:
             if name not in self._trunks:
@@ -304,8 +290,3 @@ class Registry:
             streams=self.streams,
             cache=self.store.root / "engines",
         )
-
-
-def _uses(slot: _Slot, trunk: str) -> bool:
-    in_use = slot.model is not None or slot.state is State.LOADING
-    return in_use and trunk in slot.entry.trunks

@@ -1,20 +1,20 @@
-"""Vitrail's service. A request passes these files, top to bottom:
+"""Vitrail's service. A request passes through these files, from top to bottom:
 
 gateway/app.py               the ASGI application: middleware, routes, lifespan
 gateway/rest/task_routes.py  one route per task: parse, send, render
 gateway/rest/body.py         deadline, priority, body and parameters -> InferRequest
 gateway/dispatch.py          InferRequest -> backend, cancelled if the client disconnects
-rpc/vision.py                or, over gRPC: a message -> InferRequest -> backend -> a message
-backend.py                   the seam: a backend in this process, or workers elsewhere
-remote/backend.py            elsewhere: the least busy worker, over gRPC, and there rpc/vision.py
-worker/backend.py            here: calls resolved to heads, prompts embedded
+rpc/vision.py                over gRPC instead: a message -> InferRequest -> backend -> a message
+backend.py                   the interface of backends: workers elsewhere, or this process
+remote/backend.py            workers elsewhere: the least busy one, over gRPC to its rpc/vision.py
+worker/backend.py            this process: calls resolved to heads, prompts embedded
 worker/execution_plan.py     calls grouped into the trunk passes that they share
-worker/pipeline.py           a place in the queue, decoding, the passes
+worker/pipeline.py           for each input: a place in the queue, decoding, the passes
 worker/scheduler.py          which inputs run next: pure policy
-worker/batcher.py            the threads that ask it
-worker/runner.py             a batch: the trunk once, each head on its own rows
-worker/postprocess.py        rows -> answers
-gateway/rest/responses.py    answers -> JSON, .npy or PNG
+worker/batcher.py            the threads that run the scheduler's batches
+worker/runner.py             a batch: the trunk once, then each head on its rows
+worker/postprocess.py        rows -> results
+gateway/rest/responses.py    results -> JSON, .npy or PNG
 
-worker/head_store.py keeps the folder of heads, worker/fit_jobs.py trains them in the background.
+worker/head_store.py serves a folder of heads, worker/fit_jobs.py trains them in the background.
 """

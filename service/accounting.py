@@ -14,7 +14,7 @@ from service.types import InferRequest, InferResult
 
 
 class Account:
-    """What the metrics need to know of one request: its models, its deadline and its result."""
+    """What the metrics need of one request: its models, its deadline and its result."""
 
     def __init__(self) -> None:
         self.models: list[str] = []

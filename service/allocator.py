@@ -1,9 +1,9 @@
-"""Keep freed memory in the process: the fast allocation, as a default.
+"""Tunes glibc's allocator to keep freed memory in the process.
 
-glibc gives large buffers back to the kernel as soon as they are freed, and a convolutional net
-frees all of its buffers on every pass; the next pass then pays for each page again. Raising its
-thresholds, and keeping to one arena (further ones are capped at 64 MB and trimmed regardless),
-ends that. Measured by benchmarks/allocator.py.
+glibc returns large buffers to the kernel as soon as they are freed. A convolutional network frees
+all of its buffers after every pass, and the next pass pays for each page again. Higher thresholds
+prevent that, together with a single arena: glibc trims further arenas, of at most 64 MB each,
+regardless of the thresholds. benchmarks/allocator.py measures the effect.
 """
 
 import ctypes
@@ -14,14 +14,15 @@ NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Tune this process' allocator; call before large buffers and threads exist.
+    """Tune this process's allocator. Call it before large buffers and threads exist.
 
-    Returns False where the C library has no `mallopt` (musl, macOS) and nothing was changed.
+    Returns:
+        False if the C library has no `mallopt` (musl, macOS), so that nothing was changed.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    done = [
+    results = [
         mallopt(option, value)
         for option, value in (
             (M_MMAP_THRESHOLD, NEVER),
@@ -29,4 +30,4 @@ def keep_freed_memory() -> bool:
             (M_ARENA_MAX, 1),
         )
     ]
-    return all(done)
+    return all(results)

@@ -1,4 +1,4 @@
-"""The interface between gateway and workers. Code above it does not know where the models are."""
+"""The interface between gateway and workers. The gateway does not know where the models are."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -6,15 +6,15 @@ from typing import Protocol
 from models.description import HeadDescription, ModelDescription
 from service.types import FitRequest, HeadUpload, Health, InferRequest, InferResult
 
-# The files of a head, by the names in `GET /heads/{name}/{part}`.
+# The files of a head, as `GET /heads/{name}/{part}` names them.
 PARTS = ("head.safetensors", "report.json", "curve.png", "confusion.png")
 
 
 class Heads(Protocol):
-    """Heads added after the catalog was read: uploaded, or fitted here. They are models, too."""
+    """The heads that were uploaded or fitted. They are models, too."""
 
     async def all(self) -> Sequence[HeadDescription]:
-        """Every head, those being fitted included."""
+        """Every head, including those being fitted."""
 
     async def get(self, name: str) -> HeadDescription:
         """One head."""
@@ -29,15 +29,15 @@ class Heads(Protocol):
         """Delete a head, or cancel its fit."""
 
     async def read(self, name: str, part: str) -> bytes:
-        """The content of one of a head's files, see PARTS."""
+        """The content of a head's file, one of PARTS."""
 
 
 class Backend(Protocol):
-    """What the gateway and the gRPC server need. Methods raise ServiceError for expected errors."""
+    """Runs models, in this process or elsewhere. Methods raise ServiceError for expected errors."""
 
     @property
     def heads(self) -> Heads:
-        """The heads added after the catalog was read."""
+        """The heads that were uploaded or fitted."""
 
     async def start(self) -> None:
         """Start loading the start-up models; returns without waiting for them."""
@@ -46,7 +46,7 @@ class Backend(Protocol):
         """Answer the accepted requests, then stop."""
 
     async def infer(self, request: InferRequest) -> InferResult:
-        """Answer every input of the request. Cancelling drops the inputs that still wait."""
+        """Run the request's calls on its inputs. Cancelling drops the inputs that still wait."""
 
     async def models(self) -> Sequence[ModelDescription]:
         """Every model of the catalog."""

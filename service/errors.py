@@ -1,4 +1,4 @@
-"""Every way a request can fail, in one table: HTTP status, gRPC status, outcome in the metrics."""
+"""Every error of a request: its HTTP status, gRPC status, problem type, and outcome in metrics."""
 
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
@@ -7,19 +7,29 @@ from models import errors as library
 
 
 class FieldError(NamedTuple):
-    """What is wrong with one field of a request."""
+    """An error in one field of a request."""
 
     field: str
     detail: str
 
 
 class ServiceError(Exception):
-    """Base. `slug` names the problem type; `retry_after_s` becomes the Retry-After header."""
+    """The base of all errors.
 
+    Args:
+        detail: what is wrong, for the caller.
+        field: the field of the request that is wrong; a short form of `fields`.
+        fields: the fields that are wrong.
+        retry_after_s: seconds after which a retry may succeed, for the Retry-After header.
+    """
+
+    # The HTTP status, and the name of the gRPC status.
     status: ClassVar[int]
     grpc: ClassVar[str]
+    # The name and the title of the problem type (RFC 9457).
     slug: ClassVar[str]
     title: ClassVar[str]
+    # The `outcome` label of the metrics.
     outcome: ClassVar[str]
 
     def __init__(
@@ -92,7 +102,7 @@ class QueueFullError(ServiceError):
 
 
 class InternalError(ServiceError):
-    """What is not the caller's fault and has no better name; the detail says nothing of why."""
+    """An unexpected error. The cause is logged, and is not part of the detail."""
 
     status, grpc = 500, "INTERNAL"
     slug, title, outcome = "internal", "Internal error", "error"
@@ -114,7 +124,7 @@ LOADING_RETRY_AFTER_S = 2.0
 
 
 def from_library(error: library.ModelsError) -> ServiceError:
-    """The library's error as the service tells it."""
+    """The service's error for an error of the library."""
     match error:
         case library.ImageTooLargeError():
             return PayloadTooLargeError(str(error))

@@ -31,12 +31,12 @@ def check_admin_key(settings: Settings, api_key: str | None, authorization: str 
         PermissionDeniedError: another key, or no admin key is configured.
     """
     if not settings.admin_keys:
-        raise PermissionDeniedError("admin calls are off; set VITRAIL_ADMIN_KEYS to use them")
+        raise PermissionDeniedError("admin calls are off; set VITRAIL_ADMIN_KEYS to enable them")
     _check(settings.admin_keys, api_key, authorization)
 
 
 def check_head_key(settings: Settings, api_key: str | None, authorization: str | None) -> None:
-    """Check for an admin key if any is configured, otherwise as `check_key`. Raises as those do."""
+    """Check for an admin key if one is configured, otherwise as `check_key`. Raises as they do."""
     check = check_admin_key if settings.admin_keys else check_key
     check(settings, api_key, authorization)
 
@@ -50,4 +50,4 @@ def _check(keys: tuple[SecretStr, ...], api_key: str | None, authorization: str 
     encoded = candidate.encode()
     matches = [hmac.compare_digest(encoded, key.get_secret_value().encode()) for key in keys]
     if not any(matches):
-        raise PermissionDeniedError("this API key does not permit that")
+        raise PermissionDeniedError("this API key does not permit the call")

@@ -1,7 +1,7 @@
 """Every counter and histogram, declared once, on a registry that is passed in.
 
-Label values are bounded: models and trunks of the catalog, tasks, and the outcomes below. A model
-that a client makes up is counted as `unknown`.
+Label values are bounded: models and trunks of the catalog, tasks, and the constants below. Models
+that are not in the catalog are counted as `unknown`.
 """
 
 import os
@@ -21,32 +21,32 @@ BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32, 48, 64, 96, 128)
 
 
 class Metrics:
-    """The request side (counted by the gateway) and the image side (counted by the worker)."""
+    """Metrics of requests, counted by gateways, and of images and passes, counted by workers."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         self.requests = Counter(
             "vitrail_requests",
-            "Requests answered or given up.",
+            "Requests, by outcome.",
             ("task", "model", "outcome"),
             registry=registry,
         )
         self.request_duration = Histogram(
             "vitrail_request_duration_seconds",
-            "From the first byte read to the answer handed over.",
+            "Seconds from the first byte of a request to the response.",
             ("task", "model", "outcome"),
             buckets=SECONDS,
             registry=registry,
         )
         self.images = Counter(
             "vitrail_images",
-            "Images, each counted once for every model that was asked about it.",
+            "Images, each counted once for every model that was run on it.",
             ("task", "model", "outcome"),
             registry=registry,
         )
         self.stage_duration = Histogram(
             "vitrail_stage_duration_seconds",
-            "Time an image spent in a stage; compute is that of its whole batch.",
+            "Seconds that an image spent in a stage; for compute, those of its whole batch.",
             ("stage", "trunk"),
             buckets=SECONDS,
             registry=registry,
@@ -60,32 +60,32 @@ class Metrics:
         )
         self.dropped = Counter(
             "vitrail_queue_dropped_images",
-            "Images dropped from the queue before they cost compute.",
+            "Images dropped from the queue before they were computed.",
             ("trunk", "reason"),
             registry=registry,
         )
         self.label_sets = Counter(
             "vitrail_label_sets",
-            "Label sets asked for, by whether their embeddings were kept from before.",
+            "Lookups of label sets' embeddings in the cache.",
             ("result",),
             registry=registry,
         )
         for result in ("hit", "miss"):
             self.label_sets.labels(result)
         self.fits = Counter(
-            "vitrail_fits", "Heads fitted, or not.", ("outcome",), registry=registry
+            "vitrail_fits", "Fits of heads, by outcome.", ("outcome",), registry=registry
         )
         for outcome in ("ok", "invalid", "cancelled", "error"):
             self.fits.labels(outcome)
         self.trunk_failures = Counter(
             "vitrail_trunk_failures",
-            "Trunk passes that failed and were retried in smaller batches, or given up.",
+            "Trunk passes that failed, including those that were retried in smaller batches.",
             ("trunk",),
             registry=registry,
         )
 
     def add_model(self, model: str, trunk: str, tasks: tuple[str, ...]) -> None:
-        """Create the children of a model at zero, so that rates exist before its first request."""
+        """Create a model's series at zero, so that rates exist before its first request."""
         for task in tasks:
             for outcome in OUTCOMES:
                 self.requests.labels(task, model, outcome)
@@ -100,9 +100,10 @@ class Metrics:
 
 
 def exposition(registry: CollectorRegistry) -> bytes:
-    """Prometheus' text: of this process, or of all that share PROMETHEUS_MULTIPROC_DIR."""
+    """The metrics in Prometheus' text format: of this process, or of all processes that share
+    PROMETHEUS_MULTIPROC_DIR."""
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         return generate_latest(registry)
-    together = CollectorRegistry()
-    MultiProcessCollector(together)  # type: ignore[no-untyped-call]
-    return generate_latest(together)
+    combined = CollectorRegistry()
+    MultiProcessCollector(combined)  # type: ignore[no-untyped-call]
+    return generate_latest(combined)

@@ -1,4 +1,4 @@
-"""Every setting, with its unit, bounds and meaning. Environment: `VITRAIL_` + the name."""
+"""Every setting, with its unit, bounds and meaning. Its environment variable is `VITRAIL_NAME`."""
 
 from typing import Annotated, Literal
 
@@ -12,80 +12,98 @@ Secrets = Annotated[tuple[SecretStr, ...], NoDecode]
 
 
 class Settings(BaseSettings):
-    """Read once, at start, from the environment under the flags; frozen afterwards."""
+    """The settings of a process, read once at start. Flags take precedence over the environment."""
 
     model_config = SettingsConfigDict(env_prefix="VITRAIL_", frozen=True, extra="forbid")
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
-    port: int = Field(8000, ge=0, le=65535, description="REST port; 0 for any free one.")
-    grpc_port: int = Field(8001, ge=0, le=65535, description="gRPC port; 0 for any free one.")
+    port: int = Field(8000, ge=0, le=65535, description="REST port; 0 for any free port.")
+    grpc_port: int = Field(8001, ge=0, le=65535, description="gRPC port; 0 for any free port.")
     metrics_port: int = Field(
-        8002, ge=0, le=65535, description="A worker's port for /metrics; 0 for none."
+        8002, ge=0, le=65535, description="A worker's port for /metrics; 0 to turn it off."
     )
     workers: Names = Field(
-        (), description="A gateway's workers: host:port, dns:///name:port or unix:path each."
+        (),
+        description="A gateway's workers, each as host:port, dns:///name:port or unix:path.",
     )
 
     catalog: str = Field("demo", description="A built-in catalog (demo, hub) or a TOML file.")
     models: Names = Field(
-        (), description="Models to load at start; the catalog's own list if empty."
+        (), description="Models to load at start; if empty, the catalog's `startup` list."
     )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    device: str = Field("auto", description="Device of the models: auto, cpu, cuda or cuda:N.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="What trunks compute in, unless the catalog says otherwise."
+        "float32", description="Precision of trunks, unless the catalog sets one."
     )
     engine: str = Field(
-        "auto", description="What runs trunks' passes, unless the catalog says otherwise."
+        "auto", description="Engine that runs trunks' passes, unless the catalog sets one."
     )
     transform: Literal["exact", "fast"] = Field(
-        "exact", description="How images are resized, unless the catalog says otherwise."
+        "exact", description="How images are resized, unless the catalog sets it."
     )
-    threads: int = Field(0, ge=0, description="CPU threads in all; 0: the usable cores.")
-    streams: int = Field(0, ge=0, description="Batches in flight; 0: 1, 2 on a GPU.")
-    decode_threads: int = Field(0, ge=0, description="Image decoders; 0: the usable cores.")
-    max_batch_size: int = Field(0, ge=0, description="Images in a batch; 0: 16, 64 on a GPU.")
-    max_queue_size: int = Field(256, ge=1, description="Images waiting for a trunk, then 429.")
+    threads: int = Field(0, ge=0, description="CPU threads of all batches; 0 for one per core.")
+    streams: int = Field(
+        0, ge=0, description="Most batches that run at the same time; 0 for 1, or 2 on a GPU."
+    )
+    decode_threads: int = Field(
+        0, ge=0, description="Threads that decode images; 0 for one per core, at least 2."
+    )
+    max_batch_size: int = Field(
+        0, ge=0, description="Most images in a batch; 0 for 16, or 64 on a GPU."
+    )
+    max_queue_size: int = Field(
+        256, ge=1, description="Most images that wait for a trunk; beyond it, requests get 429."
+    )
     max_queue_delay_ms: float = Field(
-        0, ge=0, description="Milliseconds that an idle device waits for company."
+        0, ge=0, description="Milliseconds that an idle device waits to fill a batch."
     )
 
-    max_request_bytes: int = Field(64 * 2**20, ge=1, description="Bytes of a request body.")
-    max_images: int = Field(64, ge=1, description="Images in a request.")
-    max_image_bytes: int = Field(20 * 2**20, ge=1, description="Encoded bytes of an image.")
-    max_image_pixels: int = Field(50_000_000, ge=1, description="Pixels of an image.")
-    max_image_side: int = Field(16_384, ge=1, description="Longest side of an image in pixels.")
-    header_timeout_s: float = Field(10, gt=0, description="Seconds for headers to arrive.")
-    body_timeout_s: float = Field(30, gt=0, description="Seconds for a body to arrive.")
+    max_request_bytes: int = Field(64 * 2**20, ge=1, description="Most bytes of a request body.")
+    max_images: int = Field(64, ge=1, description="Most images in a request.")
+    max_image_bytes: int = Field(20 * 2**20, ge=1, description="Most bytes of an encoded image.")
+    max_image_pixels: int = Field(50_000_000, ge=1, description="Most pixels of an image.")
+    max_image_side: int = Field(16_384, ge=1, description="Longest side of an image, in pixels.")
+    header_timeout_s: float = Field(10, gt=0, description="Seconds for the headers to arrive.")
+    body_timeout_s: float = Field(30, gt=0, description="Seconds for the body to arrive.")
     default_timeout_ms: float = Field(
         60_000, gt=0, description="Deadline of requests without X-Timeout-Ms, in milliseconds."
     )
     drain_timeout_s: float = Field(
-        60, gt=0, description="Seconds that accepted requests get to finish on SIGTERM."
+        60, gt=0, description="Seconds that accepted requests have to finish after SIGTERM."
     )
     probe_interval_s: float = Field(
-        30, gt=0, description="Seconds without work after which a trunk proves itself."
+        30, gt=0, description="Seconds without a pass after which a trunk is probed."
     )
     stuck_after_s: float = Field(
-        60, gt=0, description="Seconds without a finished batch that mean the device is stuck."
+        60,
+        gt=0,
+        description="Seconds after which a running batch makes the server report itself not live.",
     )
 
     label_cache_bytes: int = Field(
-        256 * 2**20, ge=0, description="Bytes kept of label sets' embeddings, for zero-shot."
+        256 * 2**20, ge=0, description="Bytes of the cache of label sets' embeddings (zero-shot)."
     )
 
     heads_folder: str = Field(
-        "", description="Where heads that were uploaded or fitted are kept; in the store if empty."
+        "", description="Folder of uploaded and fitted heads; if empty, `heads` in the store."
     )
 
-    api_keys: Secrets = Field((), description="Keys that may use the service; open if empty.")
-    admin_keys: Secrets = Field((), description="Keys that may load and unload; off if empty.")
-    url_hosts: Names = Field((), description="Hosts that images may be fetched from; off if empty.")
-    url_timeout_s: float = Field(10, gt=0, description="Seconds to fetch an image.")
+    api_keys: Secrets = Field(
+        (), description="Keys that may use the service; if empty, no key is needed."
+    )
+    admin_keys: Secrets = Field(
+        (),
+        description="Keys that may load and unload models; if empty, this is turned off.",
+    )
+    url_hosts: Names = Field(
+        (), description="Hosts that images may be fetched from; if empty, URLs are refused."
+    )
+    url_timeout_s: float = Field(10, gt=0, description="Seconds to fetch an image from a URL.")
     url_allow_private: bool = Field(
-        False, description="Let allowed hosts resolve to private or loopback addresses."
+        False, description="Whether those hosts may resolve to private or loopback addresses."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Lowest level logged."
+        "info", description="Lowest level that is logged."
     )
 
     @field_validator("models", "workers", "url_hosts", "api_keys", "admin_keys", mode="before")

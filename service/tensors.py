@@ -1,4 +1,4 @@
-"""numpy arrays as the Open Inference Protocol's data types and bytes, and back.
+"""Converts numpy arrays to the Open Inference Protocol's data types and bytes, and back.
 
 Each element of BYTES is preceded by its length, as 4 bytes little-endian. All other types are
 little-endian, row by row. numpy has no BF16, so it is read as float32.

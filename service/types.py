@@ -37,7 +37,7 @@ class InferRequest:
         inputs: in the client's order. An input that could not be read is represented by its error;
             backends receive requests without errors.
         deadline: in `time.monotonic` seconds.
-        bulk: may wait behind interactive requests.
+        bulk: waits behind interactive requests.
     """
 
     inputs: Sequence[Input | ServiceError]
@@ -88,7 +88,8 @@ class InferResult:
     images: Sequence[ImageResult]
 
     def raise_if_all_failed(self) -> None:
-        """Raise if all inputs failed and there is one, or if none of the failures is their fault.
+        """Fail the whole request if its only input failed, or if all inputs failed for reasons
+        that are not their fault.
 
         Raises:
             ServiceError: the first input's error.

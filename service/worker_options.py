@@ -9,7 +9,8 @@ from models.inputs.images import ImageLimits
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerOptions:
-    """0 stands for a default that suits the machine. Names end with the unit of times."""
+    """A worker's settings, documented in `service/settings.py`. 0 is a default that depends on
+    the machine."""
 
     startup: tuple[str, ...] = ()
     threads: int = 0
@@ -28,7 +29,7 @@ class WorkerOptions:
 
     @property
     def lane_threads(self) -> int:
-        """Threads of one stream: an equal share of all."""
+        """The threads of one lane: an equal share of all."""
         return max(1, self.threads // self.streams)
 
     @property
@@ -41,12 +42,12 @@ class WorkerOptions:
         )
 
     def resolve(self, device_type: str) -> "WorkerOptions":
-        """The options with defaults in place of 0.
+        """The options with defaults instead of 0.
 
-        On a CPU: one batch at a time on all cores, which is fastest on two of them
+        On a CPU one batch runs at a time, on all cores, which is the fastest on two cores
         (benchmarks/streams.py). On a machine shared with other busy programs one stream per core
-        is safer: a batch on all cores waits for the slowest. On a GPU: two streams, so that one
-        batch is copied while another computes.
+        is steadier, since a batch on all cores waits for the slowest one. On a GPU there are two
+        streams, so that one batch is copied while another computes.
         """
         cores = usable_cores()
         cpu = device_type == "cpu"
@@ -60,7 +61,7 @@ class WorkerOptions:
 
 
 def usable_cores() -> int:
-    """Cores this process may use: its affinity, and the quota of its control group."""
+    """The cores that this process may use, by its affinity and its control group's quota."""
     cores = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()

@@ -1,4 +1,4 @@
-"""The images of a fit: decoded, transformed and divided."""
+"""The images of a fit: decoded, preprocessed, and split into training and held-out images."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +19,9 @@ class Progress:
     """The state of a fit.
 
     Args:
-        done, total: images or epochs, by the stage.
-        accuracy: the best one so far on held-out images.
+        stage: "images", "features" or "training".
+        done, total: images, or epochs while training.
+        accuracy: the best accuracy on held-out images so far.
     """
 
     stage: str
@@ -34,13 +35,15 @@ Report = Callable[[Progress], None]
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Readable images, and how they are divided.
+    """The readable images, and their split.
 
     Args:
-        pixels: uint8 (N, 3, H, W) on disk, of all examples; the first ones are the readable ones.
-        skipped: names and reasons of images that cannot be read.
-        targets: class indices (N,) int64.
-        learn, held: positions to learn from, and held out.
+        pixels: uint8 (N, 3, H, W), on disk. The readable images come first; the rest is unused.
+        readable: the readable examples, without their encoded images.
+        skipped: `name` and `reason` of each image that cannot be read.
+        labels: the classes' names.
+        targets: the readable images' class indices, int64.
+        learn, held: the positions of the training images and of the held-out images.
     """
 
     pixels: np.memmap
@@ -60,7 +63,11 @@ def prepare_dataset(
     limits: ImageLimits,
     progress: Report,
 ) -> Dataset:
-    """Decode and transform all images that can be read, and divide them."""
+    """Decode and preprocess the images that can be read, and split them.
+
+    Raises:
+        InputError: fewer than two classes, or a class with fewer than two readable images.
+    """
     check_classes(examples)
     shape = (len(examples), 3, *trunk.preprocess.input_size)
     pixels = np.memmap(folder / "pixels.bin", np.uint8, "w+", shape=shape)

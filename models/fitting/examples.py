@@ -1,4 +1,4 @@
-"""Labelled images from folders named by class, a CSV file, or a zip archive of such folders."""
+"""Labelled images, from folders named after classes, a CSV file, or a zip archive of folders."""
 
 import csv
 import zipfile
@@ -21,7 +21,7 @@ class Example:
     """A labelled image.
 
     Args:
-        name: the path below the folder or in the archive.
+        name: the path relative to the folder, or in the archive.
         label: the name of its class.
         image: the encoded image, or the path of its file.
     """
@@ -40,30 +40,30 @@ class Example:
 
 
 def read_examples(path: Path) -> list[Example]:
-    """The examples in a folder of folders named by class, or in a CSV file.
+    """The examples in a folder of folders named after classes, or in a CSV file.
 
     Args:
         path: the folder, or a `.csv` file with the columns `path` (relative to it) and `label`.
 
     Raises:
-        InputError: the path cannot be read, or holds no example.
+        InputError: the path cannot be read, or has no examples.
     """
     examples = list(_of_csv(path) if path.suffix == ".csv" else _of_folder(path))
     if not examples:
         raise InputError(
-            f"{path}: no image in a folder named by its class, and no row of path and label"
+            f"{path}: no image in a folder named after its class, and no row of path and label"
         )
     return examples
 
 
 def read_archive(file: BinaryIO, max_bytes: int) -> list[Example]:
-    """The examples in a zip archive of folders named by class, or of a folder of such folders.
+    """The examples in a zip archive of folders named after classes, which may be inside a folder.
 
     Args:
-        max_bytes: limit of all images together, which are held in memory.
+        max_bytes: the most bytes of all images together, which are held in memory.
 
     Raises:
-        InputError: the archive is damaged, encrypted or too large, or an image is in no folder.
+        InputError: the archive is damaged, encrypted or too large, or an image is not in a folder.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -94,7 +94,8 @@ def split(labels: Sequence[str], holdout: float, seed: int) -> tuple[np.ndarray,
     """Positions to train on, and positions to hold out.
 
     Args:
-        holdout: the share of each class that is held out; at least one example, and never all.
+        holdout: the share of each class that is held out. It is rounded to at least one example
+            and at most all but one.
     """
     random = np.random.default_rng(seed)
     kept: list[int] = []
@@ -149,7 +150,7 @@ def _of_archive(archive: zipfile.ZipFile, max_bytes: int) -> list[Example]:
             break
         skip += 1
     if outside := next((path for path, _ in members if len(path.parts) < skip + 2), None):
-        raise InputError(f"{outside} is in no folder named by its class", field="archive")
+        raise InputError(f"{outside} is not in a folder named after its class", field="archive")
     examples = []
     for path, item in members:
         with archive.open(item) as file:
@@ -159,7 +160,7 @@ def _of_archive(archive: zipfile.ZipFile, max_bytes: int) -> list[Example]:
         examples.append(Example(str(path), path.parts[skip], content))
     if not examples:
         raise InputError(
-            "the archive holds no image; put images into folders named by class", field="archive"
+            "the archive has no images; put them into folders named after classes", field="archive"
         )
     return examples
 

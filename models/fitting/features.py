@@ -1,4 +1,4 @@
-"""Features of the examples from a frozen trunk: computed once, and cached on disk during a fit."""
+"""The examples' features from a frozen trunk, cached on disk during a fit."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from models.trunks.base import Trunk
 from models.trunks.features import FeatureRequest
 from models.trunks.output import TrunkOutput
 
-# Keys and values are read once per epoch: half the bits take half the time, and the rounding is
-# small against the noise of training.
+# The precision of cached keys and values. They are read in every epoch, which takes half the time
+# at half precision. The rounding is small compared with the noise of training.
 STORED = np.float16
 
 
@@ -68,7 +68,12 @@ class Features:
     _known: np.ndarray | None = None
 
     def fill(self, order: Iterable[Sequence[int]], done: Callable[[int], None]) -> None:
-        """Compute all rows that fit the cache, by batches of positions; `done` gets their sizes."""
+        """Compute all rows that fit into the cache.
+
+        Args:
+            order: batches of positions.
+            done: called with the size of each batch.
+        """
         for positions in order:
             cached = [p for p in positions if self._known is None or p < len(self._known)]
             if cached:

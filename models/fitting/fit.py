@@ -1,4 +1,4 @@
-"""From labelled images and a frozen trunk to a head's file, and a report on the training."""
+"""Fits a head to labelled images on a frozen trunk, and reports on the training."""
 
 import time
 from collections import Counter
@@ -34,13 +34,13 @@ from models.trunks.base import Trunk
 BATCH = 8
 LIMIT_BYTES = 16 * 2**30
 
-# Pixels uint8 (B, 3, H, W), and the head that reads their features; one row for each.
+# Runs a pass: uint8 pixels (B, 3, H, W), and the head that reads the features; returns B rows.
 Run = Callable[[Tensor, ReadFeatures], list[Row]]
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """The head, and everything about its training as plain values for JSON."""
+    """The head, and a report on its training as plain values for JSON."""
 
     head: HeadFile
     report: dict[str, Any]
@@ -48,8 +48,12 @@ class Fitted:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """A trained learner, the features that its classifier takes (None: all), its best epoch, and
-    what it predicts for the held-out images."""
+    """The result of training.
+
+    Args:
+        indices: the features that the classifier takes; None for all.
+        predicted: the predicted class indices of the held-out images, int64.
+    """
 
     learner: Learner
     indices: Tensor | None
@@ -59,7 +63,7 @@ class _Outcome:
 
 
 def run_directly(trunk: Trunk) -> Run:
-    """Passes in this thread."""
+    """A `Run` that runs passes in the calling thread."""
 
     def run(pixels_BCHW: Tensor, head: ReadFeatures) -> list[Row]:
         return run_rows(trunk, pixels_BCHW, HeadCall(head))
@@ -83,15 +87,15 @@ def fit(
     """Fit a head.
 
     Args:
-        folder: for temporary files of up to `limit_bytes`, and the images as the trunk takes them.
+        folder: for temporary files: the preprocessed images, and up to `limit_bytes` of features.
         run: runs passes of the trunk.
         progress: called often. An exception that it raises ends the fit.
-        trunk_source: the trunk's source, if that pins its bytes.
+        trunk_source: the trunk's source, for the head's file.
 
     Raises:
         InputError: options out of range, fewer than two classes, or a class with fewer than two
             readable images.
-        CheckpointError: the trunk cannot carry such a head.
+        CheckpointError: a head of this kind does not fit the trunk.
     """
     started = time.monotonic()
     reader = create_reader(trunk, trunk_name, options)
@@ -130,17 +134,17 @@ def create_reader(trunk: Trunk, trunk_name: str, options: FitOptions) -> ReadFea
     """The head that reads the features for training.
 
     Raises:
-        InputError: an option out of range, or a trunk that takes no images.
-        CheckpointError: the trunk cannot carry such a head.
+        InputError: an option is out of range, or the trunk does not take images.
+        CheckpointError: a head of this kind does not fit the trunk.
     """
     options.check()
     if trunk.modality != "image":
-        raise InputError(f"{trunk_name} takes no images", field="trunk")
+        raise InputError(f"the trunk {trunk_name!r} does not take images", field="trunk")
     return ReadFeatures(trunk, options.kind, _linear(trunk, options))
 
 
 def _linear(trunk: Trunk, options: FitOptions) -> Linear | None:
-    """A linear head without a classifier, for its features; None for other kinds."""
+    """A linear head with an empty classifier, used for its features; None for other kinds."""
     if options.kind != "linear":
         return None
     if options.layers > len(trunk.blocks):
@@ -161,7 +165,7 @@ def _compute_features(
     run: Run,
     progress: Report,
 ) -> Features:
-    """The trunk's features of all images, computed once and stored as far as they fit."""
+    """The trunk's features of all images, computed once and cached up to `limit_bytes`."""
     count = len(dataset.readable)
 
     def compute(positions: Sequence[int]) -> list[Row]:
@@ -172,9 +176,9 @@ def _compute_features(
 
     done = 0
 
-    def advance(more: int) -> None:
+    def advance(count_done: int) -> None:
         nonlocal done
-        done += more
+        done += count_done
         progress(Progress("features", done, count))
 
     features = Features(compute, count, folder, limit_bytes)
@@ -216,7 +220,7 @@ def _train(
 def _train_and_select(
     training: Training, learner: Learner, options: FitOptions
 ) -> tuple[Tensor | None, Epoch]:
-    """Train; if features are to be selected, train again on the strongest of them."""
+    """Train. If `options.keep` is below 1, train again on the strongest features."""
     if options.keep == 1:
         return None, training.run()
     training.run(lasso=options.lasso)
@@ -233,7 +237,7 @@ def _train_and_select(
 
 
 def _state(learner: Learner, indices: Tensor | None, options: FitOptions) -> HeadState:
-    """The learner's weights as a head's file has them. The scaling of linear features is folded
+    """The learner's weights, named as in a head's file. The scaling of linear features is folded
     into the classifier."""
     weight = learner.classifier.weight.detach()
     bias = learner.classifier.bias.detach()
@@ -254,7 +258,7 @@ def _state(learner: Learner, indices: Tensor | None, options: FitOptions) -> Hea
 
 
 def _details(dataset: Dataset, outcome: _Outcome) -> dict[str, Any]:
-    """What only the report has."""
+    """The parts of the report that are not in the head's summary."""
     classes = len(dataset.labels)
     confusion = np.zeros((classes, classes), int)
     np.add.at(confusion, (dataset.targets[dataset.held], outcome.predicted), 1)

@@ -1,4 +1,4 @@
-"""Options of a fit. The defaults are those of the experiment in `docs/heads.md`."""
+"""Options of a fit. The defaults are those of the experiment in `docs/benchmarks.md`."""
 
 import math
 from dataclasses import dataclass
@@ -13,11 +13,13 @@ class FitOptions:
 
     Args:
         kind: the head's kind.
-        seed: for the holdout split, initialisation and order of examples.
-        holdout: share of each class that is held out to decide when to stop.
+        seed: of the holdout split, the initialisation and the order of examples.
+        holdout: the share of each class that is held out to decide when to stop.
         epochs: the most epochs.
         patience: epochs without improvement before training stops.
-        learning_rate: None for the kind's default.
+        batch_size: images per training step.
+        learning_rate: of AdamW; None for the kind's default.
+        weight_decay: of AdamW.
         queries: query tokens per block (vqt).
         layers: number of last blocks whose class tokens are the features; 0 for the trunk's pooled
             output (linear).
@@ -41,20 +43,20 @@ class FitOptions:
 
     @property
     def rate(self) -> float:
-        """The learning rate, by default that of the kind."""
+        """The learning rate: `learning_rate`, or the kind's default."""
         default = 0.003 if self.kind == "vqt" else 0.001
         return default if self.learning_rate is None else self.learning_rate
 
     def check(self) -> "FitOptions":
-        """Return the options unchanged.
+        """Check that all options are in range, and return them unchanged.
 
         Raises:
-            InputError: an option is out of range; it names the first.
+            InputError: an option is out of range. The error names the first one.
         """
         kinds = [kind for kind, head in head_classes().items() if head.is_fittable]
         if self.kind not in kinds:
             raise InputError(
-                f"kind is {self.kind!r}; heads that can be fitted: {', '.join(kinds)}", field="kind"
+                f"kind is {self.kind!r}; it must be one of {', '.join(kinds)}", field="kind"
             )
         for name, low, high in (
             ("seed", 0, 2**32 - 1), ("holdout", 0.01, 0.9), ("epochs", 1, 10_000),
@@ -65,5 +67,5 @@ class FitOptions:
             value = getattr(self, name)
             if not (math.isfinite(value) and low <= value <= high):
                 name = {"rate": "learning_rate"}.get(name, name)
-                raise InputError(f"{name} is {value}; it can be {low} to {high}", field=name)
+                raise InputError(f"{name} is {value}; it must be {low} to {high}", field=name)
         return self

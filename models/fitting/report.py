@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
-    """Write `report.json`, `curve.png` and `confusion.png` into a folder, which is created."""
+    """Write `report.json`, `curve.png` and `confusion.png`. The folder is created if needed."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     _curve(report).savefig(folder / "curve.png", dpi=120)

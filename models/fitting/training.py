@@ -34,16 +34,16 @@ Watch = Callable[[Epoch], None]
 
 
 class Learner(nn.Module):
-    """The trainable part of a head: how features are computed, and a linear classifier."""
+    """The trainable part of a head: features, computed from stored rows, and a classifier."""
 
     classifier: nn.Linear
 
     def features(self, rows: Mapping[str, Tensor]) -> Tensor:
-        """All features (B, F) of stored rows."""
+        """The features (B, F) of stored rows."""
         raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
-        """The weights under a head file's names, without the classifier's."""
+        """The weights, named as in a head's file, without the classifier's."""
         raise NotImplementedError
 
 
@@ -100,7 +100,7 @@ class VqtLearner(Learner):
 
 
 class Training:
-    """Trains a learner until the holdout's accuracy no longer improves."""
+    """Trains a learner until the accuracy on held-out images no longer improves."""
 
     def __init__(
         self,
@@ -190,10 +190,10 @@ class Training:
     def _logits(self, positions: Sequence[int], indices: Tensor | None) -> Tensor:
         rows = self._features.rows(positions)
         on_device = {name: tensor.to(self._device) for name, tensor in rows.items()}
-        seen = self._learner.features(on_device)
-        seen = seen if indices is None else seen[:, indices]
-        logits: Tensor = self._learner.classifier(seen)
-        return logits
+        features_BF = self._learner.features(on_device)
+        selected = features_BF if indices is None else features_BF[:, indices]
+        logits_BK: Tensor = self._learner.classifier(selected)
+        return logits_BK
 
     def _loss(self, positions: Sequence[int], indices: Tensor | None) -> tuple[Tensor, int]:
         logits = self._logits(positions, indices)

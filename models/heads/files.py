@@ -1,4 +1,4 @@
-"""Trained heads as files: one safetensors file, its metadata saying what it was made for."""
+"""Files of trained heads: safetensors, with the trunk that each is for in the metadata."""
 
 import json
 import os
@@ -25,14 +25,15 @@ PIN = "sha256="
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadFile:
-    """A trained head, and the one trunk that it is for.
+    """A trained head, and the trunk that it is for.
 
     Args:
         trunk: the trunk's name where the head was trained.
-        trunk_digest: the trunk's weights.
-        preprocess_digest: the trunk's transform.
-        trunk_source: the trunk's source. If it pins its bytes, an equal source counts instead of
-            an equal digest: a conversion may round differently on another machine.
+        trunk_digest: the digest of the trunk's weights.
+        preprocess_digest: the digest of the trunk's preprocessing.
+        labels: the classes' names.
+        trunk_source: the trunk's source. If it pins its bytes by a hash, an equal source replaces
+            an equal digest, since a conversion may round differently on another machine.
         training: a summary of the training, as plain values.
     """
 
@@ -47,7 +48,11 @@ class HeadFile:
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def check_trunk(self, trunk_digest: str, preprocess_digest: str, source: str = "") -> None:
-        """Raise CheckpointError unless the head was made for this trunk and transform."""
+        """Check that the head was trained on this trunk and preprocessing.
+
+        Raises:
+            CheckpointError: it was trained on another one.
+        """
         pinned = PIN in source and source == self.trunk_source
         for what, expected, actual in (
             ("trunk", self.trunk_digest, self.trunk_digest if pinned else trunk_digest),
@@ -62,22 +67,22 @@ class HeadFile:
 
 
 def encode_head(head: HeadFile) -> bytes:
-    """The file's bytes."""
+    """The bytes of a head's file."""
     tensors = {key: value.contiguous().cpu() for key, value in head.state.tensors.items()}
     return save_bytes(tensors, metadata={METADATA_KEY: json.dumps(_metadata(head))})
 
 
 def save_head(head: HeadFile, path: Path) -> None:
-    """Write the file. It appears under its name when it is complete."""
+    """Write a head's file atomically. Its folder is created if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, encode_head(head))
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that a crash at any moment leaves all of it or nothing."""
+    """Write a file atomically: after a crash it is there completely or not at all."""
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".tmp-", delete=False) as file:
         try:
-            os.fchmod(file.fileno(), 0o644)  # others on a shared volume may read it
+            os.fchmod(file.fileno(), 0o644)  # so that other users of a shared volume can read it
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -128,7 +133,7 @@ def decode_head(content: bytes) -> HeadFile:
 def _checked(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> HeadFile:
     texts = ("kind", "trunk", "trunk_digest", "preprocess_digest", "task")
     if wrong := [name for name in texts if not isinstance(metadata.get(name), str)]:
-        raise CheckpointError(f"the head's metadata has no {', '.join(wrong)}")
+        raise CheckpointError(f"missing in the head's metadata: {', '.join(wrong)}")
     tasks = {kind: head.task for kind, head in head_classes().items() if head.is_portable}
     if tasks.get(metadata["kind"]) != metadata["task"]:
         supported = ", ".join(f"{kind} for {task}" for kind, task in tasks.items())

@@ -55,7 +55,7 @@ class Prompted(Head):
         raise CatalogError(f"the head {cls.kind} takes no prompts")
 
     def check(self, options: Mapping[str, Any]) -> None:
-        """Raise InputError for labels or templates that cannot be used, or if there are none."""
+        """Raise InputError if labels are missing, or labels or templates cannot be used."""
         labels = options.get("labels")
         if labels is None and not self.labels:
             raise InputError("labels are missing", field="labels")

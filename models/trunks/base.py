@@ -182,7 +182,7 @@ class Trunk:
         return None
 
     def attention_request(self) -> FeatureRequest | None:
-        """What `class_attention` needs of a pass; None if there is no class token to read."""
+        """What `class_attention` needs of a pass; None if the trunk has no class token to read."""
         return None
 
     def class_attention(self, output: TrunkOutput) -> Tensor:

@@ -1,8 +1,8 @@
-"""Towers that were not trained together, brought to one space without any training.
+"""ConSE: a joint embedding space of an image classifier and a text encoder, without training.
 
-An image lies where its likely classes' names lie: the sentence embeddings of an image classifier's
-class names, weighted by the softened probabilities (ConSE: Norouzi et al., arXiv 1312.5650). A
-stand-in for a CLIP where there is none: it knows what the classifier's classes span.
+An image's embedding is the mean of its classes' name embeddings, weighted by the classifier's
+probabilities (Norouzi et al., arXiv 1312.5650). The demo uses this in place of a CLIP. It can only
+represent what the classifier's classes cover.
 """
 
 from collections.abc import Sequence
@@ -18,16 +18,21 @@ from models.trunks.base import Trunk
 from models.trunks.pooling import Projection
 from models.trunks.text import TextTrunk
 
-# Softer than the classifier's own probabilities, so that related classes count
+# Of the classifier's softmax. Above 1, so that related classes contribute more
 # (benchmarks/zero_shot.py).
 TEMPERATURE = 2.0
-# From similarities to logits. Not calibrated.
+# Factor from similarities to logits. Not calibrated.
 SCALE = 15.0
 BATCH = 32
 
 
 class LikelyClasses(nn.Module):
-    """(B, D) pooled features to (B, E): the classes' embeddings (K, E) by their probabilities."""
+    """Maps pooled features (B, D) to (B, E): the class embeddings' mean, weighted by probability.
+
+    Args:
+        weight, bias: the classifier's, (K, D) and (K,).
+        classes: class embeddings, (K, E).
+    """
 
     weight: Tensor
     bias: Tensor
@@ -46,7 +51,7 @@ class LikelyClasses(nn.Module):
 
 
 class Centred(Projection):
-    """(B, E) embeddings of texts, brought to unit length, less their mean."""
+    """Normalizes text embeddings (B, E) to unit length, then subtracts a mean."""
 
     def forward(self, x_BD: Tensor) -> Tensor:
         return super().forward(normalize(x_BD, dim=-1))
@@ -57,17 +62,20 @@ Joined = tuple[LikelyClasses, Centred]
 
 @torch.inference_mode()
 def join_by_classes(image: Trunk, text: TextTrunk, labels: Sequence[str]) -> Joined:
-    """What takes the image and the text trunk's embeddings to one space.
+    """The projections of the image trunk's and the text trunk's outputs to the joint space.
+
+    Args:
+        labels: the names of the image classifier's classes.
 
     Raises:
-        CatalogError: the image trunk has no linear classifier over its pooled features, or other
-            classes than there are labels.
+        CatalogError: the image trunk has no linear classifier on its pooled features, or the
+            classifier has another number of classes.
     """
     classifier = image.linear_classifier()
     if classifier is None or len(classifier[0]) != len(labels):
         raise CatalogError(
-            f"join = 'classes' needs a linear classifier of {len(labels)} classes; "
-            f"{image.architecture} has none"
+            f"join = 'classes' needs a linear classifier of {len(labels)} classes, which "
+            f"{image.architecture} does not have"
         )
     texts = embed_texts(text, labels)
     mean = texts.mean(0)
@@ -80,16 +88,16 @@ def join_by_classes(image: Trunk, text: TextTrunk, labels: Sequence[str]) -> Joi
 
 @torch.inference_mode()
 def embed_texts(text: TextTrunk, texts: Sequence[str]) -> Tensor:
-    """(N, D) embeddings of unit length, float32 on the CPU."""
-    found = []
+    """Text embeddings (N, D) of unit length, float32 on the CPU."""
+    embeddings = []
     for start in range(0, len(texts), BATCH):
         ids = [text.tokenize(item) for item in texts[start : start + BATCH]]
-        found.append(text.pool(text.forward(text.collate(ids))).float().cpu())
-    return normalize(torch.cat(found), dim=-1)
+        embeddings.append(text.pool(text.forward(text.collate(ids))).float().cpu())
+    return normalize(torch.cat(embeddings), dim=-1)
 
 
 def save_joined(joined: Joined, path: Path) -> None:
-    """Keep both in one safetensors file."""
+    """Write both projections to a safetensors file."""
     tensors = {
         f"{tower}.{name}": value.contiguous()
         for tower, module in zip(("image", "text"), joined, strict=True)
@@ -99,7 +107,7 @@ def save_joined(joined: Joined, path: Path) -> None:
 
 
 def load_joined(path: Path) -> Joined:
-    """Both again."""
+    """Read both projections from a file that `save_joined` wrote."""
     tensors = load_file(path)
     image = (tensors[f"image.{name}"] for name in ("weight", "bias", "classes"))
     return LikelyClasses(*image), Centred(tensors["text.mean"], tensors["text.weight"])

@@ -1,4 +1,4 @@
-"""Models of two towers, image and text: split into trunks of their own, each with its queue."""
+"""Two-tower models (CLIP), split into an image trunk and a text trunk."""
 
 import hashlib
 import json
@@ -36,15 +36,18 @@ from models.trunks.text import (
 )
 from models.trunks.timm import TimmTrunk
 
-_GONE: Any = None
+_DROPPED: Any = None
 
 ImageTower = OpenClipTrunk | TimmTrunk
 
 
 @dataclass(frozen=True, slots=True)
 class Towers:
-    """Both trunks, and how their similarities become logits: times `scale`, plus `bias` (of
-    sigmoid models, else None)."""
+    """Both trunks. Logits are `scale` times the similarity, plus `bias`.
+
+    Args:
+        bias: of models trained with a sigmoid loss (SigLIP); None for others.
+    """
 
     image: ImageTower
     text: OpenClipText | TextTower
@@ -52,12 +55,12 @@ class Towers:
     bias: float | None
 
     def without(self, kept: str) -> "Towers":
-        """These, but for the tower that is not `kept`, whose memory may go."""
-        return replace(self, **{"image" if kept == "text" else "text": _GONE})
+        """A copy without the tower that is not `kept` ("image" or "text"), to free its memory."""
+        return replace(self, **{"image" if kept == "text" else "text": _DROPPED})
 
 
 def towers_of_openai(checkpoint: Checkpoint, placement: Placement) -> Towers:
-    """The towers of a state dict in OpenAI's layout, in float32 as on upstream's CPUs.
+    """The towers of a state dict in OpenAI's layout, in float32, as upstream runs them on CPUs.
 
     Raises:
         CheckpointError: the weights do not fit.
@@ -68,10 +71,10 @@ def towers_of_openai(checkpoint: Checkpoint, placement: Placement) -> Towers:
             quick_gelu=checkpoint.arguments.get("quick_gelu", True),
             cast_dtype=torch.float32,
         ).float()
-        # it has rounded them to half precision on the way
+        # open_clip has rounded the weights to half precision.
         network.load_state_dict({k: v.float() for k, v in checkpoint.state_dict.items()})
     except (RuntimeError, KeyError, AssertionError) as error:
-        raise CheckpointError(f"not a whole CLIP: {error}") from error
+        raise CheckpointError(f"not a complete CLIP: {error}") from error
     tokenizer = OpenAITokenizer(network.context_length)
     return split_towers(
         checkpoint.architecture,
@@ -83,7 +86,8 @@ def towers_of_openai(checkpoint: Checkpoint, placement: Placement) -> Towers:
 
 
 def towers_of_two(checkpoint: Checkpoint, placement: Placement) -> Towers:
-    """The towers of `layouts/towers.py`: an image tower of ours, and CLIP's text transformer.
+    """The towers of a checkpoint whose image tower is in `models/networks/`, with CLIP's text
+    transformer.
 
     Raises:
         CheckpointError: the weights do not fit.
@@ -106,7 +110,7 @@ def towers_of_two(checkpoint: Checkpoint, placement: Placement) -> Towers:
     name = checkpoint.architecture
     return Towers(
         TimmTrunk(name, vision, checkpoint.preprocess or Preprocess(), placement),
-        TextTower(name, language, _one(tokenizer), spec, placement),
+        TextTower(name, language, _single(tokenizer), spec, placement),
         float(checkpoint.state_dict["logit_scale"].exp()),
         None,
     )
@@ -119,15 +123,20 @@ def load_open_clip(
     preprocess: Mapping[str, Any],
     tensors: Mapping[str, Tensor] | None = None,
 ) -> Towers:
-    """The towers of one of open_clip's models, with the weights of a tag or of a state dict.
+    """The towers of an open_clip model.
+
+    Args:
+        pretrained: open_clip's tag of the weights.
+        preprocess: overrides of open_clip's preprocessing.
+        tensors: a state dict, used instead of a tag.
 
     Raises:
         CheckpointError: the state dict does not fit, or open_clip has no such architecture.
-        OSError, RuntimeError, ValueError: as open_clip does.
+        OSError, RuntimeError, ValueError: from open_clip.
     """
     if architecture not in open_clip.list_models():
         raise CheckpointError(f"open_clip has no architecture {architecture!r}")
-    # open_clip only warns where the weights were trained with another activation than its default
+    # If the weights were trained with another activation than the default, open_clip only warns.
     quick_gelu = bool(get_pretrained_cfg(architecture, pretrained or "").get("quick_gelu", False))
     network = open_clip.create_model(
         architecture,
@@ -143,7 +152,7 @@ def load_open_clip(
 
 
 def open_clip_preprocess(network: nn.Module) -> Preprocess:
-    """open_clip's preprocessing configuration in timm's words; the transforms are the same."""
+    """open_clip's preprocessing configuration in timm's terms. The transforms are the same."""
     config: Any = open_clip.get_model_preprocess_cfg(network)
     size = config["size"]
     modes = {"shortest": "center", "squash": "squash", "longest": "border"}
@@ -162,21 +171,24 @@ def open_clip_preprocess(network: nn.Module) -> Preprocess:
 def load_sentence_encoder(
     path: Path, tokenizer_path: Path, arguments: Mapping[str, Any], placement: Placement
 ) -> SentenceEncoder:
-    """A BERT in sentence-transformers' files: its weights, and its `tokenizer.json`.
+    """A BERT from sentence-transformers' files: the weights, and `tokenizer.json`.
 
     Args:
-        arguments: what the file does not say: `num_attention_heads`, and maybe `context_length`.
+        arguments: `num_attention_heads`, which the files do not contain, and optionally
+            `context_length`.
 
     Raises:
-        CheckpointError: missing tensors, or tensors of another architecture.
+        CheckpointError: tensors are missing, or belong to another architecture.
     """
     tensors = load_file(path)
-    tensors.pop("embeddings.position_ids", None)  # a constant that older versions stored
+    tensors.pop("embeddings.position_ids", None)  # a constant, stored by older versions
     network = BertModel(_bert_config(tensors, arguments), add_pooling_layer=True)
     expected = network.state_dict().keys()
     if expected != tensors.keys():
-        strangers = ", ".join(sorted(expected ^ tensors.keys())[:10])
-        raise CheckpointError(f"{path}: not a BERT as sentence-transformers saves it: {strangers}")
+        names = ", ".join(sorted(expected ^ tensors.keys())[:10])
+        raise CheckpointError(
+            f"{path}: not a BERT saved by sentence-transformers; missing or unexpected: {names}"
+        )
     network.load_state_dict(tensors)
     context_length = int(arguments.get("context_length", 256))
     content = tokenizer_path.read_text(encoding="utf-8")
@@ -187,11 +199,11 @@ def load_sentence_encoder(
 
 
 def _bert_config(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> BertConfig:
-    words = tensors["embeddings.word_embeddings.weight"]
+    vocabulary = tensors["embeddings.word_embeddings.weight"]
     layers = {key.split(".")[2] for key in tensors if key.startswith("encoder.layer.")}
     return BertConfig(
-        vocab_size=words.shape[0],
-        hidden_size=words.shape[1],
+        vocab_size=vocabulary.shape[0],
+        hidden_size=vocabulary.shape[1],
         num_hidden_layers=len(layers),
         num_attention_heads=int(arguments["num_attention_heads"]),
         intermediate_size=tensors["encoder.layer.0.intermediate.dense.weight"].shape[0],
@@ -203,22 +215,22 @@ def _bert_config(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) ->
 def split_towers(
     architecture: str, network: Any, spec: Preprocess, tokenizer: Any, placement: Placement
 ) -> Towers:
-    """An open_clip model as two trunks; the model itself is used up."""
+    """Split an open_clip model into two trunks. The model cannot be used afterwards."""
     scale = float(network.logit_scale.detach().exp())
     bias = getattr(network, "logit_bias", None)
     image = OpenClipTrunk(architecture, network, spec, placement)
     del network.visual
     text_spec = TextPreprocess(tokenizer.context_length, _tokenizer_digest(tokenizer))
-    text = OpenClipText(architecture, network, _one(tokenizer), text_spec, placement)
+    text = OpenClipText(architecture, network, _single(tokenizer), text_spec, placement)
     return Towers(image, text, scale, None if bias is None else float(bias.detach()))
 
 
-def _one(tokenizer: Any) -> Tokenize:
+def _single(tokenizer: Any) -> Tokenize:
     return lambda text: tokenizer([text])[0]
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    """Over what texts become: the ids of a few that vocabularies and cleaning treat differently."""
+    """A digest of a tokenizer: over the ids of texts on which tokenizers differ."""
     probes = ["A photo of a cat.", "naïve  CAFÉ", "12 €, 日本語 &amp; <|endoftext|>", "zyxwvut"]
     ids = json.dumps(tokenizer(probes).tolist())
     return "sha256:" + hashlib.sha256(f"{type(tokenizer).__name__} {ids}".encode()).hexdigest()

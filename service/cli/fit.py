@@ -1,4 +1,4 @@
-"""`vitrail fit FOLDER`: teach a trunk classes of your own, on this machine."""
+"""`vitrail fit FOLDER`: fit a head to labelled images, on this machine."""
 
 import tempfile
 from pathlib import Path
@@ -17,38 +17,51 @@ errors = Console(stderr=True, soft_wrap=True)
 
 def fit(
     images: Annotated[
-        Path, typer.Argument(exists=True, help="A folder of classes, or a .csv of path,label.")
+        Path,
+        typer.Argument(
+            exists=True,
+            help="A folder with a folder per class, or a .csv file with columns path and label.",
+        ),
     ],
     trunk: Annotated[str, typer.Option(help="A trunk of the catalog.")],
-    name: Annotated[str, typer.Option(help="What to call the head.")],
+    name: Annotated[str, typer.Option(help="The head's name.")],
     kind: Annotated[str, typer.Option(help="vqt or linear.")] = "vqt",
     catalog: CatalogName = "demo",
     output: Annotated[
-        Path | None, typer.Option(help="Folder for the head and the report; ./NAME if none.")
+        Path | None, typer.Option(help="Folder for the head and the report; ./NAME by default.")
     ] = None,
     url: Annotated[str | None, typer.Option(help="A server to upload the head to.")] = None,
-    replace: Annotated[bool, typer.Option(help="There, instead of a head of that name.")] = False,
+    replace: Annotated[
+        bool, typer.Option(help="Replace a head of that name on the server.")
+    ] = False,
     key: Key = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
-    holdout: Annotated[float, typer.Option(help="Share of each class held out.")] = 0.2,
-    epochs: Annotated[int, typer.Option(help="At most.")] = 100,
-    patience: Annotated[int, typer.Option(help="Epochs without progress before it stops.")] = 15,
-    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 32,
-    queries: Annotated[int, typer.Option(help="vqt: query tokens a block.")] = 1,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    holdout: Annotated[float, typer.Option(help="Share of each class that is held out.")] = 0.2,
+    epochs: Annotated[int, typer.Option(help="Most epochs.")] = 100,
+    patience: Annotated[
+        int, typer.Option(help="Epochs without improvement before training stops.")
+    ] = 15,
+    learning_rate: Annotated[float | None, typer.Option(help="Learning rate of AdamW.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Weight decay of AdamW.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images per training step.")] = 32,
+    queries: Annotated[int, typer.Option(help="vqt: query tokens per block.")] = 1,
     layers: Annotated[
-        int, typer.Option(help="linear: class tokens of so many blocks; 0: the pooled output.")
+        int,
+        typer.Option(
+            help="linear: last blocks whose class tokens are read; 0 for the pooled output."
+        ),
     ] = 0,
-    keep: Annotated[float, typer.Option(help="Share of features that a group lasso keeps.")] = 1.0,
-    lasso: Annotated[float, typer.Option(help="Its weight.")] = 1e-4,
+    keep: Annotated[float, typer.Option(help="Share of the features to keep.")] = 1.0,
+    lasso: Annotated[
+        float, typer.Option(help="Weight of the group lasso that selects the features to keep.")
+    ] = 1e-4,
 ) -> None:
     """Fit a head to labelled images, on a frozen trunk."""
     from models.errors import ModelsError
     from models.fitting.options import FitOptions
 
-    given = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+    optional = {"learning_rate": learning_rate, "weight_decay": weight_decay}
     options = FitOptions(
         kind=kind,
         seed=seed,
@@ -60,7 +73,7 @@ def fit(
         layers=layers,
         keep=keep,
         lasso=lasso,
-        **{name: value for name, value in given.items() if value is not None},
+        **{name: value for name, value in optional.items() if value is not None},
     )
     folder = output or Path(name)
     try:
@@ -72,7 +85,7 @@ def fit(
         text = f"skipped {skipped['name']}: {skipped['reason']}"
         errors.print(text, markup=False, highlight=False)
     typer.echo(
-        f"{name}: {report['holdout_accuracy']:.1%} of {report['holdout_images']} held out images "
+        f"{name}: {report['holdout_accuracy']:.1%} of {report['holdout_images']} held-out images "
         f"({report['images']} images, {report['classes']} classes, {report['seconds']:.0f} s); "
         f"see {folder}"
     )
@@ -142,6 +155,6 @@ def _upload(path: Path, name: str, url: str, key: str | None, replace: bool) -> 
     except (httpx.HTTPError, ValueError) as error:
         problem = f"{type(error).__name__}: {error}"
     if problem:
-        typer.echo(f"vitrail: {url} did not take the head: {problem}", err=True)
+        typer.echo(f"vitrail: the upload to {url} failed: {problem}", err=True)
         raise typer.Exit(1)
     typer.echo(f"{name} is served by {url}")

@@ -1,4 +1,4 @@
-"""`vitrail health`."""
+"""`vitrail health`: a health check for containers."""
 
 from typing import Annotated
 
@@ -7,10 +7,10 @@ import typer
 
 def health(
     address: Annotated[str, typer.Argument(help="host:port or unix:path of a gRPC server.")],
-    service: Annotated[str, typer.Option(help="A model's name; the server itself if empty.")] = "",
-    timeout_s: Annotated[float, typer.Option(help="Seconds to wait for the answer.")] = 4,
+    service: Annotated[str, typer.Option(help="A model's name; empty for the whole server.")] = "",
+    timeout_s: Annotated[float, typer.Option(help="Seconds to wait for the response.")] = 4,
 ) -> None:
-    """Ask a server's gRPC health; exits with 0 if it is serving. For health checks of workers."""
+    """Check a server's gRPC health. Exits with 0 if it is serving, otherwise with 1."""
     import grpc
 
     from service.rpc.health import check_health

@@ -1,7 +1,7 @@
-"""Embeddings of a folder as a file: written in parts, so that it may be interrupted and resumed.
+"""Files of a folder's embeddings, written in parts so that writing can be interrupted and resumed.
 
-`OUTPUT.parts/` holds the parts while it is being made: parquet files of rows in order, and which
-model they come from. Each part appears whole or not at all.
+`OUTPUT.parts/` holds the parts meanwhile: parquet files of rows in order, and `made_by.json`, which
+names the model. A part is renamed into place once it is complete.
 """
 
 import json
@@ -25,12 +25,12 @@ FINAL = pa.schema([("path", pa.string()), ("embedding", pa.list_(pa.float32()))]
 
 
 class IndexFileError(Exception):
-    """An index that cannot be read, or gone on with; the text says what to do."""
+    """An index that cannot be read or continued. The message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class MadeBy:
-    """The model whose embeddings an index holds, and how it pooled where that was asked for."""
+    """The model whose embeddings an index holds, and the `pooling` option if one was set."""
 
     model: str
     model_digest: str
@@ -39,15 +39,18 @@ class MadeBy:
 
 
 class IndexWriter:
-    """Takes rows in order and keeps them; `finish` makes one file of them."""
+    """Writes rows to parts, which `finish` joins to one file."""
 
     def __init__(self, output: Path) -> None:
         """
+        Args:
+            output: a `.parquet` or `.npy` file.
+
         Raises:
-            IndexFileError: another kind of file was asked for.
+            IndexFileError: another kind of file.
         """
         if output.suffix not in (".parquet", ".npy"):
-            raise IndexFileError(f"{output}: embeddings go to .parquet or .npy files")
+            raise IndexFileError(f"{output}: embeddings are written to .parquet or .npy files")
         self._output = output
         self._parts = output.with_name(output.name + ".parts")
         self._rows: list[dict[str, Any]] = []
@@ -56,20 +59,20 @@ class IndexWriter:
             self._made_by = MadeBy(**json.loads(note.read_text(encoding="utf-8")))
 
     def done(self) -> set[str]:
-        """The paths that parts of an earlier run hold."""
+        """The paths in the parts of an earlier run."""
         return {path for part in self._files() for path in part.column("path").to_pylist()}
 
     def add(self, path: str, embedding: list[float] | None, error: str | None) -> None:
-        """Keep a row, or what went wrong with its image."""
+        """Add an image's embedding, or its error."""
         self._rows.append({"path": path, "embedding": embedding, "error": error})
         if len(self._rows) >= PART_ROWS:
             self.flush()
 
     def check(self, made_by: MadeBy) -> None:
-        """Note the model of the first answer; refuse others.
+        """Check that all embeddings come from the same model. The first call stores it.
 
         Raises:
-            IndexFileError: the embeddings so far come from another model.
+            IndexFileError: earlier embeddings come from another model.
         """
         if self._made_by is None:
             self._made_by = made_by
@@ -79,13 +82,13 @@ class IndexWriter:
         elif self._made_by != made_by:
             raise IndexFileError(
                 f"{self._output} was begun with model {self._made_by.model} "
-                f"({self._made_by.model_digest[:19]}...), and the server now answers with "
-                f"{made_by.model} ({made_by.model_digest[:19]}...); remove {self._parts} to begin "
-                "again"
+                f"({self._made_by.model_digest[:19]}...), but the server now uses "
+                f"{made_by.model} ({made_by.model_digest[:19]}...); remove {self._parts} to start "
+                "over"
             )
 
     def flush(self) -> None:
-        """Write what has come since the last part."""
+        """Write the rows since the last part as a new part."""
         if not self._rows:
             return
         self._parts.mkdir(parents=True, exist_ok=True)
@@ -97,7 +100,11 @@ class IndexWriter:
         self._rows = []
 
     def finish(self) -> tuple[int, int]:
-        """Make the output of all parts, and remove them; rows written, and images that failed."""
+        """Join all parts to the output, and remove them.
+
+        Returns:
+            The number of rows written, and the number of images that failed.
+        """
         self.flush()
         made_by = json.dumps(asdict(self._made_by)) if self._made_by else "{}"
         unfinished = self._output.with_name(self._output.name + ".unfinished")
@@ -127,7 +134,7 @@ class IndexWriter:
         return rows, failed
 
     def _write_npy(self, table: Path, target: Path) -> None:
-        """The vectors of a parquet file, a few at a time, and their paths beside the output."""
+        """Copy the vectors of a parquet file, in batches, and write the paths beside the output."""
         source = pq.ParquetFile(table)
         place = 0
         vectors = np.empty((0, 0), np.float32)
@@ -147,7 +154,7 @@ class IndexWriter:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """What `vitrail embed` wrote: (N, D) float32 vectors, their paths, and their model."""
+    """An index as `vitrail embed` writes it: (N, D) float32 vectors, their paths, their model."""
 
     paths: list[str]
     vectors: np.ndarray
@@ -155,10 +162,10 @@ class Index:
 
 
 def read_index(path: Path) -> Index:
-    """Read a `.parquet` or `.npy` that `IndexWriter` made.
+    """Read a `.parquet` or `.npy` file that `IndexWriter` wrote.
 
     Raises:
-        IndexFileError: it is none, or lacks the files beside it.
+        IndexFileError: it is not an index, or the files beside it are missing.
     """
     try:
         if path.suffix == ".npy":
@@ -173,5 +180,5 @@ def read_index(path: Path) -> Index:
         return Index(names, vectors, MadeBy(**json.loads(note)))
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise IndexFileError(
-            f"{path} is no index that `vitrail embed --output` wrote: {error}"
+            f"{path} is not an index written by `vitrail embed --output`: {error}"
         ) from error

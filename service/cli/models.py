@@ -1,4 +1,4 @@
-"""`vitrail models list|pull|inspect|convert`: catalogs and checkpoint files, without a server."""
+"""`vitrail models`: commands for catalogs and checkpoint files, which need no server."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ CatalogName = Annotated[
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="NAME=VALUE of what the file does not say, such as num_heads=6."),
+    typer.Option("--set", help="NAME=VALUE that the file does not contain, such as num_heads=6."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @app.command("list")
 def list_models(catalog: CatalogName = "demo", as_json: Json = False) -> None:
-    """Show what a catalog declares."""
+    """List the models of a catalog."""
     from models.catalog import load_catalog
 
     entries = _or_exit(lambda: load_catalog(catalog))
@@ -53,7 +53,7 @@ def copy(
     catalog: Annotated[str, typer.Argument(help="A built-in catalog: published, hub, demo.")],
     file: Annotated[Path, typer.Argument(help="A .toml file to write.")],
 ) -> None:
-    """Write a built-in catalog to a file to be changed, beside which `file:` sources then lie."""
+    """Copy a built-in catalog to a file, to edit it. `file:` sources are relative to the file."""
     from models.catalog import load_catalog
 
     path = _or_exit(lambda: load_catalog(catalog)).path
@@ -69,11 +69,11 @@ def copy(
 @app.command()
 def pull(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Models; the start-up list if none.")
+        list[str] | None, typer.Argument(help="Models; by default the start-up models.")
     ] = None,
     catalog: CatalogName = "demo",
 ) -> None:
-    """Download and convert models now, so that the server starts without the network."""
+    """Download and convert models, so that the server can start without the network."""
     from models.registry import Registry
 
     def pull_all() -> None:
@@ -89,12 +89,12 @@ def pull(
 def inspect(
     file: Annotated[Path, typer.Argument(help="A checkpoint file.")],
     architecture: Annotated[
-        str | None, typer.Option(help="timm's name, where the file does not tell.")
+        str | None, typer.Option(help="timm's name, if the file does not identify it.")
     ] = None,
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:
-    """Tell what a checkpoint file is: format and why, architecture, size, classes, transform."""
+    """Describe a checkpoint file: format and why, architecture, size, classes, preprocessing."""
     described = _or_exit(lambda: _describe(file, _arguments(architecture, settings)))
     if as_json:
         typer.echo(json.dumps(described, indent=2))
@@ -108,11 +108,11 @@ def convert(
     file: Annotated[Path, typer.Argument(help="A checkpoint file.")],
     output: Annotated[Path, typer.Argument(help="A .safetensors file to write.")],
     architecture: Annotated[
-        str | None, typer.Option(help="timm's name, where the file does not tell.")
+        str | None, typer.Option(help="timm's name, if the file does not identify it.")
     ] = None,
     settings: Settings = None,
 ) -> None:
-    """Write a checkpoint as one safetensors file that needs telling nothing any more."""
+    """Convert a checkpoint to one safetensors file that loads without further arguments."""
     from models.assembly import load_checkpoint
     from models.checkpoints.checkpoint import save_checkpoint
     from models.checkpoints.loading import read_checkpoint
@@ -122,7 +122,7 @@ def convert(
         if output.suffix != ".safetensors":
             raise CheckpointError(f"{output}: the file to write must end with .safetensors")
         arguments = _arguments(architecture, settings)
-        load_checkpoint(file, arguments)  # or it would be converted to something that does not load
+        load_checkpoint(file, arguments)  # raises if the converted file would not load
         save_checkpoint(read_checkpoint(file, arguments), output)
         typer.echo(f"{output}: {output.stat().st_size} bytes")
 
@@ -130,7 +130,7 @@ def convert(
 
 
 def _arguments(architecture: str | None, settings: list[str] | None) -> dict[str, Any]:
-    """Values are JSON where they can be, else text."""
+    """The arguments of a checkpoint from flags. A value that is not JSON is text."""
     arguments: dict[str, Any] = {"architecture": architecture} if architecture else {}
     for setting in settings or ():
         name, equals, value = setting.partition("=")
@@ -168,7 +168,7 @@ def _describe(file: Path, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _or_exit(work: Callable[[], T]) -> T:
-    """Run, and tell an error of ours in one line instead of a traceback."""
+    """The result of `work`. An error of the library is reported in one line, with exit status 1."""
     from models.errors import ModelsError
 
     try:

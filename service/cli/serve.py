@@ -11,14 +11,14 @@ Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
 Port = Annotated[int | None, typer.Option(help="REST port.")]
 GrpcPort = Annotated[int | None, typer.Option(help="gRPC port.")]
 Catalog = Annotated[str | None, typer.Option(help="demo, hub, or a TOML file.")]
-Models = Annotated[str | None, typer.Option(help="Models to load, comma-separated.")]
+Models = Annotated[str | None, typer.Option(help="Models to load at start, comma-separated.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
-EngineName = Annotated[str | None, typer.Option(help="What runs passes: auto, eager, ...")]
+EngineName = Annotated[str | None, typer.Option(help="Engine of the trunks: auto, eager, ...")]
 TransformName = Annotated[str | None, typer.Option(help="How images are resized: exact or fast.")]
-Streams = Annotated[int | None, typer.Option(help="Batches in flight.")]
-LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning, error.")]
-Processes = Annotated[int, typer.Option(min=1, help="Gateway processes, on one port.")]
+Streams = Annotated[int | None, typer.Option(help="Most batches that run at the same time.")]
+LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.")]
+Processes = Annotated[int, typer.Option(min=1, help="Number of gateways, which share the port.")]
 Supervised = Annotated[bool, typer.Option(hidden=True)]
 
 
@@ -35,13 +35,14 @@ def serve(
     streams: Streams = None,
     log_level: LogLevel = None,
     workers: Annotated[
-        str, typer.Option(help="Worker processes; auto: one a GPU; 0: all in one process.")
+        str,
+        typer.Option(help="Worker processes; auto for one per GPU; 0 for a single process."),
     ] = "0",
     processes: Processes = 1,
 ) -> None:
-    """Serve a catalog over HTTP and gRPC: gateway and worker in one process, or --workers N.
+    """Serve a catalog over HTTP and gRPC, in one process or with --workers N.
 
-    Every setting can also come from the environment as VITRAIL_NAME; flags win.
+    Every setting can also be set as VITRAIL_NAME in the environment; flags take precedence.
     """
     settings = read_settings(
         {"host": host, "port": port, "grpc_port": grpc_port, "catalog": catalog, "models": models,
@@ -49,11 +50,11 @@ def serve(
          "streams": streams, "log_level": log_level}
     )  # fmt: skip
     if workers != "auto" and not workers.isdigit():
-        raise typer.BadParameter(f"--workers is {workers!r}; it is a number, or auto")
+        raise typer.BadParameter(f"--workers is {workers!r}; it must be a number or auto")
     with report_errors():
         if workers == "0":
             if processes > 1:
-                raise typer.BadParameter("several --processes need --workers")
+                raise typer.BadParameter("more than one of --processes needs --workers")
             _serve_embedded(settings)
         else:
             from service.processes.child_settings import count_gpus
@@ -66,26 +67,26 @@ def serve(
 def gateway(
     workers: Annotated[
         str | None,
-        typer.Option(help="host:port, dns:///name:port or unix:path each, comma-separated."),
+        typer.Option(help="host:port, dns:///name:port or unix:path; comma-separated."),
     ] = None,
     host: Host = None,
     port: Port = None,
-    grpc_port: Annotated[int | None, typer.Option(help="Serve gRPC too, on this port.")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="Also serve gRPC, on this port.")] = None,
     log_level: LogLevel = None,
     processes: Processes = 1,
     listen_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
     supervised: Supervised = False,
 ) -> None:
-    """Serve HTTP for workers elsewhere. Needs no torch.
+    """Serve HTTP in front of workers that run elsewhere. Does not need torch.
 
-    Every setting can also come from the environment as VITRAIL_NAME; flags win.
+    Every setting can also be set as VITRAIL_NAME in the environment; flags take precedence.
     """
     settings = read_settings(
         {"workers": workers, "host": host, "port": port, "grpc_port": grpc_port,
          "log_level": log_level}
     )  # fmt: skip
     if not settings.workers:
-        raise typer.BadParameter("name the --workers, or set VITRAIL_WORKERS")
+        raise typer.BadParameter("no workers; set --workers or VITRAIL_WORKERS")
     if supervised:
         _end_with_parent(settings)
     with report_errors():
@@ -107,7 +108,9 @@ def gateway(
 def worker(
     host: Host = None,
     port: GrpcPort = None,
-    metrics_port: Annotated[int | None, typer.Option(help="Port for /metrics; 0 for none.")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Port for /metrics; 0 to turn it off.")
+    ] = None,
     catalog: Catalog = None,
     models: Models = None,
     device: Device = None,
@@ -117,13 +120,13 @@ def worker(
     streams: Streams = None,
     log_level: LogLevel = None,
     address: Annotated[
-        str | None, typer.Option(help="Listen here instead of on host and port: unix:path.")
+        str | None, typer.Option(help="unix:path to listen on, instead of host and port.")
     ] = None,
     supervised: Supervised = False,
 ) -> None:
-    """Serve a catalog over gRPC: a process that owns a device, for gateways or for clients.
+    """Serve a catalog over gRPC on one device, for gateways or clients.
 
-    Every setting can also come from the environment as VITRAIL_NAME; flags win.
+    Every setting can also be set as VITRAIL_NAME in the environment; flags take precedence.
     """
     settings = read_settings(
         {"host": host, "grpc_port": port, "metrics_port": metrics_port, "catalog": catalog,

@@ -12,10 +12,10 @@ from service.settings import Settings
 
 
 def read_settings(flags: Mapping[str, Any]) -> Settings:
-    """The settings from flags and environment. Also configures the log.
+    """Read the settings from flags and the environment, and configure the log.
 
     Args:
-        flags: None for a flag that was not used.
+        flags: values by setting; None for a flag that is not set.
 
     Raises:
         typer.Exit: a setting is invalid.
@@ -34,7 +34,7 @@ def read_settings(flags: Mapping[str, Any]) -> Settings:
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """Report errors that the user can fix in one line, and exit with status 2."""
+    """Report errors that the user can fix, in one line each, and exit with status 2."""
     from models.errors import ModelsError
 
     try:

@@ -1,4 +1,4 @@
-"""Client results as files."""
+"""Writes results as parquet files."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import typer
 def write_table(rows: list[dict[str, Any]], output: Path) -> None:
     """Write rows as parquet, with every column."""
     if output.suffix != ".parquet":
-        raise typer.BadParameter(f"cannot write {output.suffix} files; .parquet is known")
+        raise typer.BadParameter(f"{output}: results are written to .parquet files")
     import pyarrow as pa
     import pyarrow.parquet as pq
 

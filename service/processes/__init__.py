@@ -1,1 +1,1 @@
-"""The processes Vitrail runs as: everything in one, or gateways and workers apart."""
+"""The processes that Vitrail runs as: a single one, or separate gateways and workers."""

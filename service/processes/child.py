@@ -1,4 +1,4 @@
-"""One process that a supervisor keeps running."""
+"""One process that the supervisor keeps running."""
 
 import asyncio
 import contextlib
@@ -18,13 +18,14 @@ logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF_S = 0.5
 MAX_BACKOFF_S = 30.0
-# A child that has run for so long starts with the first back-off again.
+# After running for this long, a child starts with the first back-off again.
 STABLE_S = 60.0
 
 
 class Child:
-    """A `vitrail` command, restarted with back-off until stopped."""
+    """A `vitrail` command, restarted with back-off until it is stopped."""
 
+    # The exit status of commands that cannot start with their settings.
     MISCONFIGURED = 2
 
     def __init__(
@@ -37,6 +38,12 @@ class Child:
         files: Sequence[int] = (),
         health_address: str = "",
     ) -> None:
+        """
+        Args:
+            metrics: the folder of PROMETHEUS_MULTIPROC_DIR.
+            files: file descriptors that the process inherits.
+            health_address: where its gRPC health service listens.
+        """
         self.name = name
         self._arguments = arguments
         self._environment = environment
@@ -45,27 +52,31 @@ class Child:
         self._health_address = health_address
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = asyncio.Event()
-        self._on_purpose = False
+        self._restarting = False
         self._exited = asyncio.Event()
 
     async def keep(self) -> int:
-        """Run, and run again, until stopped; the last exit status is returned."""
-        backoff_s, proven = FIRST_BACKOFF_S, False
+        """Run the command until stopped, or until it turns out to be misconfigured.
+
+        Returns:
+            The last exit status.
+        """
+        backoff_s, was_stable = FIRST_BACKOFF_S, False
         while True:
             started = time.monotonic()
             status = await self._run_once()
             lived_s = time.monotonic() - started
             if self._stopping.is_set():
                 return status
-            if status == self.MISCONFIGURED and not proven:
+            if status == self.MISCONFIGURED and not was_stable:
                 return status
-            if self._on_purpose:
-                self._on_purpose = False
+            if self._restarting:
+                self._restarting = False
                 continue
-            proven = proven or lived_s > STABLE_S
+            was_stable = was_stable or lived_s > STABLE_S
             backoff_s = FIRST_BACKOFF_S if lived_s > STABLE_S else backoff_s
             logger.error(
-                "%s ended with %d after %.1f s; again in %.1f s",
+                "%s exited with status %d after %.1f s; restarting in %.1f s",
                 self.name, status, lived_s, backoff_s,
             )  # fmt: skip
             if await self._stopped_within(backoff_s):
@@ -73,21 +84,21 @@ class Child:
             backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
 
     async def stop(self, grace_s: float) -> None:
-        """End for good: politely, and after `grace_s` by force."""
+        """End the process: SIGTERM, and after `grace_s` seconds SIGKILL."""
         self._stopping.set()
         await self._end(grace_s)
 
     async def restart(self, grace_s: float) -> None:
-        """End and begin again, without back-off."""
-        self._on_purpose = True
+        """Restart the process, without back-off."""
+        self._restarting = True
         await self._end(grace_s)
 
     def kill(self) -> None:
-        """End at once."""
+        """Send SIGKILL."""
         self._signal(signal.SIGKILL)
 
     async def wait_ready(self) -> None:
-        """Until the child's gRPC health is SERVING, or it is stopped."""
+        """Wait until the child's gRPC health is SERVING, or it is stopped."""
         while not await self._is_serving():
             if await self._stopped_within(0.2):
                 return
@@ -97,9 +108,9 @@ class Child:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "service.cli", *self._arguments, "--supervised",
             env=self._environment,
-            stdin=asyncio.subprocess.PIPE,  # closes when this process dies, in whatever way
+            stdin=asyncio.subprocess.PIPE,  # closes when this process dies, see parent_watch.py
             pass_fds=self._files,
-            start_new_session=True,  # so that Ctrl-C reaches the supervisor alone
+            start_new_session=True,  # so that Ctrl-C reaches only the supervisor
         )  # fmt: skip
         self._process = process
         logger.info("%s started", self.name, extra={"pid": process.pid})
@@ -120,7 +131,7 @@ class Child:
             async with asyncio.timeout(grace_s):
                 await self._exited.wait()
         except TimeoutError:
-            logger.error("%s did not end within %.0f s; killed", self.name, grace_s)
+            logger.error("%s did not exit within %.0f s; killing it", self.name, grace_s)
             self.kill()
             await self._exited.wait()
 

@@ -1,4 +1,4 @@
-"""What each supervised process gets of the machine and of the settings."""
+"""The settings of supervised processes, and their share of the machine."""
 
 import os
 import subprocess
@@ -12,15 +12,15 @@ from service.worker_options import usable_cores
 
 
 def count_gpus() -> int:
-    """GPUs that torch sees; asked in a process of its own, since torch is heavy."""
+    """The number of GPUs that torch finds. Runs in a subprocess, to keep torch out of this one."""
     program = "import torch; print(torch.cuda.device_count())"
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
-    return int(found.stdout or 0)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
+    return int(result.stdout or 0)
 
 
 def worker_settings(settings: Settings, index: int, count: int, gpus: int) -> Settings:
-    """The settings of one of `count` local workers: a GPU if there are any, else its share of
-    the cores, unless the settings say otherwise."""
+    """The settings of one of `count` local workers: a GPU if there is one, otherwise an equal
+    share of the cores. A device or numbers of threads in the settings take precedence."""
     cores = max(1, usable_cores() // count)
     share: dict[str, Any] = {"metrics_port": 0}
     if gpus and settings.device == "auto":
@@ -28,16 +28,18 @@ def worker_settings(settings: Settings, index: int, count: int, gpus: int) -> Se
     else:
         share["threads"] = settings.threads or cores
         share["decode_threads"] = settings.decode_threads or cores
-    return Settings(**{**_given(settings), **share})
+    return Settings(**{**_explicit(settings), **share})
 
 
 def child_environment(settings: Settings) -> dict[str, str]:
-    """This process's environment, with all settings that were given in it."""
-    given = {f"VITRAIL_{name.upper()}": _text(value) for name, value in _given(settings).items()}
-    return {**os.environ, **given}
+    """This process's environment, with the settings as environment variables."""
+    values = _explicit(settings)
+    variables = {f"VITRAIL_{name.upper()}": _text(value) for name, value in values.items()}
+    return {**os.environ, **variables}
 
 
-def _given(settings: Settings) -> dict[str, Any]:
+def _explicit(settings: Settings) -> dict[str, Any]:
+    """The settings that are not left at their defaults."""
     return {name: getattr(settings, name) for name in settings.model_fields_set}
 
 

@@ -10,14 +10,14 @@ from service.settings import Settings
 
 
 def create_embedded_app(settings: Settings) -> FastAPI:
-    """The application with its backend in this process, and gRPC beside it."""
+    """The application with a backend in this process, and a gRPC server beside it."""
     backend, metrics = create_backend(settings)
     rpc = RpcServer(backend, settings, metrics).serving(settings.rpc_address())
     return create_app(settings, backend, metrics, rpc)
 
 
 def serve(settings: Settings) -> None:
-    """Serve until SIGINT or SIGTERM; then stop accepting, answer what was accepted, and return."""
+    """Serve until SIGINT or SIGTERM, then answer the accepted requests and return."""
     app = create_embedded_app(settings)
     check_free(settings.host, settings.grpc_port)
     run_server(app, settings)

@@ -1,4 +1,4 @@
-"""A process that owns the HTTP side and asks workers over gRPC. Never imports torch."""
+"""A process that serves HTTP and calls workers over gRPC. Never imports torch."""
 
 import socket
 
@@ -15,7 +15,12 @@ from service.settings import Settings
 
 
 def create_gateway_app(settings: Settings, rpc_address: str | None, *, shared: bool) -> FastAPI:
-    """The application with the settings' workers behind it, and gRPC if there is an address."""
+    """The application, with the settings' workers as its backend.
+
+    Args:
+        rpc_address: where gRPC listens; None for no gRPC server.
+        shared: several gateway processes listen on the same gRPC port.
+    """
     metrics = Metrics(CollectorRegistry())
     ProcessCollector(registry=metrics.registry)
     PlatformCollector(registry=metrics.registry)
@@ -27,6 +32,11 @@ def create_gateway_app(settings: Settings, rpc_address: str | None, *, shared: b
 def serve(
     settings: Settings, rpc_address: str | None = None, listener: socket.socket | None = None
 ) -> None:
-    """Serve until SIGINT or SIGTERM, on a socket that listens already if there is one."""
+    """Serve until SIGINT or SIGTERM.
+
+    Args:
+        rpc_address: where gRPC listens; None for no gRPC server.
+        listener: a listening socket, inherited from the supervisor.
+    """
     app = create_gateway_app(settings, rpc_address, shared=listener is not None)
     run_server(app, settings, listener)

@@ -1,4 +1,4 @@
-"""A supervised process that loses its supervisor ends itself, however the supervisor died."""
+"""Ends a supervised process when its supervisor dies, even by SIGKILL."""
 
 import os
 import signal
@@ -6,17 +6,18 @@ import sys
 import threading
 import time
 
-LAST_SECONDS = 10
+# Seconds beyond the drain timeout after which the process is ended by force.
+GRACE_S = 10
 
 
 def end_with_parent(drain_timeout_s: float) -> None:
-    """Watch standard input, whose other end the supervisor holds: at its end, drain and exit."""
+    """Drain and exit once standard input is closed, whose other end the supervisor holds."""
 
     def watch() -> None:
         while os.read(stdin, 1024):
             pass
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(drain_timeout_s + LAST_SECONDS)
+        time.sleep(drain_timeout_s + GRACE_S)
         os._exit(1)
 
     stdin = sys.stdin.fileno()

@@ -1,4 +1,4 @@
-"""Gateways and local workers under one roof: started, restarted with back-off, stopped in order."""
+"""Starts gateways and local workers, restarts them with back-off, and stops them in order."""
 
 import asyncio
 import logging
@@ -14,21 +14,24 @@ from service.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-# Between two workers of a rolling restart, so that every gateway has learnt of the first.
+# Between two workers of a rolling restart, so that every gateway reaches the first one again.
 PAUSE_S = 2.0
 WORKER_GRACE_S = 10.0
 
 
 def supervise(settings: Settings, *, workers: int, processes: int, grpc: bool) -> int:
-    """Run until a signal; the exit status is returned.
+    """Run until stopped by a signal.
 
-    SIGTERM and SIGINT stop the gateways once they have answered, then the workers; a second one
-    kills. SIGUSR1 restarts the workers one by one.
+    SIGTERM and SIGINT stop the gateways once they have answered the accepted requests, then the
+    workers. A second signal kills them all. SIGUSR1 restarts the workers one by one.
 
     Args:
-        workers: local ones, besides those that the settings name.
-        processes: gateways, which share the REST port.
-        grpc: whether the gateways serve gRPC too.
+        workers: the number of local workers, in addition to those that the settings name.
+        processes: the number of gateways, which share the REST port.
+        grpc: whether the gateways also serve gRPC.
+
+    Returns:
+        The exit status.
     """
     folder = Path(tempfile.mkdtemp(prefix="vitrail-"))
     try:
@@ -69,8 +72,8 @@ class _Supervisor:
             )
             for i, address in enumerate(sockets)
         ]
-        known = [*settings.workers, *sockets]
-        environment = child_environment(settings) | {"VITRAIL_WORKERS": ",".join(known)} | shared
+        addresses = ",".join([*settings.workers, *sockets])
+        environment = child_environment(settings) | {"VITRAIL_WORKERS": addresses} | shared
         listen = ["--listen-fd", str(listener.fileno())]
         rpc = ["--grpc-port", str(settings.grpc_port)] if grpc else []
         self._gateways = [
@@ -108,7 +111,7 @@ class _Supervisor:
         return self._status
 
     async def _keep(self, child: Child) -> None:
-        """Keep a child running; one that cannot start for what it was told ends everything."""
+        """Keep a child running. If it cannot start with its settings, stop everything."""
         if await child.keep() == Child.MISCONFIGURED:
             self._status = Child.MISCONFIGURED
             self._stop.set()
@@ -122,7 +125,7 @@ class _Supervisor:
                 await worker.restart(self._settings.drain_timeout_s + WORKER_GRACE_S)
                 await worker.wait_ready()
                 await asyncio.sleep(PAUSE_S)
-            logger.info("all workers are restarted")
+            logger.info("all workers have been restarted")
 
     def _on_stop(self) -> None:
         if self._stop.is_set():

@@ -23,7 +23,7 @@ from service.worker.collector import BackendCollector, share_gauges
 
 
 def create_backend(settings: Settings) -> tuple[LocalBackend, Metrics]:
-    """The backend of a catalog, and the metrics of its process."""
+    """A backend for the settings' catalog, and the metrics of this process."""
     catalog = load_catalog(settings.catalog)
     for name in settings.models:
         catalog.model(name)
@@ -46,7 +46,7 @@ def create_backend(settings: Settings) -> tuple[LocalBackend, Metrics]:
 
 
 def serve(settings: Settings, address: str) -> None:
-    """Serve gRPC on an address until SIGINT or SIGTERM; then answer what was accepted."""
+    """Serve gRPC until SIGINT or SIGTERM, then answer the accepted requests and return."""
     uvloop.run(_serve(settings, address))
 
 

@@ -51,8 +51,8 @@ class Caller:
         """The earlier one of the request's deadline and the gRPC deadline.
 
         Args:
-            timeout_ms: the request's timeout; 0 if it has none. The default of the settings is
-                used if there is no gRPC deadline either.
+            timeout_ms: the request's timeout; 0 if it has none. Without a gRPC deadline, the
+                settings' default is used instead.
 
         Returns:
             The deadline in `time.monotonic` seconds.

@@ -1,4 +1,4 @@
-"""The worker's backend, the in-process Backend: the order in which everything happens."""
+"""The backend that runs models in this process."""
 
 import asyncio
 import logging
@@ -44,11 +44,12 @@ from service.worker_options import WorkerOptions
 
 logger = logging.getLogger(__name__)
 
-MANY = 100  # texts of a label set; more of them step behind interactive requests
+# The texts of a larger label set wait behind interactive requests.
+MAX_INTERACTIVE_TEXTS = 100
 
 
 class LocalBackend:
-    """Owns the device, the decode pool and the registry of one process."""
+    """Owns the device, the decode pool and the registry of one process. Implements `Backend`."""
 
     def __init__(self, registry: Registry, options: WorkerOptions, metrics: Metrics) -> None:
         self.registry = registry
@@ -58,9 +59,10 @@ class LocalBackend:
         self._limits = options.image_limits
         self.trunks = ServedTrunks(registry, self.options, metrics)
         self.batcher = self.trunks.batcher
-        use_threads(1)  # here and in all threads to come, but the lanes: see there
-        alone = partial(use_threads, 1)
-        self._pool = ThreadPoolExecutor(self.options.decode_threads, "decode", initializer=alone)
+        use_threads(1)  # all threads but the lanes' use one; `use_threads` explains why
+        self._pool = ThreadPoolExecutor(
+            self.options.decode_threads, "decode", initializer=partial(use_threads, 1)
+        )
         self._loader = Loader()
         folder = Path(options.heads_folder or registry.store.root / "heads")
         self._fit_jobs = FitJobs(registry, folder, self.batcher, self._limits, metrics)
@@ -100,7 +102,8 @@ class LocalBackend:
         modalities = dict.fromkeys(map(modality_of, inputs)) or {"image": None}
         plans = {modality: await self._plan(request, modality) for modality in modalities}
         self._pipeline.admit(plans, inputs)
-        # one request decodes on all threads at most, so that no request waits behind a big one
+        # A request puts no more inputs than this into the pool at a time, so that a small request
+        # does not wait until a large one is decoded.
         turn = asyncio.Semaphore(self.options.decode_threads)
         flow = object()
         results = await asyncio.gather(
@@ -122,7 +125,7 @@ class LocalBackend:
             raise from_library(error) from error
 
     def _served(self, description: ModelDescription) -> ModelDescription:
-        """The description with what only a server knows of the model."""
+        """The description, completed with what only the server knows."""
         failure = self.trunks.prober.failures.get(description.trunk)
         return replace(
             description,
@@ -144,7 +147,7 @@ class LocalBackend:
     def health(self) -> Health:
         dead = []
         if not self.batcher.alive():
-            dead.append("a device thread died")
+            dead.append("a thread that runs batches has died")
         if (stuck := self.batcher.stuck_for()) > self.options.stuck_after_s:
             dead.append(f"a batch has been running for {stuck:.0f} s")
         waiting = ["draining before exit"] if self._closing else []
@@ -153,21 +156,21 @@ class LocalBackend:
             for name in self._startup
             if (state := self.registry.state(name)) is not State.READY
         ]
-        waiting += [] if self.heads.settled else ["the heads are not read yet"]
+        waiting += [] if self.heads.settled else ["the folder of heads has not been read yet"]
         waiting += [f"trunk {n}: {why}" for n, why in self.trunks.prober.failures.items()]
         return Health(live=not dead, ready=not dead and not waiting, reasons=dead + waiting)
 
     # -- planning a request ----------------------------------------------------------------
 
     async def _plan(self, request: InferRequest, modality: str) -> ExecutionPlan:
-        """Resolve the calls for inputs of one modality; prompted heads get their classes."""
+        """Resolve the calls for inputs of one modality; prompted heads get class embeddings."""
         resolved = [resolve(self.registry, call, modality) for call in request.calls]
         try:
             async with until(request.deadline):
                 return plan_execution([await self._with_classes(call) for call in resolved])
         except TimeoutError as error:
             raise DeadlineExceededError(
-                "the deadline passed before the labels were read"
+                "the deadline passed before the labels were embedded"
             ) from error
 
     async def _with_classes(self, call: ResolvedCall) -> ResolvedCall:
@@ -179,13 +182,14 @@ class LocalBackend:
         return replace(call, finish_options=options)
 
     async def _embed_texts(self, model: Model, texts: Sequence[str]) -> np.ndarray:
-        """(N, D) embeddings by way of the queue, a few at a time, so that others get turns."""
+        """(N, D) embeddings of texts, which go through the queue a few at a time so that other
+        requests get their turns."""
         call = Call(model.name, "embed", {"normalize": True})
         rows: list[np.ndarray] = [np.empty(0)] * len(texts)
-        left = iter(enumerate(texts))
+        remaining = iter(enumerate(texts))
 
         async def embed_some() -> None:
-            for position, text in left:
+            for position, text in remaining:
                 plan = plan_execution([resolve(self.registry, call, "text")])
                 while True:
                     try:
@@ -194,10 +198,10 @@ class LocalBackend:
                     except QueueFullError:
                         await asyncio.sleep(0.02)
                 request = InferRequest(
-                    inputs=(), calls=(), deadline=math.inf, bulk=len(texts) > MANY
+                    inputs=(), calls=(), deadline=math.inf, bulk=len(texts) > MAX_INTERACTIVE_TEXTS
                 )
                 turn = asyncio.Semaphore()
-                result = await self._pipeline.infer(text, plan, request, left, turn)
+                result = await self._pipeline.infer(text, plan, request, remaining, turn)
                 output = result.error or result.outputs[0]
                 if isinstance(output, ServiceError):
                     raise output
@@ -214,7 +218,7 @@ class LocalBackend:
     # -- background ------------------------------------------------------------------------
 
     def _on_load(self, model: Model) -> None:
-        """Bring the model into service; the label set of its catalog entry is read already."""
+        """Build and serve the model's trunks, and compute the embeddings of its own labels."""
         model.build()
         self.trunks.serve(model)
         head = model.heads[model.task]

@@ -1,4 +1,4 @@
-"""The lanes: threads that take batches from the scheduler and run them."""
+"""The lanes: threads that run batches on the device, one at a time each."""
 
 import logging
 import threading
@@ -15,11 +15,7 @@ Clock = Callable[[], float]
 
 
 class Batcher:
-    """Runs a scheduler with one thread a lane. All methods may be called from any thread.
-
-    `execute` answers every entry of a batch; `drop` answers an entry that died waiting. Neither
-    may raise: if one does, the lane logs it and goes on.
-    """
+    """Runs a scheduler with one thread per lane. All methods may be called from any thread."""
 
     def __init__(
         self,
@@ -29,6 +25,13 @@ class Batcher:
         drop: Drop,
         clock: Clock = time.monotonic,
     ) -> None:
+        """
+        Args:
+            execute: runs a batch and resolves all of its entries. If it raises, the lane logs the
+                error and continues with the next batch.
+            drop: resolves an entry that was cancelled or expired in its queue. Must not raise.
+            clock: the time in seconds.
+        """
         self._scheduler = scheduler
         self._execute = execute
         self._drop = drop
@@ -45,7 +48,7 @@ class Batcher:
             thread.start()
 
     def close(self) -> None:
-        """Run what waits, then stop the lanes."""
+        """Run the batches that still wait, then stop the lanes."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -57,7 +60,7 @@ class Batcher:
             self._scheduler.queues[queue.name] = queue
 
     def remove_queue(self, name: str) -> None:
-        """Forget a queue once nothing waits in it or runs from it."""
+        """Remove a queue; waits until it is empty and none of its batches is running."""
         with self._changed:
             while (queue := self._scheduler.queues.get(name)) is not None:
                 busy = any(batch.queue is queue for batch in self._scheduler.running)
@@ -67,8 +70,12 @@ class Batcher:
                     self._changed.wait(0.05)
 
     def admit(self, name: str, count: int) -> None:
-        """Reserve places for images about to be decoded; raises QueueFull, or KeyError for a
-        queue that is gone."""
+        """Reserve places for images that are about to be decoded.
+
+        Raises:
+            QueueFull: the queue has fewer free places; none is reserved.
+            KeyError: the queue was removed.
+        """
         with self._changed:
             queue = self._scheduler.queues[name]
             for entry in queue.sweep(self._clock()):
@@ -76,34 +83,37 @@ class Batcher:
             queue.admit(count)
 
     def release(self, name: str, count: int) -> None:
+        """Give back reserved places whose images will not be put."""
         with self._changed:
             self._scheduler.queues[name].release(count)
 
     def put(self, name: str, entry: Entry) -> None:
+        """Add an entry for which a place was reserved."""
         with self._changed:
             self._scheduler.queues[name].put(entry, self._clock())
-            self._changed.notify_all()  # a lone image is for lane 0, which one alone may not be
+            self._changed.notify_all()  # not notify(): a wide batch can only run in lane 0
 
     def alive(self) -> bool:
-        """Whether every lane's thread runs."""
+        """Whether the thread of every lane is alive."""
         return all(thread.is_alive() for thread in self._threads)
 
     def stuck_for(self) -> float:
-        """Seconds that the longest running batch has been running; 0 if none runs."""
+        """Seconds since the oldest running batch started; 0 if no batch is running."""
         with self._changed:
             return max((self._clock() - b.started for b in self._scheduler.running), default=0.0)
 
     def depth(self) -> dict[str, int]:
-        """Images admitted and not yet running, by queue."""
+        """Images admitted but not yet running, by queue."""
         with self._changed:
             return {name: queue.admitted for name, queue in self._scheduler.queues.items()}
 
     def in_flight(self) -> int:
-        """Batches running now."""
+        """The number of batches that are running."""
         with self._changed:
             return len(self._scheduler.running)
 
     def queue_seconds(self) -> float:
+        """Estimated seconds until all images admitted now have been computed."""
         with self._changed:
             return self._scheduler.queue_seconds()
 
@@ -112,7 +122,7 @@ class Batcher:
             try:
                 self._execute(batch)
             except Exception:
-                logger.exception("a batch of %s failed unanswered", batch.queue.name)
+                logger.exception("a batch of %s failed without results", batch.queue.name)
             with self._changed:
                 self._scheduler.finish(batch, self._clock())
                 self._changed.notify_all()
@@ -129,5 +139,5 @@ class Batcher:
                 if self._closing and not any(map(len, self._scheduler.queues.values())):
                     return None
                 due = self._scheduler.next_due() - now
-                # a due time in the past means that the lanes are busy: finish() will notify
+                # A due time in the past means that all lanes are busy; the end of a batch notifies.
                 self._changed.wait(due if 0 < due < threading.TIMEOUT_MAX else None)

@@ -13,10 +13,10 @@ from service.worker.backend import LocalBackend
 
 
 class BackendCollector(Collector):
-    """Reads an backend's queues, models and GPU memory."""
+    """Reads a backend's queues, models and GPU memory."""
 
     def __init__(self, backend: LocalBackend) -> None:
-        self._engine = backend
+        self._backend = backend
 
     def collect(self) -> Iterator[Metric]:
         yield from self._queues()
@@ -25,18 +25,18 @@ class BackendCollector(Collector):
             yield from self._gpu()
 
     def _queues(self) -> Iterator[Metric]:
-        batcher = self._engine.batcher
+        batcher = self._backend.batcher
         up = GaugeMetricFamily("vitrail_worker_up", "1 while the worker can compute.")
-        up.add_metric((), float(self._engine.health().live))
+        up.add_metric((), float(self._backend.health().live))
         yield up
         depth = GaugeMetricFamily(
-            "vitrail_queue_depth", "Images admitted and not yet running.", labels=("trunk",)
+            "vitrail_queue_depth", "Images admitted but not yet running.", labels=("trunk",)
         )
         for trunk, count in batcher.depth().items():
             depth.add_metric((trunk,), count)
         yield depth
         seconds = GaugeMetricFamily(
-            "vitrail_queue_seconds", "Estimated seconds to compute everything admitted."
+            "vitrail_queue_seconds", "Estimated seconds to compute all admitted images."
         )
         seconds.add_metric((), batcher.queue_seconds())
         yield seconds
@@ -50,15 +50,15 @@ class BackendCollector(Collector):
         )
         memory = GaugeMetricFamily(
             "vitrail_model_memory_bytes",
-            "Weights of a loaded model; models on one trunk share its weights.",
+            "Bytes of a loaded model's weights, which models on one trunk share.",
             labels=("model", "trunk"),
         )
         load = GaugeMetricFamily(
             "vitrail_model_load_duration_seconds",
-            "Duration of the last load, warm-up included.",
+            "Duration of the last load, including the warm-up.",
             labels=("model",),
         )
-        for name, model in self._engine.registry.describe_all().items():
+        for name, model in self._backend.registry.describe_all().items():
             for possible in State:
                 state.add_metric((name, possible), float(model.state == possible))
             if model.memory_bytes is not None and model.load_seconds is not None:
@@ -70,7 +70,7 @@ class BackendCollector(Collector):
         gpu = GaugeMetricFamily(
             "vitrail_gpu_memory_bytes", "GPU memory held by torch.", labels=("kind",)
         )
-        device = self._engine.registry.device
+        device = self._backend.registry.device
         gpu.add_metric(("allocated",), torch.cuda.memory_allocated(device))
         gpu.add_metric(("reserved",), torch.cuda.memory_reserved(device))
         yield gpu
@@ -80,10 +80,10 @@ SHARE_INTERVAL_S = 1.0
 
 
 async def share_gauges(collector: Collector) -> None:
-    """Copy a collector's gauges once a second, for the gateway's `/metrics` to add up.
+    """Copy a collector's gauges to plain ones once a second, until cancelled.
 
-    A collector runs in its own process only, while processes that share PROMETHEUS_MULTIPROC_DIR
-    see each other's plain gauges.
+    Processes that share PROMETHEUS_MULTIPROC_DIR see each other's plain gauges, but not each
+    other's collectors. The gateway's `/metrics` adds the workers' gauges up.
     """
     registry = CollectorRegistry()
     gauges: dict[str, Gauge] = {}

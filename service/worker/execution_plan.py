@@ -45,6 +45,7 @@ class ResolvedCall:
 
     @property
     def used(self) -> ModelUsed:
+        """The model as results name it."""
         preprocess = self.model.trunk_for(self.modality).preprocess
         return ModelUsed(self.model.name, self.head.task, self.model.digest, preprocess.digest)
 
@@ -68,8 +69,8 @@ class TrunkPass:
 
 @dataclass(frozen=True, slots=True)
 class ExecutionPlan:
-    """What is done with a request's inputs of one modality: its calls, and the passes for each
-    input."""
+    """How a request's inputs of one modality are processed: the calls, and the passes that each
+    input takes."""
 
     calls: Sequence[ResolvedCall]
     passes: Sequence[TrunkPass]
@@ -79,8 +80,8 @@ def resolve(registry: Registry, call: Call, modality: str) -> ResolvedCall:
     """Find a call's model and head, and check its options with that head.
 
     Raises:
-        ServiceError: no such model, not ready, not its task, an option out of range, or inputs of
-            another modality.
+        ServiceError: the model is unknown or not ready, it does not do the task or take the
+            modality, or an option is out of range.
     """
     try:
         entry = (
@@ -113,10 +114,13 @@ def plan_execution(calls: Sequence[ResolvedCall]) -> ExecutionPlan:
 def prepare_all(
     item: Input, passes: Sequence[TrunkPass], limits: ImageLimits
 ) -> tuple[list[list[torch.Tensor]], tuple[int, int]]:
-    """An input as each pass takes it, in one piece or several; and an image's (width, height).
+    """Decode an input and preprocess it for each pass.
+
+    Returns:
+        For each pass the input's pieces, one or several; and the (width, height) of an image.
 
     Raises:
-        InputError: it cannot be decoded, or is not what the trunk takes.
+        InputError: the input cannot be decoded, or the trunk does not take it.
     """
     decoded = decode(item, limits, least_side([(each.trunk, each.view) for each in passes]))
     prepared = [prepare_pieces(decoded, each.trunk, each.view, limits) for each in passes]

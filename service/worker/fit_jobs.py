@@ -1,4 +1,4 @@
-"""Fitting heads in the background: one at a time, behind everything that is asked of the trunk."""
+"""Fits heads in the background, one at a time, with lower priority than all requests."""
 
 import io
 import json
@@ -39,18 +39,18 @@ logger = logging.getLogger(__name__)
 
 JOB = "vitrail-fit.json"
 SUFFIX = ".fit.zip"
-# Images are compressed already: an archive that swells is no archive of images.
-MAX_SWELLING = 4
-ROOM_BYTES = 16 * 2**20
+# Archives that expand by more than this factor are rejected: images are compressed already.
+MAX_EXPANSION = 4
+MARGIN_BYTES = 16 * 2**20
 
 
 class CancelledError(Exception):
-    """The fit was deleted, or the server ends."""
+    """The job was cancelled, or the server is shutting down."""
 
 
 @dataclass(slots=True)
 class _Job:
-    """`lock` is held while this process works at the job, whose file others may see too."""
+    """A fit. `lock` is held until it ends, since other processes may see its file too."""
 
     name: str
     path: Path
@@ -64,10 +64,10 @@ class _Job:
 
 
 class FitJobs:
-    """Jobs are files until they are done, so that a restart takes them up again.
+    """Jobs, each a file in the folder of heads until it ends, so that a restart resumes it.
 
-    `accept`, `cancel` and `poll` are called from the loader's thread; the training has its own, of
-    the lowest priority, and its trunk passes wait in the trunk's queue as bulk.
+    All methods but `close` are called from the loader's thread. Training has its own thread, of the
+    lowest priority; its trunk passes go through the trunk's queue as bulk.
     """
 
     def __init__(
@@ -80,31 +80,31 @@ class FitJobs:
         self._limits = limits
         self._metrics = metrics
         self._jobs: dict[str, _Job] = {}
-        self._pool = ThreadPoolExecutor(1, "fit", initializer=_step_back)
+        self._pool = ThreadPoolExecutor(1, "fit", initializer=_lower_priority)
         self._closing = threading.Event()
 
     def names(self) -> Sequence[str]:
-        """Heads being fitted, or that could not be."""
+        """The heads that wait or are being fitted, and those whose fit failed."""
         return list(self._jobs)
 
     def is_busy(self, name: str) -> bool:
-        """Whether a head of that name waits or is being fitted."""
+        """Whether a head of that name waits to be fitted, or is being fitted."""
         job = self._jobs.get(name)
         return job is not None and not job.finished
 
     def accept(self, request: FitRequest) -> None:
-        """Check a request as far as can be without a pass, and keep it.
+        """Check a request, without running a pass, and store it as a job.
 
         Raises:
-            ServiceError: it cannot come to anything.
+            ServiceError: the request cannot succeed, or the trunk is not loaded.
         """
         trunk = self._registry.loaded_trunk(request.trunk)
         if request.trunk not in self._registry.catalog.trunks:
-            some = ", ".join(self._registry.catalog.trunks)
-            raise InvalidInputError(f"no trunk {request.trunk!r}; there are {some}", field="trunk")
+            names = ", ".join(self._registry.catalog.trunks)
+            raise InvalidInputError(f"no trunk {request.trunk!r}; choose {names}", field="trunk")
         if trunk is None:
             raise UnavailableError(
-                f"the trunk {request.trunk!r} is not loaded; load a model that stands on it",
+                f"the trunk {request.trunk!r} is not loaded; load a model that uses it",
                 retry_after_s=2,
             )
         try:
@@ -112,8 +112,8 @@ class FitJobs:
             create_reader(trunk.trunk, request.trunk, options)
             check_classes(_examples(request.archive))
         except TypeError as error:
-            known = ", ".join(FitOptions.__dataclass_fields__)
-            raise InvalidInputError(f"unknown option; there are {known}") from error
+            names = ", ".join(FitOptions.__dataclass_fields__)
+            raise InvalidInputError(f"unknown option; the options are {names}") from error
         except ModelsError as error:
             field_name = getattr(error, "field", None)
             raise InvalidInputError(str(error), field=field_name) from error
@@ -127,7 +127,7 @@ class FitJobs:
         self.poll()
 
     def cancel(self, name: str) -> bool:
-        """Give a job up; whether there was one."""
+        """Cancel a job. Returns whether there was one."""
         job = self._jobs.pop(name, None)
         if job is None:
             return False
@@ -136,25 +136,24 @@ class FitJobs:
         return True
 
     def forget(self, name: str) -> None:
-        """Drop what is told of a job that has ended: a head of that name came since."""
+        """Discard a finished job's status once a head with its name exists."""
         job = self._jobs.get(name)
         if job is not None and job.finished:
             del self._jobs[name]
 
     def poll(self) -> None:
-        """Take up jobs that nobody works at, and let go of those whose head is there."""
+        """Start jobs that no process is working on, and discard those whose head is served."""
         for name, job in list(self._jobs.items()):
             if job.finished and not job.reason and name in self._registry.catalog.models:
                 del self._jobs[name]
         for path in sorted(self._folder.glob(f"*{SUFFIX}")):
             name = path.name.removesuffix(SUFFIX)
             if not self.is_busy(name) and not self._closing.is_set():
-                self._take_up(name, path)
+                self._start(name, path)
 
     def describe(self, name: str) -> UnservedHead | None:
-        """The head of a job, or None if there is no job of that name."""
-        job = self._jobs.get(name)
-        if job is None:
+        """A job's head, or None if no job has that name."""
+        if (job := self._jobs.get(name)) is None:
             return None
         return UnservedHead(
             name=name,
@@ -166,27 +165,27 @@ class FitJobs:
         )
 
     def close(self) -> None:
-        """Stop; what was not done is taken up by the next process."""
+        """Stop. The next process resumes the jobs that have not ended."""
         self._closing.set()
         self._pool.shutdown(cancel_futures=True)
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}{SUFFIX}"
 
-    def _take_up(self, name: str, path: Path) -> None:
+    def _start(self, name: str, path: Path) -> None:
         lock = FileLock(path.with_name(f".{name}.lock"), blocking=False)
         try:
             lock.acquire()
-        except Timeout:  # another process is at it
+        except Timeout:  # another process is working on it
             return
         try:
             with zipfile.ZipFile(path) as archive:
                 request = json.loads(archive.read(JOB))
-        except FileNotFoundError:  # done by another process meanwhile
+        except FileNotFoundError:  # another process has finished it meanwhile
             lock.release()
             return
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            logger.error("%s is no job: %s", path, error)
+            logger.error("%s is not a readable job: %s", path, error)
             path.unlink(missing_ok=True)
             lock.release()
             return
@@ -194,7 +193,7 @@ class FitJobs:
         self._jobs[name] = job
         self._pool.submit(self._work, job)
 
-    # -- in the thread of the training -----------------------------------------------------
+    # -- in the training's thread ----------------------------------------------------------
 
     def _work(self, job: _Job) -> None:
         outcome = "error"
@@ -206,7 +205,7 @@ class FitJobs:
             fitted = self._fit(job)
             self._check(job)
             write_report(fitted.report, self._folder / f"{job.name}.report")
-            self._check(job)  # drawing takes a while
+            self._check(job)  # again, since drawing the report takes a while
             save_head(fitted.head, self._folder / f"{job.name}.safetensors")
             job.path.unlink(missing_ok=True)
             outcome = "ok"
@@ -218,7 +217,7 @@ class FitJobs:
             self._fail(job, from_library(error).detail)
         except Exception:
             logger.exception("fitting %s failed", job.name)
-            self._fail(job, "an internal error; the log has it")
+            self._fail(job, "internal error; see the server's log")
         finally:
             job.finished = True
             job.lock.release()
@@ -226,7 +225,7 @@ class FitJobs:
 
     def _fail(self, job: _Job, reason: str) -> None:
         job.state, job.reason = "failed", reason
-        if not job.cancelled.is_set():  # or the file may be that of another job by now
+        if not job.cancelled.is_set():  # if cancelled, the file may belong to a newer job
             job.path.unlink(missing_ok=True)
 
     def _fit(self, job: _Job) -> Fitted:
@@ -255,7 +254,7 @@ class FitJobs:
             )
 
     def _wait_for_trunk(self, job: _Job, name: str) -> Any:
-        """The trunk, which after a restart may take a while to load."""
+        """The trunk, once it is loaded, which takes a while after a restart."""
         while (loaded := self._registry.loaded_trunk(name)) is None:
             self._check(job)
             time.sleep(0.1)
@@ -291,10 +290,10 @@ class FitJobs:
 
 
 def _examples(archive: bytes) -> Any:
-    return read_archive(io.BytesIO(archive), MAX_SWELLING * len(archive) + ROOM_BYTES)
+    return read_archive(io.BytesIO(archive), MAX_EXPANSION * len(archive) + MARGIN_BYTES)
 
 
-def _step_back() -> None:
-    """This thread computes only when nobody else wants to, and on one core."""
+def _lower_priority() -> None:
+    """Give the calling thread one core and the lowest scheduling priority."""
     use_threads(1)
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

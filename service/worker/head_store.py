@@ -1,4 +1,4 @@
-"""The folder of heads: what lies there is served, whoever put it there, also after a restart."""
+"""Serves the heads in a folder: uploaded, fitted here, or copied there by other programs."""
 
 import asyncio
 import logging
@@ -37,24 +37,35 @@ InLoader = Callable[..., Awaitable[Any]]
 
 
 class HeadStore:
-    """Keeps the registry as the folder is. All that changes either runs in the loader's thread, so
-    that nothing of it needs a lock; several processes may share the folder."""
+    """Keeps the registry's heads in sync with a folder, which several processes may share.
+
+    All changes of the folder and of the registry run in the loader's thread, so that they need no
+    lock.
+    """
 
     def __init__(
-        self, registry: Registry, folder: Path, fits: FitJobs, in_loader: InLoader
+        self, registry: Registry, folder: Path, fit_jobs: FitJobs, in_loader: InLoader
     ) -> None:
+        """
+        Args:
+            in_loader: runs a function in the loader's thread.
+        """
         self._registry = registry
         self._folder = folder
-        self._fit_jobs = fits
+        self._fit_jobs = fit_jobs
         self._in_loader = in_loader
-        self._own = frozenset(registry.catalog.models)
-        self._seen: dict[str, tuple[int, int]] = {}
+        self._catalog_models = frozenset(registry.catalog.models)
+        # Modification time in ns and size in bytes of each head's file, when it was last read.
+        self._stamps: dict[str, tuple[int, int]] = {}
+        # Declared heads whose trunk was not loaded yet.
         self._unloaded: set[str] = set()
-        self._broken: dict[str, str] = {}
+        # Why a head's file cannot be served.
+        self._failures: dict[str, str] = {}
+        # True once the folder has been read.
         self.settled = False
 
     async def run(self) -> None:
-        """Follow the folder until cancelled."""
+        """Watch the folder until cancelled."""
         while True:
             try:
                 await self._in_loader(self._sync)
@@ -67,7 +78,7 @@ class HeadStore:
 
     async def all(self) -> Sequence[HeadDescription]:
         served = self._registry.describe_all()
-        names = dict.fromkeys([*self._seen, *self._fit_jobs.names()])
+        names = dict.fromkeys([*self._stamps, *self._fit_jobs.names()])
         heads = [self._describe(name, served.get) for name in names]
         return [head for head in heads if head is not None]
 
@@ -94,12 +105,12 @@ class HeadStore:
 
     async def read(self, name: str, part: str) -> bytes:
         if part not in PARTS or not NAME.fullmatch(name):
-            raise NotFoundError(f"no {part!r} of a head; there are {', '.join(PARTS)}")
+            raise NotFoundError(f"a head has no file {part!r}; it has {', '.join(PARTS)}")
         path = self._path(name) if part == PARTS[0] else self._report(name) / part
         try:
             return await asyncio.to_thread(path.read_bytes)
         except OSError as error:
-            raise NotFoundError(f"the head {name!r} has no {part}", field="name") from error
+            raise NotFoundError(f"the head {name!r} has no file {part}", field="name") from error
 
     # -- in the loader's thread ------------------------------------------------------------
 
@@ -120,34 +131,37 @@ class HeadStore:
     def _check_name(self, name: str, trunk: str, may_replace: bool) -> None:
         if not NAME.fullmatch(name):
             raise InvalidInputError(
-                f"name is {name!r}; it can have letters, digits and . _ - , 100 at most",
+                f"name is {name!r}; it must be up to 100 letters, digits, '.', '_' or '-', and "
+                "start with a letter or digit",
                 field="name",
             )
-        if name in self._own:
-            raise ConflictError(f"the catalog has a model {name!r}", field="name")
+        if name in self._catalog_models:
+            raise ConflictError(f"the catalog already has a model {name!r}", field="name")
         if self._path(name).exists() and not may_replace:
             raise ConflictError(
-                f"there is a head {name!r}; say replace, or delete it", field="name"
+                f"a head {name!r} already exists; set replace=true, or delete it", field="name"
             )
         old = self._registry.catalog.models.get(name)
         if old is not None and old.trunk != trunk:
-            raise ConflictError(f"{name!r} stands on {old.trunk!r}; delete it first", field="name")
+            raise ConflictError(
+                f"the head {name!r} is for the trunk {old.trunk!r}; delete it first", field="name"
+            )
         if self._fit_jobs.is_busy(name):
-            raise ConflictError(f"a head {name!r} is being fitted", field="name")
-        if len(self._seen) >= MAX_HEADS:
-            raise PayloadTooLargeError(f"there are {len(self._seen)} heads, as many as can be")
+            raise ConflictError(f"a head {name!r} is already being fitted", field="name")
+        if len(self._stamps) >= MAX_HEADS:
+            raise PayloadTooLargeError(f"the server has {MAX_HEADS} heads, the most it can have")
 
     def _check_fits(self, head: HeadFile) -> None:
-        """Try the head on its trunk, which must be loaded."""
+        """Check that the head can be built on its trunk, which must be loaded."""
         if head.trunk not in self._registry.catalog.trunks:
-            some = ", ".join(self._registry.catalog.trunks)
+            trunks = ", ".join(self._registry.catalog.trunks)
             raise InvalidInputError(
-                f"the head is for the trunk {head.trunk!r}; the catalog has {some}", field="trunk"
+                f"the head is for the trunk {head.trunk!r}; the catalog has {trunks}", field="trunk"
             )
         loaded = self._registry.loaded_trunk(head.trunk)
         if loaded is None:
             raise UnavailableError(
-                f"the trunk {head.trunk!r} is not loaded; load a model that stands on it",
+                f"the trunk {head.trunk!r} is not loaded; load a model that uses it",
                 retry_after_s=2,
             )
         trunk = loaded.trunk
@@ -156,67 +170,66 @@ class HeadStore:
             create_head(head.kind, loaded.trunk, head.labels, head.state)
         except ModelsError:
             raise
-        except Exception as error:  # whatever a stranger's tensors make torch say
+        except Exception as error:  # torch raises various errors for unsuitable tensors
             raise CheckpointError(f"the head cannot be built: {error}") from error
 
     def _delete(self, name: str) -> None:
-        fitting = self._fit_jobs.cancel(name)
-        if name not in self._seen and not fitting:
-            what = "is of the catalog, not a head" if name in self._own else "does not exist"
-            raise NotFoundError(f"{name!r} {what}", field="name")
+        cancelled = self._fit_jobs.cancel(name)
+        if name not in self._stamps and not cancelled:
+            reason = " but a model of the catalog" if name in self._catalog_models else ""
+            raise NotFoundError(f"{name!r} is not a head{reason}", field="name")
         self._path(name).unlink(missing_ok=True)
         shutil.rmtree(self._report(name), ignore_errors=True)
         self._sync()
 
     def _sync(self) -> None:
-        found = self._scan()
-        for name in self._seen.keys() - found:
-            self._forget(name)
-        for name, stamp in found.items():
-            if self._seen.get(name) != stamp:
-                self._seen[name] = stamp
-                self._take(name)
+        stamps = self._scan()
+        for name in self._stamps.keys() - stamps:
+            self._remove(name)
+        for name, stamp in stamps.items():
+            if self._stamps.get(name) != stamp:
+                self._stamps[name] = stamp
+                self._update(name)
             elif name in self._unloaded:
                 self._load(name)
         self._fit_jobs.poll()
 
     def _scan(self) -> dict[str, tuple[int, int]]:
-        found = {}
+        stamps = {}
         for path in sorted(self._folder.glob(f"*{SUFFIX}")):
             try:
                 status = path.stat()
-            except OSError:  # gone since
+            except OSError:  # deleted meanwhile
                 continue
             if NAME.fullmatch(path.stem):
-                found[path.stem] = (status.st_mtime_ns, status.st_size)
-        return found
+                stamps[path.stem] = (status.st_mtime_ns, status.st_size)
+        return stamps
 
-    def _take(self, name: str) -> None:
-        """Declare what a new or changed file holds, and load it if its trunk is loaded."""
+    def _update(self, name: str) -> None:
+        """Declare the head of a new or changed file, and load it if its trunk is loaded."""
         try:
             self._declare(name)
         except ModelsError as error:
-            self._broken[name] = str(error)
+            self._failures[name] = str(error)
             logger.warning("head %s: %s", name, error)
         else:
-            self._broken.pop(name, None)
+            self._failures.pop(name, None)
             self._unloaded.add(name)
             self._load(name)
-        # only now, or whoever asks meanwhile is told that the head does not exist
+        # Only now: a request between the two would find neither the job nor the head.
         self._fit_jobs.forget(name)
 
     def _declare(self, name: str) -> None:
-        if name in self._own:
-            raise CheckpointError("the catalog has a model of that name")
+        if name in self._catalog_models:
+            raise CheckpointError("the catalog already has a model of that name")
         head = read_head(self._path(name))
-        described = f"{len(head.labels)} classes, {head.kind} head on {head.trunk}"
         self._registry.add(
             ModelEntry(
                 name=name,
                 trunk=head.trunk,
                 task=head.task,
                 head=f"file:{self._path(name).absolute()}",
-                description=described,
+                description=f"{len(head.labels)} classes, {head.kind} head on {head.trunk}",
             )
         )
 
@@ -229,14 +242,14 @@ class HeadStore:
             self._registry.load(name)
         except ModelsError as error:
             logger.error("head %s did not load: %s", name, error)
-        except Exception:  # its state tells; the other heads are not to suffer
+        except Exception:  # the head's state is `failed`; the others must still be loaded
             logger.exception("head %s did not load", name)
 
-    def _forget(self, name: str) -> None:
-        del self._seen[name]
+    def _remove(self, name: str) -> None:
+        del self._stamps[name]
         self._unloaded.discard(name)
-        self._broken.pop(name, None)
-        if name not in self._own and name in self._registry.catalog.models:
+        self._failures.pop(name, None)
+        if name not in self._catalog_models and name in self._registry.catalog.models:
             self._registry.remove(name)
 
     # -- descriptions ----------------------------------------------------------------------
@@ -244,17 +257,17 @@ class HeadStore:
     def _describe(
         self, name: str, served: Callable[[str], ModelDescription | None]
     ) -> HeadDescription | None:
-        """A head's description, or None if there is no such head."""
+        """A head's description, or None if the head does not exist."""
         if (fitting := self._fit_jobs.describe(name)) is not None:
             return fitting
-        if name in self._broken:
-            return UnservedHead(name=name, state=State.FAILED, reason=self._broken[name])
-        return served(name) if name in self._seen else None
+        if name in self._failures:
+            return UnservedHead(name=name, state=State.FAILED, reason=self._failures[name])
+        return served(name) if name in self._stamps else None
 
     def _describe_model(self, name: str) -> ModelDescription | None:
         try:
             return self._registry.describe(name)
-        except ModelNotFoundError:  # its file exists, and is not declared yet or not any more
+        except ModelNotFoundError:  # its file exists, but it is not or no longer declared
             return None
 
     def _path(self, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""One thread for all that changes what is loaded, so that such changes come one after another."""
+"""The one thread that loads and unloads models, so that such changes never overlap."""
 
 import asyncio
 import logging
@@ -17,14 +17,19 @@ T = TypeVar("T")
 
 
 class Loader:
-    """Runs slow work of the registry off the event loop."""
+    """Runs changes of the registry off the event loop, one after another."""
 
     def __init__(self) -> None:
-        alone = partial(use_threads, 1)
-        self._pool = ThreadPoolExecutor(1, "loader", initializer=alone)
+        single_threaded = partial(use_threads, 1)
+        self._pool = ThreadPoolExecutor(1, "loader", initializer=single_threaded)
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
-        """The function's result; whatever goes wrong comes back as a ServiceError."""
+        """The result of `function(*arguments)`.
+
+        Raises:
+            ServiceError: the function failed. An unexpected error is logged and becomes an
+                UnavailableError.
+        """
         try:
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._pool, function, *arguments)
@@ -37,5 +42,5 @@ class Loader:
             raise UnavailableError("the model could not be loaded or unloaded") from error
 
     def close(self) -> None:
-        """Begin nothing more; what runs is not waited for."""
+        """Cancel what has not started. Does not wait for what is running."""
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""An input's way through a worker: a place in the queue, decoding, trunk passes, the answer."""
+"""The steps of an input in a worker: a place in the queue, decoding, trunk passes, the result."""
 
 import asyncio
 import itertools
@@ -43,7 +43,7 @@ class InputPipeline:
     ) -> None:
         """
         Args:
-            in_pool: runs a function off the event loop: decoding.
+            in_pool: runs a function in the decode pool, off the event loop.
         """
         self._batcher = batcher
         self._postprocessor = postprocessor
@@ -52,13 +52,13 @@ class InputPipeline:
         self._limits = limits
 
     def admit(self, plans: Mapping[str, ExecutionPlan], inputs: Sequence[Input]) -> None:
-        """Take a place for every input in every trunk's queue, or none at all.
+        """Reserve a place for every input in the queue of each of its passes.
 
         Args:
             plans: by modality.
 
         Raises:
-            ServiceError: a queue is full, or its trunk is being unloaded.
+            ServiceError: a queue is full, or its trunk is being unloaded. No place is reserved.
         """
         admitted: list[tuple[str, int]] = []
         for modality, plan in plans.items():
@@ -86,11 +86,11 @@ class InputPipeline:
         flow: object,
         turn: asyncio.Semaphore,
     ) -> ImageResult:
-        """The answers for one input, for which places are taken.
+        """The results for one input, for which places are reserved.
 
         Args:
-            flow: the request's identity in the queues: flows take turns.
-            turn: bounds how many inputs of the request are decoded at a time.
+            flow: identifies the request in the queues, where requests take turns.
+            turn: limits how many inputs of the request are decoded at a time.
         """
         groups: list[list[Entry]] = []
         passes = plan.passes
@@ -105,7 +105,7 @@ class InputPipeline:
                     name = trunk_pass.name
                     groups.append([])
                     for number, piece in enumerate(pieces):
-                        if number:  # the first piece has its place already
+                        if number:  # `admit` reserved one place, which is the first piece's
                             await self._wait_for_place(trunk_pass)
                         entry = Entry(
                             Item(name, piece, calls), flow, request.bulk, request.deadline
@@ -119,7 +119,9 @@ class InputPipeline:
                 ]
                 return await self._postprocessor.run(plan, results, item, size, decode_s)
         except TimeoutError:
-            return ImageResult(error=DeadlineExceededError("the deadline passed before the answer"))
+            return ImageResult(
+                error=DeadlineExceededError("the deadline passed before the result was computed")
+            )
         except ModelsError as error:
             return ImageResult(error=from_library(error))
         except ServiceError as error:
@@ -129,12 +131,12 @@ class InputPipeline:
             return ImageResult(error=InternalError("the input could not be processed"))
         finally:
             for entry in itertools.chain(*groups):
-                entry.cancelled = True  # without effect once answered; else it is dropped
+                entry.cancelled = True  # drops it from its queue if it still waits there
             for trunk_pass in passes[len(groups) :]:
                 self._batcher.release(trunk_pass.name, 1)
 
     async def _wait_for_place(self, trunk_pass: TrunkPass) -> None:
-        """Take a place for one more piece of an image that is admitted already."""
+        """Wait for a place for one more piece of an admitted image, and reserve it."""
         while True:
             try:
                 return self._batcher.admit(trunk_pass.name, 1)
@@ -145,5 +147,5 @@ class InputPipeline:
 
 
 def until(deadline: float) -> asyncio.Timeout:
-    """A timeout at a `time.monotonic` moment, which may be infinite."""
+    """A timeout at a deadline in `time.monotonic` seconds, which may be infinite."""
     return asyncio.timeout(None if deadline == math.inf else deadline - time.monotonic())

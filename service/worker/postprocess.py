@@ -1,4 +1,4 @@
-"""The heads' second step: an input's rows, back from the device, to its callers' answers."""
+"""The heads' second step: an input's rows from the device to its results, on the CPU."""
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
@@ -21,14 +21,14 @@ logger = logging.getLogger(__name__)
 
 
 class Postprocessor:
-    """Runs `finish` of every head that an input was given to."""
+    """Runs `finish` of each head on an input's rows."""
 
     def __init__(
         self, metrics: Metrics, in_pool: Callable[..., Awaitable[Any]], limits: ImageLimits
     ) -> None:
         """
         Args:
-            in_pool: runs a function off the event loop.
+            in_pool: runs a function in the decode pool, off the event loop.
         """
         self._metrics = metrics
         self._in_pool = in_pool
@@ -42,10 +42,10 @@ class Postprocessor:
         size: tuple[int, int],
         decode_s: float,
     ) -> ImageResult:
-        """The answers of all calls for one input.
+        """The results of all calls for one input.
 
         Args:
-            results: for each pass a result for each piece of the input.
+            results: for each pass, the results of the input's pieces.
             size: an image's (width, height).
         """
         outputs: list[Any] = [None] * len(plan.calls)
@@ -87,7 +87,7 @@ class Postprocessor:
 
 
 def _timing(pieces: Sequence[ItemResult], decode_s: float) -> Timing:
-    """The times of the slowest piece."""
+    """The timing of the slowest piece."""
     slowest = max(pieces, key=lambda piece: piece.queue_s + piece.compute_s)
     milliseconds = (decode_s * 1e3, slowest.queue_s * 1e3, slowest.compute_s * 1e3)
     return Timing(*milliseconds, slowest.batch_size)

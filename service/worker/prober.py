@@ -1,7 +1,4 @@
-"""Proof that trunks compute: real passes of black images, before they serve and while idle.
-
-Busy trunks prove themselves.
-"""
+"""Checks that trunks work: passes of blank inputs, before they serve and while they are idle."""
 
 import asyncio
 import logging
@@ -18,25 +15,32 @@ logger = logging.getLogger(__name__)
 
 
 class Prober:
-    """Puts a black image through every trunk that has been idle for `interval_s`.
+    """Runs a blank input through every trunk that has been idle for a while.
 
-    `failures` holds, by trunk, why its last probe failed; a passed one clears it.
+    A trunk that is in use is not probed: each of its passes shows that it works.
     """
 
     def __init__(
         self, batcher: Batcher, runners: Mapping[str, Runner], *, interval_s: float, limit_s: float
     ) -> None:
+        """
+        Args:
+            interval_s: seconds since a trunk's last pass after which it is probed.
+            limit_s: seconds in which a probe must succeed.
+        """
         self._batcher = batcher
         self._runners = runners
         self._interval_s = interval_s
         self._limit_s = limit_s
+        # Trunks whose last probe failed, and why.
+        # Trunks whose last probe failed, and why.
         self.failures: dict[str, str] = {}
 
     def warm_up(self, name: str, largest: int) -> None:
-        """Run one image, then `largest` of them, which takes the memory that batches need.
+        """Run a batch of one, then one of `largest`, which allocates the memory that batches need.
 
         Raises:
-            CheckpointError: the trunk does not run.
+            CheckpointError: a pass failed.
         """
         for size in (1, largest):
             items = [self._runners[name].blank_item() for _ in range(size)]
@@ -48,7 +52,7 @@ class Prober:
                 raise CheckpointError(f"the trunk does not run: {failed}") from failed
 
     async def run(self) -> None:
-        """Probe until cancelled."""
+        """Probe idle trunks until cancelled."""
         while True:
             await asyncio.sleep(self._interval_s)
             for name, runner in list(self._runners.items()):
@@ -65,10 +69,10 @@ class Prober:
             async with asyncio.timeout(self._limit_s):
                 result = await asyncio.wrap_future(item.future)
             failed = next((row for row in result.rows if isinstance(row, Exception)), None)
-        except (QueueFull, KeyError):  # busy, or just unloaded
+        except (QueueFull, KeyError):  # in use, or unloaded meanwhile
             return
         except (TimeoutError, ServiceError):
-            failed = TimeoutError("no answer in time")
+            failed = TimeoutError(f"no result within {self._limit_s:g} s")
         if failed is None:
             self.failures.pop(name, None)
         else:

@@ -1,4 +1,4 @@
-"""Class embeddings of label sets: computed once, however many ask, and kept within a limit."""
+"""Class embeddings of label sets, computed once and cached."""
 
 import asyncio
 import hashlib
@@ -19,17 +19,25 @@ EmbedTexts = Callable[[Model, Sequence[str]], Awaitable[np.ndarray]]
 
 @dataclass(slots=True)
 class _Flight:
+    """A running computation, and the number of requests that wait for it."""
+
     task: "asyncio.Task[np.ndarray]"
     waiters: int = 0
 
 
 class PromptCache:
-    """(labels, D) float32 embeddings by (model, labels, templates), the least used let go first.
+    """A least-recently-used cache of class embeddings.
 
-    `embed` turns texts into (N, D) embeddings by way of the text trunk's queue.
+    Keys are (model, labels, templates), values are (labels, D) float32 arrays.
     """
 
     def __init__(self, embed: EmbedTexts, limit_bytes: int, metrics: Metrics) -> None:
+        """
+        Args:
+            embed: returns the (N, D) embeddings of N texts; runs them through the text trunk's
+                queue.
+            limit_bytes: the size of the cache.
+        """
         self._embed = embed
         self._limit_bytes = limit_bytes
         self._metrics = metrics
@@ -41,8 +49,11 @@ class PromptCache:
     async def get(
         self, model: Model, labels: Sequence[str], templates: Sequence[str]
     ) -> np.ndarray:
-        """The embeddings; first requests for the same ones wait for one computation, which ends
-        when nobody waits for it any more."""
+        """The class embeddings, (labels, D) float32.
+
+        Concurrent requests for the same ones share one computation. It is cancelled when all of
+        them are.
+        """
         key = _key(model, labels, templates)
         kept = self._find(key)
         self._metrics.label_sets.labels("miss" if kept is None else "hit").inc()
@@ -63,7 +74,7 @@ class PromptCache:
                     del self._flights[key]
 
     def prepare(self, model: Model, labels: Sequence[str], templates: Sequence[str]) -> None:
-        """Compute and keep the embeddings now; for a model that is being loaded, in its thread."""
+        """Compute and cache the embeddings in the calling thread, while the model is loaded."""
         classes = model.class_embeddings(labels, templates)
         self._keep(_key(model, labels, templates), classes)
 
@@ -87,8 +98,8 @@ class PromptCache:
             self._bytes += classes.nbytes - (0 if replaced is None else replaced.nbytes)
             self._kept[key] = classes
             while self._bytes > self._limit_bytes and self._kept:
-                _, dropped = self._kept.popitem(last=False)
-                self._bytes -= dropped.nbytes
+                _, evicted = self._kept.popitem(last=False)
+                self._bytes -= evicted.nbytes
 
 
 def _key(model: Model, labels: Sequence[str], templates: Sequence[str]) -> str:

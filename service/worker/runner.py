@@ -1,4 +1,4 @@
-"""Runs a batch on the device: the trunk once, then each head on the rows that want it."""
+"""Runs a batch on the device: the trunk once, then each head on its rows."""
 
 import logging
 import threading
@@ -21,7 +21,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ItemResult:
-    """For each call of an item its row or what went wrong; and where the time went."""
+    """The result of an item, and the time that it took.
+
+    Args:
+        rows: for each call of the item its row, or the error.
+    """
 
     rows: Sequence[Row | Exception]
     queue_s: float
@@ -31,7 +35,14 @@ class ItemResult:
 
 @dataclass(slots=True, eq=False)
 class Item:
-    """One input for a trunk, as its preprocessing leaves it, and what is wanted of it."""
+    """One preprocessed input, and the heads to run on it.
+
+    Args:
+        trunk: the trunk's name.
+        prepared: as the trunk's `prepare` returns it.
+        calls: the heads; none for probes and warm-ups.
+        future: resolved with the result.
+    """
 
     trunk: str
     prepared: Tensor
@@ -41,7 +52,12 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Threads:
-    """CPU threads of a pass: in a lane among others, and wide, alone on the device."""
+    """The CPU threads of a pass.
+
+    Args:
+        lane: of a batch in its lane.
+        wide: of a wide batch, which runs alone.
+    """
 
     lane: int
     wide: int
@@ -50,18 +66,18 @@ class Threads:
 def use_threads(count: int) -> None:
     """Give torch's operators `count` CPU threads when called from this thread.
 
-    At most one thread of a process should ever have more than its share. GNU's OpenMP keeps a
-    pool for each that has several, and once the pools hold more threads than there are cores, it
-    puts waiting ones to sleep at every barrier: lone images of EfficientNet-lite0 then come at 35
-    instead of 96 a second on two cores (benchmarks/streams.py).
+    At most one thread of a process should use more than one. GNU's OpenMP keeps a pool of threads
+    for each such thread. Once the pools hold more threads than there are cores, OpenMP puts waiting
+    threads to sleep at every barrier. Single images of EfficientNet-lite0 then run at 35 instead of
+    96 per second on two cores (benchmarks/streams.py).
     """
-    # reading first makes torch set up the thread, which would else undo the setting later
+    # Reading the count first makes torch initialize the thread, which would reset it later.
     if torch.get_num_threads() != count:
         torch.set_num_threads(count)
 
 
 class Runner:
-    """One trunk's passes, called from the lanes' threads. `last_passed` is when one last worked."""
+    """Runs the passes of one trunk. Called from the lanes' threads."""
 
     def __init__(self, name: str, trunk: Trunk, threads: Threads, metrics: Metrics) -> None:
         self.name = name
@@ -69,19 +85,22 @@ class Runner:
         self._threads = threads
         self._metrics = metrics
         self._local = threading.local()
+        # When a pass last succeeded, in `time.monotonic` seconds.
+        # When a pass last succeeded, in `time.monotonic` seconds.
         self.last_passed = time.monotonic()
 
     def execute(self, batch: Batch) -> None:
-        """Answer every entry of the batch, one way or another."""
+        """Run a batch and resolve all of its entries, with results or with errors."""
         use_threads(self._threads.wide if batch.wide else self._threads.lane)
         started = time.monotonic()
         results = self._run_safely(batch.queue, [entry.payload for entry in batch.entries])
         compute_s = time.monotonic() - started
         size = len(batch.entries)
-        asked = [entry for entry in batch.entries if entry.payload.calls]
-        if asked:  # probes and warm-ups want nothing and are not counted
+        # Probes and warm-ups have no calls and are not counted.
+        counted = [entry for entry in batch.entries if entry.payload.calls]
+        if counted:
             self._metrics.batch_size.labels(self.name).observe(size)
-        for entry in asked:
+        for entry in counted:
             queue_s = batch.started - entry.enqueued
             self._metrics.stage_duration.labels("queue", self.name).observe(queue_s)
             self._metrics.stage_duration.labels("compute", self.name).observe(compute_s)
@@ -90,12 +109,15 @@ class Runner:
             answer(entry, ItemResult(rows, queue_s, compute_s, size))
 
     def blank_item(self) -> Item:
-        """A blank input that wants no head: enough to prove that the trunk computes."""
+        """A blank input without heads, to check that the trunk works."""
         return Item(self.name, self.trunk.blank(), ())
 
     def _run_safely(self, queue: BatchQueue, items: list[Item]) -> list[list[Row | Exception]]:
-        """Run; when the trunk fails, halve on memory or else isolate, so that only the item
-        that is at fault fails."""
+        """Run items, and retry if the trunk fails, so that only the item at fault fails.
+
+        If memory runs out, the batch is halved, and so are later ones. After any other error the
+        items run one by one.
+        """
         try:
             return self._run(items)
         except torch.OutOfMemoryError as error:
@@ -115,23 +137,23 @@ class Runner:
             return [self._run_safely(queue, [item])[0] for item in items]
 
     def _run(self, items: Sequence[Item]) -> list[list[Row | Exception]]:
-        """Run, in as many passes as there are sizes."""
-        if self.trunk.modality == "text":  # which are filled up to one
+        """Run items, in one pass for each input size."""
+        if self.trunk.modality == "text":  # texts are padded to one size
             return self._run_pass(items)
         sizes: dict[torch.Size, list[int]] = defaultdict(list)
         for place, item in enumerate(items):
             sizes[item.prepared.shape].append(place)
         results: list[list[Row | Exception]] = [[]] * len(items)
         for places in sizes.values():
-            found = self._run_pass([items[place] for place in places])
-            for place, rows in zip(places, found, strict=True):
+            passed = self._run_pass([items[place] for place in places])
+            for place, rows in zip(places, passed, strict=True):
                 results[place] = rows
         return results
 
     def _run_pass(self, items: Sequence[Item]) -> list[list[Row | Exception]]:
         on_gpu = self.trunk.placement.device.type == "cuda"
         with self._stream():
-            # pinned, so that the copy to a GPU overlaps the other stream's computation
+            # Pinned, so that the copy to a GPU overlaps the other stream's computation.
             batch = self.trunk.collate([item.prepared for item in items], pin_memory=on_gpu)
             results = run_pass(self.trunk, batch, [item.calls for item in items])
         self._log_failures(results)
@@ -144,7 +166,7 @@ class Runner:
             logger.error("a head on %s failed", self.name, exc_info=failure)
 
     def _stream(self) -> torch.cuda.StreamContext:
-        """This lane's own CUDA stream; on a CPU a context that does nothing."""
+        """This thread's own CUDA stream; on a CPU a context that does nothing."""
         if self.trunk.placement.device.type == "cuda" and not hasattr(self._local, "stream"):
             self._local.stream = torch.cuda.Stream(  # type: ignore[no-untyped-call]
                 self.trunk.placement.device
@@ -153,7 +175,7 @@ class Runner:
 
 
 def answer(entry: Entry, result: ItemResult) -> None:
-    """Resolve an entry's future, unless its caller has left."""
+    """Resolve an entry's future, unless it was cancelled."""
     future: Future[ItemResult] = entry.payload.future
     if future.set_running_or_notify_cancel():
         future.set_result(result)

@@ -1,4 +1,4 @@
-"""The trunks being served: each with its queue, its runner and the models that stand on it."""
+"""The trunks being served: each with its queue, its runner and the models that use it."""
 
 import time
 
@@ -16,7 +16,7 @@ from service.worker_options import WorkerOptions
 
 
 class ServedTrunks:
-    """Brings trunks into service with the first model on them, and out with the last."""
+    """Starts to serve a trunk with the first model that uses it, and stops with the last one."""
 
     def __init__(self, registry: Registry, options: WorkerOptions, metrics: Metrics) -> None:
         self._registry = registry
@@ -25,7 +25,7 @@ class ServedTrunks:
         self.runners: dict[str, Runner] = {}
         self._users: dict[str, set[str]] = {name: set() for name in registry.catalog.trunks}
         self._threads = Threads(lane=options.lane_threads, wide=options.threads)
-        # with streams of several threads each, a wide pass would only add to the pools
+        # If each lane has several threads, a wide batch would need a pool of threads of its own.
         cpu = registry.device.type == "cpu" and self._threads.lane == 1
         scheduler = Scheduler(lanes=options.streams, cpu=cpu)
         self.batcher = Batcher(scheduler, execute=self._execute, drop=self._drop)
@@ -37,24 +37,24 @@ class ServedTrunks:
         )
 
     def serve(self, model: Model) -> None:
-        """Give the model's trunks a queue each, warmed up, before the model counts as ready.
+        """Create the queues of the model's trunks and warm the trunks up.
 
         Raises:
-            CheckpointError: a trunk does not run; what was begun is undone.
+            CheckpointError: a trunk does not run. The model's trunks are then retired.
         """
         for name, trunk in self._trunks_of(model):
             if not self._users[name]:
                 try:
-                    self._begin(name, trunk)
+                    self._start(name, trunk)
                 except CheckpointError:
                     self.retire(model)
                     raise
             self._users[name].add(model.name)
-            # of heads there may be thousands: their series begin with their first request
+            # There may be thousands of heads, so their series start with their first request.
             self._metrics.add_model(model.name, name, () if model.about else model.tasks)
 
     def retire(self, model: Model) -> None:
-        """Drain and drop the queues of trunks that no other model stands on."""
+        """Drain and remove the queues of trunks that no other model uses."""
         for name, _ in self._trunks_of(model):
             if model.name in self._users[name]:
                 self._users[name].discard(model.name)
@@ -63,12 +63,12 @@ class ServedTrunks:
 
     def _trunks_of(self, model: Model) -> list[tuple[str, Trunk]]:
         entry = self._registry.catalog.model(model.name)
-        found = [(entry.trunk, model.trunk)]
+        trunks = [(entry.trunk, model.trunk)]
         if entry.text is not None and entry.text != entry.trunk and model.text is not None:
-            found.append((entry.text, model.text))
-        return found
+            trunks.append((entry.text, model.text))
+        return trunks
 
-    def _begin(self, name: str, trunk: Trunk) -> None:
+    def _start(self, name: str, trunk: Trunk) -> None:
         queue = self._queue(name)
         self.runners[name] = Runner(name, trunk, self._threads, self._metrics)
         self.batcher.add_queue(queue)

@@ -69,7 +69,7 @@ async def _answer(backend: Backend, single: InferRequest, room: asyncio.Semaphor
 def _cancel(answers: Answers) -> None:
     for answer in answers:
         if not answer.cancel() and not answer.cancelled():
-            answer.exception()  # or asyncio would log that nobody retrieved it
+            answer.exception()  # retrieves it; asyncio logs exceptions that are never retrieved
 
 
 async def _lines(
