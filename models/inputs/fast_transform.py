@@ -13,6 +13,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from models.inputs.images import ReducedImage
 
@@ -41,17 +42,28 @@ def create_fast_transform(
     def transform(image: Image.Image | ReducedImage) -> Tensor:
         if isinstance(image, Image.Image):
             image = ReducedImage(image, image.size)
-        pixels_BCHW = _pixels_of(image.image).permute(2, 0, 1)[None]
         size = resized(*image.size)
-        resized_BCHW = torch.nn.functional.interpolate(
-            pixels_BCHW, size, mode=interpolation, antialias=True
-        )
+        resized_BCHW = _resize(image, size, interpolation)
         canvas_HWC = colour.repeat(*input_size, 1)
         (from_y, to_y), (from_x, to_x) = map(_overlap, size, input_size)
         canvas_HWC[to_y, to_x] = resized_BCHW[0, :3, from_y, from_x].permute(1, 2, 0)
         return canvas_HWC.permute(2, 0, 1)
 
     return transform
+
+
+def _resize(image: ReducedImage, size: tuple[int, int], interpolation: str) -> Tensor:
+    """The image resized to (height, width), or a little beyond: (1, 3 or 4, H, W)."""
+    pixels_BCHW = _pixels_of(image.image).permute(2, 0, 1)[None]
+    if image.factor == 1:
+        return interpolate(pixels_BCHW, size, mode=interpolation, antialias=True)
+    # The last row and column may lie beyond the full image, so the scale is not that of the sizes.
+    # The output's size is rounded down: a little more keeps it from being one too small.
+    scales = [
+        resized * image.factor / full * (1 + 1e-9)
+        for resized, full in zip(size, reversed(image.size), strict=True)
+    ]
+    return interpolate(pixels_BCHW, scale_factor=scales, mode=interpolation, antialias=True)
 
 
 def _overlap(length: int, target: int) -> tuple[slice, slice]:

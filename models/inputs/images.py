@@ -40,10 +40,13 @@ class ReducedImage:
     Args:
         image: upright, RGB.
         size: the full (width, height), upright.
+        factor: pixels of the full image in each direction for one of `image`, whose last row and
+            column may cover fewer.
     """
 
     image: Image.Image
     size: tuple[int, int]
+    factor: int = 1
 
 
 def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:

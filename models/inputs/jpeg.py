@@ -29,8 +29,8 @@ YCBCR = 1
 
 def decode_jpeg(
     header: Image.Image, data: bytes, min_side: int | None = None
-) -> tuple[Image.Image, tuple[int, int]] | None:
-    """Decode a JPEG file to an upright RGB image, and its full (width, height), upright.
+) -> tuple[Image.Image, tuple[int, int], int] | None:
+    """Decode a JPEG file to an upright RGB image.
 
     Args:
         header: the file, opened by Pillow and not loaded.
@@ -39,7 +39,8 @@ def decode_jpeg(
             many pixels.
 
     Returns:
-        None for files that Pillow must decode: other formats, CMYK, unusual sampling, and those
+        The image, its full (width, height), upright, and the factor by which it is reduced. None
+        for files that Pillow must decode: other formats, CMYK, unusual sampling, and those
         with damaged data, about which Pillow decides.
     """
     if not isinstance(header, JpegImageFile) or not _is_common(header):
@@ -59,7 +60,8 @@ def decode_jpeg(
     orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
     if (transposition := UPRIGHT.get(orientation)) is not None:
         image = image.transpose(transposition)
-    return image, (height, width) if transposition in QUARTER_TURNS else (width, height)
+    size = (height, width) if transposition in QUARTER_TURNS else (width, height)
+    return image, size, factor
 
 
 def _is_common(header: JpegImageFile) -> bool:

@@ -248,6 +248,8 @@ class Normalize(torch.nn.Module):
 
 
 def _timm_transform(spec: Preprocess) -> Transform:
+    # Resizes more than the crop keeps. Pillow's `resize(box=...)` would not, but its pixels differ:
+    # the box is in single precision, and the order of both passes depends on the output's size.
     transform = create_timm_transform(
         input_size=(3, *spec.input_size),
         is_training=False,
@@ -282,10 +284,11 @@ def _cut_sliver(image: Picture, max_ratio: int) -> Picture:
     short, long = sorted(image.size)
     if long <= short * max_ratio:
         return image
-    excess = (long - short * max_ratio) // 2
+    factor = image.factor if isinstance(image, ReducedImage) else 1
+    excess = (long - short * max_ratio) // 2 // factor
+    across, down = (excess, 0) if width > height else (0, excess)
     if isinstance(image, ReducedImage):
-        size = (width - 2 * excess, height) if width > height else (width, height - 2 * excess)
-        return ReducedImage(_cut_sliver(image.image, max_ratio), size)
-    if width > height:
-        return image.crop((excess, 0, width - excess, height))
-    return image.crop((0, excess, width, height - excess))
+        box = (across, down, image.image.width - across, image.image.height - down)
+        size = (width - 2 * across * factor, height - 2 * down * factor)
+        return ReducedImage(image.image.crop(box), size, factor)
+    return image.crop((across, down, width - across, height - down))
