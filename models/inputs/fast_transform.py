@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torch.utils.dlpack import from_dlpack
 
 from models.inputs.images import ReducedImage
 
@@ -82,5 +83,5 @@ def _pixels_of(image: Image.Image) -> Tensor:
         values = pa.array(image).flatten()
     except ValueError:  # Pillow divides large images into blocks
         return torch.from_numpy(np.array(image))
-    pixels_HWC: Tensor = torch.from_dlpack(values).view(image.height, image.width, 4)
+    pixels_HWC: Tensor = from_dlpack(values).view(image.height, image.width, 4)
     return pixels_HWC

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import cv2
 import numpy as np
@@ -275,10 +275,7 @@ def _fast_transform(spec: Preprocess) -> Transform:
     )
 
 
-Picture = TypeVar("Picture", Image.Image, ReducedImage)
-
-
-def _cut_sliver(image: Picture, max_ratio: int) -> Picture:
+def _cut_sliver(image: Image.Image | ReducedImage, max_ratio: int) -> Image.Image | ReducedImage:
     """Cut the far ends off a very long image, evenly, so that its centre stays where it is."""
     width, height = image.size
     short, long = sorted(image.size)
