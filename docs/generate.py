@@ -69,7 +69,7 @@ def routes() -> str:
         for method, operation in methods.items():
             tag = operation.get("tags", ["other"])[0]
             by_tag.setdefault(tag, []).append(_route(method, path, operation))
-    return "\n\n".join(f"## {tag}\n\n" + "\n\n".join(found) for tag, found in by_tag.items())
+    return "\n\n".join(f"## {tag}\n\n" + "\n\n".join(rows) for tag, rows in by_tag.items())
 
 
 def task_table() -> str:

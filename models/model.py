@@ -119,7 +119,7 @@ class Model:
         return (own,) if self.text in (None, self.trunk) else (own, "text")
 
     def build(self) -> None:
-        """Have the engines build the passes of the model's own task before their first use."""
+        """Have the engines begin to build the passes of the model's own task."""
         own = self.heads[self.task]
         self.trunk.build(merge([(own.request, range(2))]))
         if self.text is not None and self.text is not self.trunk:

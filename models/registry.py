@@ -1,5 +1,6 @@
 """Loaded models by name, the trunks that they share, and the state of each model."""
 
+import gc
 import logging
 import threading
 import time
@@ -53,13 +54,17 @@ class Registry:
         self.store = store or Store()
         self.device = resolve_device(device)
         self.dtype = dtype
-        self.engine = engine
-        self.transform = transform
-        self.threads = threads
-        self.streams = streams
+        self._placement = Placement(
+            device=self.device,
+            engine=engine,
+            transform=resolve_transform(transform),
+            threads=threads,
+            streams=streams,
+            cache=self.store.root / "engines",
+        )
         for entry in catalog.trunks.values():
             engine_class(entry.engine or engine)  # raises for unknown engines
-            resolve_transform(entry.transform or transform)
+            resolve_transform(entry.transform or transform)  # and for unknown transforms
         self.on_load = on_load
         self.on_unload = on_unload
         self._slots = {name: Slot(entry) for name, entry in catalog.models.items()}
@@ -96,7 +101,6 @@ class Registry:
             ModelsError: it could not be loaded. Its state is then `failed`, with the reason.
         """
         slot = self._slot(name)
-        entry = slot.entry
         with slot.lock:
             if slot.model is not None:
                 return slot.model
@@ -105,15 +109,15 @@ class Registry:
             slot.state, slot.reason = State.LOADING, ""
             started = time.monotonic()
             try:
-                model = self._assembly.build(entry)
+                model = self._assembly.build(slot.entry)
                 if self.on_load:
                     self.on_load(model)
             except BaseException as error:
                 slot.state, slot.reason = State.FAILED, str(error)
-                self._drop_unused_trunks(entry)
+                self._drop_unused_trunks(slot.entry)
                 raise
             slot.load_seconds = time.monotonic() - started
-            slot.format = self._trunks[entry.trunk].format
+            slot.format = self._trunks[slot.entry.trunk].format
             slot.model, slot.state = model, State.READY
             logger.info("model %s loaded in %.1f s", name, slot.load_seconds)
             return model
@@ -126,6 +130,7 @@ class Registry:
             slot.state, slot.reason = State.UNLOADED, ""
             if model is not None and self.on_unload:
                 self.on_unload(model)
+            del model  # so that its memory can be freed below
         self._drop_unused_trunks(slot.entry)
 
     def loaded_trunk(self, name: str) -> LoadedTrunk | None:
@@ -181,8 +186,7 @@ class Registry:
         Raises:
             ModelNotFoundError: not in the catalog.
         """
-        slot = self._slot(name)
-        return self._describe(slot, self._defaults().get(name, ()))
+        return self._describe(self._slot(name), self._defaults().get(name, ()))
 
     def describe_all(self) -> dict[str, ModelDescription]:
         """Every model's description by name, in the catalog's order."""
@@ -193,8 +197,7 @@ class Registry:
         }
 
     def _describe(self, slot: Slot, default_for: Sequence[str]) -> ModelDescription:
-        entry = slot.entry
-        trunk_entry = self.catalog.trunks[entry.trunk]
+        entry, trunk_entry = slot.entry, self.catalog.trunks[slot.entry.trunk]
         description = ModelDescription(
             name=entry.name,
             task=entry.task,
@@ -256,8 +259,9 @@ class Registry:
     def _drop_unused_trunks(self, entry: ModelEntry) -> None:
         for trunk in entry.trunks:
             with self._trunk_locks[trunk]:
-                if not any(slot.uses(trunk) for slot in list(self._slots.values())):
-                    self._trunks.pop(trunk, None)
+                unused = not any(slot.uses(trunk) for slot in list(self._slots.values()))
+                if unused and self._trunks.pop(trunk, None) is not None:
+                    gc.collect()  # a trunk, its engine and its hooks refer to each other
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -275,18 +279,15 @@ class Registry:
         with self._trunk_locks[name]:
             if name not in self._trunks:
                 base = self.catalog.path.parent
-                loaded = load_trunk(entry, self.store, base, self._placement(entry))
+                loaded = load_trunk(entry, self.store, base, self._placement_of(entry))
                 self._trunks[name] = replace(loaded, source=entry.source)
             return self._trunks[name]
 
-    def _placement(self, entry: TrunkEntry) -> Placement:
-        return Placement(
-            device=self.device,
+    def _placement_of(self, entry: TrunkEntry) -> Placement:
+        return replace(
+            self._placement,
             dtype=resolve_dtype(entry.dtype or self.dtype),
             channels_last=bool(entry.channels_last),
-            engine=entry.engine or self.engine,
-            transform=resolve_transform(entry.transform or self.transform),
-            threads=self.threads,
-            streams=self.streams,
-            cache=self.store.root / "engines",
+            engine=entry.engine or self._placement.engine,
+            transform=resolve_transform(entry.transform or self._placement.transform),
         )

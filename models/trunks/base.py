@@ -96,7 +96,7 @@ class Trunk:
         return replace(output, queries=queries.split(tensors["queries"]))
 
     def build(self, request: BatchRequest) -> None:
-        """Have the engine build the pass for a request, before its first use."""
+        """Have the engine begin to build the pass for a request, before its first use."""
         batch = self.collate(self.samples(2)).to(self.placement.device)
         plan, inputs, _ = self.pass_inputs(batch, request)
         self.engine.prepare(plan, inputs)

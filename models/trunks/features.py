@@ -56,7 +56,7 @@ class PassPlan:
 
 @dataclass(frozen=True, slots=True)
 class BatchRequest:
-    """What a batch's heads request together: a plan, and which rows want which query tokens."""
+    """What a batch's heads request together: a plan, and which rows request which query tokens."""
 
     plan: PassPlan = PassPlan()
     queries: tuple[tuple[QuerySet, tuple[int, ...]], ...] = ()

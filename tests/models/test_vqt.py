@@ -1,5 +1,6 @@
 """Queries that ride along: what they gather, that they disturb nothing, and who may carry them."""
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -194,6 +195,22 @@ def test_heads_that_do_not_fit_say_why(changed: dict[str, Tensor], message: str)
     }
     with pytest.raises(CheckpointError, match=message):
         create_head("vqt", trunk, tuple("abcd"), HeadState(tensors))
+
+
+def test_the_garbage_collector_may_release_query_tokens_while_others_are_added() -> None:
+    bank = small_trunk(*KINDS["class token"])._queries.bank
+    queries = [bank.add(torch.zeros(3, 2, 24))]
+    freed = queries[0].slots
+
+    def collect() -> None:
+        with bank._lock:
+            queries.clear()
+
+    thread = threading.Thread(target=collect, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert bank.add(torch.zeros(3, 2, 24)).slots == freed
 
 
 def test_networks_without_such_blocks_carry_no_queries() -> None:

@@ -97,7 +97,7 @@ def test_photos_are_found_by_text_and_by_image(
     assert vitrail("search", index, *server).returncode == 2
     no_index = vitrail("search", str(photo), "--text", "a cat", *server)
     assert no_index.returncode == 1
-    assert "no index" in no_index.stderr
+    assert "not an index" in no_index.stderr
 
 
 def test_an_interrupted_embedding_is_resumed_exactly(tiny_catalog: Path, tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_built_in_catalog_can_be_copied_but_not_over_another(tmp_path: Path) -
     assert load_catalog(mine).models == load_catalog("published").models
     unknown = vitrail("models", "copy", "nothing", str(tmp_path / "other.toml"))
     assert unknown.returncode == 1
-    assert "there are demo, hub, published" in unknown.stderr
+    assert "built-in: demo, hub, published" in unknown.stderr
 
 
 def test_models_are_listed_pulled_and_inspected(tiny_catalog: Path) -> None:
@@ -318,7 +318,7 @@ def test_a_head_is_fitted_and_served(tiny_catalog: Path, tmp_path: Path) -> None
     [
         (["--trunk", "nowhere"], "no trunk 'nowhere'"),
         (["--trunk", "tiny", "--kind", "magic"], "kind is 'magic'"),
-        (["--trunk", "conv", "--kind", "vqt"], "no plain ViT"),
+        (["--trunk", "conv", "--kind", "vqt"], "blocks of a plain ViT"),
         (["--trunk", "tiny"], "a single image of red"),
     ],
 )

@@ -5,13 +5,15 @@ inputs. Then both run a few times, in the thread that runs passes, and the faste
 """
 
 import logging
+import queue
 import threading
 import time
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from models.errors import EngineError
@@ -33,6 +35,8 @@ class _Choice:
 
     Args:
         candidate: the other engine's pass, once it is built.
+        trials: how often both ran.
+        chosen: whether the candidate is used from now on.
         reason: why the pass stays with eager.
     """
 
@@ -46,7 +50,7 @@ class _Choice:
 
 class Auto(Engine):
     name = "auto"
-    # so that both engines get the same query tokens
+    # both engines get the same query tokens
     single_group = True
 
     def __init__(self, *arguments: Any) -> None:
@@ -58,9 +62,8 @@ class Auto(Engine):
     def run(self, plan: PassPlan, inputs: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
         choice = self._choices.get(pass_key(plan, inputs))
         if choice is None:
-            self._build_later(plan, inputs)
-            return self._eager.run(plan, inputs)
-        if choice.candidate is None:
+            self._build_in_background(plan, inputs)
+        if choice is None or choice.candidate is None:
             return self._eager.run(plan, inputs)
         try:
             if choice.chosen:
@@ -68,19 +71,17 @@ class Auto(Engine):
             return self._try(choice, plan, inputs)
         except Exception as error:
             logger.warning("%s failed and is not used again: %s", self._other.name, error)
-            choice.candidate, choice.reason = None, f"{self._other.name} failed: {error}"
+            choice.candidate, choice.chosen = None, False
+            choice.reason = f"{self._other.name} failed: {error}"
             return self._eager.run(plan, inputs)
 
     def prepare(self, plan: PassPlan, inputs: tuple[Tensor, ...]) -> None:
-        key = pass_key(plan, inputs)
-        with self._lock:
-            if key in self._choices:
-                return
-            choice = self._choices[key] = _Choice()
-            if len(self._choices) > MAX_PASSES:
-                choice.reason = f"{MAX_PASSES} other passes are built already"
-                return
-        self._build(choice, plan, inputs)
+        """Build the other engine's pass: now if it only has to be read from disk, otherwise in the
+        background."""
+        if not self._other.is_cached(pass_key(plan, inputs)):
+            self._build_in_background(plan, inputs)
+        elif (choice := self._new_choice(pass_key(plan, inputs))) is not None:
+            self._build(choice, plan, inputs)
 
     def report(self) -> EngineReport:
         choices = list(self._choices.values())
@@ -89,18 +90,19 @@ class Auto(Engine):
         reason = next((choice.reason for choice in choices if choice.reason), "")
         return EngineReport(self._eager.name, reason=reason)
 
-    def _build_later(self, plan: PassPlan, inputs: tuple[Tensor, ...]) -> None:
-        """Build in the background, with a copy of these inputs to compare on."""
+    def _new_choice(self, key: PassKey) -> _Choice | None:
+        """The choice of a pass that is new; None for others, and for more than MAX_PASSES."""
         with self._lock:
-            key = pass_key(plan, inputs)
-            if key in self._choices:
-                return
+            if key in self._choices or len(self._choices) >= MAX_PASSES:
+                return None
             choice = self._choices[key] = _Choice()
-            if len(self._choices) > MAX_PASSES:
-                choice.reason = f"{MAX_PASSES} other passes are built already"
-                return
-        copies = tuple(tensor.clone() for tensor in inputs)
-        _builder().submit(self._build, choice, plan, copies)
+            return choice
+
+    def _build_in_background(self, plan: PassPlan, inputs: tuple[Tensor, ...]) -> None:
+        """Build with a copy of these inputs, which the pass is compared with eager on."""
+        if (choice := self._new_choice(pass_key(plan, inputs))) is not None:
+            copies = tuple(tensor.clone() for tensor in inputs)
+            in_background(lambda: self._build(choice, plan, copies))
 
     def _build(self, choice: _Choice, plan: PassPlan, inputs: tuple[Tensor, ...]) -> None:
         try:
@@ -108,7 +110,7 @@ class Auto(Engine):
         except EngineError as error:
             choice.reason = str(error)
         except Exception as error:
-            logger.exception("an engine could not be built")
+            logger.exception("a pass of %s could not be built", self._other.name)
             choice.reason = f"{self._other.name}: {error}"
 
     def _try(
@@ -126,21 +128,27 @@ class Auto(Engine):
             choice.eager_s += ended - between
         choice.trials += 1
         if choice.trials > TRIALS:
-            if choice.candidate_s <= choice.eager_s:
-                choice.chosen = True
-            else:
+            choice.chosen = choice.candidate_s <= choice.eager_s
+            if not choice.chosen:
                 choice.candidate, choice.reason = None, f"{self._other.name} is slower"
         return outputs
 
 
-_pool: ThreadPoolExecutor | None = None
-_pool_lock = threading.Lock()
+@cache
+def _jobs() -> "queue.SimpleQueue[Callable[[], None]]":
+    """The jobs of the process's one background thread. It is a daemon, since a build may take
+    half a minute, and an exit does not wait for it."""
+    jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        while True:
+            jobs.get()()
+
+    threading.Thread(target=work, name="engine-builder", daemon=True).start()
+    return jobs
 
 
-def _builder() -> ThreadPoolExecutor:
-    """The one thread of the process that builds passes in the background."""
-    global _pool
-    with _pool_lock:
-        if _pool is None:
-            _pool = ThreadPoolExecutor(1, "engine-builder")
-        return _pool
+def in_background(job: Callable[[], None]) -> None:
+    """Run a job in the background thread, after those before it."""
+    _jobs().put(job)

@@ -6,6 +6,7 @@ one source of truth. Query tokens come as integer slots into a bank of tensors, 
 changes no module.
 """
 
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -86,12 +87,16 @@ class Engine:
 
     def get(self, plan: PassPlan, inputs: tuple[Tensor, ...]) -> Pass:
         """The built pass for a plan and inputs of such dtypes and sizes."""
-        key = pass_key(plan, inputs)
+        key = self.key(plan, inputs)
         if (built := self._passes.get(key)) is None:
             with self._lock:
                 if (built := self._passes.get(key)) is None:
                     built = self._passes[key] = self.build(key, self.create_module(plan), inputs)
         return built
+
+    def key(self, plan: PassPlan, inputs: tuple[Tensor, ...]) -> PassKey:
+        """What a built pass depends on."""
+        return pass_key(plan, inputs)
 
     def build(self, key: PassKey, module: nn.Module, inputs: tuple[Tensor, ...]) -> Pass:
         """Prepare a module for running.
@@ -122,7 +127,7 @@ def largest_error(module: nn.Module, built: Pass, inputs: tuple[Tensor, ...]) ->
     output that it is in.
 
     Raises:
-        EngineError: outputs of other names or shapes.
+        EngineError: outputs of other names or shapes, or a difference that is not finite.
     """
     expected, actual = module(*inputs), built(*inputs)
     if expected.keys() != actual.keys():
@@ -136,5 +141,8 @@ def largest_error(module: nn.Module, built: Pass, inputs: tuple[Tensor, ...]) ->
         if reference.numel():
             difference = (actual[name].float() - reference.float()).abs().max()
             scale = reference.float().abs().max().clamp(min=1e-12)
-            worst = max(worst, float(difference / scale))
+            error = float(difference / scale)
+            if not math.isfinite(error):
+                raise EngineError(f"{name} has values that are not finite")
+            worst = max(worst, error)
     return worst

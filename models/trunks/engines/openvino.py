@@ -20,6 +20,8 @@ from models.errors import EngineError
 from models.trunks.engines.base import Engine, EngineReport, Pass, PassKey, largest_error
 
 TOLERANCE = 1e-5
+# where a model keeps its outputs' names: one tensor may be two outputs
+NAMES = ["vitrail", "outputs"]
 LIBRARIES = ("openvino", "torch", "timm")
 
 
@@ -37,10 +39,12 @@ class OpenVino(Engine):
             raise EngineError(
                 f"openvino runs float32 on CPUs, not {placement.dtype} on {placement.device.type}"
             )
-        built = CompiledPass(
-            self._convert(key, module, inputs), placement.threads, placement.streams
-        )
-        error = max(largest_error(module, built, example) for example in _examples(inputs))
+        model = self._convert(key, module, inputs)
+        try:
+            built = CompiledPass(model, placement.threads, placement.streams)
+            error = max(largest_error(module, built, example) for example in _examples(inputs))
+        except RuntimeError as failure:
+            raise EngineError(f"openvino cannot run it: {_first_line(failure)}") from failure
         if not error <= TOLERANCE:
             raise EngineError(
                 f"its outputs differ from eager by {error:.1e} of the largest value; the tolerance "
@@ -53,8 +57,13 @@ class OpenVino(Engine):
         worst = max(self._reports.values(), key=lambda report: report.error or 0.0, default=None)
         return worst or EngineReport(self.name)
 
+    def is_cached(self, key: PassKey) -> bool:
+        """Whether the converted pass only has to be read from disk."""
+        path = self._path(key)
+        return path is not None and path.is_file()
+
     def _convert(self, key: PassKey, module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-        """The pass as an OpenVINO model whose outputs have the tensors' names."""
+        """The pass as an OpenVINO model that has the names of its outputs in its `NAMES`."""
         import openvino
 
         path = self._path(key)
@@ -62,13 +71,14 @@ class OpenVino(Engine):
             return openvino.Core().read_model(path)
         flat = FlatModule(module)
         try:
-            with torch.no_grad(), warnings.catch_warnings():
+            # inference tensors cannot be traced
+            with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+                inputs = tuple(tensor.clone() for tensor in inputs)
                 warnings.simplefilter("ignore")  # of tracing: the comparison with eager decides
                 model = openvino.convert_model(flat, example_input=inputs)
         except Exception as error:  # the converter raises errors of many kinds
             raise EngineError(f"openvino cannot convert it: {_first_line(error)}") from error
-        for output, name in zip(model.outputs, flat.names, strict=True):
-            output.get_tensor().set_names({name})
+        model.set_rt_info(",".join(flat.names), NAMES)
         if path is not None:
             _save(openvino, model, path)
         return model
@@ -96,7 +106,7 @@ class CompiledPass:
             **({"INFERENCE_NUM_THREADS": threads} if threads else {}),
         }
         self._compiled = openvino.Core().compile_model(model, "CPU", config)
-        self._names = [output.get_any_name() for output in self._compiled.outputs]
+        self._names = str(model.get_rt_info(NAMES).value).split(",")
         self._local = threading.local()
 
     def __call__(self, *inputs: Tensor) -> Mapping[str, Tensor]:
