@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,13 @@ from models.checkpoints.loading import LoadedTrunk, load_trunk
 from models.checkpoints.store import Store
 from models.description import ModelDescription, State
 from models.errors import CatalogError, ModelNotFoundError, ModelNotReadyError
+from models.inputs.transforms import resolve_transform
 from models.model import Model
+from models.slot import Slot
 from models.trunks.devices import Placement, resolve_device, resolve_dtype
 from models.trunks.engines.registry import engine_class
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Slot:
-    entry: ModelEntry
-    state: State = State.UNLOADED
-    reason: str = ""
-    model: Model | None = None
-    format: str = ""
-    load_seconds: float = 0.0
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 Hook = Callable[[Model], None]
@@ -53,6 +44,7 @@ class Registry:
         device: str = "auto",
         dtype: str = "float32",
         engine: str = "eager",
+        transform: str = "exact",
         threads: int = 0,
         streams: int = 1,
         on_load: Hook | None = None,
@@ -62,15 +54,20 @@ class Registry:
         self.store = store or Store()
         self.device = resolve_device(device)
         self.dtype = dtype
-        cache = self.store.root / "engines"
         self._placement = Placement(
-            device=self.device, engine=engine, threads=threads, streams=streams, cache=cache
+            device=self.device,
+            engine=engine,
+            transform=resolve_transform(transform),
+            threads=threads,
+            streams=streams,
+            cache=self.store.root / "engines",
         )
         for entry in catalog.trunks.values():
             engine_class(entry.engine or engine)  # raises for unknown engines
+            resolve_transform(entry.transform or transform)  # and for unknown transforms
         self.on_load = on_load
         self.on_unload = on_unload
-        self._slots = {name: _Slot(entry) for name, entry in catalog.models.items()}
+        self._slots = {name: Slot(entry) for name, entry in catalog.models.items()}
         self._trunks: dict[str, LoadedTrunk] = {}
         self._trunk_locks = {name: threading.Lock() for name in catalog.trunks}
         self._assembly = Assembly(catalog.path.parent, self.store, self.load_trunk)
@@ -151,7 +148,7 @@ class Registry:
         if entry.trunk not in self.catalog.trunks:
             trunks = ", ".join(self.catalog.trunks)
             raise CatalogError(f"{entry.name}: no trunk {entry.trunk!r}; the catalog has {trunks}")
-        slot, old = _Slot(entry), self._slots.get(entry.name)
+        slot, old = Slot(entry), self._slots.get(entry.name)
         if old is not None and old.model is not None:
             if old.entry.trunk != entry.trunk:
                 raise CatalogError(f"{entry.name} uses {old.entry.trunk!r}; remove it first")
@@ -199,7 +196,7 @@ class Registry:
             for name, slot in list(self._slots.items())
         }
 
-    def _describe(self, slot: _Slot, default_for: Sequence[str]) -> ModelDescription:
+    def _describe(self, slot: Slot, default_for: Sequence[str]) -> ModelDescription:
         entry, trunk_entry = slot.entry, self.catalog.trunks[slot.entry.trunk]
         description = ModelDescription(
             name=entry.name,
@@ -226,7 +223,7 @@ class Registry:
             architecture=trunk.architecture,
             engine=engine.name,
             precision=description.dtype,
-            transform="exact",
+            transform=getattr(trunk.preprocess, "transform", "exact"),
             agreement=engine.to_json(),
             engine_reason=engine.reason or None,
             memory_bytes=model.trunk_bytes + model.head_bytes,
@@ -252,7 +249,7 @@ class Registry:
             defaults.setdefault(name, []).append(task)
         return defaults
 
-    def _slot(self, name: str) -> _Slot:
+    def _slot(self, name: str) -> Slot:
         entry = self.catalog.model(name)
         try:
             return self._slots[entry.name]
@@ -262,7 +259,7 @@ class Registry:
     def _drop_unused_trunks(self, entry: ModelEntry) -> None:
         for trunk in entry.trunks:
             with self._trunk_locks[trunk]:
-                unused = not any(_uses(slot, trunk) for slot in list(self._slots.values()))
+                unused = not any(slot.uses(trunk) for slot in list(self._slots.values()))
                 if unused and self._trunks.pop(trunk, None) is not None:
                     gc.collect()  # a trunk, its engine and its hooks refer to each other
         if self.device.type == "cuda":
@@ -292,9 +289,5 @@ class Registry:
             dtype=resolve_dtype(entry.dtype or self.dtype),
             channels_last=bool(entry.channels_last),
             engine=entry.engine or self._placement.engine,
+            transform=resolve_transform(entry.transform or self._placement.transform),
         )
-
-
-def _uses(slot: _Slot, trunk: str) -> bool:
-    in_use = slot.model is not None or slot.state is State.LOADING
-    return in_use and trunk in slot.entry.trunks

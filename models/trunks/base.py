@@ -137,6 +137,11 @@ class Trunk:
         """
         raise NotImplementedError
 
+    @property
+    def min_side(self) -> int | None:
+        """Pixels of the shorter side that `prepare` needs of an image; None if it needs all."""
+        return None
+
     def collate(self, inputs: Sequence[Tensor], *, pin_memory: bool = False) -> Tensor:
         """Prepared inputs as the batch that `forward` takes."""
         batch = torch.stack(list(inputs))
@@ -194,11 +199,20 @@ class ImageTrunk(Trunk):
     def __init__(
         self, architecture: str, network: nn.Module, preprocess: Preprocess, placement: Placement
     ) -> None:
-        super().__init__(architecture, network, preprocess, placement)
+        preprocess = replace(preprocess, transform=placement.transform)
         self._transform = create_transform(preprocess)
+        super().__init__(architecture, network, preprocess, placement)
+
+    @property
+    def min_side(self) -> int | None:
+        return self.preprocess.min_side
 
     def prepare(self, item: Any, limits: ImageLimits = DEFAULT_LIMITS) -> Tensor:
-        """An RGB image as uint8 (3, H, W), or `pixel_values` of that shape as float32."""
+        """An RGB image as uint8 (3, H, W), or `pixel_values` of that shape as float32.
+
+        Args:
+            item: for the fast transform also a `ReducedImage`.
+        """
         if isinstance(item, np.ndarray):
             return to_numbers("pixel_values", item, (3, *self.preprocess.input_size))
         return self._transform(item)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from models.errors import CatalogError
+from models.inputs.transforms import TransformName
 
 DTYPES = {
     "float32": torch.float32,
@@ -22,6 +23,7 @@ class Placement:
     Args:
         channels_last: the memory layout that convolutions prefer on CPUs.
         engine: the name of the engine that runs passes, see `models/trunks/engines`.
+        transform: how images are resized, see `models/inputs/transforms.py`.
         threads: CPU threads of an engine that has threads of its own; 0: all cores.
         streams: passes that run at the same time.
         cache: a folder where engines keep what they have built; None: nowhere.
@@ -31,6 +33,7 @@ class Placement:
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
     engine: str = "eager"
+    transform: TransformName = "exact"
     threads: int = 0
     streams: int = 1
     cache: Path | None = None

@@ -35,7 +35,7 @@ class VideoTrunk(TimmTrunk):
         placement: Placement,
     ) -> None:  # fmt: skip
         super().__init__(architecture, network, preprocess, placement)
-        self._clip_transform = create_clip_transform(preprocess)
+        self._clip_transform = create_clip_transform(self.preprocess)
 
     def create_pass(self, plan: PassPlan) -> nn.Module:
         clip_input = ClipInput(self.preprocess, self.placement)

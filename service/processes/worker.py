@@ -33,6 +33,7 @@ def create_backend(settings: Settings) -> tuple[LocalBackend, Metrics]:
         device=settings.device,
         dtype=settings.dtype,
         engine=settings.engine,
+        transform=settings.transform,
         threads=options.threads,
         streams=options.streams,
     )
