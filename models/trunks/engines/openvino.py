@@ -7,6 +7,7 @@ https://docs.openvino.ai
 
 import hashlib
 import logging
+import sys
 import tempfile
 import threading
 import warnings
@@ -15,12 +16,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import openvino
 import torch
 from torch import Tensor, nn
 
 from models.errors import EngineError
 from models.trunks.engines.base import Engine, EngineReport, Pass, PassKey, largest_error
+
+# Without its telemetry, which would send events of every import and conversion to its vendor, each
+# from a fork of this process. OpenVINO does without the package where it cannot be imported.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+import openvino  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
