@@ -60,6 +60,7 @@ bench: $(VENV)/dev.stamp ## Run the benchmarks
 	$(BIN)/python -m benchmarks.hop
 	$(BIN)/python -m benchmarks.heads
 	$(BIN)/python -m benchmarks.masks
+	$(BIN)/python -m benchmarks.decoding
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build site *.egg-info

@@ -69,7 +69,7 @@ def routes() -> str:
         for method, operation in methods.items():
             tag = operation.get("tags", ["other"])[0]
             by_tag.setdefault(tag, []).append(_route(method, path, operation))
-    return "\n\n".join(f"## {tag}\n\n" + "\n\n".join(found) for tag, found in by_tag.items())
+    return "\n\n".join(f"## {tag}\n\n" + "\n\n".join(rows) for tag, rows in by_tag.items())
 
 
 def task_table() -> str:
@@ -117,7 +117,7 @@ def grpc_methods(proto: str) -> str:
     text = (ROOT / "proto" / proto).read_text(encoding="utf-8")
     pattern = r"((?:^  //.*\n)*)^  rpc (\w+)\((.*?)\) returns \((.*?)\);"
     rows = [
-        (_code(name), _code(request), _code(response), _comment(comment))
+        (_code(name), _code(request), _code(response), comment.replace("//", ""))
         for comment, name, request, response in re.findall(pattern, text, re.MULTILINE)
     ]
     return _table(("method", "request", "response", "meaning"), rows)
@@ -210,7 +210,7 @@ def _task(name: str) -> str:
             _code(output.name),
             _code(output.datatype),
             _code("[" + ", ".join("?" if n < 0 else str(n) for n in output.shape) + "]"),
-            "if asked for by name" if output.on_request else "always",
+            "on request" if output.on_request else "always",
         )
         for output in task.outputs
     ]
@@ -275,16 +275,10 @@ def _parameters(parameters: Iterable[Any]) -> str:
     return _table(("argument or option", "default", "meaning"), rows)
 
 
-def _comment(text: str) -> str:
-    return " ".join(line.strip().removeprefix("//").strip() for line in text.splitlines())
-
-
 def _default(value: object) -> str:
-    if value in ("", ()):
-        return ""
     if isinstance(value, int) and value >= MIB and value % MIB == 0:
         return f"`{value}` ({value // MIB} MiB)"
-    return _code(_json(value))
+    return "" if value == () else _code(_json(value))
 
 
 def _code(text: str) -> str:

@@ -27,6 +27,7 @@ class TrunkEntry:
         arguments: what else the checkpoint does not say, such as `num_heads`.
         preprocess: settings that override those of the checkpoint's own transform.
         engine: what runs its passes, see `models/trunks/engines`.
+        transform: how images are resized: `exact` or `fast`.
     """
 
     name: str
@@ -42,6 +43,7 @@ class TrunkEntry:
     channels_last: bool | None = None
     dtype: str | None = None
     engine: str | None = None
+    transform: str | None = None
     max_batch_size: int | None = None
     max_queue_delay_ms: float | None = None
 

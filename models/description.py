@@ -58,6 +58,10 @@ class ModelDescription:
     engine: str | None = None
     precision: str | None = None
     transform: str | None = None
+    # Of an engine other than eager: `largest_error` over the largest value, on how many `inputs`.
+    agreement: Mapping[str, Any] | None = None
+    # Why the engine is not another one.
+    engine_reason: str | None = None
     # The weights of trunks and head, and of the head alone.
     memory_bytes: int | None = None
     head_bytes: int | None = None

@@ -51,3 +51,7 @@ class SourceError(ModelsError):
 
 class CheckpointError(ModelsError):
     """A checkpoint cannot be read or recognised, or does not fit its architecture."""
+
+
+class EngineError(ModelsError):
+    """An engine cannot run a pass, or its outputs differ from eager's beyond the tolerance."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from models.errors import InputError
 from models.heads.base import Head
-from models.inputs.images import ImageLimits, decode_image
+from models.inputs.images import ImageLimits, ReducedImage, decode_image, decode_reduced
 from models.inputs.tiling import View
 from models.inputs.types import Input
 from models.trunks.base import Trunk
@@ -52,18 +52,34 @@ def finish_options(head: Head, options: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in options.items() if k not in head.forward_options}
 
 
-def decode(item: Input | Image.Image, limits: ImageLimits) -> Any:
+def decode(item: Input | Image.Image, limits: ImageLimits, min_side: int | None = None) -> Any:
     """An encoded image as an RGB image; every other input unchanged.
+
+    Args:
+        min_side: return a `ReducedImage` whose shorter side has at least that many pixels, where
+            the image has. None: the whole image.
 
     Raises:
         InputError: it cannot be decoded, or is over a limit.
     """
-    return decode_image(item, limits) if isinstance(item, bytes) else item
+    if not isinstance(item, bytes):
+        return item
+    if min_side is None:
+        return decode_image(item, limits)
+    return decode_reduced(item, limits, min_side)
+
+
+def least_side(needs: Sequence[tuple[Trunk, View | None]]) -> int | None:
+    """The `min_side` to decode an image with for several passes; None if one needs all pixels."""
+    sides = [None if view is not None else trunk.min_side for trunk, view in needs]
+    if not sides or None in sides:
+        return None
+    return max(side for side in sides if side is not None)
 
 
 def image_size(item: Any) -> tuple[int, int]:
-    """The (width, height) of a decoded image or of `pixel_values`; (0, 0) for other inputs."""
-    if isinstance(item, Image.Image):
+    """The full (width, height) of a decoded image or of `pixel_values`; (0, 0) for other inputs."""
+    if isinstance(item, Image.Image | ReducedImage):
         return item.size
     if isinstance(item, np.ndarray):
         return item.shape[2], item.shape[1]

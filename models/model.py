@@ -19,20 +19,22 @@ from models.heads.registry import heads_of
 from models.inference import (
     HeadCall,
     Row,
+    decode,
     finish,
     finish_options,
     image_size,
+    least_side,
     prepare_pieces,
     run_rows,
 )
-from models.inputs.images import DEFAULT_LIMITS, ImageLimits, decode_image, to_upright_rgb
+from models.inputs.images import DEFAULT_LIMITS, ImageLimits, to_upright_rgb
 from models.inputs.prompts import ensemble, prompts
 from models.inputs.types import Input, Seed, Video, modality_of
 from models.reference_outputs import FormatOutputs, Parts, reference_outputs
 from models.tasks.base import Options
 from models.tasks.table import get_task
 from models.trunks.base import Trunk
-from models.trunks.features import NO_EXTRAS, FeatureRequest
+from models.trunks.features import LAST_OUTPUT, NO_EXTRAS, FeatureRequest, merge
 from models.trunks.text import TextTrunk
 
 TEXT_BATCH = 32
@@ -116,6 +118,13 @@ class Model:
         own = self.trunk.modality
         return (own,) if self.text in (None, self.trunk) else (own, "text")
 
+    def build(self) -> None:
+        """Have the engines begin to build the passes of the model's own task."""
+        own = self.heads[self.task]
+        self.trunk.build(merge([(own.request, range(2))]))
+        if self.text is not None and self.text is not self.trunk:
+            self.text.build(LAST_OUTPUT)
+
     def trunk_for(self, modality: str) -> Trunk:
         """The trunk that takes `image`, `text`, `video` or `latent` inputs.
 
@@ -188,22 +197,24 @@ class Model:
             labels, templates = head.prompt(head_options)
             classes = self.class_embeddings(labels, templates)
             head_options = with_class_embeddings(head_options, labels, classes)
+        whole = head.needs_image(finish_options(head, head_options))
+        min_side = None if whole else least_side([(self.trunk, head.view)])
         render = get_task(head.task).render
         return [
             render(
-                self._answer(self._load(item, limits), head, head_options, limits),
+                self._answer(self._load(item, limits, min_side), head, head_options, limits),
                 **parsed.render_options(),
             )
             for item in inputs
         ]
 
-    def _load(self, item: Any, limits: ImageLimits) -> Any:
+    def _load(self, item: Any, limits: ImageLimits, min_side: int | None) -> Any:
         """The input that bytes, a path or a number stand for, by what the model takes."""
         if self.trunk.modality == "video" and isinstance(item, bytes):
             return Video(item)
         if self.trunk.modality == "latent" and isinstance(item, int):
             return Seed(item)
-        return load_image(item, limits)
+        return load_image(item, limits, min_side)
 
     def _answer(
         self, item: Any, head: Head, options: Mapping[str, Any], limits: ImageLimits
@@ -251,16 +262,22 @@ class Model:
         return reference_outputs(self._parts, present)
 
 
-def load_image(image: ImageLike | Input, limits: ImageLimits = DEFAULT_LIMITS) -> Any:
-    """An upright RGB image from a Pillow image, encoded bytes or a path; other inputs unchanged."""
+def load_image(
+    image: ImageLike | Input, limits: ImageLimits = DEFAULT_LIMITS, min_side: int | None = None
+) -> Any:
+    """An upright RGB image from a Pillow image, encoded bytes or a path; other inputs unchanged.
+
+    Args:
+        min_side: see `models.inference.decode`.
+    """
     if isinstance(image, bytes):
-        return decode_image(image, limits)
+        return decode(image, limits, min_side)
     if isinstance(image, Image.Image):
         return to_upright_rgb(image)
     if not isinstance(image, str | Path):
         return image
     try:
-        return decode_image(Path(image).read_bytes(), limits)
+        return decode(Path(image).read_bytes(), limits, min_side)
     except OSError as error:
         raise InputError(f"{image}: {error.strerror}") from error
 

@@ -1,10 +1,11 @@
 """Loaded models by name, the trunks that they share, and the state of each model."""
 
+import gc
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,13 @@ from models.checkpoints.loading import LoadedTrunk, load_trunk
 from models.checkpoints.store import Store
 from models.description import ModelDescription, State
 from models.errors import CatalogError, ModelNotFoundError, ModelNotReadyError
+from models.inputs.transforms import resolve_transform
 from models.model import Model
+from models.slot import Slot
 from models.trunks.devices import Placement, resolve_device, resolve_dtype
-from models.trunks.engines.registry import AUTO, engine_class
+from models.trunks.engines.registry import engine_class
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Slot:
-    entry: ModelEntry
-    state: State = State.UNLOADED
-    reason: str = ""
-    model: Model | None = None
-    format: str = ""
-    load_seconds: float = 0.0
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 Hook = Callable[[Model], None]
@@ -51,7 +43,10 @@ class Registry:
         store: Store | None = None,
         device: str = "auto",
         dtype: str = "float32",
-        engine: str = AUTO,
+        engine: str = "eager",
+        transform: str = "exact",
+        threads: int = 0,
+        streams: int = 1,
         on_load: Hook | None = None,
         on_unload: Hook | None = None,
     ) -> None:
@@ -59,12 +54,20 @@ class Registry:
         self.store = store or Store()
         self.device = resolve_device(device)
         self.dtype = dtype
-        self.engine = engine
+        self._placement = Placement(
+            device=self.device,
+            engine=engine,
+            transform=resolve_transform(transform),
+            threads=threads,
+            streams=streams,
+            cache=self.store.root / "engines",
+        )
         for entry in catalog.trunks.values():
             engine_class(entry.engine or engine)  # raises for unknown engines
+            resolve_transform(entry.transform or transform)  # and for unknown transforms
         self.on_load = on_load
         self.on_unload = on_unload
-        self._slots = {name: _Slot(entry) for name, entry in catalog.models.items()}
+        self._slots = {name: Slot(entry) for name, entry in catalog.models.items()}
         self._trunks: dict[str, LoadedTrunk] = {}
         self._trunk_locks = {name: threading.Lock() for name in catalog.trunks}
         self._assembly = Assembly(catalog.path.parent, self.store, self.load_trunk)
@@ -98,7 +101,6 @@ class Registry:
             ModelsError: it could not be loaded. Its state is then `failed`, with the reason.
         """
         slot = self._slot(name)
-        entry = slot.entry
         with slot.lock:
             if slot.model is not None:
                 return slot.model
@@ -107,15 +109,15 @@ class Registry:
             slot.state, slot.reason = State.LOADING, ""
             started = time.monotonic()
             try:
-                model = self._assembly.build(entry)
+                model = self._assembly.build(slot.entry)
                 if self.on_load:
                     self.on_load(model)
             except BaseException as error:
                 slot.state, slot.reason = State.FAILED, str(error)
-                self._drop_unused_trunks(entry)
+                self._drop_unused_trunks(slot.entry)
                 raise
             slot.load_seconds = time.monotonic() - started
-            slot.format = self._trunks[entry.trunk].format
+            slot.format = self._trunks[slot.entry.trunk].format
             slot.model, slot.state = model, State.READY
             logger.info("model %s loaded in %.1f s", name, slot.load_seconds)
             return model
@@ -128,6 +130,7 @@ class Registry:
             slot.state, slot.reason = State.UNLOADED, ""
             if model is not None and self.on_unload:
                 self.on_unload(model)
+            del model  # so that its memory can be freed below
         self._drop_unused_trunks(slot.entry)
 
     def loaded_trunk(self, name: str) -> LoadedTrunk | None:
@@ -145,7 +148,7 @@ class Registry:
         if entry.trunk not in self.catalog.trunks:
             trunks = ", ".join(self.catalog.trunks)
             raise CatalogError(f"{entry.name}: no trunk {entry.trunk!r}; the catalog has {trunks}")
-        slot, old = _Slot(entry), self._slots.get(entry.name)
+        slot, old = Slot(entry), self._slots.get(entry.name)
         if old is not None and old.model is not None:
             if old.entry.trunk != entry.trunk:
                 raise CatalogError(f"{entry.name} uses {old.entry.trunk!r}; remove it first")
@@ -183,8 +186,7 @@ class Registry:
         Raises:
             ModelNotFoundError: not in the catalog.
         """
-        slot = self._slot(name)
-        return self._describe(slot, self._defaults().get(name, ()))
+        return self._describe(self._slot(name), self._defaults().get(name, ()))
 
     def describe_all(self) -> dict[str, ModelDescription]:
         """Every model's description by name, in the catalog's order."""
@@ -194,9 +196,8 @@ class Registry:
             for name, slot in list(self._slots.items())
         }
 
-    def _describe(self, slot: _Slot, default_for: Sequence[str]) -> ModelDescription:
-        entry = slot.entry
-        trunk_entry = self.catalog.trunks[entry.trunk]
+    def _describe(self, slot: Slot, default_for: Sequence[str]) -> ModelDescription:
+        entry, trunk_entry = slot.entry, self.catalog.trunks[slot.entry.trunk]
         description = ModelDescription(
             name=entry.name,
             task=entry.task,
@@ -214,15 +215,17 @@ class Registry:
         )
         if (model := slot.model) is None:
             return description
-        trunk = model.trunk
+        trunk, engine = model.trunk, model.trunk.engine.report()
         return replace(
             description,
             tasks=tuple(model.tasks),
             format=slot.format,
             architecture=trunk.architecture,
-            engine=trunk.engine.name,
+            engine=engine.name,
             precision=description.dtype,
-            transform="exact",
+            transform=getattr(trunk.preprocess, "transform", "exact"),
+            agreement=engine.to_json(),
+            engine_reason=engine.reason or None,
             memory_bytes=model.trunk_bytes + model.head_bytes,
             head_bytes=model.head_bytes,
             head=dict(model.about) or None,
@@ -246,7 +249,7 @@ class Registry:
             defaults.setdefault(name, []).append(task)
         return defaults
 
-    def _slot(self, name: str) -> _Slot:
+    def _slot(self, name: str) -> Slot:
         entry = self.catalog.model(name)
         try:
             return self._slots[entry.name]
@@ -256,8 +259,9 @@ class Registry:
     def _drop_unused_trunks(self, entry: ModelEntry) -> None:
         for trunk in entry.trunks:
             with self._trunk_locks[trunk]:
-                if not any(_uses(slot, trunk) for slot in list(self._slots.values())):
-                    self._trunks.pop(trunk, None)
+                unused = not any(slot.uses(trunk) for slot in list(self._slots.values()))
+                if unused and self._trunks.pop(trunk, None) is not None:
+                    gc.collect()  # a trunk, its engine and its hooks refer to each other
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -275,19 +279,15 @@ class Registry:
         with self._trunk_locks[name]:
             if name not in self._trunks:
                 base = self.catalog.path.parent
-                loaded = load_trunk(entry, self.store, base, self._placement(entry))
+                loaded = load_trunk(entry, self.store, base, self._placement_of(entry))
                 self._trunks[name] = replace(loaded, source=entry.source)
             return self._trunks[name]
 
-    def _placement(self, entry: TrunkEntry) -> Placement:
-        return Placement(
-            device=self.device,
+    def _placement_of(self, entry: TrunkEntry) -> Placement:
+        return replace(
+            self._placement,
             dtype=resolve_dtype(entry.dtype or self.dtype),
             channels_last=bool(entry.channels_last),
-            engine=entry.engine or self.engine,
+            engine=entry.engine or self._placement.engine,
+            transform=resolve_transform(entry.transform or self._placement.transform),
         )
-
-
-def _uses(slot: _Slot, trunk: str) -> bool:
-    in_use = slot.model is not None or slot.state is State.LOADING
-    return in_use and trunk in slot.entry.trunks

@@ -38,6 +38,9 @@ class Settings(BaseSettings):
     engine: str = Field(
         "auto", description="Engine that runs trunks' passes, unless the catalog sets one."
     )
+    transform: Literal["exact", "fast"] = Field(
+        "exact", description="How images are resized, unless the catalog sets it."
+    )
     threads: int = Field(0, ge=0, description="CPU threads of all batches; 0 for one per core.")
     streams: int = Field(
         0, ge=0, description="Most batches that run at the same time; 0 for 1, or 2 on a GPU."

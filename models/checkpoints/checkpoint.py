@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         "architecture": checkpoint.architecture,
         "library": checkpoint.library,
         "arguments": dict(checkpoint.arguments),
-        "preprocess": asdict(checkpoint.preprocess) if checkpoint.preprocess else None,
+        "preprocess": checkpoint.preprocess.settings if checkpoint.preprocess else None,
         "heads": {name: dict(head.settings) for name, head in checkpoint.heads.items()},
         "reason": checkpoint.reason,
     }

@@ -9,7 +9,8 @@ import numpy as np
 from models.errors import InputError
 from models.fitting.examples import Example, check_classes, split
 from models.fitting.options import FitOptions
-from models.inputs.images import ImageLimits, decode_image
+from models.inference import decode
+from models.inputs.images import ImageLimits
 from models.trunks.base import Trunk
 
 
@@ -74,7 +75,8 @@ def prepare_dataset(
     skipped: list[dict[str, str]] = []
     for number, example in enumerate(examples):
         try:
-            pixels[len(readable)] = trunk.prepare(decode_image(example.read(), limits)).numpy()
+            image = decode(example.read(), limits, trunk.min_side)
+            pixels[len(readable)] = trunk.prepare(image).numpy()
             readable.append(replace(example, image=b""))
         except (InputError, OSError) as error:
             skipped.append({"name": example.name, "reason": str(error)})

@@ -93,13 +93,13 @@ class TokenCut(Segment):
         rows = _inside(features.shape[1], top, bottom, size[1])
         columns = _inside(features.shape[2], left, right, size[0])
         shown = features[:, rows, columns]
-        found = cut(shown.reshape(len(shown), -1).T, shown.shape[1:])
+        mask = cut(shown.reshape(len(shown), -1).T, shown.shape[1:])
         beyond = [
             (part.start, length - part.stop)
             for part, length in zip((rows, columns), features.shape[1:], strict=True)
         ]
         # a cell at the border may show some of the image
-        return np.pad(found, beyond, mode="edge")
+        return np.pad(mask, beyond, mode="edge")
 
 
 def _inside(cells: int, start: float, end: float, length: int) -> slice:
@@ -124,5 +124,5 @@ def cut(features_ND: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
     if not part[seed]:
         part = ~part
     regions, _ = connected(part.reshape(grid))
-    found: np.ndarray = (regions == regions.ravel()[seed]).astype(np.float32)
-    return found
+    mask: np.ndarray = (regions == regions.ravel()[seed]).astype(np.float32)
+    return mask

@@ -33,15 +33,47 @@ class ImageLimits:
 DEFAULT_LIMITS = ImageLimits()
 
 
+@dataclass(frozen=True, slots=True)
+class ReducedImage:
+    """An image that may have been decoded at a fraction of its size.
+
+    Args:
+        image: upright, RGB.
+        size: the full (width, height), upright.
+        factor: pixels of the full image in each direction for one of `image`, whose last row and
+            column may cover fewer.
+    """
+
+    image: Image.Image
+    size: tuple[int, int]
+    factor: int = 1
+
+
 def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
     """Decode JPEG, PNG, WebP, GIF (first frame), BMP or TIFF to an RGB image, upright by EXIF.
 
-    Alpha is composited on white; 16-bit greyscale keeps its upper eight bits.
+    Alpha is composited on white; 16-bit greyscale keeps its upper eight bits. The pixels are those
+    that Pillow decodes.
 
     Raises:
         ImageTooLargeError: the image is over a limit, by its header.
         InputError: the image is empty, truncated, damaged, or in another format.
     """
+    return _decode(_open(data, limits), data).image
+
+
+def decode_reduced(data: bytes, limits: ImageLimits, min_side: int) -> ReducedImage:
+    """Decode as `decode_image`, but JPEG at 1/8, 1/4 or 1/2 of the size where the shorter side
+    keeps at least `min_side` pixels.
+
+    Raises:
+        ImageTooLargeError, InputError: as `decode_image`.
+    """
+    return _decode(_open(data, limits), data, min_side)
+
+
+def _open(data: bytes, limits: ImageLimits) -> Image.Image:
+    """The image with its header read and checked, and its pixels not decoded."""
     if not data:
         raise InputError("the image is empty (0 bytes)")
     if len(data) > limits.max_bytes:
@@ -55,13 +87,24 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Ima
     except Exception as error:  # Pillow's parsers raise many types on damaged headers
         raise InputError(f"the image's header cannot be read: {error}") from error
     _check_size(image.size, limits)
+    return image
+
+
+def _decode(header: Image.Image, data: bytes, min_side: int | None = None) -> ReducedImage:
+    # loads pyarrow, which gateways do without
+    from models.inputs.jpeg import decode_jpeg
+
     try:
-        image.load()
-        return to_upright_rgb(image)
+        decoded = decode_jpeg(header, data, min_side)
+        if decoded is not None:
+            return ReducedImage(*decoded)
+        header.load()
+        image = to_upright_rgb(header)
+        return ReducedImage(image, image.size)
     except MemoryError:
         raise
     except Exception as error:  # likewise for damaged or truncated pixel data
-        raise InputError(f"the {image.format} image cannot be decoded: {error}") from error
+        raise InputError(f"the {header.format} image cannot be decoded: {error}") from error
 
 
 def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:

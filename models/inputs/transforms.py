@@ -1,8 +1,9 @@
 """An RGB image to the tensor a trunk expects: the checkpoint's own evaluation transform.
 
-It comes in two halves. The transform (resize, crop) works on one image on the CPU and leaves
-uint8, which is small to keep in a queue and to copy to a device; `Normalize` does the arithmetic
-for a whole batch where the trunk is. Together they equal timm's transform bit for bit.
+It has two halves. The transform (resize, crop) works on one image on the CPU and returns uint8,
+which is small to keep in a queue and to copy to a device. `Normalize` does the arithmetic for a
+whole batch on the trunk's device. Together they equal timm's transform bit for bit, unless the
+transform is `fast`.
 """
 
 import hashlib
@@ -10,22 +11,24 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import cv2
 import numpy as np
 import torch
 from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, resolve_model_data_config
 from timm.data import create_transform as create_timm_transform
-from timm.data import resolve_model_data_config
 
 from models.errors import CatalogError
-
-# Images are already spread over threads; OpenCV's own would only get in their way.
-cv2.setNumThreads(1)
+from models.inputs.fast_transform import INTERPOLATIONS, OVERSAMPLING, create_fast_transform
+from models.inputs.images import ReducedImage
+from models.inputs.letterbox import create_letterbox_transform, letterbox
 
 CropMode = Literal["center", "squash", "border", "letterbox"]
-Transform = Callable[[Image.Image], torch.Tensor]
+TransformName = Literal["exact", "fast"]
+# From an RGB image; the fast transform also takes a `ReducedImage`.
+Transform = Callable[[Any], torch.Tensor]
 
 TARGET_FPS = 30
 
@@ -49,12 +52,48 @@ class Preprocess:
     interpolation: str = "bicubic"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    # Not part of a checkpoint: a trunk sets it, see `Placement`.
+    transform: TransformName = "exact"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings by name. `transform` is left out where it is `exact`, so that files and
+        digests are as before it existed."""
+        settings = asdict(self)
+        if self.transform == "exact":
+            del settings["transform"]
+        return settings
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the transform's settings: equal digests mean equal input tensors."""
-        settings = json.dumps(asdict(self), sort_keys=True)
+        """SHA-256 of the transform's settings. Equal digests mean equal input tensors, but for
+        `fast`, where they also depend on the size at which an image was decoded."""
+        settings = json.dumps(self.settings, sort_keys=True)
         return "sha256:" + hashlib.sha256(settings.encode()).hexdigest()
+
+    @property
+    def scale_size(self) -> tuple[int, int]:
+        """The (height, width) from which `input_size` is cropped."""
+        height, width = self.input_size
+        return math.floor(height / self.crop_pct), math.floor(width / self.crop_pct)
+
+    @property
+    def min_side(self) -> int | None:
+        """Pixels of an image's shorter side that the transform needs; None if it needs all."""
+        return OVERSAMPLING * max(self.scale_size) if self.transform == "fast" else None
+
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """The (height, width) that an image of (width, height) is resized to, as timm does, before
+        the crop. Not for letterbox."""
+        rows, columns = self.scale_size
+        if self.crop_mode == "squash":
+            return rows, columns
+        if self.crop_mode == "center" and rows == columns:
+            long = int(rows * max(width, height) / min(width, height))
+            return (rows, long) if width >= height else (long, rows)
+        fit = min if self.crop_mode == "center" else max
+        ratio = fit(height / rows, width / columns)
+        return round(height / ratio), round(width / ratio)
 
     def region(self, width: int, height: int) -> tuple[float, float, float, float]:
         """What of a (width, height) image the input shows: left, top, right, bottom in the image's
@@ -67,9 +106,9 @@ class Preprocess:
         if self.crop_mode == "squash":
             return 0, 0, width, height
         # timm resizes to the input's size by crop_pct, and cuts or fills up around the centre
-        wanted_height, wanted_width = (math.floor(n / self.crop_pct) for n in self.input_size)
+        rows, columns = self.scale_size
         fit = min if self.crop_mode == "center" else max
-        scale = fit(height / wanted_height, width / wanted_width)
+        scale = fit(height / rows, width / columns)
         across, down = input_width * scale, input_height * scale
         left, top = (width - across) / 2, (height - down) / 2
         return left, top, left + across, top + down
@@ -104,7 +143,7 @@ class Preprocess:
         """
         if self.crop_mode != "letterbox":
             return None
-        return _letterbox(width, height, self.input_size)
+        return letterbox(width, height, self.input_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,9 +178,9 @@ def preprocess_from_mapping(
     kind = ClipPreprocess if "frames" in config else type(base) if base else Preprocess
     settings: dict[str, Any] = asdict(base) if base else {}
     for key, value in config.items():
-        if key not in kind.__dataclass_fields__:
-            known = ", ".join(kind.__dataclass_fields__)
-            raise CatalogError(f"preprocess has no setting {key!r}; it has {known}")
+        if key not in (known := kind.__dataclass_fields__.keys() - {"transform"}):
+            some = ", ".join(sorted(known))
+            raise CatalogError(f"preprocess has no setting {key!r}; it has {some}")
         settings[key] = tuple(value) if isinstance(value, list) else value
     if len(size := settings.get("input_size", (224, 224))) == 3:  # timm's has channels first
         settings["input_size"] = tuple(size[1:])
@@ -150,11 +189,31 @@ def preprocess_from_mapping(
     return kind(**settings)
 
 
+def resolve_transform(name: str) -> TransformName:
+    """A transform's name, checked.
+
+    Raises:
+        CatalogError: there is no such transform.
+    """
+    if name not in get_args(TransformName):
+        raise CatalogError(
+            f"unknown transform {name!r}; there are {', '.join(get_args(TransformName))}"
+        )
+    return cast("TransformName", name)
+
+
 def create_transform(spec: Preprocess) -> Transform:
-    """Build the transform: RGB image to (3, height, width) uint8."""
-    if spec.crop_mode == "letterbox":
-        return _letterbox_transform(spec)
-    transform = _timm_transform(spec)
+    """Build the transform: RGB image to (3, height, width) uint8.
+
+    Raises:
+        CatalogError: `fast` with a crop mode or interpolation that it does not have.
+    """
+    if spec.transform == "fast":
+        transform = _fast_transform(spec)
+    elif spec.crop_mode == "letterbox":
+        return create_letterbox_transform(spec.input_size)
+    else:
+        transform = _timm_transform(spec)
     if (max_ratio := MAX_ASPECT_RATIO.get(spec.crop_mode)) is None:
         return transform
     return lambda image: transform(_cut_sliver(image, max_ratio))
@@ -189,6 +248,8 @@ class Normalize(torch.nn.Module):
 
 
 def _timm_transform(spec: Preprocess) -> Transform:
+    # Resizes more than the crop keeps. Pillow's `resize(box=...)` would not, but its pixels differ:
+    # the box is in single precision, and the order of both passes depends on the output's size.
     transform = create_timm_transform(
         input_size=(3, *spec.input_size),
         is_training=False,
@@ -200,37 +261,31 @@ def _timm_transform(spec: Preprocess) -> Transform:
     return cast("Transform", transform)
 
 
-def _cut_sliver(image: Image.Image, max_ratio: int) -> Image.Image:
+def _fast_transform(spec: Preprocess) -> Transform:
+    if spec.crop_mode == "letterbox" or spec.interpolation not in INTERPOLATIONS:
+        raise CatalogError(
+            f"the fast transform has no {spec.crop_mode} with {spec.interpolation}; it has center, "
+            f"squash and border with {' and '.join(INTERPOLATIONS)}"
+        )
+    # what timm's transform pads with; see `_timm_transform`
+    mean = IMAGENET_DEFAULT_MEAN if spec.crop_mode == "border" else (0.0, 0.0, 0.0)
+    red, green, blue = (round(255 * value) for value in mean)
+    return create_fast_transform(
+        spec.input_size, spec.interpolation, (red, green, blue), spec.resized
+    )
+
+
+def _cut_sliver(image: Image.Image | ReducedImage, max_ratio: int) -> Image.Image | ReducedImage:
     """Cut the far ends off a very long image, evenly, so that its centre stays where it is."""
     width, height = image.size
     short, long = sorted(image.size)
     if long <= short * max_ratio:
         return image
-    excess = (long - short * max_ratio) // 2
-    if width > height:
-        return image.crop((excess, 0, width - excess, height))
-    return image.crop((0, excess, width, height - excess))
-
-
-def _letterbox(width: int, height: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    box_height, box_width = size
-    scale = min(box_height / height, box_width / width)
-    scaled_width = min(box_width, max(1, round(width * scale)))
-    scaled_height = min(box_height, max(1, round(height * scale)))
-    left = (box_width - scaled_width) // 2
-    top = (box_height - scaled_height) // 2
-    return left, top, left + scaled_width, top + scaled_height
-
-
-def _letterbox_transform(spec: Preprocess) -> Transform:
-    height, width = spec.input_size
-
-    def transform(image: Image.Image) -> torch.Tensor:
-        left, top, right, bottom = _letterbox(*image.size, spec.input_size)
-        canvas_HWC = np.zeros((height, width, 3), np.uint8)
-        canvas_HWC[top:bottom, left:right] = cv2.resize(
-            np.asarray(image), (right - left, bottom - top), interpolation=cv2.INTER_AREA
-        )
-        return torch.from_numpy(canvas_HWC).permute(2, 0, 1)
-
-    return transform
+    factor = image.factor if isinstance(image, ReducedImage) else 1
+    excess = (long - short * max_ratio) // 2 // factor
+    across, down = (excess, 0) if width > height else (0, excess)
+    if isinstance(image, ReducedImage):
+        box = (across, down, image.image.width - across, image.image.height - down)
+        size = (width - 2 * across * factor, height - 2 * down * factor)
+        return ReducedImage(image.image.crop(box), size, factor)
+    return image.crop((across, down, width - across, height - down))

@@ -55,8 +55,8 @@ def decode_clip(
     try:
         count, fps, size = _measure(data, name)
         _check(count, size, limits)
-        wanted = spec.indices(count, fps)
-        return _pick(data, name, wanted, limits)
+        indices = spec.indices(count, fps)
+        return _pick(data, name, indices, limits)
     except (FFmpegError, ValueError, OverflowError) as error:
         raise InputError(f"the video cannot be decoded: {error}", field="video") from error
 
@@ -89,10 +89,10 @@ def _check(count: int, size: tuple[int, int], limits: ImageLimits) -> None:
         )
 
 
-def _pick(data: bytes, name: str, wanted: np.ndarray, limits: ImageLimits) -> list[Image.Image]:
+def _pick(data: bytes, name: str, indices: np.ndarray, limits: ImageLimits) -> list[Image.Image]:
     frames: dict[int, Image.Image] = {}
     last: Any = None
-    places, final = set(wanted.tolist()), int(wanted.max())
+    places, final = set(indices.tolist()), int(indices.max())
     for number, frame in enumerate(_decoded(data, name, limits)):
         last = frame
         if number in places:
@@ -102,7 +102,7 @@ def _pick(data: bytes, name: str, wanted: np.ndarray, limits: ImageLimits) -> li
     if last is None:
         raise InputError("the video has no frame that can be decoded", field="video")
     ending = last.to_image()  # for packets that turned out to hold none
-    return [frames.get(place, ending) for place in wanted.tolist()]
+    return [frames.get(place, ending) for place in indices.tolist()]
 
 
 def _decoded(data: bytes, name: str, limits: ImageLimits) -> Iterator[Any]:

@@ -153,7 +153,7 @@ class Dhvt(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Tokens after the norm, (B, 1 + N, D), class token first."""
         patches = self.patch_embed(x)
-        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), patches], 1)
+        tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), patches], 1)
         normed: Tensor = self.norm(self.blocks(tokens))
         return normed
 

@@ -84,7 +84,7 @@ class MaskedDecoder(nn.Module):
         x = self.decoder_embed(visible.latent)
         first, patches = x[:, :1], x[:, 1:]
         missing = visible.restore.shape[1] - patches.shape[1]
-        shuffled = torch.cat([patches, self.mask_token.expand(len(x), missing, -1)], 1)
+        shuffled = torch.cat([patches, self.mask_token.expand(x.shape[0], missing, -1)], 1)
         places = visible.restore[..., None].expand(-1, -1, x.shape[-1])
         x = torch.cat([first, shuffled.gather(1, places)], 1) + self.decoder_pos_embed
         pixels: Tensor = self.decoder_pred(self.decoder_norm(self.decoder_blocks(x)))

@@ -144,7 +144,7 @@ class PatchConvNet(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Tokens after the norm, (B, classes + N, D), class tokens first."""
         patches = self.blocks(self.patch_embed(x))
-        classes = self.cls_token.expand(len(x), -1, -1)
+        classes = self.cls_token.expand(x.shape[0], -1, -1)
         for block in self.blocks_token_only:
             classes = block(classes, patches)
         normed: Tensor = self.norm(torch.cat([classes, patches], 1))
@@ -153,7 +153,7 @@ class PatchConvNet(nn.Module):
     def last_attention(self, x: Tensor) -> Tensor:
         """The last pooling's attention, (B, heads, 1, 1 + N) or (B, heads, classes, N)."""
         patches = self.blocks(self.patch_embed(x))
-        classes = self.cls_token.expand(len(x), -1, -1)
+        classes = self.cls_token.expand(x.shape[0], -1, -1)
         last: Any = self.blocks_token_only[-1]
         for block in self.blocks_token_only[:-1]:
             classes = block(classes, patches)

@@ -46,7 +46,7 @@ class ScaleVit(VisionTransformer):  # type: ignore[misc]
     def scales(self, input_res: Tensor | None, batch: Tensor) -> Tensor:
         """The scales (B,) that positions use: 1 by default and for `absolute_scale` networks."""
         if input_res is None or self.absolute_scale:
-            return batch.new_ones(len(batch))
+            return batch.new_ones(batch.shape[0])
         return input_res.to(batch)
 
 

@@ -99,7 +99,7 @@ class Vit(VisionTransformer):  # type: ignore[misc]
         grid = (x.shape[1], x.shape[2])
         x = x.flatten(1, 2)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
         return x + self.positions(grid)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:

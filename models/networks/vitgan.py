@@ -2,9 +2,7 @@
 
 A transformer over a grid of Fourier features. Its tokens become pixels by StyleGAN 2's convolutions
 (arXiv 1912.04958), or by a small network per tile (CIPS, arXiv 2011.13775).
-
-`checkpoints/formats/vitgan.py` folds the scales of the equalised learning rate and of spectral
-normalisation into the weights, so that plain layers are enough here.
+Scales of the equalised learning rate are folded into the weights by the checkpoint format.
 """
 
 from collections.abc import Sequence
@@ -134,7 +132,7 @@ class Modulated(nn.Module):
             self.register_buffer("blur", torch.zeros(blur, blur))
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        batch = len(x)
+        batch = x.shape[0]
         scaled = self.weight * self.modulation(style)[:, None, :, None, None]
         if self.demodulate:
             scaled = scaled * (scaled.square().sum((2, 3, 4), keepdim=True) + EPS).rsqrt()
@@ -229,8 +227,8 @@ class TilePixels(nn.Module):
         x = self.places().expand(len(style), -1, -1, -1)
         for conv, each in zip(self.convs, noise, strict=True):
             x = conv(x, style, each)
-        tiles = self.to_rgb(x, style).unflatten(0, (len(x_BTD), self.side, self.side))
-        pixels = tiles.permute(0, 3, 1, 4, 2, 5).reshape(len(x_BTD), 3, self.size, self.size)
+        tiles = self.to_rgb(x, style).unflatten(0, (x_BTD.shape[0], self.side, self.side))
+        pixels = tiles.permute(0, 3, 1, 4, 2, 5).reshape(x_BTD.shape[0], 3, self.size, self.size)
         images: Tensor = (0.5 * pixels + 0.5).clamp(0, 1)
         return images
 
@@ -285,11 +283,8 @@ class VitGan(nn.Module):
         return self.pixels.noise_shapes
 
     def forward(self, latent_BD: Tensor, noise: Sequence[Tensor] = ()) -> Tensor:
-        """Generate images (B, 3, size, size).
-
-        Args:
-            noise: one tensor per layer, images along the first axis; empty for no noise.
-        """
+        """Images (B, 3, size, size). `noise` is empty, or one tensor per layer, images along the
+        first axis."""
         style = self.style(latent_BD)
         x = self.places().flatten(2).transpose(1, 2).expand(len(style), -1, -1)
         for block in self.blocks:

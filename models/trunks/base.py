@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.errors import InputError
 from models.inputs.images import DEFAULT_LIMITS, ImageLimits
+from models.inputs.samples import sample_photos
 from models.inputs.transforms import Normalize, Preprocess, collate, create_transform
 from models.trunks.devices import Placement
 from models.trunks.engines.registry import engine_class
@@ -73,7 +74,8 @@ class Trunk:
         self.placement = placement
         self.digest = state_digest(network.state_dict())
         self.network: Any = placement.apply(network)
-        self.engine = engine_class(placement.engine)(self.create_pass, placement)
+        identity = f"{architecture} {self.digest} {preprocess.digest}"
+        self.engine = engine_class(placement.engine)(self.create_pass, placement, identity)
 
     # -- a pass ----------------------------------------------------------------------------
 
@@ -86,8 +88,24 @@ class Trunk:
             request: what the pass yields beyond the last output.
         """
         batch = batch.to(self.placement.device, non_blocking=True)
-        tensors = self.engine.run(request.plan, (batch,))
-        return self.output(batch, tensors)
+        plan, inputs, queries = self.pass_inputs(batch, request)
+        tensors = self.engine.run(plan, inputs)
+        output = self.output(batch, tensors)
+        if queries is None:
+            return output
+        return replace(output, queries=queries.split(tensors["queries"]))
+
+    def build(self, request: BatchRequest) -> None:
+        """Have the engine begin to build the pass for a request, before its first use."""
+        batch = self.collate(self.samples(2)).to(self.placement.device)
+        plan, inputs, _ = self.pass_inputs(batch, request)
+        self.engine.prepare(plan, inputs)
+
+    def pass_inputs(
+        self, batch: Tensor, request: BatchRequest
+    ) -> tuple[PassPlan, tuple[Tensor, ...], QueryBatch | None]:
+        """The plan of a request's pass, its input tensors, and where query tokens are in them."""
+        return request.plan, (batch,), None
 
     def create_pass(self, plan: PassPlan) -> nn.Module:
         """The module of a plan's pass: the batch in, named tensors out."""
@@ -119,6 +137,11 @@ class Trunk:
         """
         raise NotImplementedError
 
+    @property
+    def min_side(self) -> int | None:
+        """Pixels of the shorter side that `prepare` needs of an image; None if it needs all."""
+        return None
+
     def collate(self, inputs: Sequence[Tensor], *, pin_memory: bool = False) -> Tensor:
         """Prepared inputs as the batch that `forward` takes."""
         batch = torch.stack(list(inputs))
@@ -126,6 +149,10 @@ class Trunk:
 
     def blank(self) -> Tensor:
         """A prepared input without content, for warm-up and probes."""
+        raise NotImplementedError
+
+    def samples(self, count: int) -> list[Tensor]:
+        """Prepared inputs with real content, for comparing engines."""
         raise NotImplementedError
 
     # -- what heads ask --------------------------------------------------------------------
@@ -172,11 +199,20 @@ class ImageTrunk(Trunk):
     def __init__(
         self, architecture: str, network: nn.Module, preprocess: Preprocess, placement: Placement
     ) -> None:
-        super().__init__(architecture, network, preprocess, placement)
+        preprocess = replace(preprocess, transform=placement.transform)
         self._transform = create_transform(preprocess)
+        super().__init__(architecture, network, preprocess, placement)
+
+    @property
+    def min_side(self) -> int | None:
+        return self.preprocess.min_side
 
     def prepare(self, item: Any, limits: ImageLimits = DEFAULT_LIMITS) -> Tensor:
-        """An RGB image as uint8 (3, H, W), or `pixel_values` of that shape as float32."""
+        """An RGB image as uint8 (3, H, W), or `pixel_values` of that shape as float32.
+
+        Args:
+            item: for the fast transform also a `ReducedImage`.
+        """
         if isinstance(item, np.ndarray):
             return to_numbers("pixel_values", item, (3, *self.preprocess.input_size))
         return self._transform(item)
@@ -190,6 +226,9 @@ class ImageTrunk(Trunk):
 
     def blank(self) -> Tensor:
         return torch.zeros(3, *self.preprocess.input_size, dtype=torch.uint8)
+
+    def samples(self, count: int) -> list[Tensor]:
+        return [self.prepare(photo) for photo in sample_photos(count)]
 
 
 class PixelInput(nn.Module):

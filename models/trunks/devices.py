@@ -1,11 +1,13 @@
 """Where and how a trunk computes: device, dtype, memory layout and engine."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from models.errors import CatalogError
+from models.inputs.transforms import TransformName
 
 DTYPES = {
     "float32": torch.float32,
@@ -21,12 +23,20 @@ class Placement:
     Args:
         channels_last: the memory layout that convolutions prefer on CPUs.
         engine: the name of the engine that runs passes, see `models/trunks/engines`.
+        transform: how images are resized, see `models/inputs/transforms.py`.
+        threads: CPU threads of an engine that has threads of its own; 0: all cores.
+        streams: passes that run at the same time.
+        cache: a folder where engines keep what they have built; None: nowhere.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
-    engine: str = "auto"
+    engine: str = "eager"
+    transform: TransformName = "exact"
+    threads: int = 0
+    streams: int = 1
+    cache: Path | None = None
 
     def apply(self, network: nn.Module) -> nn.Module:
         """Move a network to the device and freeze it for inference."""

@@ -56,7 +56,7 @@ class PassPlan:
 
 @dataclass(frozen=True, slots=True)
 class BatchRequest:
-    """What a batch's heads request together: a plan, and which rows want which query tokens."""
+    """What a batch's heads request together: a plan, and which rows request which query tokens."""
 
     plan: PassPlan = PassPlan()
     queries: tuple[tuple[QuerySet, tuple[int, ...]], ...] = ()
@@ -80,6 +80,10 @@ def merge(requests: Iterable[tuple[FeatureRequest, Sequence[int]]]) -> BatchRequ
         dense=any(request.dense for request in distinct),
         features=any(request.features for request in distinct),
     )
+    if len({request.queries for request, _ in pairs if request.queries is not None}) < sum(
+        request.queries is not None for request, _ in pairs
+    ):
+        raise ValueError("a head with query tokens is called twice in one pass")
     queries = tuple(
         (request.queries, tuple(rows)) for request, rows in pairs if request.queries is not None
     )

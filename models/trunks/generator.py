@@ -93,3 +93,6 @@ class Generator(Trunk):
 
     def blank(self) -> Tensor:
         return self.preprocess.of_seed(0)
+
+    def samples(self, count: int) -> list[Tensor]:
+        return [self.preprocess.of_seed(seed) for seed in range(count)]

@@ -4,8 +4,8 @@ In every block a head's query tokens attend to the image tokens' keys and values
 layer scale, MLP and residuals like any token, without the final norm. No token attends to them, so
 the trunk's own output does not change. Each block has query tokens of its own.
 
-All heads' query tokens lie in one bank per trunk. A batch says with integer slots which of them
-each row wants, so that a new head changes tensors' contents and not the computation.
+All heads' query tokens lie in one bank per trunk. A batch names those of each row by
+integer slots, so that a new head changes tensors' contents and not the computation.
 
 Shape suffixes: B rows, L blocks, C capacity, N query tokens of a batch, S of a row, T of a head,
 K image tokens, D embedding, h attention heads, d channels per head.
@@ -13,7 +13,7 @@ K image tokens, D embedding, h attention heads, d channels per head.
 
 import threading
 import weakref
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +45,8 @@ class QueryBank:
         self._blocks = blocks
         self._lock = threading.Lock()
         self._free: list[range] = []
+        # The garbage collector may run in a thread that holds the lock, so it only appends here.
+        self._released: deque[range] = deque()
         self.tensors: tuple[Tensor, Tensor] | None = None
 
     @torch.inference_mode(False)
@@ -58,12 +60,16 @@ class QueryBank:
             assert self.tensors is not None
             for bank, tokens in zip(self.tensors, (raw_LTD, projected_LThd), strict=True):
                 bank[:, slots.start : slots.stop] = tokens
+        _finish_writes(raw_LTD.device)
         queries = QuerySet(slots, raw_LTD.nbytes + projected_LThd.nbytes)
-        weakref.finalize(queries, self._release, slots).atexit = False
+        weakref.finalize(queries, self._released.append, slots).atexit = False
         return queries
 
     def _take(self, raw_LTD: Tensor, projected_LThd: Tensor) -> range:
         count = raw_LTD.shape[1]
+        while self._released:
+            self._free.append(self._released.popleft())
+        self._free = _joined(self._free)
         while True:
             for position, free in enumerate(self._free):
                 if len(free) >= count:
@@ -82,17 +88,14 @@ class QueryBank:
         if self.tensors is not None:
             for target, source in zip(larger, self.tensors, strict=True):
                 target[:, :old] = source
+            _finish_writes(raw_LTD.device)
         self.tensors = (larger[0], larger[1])
-        self._free.append(range(old, new))
-
-    def _release(self, slots: range) -> None:
-        with self._lock:
-            self._free = _joined([*self._free, slots])
+        self._free = _joined([*self._free, range(old, new)])
 
 
 class QueryBatch:
-    """Which query tokens each row of a batch wants: what a pass takes, and how its output is split
-    by head again.
+    """The query tokens of each row of a batch: what a pass takes, and how its output is split by
+    head again.
 
     Rows with equally many tokens form a group and share one attention call.
     """
@@ -107,7 +110,7 @@ class QueryBatch:
     ) -> None:
         """
         Args:
-            requests: query sets, each with the rows that want it.
+            requests: query sets, each with the rows that request it.
             size: rows of the batch.
             single_group: pad all rows to equally many tokens, for engines with fixed graphs.
         """
@@ -136,7 +139,7 @@ class QueryBatch:
         self._starts = starts
 
     def _lay_out(self, size: int) -> dict[int, list[int]]:
-        """The slots of each row that wants any; `self._offsets` is where a set begins in a row."""
+        """The slots of each row that has any; `self._offsets` is where a set begins in a row."""
         slots_of: dict[int, list[int]] = defaultdict(list)
         self._offsets: dict[tuple[QuerySet, int], int] = {}
         for queries, rows in self._requests:
@@ -156,7 +159,7 @@ class QueryBatch:
         return tuple(tensors)
 
     def split(self, outputs_LND: Tensor) -> dict[QuerySet, Tensor]:
-        """The outputs (rows, L, T, D) of each set, in the order of the rows that want it."""
+        """The outputs (rows, L, T, D) of each set, in the order of the rows that request it."""
         split = {}
         for queries, rows in self._requests:
             count = len(queries.slots)
@@ -253,6 +256,12 @@ def finish_block(block: Any, raw: Tensor, context: Tensor) -> Tensor:
     x = raw + block.ls1(attention.proj(attention.norm(context)))
     finished: Tensor = x + block.ls2(block.mlp(block.norm2(x)))
     return finished
+
+
+def _finish_writes(device: torch.device) -> None:
+    """Wait until a bank is written: passes read it on CUDA streams of their own."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _joined(ranges: Sequence[range]) -> list[range]:

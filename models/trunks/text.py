@@ -104,6 +104,11 @@ class TextTrunk(Trunk):
     def blank(self) -> Tensor:
         return self.tokenize("a " * self.preprocess.context_length)  # the longest, for warm-up
 
+    def samples(self, count: int) -> list[Tensor]:
+        return [
+            self.tokenize(f"a photo of {number} cats, taken outside") for number in range(count)
+        ]
+
 
 class OpenClipText(TextTrunk):
     """The text tower of an open_clip model, with open_clip's own tokenizer."""

@@ -1,7 +1,6 @@
 """Trunks of timm's networks, and of networks with the same methods."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,11 +9,11 @@ from models.inputs.transforms import Preprocess
 from models.networks.patchconvnet import PatchConvNet
 from models.trunks.base import ImageTrunk, PixelInput, QueryTokens
 from models.trunks.devices import Placement
-from models.trunks.features import LAST_OUTPUT, BatchRequest, FeatureRequest, PassPlan
+from models.trunks.features import BatchRequest, FeatureRequest, PassPlan
 from models.trunks.hooks import BlockHooks
 from models.trunks.output import TrunkOutput
 from models.trunks.pooling import ggem
-from models.trunks.query_tokens import QuerySet
+from models.trunks.query_tokens import QueryBatch, QuerySet
 
 
 class TimmPass(nn.Module):
@@ -61,17 +60,14 @@ class TimmTrunk(ImageTrunk):
         pixel_input = PixelInput(self.preprocess, self.placement)
         return TimmPass(self.network, self._hooks, plan, pixel_input)
 
-    def forward(self, batch: Tensor, request: BatchRequest = LAST_OUTPUT) -> TrunkOutput:
-        batch = batch.to(self.placement.device, non_blocking=True)
+    def pass_inputs(
+        self, batch: Tensor, request: BatchRequest
+    ) -> tuple[PassPlan, tuple[Tensor, ...], QueryBatch | None]:
         plan, queries = self._queries.batch(
             request, len(batch), single_group=self.engine.single_group
         )
         query_inputs = () if queries is None else queries.inputs(self._queries.bank)
-        tensors = self.engine.run(plan, (batch, *query_inputs))
-        output = self.output(batch, tensors)
-        if queries is None:
-            return output
-        return replace(output, queries=queries.split(tensors["queries"]))
+        return plan, (batch, *query_inputs), queries
 
     def output(self, batch: Tensor, tensors: Mapping[str, Tensor]) -> TrunkOutput:
         pixels = tensors.get("pixels")

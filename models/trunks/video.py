@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.inputs.images import DEFAULT_LIMITS, ImageLimits
+from models.inputs.samples import sample_photos
 from models.inputs.transforms import ClipPreprocess
 from models.inputs.video import create_clip_transform
 from models.trunks.base import PixelInput, Trunk
@@ -34,7 +35,7 @@ class VideoTrunk(TimmTrunk):
         placement: Placement,
     ) -> None:  # fmt: skip
         super().__init__(architecture, network, preprocess, placement)
-        self._clip_transform = create_clip_transform(preprocess)
+        self._clip_transform = create_clip_transform(self.preprocess)
 
     def create_pass(self, plan: PassPlan) -> nn.Module:
         clip_input = ClipInput(self.preprocess, self.placement)
@@ -50,3 +51,7 @@ class VideoTrunk(TimmTrunk):
     def blank(self) -> Tensor:
         spec = self.preprocess
         return torch.zeros(spec.frames, 3, *spec.input_size, dtype=torch.uint8)
+
+    def samples(self, count: int) -> list[Tensor]:
+        frames = [self._transform(photo) for photo in sample_photos(self.preprocess.frames)]
+        return [torch.stack(frames[number:] + frames[:number]) for number in range(count)]

@@ -15,6 +15,7 @@ Models = Annotated[str | None, typer.Option(help="Models to load at start, comma
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
 EngineName = Annotated[str | None, typer.Option(help="Engine of the trunks: auto, eager, ...")]
+TransformName = Annotated[str | None, typer.Option(help="How images are resized: exact or fast.")]
 Streams = Annotated[int | None, typer.Option(help="Most batches that run at the same time.")]
 LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.")]
 Processes = Annotated[int, typer.Option(min=1, help="Number of gateways, which share the port.")]
@@ -30,6 +31,7 @@ def serve(
     device: Device = None,
     dtype: Dtype = None,
     engine: EngineName = None,
+    transform: TransformName = None,
     streams: Streams = None,
     log_level: LogLevel = None,
     workers: Annotated[
@@ -44,8 +46,8 @@ def serve(
     """
     settings = read_settings(
         {"host": host, "port": port, "grpc_port": grpc_port, "catalog": catalog, "models": models,
-         "device": device, "dtype": dtype, "engine": engine, "streams": streams,
-         "log_level": log_level}
+         "device": device, "dtype": dtype, "engine": engine, "transform": transform,
+         "streams": streams, "log_level": log_level}
     )  # fmt: skip
     if workers != "auto" and not workers.isdigit():
         raise typer.BadParameter(f"--workers is {workers!r}; it must be a number or auto")
@@ -114,6 +116,7 @@ def worker(
     device: Device = None,
     dtype: Dtype = None,
     engine: EngineName = None,
+    transform: TransformName = None,
     streams: Streams = None,
     log_level: LogLevel = None,
     address: Annotated[
@@ -127,8 +130,8 @@ def worker(
     """
     settings = read_settings(
         {"host": host, "grpc_port": port, "metrics_port": metrics_port, "catalog": catalog,
-         "models": models, "device": device, "dtype": dtype, "engine": engine, "streams": streams,
-         "log_level": log_level}
+         "models": models, "device": device, "dtype": dtype, "engine": engine,
+         "transform": transform, "streams": streams, "log_level": log_level}
     )  # fmt: skip
     if supervised:
         _end_with_parent(settings)

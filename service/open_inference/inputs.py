@@ -66,7 +66,7 @@ def to_inputs(tensors: Sequence[InputTensor]) -> list[Input]:
         case _:
             inputs = list(_numbers(tensor, "[N, 3, height, width]", 4))
     if not inputs:
-        raise InvalidInputError(f"{tensor.name} holds no image", field=tensor.name)
+        raise InvalidInputError(f"{tensor.name} has no elements", field=tensor.name)
     return inputs
 
 

@@ -14,6 +14,7 @@ from prometheus_client import (
 
 from models.catalog import load_catalog
 from models.registry import Registry
+from models.trunks.devices import resolve_device
 from service.metrics import Metrics
 from service.rpc.server import RpcServer
 from service.settings import Settings
@@ -26,8 +27,15 @@ def create_backend(settings: Settings) -> tuple[LocalBackend, Metrics]:
     catalog = load_catalog(settings.catalog)
     for name in settings.models:
         catalog.model(name)
+    options = settings.worker_options.resolve(resolve_device(settings.device).type)
     registry = Registry(
-        catalog, device=settings.device, dtype=settings.dtype, engine=settings.engine
+        catalog,
+        device=settings.device,
+        dtype=settings.dtype,
+        engine=settings.engine,
+        transform=settings.transform,
+        threads=options.threads,
+        streams=options.streams,
     )
     metrics = Metrics(CollectorRegistry())
     backend = LocalBackend(registry, settings.worker_options, metrics)

@@ -134,6 +134,8 @@ class Vision(HeadCalls):
     async def _infer_task(
         self, task: str, request: OneModelRequest, caller: Caller
     ) -> pb.TaskResponse:
+        if not task and not request.model:
+            raise InvalidInputError("the request must name a task or a model", field="task")
         call = from_call(request.model, task, request.options)
         return to_task_response(await self._infer(_label(task), request, [call], caller))
 

@@ -70,7 +70,9 @@ def from_inputs(request: Request) -> list[Input]:
     inputs = [kind for kind in kinds if kind]
     if len(inputs) > 1:
         raise InvalidInputError(
-            "send images, pixel_values, texts, videos, seeds or latents", field="images"
+            "a request has inputs of one kind: images, pixel_values, texts, videos, seeds or "
+            "latents",
+            field="images",
         )
     if any(value < 0 for value in message.seeds):
         raise InvalidInputError("a seed is not negative", field="seeds")

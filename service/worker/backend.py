@@ -218,7 +218,8 @@ class LocalBackend:
     # -- background ------------------------------------------------------------------------
 
     def _on_load(self, model: Model) -> None:
-        """Serve the model's trunks, and compute the class embeddings of its own labels."""
+        """Build and serve the model's trunks, and compute the embeddings of its own labels."""
+        model.build()
         self.trunks.serve(model)
         head = model.heads[model.task]
         if isinstance(head, Prompted) and head.labels:

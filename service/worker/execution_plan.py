@@ -8,7 +8,14 @@ import torch
 
 from models.errors import ModelsError
 from models.heads.base import Head
-from models.inference import HeadCall, decode, finish_options, image_size, prepare_pieces
+from models.inference import (
+    HeadCall,
+    decode,
+    finish_options,
+    image_size,
+    least_side,
+    prepare_pieces,
+)
 from models.inputs.images import ImageLimits
 from models.inputs.tiling import View
 from models.inputs.types import Input
@@ -115,6 +122,6 @@ def prepare_all(
     Raises:
         InputError: the input cannot be decoded, or the trunk does not take it.
     """
-    decoded = decode(item, limits)
+    decoded = decode(item, limits, least_side([(each.trunk, each.view) for each in passes]))
     prepared = [prepare_pieces(decoded, each.trunk, each.view, limits) for each in passes]
     return prepared, image_size(decoded)

@@ -33,7 +33,6 @@ class Prober:
         self._interval_s = interval_s
         self._limit_s = limit_s
         # Trunks whose last probe failed, and why.
-        # Trunks whose last probe failed, and why.
         self.failures: dict[str, str] = {}
 
     def warm_up(self, name: str, largest: int) -> None:

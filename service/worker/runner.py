@@ -86,7 +86,6 @@ class Runner:
         self._metrics = metrics
         self._local = threading.local()
         # When a pass last succeeded, in `time.monotonic` seconds.
-        # When a pass last succeeded, in `time.monotonic` seconds.
         self.last_passed = time.monotonic()
 
     def execute(self, batch: Batch) -> None:

@@ -17,8 +17,9 @@ BEFORE_LOADING = [
     "device", "dtype", "licence", "description",
 ]  # fmt: skip
 ONCE_LOADED = [
-    "format", "architecture", "memory_bytes", "head_bytes", "head", "preprocess", "labels",
-    "model_digest", "preprocess_digest", "modalities", "load_seconds",
+    "format", "architecture", "engine", "precision", "transform", "memory_bytes", "head_bytes",
+    "head", "preprocess", "labels", "model_digest", "preprocess_digest", "modalities",
+    "load_seconds",
 ]  # fmt: skip
 
 

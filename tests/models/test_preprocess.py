@@ -1,4 +1,7 @@
+from dataclasses import replace
+
 import numpy as np
+import pyarrow
 import pytest
 import timm
 import torch
@@ -7,6 +10,7 @@ from timm.data import create_transform as timm_transform
 from timm.data import resolve_model_data_config
 
 from models.errors import CatalogError
+from models.inputs.images import DEFAULT_LIMITS, decode_image, decode_reduced
 from models.inputs.transforms import (
     Normalize,
     Preprocess,
@@ -14,7 +18,9 @@ from models.inputs.transforms import (
     create_transform,
     preprocess_from_mapping,
     preprocess_from_timm,
+    resolve_transform,
 )
+from tests.conftest import encode
 
 
 def run(spec: Preprocess, *images: Image.Image) -> torch.Tensor:
@@ -91,7 +97,73 @@ def test_digest_tells_transforms_apart() -> None:
     assert Preprocess().digest != Preprocess(crop_pct=0.9).digest
 
 
+def test_the_exact_transform_leaves_digests_as_they_were() -> None:
+    published = "sha256:7224b23360ea172c5efb1a7bdfdee67235de3de3487d4ccdc440a0d33bb9cb4d"
+    assert Preprocess().digest == published
+    assert "transform" not in Preprocess().settings
+    assert replace(Preprocess(), transform="fast").digest != published
+
+
+FAST_SPECS = (
+    Preprocess(),
+    Preprocess(crop_pct=1.0, interpolation="bilinear"),
+    Preprocess(input_size=(96, 160)),
+    Preprocess(input_size=(160, 96), crop_pct=0.9),
+    Preprocess(crop_mode="squash", input_size=(96, 160), crop_pct=0.5),
+    Preprocess(crop_mode="border", crop_pct=1.0),
+    Preprocess(crop_mode="border"),
+)
+
+
+@pytest.mark.parametrize("spec", FAST_SPECS)
+def test_the_fast_transform_differs_by_one_level_at_most(
+    spec: Preprocess, photos: dict[str, Image.Image]
+) -> None:
+    exact, fast = (create_transform(replace(spec, transform=name)) for name in ("exact", "fast"))
+    slivers = [Image.new("RGB", size, "red") for size in ((1, 1), (1, 5000), (16000, 1), (7, 300))]
+    for image in (*photos.values(), *slivers):
+        difference = (exact(image).int() - fast(image).int()).abs()
+        assert difference.max() <= 1
+        assert (difference > 0).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("spec", FAST_SPECS)
+@pytest.mark.parametrize("size", [(2048, 1536), (1535, 2049), (11999, 1301)])
+def test_the_fast_transform_of_a_reduced_photo_is_close(
+    spec: Preprocess, size: tuple[int, int], photos: dict[str, Image.Image]
+) -> None:
+    spec = replace(spec, transform="fast")
+    assert spec.min_side is not None
+    data = encode(photos["coffee"].resize(size), quality=90)
+    reduced = decode_reduced(data, DEFAULT_LIMITS, spec.min_side)
+    assert reduced.image.width < reduced.size[0] == size[0]
+    transform = create_transform(spec)
+    difference = (transform(reduced).int() - transform(decode_image(data)).int()).abs()
+    assert difference.float().mean() < 0.6
+    assert difference.max() <= 20
+
+
+def test_the_fast_transform_takes_images_that_pillow_stores_in_blocks() -> None:
+    columns = np.random.default_rng(0).integers(0, 256, (3000, 3000, 3), dtype=np.uint8)
+    with_blocks = Image.fromarray(columns)
+    with pytest.raises(ValueError, match="contiguous"):
+        pyarrow.array(with_blocks)
+    fast = create_transform(replace(Preprocess(), transform="fast"))
+    difference = fast(with_blocks).int() - create_transform(Preprocess())(with_blocks).int()
+    assert difference.abs().max() <= 1
+
+
+def test_the_fast_transform_refuses_what_it_does_not_have() -> None:
+    for spec in (Preprocess(crop_mode="letterbox"), Preprocess(interpolation="lanczos")):
+        with pytest.raises(CatalogError, match="the fast transform has no"):
+            create_transform(replace(spec, transform="fast"))
+    with pytest.raises(CatalogError, match="quick"):
+        resolve_transform("quick")
+
+
 def test_a_setting_that_does_not_exist_is_an_error() -> None:
+    with pytest.raises(CatalogError, match="transform"):
+        preprocess_from_mapping({"transform": "fast"})
     with pytest.raises(CatalogError, match="crop_percent"):
         preprocess_from_mapping({"crop_percent": 1})
     with pytest.raises(CatalogError, match="middle"):

@@ -72,7 +72,7 @@ def test_every_paper_of_the_fixtures_has_a_line() -> None:
 def test_a_file_that_is_not_there_is_told_with_where_to_get_it(tmp_path: Path) -> None:
     shutil.copy(CATALOG.path, tmp_path / "mine.toml")
     registry = Registry.from_catalog(tmp_path / "mine.toml", device="cpu")
-    with pytest.raises(SourceError, match=r"to be had from github\.com/facebookresearch/dino"):
+    with pytest.raises(SourceError, match=r"get it from github\.com/facebookresearch/dino"):
         registry.get("dino-vits16")
 
 

@@ -1,5 +1,7 @@
+import gc
 import json
 import pickle
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -49,6 +51,16 @@ def test_the_trunk_goes_with_its_last_model(registry: Registry) -> None:
     registry.unload("tiny")
     registry.unload("tiny-embed")
     assert registry.get("tiny").trunk is not first
+
+
+def test_unloading_frees_the_weights(registry: Registry) -> None:
+    weights = weakref.ref(registry.get("tiny").trunk.network)
+    gc.disable()  # the registry itself must see to it
+    try:
+        registry.unload("tiny")
+        assert weights() is None
+    finally:
+        gc.enable()
 
 
 def test_a_model_that_cannot_load_says_why(tiny_catalog: Path, tmp_path: Path) -> None:
@@ -241,7 +253,7 @@ def test_a_hub_that_cannot_be_reached_is_told(tmp_path: Path) -> None:
 
 
 def test_wrong_devices_and_dtypes_are_told(tiny_catalog: Path) -> None:
-    with pytest.raises(CatalogError, match="no device"):
+    with pytest.raises(CatalogError, match="unknown device"):
         Registry.from_catalog(tiny_catalog, device="quantum")
     with pytest.raises(CatalogError, match="float7"):
         Registry.from_catalog(tiny_catalog, device="cpu", dtype="float7").get("tiny")

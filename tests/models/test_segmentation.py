@@ -324,8 +324,11 @@ def test_a_decoder_cannot_pool_to_any_size() -> None:
         ({"layers": []}, "layers"),
         ({"inputs": [3]}, "do not fit"),
         ({"labels": ["only one"]}, "1 labels for 4 classes"),
-        ({"windows": {"scale": [10**6, 10**6], "crop": [8, 8], "stride": [1, 1]}}, "windows"),
-        ({"windows": {"tilt": 3}}, "windows"),
+        (
+            {"windows": {"scale": [10**6, 10**6], "crop": [8, 8], "stride": [1, 1]}},
+            "window settings",
+        ),
+        ({"windows": {"tilt": 3}}, "window settings"),
         ({"palette": [[0, 0, 0]]}, "palette"),
         ({"palette": [[0, 0, 300]] * 4}, "palette"),
         ({"palette": 3}, "palette"),

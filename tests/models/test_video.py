@@ -63,7 +63,7 @@ def test_clips_over_a_limit_are_refused(limits: ImageLimits) -> None:
 
 
 def test_clips_that_take_too_long_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.trunks.video.MAX_CLIP_PIXELS", 39 * 64 * 48)
+    monkeypatch.setattr("models.inputs.video.MAX_CLIP_PIXELS", 39 * 64 * 48)
     with pytest.raises(ImageTooLargeError, match="40 frames of 64 x 48"):
         decode_clip(clip(), SPEC)
 

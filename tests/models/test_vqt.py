@@ -1,5 +1,6 @@
 """Queries that ride along: what they gather, that they disturb nothing, and who may carry them."""
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -171,15 +172,18 @@ def test_features_can_be_a_selection(pixels: Tensor) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"queries": torch.zeros(2, 1, 24)}, r"the trunk wants \(3, T, 24\)"),
+        ({"queries": torch.zeros(2, 1, 24)}, r"the trunk takes \(3, T, 24\)"),
         ({"queries": torch.zeros(3, 300, 24)}, "T up to 256"),
-        ({"queries": torch.zeros(3, 24)}, "no queries of 3 dimensions"),
-        ({"combine": torch.zeros(3, 2)}, "combine does not fit"),
-        ({"classifier.0.weight": torch.zeros(4, 10)}, "takes 10 features of 96; which ones"),
+        ({"queries": torch.zeros(3, 24)}, "tensor queries of 3 dimensions"),
+        ({"combine": torch.zeros(3, 2)}, "combine must have shape"),
+        (
+            {"classifier.0.weight": torch.zeros(4, 10)},
+            "takes 10 features of 96; the tensor indices",
+        ),
         ({"indices": torch.tensor([96] * 96)}, r"must lie in 0\.\.95"),
-        ({"indices": torch.tensor([1, 2])}, "indices must be 96 whole numbers"),
+        ({"indices": torch.tensor([1, 2])}, "indices must be 96 integers"),
         ({"classifier.0.weight": torch.zeros(3, 96)}, "4 labels for 3 outputs"),
-        ({"classifier.x.weight": torch.zeros(3, 96)}, "is no layer of a classifier"),
+        ({"classifier.x.weight": torch.zeros(3, 96)}, "layers are numbered"),
     ],
 )
 def test_heads_that_do_not_fit_say_why(changed: dict[str, Tensor], message: str) -> None:
@@ -191,6 +195,22 @@ def test_heads_that_do_not_fit_say_why(changed: dict[str, Tensor], message: str)
     }
     with pytest.raises(CheckpointError, match=message):
         create_head("vqt", trunk, tuple("abcd"), HeadState(tensors))
+
+
+def test_the_garbage_collector_may_release_query_tokens_while_others_are_added() -> None:
+    bank = small_trunk(*KINDS["class token"])._queries.bank
+    queries = [bank.add(torch.zeros(3, 2, 24))]
+    freed = queries[0].slots
+
+    def collect() -> None:
+        with bank._lock:
+            queries.clear()
+
+    thread = threading.Thread(target=collect, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert bank.add(torch.zeros(3, 2, 24)).slots == freed
 
 
 def test_networks_without_such_blocks_carry_no_queries() -> None:

@@ -200,7 +200,7 @@ def tensor(**changes: Any) -> dict[str, Any]:
         ({"inputs": [tensor(datatype="FP32")]}, 422, "BYTES"),
         ({"inputs": [tensor(shape=[2])]}, 422, "2 elements"),
         ({"inputs": [tensor(shape=[1, 2])]}, 422, "[N, 1]"),
-        ({"inputs": [tensor(shape=[0], data=[])]}, 422, "no image"),
+        ({"inputs": [tensor(shape=[0], data=[])]}, 422, "no elements"),
         ({"inputs": [tensor(shape=[-1])]}, 422, "negative"),
         ({"inputs": [tensor(data=["not base64!"])]}, 422, "base64"),
         ({"inputs": [tensor(data=None)]}, 422, "neither"),

@@ -382,7 +382,7 @@ def test_a_wrong_latent_vector_fails_alone(server: Running) -> None:
     body = {"model": "vitgan", "latent": [[0.0] * 48, [0.0]]}
     good, bad = server.client.post("/generate", json=body).json()["results"]
     assert "image" in good
-    assert "48 numbers" in bad["error"]["detail"]
+    assert "shape [48]" in bad["error"]["detail"]
 
 
 # -- gRPC ------------------------------------------------------------------------------------

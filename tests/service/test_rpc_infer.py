@@ -154,6 +154,7 @@ def test_an_unknown_task_fails_as_in_a_call_of_predict(tiny: Any, jpegs: dict[st
     ("request_", "code", "field"),
     [
         (pb.InferRequest(task="classify"), "invalid-input", "images"),
+        (pb.InferRequest(inputs=pb.Inputs(images=[b"x"])), "invalid-input", "task"),
         (
             pb.InferRequest(task="classify", inputs=pb.Inputs(images=[b"x"], texts=["x"])),
             "invalid-input",

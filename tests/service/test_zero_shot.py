@@ -230,7 +230,7 @@ def test_a_catalogs_label_set_is_ready_before_the_first_request(
     [
         ("/zero-shot", {"labels": []}, 422, "labels"),
         ("/zero-shot", {}, 422, "labels are missing"),
-        ("/zero-shot", {"labels": ["a", "a"]}, 422, "twice"),
+        ("/zero-shot", {"labels": ["a", "a"]}, 422, "repeated"),
         ("/zero-shot", {"labels": ["a", " "]}, 422, "empty"),
         ("/zero-shot", {"labels": ["x" * 10_000_000]}, 422, "characters"),
         ("/zero-shot", {"labels": [str(n) for n in range(1001)]}, 422, "1000"),

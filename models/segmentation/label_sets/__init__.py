@@ -1,4 +1,4 @@
-"""Names and colours of the classes of well-known segmentation data sets.
+"""Class names and colours of well-known segmentation data sets.
 
 ADE20K's 150, Cityscapes' 19 and Pascal VOC's 21, in the order and the colours that mmsegmentation
 publishes (Apache-2.0).
@@ -14,15 +14,15 @@ Palette = Sequence[Sequence[int]]
 
 
 def label_sets() -> list[str]:
-    """The names there are."""
+    """The names of all sets."""
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 def load_label_set(name: str) -> tuple[tuple[str, ...], Palette]:
-    """The classes' names, and their colours as (red, green, blue).
+    """The class names of a set, and their colours as (red, green, blue), 0 to 255.
 
     Raises:
-        KeyError: no such set.
+        KeyError: no set has that name.
     """
     if name not in label_sets():
         raise KeyError(name)
@@ -31,7 +31,7 @@ def load_label_set(name: str) -> tuple[tuple[str, ...], Palette]:
 
 
 def palette_of(labels: Sequence[str]) -> Palette:
-    """The colours of the well-known set with these names, otherwise well-separated colours."""
+    """The colours of the set with exactly these labels; Pascal VOC's colour map for any others."""
     for name in label_sets():
         names, palette = load_label_set(name)
         if tuple(labels) == names:
@@ -40,7 +40,7 @@ def palette_of(labels: Sequence[str]) -> Palette:
 
 
 def _colour(number: int) -> list[int]:
-    """Pascal VOC's: the number's bits, spread over the three channels, highest first."""
+    """Pascal VOC's colour map: the number's bits, spread over the three channels, highest first."""
     colour = [0, 0, 0]
     for place in range(8):
         for channel in range(3):

@@ -6,8 +6,6 @@ from models.discovery import classes_of
 from models.errors import CatalogError
 from models.trunks.engines.base import Engine
 
-AUTO = "auto"
-
 
 def engine_classes() -> Mapping[str, type[Engine]]:
     """Every engine by its `name`."""
@@ -15,14 +13,12 @@ def engine_classes() -> Mapping[str, type[Engine]]:
 
 
 def engine_class(name: str) -> type[Engine]:
-    """The engine of that name; `auto` is eager, the one engine that runs every trunk.
+    """The engine of that name.
 
     Raises:
         CatalogError: no such engine.
     """
     engines = engine_classes()
-    if name == AUTO:
-        return engines["eager"]
     if name not in engines:
-        raise CatalogError(f"unknown engine {name!r}; engines: {AUTO}, {', '.join(engines)}")
+        raise CatalogError(f"unknown engine {name!r}; engines: {', '.join(engines)}")
     return engines[name]

@@ -1,0 +1,87 @@
+"""JPEG files decoded by libjpeg-turbo into memory that Pillow images use without a copy.
+
+Pillow contains the same library, but reads the file in blocks and converts each row. Only the kinds
+of files are decoded here whose pixels equal Pillow's; the rest is left to Pillow.
+"""
+
+import numpy as np
+import pyarrow as pa
+import simplejpeg
+from PIL import ExifTags, Image
+from PIL.JpegImagePlugin import JpegImageFile, get_sampling
+
+# How stored pixels become upright, by EXIF's orientation.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+QUARTER_TURNS = {UPRIGHT[orientation] for orientation in (5, 6, 7, 8)}
+# Where libjpeg-turbo scales with SIMD code. Other fractions take longer than the whole image.
+FACTORS = (8, 4, 2)
+# Adobe's marker for components in YCbCr.
+YCBCR = 1
+
+
+def decode_jpeg(
+    header: Image.Image, data: bytes, min_side: int | None = None
+) -> tuple[Image.Image, tuple[int, int], int] | None:
+    """Decode a JPEG file to an upright RGB image.
+
+    Args:
+        header: the file, opened by Pillow and not loaded.
+        data: the same file.
+        min_side: decode at 1/8, 1/4 or 1/2 of the size, where the shorter side keeps at least that
+            many pixels.
+
+    Returns:
+        The image, its full (width, height), upright, and the factor by which it is reduced. None
+        for files that Pillow must decode: other formats, CMYK, unusual sampling, and those
+        with damaged data, about which Pillow decides.
+    """
+    if not isinstance(header, JpegImageFile) or not _is_common(header):
+        return None
+    width, height = header.size
+    factor = _factor(min(width, height), min_side)
+    shape = (-(-height // factor), -(-width // factor), 4)
+    try:
+        pixels_HWC = simplejpeg.decode_jpeg(
+            data, "RGBX", min_height=shape[0], min_width=shape[1], min_factor=factor
+        )
+    except ValueError:  # warnings about damaged or missing data included
+        return None
+    if pixels_HWC.shape != shape:
+        return None
+    image = image_from(pixels_HWC)
+    orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
+    if (transposition := UPRIGHT.get(orientation)) is not None:
+        image = image.transpose(transposition)
+    size = (height, width) if transposition in QUARTER_TURNS else (width, height)
+    return image, size, factor
+
+
+def _is_common(header: JpegImageFile) -> bool:
+    """Whether the file is 8-bit grey, or YCbCr with 4:4:4, 4:2:2 or 4:2:0 sampling."""
+    if header.bits != 8:
+        return False
+    is_colour = get_sampling(header) >= 0 and header.info.get("adobe_transform", YCBCR) == YCBCR
+    return header.layers == 1 or is_colour
+
+
+def _factor(short_side: int, min_side: int | None) -> int:
+    """The largest factor by which the shorter side may shrink; 1 for none."""
+    if min_side is None:
+        return 1
+    return next((factor for factor in FACTORS if short_side >= factor * min_side), 1)
+
+
+def image_from(pixels_HWC: np.ndarray) -> Image.Image:
+    """An RGB image that uses the memory of (H, W, 4) uint8 pixels, as Pillow lays out RGB."""
+    height, width, channels = pixels_HWC.shape
+    values = pa.array(pixels_HWC.reshape(-1))
+    pixels = pa.FixedSizeListArray.from_arrays(values, channels)
+    return Image.fromarrow(pixels, "RGB", (width, height))

@@ -1,0 +1,160 @@
+"""Chooses an engine for each pass: the fastest one whose outputs agree with eager's.
+
+A pass runs eagerly until another engine's version of it is built and compared with eager on real
+inputs. Then both run a few times, in the thread that runs passes, and the faster one stays.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.errors import EngineError
+from models.trunks.engines.base import Engine, EngineReport, Pass, PassKey, pass_key
+from models.trunks.engines.eager import Eager
+from models.trunks.engines.openvino import OpenVino
+from models.trunks.features import PassPlan
+
+logger = logging.getLogger(__name__)
+
+TRIALS = 2
+# Images of many sizes would each need a graph of their own.
+MAX_PASSES = 8
+
+
+@dataclass(slots=True)
+class _Choice:
+    """How one pass is run.
+
+    Args:
+        candidate: the other engine's pass, once it is built.
+        trials: how often both ran.
+        chosen: whether the candidate is used from now on.
+        reason: why the pass stays with eager.
+    """
+
+    candidate: Pass | None = None
+    trials: int = 0
+    eager_s: float = 0.0
+    candidate_s: float = 0.0
+    chosen: bool = False
+    reason: str = ""
+
+
+class Auto(Engine):
+    name = "auto"
+    # both engines get the same query tokens
+    single_group = True
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._eager = Eager(*arguments)
+        self._other = OpenVino(*arguments)
+        self._choices: dict[PassKey, _Choice] = {}
+
+    def run(self, plan: PassPlan, inputs: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
+        choice = self._choices.get(pass_key(plan, inputs))
+        if choice is None:
+            self._build_in_background(plan, inputs)
+        # read once: another lane may give the candidate up meanwhile
+        candidate = None if choice is None else choice.candidate
+        if choice is None or candidate is None:
+            return self._eager.run(plan, inputs)
+        started = time.perf_counter()
+        try:
+            outputs = candidate(*inputs)
+        except Exception as error:
+            logger.warning("%s failed and is not used again: %s", self._other.name, error)
+            self._give_up(choice, f"{self._other.name} failed: {error}")
+            return self._eager.run(plan, inputs)
+        if choice.chosen:
+            return outputs
+        between = time.perf_counter()
+        outputs = self._eager.run(plan, inputs)
+        self._count(choice, between - started, time.perf_counter() - between)
+        return outputs
+
+    def prepare(self, plan: PassPlan, inputs: tuple[Tensor, ...]) -> None:
+        """Build the other engine's pass: now if it only has to be read from disk, otherwise in the
+        background."""
+        if not self._other.is_cached(pass_key(plan, inputs)):
+            self._build_in_background(plan, inputs)
+        elif (choice := self._new_choice(pass_key(plan, inputs))) is not None:
+            self._build(choice, plan, inputs)
+
+    def report(self) -> EngineReport:
+        choices = list(self._choices.values())
+        if any(choice.chosen for choice in choices):
+            return self._other.report()
+        reason = next((choice.reason for choice in choices if choice.reason), "")
+        return EngineReport(self._eager.name, reason=reason)
+
+    def _new_choice(self, key: PassKey) -> _Choice | None:
+        """The choice of a pass that is new; None for others, and for more than MAX_PASSES."""
+        with self._lock:
+            if key in self._choices or len(self._choices) >= MAX_PASSES:
+                return None
+            choice = self._choices[key] = _Choice()
+            return choice
+
+    def _build_in_background(self, plan: PassPlan, inputs: tuple[Tensor, ...]) -> None:
+        """Build with a copy of these inputs, which the pass is compared with eager on."""
+        if (choice := self._new_choice(pass_key(plan, inputs))) is not None:
+            copies = tuple(tensor.clone() for tensor in inputs)
+            in_background(lambda: self._build(choice, plan, copies))
+
+    def _build(self, choice: _Choice, plan: PassPlan, inputs: tuple[Tensor, ...]) -> None:
+        try:
+            choice.candidate = self._other.get(plan, inputs)
+        except EngineError as error:
+            choice.reason = str(error)
+        except Exception as error:
+            logger.exception("a pass of %s could not be built", self._other.name)
+            choice.reason = f"{self._other.name}: {error}"
+
+    def _count(self, choice: _Choice, candidate_s: float, eager_s: float) -> None:
+        """Note a trial, in which both engines ran, and choose after some. The first run of each is
+        not counted."""
+        with self._lock:
+            if choice.candidate is None or choice.chosen:  # decided by another lane
+                return
+            if choice.trials:
+                choice.candidate_s += candidate_s
+                choice.eager_s += eager_s
+            choice.trials += 1
+            if choice.trials <= TRIALS:
+                return
+            choice.chosen = choice.candidate_s <= choice.eager_s
+        if not choice.chosen:
+            self._give_up(choice, f"{self._other.name} is slower")
+
+    def _give_up(self, choice: _Choice, reason: str) -> None:
+        with self._lock:
+            choice.candidate, choice.chosen, choice.reason = None, False, reason
+
+
+@cache
+def _jobs() -> "queue.SimpleQueue[Callable[[], None]]":
+    """The jobs of the process's one background thread. It is a daemon, since a build may take
+    half a minute, and an exit does not wait for it."""
+    jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        torch.set_num_threads(1)
+        while True:
+            jobs.get()()
+
+    threading.Thread(target=work, name="engine-builder", daemon=True).start()
+    return jobs
+
+
+def in_background(job: Callable[[], None]) -> None:
+    """Run a job in the background thread, after those before it."""
+    _jobs().put(job)
