@@ -63,17 +63,23 @@ class Auto(Engine):
         choice = self._choices.get(pass_key(plan, inputs))
         if choice is None:
             self._build_in_background(plan, inputs)
-        if choice is None or choice.candidate is None:
+        # read once: another lane may give the candidate up meanwhile
+        candidate = None if choice is None else choice.candidate
+        if choice is None or candidate is None:
             return self._eager.run(plan, inputs)
+        started = time.perf_counter()
         try:
-            if choice.chosen:
-                return choice.candidate(*inputs)
-            return self._try(choice, plan, inputs)
+            outputs = candidate(*inputs)
         except Exception as error:
             logger.warning("%s failed and is not used again: %s", self._other.name, error)
-            choice.candidate, choice.chosen = None, False
-            choice.reason = f"{self._other.name} failed: {error}"
+            self._give_up(choice, f"{self._other.name} failed: {error}")
             return self._eager.run(plan, inputs)
+        if choice.chosen:
+            return outputs
+        between = time.perf_counter()
+        outputs = self._eager.run(plan, inputs)
+        self._count(choice, between - started, time.perf_counter() - between)
+        return outputs
 
     def prepare(self, plan: PassPlan, inputs: tuple[Tensor, ...]) -> None:
         """Build the other engine's pass: now if it only has to be read from disk, otherwise in the
@@ -113,25 +119,25 @@ class Auto(Engine):
             logger.exception("a pass of %s could not be built", self._other.name)
             choice.reason = f"{self._other.name}: {error}"
 
-    def _try(
-        self, choice: _Choice, plan: PassPlan, inputs: tuple[Tensor, ...]
-    ) -> Mapping[str, Tensor]:
-        """Run both, and choose after some trials. The first run of each is not counted."""
-        assert choice.candidate is not None
-        started = time.perf_counter()
-        choice.candidate(*inputs)
-        between = time.perf_counter()
-        outputs = self._eager.run(plan, inputs)
-        ended = time.perf_counter()
-        if choice.trials:
-            choice.candidate_s += between - started
-            choice.eager_s += ended - between
-        choice.trials += 1
-        if choice.trials > TRIALS:
+    def _count(self, choice: _Choice, candidate_s: float, eager_s: float) -> None:
+        """Note a trial, in which both engines ran, and choose after some. The first run of each is
+        not counted."""
+        with self._lock:
+            if choice.candidate is None or choice.chosen:  # decided by another lane
+                return
+            if choice.trials:
+                choice.candidate_s += candidate_s
+                choice.eager_s += eager_s
+            choice.trials += 1
+            if choice.trials <= TRIALS:
+                return
             choice.chosen = choice.candidate_s <= choice.eager_s
-            if not choice.chosen:
-                choice.candidate, choice.reason = None, f"{self._other.name} is slower"
-        return outputs
+        if not choice.chosen:
+            self._give_up(choice, f"{self._other.name} is slower")
+
+    def _give_up(self, choice: _Choice, reason: str) -> None:
+        with self._lock:
+            choice.candidate, choice.chosen, choice.reason = None, False, reason
 
 
 @cache

@@ -6,6 +6,8 @@ https://docs.openvino.ai
 """
 
 import hashlib
+import logging
+import tempfile
 import threading
 import warnings
 from collections.abc import Mapping
@@ -13,16 +15,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import openvino
 import torch
 from torch import Tensor, nn
 
 from models.errors import EngineError
 from models.trunks.engines.base import Engine, EngineReport, Pass, PassKey, largest_error
 
+logger = logging.getLogger(__name__)
+
 TOLERANCE = 1e-5
 # where a model keeps its outputs' names: one tensor may be two outputs
 NAMES = ["vitrail", "outputs"]
-LIBRARIES = ("openvino", "torch", "timm")
+LIBRARIES = ("vitrail", "openvino", "torch", "timm", "open_clip_torch", "transformers")
 
 
 class OpenVino(Engine):
@@ -32,17 +37,43 @@ class OpenVino(Engine):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._reports: dict[PassKey, EngineReport] = {}
+        self._failures: dict[PassKey, str] = {}
 
     def build(self, key: PassKey, module: nn.Module, inputs: tuple[Tensor, ...]) -> Pass:
+        if (failure := self._failures.get(key)) is not None:
+            raise EngineError(failure)
+        try:
+            return self._build(key, module, inputs)
+        except EngineError as error:
+            self._failures[key] = str(error)  # so that no later request converts in vain
+            raise
+
+    def _build(self, key: PassKey, module: nn.Module, inputs: tuple[Tensor, ...]) -> Pass:
         placement = self.placement
         if placement.device.type != "cpu" or placement.dtype != torch.float32:
             raise EngineError(
                 f"openvino runs float32 on CPUs, not {placement.dtype} on {placement.device.type}"
             )
-        model = self._convert(key, module, inputs)
+        path = self._path(key)
+        if path is not None and path.is_file():
+            try:
+                return self._compile(key, openvino.Core().read_model(path), module, inputs)
+            except (EngineError, RuntimeError) as error:
+                logger.warning("%s is converted again: %s", path, _first_line(error))
+        model = _convert(module, inputs)
+        built = self._compile(key, model, module, inputs)
+        if path is not None:
+            _save(model, path)
+        return built
+
+    def _compile(
+        self, key: PassKey, model: Any, module: nn.Module, inputs: tuple[Tensor, ...]
+    ) -> Pass:
+        """The compiled model, compared with eager."""
+        placement = self.placement
         try:
             built = CompiledPass(model, placement.threads, placement.streams)
-            error = max(largest_error(module, built, example) for example in _examples(inputs))
+            error = max(largest_error(module, built, each) for each in _examples(module, inputs))
         except RuntimeError as failure:
             raise EngineError(f"openvino cannot run it: {_first_line(failure)}") from failure
         if not error <= TOLERANCE:
@@ -62,27 +93,6 @@ class OpenVino(Engine):
         path = self._path(key)
         return path is not None and path.is_file()
 
-    def _convert(self, key: PassKey, module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-        """The pass as an OpenVINO model that has the names of its outputs in its `NAMES`."""
-        import openvino
-
-        path = self._path(key)
-        if path is not None and path.is_file():
-            return openvino.Core().read_model(path)
-        flat = FlatModule(module)
-        try:
-            # inference tensors cannot be traced
-            with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
-                inputs = tuple(tensor.clone() for tensor in inputs)
-                warnings.simplefilter("ignore")  # of tracing: the comparison with eager decides
-                model = openvino.convert_model(flat, example_input=inputs)
-        except Exception as error:  # the converter raises errors of many kinds
-            raise EngineError(f"openvino cannot convert it: {_first_line(error)}") from error
-        model.set_rt_info(",".join(flat.names), NAMES)
-        if path is not None:
-            _save(openvino, model, path)
-        return model
-
     def _path(self, key: PassKey) -> Path | None:
         if self.placement.cache is None:
             return None
@@ -98,8 +108,6 @@ class CompiledPass:
     """A compiled model, called from any thread with tensors on the CPU."""
 
     def __init__(self, model: Any, threads: int, streams: int) -> None:
-        import openvino
-
         config: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": "f32",
             "NUM_STREAMS": max(1, streams),
@@ -137,24 +145,50 @@ def plan_fields(plan: Any) -> dict[str, Any]:
     return {name: getattr(plan, name) for name in plan.__dataclass_fields__}
 
 
-def _examples(inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-    """The inputs that a built pass is compared on: all, one row, and shorter texts."""
+def _convert(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+    """The pass as an OpenVINO model that has the names of its outputs in its `NAMES`."""
+    flat = FlatModule(module)
+    try:
+        # inference tensors cannot be traced
+        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+            inputs = tuple(tensor.clone() for tensor in inputs)
+            warnings.simplefilter("ignore")  # of tracing: the comparison with eager decides
+            model = openvino.convert_model(flat, example_input=inputs)
+    except Exception as error:  # the converter raises errors of many kinds
+        raise EngineError(f"openvino cannot convert it: {_first_line(error)}") from error
+    model.set_rt_info(",".join(flat.names), NAMES)
+    return model
+
+
+def _examples(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """The inputs that a built pass is compared on: all, one row, and shorter texts if the text
+    tower takes them."""
     if len(inputs) > 1:  # rows of query tokens cannot be cut
         return [inputs]
     [batch] = inputs
     examples = [inputs, (batch[:1].contiguous(),)]
     if batch.dim() == 2 and not batch.is_floating_point():
-        examples.append((batch[:, : batch.shape[1] // 2 + 1].contiguous(),))
+        shorter = batch[:, : batch.shape[1] // 2 + 1].contiguous()
+        try:
+            module(shorter)
+        except RuntimeError:  # texts of one length only
+            return examples
+        examples.append((shorter,))
     return examples
 
 
-def _save(openvino: Any, model: Any, path: Path) -> None:
-    """Write both files of a model; it is in the cache only once its second one is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}-{threading.get_native_id()}.xml")
-    openvino.save_model(model, temporary, compress_to_fp16=False)
-    temporary.with_suffix(".bin").replace(path.with_suffix(".bin"))
-    temporary.replace(path)
+def _save(model: Any, path: Path) -> None:
+    """Write both files of a model; it counts as kept once the second one is there. A store that
+    cannot be written costs the next start its time, nothing else."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            temporary = Path(folder) / path.name
+            openvino.save_model(model, temporary, compress_to_fp16=False)
+            temporary.with_suffix(".bin").replace(path.with_suffix(".bin"))
+            temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        logger.warning("%s was not written: %s", path, error)
 
 
 def _first_line(error: Exception) -> str:
