@@ -407,7 +407,7 @@ def test_heads_and_unfinished_fits_survive_a_kill(
     with process(*arguments, **environment):
         wait_until(lambda: answers(f"{url}/readyz"), 120)
         assert ask("kept") == before
-        wait_until(lambda: httpx.get(f"{url}/heads/begun").json()["state"] == "ready", 120)
+        wait_until(lambda: httpx.get(f"{url}/heads/begun").json()["state"] == "ready", 200)
 
 
 def test_heads_over_grpc(server: Running, make: Callable[..., HeadFile]) -> None:
