@@ -67,7 +67,8 @@ class Model:
     ) -> None:
         """
         Args:
-            format_outputs: what `run` returns besides, by the names of the checkpoint's authors.
+            format_outputs: further outputs of `run`, under the names that the checkpoint's authors
+                gave them.
             format_request: what `format_outputs` needs of a pass.
             about: how a head that has a file of its own was trained.
             states: weights that came in the checkpoint besides the trunk's.

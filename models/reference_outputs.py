@@ -1,7 +1,7 @@
 """What `Model.run` passes to heads and formats, for outputs by the authors' names.
 
 Servers never use this: it exists for tests, for comparisons with the authors' code, and for what
-checkpoint formats return besides their heads' outputs.
+checkpoint formats return in addition to their heads' outputs.
 """
 
 from collections.abc import Callable, Mapping

@@ -91,7 +91,7 @@ class Head:
         """Whether `finish` takes the decoded image itself, as the option `image`."""
         return False
 
-    # Subclasses declare the options that they take by name, so these are no plain methods here.
+    # Properties, since each subclass names the options that its own `forward` and `finish` take.
 
     @property
     def forward(self) -> Callable[..., dict[str, Tensor]]:

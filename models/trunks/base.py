@@ -19,7 +19,7 @@ from models.trunks.devices import Placement
 from models.trunks.engines.registry import engine_class
 from models.trunks.features import LAST_OUTPUT, BatchRequest, FeatureRequest, PassPlan
 from models.trunks.output import TrunkOutput
-from models.trunks.query_tokens import QueryBank, QueryBatch, QuerySet
+from models.trunks.query_tokens import QueryBatch, QuerySet
 from models.trunks.weights import parameter_bytes, state_digest
 
 NUMBER_KINDS = "fiu"  # of numpy dtypes
@@ -34,9 +34,9 @@ class InputSpec(Protocol):
 
 
 class Trunk:
-    """A backbone. Subclasses describe its pass (`create_pass`, `inputs`, `output`) and its inputs
-    (`prepare`, `collate`, `blank`). An engine runs the pass. Nothing outside a trunk reads its
-    `network`, except reference outputs.
+    """A backbone. Subclasses describe its pass (`create_pass`, `pass_inputs`, `output`) and its
+    inputs (`prepare`, `collate`, `blank`). An engine runs the pass. Nothing outside a trunk reads
+    its `network`, except reference outputs.
 
     Args:
         architecture: a name for people.
@@ -243,28 +243,6 @@ class PixelInput(nn.Module):
         pixels_BCHW = self.normalize(pixels_BCHW)
         placement = self._placement
         return pixels_BCHW.to(placement.dtype, memory_format=placement.memory_format)
-
-
-class QueryTokens:
-    """A trunk's bank of query tokens, and how a request's tokens enter and leave a pass."""
-
-    def __init__(self, blocks: Sequence[Any], placement: Placement) -> None:
-        self.bank = QueryBank(blocks)
-        self._placement = placement
-
-    def add(self, raw_LTD: Tensor) -> QuerySet:
-        """Store query tokens (L, T, D) on the trunk's device, in its dtype."""
-        return self.bank.add(raw_LTD.to(self._placement.device, self._placement.dtype))
-
-    def batch(
-        self, request: BatchRequest, size: int, *, single_group: bool
-    ) -> tuple[PassPlan, QueryBatch | None]:
-        """The request's plan with its groups of query tokens, and where each head's lie."""
-        if not request.queries:
-            return request.plan, None
-        device = self._placement.device
-        queries = QueryBatch(request.queries, size, device, single_group=single_group)
-        return replace(request.plan, query_groups=queries.whole), queries
 
 
 def to_numbers(name: str, array: np.ndarray, shape: tuple[int, ...]) -> Tensor:

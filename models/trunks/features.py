@@ -80,11 +80,9 @@ def merge(requests: Iterable[tuple[FeatureRequest, Sequence[int]]]) -> BatchRequ
         dense=any(request.dense for request in distinct),
         features=any(request.features for request in distinct),
     )
-    if len({request.queries for request, _ in pairs if request.queries is not None}) < sum(
-        request.queries is not None for request, _ in pairs
-    ):
-        raise ValueError("a head with query tokens is called twice in one pass")
     queries = tuple(
         (request.queries, tuple(rows)) for request, rows in pairs if request.queries is not None
     )
+    if len({query_set for query_set, _ in queries}) < len(queries):
+        raise ValueError("a head with query tokens is called twice in one pass")
     return BatchRequest(plan, queries)

@@ -106,19 +106,19 @@ class QueryBatch:
         size: int,
         device: torch.device,
         *,
-        single_group: bool = False,
+        max_padded: int = 0,
     ) -> None:
         """
         Args:
             requests: query sets, each with the rows that request it.
             size: rows of the batch.
-            single_group: pad all rows to equally many tokens, for engines with fixed graphs.
+            max_padded: pad all rows to equally many tokens if the longest has at most so many.
         """
         self._requests = requests
         self._device = device
         slots_of = self._lay_out(size)
-        if single_group:
-            most = max(map(len, slots_of.values()), default=0)
+        most = max(map(len, slots_of.values()), default=0)
+        if most <= max_padded:
             slots_of = {
                 row: slots_of.get(row, []) + [0] * (most - len(slots_of.get(row, [])))
                 for row in range(size)

@@ -1,19 +1,20 @@
 """Trunks of timm's networks, and of networks with the same methods."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from models.inputs.transforms import Preprocess
 from models.networks.patchconvnet import PatchConvNet
-from models.trunks.base import ImageTrunk, PixelInput, QueryTokens
+from models.trunks.base import ImageTrunk, PixelInput
 from models.trunks.devices import Placement
 from models.trunks.features import BatchRequest, FeatureRequest, PassPlan
 from models.trunks.hooks import BlockHooks
 from models.trunks.output import TrunkOutput
 from models.trunks.pooling import ggem
-from models.trunks.query_tokens import QueryBatch, QuerySet
+from models.trunks.query_tokens import QueryBank, QueryBatch, QuerySet
 
 
 class TimmPass(nn.Module):
@@ -54,7 +55,7 @@ class TimmTrunk(ImageTrunk):
         self.layer_count = len(self._hooks.layers)
         self.num_classes = int(self.network.num_classes)
         self.num_prefix_tokens = int(getattr(self.network, "num_prefix_tokens", 0))
-        self._queries = QueryTokens(self.blocks, placement)
+        self._bank = QueryBank(self.blocks)
 
     def create_pass(self, plan: PassPlan) -> nn.Module:
         pixel_input = PixelInput(self.preprocess, self.placement)
@@ -63,11 +64,16 @@ class TimmTrunk(ImageTrunk):
     def pass_inputs(
         self, batch: Tensor, request: BatchRequest
     ) -> tuple[PassPlan, tuple[Tensor, ...], QueryBatch | None]:
-        plan, queries = self._queries.batch(
-            request, len(batch), single_group=self.engine.single_group
+        if not request.queries:
+            return request.plan, (batch,), None
+        queries = QueryBatch(
+            request.queries,
+            len(batch),
+            self.placement.device,
+            max_padded=self.engine.max_padded_queries,
         )
-        query_inputs = () if queries is None else queries.inputs(self._queries.bank)
-        return plan, (batch, *query_inputs), queries
+        plan = replace(request.plan, query_groups=queries.whole)
+        return plan, (batch, *queries.inputs(self._bank)), queries
 
     def output(self, batch: Tensor, tensors: Mapping[str, Tensor]) -> TrunkOutput:
         pixels = tensors.get("pixels")
@@ -119,7 +125,7 @@ class TimmTrunk(ImageTrunk):
         return rows, columns
 
     def add_queries(self, raw_LTD: Tensor) -> QuerySet:
-        return self._queries.add(raw_LTD)
+        return self._bank.add(raw_LTD.to(self.placement.device, self.placement.dtype))
 
     def linear_classifier(self) -> tuple[Tensor, Tensor] | None:
         classifier = getattr(self.network, "get_classifier", lambda: None)()

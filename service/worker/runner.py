@@ -155,14 +155,8 @@ class Runner:
             # Pinned, so that the copy to a GPU overlaps the other stream's computation.
             batch = self.trunk.collate([item.prepared for item in items], pin_memory=on_gpu)
             results = run_pass(self.trunk, batch, [item.calls for item in items])
-        self._log_failures(results)
         self.last_passed = time.monotonic()
         return results
-
-    def _log_failures(self, results: Sequence[Sequence[Row | Exception]]) -> None:
-        failures = {id(row): row for rows in results for row in rows if isinstance(row, Exception)}
-        for failure in failures.values():
-            logger.error("a head on %s failed", self.name, exc_info=failure)
 
     def _stream(self) -> torch.cuda.StreamContext:
         """This thread's own CUDA stream; on a CPU a context that does nothing."""

@@ -29,6 +29,9 @@ KINDS = ("clip", "convnext_v2", "dino", "ibot_swin", "mae_finetuned", "mvit", "p
          "scale_mae", "semantic_segmentation", "tnt", "vit_augreg", "vqt")  # fmt: skip
 
 
+PENDING = "not built and compared yet"
+
+
 def small_trunk(engine: str = "openvino", **options: Any) -> TimmTrunk:
     torch.manual_seed(0)
     network = timm.create_model("test_vit", num_classes=10)
@@ -63,7 +66,7 @@ def test_networks_that_it_cannot_convert_stay_eager_and_say_why(name: str) -> No
     path = next(iter(sorted((GOLDENS / name).glob("checkpoint.*"))))
     model = load_checkpoint(path, meta["hyperparameters"], placement=Placement(engine="auto"))
     model.build()
-    wait_for(lambda: bool(model.trunk.engine.report().reason))
+    wait_for(lambda: PENDING not in model.trunk.engine.report().reason)
     report = model.trunk.engine.report()
     assert report.name == "eager"
     assert "openvino cannot" in report.reason
@@ -132,6 +135,23 @@ def test_query_tokens_are_slots_that_every_engine_reads() -> None:
     assert len(converted.engine._passes) == 1
 
 
+@pytest.mark.parametrize(("counts", "groups", "choices"), [((16, 2), 1, 1), ((17, 2), 2, 0)])
+def test_auto_pads_rows_up_to_some_query_tokens_and_runs_longer_ones_eagerly(
+    counts: tuple[int, int], groups: int, choices: int
+) -> None:
+    trunk = small_trunk("auto")
+    depth, dim = len(trunk.blocks), trunk.blocks[0].attn.qkv.in_features
+    sets = [trunk.add_queries(torch.randn(depth, count, dim)) for count in counts]
+    requests = [(FeatureRequest(queries=own), [row]) for row, own in enumerate(sets)]
+    request, batch = merge(requests), trunk.collate(trunk.samples(2))
+    plan, _, _ = trunk.pass_inputs(batch, request)
+    assert len(plan.query_groups) == groups
+    output = trunk.forward(batch, request)
+    assert [output.queries[own].shape[2] for own in sets] == list(counts)
+    assert isinstance(trunk.engine, Auto)
+    assert len(trunk.engine._choices) == choices
+
+
 def test_a_converted_pass_is_read_from_disk_the_second_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +170,7 @@ def test_auto_takes_over_once_it_is_built_and_says_so() -> None:
     trunk, eager = small_trunk("auto"), small_trunk("eager")
     batch = trunk.collate(trunk.samples(2))
     expected = eager.forward(batch).features
+    assert PENDING in trunk.engine.report().reason
     trunk.build(LAST_OUTPUT)
     [choice] = trunk.engine._choices.values()  # type: ignore[attr-defined]
     wait_for(lambda: choice.candidate is not None or bool(choice.reason))
@@ -172,7 +193,7 @@ def test_an_engine_that_disagrees_is_refused_with_the_reason(
     batch = trunk.collate(trunk.samples(1))
     expected = small_trunk("eager").forward(batch).features
     trunk.build(LAST_OUTPUT)
-    wait_for(lambda: bool(trunk.engine.report().reason))
+    wait_for(lambda: PENDING not in trunk.engine.report().reason)
     assert "differ from eager by" in trunk.engine.report().reason
     assert torch.equal(trunk.forward(batch).features, expected)
 

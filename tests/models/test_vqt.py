@@ -69,7 +69,7 @@ def for_all_rows(head: Vqt) -> BatchRequest:
 
 def raw_tokens(trunk: TimmTrunk, head: Vqt) -> Tensor:
     """The head's query tokens (L, T, D) as the trunk's bank holds them."""
-    bank = trunk._queries.bank.tensors
+    bank = trunk._bank.tensors
     assert bank is not None
     slots = head.queries.slots
     return bank[0][:, slots.start : slots.stop]
@@ -198,7 +198,7 @@ def test_heads_that_do_not_fit_say_why(changed: dict[str, Tensor], message: str)
 
 
 def test_the_garbage_collector_may_release_query_tokens_while_others_are_added() -> None:
-    bank = small_trunk(*KINDS["class token"])._queries.bank
+    bank = small_trunk(*KINDS["class token"])._bank
     queries = [bank.add(torch.zeros(3, 2, 24))]
     freed = queries[0].slots
 

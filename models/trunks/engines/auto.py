@@ -50,8 +50,8 @@ class _Choice:
 
 class Auto(Engine):
     name = "auto"
-    # both engines get the same query tokens
-    single_group = True
+    # Padding is work for every row, so a row with more tokens than these is run eagerly instead.
+    max_padded_queries = 16
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -93,11 +93,16 @@ class Auto(Engine):
         choices = list(self._choices.values())
         if any(choice.chosen for choice in choices):
             return self._other.report()
-        reason = next((choice.reason for choice in choices if choice.reason), "")
+        pending = f"{self._other.name} is not built and compared yet"
+        reason = next((choice.reason for choice in choices if choice.reason), pending)
         return EngineReport(self._eager.name, reason=reason)
 
     def _new_choice(self, key: PassKey) -> _Choice | None:
-        """The choice of a pass that is new; None for others, and for more than MAX_PASSES."""
+        """The choice of a pass that is new and gets one. Passes beyond MAX_PASSES get none, nor do
+        those whose rows differ in query tokens."""
+        plan, *_ = key
+        if len(plan.query_groups) > 1:
+            return None
         with self._lock:
             if key in self._choices or len(self._choices) >= MAX_PASSES:
                 return None

@@ -52,12 +52,13 @@ class EngineReport:
 class Engine:
     """Runs the passes of one trunk. A subclass has a `name` and overrides `build`.
 
-    `single_group`: all rows of a batch must have equally many query tokens, since the engine builds
-    fixed graphs. Rows are then padded.
+    `max_padded_queries`: all rows of a batch are padded to equally many query tokens if the longest
+    has at most so many. An engine with fixed graphs then needs one graph, not one for each grouping
+    of rows.
     """
 
     name: ClassVar[str]
-    single_group: ClassVar[bool] = False
+    max_padded_queries: ClassVar[int] = 0
 
     def __init__(
         self, create_module: Callable[[PassPlan], nn.Module], placement: Placement, identity: str

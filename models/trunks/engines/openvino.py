@@ -37,7 +37,7 @@ LIBRARIES = ("vitrail", "openvino", "torch", "timm", "open_clip_torch", "transfo
 
 class OpenVino(Engine):
     name = "openvino"
-    single_group = True
+    max_padded_queries = sys.maxsize
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
