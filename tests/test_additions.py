@@ -133,13 +133,13 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
 
 from torch import Tensor, nn
 
-from models.trunks.engines.base import Engine, Pass
+from models.trunks.engines.base import Engine, Pass, PassKey
 
 
 class Negative(Engine):
     name = "negative"
 
-    def build(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Pass:
+    def build(self, key: PassKey, module: nn.Module, inputs: tuple[Tensor, ...]) -> Pass:
         return lambda *tensors: {name: -tensor for name, tensor in module(*tensors).items()}
 ''',
 }
