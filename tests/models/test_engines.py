@@ -188,7 +188,12 @@ def test_auto_takes_over_once_it_is_built_and_says_so() -> None:
 def test_an_engine_that_disagrees_is_refused_with_the_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(openvino_engine, "CompiledPass", lambda model, threads, streams: _doubled)
+    class Doubled(openvino_engine.CompiledPass):
+        def run(self, *inputs: Tensor, is_wide: bool) -> Mapping[str, Tensor]:
+            outputs = super().run(*inputs, is_wide=is_wide)
+            return {name: 2 * tensor for name, tensor in outputs.items()}
+
+    monkeypatch.setattr(openvino_engine, "CompiledPass", Doubled)
     trunk = small_trunk("auto")
     batch = trunk.collate(trunk.samples(1))
     expected = small_trunk("eager").forward(batch).features
@@ -198,8 +203,24 @@ def test_an_engine_that_disagrees_is_refused_with_the_reason(
     assert torch.equal(trunk.forward(batch).features, expected)
 
 
-def _doubled(pixels: Tensor) -> dict[str, Tensor]:
-    return {"features": 2 * small_trunk("eager").forward(pixels).features}
+def test_a_pass_in_streams_takes_one_share_of_the_threads_or_all_of_them() -> None:
+    """Torch's number of threads in the calling thread says which."""
+    eager, converted = small_trunk("eager"), small_trunk(threads=2, streams=2)
+    batch = eager.collate(eager.samples(1))
+    expected = eager.forward(batch).features
+    used: list[bool] = []
+    [built] = [converted.engine.get(*converted.pass_inputs(batch, LAST_OUTPUT)[:2])]
+    assert isinstance(built, openvino_engine.CompiledPass)
+    run = built.run
+    built.run = lambda *inputs, is_wide: used.append(is_wide) or run(*inputs, is_wide=is_wide)  # type: ignore[method-assign, func-returns-value]
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert_close(converted.forward(batch).features, expected)
+    finally:
+        torch.set_num_threads(threads)
+    assert used == [False, True]
 
 
 def test_an_engine_that_fails_later_is_replaced_by_eager() -> None:

@@ -7,11 +7,13 @@ https://docs.openvino.ai
 
 import hashlib
 import logging
+import os
 import sys
 import tempfile
 import threading
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import EngineError
+from models.trunks.devices import Placement
 from models.trunks.engines.base import Engine, EngineReport, Pass, PassKey, largest_error
 
 # Without its telemetry, which would send events of every import and conversion to its vendor, each
@@ -77,8 +80,12 @@ class OpenVino(Engine):
         """The compiled model, compared with eager."""
         placement = self.placement
         try:
-            built = CompiledPass(model, placement.threads, placement.streams)
-            error = max(largest_error(module, built, each) for each in _examples(module, inputs))
+            built = CompiledPass(model, placement)
+            error = max(
+                largest_error(module, partial(built.run, is_wide=is_wide), each)
+                for each in _examples(module, inputs)
+                for is_wide in (False, True)
+            )
         except RuntimeError as failure:
             raise EngineError(f"openvino cannot run it: {_first_line(failure)}") from failure
         if not error <= TOLERANCE:
@@ -110,25 +117,50 @@ class OpenVino(Engine):
 
 
 class CompiledPass:
-    """A compiled model, called from any thread with tensors on the CPU."""
+    """A compiled model, called from any thread with tensors on the CPU.
 
-    def __init__(self, model: Any, threads: int, streams: int) -> None:
-        config: dict[str, Any] = {
-            "INFERENCE_PRECISION_HINT": "f32",
-            "NUM_STREAMS": max(1, streams),
-            **({"INFERENCE_NUM_THREADS": threads} if threads else {}),
-        }
-        self._compiled = openvino.Core().compile_model(model, "CPU", config)
+    A call takes as many threads as torch's operators would in the calling thread: one stream's
+    share, or all of them.
+    """
+
+    def __init__(self, model: Any, placement: Placement) -> None:
+        threads = placement.threads or len(os.sched_getaffinity(0))
+        streams = max(1, min(placement.streams, threads))
+        self._stream_threads = threads // streams
+        self._narrow = self._wide = _compiled(model, threads, streams)
+        if streams > 1:
+            self._wide = _compiled(model, threads, 1)
         self._names = str(model.get_rt_info(NAMES).value).split(",")
         self._local = threading.local()
 
     def __call__(self, *inputs: Tensor) -> Mapping[str, Tensor]:
-        request = getattr(self._local, "request", None)
-        if request is None:
-            request = self._local.request = self._compiled.create_infer_request()
+        return self.run(*inputs, is_wide=torch.get_num_threads() > self._stream_threads)
+
+    def run(self, *inputs: Tensor, is_wide: bool) -> Mapping[str, Tensor]:
+        """Run on all threads, or on one stream's share of them."""
         arrays = [tensor.contiguous().numpy() for tensor in inputs]
-        results = request.infer(arrays, share_inputs=True)
+        results = self._request(is_wide).infer(arrays, share_inputs=True)
         return {name: torch.from_numpy(results[number]) for number, name in enumerate(self._names)}
+
+    def _request(self, is_wide: bool) -> Any:
+        """This thread's own request, which holds the buffers of a call."""
+        name = "wide" if is_wide else "narrow"
+        if (request := getattr(self._local, name, None)) is None:
+            compiled = self._wide if is_wide else self._narrow
+            request = compiled.create_infer_request()
+            setattr(self._local, name, request)
+        return request
+
+
+def _compiled(model: Any, threads: int, streams: int) -> Any:
+    config = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "NUM_STREAMS": streams,
+        "INFERENCE_NUM_THREADS": threads,
+        # A pinned thread would wait for its core while another program is busy there.
+        "ENABLE_CPU_PINNING": False,
+    }
+    return openvino.Core().compile_model(model, "CPU", config)
 
 
 class FlatModule(nn.Module):
