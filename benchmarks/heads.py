@@ -60,13 +60,13 @@ class Bench:
 
     def run(self, requests: Requests) -> float:
         """Images per second, with all images queued at the start."""
-        items = [Item(queue, self.trunk.blank(), calls) for queue, calls in requests]
+        items = [Item.awaited(queue, self.trunk.blank(), calls) for queue, calls in requests]
         started = time.perf_counter()
-        for item in items:
+        for item, _ in items:
             self._batcher.admit(item.trunk, 1)
-            self._batcher.put(item.trunk, Entry(item, object()))
-        for item in items:
-            for row in item.future.result().rows:
+            self._batcher.put(item.trunk, [Entry(item, object())])
+        for _, future in items:
+            for row in future.result().rows:
                 if isinstance(row, Exception):
                     raise row
         return len(items) / (time.perf_counter() - started)

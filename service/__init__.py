@@ -9,7 +9,8 @@ backend.py                   the interface of backends: workers elsewhere, or th
 remote/backend.py            workers elsewhere: the least busy one, over gRPC to its rpc/vision.py
 worker/backend.py            this process: calls resolved to heads, prompts embedded
 worker/execution_plan.py     calls grouped into the trunk passes that they share
-worker/pipeline.py           for each input: a place in the queue, decoding, the passes
+worker/pipeline.py           a request's places in the queues, until its deadline
+worker/request_run.py        its inputs: from the decode pool to the lanes to results
 worker/scheduler.py          which inputs run next: pure policy
 worker/batcher.py            the threads that run the scheduler's batches
 worker/runner.py             a batch: the trunk once, then each head on its rows

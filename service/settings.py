@@ -43,7 +43,10 @@ class Settings(BaseSettings):
     )
     threads: int = Field(0, ge=0, description="CPU threads of all batches; 0 for one per core.")
     streams: int = Field(
-        0, ge=0, description="Most batches that run at the same time; 0 for 1, or 2 on a GPU."
+        0,
+        ge=0,
+        description="Most batches that run at the same time; 0 for one per core up to 8, or 2 on a "
+        "GPU.",
     )
     decode_threads: int = Field(
         0, ge=0, description="Threads that decode images; 0 for one per core, at least 2."

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from models.inputs.images import ImageLimits
 
+# Beyond these, lanes wait for Python's lock more than for each other; more workers scale further.
+MAX_CPU_STREAMS = 8
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerOptions:
@@ -44,17 +47,18 @@ class WorkerOptions:
     def resolve(self, device_type: str) -> "WorkerOptions":
         """The options with defaults instead of 0.
 
-        On a CPU one batch runs at a time, on all cores, which is the fastest on two cores
-        (benchmarks/streams.py). On a machine shared with other busy programs one stream per core
-        is steadier, since a batch on all cores waits for the slowest one. On a GPU there are two
-        streams, so that one batch is copied while another computes.
+        On a CPU a batch runs on each core: threads that share a pass wait for each other, and while
+        images are decoded one of them is often displaced. A single image that finds the cores idle
+        still takes them all. On a GPU there are two streams, so that one batch is copied while
+        another computes.
         """
         cores = usable_cores()
+        threads = self.threads or cores
         cpu = device_type == "cpu"
         return replace(
             self,
-            threads=self.threads or cores,
-            streams=self.streams or (1 if cpu else 2),
+            threads=threads,
+            streams=self.streams or (min(threads, MAX_CPU_STREAMS) if cpu else 2),
             decode_threads=self.decode_threads or max(2, cores),
             max_batch_size=self.max_batch_size or (16 if cpu else 64),
         )

@@ -1,21 +1,16 @@
 """Sends a request to the backend: deadline, priority, metrics, and the client's disconnect."""
 
-import asyncio
-from collections.abc import Coroutine
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, TypeVar
 
 from fastapi import Request
-from starlette.requests import ClientDisconnect
 
 from service.accounting import Account, counted
 from service.backend import Backend
 from service.errors import InvalidInputError, ServiceError
+from service.gateway.disconnect import cancelled_by_disconnect
 from service.settings import Settings
 from service.types import ImageResult, InferRequest, InferResult
-
-T = TypeVar("T")
 
 
 def count_request(request: Request, task: str) -> AbstractContextManager[Account]:
@@ -33,8 +28,8 @@ async def infer(request: Request, infer_request: InferRequest, account: Account)
     """
     account.requested(infer_request)
     settings: Settings = request.app.state.settings
-    work = send(request.app.state.backend, infer_request, settings.max_images)
-    result = await _while_connected(request, work)
+    with cancelled_by_disconnect(request.scope):
+        result = await send(request.app.state.backend, infer_request, settings.max_images)
     account.answered(result)
     return result
 
@@ -100,23 +95,3 @@ def read_priority(request: Request) -> bool:
     if priority not in ("interactive", "bulk"):
         raise InvalidInputError(f"X-Priority is {priority!r}; it can be interactive or bulk")
     return priority == "bulk"
-
-
-async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Await `work`, but cancel it as soon as the client disconnects."""
-    task = asyncio.ensure_future(work)
-    disconnect = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait((task, disconnect), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
-    finally:
-        disconnect.cancel()
-        task.cancel()
-        await asyncio.gather(task, disconnect, return_exceptions=True)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

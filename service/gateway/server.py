@@ -11,6 +11,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from service.gateway.disconnect import disconnect
 from service.settings import Settings
 
 MAX_HEADER_BYTES = 64 * 1024
@@ -52,7 +53,8 @@ def check_free(host: str, port: int) -> None:
 
 
 class ImpatientProtocol(HttpToolsProtocol):
-    """Closes connections whose headers are too slow or too long, which uvicorn does not limit.
+    """Closes connections whose headers are too slow or too long, which uvicorn does not limit, and
+    cancels the work of requests whose connection is lost.
 
     `read_body` limits the time of bodies, uvicorn that of idle keep-alive connections.
     """
@@ -83,6 +85,8 @@ class ImpatientProtocol(HttpToolsProtocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._stop_timer()
         super().connection_lost(error)
+        if self.cycle is not None and not self.cycle.response_complete:
+            disconnect(self.cycle.scope)
 
     def _start_timer(self) -> None:
         self._stop_timer()

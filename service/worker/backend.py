@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,7 +24,7 @@ from service.errors import (
     from_library,
 )
 from service.metrics import Metrics
-from service.types import Call, Health, InferRequest, InferResult
+from service.types import Call, Health, ImageResult, InferRequest, InferResult
 from service.worker.execution_plan import (
     ExecutionPlan,
     ResolvedCall,
@@ -35,8 +34,7 @@ from service.worker.execution_plan import (
 from service.worker.fit_jobs import FitJobs
 from service.worker.head_store import HeadStore
 from service.worker.loader import Loader
-from service.worker.pipeline import InputPipeline, until
-from service.worker.postprocess import Postprocessor
+from service.worker.pipeline import Pipeline, until
 from service.worker.prompts import PromptCache
 from service.worker.runner import use_threads
 from service.worker.trunks import ServedTrunks
@@ -67,9 +65,8 @@ class LocalBackend:
         folder = Path(options.heads_folder or registry.store.root / "heads")
         self._fit_jobs = FitJobs(registry, folder, self.batcher, self._limits, metrics)
         self.heads = HeadStore(registry, folder, self._fit_jobs, self._loader.run)
-        postprocessor = Postprocessor(metrics, self._in_pool, self._limits)
-        self._pipeline = InputPipeline(
-            self.batcher, postprocessor, metrics, self._in_pool, self._limits
+        self._pipeline = Pipeline(
+            self.batcher, metrics, self._pool, self.options.decode_threads, self._limits
         )
         self._prompts = PromptCache(self._embed_texts, options.label_cache_bytes, metrics)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -101,16 +98,8 @@ class LocalBackend:
         inputs = request.readable
         modalities = dict.fromkeys(map(modality_of, inputs)) or {"image": None}
         plans = {modality: await self._plan(request, modality) for modality in modalities}
-        self._pipeline.admit(plans, inputs)
-        # A request puts no more inputs than this into the pool at a time, so that a small request
-        # does not wait until a large one is decoded.
-        turn = asyncio.Semaphore(self.options.decode_threads)
-        flow = object()
-        results = await asyncio.gather(
-            *(
-                self._pipeline.infer(item, plans[modality_of(item)], request, flow, turn)
-                for item in inputs
-            )
+        results = await self._pipeline.run(
+            plans, inputs, deadline=request.deadline, bulk=request.bulk
         )
         first = next(iter(plans.values()))
         return InferResult([call.used for call in first.calls], results)
@@ -185,23 +174,14 @@ class LocalBackend:
         """(N, D) embeddings of texts, which go through the queue a few at a time so that other
         requests get their turns."""
         call = Call(model.name, "embed", {"normalize": True})
+        bulk = len(texts) > MAX_INTERACTIVE_TEXTS
         rows: list[np.ndarray] = [np.empty(0)] * len(texts)
         remaining = iter(enumerate(texts))
 
         async def embed_some() -> None:
             for position, text in remaining:
-                plan = plan_execution([resolve(self.registry, call, "text")])
-                while True:
-                    try:
-                        self._pipeline.admit({"text": plan}, [text])
-                        break
-                    except QueueFullError:
-                        await asyncio.sleep(0.02)
-                request = InferRequest(
-                    inputs=(), calls=(), deadline=math.inf, bulk=len(texts) > MAX_INTERACTIVE_TEXTS
-                )
-                turn = asyncio.Semaphore()
-                result = await self._pipeline.infer(text, plan, request, remaining, turn)
+                plans = {"text": plan_execution([resolve(self.registry, call, "text")])}
+                [result] = await self._run_patiently(plans, text, bulk)
                 output = result.error or result.outputs[0]
                 if isinstance(output, ServiceError):
                     raise output
@@ -214,6 +194,16 @@ class LocalBackend:
         except* ServiceError as errors:
             raise errors.exceptions[0] from None
         return np.stack(rows)
+
+    async def _run_patiently(
+        self, plans: dict[str, ExecutionPlan], text: str, bulk: bool
+    ) -> list[ImageResult]:
+        """Run one text; while the queue is full, wait for a place."""
+        while True:
+            try:
+                return await self._pipeline.run(plans, [text], bulk=bulk)
+            except QueueFullError:
+                await asyncio.sleep(0.02)
 
     # -- background ------------------------------------------------------------------------
 
@@ -235,6 +225,3 @@ class LocalBackend:
             await self._loader.run(self.registry.load, name)
         except ServiceError as error:
             logger.error("model %s did not load: %s", name, error.detail)
-
-    async def _in_pool(self, function: Any, *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from service.worker.scheduler import Batch, BatchQueue, Entry, Scheduler
 
@@ -36,7 +36,11 @@ class Batcher:
         self._execute = execute
         self._drop = drop
         self._clock = clock
-        self._changed = threading.Condition()
+        # One lock for everything. Each lane waits on a condition of its own, so that a new image
+        # wakes one lane and not all of them.
+        self._lock = threading.Lock()
+        self._wake_lane = [threading.Condition(self._lock) for _ in range(scheduler.lanes)]
+        self._idle: set[int] = set()
         self._closing = False
         self._threads = [
             threading.Thread(target=self._run_lane, args=(lane,), name=f"lane-{lane}", daemon=True)
@@ -49,25 +53,30 @@ class Batcher:
 
     def close(self) -> None:
         """Run the batches that still wait, then stop the lanes."""
-        with self._changed:
+        with self._lock:
             self._closing = True
-            self._changed.notify_all()
+            for condition in self._wake_lane:
+                condition.notify()
         for thread in self._threads:
             thread.join()
 
     def add_queue(self, queue: BatchQueue) -> None:
-        with self._changed:
-            self._scheduler.queues[queue.name] = queue
+        with self._lock:
+            self._scheduler.add(queue)
 
     def remove_queue(self, name: str) -> None:
         """Remove a queue; waits until it is empty and none of its batches is running."""
-        with self._changed:
-            while (queue := self._scheduler.queues.get(name)) is not None:
-                busy = any(batch.queue is queue for batch in self._scheduler.running)
-                if not busy and queue.admitted == 0:
-                    del self._scheduler.queues[name]
-                else:
-                    self._changed.wait(0.05)
+        while not self._removed(name):
+            time.sleep(0.02)
+
+    def _removed(self, name: str) -> bool:
+        with self._lock:
+            if (queue := self._scheduler.queues.get(name)) is None:
+                return True
+            if queue.admitted or any(batch.queue is queue for batch in self._scheduler.running):
+                return False
+            del self._scheduler.queues[name]
+            return True
 
     def admit(self, name: str, count: int) -> None:
         """Reserve places for images that are about to be decoded.
@@ -76,22 +85,36 @@ class Batcher:
             QueueFull: the queue has fewer free places; none is reserved.
             KeyError: the queue was removed.
         """
-        with self._changed:
+        with self._lock:
             queue = self._scheduler.queues[name]
-            for entry in queue.sweep(self._clock()):
-                self._drop(entry)
+            if queue.admitted + count > queue.capacity:
+                self._sweep(queue)
             queue.admit(count)
 
     def release(self, name: str, count: int) -> None:
         """Give back reserved places whose images will not be put."""
-        with self._changed:
+        with self._lock:
             self._scheduler.queues[name].release(count)
 
-    def put(self, name: str, entry: Entry) -> None:
-        """Add an entry for which a place was reserved."""
-        with self._changed:
-            self._scheduler.queues[name].put(entry, self._clock())
-            self._changed.notify_all()  # not notify(): a wide batch can only run in lane 0
+    def put(self, name: str, entries: Sequence[Entry]) -> None:
+        """Add the pieces of one input, for which one place was reserved. The other pieces are in
+        memory already, so they take places beyond the queue's capacity if they must."""
+        with self._lock:
+            queue, now = self._scheduler.queues[name], self._clock()
+            queue.admitted += len(entries) - 1
+            for entry in entries:
+                queue.put(entry, now)
+            self._wake()
+
+    def sweep(self, name: str) -> None:
+        """Drop a queue's entries that are cancelled or past their deadline."""
+        with self._lock:
+            if (queue := self._scheduler.queues.get(name)) is not None:
+                self._sweep(queue)
+
+    def _sweep(self, queue: BatchQueue) -> None:
+        for entry in queue.sweep(self._clock()):
+            self._drop(entry)
 
     def alive(self) -> bool:
         """Whether the thread of every lane is alive."""
@@ -99,22 +122,22 @@ class Batcher:
 
     def stuck_for(self) -> float:
         """Seconds since the oldest running batch started; 0 if no batch is running."""
-        with self._changed:
+        with self._lock:
             return max((self._clock() - b.started for b in self._scheduler.running), default=0.0)
 
     def depth(self) -> dict[str, int]:
         """Images admitted but not yet running, by queue."""
-        with self._changed:
+        with self._lock:
             return {name: queue.admitted for name, queue in self._scheduler.queues.items()}
 
     def in_flight(self) -> int:
         """The number of batches that are running."""
-        with self._changed:
+        with self._lock:
             return len(self._scheduler.running)
 
     def queue_seconds(self) -> float:
         """Estimated seconds until all images admitted now have been computed."""
-        with self._changed:
+        with self._lock:
             return self._scheduler.queue_seconds()
 
     def _run_lane(self, lane: int) -> None:
@@ -123,21 +146,36 @@ class Batcher:
                 self._execute(batch)
             except Exception:
                 logger.exception("a batch of %s failed without results", batch.queue.name)
-            with self._changed:
+            with self._lock:
                 self._scheduler.finish(batch, self._clock())
-                self._changed.notify_all()
 
     def _wait_for_batch(self, lane: int) -> Batch | None:
-        with self._changed:
+        with self._lock:
             while True:
                 now = self._clock()
                 batch, dead = self._scheduler.next_batch(now, lane)
                 for entry in dead:
                     self._drop(entry)
                 if batch is not None:
+                    self._wake()
                     return batch
-                if self._closing and not any(map(len, self._scheduler.queues.values())):
+                if self._closing and not self._scheduler.is_waiting:
+                    for condition in self._wake_lane:
+                        condition.notify()
                     return None
                 due = self._scheduler.next_due() - now
-                # A due time in the past means that all lanes are busy; the end of a batch notifies.
-                self._changed.wait(due if 0 < due < threading.TIMEOUT_MAX else None)
+                # A due time in the past means that all lanes are busy. The lane whose batch ends
+                # wakes another one.
+                self._idle.add(lane)
+                self._wake_lane[lane].wait(due if 0 < due < threading.TIMEOUT_MAX else None)
+                self._idle.discard(lane)
+
+    def _wake(self) -> None:
+        """Wake an idle lane if an image waits. It wakes the next one when it has taken its share.
+
+        The first lane goes first, since only it runs wide batches.
+        """
+        if self._idle and self._scheduler.is_waiting:
+            lane = min(self._idle)
+            self._idle.discard(lane)
+            self._wake_lane[lane].notify()

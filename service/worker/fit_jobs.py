@@ -262,13 +262,15 @@ class FitJobs:
 
     def _run(self, job: _Job, pixels_BCHW: Tensor, head: ReadFeatures) -> list[Row]:
         trunk = job.request["trunk"]
-        items = [Item(trunk, pixels, (HeadCall(head),)) for pixels in pixels_BCHW]
-        for item in items:
+        futures = []
+        for pixels in pixels_BCHW:
+            item, future = Item.awaited(trunk, pixels, (HeadCall(head),))
             self._admit(job, trunk)
-            self._batcher.put(trunk, Entry(item, job.name, bulk=True))
+            self._batcher.put(trunk, [Entry(item, job.name, bulk=True)])
+            futures.append(future)
         rows: list[Row] = []
-        for item in items:
-            [row] = item.future.result().rows
+        for future in futures:
+            [row] = future.result().rows
             if isinstance(row, Exception):
                 raise row
             rows.append(row)

@@ -1,65 +1,85 @@
-"""The steps of an input in a worker: a place in the queue, decoding, trunk passes, the result."""
+"""The steps of a request in a worker: places in the queues, decoding, trunk passes, results."""
 
 import asyncio
-import itertools
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 
-from models.errors import ModelsError
 from models.inputs.images import ImageLimits
 from models.inputs.types import Input, modality_of
-from service.errors import (
-    DeadlineExceededError,
-    InternalError,
-    QueueFullError,
-    ServiceError,
-    UnavailableError,
-    from_library,
-)
+from service.errors import QueueFullError, ServiceError, UnavailableError
 from service.metrics import Metrics
-from service.types import ImageResult, InferRequest
+from service.types import ImageResult
 from service.worker.batcher import Batcher
-from service.worker.execution_plan import ExecutionPlan, TrunkPass, prepare_all
-from service.worker.postprocess import Postprocessor
-from service.worker.runner import Item
-from service.worker.scheduler import Entry, QueueFull
+from service.worker.execution_plan import ExecutionPlan
+from service.worker.outbox import Outbox
+from service.worker.request_run import RequestRun, Shared
+from service.worker.scheduler import QueueFull
 
 logger = logging.getLogger(__name__)
 
 
-class InputPipeline:
-    """Takes inputs through the queues."""
+class Pipeline:
+    """Runs requests: each input is decoded in the pool and computed in the lanes. The event loop
+    sees a request when it starts and when all of its results are there."""
 
     def __init__(
         self,
         batcher: Batcher,
-        postprocessor: Postprocessor,
         metrics: Metrics,
-        in_pool: Callable[..., Awaitable[Any]],
+        pool: Executor,
+        pool_size: int,
         limits: ImageLimits,
     ) -> None:
         """
         Args:
-            in_pool: runs a function in the decode pool, off the event loop.
+            pool: decodes inputs, and runs what heads finish slowly.
+            pool_size: how many inputs of one request are decoded at a time, so that a small request
+                does not wait until a large one is decoded.
         """
         self._batcher = batcher
-        self._postprocessor = postprocessor
         self._metrics = metrics
-        self._in_pool = in_pool
+        self._pool = pool
+        self._pool_size = pool_size
         self._limits = limits
+        self._outbox: Outbox | None = None
 
-    def admit(self, plans: Mapping[str, ExecutionPlan], inputs: Sequence[Input]) -> None:
-        """Reserve a place for every input in the queue of each of its passes.
+    async def run(
+        self,
+        plans: Mapping[str, ExecutionPlan],
+        inputs: Sequence[Input],
+        *,
+        deadline: float = math.inf,
+        bulk: bool = False,
+    ) -> list[ImageResult]:
+        """The results for all inputs, in order. Cancelling drops the inputs that still wait.
 
         Args:
             plans: by modality.
+            deadline: in `time.monotonic` seconds. Inputs without a result by then get an error.
+            bulk: waits behind interactive requests.
 
         Raises:
-            ServiceError: a queue is full, or its trunk is being unloaded. No place is reserved.
+            ServiceError: a queue is full, or its trunk is being unloaded. Nothing has run.
         """
+        self._admit(plans, inputs)
+        if self._outbox is None:
+            self._outbox = Outbox(asyncio.get_running_loop())
+        shared = Shared(self._batcher, self._metrics, self._pool, self._limits, self._outbox)
+        run = RequestRun(shared, plans, inputs, deadline=deadline, bulk=bulk)
+        try:
+            async with until(deadline):
+                await run.start(self._pool_size)
+        except TimeoutError:
+            pass
+        finally:
+            run.end()
+        return run.results()
+
+    def _admit(self, plans: Mapping[str, ExecutionPlan], inputs: Sequence[Input]) -> None:
+        """Reserve a place for every input in the queue of each of its passes, or none at all."""
         admitted: list[tuple[str, int]] = []
         for modality, plan in plans.items():
             count = sum(modality_of(item) == modality for item in inputs)
@@ -77,73 +97,6 @@ class InputPipeline:
             return UnavailableError("the model is being unloaded", retry_after_s=1)
         wait_s = max(1.0, self._batcher.queue_seconds())
         return QueueFullError(f"{trunk}: {error}", retry_after_s=wait_s)
-
-    async def infer(
-        self,
-        item: Input,
-        plan: ExecutionPlan,
-        request: InferRequest,
-        flow: object,
-        turn: asyncio.Semaphore,
-    ) -> ImageResult:
-        """The results for one input, for which places are reserved.
-
-        Args:
-            flow: identifies the request in the queues, where requests take turns.
-            turn: limits how many inputs of the request are decoded at a time.
-        """
-        groups: list[list[Entry]] = []
-        passes = plan.passes
-        try:
-            async with until(request.deadline):
-                async with turn:
-                    started = time.monotonic()
-                    prepared, size = await self._in_pool(prepare_all, item, passes, self._limits)
-                    decode_s = time.monotonic() - started
-                for trunk_pass, pieces in zip(passes, prepared, strict=True):
-                    calls = [call.at_size(size) for call in trunk_pass.calls]
-                    name = trunk_pass.name
-                    groups.append([])
-                    for number, piece in enumerate(pieces):
-                        if number:  # `admit` reserved one place, which is the first piece's
-                            await self._wait_for_place(trunk_pass)
-                        entry = Entry(
-                            Item(name, piece, calls), flow, request.bulk, request.deadline
-                        )
-                        groups[-1].append(entry)
-                        self._batcher.put(name, entry)
-                    self._metrics.stage_duration.labels("decode", name).observe(decode_s)
-                results = [
-                    [await asyncio.wrap_future(entry.payload.future) for entry in group]
-                    for group in groups
-                ]
-                return await self._postprocessor.run(plan, results, item, size, decode_s)
-        except TimeoutError:
-            return ImageResult(
-                error=DeadlineExceededError("the deadline passed before the result was computed")
-            )
-        except ModelsError as error:
-            return ImageResult(error=from_library(error))
-        except ServiceError as error:
-            return ImageResult(error=error)
-        except Exception:
-            logger.exception("an input failed")
-            return ImageResult(error=InternalError("the input could not be processed"))
-        finally:
-            for entry in itertools.chain(*groups):
-                entry.cancelled = True  # drops it from its queue if it still waits there
-            for trunk_pass in passes[len(groups) :]:
-                self._batcher.release(trunk_pass.name, 1)
-
-    async def _wait_for_place(self, trunk_pass: TrunkPass) -> None:
-        """Wait for a place for one more piece of an admitted image, and reserve it."""
-        while True:
-            try:
-                return self._batcher.admit(trunk_pass.name, 1)
-            except QueueFull:
-                await asyncio.sleep(0.02)
-            except KeyError as error:
-                raise self._refusal(trunk_pass.name, error) from error
 
 
 def until(deadline: float) -> asyncio.Timeout:

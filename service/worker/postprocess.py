@@ -1,7 +1,8 @@
 """The heads' second step: an input's rows from the device to its results, on the CPU."""
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
@@ -20,70 +21,63 @@ from service.worker.runner import ItemResult
 logger = logging.getLogger(__name__)
 
 
-class Postprocessor:
-    """Runs `finish` of each head on an input's rows."""
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """An input after decoding: its (width, height) if it is an image, and the time it took."""
 
-    def __init__(
-        self, metrics: Metrics, in_pool: Callable[..., Awaitable[Any]], limits: ImageLimits
-    ) -> None:
-        """
-        Args:
-            in_pool: runs a function in the decode pool, off the event loop.
-        """
-        self._metrics = metrics
-        self._in_pool = in_pool
-        self._limits = limits
+    item: Input
+    size: tuple[int, int]
+    decode_s: float
 
-    async def run(
-        self,
-        plan: ExecutionPlan,
-        results: Sequence[Sequence[ItemResult]],
-        item: Input,
-        size: tuple[int, int],
-        decode_s: float,
-    ) -> ImageResult:
-        """The results of all calls for one input.
 
-        Args:
-            results: for each pass, the results of the input's pieces.
-            size: an image's (width, height).
-        """
-        outputs: list[Any] = [None] * len(plan.calls)
-        for trunk_pass, pieces in zip(plan.passes, results, strict=True):
-            rows_by_call = zip(*(piece.rows for piece in pieces), strict=True)
-            for position, rows in zip(trunk_pass.positions, rows_by_call, strict=True):
-                started = monotonic()
-                outputs[position] = await self._finish(plan.calls[position], rows, item, size)
-                spent_s = monotonic() - started
-                self._metrics.stage_duration.labels("postprocess", trunk_pass.name).observe(spent_s)
-        failed = [output for output in outputs if isinstance(output, ServiceError)]
-        timing = _timing([piece for pieces in results for piece in pieces], decode_s)
-        if len(failed) == len(outputs):
-            return ImageResult(error=failed[0], timing=timing)
-        return ImageResult(outputs, timing=timing)
+def is_slow(plan: ExecutionPlan) -> bool:
+    """Whether finishing takes milliseconds, so that it must not run in a lane."""
+    return any(call.head.finish_is_slow for call in plan.calls)
 
-    async def _finish(
-        self,
-        call: ResolvedCall,
-        rows: Sequence[Row | Exception],
-        item: Input,
-        size: tuple[int, int],
-    ) -> dict[str, np.ndarray] | ServiceError:
-        for row in rows:
-            if isinstance(row, Exception):
-                logger.error("model %s failed", call.model.name, exc_info=row)
-                return InternalError("the model failed on this image")
-        arguments = (call.head, rows, call.finish_options, item, size, self._limits)
-        try:
-            if call.head.finish_is_slow:
-                finished: dict[str, np.ndarray] = await self._in_pool(finish, *arguments)
-                return finished
-            return finish(*arguments)  # type: ignore[arg-type]  # rows hold no exceptions here
-        except ModelsError as error:
-            return from_library(error)
-        except Exception:
-            logger.exception("model %s failed to finish", call.model.name)
+
+def finish_input(
+    plan: ExecutionPlan,
+    results: Sequence[Sequence[ItemResult]],
+    decoded: Decoded,
+    limits: ImageLimits,
+    metrics: Metrics,
+) -> ImageResult:
+    """Run `finish` of each head on an input's rows.
+
+    Args:
+        results: for each pass, the results of the input's pieces.
+    """
+    outputs: list[Any] = [None] * len(plan.calls)
+    for trunk_pass, pieces in zip(plan.passes, results, strict=True):
+        started = monotonic()
+        rows_by_call = zip(*(piece.rows for piece in pieces), strict=True)
+        for position, rows in zip(trunk_pass.positions, rows_by_call, strict=True):
+            outputs[position] = _finish(plan.calls[position], rows, decoded, limits)
+        duration = metrics.stage_duration.labels("postprocess", trunk_pass.name)
+        duration.observe(monotonic() - started)
+    failed = [output for output in outputs if isinstance(output, ServiceError)]
+    timing = _timing([piece for pieces in results for piece in pieces], decoded.decode_s)
+    if len(failed) == len(outputs):
+        return ImageResult(error=failed[0], timing=timing)
+    return ImageResult(outputs, timing=timing)
+
+
+def _finish(
+    call: ResolvedCall, rows: Sequence[Row | Exception], decoded: Decoded, limits: ImageLimits
+) -> dict[str, np.ndarray] | ServiceError:
+    for row in rows:
+        if isinstance(row, Exception):
+            logger.error("model %s failed", call.model.name, exc_info=row)
             return InternalError("the model failed on this image")
+    try:
+        return finish(
+            call.head, rows, call.finish_options, decoded.item, decoded.size, limits  # type: ignore[arg-type]  # rows hold no exceptions here
+        )  # fmt: skip
+    except ModelsError as error:
+        return from_library(error)
+    except Exception:
+        logger.exception("model %s failed to finish", call.model.name)
+        return InternalError("the model failed on this image")
 
 
 def _timing(pieces: Sequence[ItemResult], decode_s: float) -> Timing:

@@ -42,11 +42,11 @@ class Prober:
             CheckpointError: a pass failed.
         """
         for size in (1, largest):
-            items = [self._runners[name].blank_item() for _ in range(size)]
+            blanks = [self._runners[name].blank_item() for _ in range(size)]
             self._batcher.admit(name, size)
-            for item in items:
-                self._batcher.put(name, Entry(item, "warm-up"))
-            rows = [row for item in items for row in item.future.result().rows]
+            for item, _ in blanks:
+                self._batcher.put(name, [Entry(item, "warm-up")])
+            rows = [row for _, future in blanks for row in future.result().rows]
             if failed := next((row for row in rows if isinstance(row, Exception)), None):
                 raise CheckpointError(f"the trunk does not run: {failed}") from failed
 
@@ -59,14 +59,14 @@ class Prober:
                     await self._probe(name)
 
     async def _probe(self, name: str) -> None:
-        item = self._runners[name].blank_item()
+        item, future = self._runners[name].blank_item()
         deadline = time.monotonic() + self._limit_s
         failed: Exception | None
         try:
             self._batcher.admit(name, 1)
-            self._batcher.put(name, Entry(item, "probe", bulk=True, deadline=deadline))
+            self._batcher.put(name, [Entry(item, "probe", bulk=True, deadline=deadline)])
             async with asyncio.timeout(self._limit_s):
-                result = await asyncio.wrap_future(item.future)
+                result = await asyncio.wrap_future(future)
             failed = next((row for row in result.rows if isinstance(row, Exception)), None)
         except (QueueFull, KeyError):  # in use, or unloaded meanwhile
             return

@@ -4,9 +4,9 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from models.inference import HeadCall, Row, run_pass
 from models.trunks.base import Trunk
 from service.metrics import Metrics
-from service.worker.scheduler import Batch, BatchQueue, Entry
+from service.worker.scheduler import Batch, BatchQueue
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +41,34 @@ class Item:
         trunk: the trunk's name.
         prepared: as the trunk's `prepare` returns it.
         calls: the heads; none for probes and warm-ups.
-        future: resolved with the result.
+        done: called with the result, or with the error of an item that was dropped from its queue.
+            It is called in a lane's thread, must be quick, and must not raise.
     """
 
     trunk: str
     prepared: Tensor
     calls: Sequence[HeadCall]
-    future: "Future[ItemResult]" = field(default_factory=Future)
+    done: "Done"
+
+    @classmethod
+    def awaited(
+        cls, trunk: str, prepared: Tensor, calls: Sequence[HeadCall] = ()
+    ) -> "tuple[Item, Future[ItemResult]]":
+        """An item with a future for its result."""
+        future: Future[ItemResult] = Future()
+
+        def done(result: ItemResult | Exception) -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+        return cls(trunk, prepared, calls, done), future
+
+
+Done = Callable[[ItemResult | Exception], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +126,11 @@ class Runner:
             self._metrics.stage_duration.labels("compute", self.name).observe(compute_s)
         for entry, rows in zip(batch.entries, results, strict=True):
             queue_s = batch.started - entry.enqueued
-            answer(entry, ItemResult(rows, queue_s, compute_s, size))
+            entry.payload.done(ItemResult(rows, queue_s, compute_s, size))
 
-    def blank_item(self) -> Item:
-        """A blank input without heads, to check that the trunk works."""
-        return Item(self.name, self.trunk.blank(), ())
+    def blank_item(self) -> "tuple[Item, Future[ItemResult]]":
+        """A blank input without heads, to check that the trunk works, and its result."""
+        return Item.awaited(self.name, self.trunk.blank())
 
     def _run_safely(self, queue: BatchQueue, items: list[Item]) -> list[list[Row | Exception]]:
         """Run items, and retry if the trunk fails, so that only the item at fault fails.
@@ -165,10 +186,3 @@ class Runner:
                 self.trunk.placement.device
             )
         return torch.cuda.stream(getattr(self._local, "stream", None))
-
-
-def answer(entry: Entry, result: ItemResult) -> None:
-    """Resolve an entry's future, unless it was cancelled."""
-    future: Future[ItemResult] = entry.payload.future
-    if future.set_running_or_notify_cancel():
-        future.set_result(result)

@@ -11,7 +11,7 @@ large request does not delay a small one.
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -85,13 +85,17 @@ class BatchQueue:
     admitted: int = 0
     _interactive: Flows = field(default_factory=OrderedDict)
     _bulk: Flows = field(default_factory=OrderedDict)
+    _length: int = 0
     _turn: int = 0
+    # the scheduler's queues that are not empty, by name
+    _waiting: "dict[str, BatchQueue]" = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return sum(len(flow) for flow in chain(self._interactive.values(), self._bulk.values()))
+        return self._length
 
-    def __iter__(self) -> Iterator[Entry]:
-        return chain(*self._interactive.values(), *self._bulk.values())
+    def watch(self, waiting: "dict[str, BatchQueue]") -> None:
+        """Be in `waiting`, by name, while the queue is not empty."""
+        self._waiting = waiting
 
     def admit(self, count: int) -> None:
         """Reserve `count` places.
@@ -115,47 +119,63 @@ class BatchQueue:
         entry.enqueued = now
         flows = self._bulk if entry.bulk else self._interactive
         flows.setdefault(entry.flow, deque()).append(entry)
+        self._length += 1
+        self._waiting[self.name] = self
 
     def sweep(self, now: float) -> list[Entry]:
         """Remove and return entries that are cancelled or past their deadline."""
-        dead = [entry for entry in self if entry.dead(now)]
-        for flows in (self._interactive, self._bulk) if dead else ():
+        dead: list[Entry] = []
+        for flows in (self._interactive, self._bulk):
             for flow, entries in list(flows.items()):
                 alive = deque(entry for entry in entries if not entry.dead(now))
-                if alive:
+                if len(alive) < len(entries):
+                    dead += (entry for entry in entries if entry.dead(now))
                     flows[flow] = alive
-                else:
-                    del flows[flow]
-        self.admitted -= len(dead)
+                    if not alive:
+                        del flows[flow]
+        self._left(len(dead))
         return dead
 
-    def take(self, limit: int) -> list[Entry]:
-        """Remove and return up to `limit` entries.
+    def take(self, limit: int, now: float) -> tuple[list[Entry], list[Entry]]:
+        """Remove up to `limit` entries that are alive, and the dead ones before them.
 
         The flows take turns, one entry each. Interactive flows go before bulk ones, except in
         every `BULK_SHARE`-th turn.
+
+        Returns:
+            The entries that are alive, and those that are dead.
         """
         taken: list[Entry] = []
-        while len(taken) < limit and (self._interactive or self._bulk):
+        dead: list[Entry] = []
+        while len(taken) < limit and self._length > len(taken) + len(dead):
             self._turn += 1
             bulk_turn = not self._interactive or (self._bulk and self._turn % BULK_SHARE == 0)
             flows = self._bulk if bulk_turn else self._interactive
             flow, entries = flows.popitem(last=False)
-            taken.append(entries.popleft())
+            entry = entries.popleft()
+            (dead if entry.dead(now) else taken).append(entry)
             if entries:
                 flows[flow] = entries
-        self.admitted -= len(taken)
-        return taken
+        self._left(len(taken) + len(dead))
+        return taken, dead
+
+    def _left(self, count: int) -> None:
+        """Account for entries that have left the queue."""
+        self._length -= count
+        self.admitted -= count
+        if not self._length:
+            self._waiting.pop(self.name, None)
 
     def oldest(self) -> float:
         """When the oldest entry was put; infinity if the queue is empty."""
-        return min((entry.enqueued for entry in self), default=math.inf)
+        flows = chain(self._interactive.values(), self._bulk.values())
+        return min((entries[0].enqueued for entries in flows), default=math.inf)
 
     def due(self) -> float:
         """The earliest time at which a batch may leave: at once, unless `max_delay_s` is set."""
-        if len(self) >= self.max_batch_size:
+        if not self.max_delay_s or len(self) >= self.max_batch_size:
             return -math.inf
-        return self.oldest() + self.max_delay_s if self.max_delay_s else self.oldest()
+        return self.oldest() + self.max_delay_s
 
 
 class Scheduler:
@@ -173,21 +193,38 @@ class Scheduler:
         self.idle_since = -math.inf
         self.queues: dict[str, BatchQueue] = {}
         self.running: list[Batch] = []
+        # Dispatch looks only at these, so a thousand idle queues cost it nothing.
+        self._waiting: dict[str, BatchQueue] = {}
+
+    def add(self, queue: BatchQueue) -> None:
+        """Add a queue, which is empty."""
+        self.queues[queue.name] = queue
+        queue.watch(self._waiting)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether an image waits in a queue."""
+        return bool(self._waiting)
 
     def next_batch(self, now: float, lane: int = 0) -> tuple[Batch | None, list[Entry]]:
         """The batch that an idle lane should run now, if any, and the dead entries removed."""
-        dead = [entry for queue in self.queues.values() for entry in queue.sweep(now)]
-        due = [queue for queue in self.queues.values() if len(queue) and queue.due() <= now]
-        if not due or len(self.running) >= self.lanes or any(b.wide for b in self.running):
-            return None, dead
-        queue = min(due, key=BatchQueue.oldest)
-        wide = self._runs_wide(queue)
-        if wide and lane != 0:
-            return None, dead
-        share = math.ceil(len(queue) / self.lanes) if self.cpu else len(queue)
-        batch = Batch(queue, queue.take(min(share, queue.max_batch_size)), now, wide)
-        self.running.append(batch)
-        return batch, dead
+        dead: list[Entry] = []
+        while len(self.running) < self.lanes and not any(batch.wide for batch in self.running):
+            due = [queue for queue in self._waiting.values() if queue.due() <= now]
+            if not due:
+                break
+            queue = min(due, key=BatchQueue.oldest) if len(due) > 1 else due[0]
+            wide = self._runs_wide(queue)
+            if wide and lane != 0:
+                break
+            share = math.ceil(len(queue) / self.lanes) if self.cpu else len(queue)
+            entries, died = queue.take(min(share, queue.max_batch_size), now)
+            dead += died
+            if entries:
+                batch = Batch(queue, entries, now, wide)
+                self.running.append(batch)
+                return batch, dead
+        return None, dead
 
     def finish(self, batch: Batch, now: float) -> None:
         """Record that a batch has ended, and update its queue's cost per image."""
@@ -201,8 +238,7 @@ class Scheduler:
 
     def next_due(self) -> float:
         """When to call `next_batch` again if no entry is put and no batch ends before then."""
-        waiting = [queue for queue in self.queues.values() if len(queue)]
-        return min((queue.due() for queue in waiting), default=math.inf)
+        return min((queue.due() for queue in self._waiting.values()), default=math.inf)
 
     def queue_seconds(self) -> float:
         """Estimated seconds until all images admitted now have been computed."""
@@ -216,6 +252,7 @@ class Scheduler:
         put. If the image had to wait, more images are likely to follow soon, and two images
         side by side in their lanes finish sooner than two wide batches one after the other.
         """
-        waiting = sum(len(other) for other in self.queues.values())
-        single = waiting == 1 and not self.running and queue.oldest() >= self.idle_since
-        return self.cpu and self.lanes > 1 and single
+        if not self.cpu or self.lanes == 1 or self.running:
+            return False
+        alone = len(self._waiting) == 1 and len(queue) == 1
+        return alone and queue.oldest() >= self.idle_since

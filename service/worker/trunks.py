@@ -99,8 +99,6 @@ class ServedTrunks:
         self.runners[batch.queue.name].execute(batch)
 
     def _drop(self, entry: Entry) -> None:
-        trunk, future = entry.payload.trunk, entry.payload.future
         reason = "expired" if entry.deadline <= time.monotonic() else "cancelled"
-        self._metrics.dropped.labels(trunk, reason).inc()
-        if future.set_running_or_notify_cancel():
-            future.set_exception(DeadlineExceededError("the deadline passed in the queue"))
+        self._metrics.dropped.labels(entry.payload.trunk, reason).inc()
+        entry.payload.done(DeadlineExceededError("the deadline passed in the queue"))

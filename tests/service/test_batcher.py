@@ -51,7 +51,7 @@ def put(batcher: Batcher, *names: str) -> list[Entry]:
     batcher.admit("q", len(names))
     entries = [Entry(name, flow=name) for name in names]
     for entry in entries:
-        batcher.put("q", entry)
+        batcher.put("q", [entry])
     return entries
 
 

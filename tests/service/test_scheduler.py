@@ -15,7 +15,8 @@ def queue(name: str = "q", **settings: object) -> BatchQueue:
 
 def scheduler(*queues: BatchQueue, lanes: int = 1, cpu: bool = False) -> Scheduler:
     made = Scheduler(lanes=lanes, cpu=cpu)
-    made.queues = {q.name: q for q in queues}
+    for each in queues:
+        made.add(each)
     return made
 
 
@@ -125,8 +126,9 @@ def test_interactive_goes_before_bulk_and_bulk_is_not_starved() -> None:
 
 def test_a_lone_bulk_request_runs_at_once() -> None:
     q = queue()
+    policy = scheduler(q)
     put(q, "bulk", bulk=True)
-    assert take(scheduler(q)) == ["bulk"]
+    assert take(policy) == ["bulk"]
 
 
 def test_queues_never_mix_and_the_longest_waiting_goes_first() -> None:

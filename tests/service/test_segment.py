@@ -20,7 +20,6 @@ from models.checkpoints.store import Store
 from models.heads.files import HeadFile, encode_head
 from service.stubs import vision_pb2 as pb
 from service.stubs.vision_pb2_grpc import VisionStub
-from service.worker.scheduler import QueueFull
 from tests.conftest import CLIP_CATALOG, Running, encode, running
 from tests.models.test_fixtures import GOLDENS
 
@@ -269,20 +268,10 @@ def test_published_segmenters_answer_as_the_library(
     assert all(item["label"].startswith("class") for item in served["classes"])
 
 
-def test_windows_ride_in_batches_and_wait_where_the_queue_is_full(
-    published: Running, photos: dict[str, Image.Image], monkeypatch: pytest.MonkeyPatch
+def test_windows_ride_in_batches_and_take_places_beyond_a_full_queue(
+    published: Running, photos: dict[str, Image.Image]
 ) -> None:
-    name, batcher = "semantic_segmentation", published.backend.batcher
-    admit, refused = batcher.admit, []
-
-    def counting(trunk: str, count: int) -> None:
-        try:
-            admit(trunk, count)
-        except QueueFull:
-            refused.append(trunk)
-            raise
-
-    monkeypatch.setattr(batcher, "admit", counting)
+    name = "semantic_segmentation"
     wide = encode(photos["rocket"].resize((1000, 250)))
     before = published.metric("vitrail_batch_size_sum", trunk=name)
     batches = published.metric("vitrail_batch_size_count", trunk=name)
@@ -296,7 +285,7 @@ def test_windows_ride_in_batches_and_wait_where_the_queue_is_full(
     batches = published.metric("vitrail_batch_size_count", trunk=name) - batches
     assert windows == 6 * QUEUE  # (256 - 64 + 42) // 43 + 1 of each
     assert batches < windows
-    assert refused
+    assert published.backend.batcher.depth()[name] == 0
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,226 @@
+"""One request in a worker, from its admission to its results.
+
+An input goes from the decode pool to a lane by itself. The event loop is woken once for the results
+of a batch, not for each step of each input.
+"""
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from models.errors import ModelsError
+from models.inputs.images import ImageLimits
+from models.inputs.types import Input, modality_of
+from service.errors import DeadlineExceededError, InternalError, ServiceError, from_library
+from service.metrics import Metrics
+from service.types import ImageResult
+from service.worker.batcher import Batcher
+from service.worker.execution_plan import ExecutionPlan, prepare_all
+from service.worker.outbox import Outbox
+from service.worker.postprocess import Decoded, finish_input, is_slow
+from service.worker.runner import Item, ItemResult
+from service.worker.scheduler import Entry
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all requests of a worker share."""
+
+    batcher: Batcher
+    metrics: Metrics
+    pool: Executor
+    limits: ImageLimits
+    outbox: Outbox
+
+
+class RequestRun:
+    """A request whose places in the queues are reserved.
+
+    `start`, `end` and `results` are called on the event loop. Inputs are decoded in the pool's
+    threads, and their results come from the lanes' threads.
+    """
+
+    def __init__(
+        self,
+        shared: Shared,
+        plans: Mapping[str, ExecutionPlan],
+        inputs: Sequence[Input],
+        *,
+        deadline: float,
+        bulk: bool,
+    ) -> None:
+        self.shared = shared
+        self.is_ended = False
+        self._plans = plans
+        self._deadline = deadline
+        self._bulk = bulk
+        self._undecoded = deque(enumerate(inputs))
+        self._entries: list[Entry] = []
+        self._results: list[ImageResult | None] = [None] * len(inputs)
+        self._missing = len(inputs)
+        self._done = asyncio.get_running_loop().create_future()
+
+    async def start(self, at_a_time: int) -> None:
+        """Decode and compute the inputs; returns when all results are there.
+
+        Args:
+            at_a_time: how many inputs are decoded at a time.
+        """
+        if not self._missing:
+            return
+        for _ in range(min(at_a_time, self._missing)):
+            self.shared.pool.submit(self._decode_next)
+        await self._done
+
+    def end(self) -> None:
+        """Drop the inputs that have no result yet."""
+        self.is_ended = True
+        while self._undecoded:
+            _, item = self._undecoded.popleft()
+            self._release(self._plans[modality_of(item)])
+        if self._missing:
+            self._drop_waiting()
+
+    def results(self) -> list[ImageResult]:
+        """The results of all inputs; those without one are past the deadline."""
+        late = DeadlineExceededError("the deadline passed before the result was computed")
+        return [result or ImageResult(error=late) for result in self._results]
+
+    def deliver(self, position: int, result: ImageResult) -> None:
+        """Hand in an input's result. May be called from any thread; only the first one counts."""
+        self.shared.outbox.post(self._arrive, position, result)
+
+    def _arrive(self, position: int, result: ImageResult) -> None:
+        if self._results[position] is None:
+            self._results[position] = result
+            self._missing -= 1
+            if not self._missing and not self._done.done():
+                self._done.set_result(None)
+
+    # -- in the decode pool ----------------------------------------------------------------
+
+    def _decode_next(self) -> None:
+        try:
+            position, item = self._undecoded.popleft()
+        except IndexError:  # the request has ended meanwhile
+            return
+        plan = self._plans[modality_of(item)]
+        try:
+            entries = self._decode(position, item, plan)
+        except Exception as error:
+            self._release(plan)
+            self.deliver(position, ImageResult(error=_as_service_error(error)))
+        else:
+            self._put(plan, entries)
+        if self._undecoded:
+            self.shared.pool.submit(self._decode_next)
+
+    def _decode(self, position: int, item: Input, plan: ExecutionPlan) -> list[list[Entry]]:
+        """The entries of an input's pieces, for each pass."""
+        if self._deadline <= time.monotonic():
+            raise DeadlineExceededError("the deadline passed before the input was decoded")
+        started = time.monotonic()
+        prepared, size = prepare_all(item, plan.passes, self.shared.limits)
+        decode_s = time.monotonic() - started
+        decoded = Decoded(item, size, decode_s)
+        running = _RunningInput(self, position, plan, decoded, [len(each) for each in prepared])
+        groups = []
+        for number, (trunk_pass, pieces) in enumerate(zip(plan.passes, prepared, strict=True)):
+            calls = [call.at_size(size) for call in trunk_pass.calls]
+            groups.append(
+                [
+                    Entry(
+                        Item(trunk_pass.name, piece, calls, partial(running.done, number, place)),
+                        self, self._bulk, self._deadline,
+                    )
+                    for place, piece in enumerate(pieces)
+                ]
+            )  # fmt: skip
+            duration = self.shared.metrics.stage_duration.labels("decode", trunk_pass.name)
+            duration.observe(decode_s)
+        return groups
+
+    def _put(self, plan: ExecutionPlan, groups: Sequence[Sequence[Entry]]) -> None:
+        self._entries += itertools.chain(*groups)
+        for trunk_pass, entries in zip(plan.passes, groups, strict=True):
+            self.shared.batcher.put(trunk_pass.name, entries)
+        if self.is_ended:  # `end` may have come before these entries were there
+            self._drop_waiting()
+
+    def _drop_waiting(self) -> None:
+        for entry in self._entries:
+            entry.cancelled = True
+        for name in {entry.payload.trunk for entry in self._entries}:
+            self.shared.batcher.sweep(name)
+
+    def _release(self, plan: ExecutionPlan) -> None:
+        """Give back the places of an input that was not put."""
+        for trunk_pass in plan.passes:
+            self.shared.batcher.release(trunk_pass.name, 1)
+
+
+class _RunningInput:
+    """A decoded input, whose pieces are in the queues."""
+
+    def __init__(
+        self,
+        run: RequestRun,
+        position: int,
+        plan: ExecutionPlan,
+        decoded: Decoded,
+        pieces: Sequence[int],
+    ) -> None:
+        """
+        Args:
+            pieces: the number of pieces in each pass.
+        """
+        self._run = run
+        self._position = position
+        self._plan = plan
+        self._decoded = decoded
+        # filled in any order; `finish_input` sees them when all are there
+        self._results: list[list[Any]] = [[None] * count for count in pieces]
+        self._ended = itertools.count(1)  # `next` is atomic: pieces end in several lanes
+        self._total = sum(pieces)
+
+    def done(self, number: int, place: int, result: ItemResult | Exception) -> None:
+        """Take the result of a piece, by its pass and its place. The last one ends the input."""
+        if isinstance(result, Exception):
+            error = _as_service_error(result)
+            self._run.deliver(self._position, ImageResult(error=error))
+            return
+        self._results[number][place] = result
+        if next(self._ended) < self._total or self._run.is_ended:
+            return
+        if is_slow(self._plan):
+            self._run.shared.pool.submit(self._finish)
+        else:
+            self._finish()
+
+    def _finish(self) -> None:
+        shared = self._run.shared
+        try:
+            result = finish_input(
+                self._plan, self._results, self._decoded, shared.limits, shared.metrics
+            )
+        except Exception as error:
+            result = ImageResult(error=_as_service_error(error))
+        self._run.deliver(self._position, result)
+
+
+def _as_service_error(error: Exception) -> ServiceError:
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, ModelsError):
+        return from_library(error)
+    logger.error("an input failed", exc_info=error)
+    return InternalError("the input could not be processed")
