@@ -33,6 +33,18 @@ class Ranking(Head):
         logits = row["logits"]
         exponents = np.exp(logits - logits.max())
         scores = exponents / exponents.sum()
-        count = min(top_k or DEFAULT_TOP_K, len(scores))
-        index = np.argsort(-scores, kind="stable")[:count]
+        index = best(scores, min(top_k or DEFAULT_TOP_K, len(scores)))
         return {"index": index, "label": self._labels[index], "score": scores[index]}
+
+
+def best(scores: np.ndarray, count: int) -> np.ndarray:
+    """The indices of the `count` highest scores, best first; of equal ones the lower index first.
+
+    The same as the start of a stable sort, without sorting the other classes, which takes
+    milliseconds for 21 thousand of them.
+    """
+    least = np.partition(scores, -count)[-count]
+    candidates = np.flatnonzero(scores >= least)
+    order = np.argsort(-scores[candidates], kind="stable")
+    best: np.ndarray = candidates[order[:count]]
+    return best

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any, Literal, cast, get_args
 
 import cv2
@@ -68,8 +69,7 @@ class Preprocess:
     def digest(self) -> str:
         """SHA-256 of the transform's settings. Equal digests mean equal input tensors, but for
         `fast`, where they also depend on the size at which an image was decoded."""
-        settings = json.dumps(self.settings, sort_keys=True)
-        return "sha256:" + hashlib.sha256(settings.encode()).hexdigest()
+        return _digest(self)
 
     @property
     def scale_size(self) -> tuple[int, int]:
@@ -160,6 +160,12 @@ class ClipPreprocess(Preprocess):
         start = max(0.0, (count - window) / 2)
         chosen = np.linspace(start, start + window - 1, self.frames)
         return np.clip(chosen, 0, count - 1).astype(np.int64)
+
+
+@lru_cache(maxsize=1024)
+def _digest(preprocess: Preprocess) -> str:
+    settings = json.dumps(preprocess.settings, sort_keys=True)
+    return "sha256:" + hashlib.sha256(settings.encode()).hexdigest()
 
 
 def preprocess_from_timm(network: torch.nn.Module) -> Preprocess:

@@ -70,7 +70,7 @@ def _finish(
             logger.error("model %s failed", call.model.name, exc_info=row)
             return InternalError("the model failed on this image")
     try:
-        return finish(
+        outputs = finish(
             call.head, rows, call.finish_options, decoded.item, decoded.size, limits  # type: ignore[arg-type]  # rows hold no exceptions here
         )  # fmt: skip
     except ModelsError as error:
@@ -78,6 +78,11 @@ def _finish(
     except Exception:
         logger.exception("model %s failed to finish", call.model.name)
         return InternalError("the model failed on this image")
+    for name, array in outputs.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            logger.error("model %s: %s has values that are not finite", call.model.name, name)
+            return InternalError("the model's output has values that are not finite")
+    return outputs
 
 
 def _timing(pieces: Sequence[ItemResult], decode_s: float) -> Timing:

@@ -16,6 +16,7 @@ from shapely.geometry import shape
 from models import Registry
 from models.errors import CatalogError, InputError, TaskError
 from models.heads.embed import Embed
+from models.heads.ranking import best
 from models.inputs.transforms import Normalize, collate, preprocess_from_timm
 from models.model import Model
 from models.segmentation.masks import encode_mask
@@ -32,6 +33,16 @@ def registry(tiny_catalog: Path) -> Registry:
 
 def vector(registry: Registry, name: str, image: Image.Image, **options: Any) -> np.ndarray:
     return np.array(registry.get(name).predict([image], **options)[0]["embedding"])
+
+
+@pytest.mark.parametrize("classes", [5, 1000, 21_841])
+@pytest.mark.parametrize("digits", [1, 3, 7])
+def test_the_best_classes_are_those_of_a_stable_sort(classes: int, digits: int) -> None:
+    """Few digits make many classes equal: the lower index then goes first."""
+    scores = np.random.default_rng(0).random(classes).astype(np.float32).round(digits)
+    order = np.argsort(-scores, kind="stable")
+    for count in (1, 5, classes):
+        assert (best(scores, count) == order[:count]).all()
 
 
 def test_probabilities_are_best_first_and_sum_to_one(

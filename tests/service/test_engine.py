@@ -159,6 +159,21 @@ def test_a_failing_head_fails_its_own_rows(
     assert outputs["tiny-embed"]["error"]["status"] == 500
 
 
+def test_an_output_that_is_not_finite_is_an_error_and_not_an_answer(
+    server: Running, monkeypatch: pytest.MonkeyPatch, jpegs: dict[str, bytes]
+) -> None:
+    def overflow(output: TrunkOutput, **options: Any) -> dict[str, torch.Tensor]:
+        return {"embedding": torch.full((len(output.features), 4), torch.nan)}
+
+    model = server.backend.registry.get("tiny-embed")
+    monkeypatch.setattr(model.heads["embed"], "forward", overflow)
+    answer = post(server, "/predict", jpegs["coffee"], data={"models": ["tiny", "tiny-embed"]})
+    outputs = answer.json()["results"][0]["outputs"]
+    assert "predictions" in outputs["tiny"]
+    assert outputs["tiny-embed"]["error"]["status"] == 500
+    assert "not finite" in outputs["tiny-embed"]["error"]["detail"]
+
+
 def test_a_full_queue_is_429_with_retry_after_and_takes_nothing(
     server: Running, tap: Tap, jpegs: dict[str, bytes]
 ) -> None:

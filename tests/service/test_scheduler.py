@@ -175,6 +175,20 @@ def test_company_in_any_queue_means_narrow_lanes() -> None:
     assert not any(batch.wide for batch in batches if batch)
 
 
+class Idle(BatchQueue):
+    def due(self) -> float:
+        raise AssertionError("an idle queue was looked at")
+
+
+def test_dispatch_looks_only_at_queues_that_hold_something() -> None:
+    idle = [Idle(str(number), max_batch_size=8, capacity=64) for number in range(1000)]
+    busy = queue("busy")
+    policy = scheduler(*idle, busy)
+    put(busy, "a", "b")
+    assert take(policy) == ["a", "b"]
+    assert not policy.is_waiting
+
+
 def test_the_estimate_of_queued_work_follows_what_batches_cost() -> None:
     q = queue()
     policy = scheduler(q, lanes=2)

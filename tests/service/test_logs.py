@@ -1,0 +1,54 @@
+"""Log lines are written in the background, and none is lost."""
+
+import io
+import json
+import logging
+import subprocess
+import sys
+
+from service.logs import BufferedHandler, JsonFormatter, choose_request_id
+from tests.conftest import wait_until
+
+
+def handler() -> tuple[BufferedHandler, io.StringIO]:
+    made, stream = BufferedHandler(), io.StringIO()
+    made.setStream(stream)
+    made.setFormatter(JsonFormatter())
+    return made, stream
+
+
+def record(level: int, message: str) -> logging.LogRecord:
+    return logging.LogRecord("vitrail", level, "", 0, message, (), None)
+
+
+def test_lines_are_written_together_soon_after() -> None:
+    made, stream = handler()
+    for number in range(3):
+        made.emit(record(logging.INFO, str(number)))
+    wait_until(lambda: stream.getvalue().count("\n") == 3)
+    assert [json.loads(line)["message"] for line in stream.getvalue().splitlines()] == list("012")
+
+
+def test_a_warning_is_written_at_once_with_the_lines_before_it() -> None:
+    made, stream = handler()
+    made.emit(record(logging.INFO, "before"))
+    made.emit(record(logging.WARNING, "warning"))
+    messages = [json.loads(line)["message"] for line in stream.getvalue().splitlines()]
+    assert messages == ["before", "warning"]
+
+
+def test_lines_are_written_before_the_process_ends() -> None:
+    program = (
+        "import logging; from service.logs import configure_logs; configure_logs('info');"
+        "logging.getLogger('vitrail').info('last words')"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "last words" in result.stderr
+
+
+def test_request_ids_are_the_callers_or_new_ones() -> None:
+    assert choose_request_id("abc") == "abc"
+    made = {choose_request_id("") for _ in range(100)}
+    assert len(made) == 100
+    assert all(len(each) == 32 for each in made)
+    assert choose_request_id("forged\nline") != "forged\nline"
