@@ -62,7 +62,8 @@ def test_embeddings_go_to_npy_and_parquet(demo_server: str, folder: Path, tmp_pa
     paths = (tmp_path / "vectors.paths.txt").read_text().splitlines()
     table = pq.read_table(tmp_path / "vectors.parquet").to_pydict()
     assert table["path"] == paths
-    assert np.allclose(table["embedding"], vectors)
+    # the two runs may batch differently
+    assert np.allclose(table["embedding"], vectors, atol=1e-6)
 
 
 def test_zero_shot_scores_labels_of_ones_own(demo_server: str, folder: Path) -> None:
