@@ -17,7 +17,7 @@ from benchmarks.bodies import (
 from benchmarks.bundle import Setting
 from benchmarks.rivals.environments import python_of
 from benchmarks.rivals.options import Options
-from benchmarks.servers import Server, free_port
+from benchmarks.servers import Server, StartError, free_port
 from benchmarks.workload import Workload
 
 ROOT = Path(__file__).parents[1]
@@ -75,14 +75,23 @@ class Launcher:
     rival_batch: int
 
     def server(self, name: str, model: str) -> Server:
-        """A server of the model, which is started by entering it."""
+        """A server of the model, which is started by entering it.
+
+        Raises:
+            StartError: a rival that is not installed.
+        """
         port = free_port()
         folder = self.logs / f"{name}-{model}"  # some servers write into their working folder
         folder.mkdir(parents=True, exist_ok=True)
         if name == VITRAIL:
             command, environment = self._vitrail(model, port), {}
         else:
-            command = [str(python_of(name, self.rivals)), "-m", f"benchmarks.rivals.{name}"]
+            python = python_of(name, self.rivals)
+            if not python.exists():
+                raise StartError(
+                    f"{python} does not exist; run `python -m benchmarks.rivals install {name}`"
+                )
+            command = [str(python), "-m", f"benchmarks.rivals.{name}"]
             environment = TUNING | self._options(model, port, folder).environment()
         return Server(
             command,

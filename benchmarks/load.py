@@ -89,6 +89,11 @@ class _Connection(asyncio.Protocol):
         self._transport.write(request)
         return await self._answered
 
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+            self._transport = None
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.WriteTransport", transport)
 
@@ -103,9 +108,8 @@ class _Connection(asyncio.Protocol):
         self._body += body
 
     def on_message_complete(self) -> None:
-        if not self._parser.should_keep_alive() and self._transport is not None:
-            self._transport.close()
-            self._transport = None
+        if not self._parser.should_keep_alive():
+            self.close()
         self._answer(self._parser.get_status_code())
 
     def _answer(self, status: int) -> None:
@@ -137,6 +141,7 @@ async def closed_loop(port: int, requests: list[bytes], connections: int, second
             if answered < end:
                 load.latencies.append(answered - sent)
                 load.span = answered - start
+        connection.close()
 
     await _measured(load, [client(number) for number in range(connections)], seconds)
     return load
@@ -168,6 +173,8 @@ async def open_loop(port: int, requests: list[bytes], rate: float, seconds: floa
     while (due := due + chance.expovariate(rate)) < start + seconds:
         arrivals.append(arrival(due, len(arrivals) % len(requests)))
     await _measured(load, arrivals, seconds)
+    for connection in idle:
+        connection.close()
     return load
 
 

@@ -32,6 +32,9 @@ class Server:
         environment: variables in addition to this process's.
         folder: the working folder; None for this process's.
         log: a file for its output; None for this process's output.
+
+    Attributes:
+        mark: the value of the variable `MARK` in the environments of all its processes.
     """
 
     def __init__(
@@ -47,8 +50,8 @@ class Server:
         self.port = port
         self._command = command
         self._ready = f"http://127.0.0.1:{port}{ready}"
-        self._mark = uuid.uuid4().hex
-        self._environment = {**os.environ, **(environment or {}), MARK: self._mark}
+        self.mark = uuid.uuid4().hex
+        self._environment = {**os.environ, **(environment or {}), MARK: self.mark}
         self._folder = folder
         self._log = log
 
@@ -90,7 +93,7 @@ class Server:
         raise StartError(f"the server was not ready after {START_S} s; log: {self._log}")
 
     def _processes(self) -> list[int]:
-        return marked_processes(MARK, self._mark)
+        return marked_processes(MARK, self.mark)
 
     def _stop(self) -> None:
         """End the server, and what it leaves behind."""
