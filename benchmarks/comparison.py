@@ -11,6 +11,7 @@ one JSON file; `python -m benchmarks.report` makes tables and plots of it. Rival
 
 import argparse
 import random
+import signal
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -32,6 +33,7 @@ MIN_AGREEMENT_ROUNDED = 0.8
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped, too
     arguments = _parser().parse_args()
     if unknown := set(arguments.servers) - set(CANDIDATES):
         raise SystemExit(f"unknown servers {', '.join(sorted(unknown))}")
