@@ -7,10 +7,10 @@ OUT ?= .
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help serve test check format docs proto bench clean
+.PHONY: help serve test check format docs proto bench bench-rivals clean
 
 help: ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 $(VENV)/serve.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -53,8 +53,8 @@ proto: $(VENV)/dev.stamp ## Generate service/stubs from proto/
 		service/stubs/vision.proto service/stubs/open_inference.proto
 
 bench: $(VENV)/dev.stamp ## Run the benchmarks
-	$(BIN)/python -m benchmarks.serving
-	$(BIN)/python -m benchmarks.serving --model dinov2-focus --route segment
+	$(BIN)/python -m benchmarks.comparison --servers vitrail --rounds 1 --seconds 4 --output runs/bench.json
+	$(BIN)/python -m benchmarks.report runs/bench.json
 	$(BIN)/python -m benchmarks.allocator
 	$(BIN)/python -m benchmarks.streams
 	$(BIN)/python -m benchmarks.hop
@@ -62,5 +62,10 @@ bench: $(VENV)/dev.stamp ## Run the benchmarks
 	$(BIN)/python -m benchmarks.masks
 	$(BIN)/python -m benchmarks.decoding
 
+bench-rivals: $(VENV)/dev.stamp ## Install rival servers and compare with them
+	$(BIN)/python -m benchmarks.rivals install
+	$(BIN)/python -m benchmarks.comparison --output runs/rivals.json
+	$(BIN)/python -m benchmarks.report runs/rivals.json --output runs/images
+
 clean: ## Remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build site *.egg-info
+	rm -rf $(VENV) .rivals .mypy_cache .ruff_cache .pytest_cache build site *.egg-info

@@ -2,8 +2,7 @@
 
 On one thread, by Pillow and timm's transform, by the exact transform and by the fast one, which
 take turns for several rounds. Prints medians, then the fast transform's error against the exact one
-in the input's pixels, and in the outputs of the demo's models, which have real weights. Photos are
-enlarged crops with noise, as small sensors add it: enlarged photos alone have no fine detail.
+in the input's pixels, and in the outputs of the demo's models, which have real weights.
 """
 
 import io
@@ -13,23 +12,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
-import skimage.data
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from benchmarks.photos import NAMES
+from benchmarks.photos import SIZES, encode, photos
 from models import Model, Registry
 from models.inference import HeadCall, decode, run_rows
 from models.inputs.images import DEFAULT_LIMITS
 from models.inputs.transforms import Preprocess, create_transform
 
-SIZES = ((640, 480), (1920, 1080), (4000, 3000))
 MODELS = ("efficientnet-lite0", "efficientnet-lite0-embed", "dinov2-focus-embed")
 ROUNDS = 9
 TIMED = 4  # photos
-SHARES = (1.0, 0.9, 0.8, 0.7)  # of the photos that crops show
-NOISE = 4  # standard deviation, of 255 levels
 EXACT = Preprocess()
 FAST = replace(EXACT, transform="fast")
 
@@ -40,33 +35,13 @@ def main() -> None:
     torch.set_num_threads(1)
     decoders = {"Pillow": by_pillow(EXACT), "exact": by_ours(EXACT), "fast": by_ours(FAST)}
     registry = Registry.from_catalog("demo", device="cpu")
-    for size in SIZES:
+    for size in SIZES.values():
         jpegs = [encode(photo) for photo in photos(size)]
         for name, milliseconds in measure(decoders, jpegs[:TIMED]).items():
             print(f"{size[0]}x{size[1]}, {name}: {milliseconds:.1f} ms")
         print(f"{size[0]}x{size[1]}, pixels: {pixel_error(EXACT, jpegs)}")
         for name in MODELS:
             print(f"{size[0]}x{size[1]}, {name}: {output_error(registry.get(name), jpegs)}")
-
-
-def photos(size: tuple[int, int]) -> list[Image.Image]:
-    """Real photos and crops of them, enlarged to (width, height), with noise."""
-    chance = np.random.default_rng(0)
-    results = []
-    for share in SHARES:
-        for name in NAMES:
-            photo = Image.fromarray(getattr(skimage.data, name)())
-            box = (0, 0, share * photo.width, share * photo.height)
-            enlarged = np.asarray(photo.resize(size, Image.Resampling.LANCZOS, box))
-            noise = chance.normal(0, NOISE, enlarged.shape)
-            results.append(Image.fromarray((enlarged + noise).clip(0, 255).astype(np.uint8)))
-    return results
-
-
-def encode(photo: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    photo.save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
 
 
 def by_pillow(spec: Preprocess) -> Decoder:

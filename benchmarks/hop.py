@@ -10,9 +10,10 @@ import statistics
 
 import uvloop
 
+from benchmarks.bodies import image_or_form
 from benchmarks.load import Load, build_requests, closed_loop
 from benchmarks.photos import jpegs
-from benchmarks.servers import Server, free_port
+from benchmarks.servers import demo_server, free_port
 
 CONNECTIONS = (1, 8, 32)
 
@@ -24,11 +25,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5)
     arguments = parser.parse_args()
-    requests = build_requests(f"/{arguments.route}?model={arguments.model}", jpegs(), "image/jpeg")
+    bodies = [image_or_form([photo]) for photo in jpegs()]
+    requests = build_requests(f"/{arguments.route}?model={arguments.model}", bodies)
     ports = {"one process": free_port(), "gateway + worker": free_port()}
     loads: dict[tuple[str, int], list[Load]] = {}
-    single = Server(ports["one process"], arguments.model)
-    apart = Server(ports["gateway + worker"], arguments.model, "--workers", "1")
+    single = demo_server(ports["one process"], arguments.model)
+    apart = demo_server(ports["gateway + worker"], arguments.model, "--workers", "1")
     with single, apart:
         for _ in range(arguments.rounds):
             for count in CONNECTIONS:

@@ -1,37 +1,127 @@
 """Starts servers to measure, as a user would start them."""
 
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import httpx
 
+from benchmarks.processes import Usage, marked_processes, usage
+
+MARK = "BENCHMARK_SERVER"
+START_S = 180
+STOP_S = 20
+
+
+class StartError(Exception):
+    """A process ended, or was not ready in time."""
+
 
 class Server:
-    """A context manager that runs `vitrail serve` with one model of the demo catalog."""
+    """A context manager that runs a server on a port of this machine until it is left.
 
-    def __init__(self, port: int, model: str, *flags: str) -> None:
-        self._port = port
-        command = [sys.executable, "-m", "service.cli", "serve", "--port", str(port)]
-        command += ["--grpc-port", str(free_port()), "--models", model]
-        self._command = [*command, "--log-level", "warning", *flags]
+    Args:
+        ready: the path that answers 200 once the server can be used.
+        environment: variables in addition to this process's.
+        folder: the working folder; None for this process's.
+        log: a file for its output; None for this process's output.
 
-    def __enter__(self) -> None:
-        self._process = subprocess.Popen(self._command)
-        for _ in range(600):
+    Attributes:
+        mark: the value of the variable `MARK` in the environments of all its processes.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        port: int,
+        *,
+        ready: str = "/readyz",
+        environment: Mapping[str, str] | None = None,
+        folder: Path | None = None,
+        log: Path | None = None,
+    ) -> None:
+        self.port = port
+        self._command = command
+        self._ready = f"http://127.0.0.1:{port}{ready}"
+        self.mark = uuid.uuid4().hex
+        self._environment = {**os.environ, **(environment or {}), MARK: self.mark}
+        self._folder = folder
+        self._log = log
+
+    def __enter__(self) -> "Server":
+        """
+        Raises:
+            StartError: the server ended, or was not ready in time.
+        """
+        with _opened(self._log) as output:
+            self._process = subprocess.Popen(
+                self._command, env=self._environment, cwd=self._folder, stdout=output,
+                stderr=subprocess.STDOUT if output else None,
+            )  # fmt: skip
+        try:
+            self._wait_ready()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def usage(self) -> Usage:
+        """The processor time and memory of all of the server's processes."""
+        return usage(self._processes())
+
+    def _wait_ready(self) -> None:
+        end = time.monotonic() + START_S
+        while time.monotonic() < end:
             try:
-                if httpx.get(f"http://127.0.0.1:{self._port}/readyz").status_code == 200:
+                if httpx.get(self._ready).status_code == 200:
                     return
             except httpx.HTTPError:
                 pass
+            if (status := self._process.poll()) is not None:
+                raise StartError(f"the server ended with status {status}; log: {self._log}")
             time.sleep(0.2)
-        raise SystemExit("the server did not become ready")
+        raise StartError(f"the server was not ready after {START_S} s; log: {self._log}")
 
-    def __exit__(self, *_: object) -> None:
+    def _processes(self) -> list[int]:
+        return marked_processes(MARK, self.mark)
+
+    def _stop(self) -> None:
+        """End the server, and what it leaves behind."""
         self._process.send_signal(signal.SIGTERM)
-        self._process.wait()
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if self._wait_stopped():
+                return
+            for pid in self._processes():
+                _signal(pid, number)
+        self._wait_stopped()
+
+    def _wait_stopped(self) -> bool:
+        end = time.monotonic() + STOP_S
+        while time.monotonic() < end:
+            self._process.poll()  # a zombie keeps its environment otherwise
+            if not self._processes():
+                return True
+            time.sleep(0.1)
+        return False
+
+
+def demo_server(port: int, model: str, *flags: str) -> Server:
+    """`vitrail serve` with one model of the demo catalog."""
+    command = [
+        sys.executable, "-m", "service.cli", "serve", "--port", str(port),
+        "--grpc-port", str(free_port()), "--models", model, "--log-level", "warning", *flags,
+    ]  # fmt: skip
+    return Server(command, port)
 
 
 def free_port() -> int:
@@ -40,3 +130,18 @@ def free_port() -> int:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
         return port
+
+
+@contextmanager
+def _opened(log: Path | None) -> Iterator[int | None]:
+    if log is None:
+        yield None
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        yield file.fileno()
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
