@@ -36,7 +36,7 @@ def main() -> None:
 
 def markdown(bundles: Sequence[Bundle]) -> str:
     """The tables of all settings and models, with the machines above them."""
-    lines = [*dict.fromkeys(map(_machine, bundles)), ""]
+    lines = [*dict.fromkeys(map(_machine, bundles)), *_rivals(bundles), ""]
     for setting, model, summaries in _models(bundles):
         lines += [f"**{model}**: {_describe(setting)}; {_rounds(summaries)}", ""]
         lines += [_row(HEADER), _row(["---"] * len(HEADER))]
@@ -68,14 +68,20 @@ def _models(bundles: Sequence[Bundle]) -> Iterable[tuple[Setting, str, list[Summ
 
 def _machine(bundle: Bundle) -> str:
     machine = bundle.machine
-    pins = ", ".join(pin for packages in bundle.rivals.values() for pin in packages)
     versions = machine["versions"]
     assert isinstance(versions, dict)
     own = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    governor = f"governor {machine['governor']}, " if machine["governor"] else ""
     return (
-        f"{machine['processor']}, {machine['cores']} cores, governor {machine['governor']}, "
-        f"Linux {machine['kernel']}, Python {machine['python']}, {own}{', ' if pins else ''}{pins}"
+        f"{machine['processor']}, {machine['cores']} cores, {governor}"
+        f"Linux {machine['kernel']}, Python {machine['python']}, {own}"
     )
+
+
+def _rivals(bundles: Sequence[Bundle]) -> list[str]:
+    """A line with the rivals' pinned packages, if there were rivals."""
+    pins = [pin for bundle in bundles for packages in bundle.rivals.values() for pin in packages]
+    return [", ".join(dict.fromkeys(pins))] if pins else []
 
 
 def _describe(setting: Setting) -> str:

@@ -118,7 +118,8 @@ def test_the_tables_name_the_machine_the_setting_and_what_was_not_measured() -> 
     )
     result.errors.append("round 1, vit, b: the server ended with status 1")
     assert markdown([result]).splitlines() == [
-        "A processor, 2 cores, governor None, Linux 6.1, Python 3.11, torch 2.6, litserve==1.0",
+        "A processor, 2 cores, Linux 6.1, Python 3.11, torch 2.6",
+        "litserve==1.0",
         "",
         "**vit**: exact transform, float32, small photos, 1 image in a request; medians of 2 "
         "rounds (lowest to highest); other programs used up to 0.00 cores",
