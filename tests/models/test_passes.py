@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.errors import EngineError
 from models.trunks.devices import Placement
-from models.trunks.engines.comparison import compare, largest_error
+from models.trunks.engines.comparison import compare, largest_error, run_both
 from models.trunks.engines.eager import Eager
 from models.trunks.features import PassPlan
 
@@ -70,11 +70,11 @@ def test_classifiers_are_compared_by_their_best_class_and_other_outputs_by_cosin
 
     batches = [(torch.tensor([[1.0, 0.0], [1.0, 1.0]]),), (torch.tensor([[0.0, 1.0]]),)]
     source = Source()
-    agreement = compare(source, Doubled(), built, batches)
+    agreement = compare(source, run_both(Doubled(), built, batches))
     assert (agreement.inputs, agreement.largest_error) == (3, 1)
     assert agreement.cosine == pytest.approx(1 / 3)
     source.is_classifier = True
-    assert compare(source, Doubled(), built, batches).to_json() == {
+    assert compare(source, run_both(Doubled(), built, batches)).to_json() == {
         "largest_error": 1,
         "inputs": 3,
         "top1_agreement": pytest.approx(1 / 3),

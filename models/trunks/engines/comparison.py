@@ -1,7 +1,7 @@
 """How far a built pass agrees with its module, run eagerly in float32."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -11,33 +11,40 @@ from models.errors import EngineError
 from models.trunks.engines.base import Pass, PassSource
 from models.trunks.engines.report import Agreement
 
+# A batch, and the named outputs of its pass.
+Outputs = tuple[Tensor, Mapping[str, Tensor]]
+
 
 @torch.inference_mode()
-def compare(
-    source: PassSource, module: Pass, built: Pass, examples: Iterable[tuple[Tensor, ...]]
-) -> Agreement:
-    """Run a module and what an engine built of it on the same inputs.
+def compare(source: PassSource, pairs: Iterable[tuple[Outputs, Outputs]]) -> Agreement:
+    """Compare outputs with those of eager float32.
 
     Args:
-        examples: inputs of the pass; at least one.
+        pairs: at least one batch's expected and actual outputs. They may be computed as they are
+            iterated, without gradients.
 
     Raises:
         EngineError: outputs of other names or shapes, or values that are not finite.
     """
-    errors, cosines, same_class, count = [0.0], [0.0], 0, 0
-    is_classifier = False
-    for inputs in examples:
-        batch = inputs[0]
-        expected, actual = module(*inputs), built(*inputs)
-        errors.append(largest_error(expected, actual))
+    error, cosines, same_class, is_classifier = 0.0, [], 0, False
+    for (batch, expected), (other_batch, actual) in pairs:
+        error = max(error, largest_error(expected, actual))
         reference, is_classifier = source.summary(batch, expected)
-        summary, _ = source.summary(batch, actual)
+        summary, _ = source.summary(other_batch, actual)
         same_class += int((reference.argmax(1) == summary.argmax(1)).sum())
         cosines += cosine_similarity(reference.float(), summary.float()).tolist()
-        count += len(batch)
+    count = len(cosines)
     if is_classifier:
-        return Agreement(max(errors), count, top1_agreement=same_class / count)
-    return Agreement(max(errors), count, cosine=sum(cosines) / count)
+        return Agreement(error, count, top1_agreement=same_class / count)
+    return Agreement(error, count, cosine=sum(cosines) / count)
+
+
+def run_both(
+    module: Pass, built: Pass, examples: Iterable[tuple[Tensor, ...]]
+) -> Iterator[tuple[Outputs, Outputs]]:
+    """The outputs of a module and of what an engine built of it, for each example's inputs."""
+    for inputs in examples:
+        yield (inputs[0], module(*inputs)), (inputs[0], built(*inputs))
 
 
 def largest_error(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> float:

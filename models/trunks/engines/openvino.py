@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from models.errors import EngineError
 from models.trunks.devices import Placement, Precision
 from models.trunks.engines.base import Engine, Pass, PassKey, PassSource
-from models.trunks.engines.comparison import compare
+from models.trunks.engines.comparison import compare, run_both
 from models.trunks.engines.compiled_pass import NAMES, CompiledPass
 from models.trunks.engines.quantization import check_calibration, quantize
 from models.trunks.engines.report import Agreement, EngineReport
@@ -134,9 +134,9 @@ class OpenVino(Engine):
         photos. The largest error is that of either width and of all forms of inputs."""
         narrow, wide = (partial(built.run, is_wide=is_wide) for is_wide in (False, True))
         photos = self._photos(inputs)
-        agreement = compare(self.source, module, narrow, photos or [inputs])
+        agreement = compare(self.source, run_both(module, narrow, photos or [inputs]))
         examples = [*photos, *_examples(module, inputs)]
-        others = [compare(self.source, module, run, examples) for run in (narrow, wide)]
+        others = [compare(self.source, run_both(module, run, examples)) for run in (narrow, wide)]
         errors = [each.largest_error for each in (agreement, *others)]
         return replace(agreement, largest_error=max(errors))
 
