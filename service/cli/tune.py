@@ -75,7 +75,7 @@ def tune(
             update_trunk(loaded.path, trunk, settings)
             typer.echo(f"\nwritten to [trunks.{trunk}] of {loaded.path}:")
         else:
-            typer.echo(f"\nfor [trunks.{trunk}] of a catalog of yours (--write does that):")
+            typer.echo(f"\nfor [trunks.{trunk}] of your own catalog; --write writes it there:")
         for key, value in settings.items():
             typer.echo(f"{key} = {_toml(value)}")
         typer.echo(f"\nand for the server: VITRAIL_STREAMS={result.best.streams}")
@@ -132,17 +132,17 @@ def _samples() -> list[bytes]:
 
 
 def _print(result: "TuneResult", request: "TuneRequest") -> None:
-    table = Table()
+    table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("engine", "precision", "transform", "streams", "batch"):
         table.add_column(column, no_wrap=True)
-    for column in ("images/s", "lone ms", "error", "top-1 or cosine"):
+    for column in ("images/s", "lone ms", "error", "top-1"):
         table.add_column(column, justify="right", no_wrap=True)
     for each in result.measurements.values():
         candidate, agreement = each.candidate, each.agreement
         score = ""
         if agreement is not None:
             top1, cosine = agreement.top1_agreement, agreement.cosine
-            score = f"{top1:.1%}" if top1 is not None else f"{cosine:.6f}"
+            score = f"{top1:.1%}" if top1 is not None else f"cos {cosine:.4f}"
         table.add_row(
             candidate.engine,
             candidate.precision,
@@ -157,7 +157,7 @@ def _print(result: "TuneResult", request: "TuneRequest") -> None:
         )
     Console().print(table)
     for skipped in result.skipped:
-        typer.echo(f"skipped {skipped.candidate}: {skipped.reason}")
+        typer.echo(f"skipped {skipped.candidate}: {skipped.reason}", err=True)
     typer.echo(f"best within the tolerance of {request.tolerance:.0e}: {result.best}")
 
 

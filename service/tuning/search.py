@@ -81,7 +81,7 @@ class Search:
         self._report = report
         self._round_s = request.seconds * ROUND_SHARE
         self._end = time.monotonic() + request.seconds
-        self._start_s = 0.0  # the longest start of a candidate so far
+        self._start_s = 0.0  # the longest start of a candidate so far, calibration aside
         self._result = TuneResult(request.baseline)
         self._served: dict[Candidate, Served] = {}
 
@@ -131,7 +131,9 @@ class Search:
         if self._result.measurements and len(self._served) == len({baseline, self._result.best}):
             return  # nothing new
         await self._measure()
-        self._choose()
+        served_now = [self._result.measurements[candidate] for candidate in self._served]
+        best = self._result.measurements[self._result.best]
+        self._result.best = choose(best, served_now, self._request.tolerance).candidate
         for candidate in [*self._served]:
             if candidate not in (baseline, self._result.best):
                 await self._served.pop(candidate).close()
@@ -150,11 +152,8 @@ class Search:
 
     def _refusal(self, candidate: Candidate) -> str:
         """Why a candidate is not started; empty if it is."""
-        needed_s = self._start_s + ROUNDS * 2 * self._round_s
-        if time.monotonic() + needed_s > self._end:
-            return "no time left"
-        if candidate.precision == "int8":
-            return "" if self._request.calibration else "no images to calibrate on: use --images"
+        if candidate.precision == "int8" and not self._request.calibration:
+            return "no images to calibrate on: use --images"
         placement = Placement(
             device=resolve_device(self._request.device), precision=candidate.precision
         )
@@ -162,10 +161,12 @@ class Search:
         on_cpu = placement.device.type == "cpu"
         name = "openvino" if on_cpu and candidate.engine == "auto" else candidate.engine
         try:
-            engine_class(name).place(placement)
+            if candidate.precision != "int8":  # whose calibration images the registry reads
+                engine_class(name).place(placement)
         except ModelsError as error:
             return str(error)
-        return ""
+        needed_s = self._start_s + ROUNDS * 2 * self._round_s
+        return "no time left" if time.monotonic() + needed_s > self._end else ""
 
     async def _start(self, candidate: Candidate) -> Served:
         self._report(f"starting {candidate}")
@@ -174,7 +175,8 @@ class Search:
         catalog = candidate.apply(request.catalog, request.model, request.calibration)
         served = Served(catalog, request.model, candidate, request.device)
         await served.start()
-        self._start_s = max(self._start_s, time.monotonic() - started)
+        if candidate.precision != "int8":
+            self._start_s = max(self._start_s, time.monotonic() - started)
         return served
 
     async def _measure(self) -> None:
@@ -200,14 +202,10 @@ class Search:
                 agreement,
             )
 
-    def _choose(self) -> None:
-        """The fastest candidate that is served now and within the tolerance."""
-        measured = self._result.measurements
-        best = measured[self._result.best]
-        for candidate in self._served:
-            each = measured[candidate]
-            if each.error <= self._request.tolerance and (
-                each.images_per_s > best.images_per_s * MIN_GAIN
-            ):
-                best = each
-        self._result.best = best.candidate
+
+def choose(best: Measurement, others: Sequence[Measurement], tolerance: float) -> Measurement:
+    """The fastest of several measurements whose error is within the tolerance. One that is hardly
+    faster than the best so far does not replace it."""
+    allowed = [each for each in others if each.error <= tolerance]
+    fastest = max(allowed, key=lambda each: each.images_per_s, default=best)
+    return fastest if fastest.images_per_s > best.images_per_s * MIN_GAIN else best

@@ -115,8 +115,10 @@ class Served:
     async def _infer(self, image: bytes) -> None:
         request = InferRequest(inputs=[image], calls=[self._call], deadline=math.inf)
         result = await self._backend.infer(request)
-        if (error := result.results[0].error) is not None:
-            raise error
+        [answer] = result.images
+        output = answer.error or answer.outputs[0]
+        if isinstance(output, ServiceError):
+            raise output
 
     def agreement(self, reference: "Served", images: Sequence[bytes]) -> Agreement:
         """The agreement with a reference on encoded images, transform included. The largest error
