@@ -14,35 +14,37 @@ BUILT_IN = Path(__file__).with_name("catalogs")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrunkEntry:
-    """A backbone. Settings that are None follow the server's defaults.
-
-    Args:
-        source: where its bytes come from, see `models/checkpoints/sources.py`.
-        origin: where a missing file can be downloaded.
-        library: `timm`, `open_clip` or `sentence`.
-        architecture: timm's or open_clip's name, if the checkpoint does not say.
-        pretrained: open_clip's name of the weights.
-        tower: `image` or `text`. The towers of a CLIP are two trunks of one source.
-        tokenizer: the source of a text tower's `tokenizer.json`.
-        arguments: what else the checkpoint does not say, such as `num_heads`.
-        preprocess: settings that override those of the checkpoint's own transform.
-        engine: what runs its passes, see `models/trunks/engines`.
-        transform: how images are resized: `exact` or `fast`.
-    """
+    """A backbone. Settings that are None follow the server's defaults."""
 
     name: str
+    # Where its bytes come from, see `models/checkpoints/sources.py`.
     source: str
+    # Where a missing file can be downloaded.
     origin: str = ""
+    # `timm`, `open_clip` or `sentence`.
     library: str = "timm"
+    # timm's or open_clip's name, if the checkpoint does not say.
     architecture: str | None = None
+    # open_clip's name of the weights.
     pretrained: str | None = None
+    # `image` or `text`. The towers of a CLIP are two trunks of one source.
     tower: str = "image"
+    # The source of a text tower's `tokenizer.json`.
     tokenizer: str | None = None
+    # What else the checkpoint does not say, such as `num_heads`.
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    # Settings that override those of the checkpoint's own transform.
     preprocess: Mapping[str, Any] = field(default_factory=dict)
     channels_last: bool | None = None
-    dtype: str | None = None
+    # What passes compute in, see `models/trunks/devices.py`. The key `dtype` is its other name.
+    precision: str | None = None
+    # The largest error over the largest value, compared with eager float32.
+    tolerance: float | None = None
+    # A folder of images that int8 is calibrated on, relative to the catalog.
+    calibration: str | None = None
+    # What runs its passes, see `models/trunks/engines`.
     engine: str | None = None
+    # How images are resized: `exact` or `fast`.
     transform: str | None = None
     max_batch_size: int | None = None
     max_queue_delay_ms: float | None = None
@@ -151,7 +153,7 @@ def _parse(path: Path, content: dict[str, Any]) -> Catalog:
             f"catalog {path}: unknown table {', '.join(sorted(unknown))}; known are "
             "trunks, models, defaults, startup"
         )
-    trunks = {n: _entry(TrunkEntry, path, n, t) for n, t in content.get("trunks", {}).items()}
+    trunks = {n: _trunk(path, n, table) for n, table in content.get("trunks", {}).items()}
     models = {n: _entry(ModelEntry, path, n, t) for n, t in content.get("models", {}).items()}
     for model in models.values():
         for trunk in model.trunks:
@@ -171,6 +173,22 @@ def _parse(path: Path, content: dict[str, Any]) -> Catalog:
     if missing := {*defaults.values(), *startup} - models.keys():
         raise CatalogError(f"catalog {path}: no model {', '.join(sorted(missing))}")
     return Catalog(path=path, trunks=trunks, models=models, defaults=defaults, startup=startup)
+
+
+def _trunk(path: Path, name: str, table: Mapping[str, Any]) -> TrunkEntry:
+    """A trunk's entry, whose precision may also be given as `dtype`."""
+    if "dtype" in table and "precision" in table:
+        raise CatalogError(f"catalog {path}: {name}: precision and dtype are the same; set one")
+    renamed = {"precision" if key == "dtype" else key: value for key, value in table.items()}
+    entry = _entry(TrunkEntry, path, name, renamed)
+    tolerance = entry.tolerance
+    if tolerance is not None and not _is_positive(tolerance):
+        raise CatalogError(f"catalog {path}: {name}: tolerance must be a number above 0")
+    return entry
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 Entry = TypeVar("Entry", TrunkEntry, ModelEntry)

@@ -54,15 +54,16 @@ class ModelDescription:
     # The name of the checkpoint format.
     format: str | None = None
     architecture: str | None = None
-    # What runs the trunk's passes, the dtype it computes in, and the kind of image transform.
+    # What runs the trunk's passes, the precision it computes in, and the kind of image transform.
     engine: str | None = None
     precision: str | None = None
     transform: str | None = None
-    # Of an engine other than eager: `largest_error` over the largest value, on how many `inputs`.
+    # Of an engine other than eager, compared with eager float32: `largest_error` over the largest
+    # value, `top1_agreement` of the classifier or `cosine`, on how many `inputs`.
     agreement: Mapping[str, Any] | None = None
     # Why the engine is not another one.
     engine_reason: str | None = None
-    # The weights of trunks and head, and of the head alone.
+    # The weights of trunk, head and the engine's passes, and of the head alone.
     memory_bytes: int | None = None
     head_bytes: int | None = None
     # How a head from a file was made: `kind`, `trunk_digest`, `training`. Null for other heads.

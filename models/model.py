@@ -49,8 +49,8 @@ class Model:
         task: the own head's task.
         heads: all heads by task.
         text: the trunk that reads texts, if there is one; of a model of texts alone it is `trunk`.
-        digest: SHA-256 over weights, transform and task. While it stays, so do answers (of one
-            dtype).
+        digest: SHA-256 over weights, transform, task and, other than float32, the precision. While
+            it stays, so do answers.
     """
 
     def __init__(
@@ -106,6 +106,8 @@ class Model:
         text = f" {self.text.digest} {self.text.preprocess.digest}" if self.text else ""
         parts = f"{self.trunk.digest} {self.trunk.preprocess.digest} {self.task} "
         parts += " ".join(digests) + text
+        precisions = [trunk.placement.precision_key for trunk in (self.trunk, self.text) if trunk]
+        parts += "".join(f" {precision}" for precision in precisions if precision)
         return "sha256:" + hashlib.sha256(parts.encode()).hexdigest()
 
     @property

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 
 from models.assembly import Assembly
-from models.catalog import Catalog, ModelEntry, TrunkEntry, load_catalog
+from models.catalog import Catalog, ModelEntry, load_catalog
 from models.checkpoints.loading import LoadedTrunk, load_trunk
 from models.checkpoints.store import Store
 from models.description import ModelDescription, State
 from models.errors import CatalogError, ModelNotFoundError, ModelNotReadyError
 from models.inputs.transforms import resolve_transform
 from models.model import Model
+from models.placements import Placements
 from models.slot import Slot
-from models.trunks.devices import Placement, resolve_device, resolve_dtype
-from models.trunks.engines.registry import engine_class
+from models.trunks.devices import Placement, resolve_device, resolve_precision
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Registry:
         *,
         store: Store | None = None,
         device: str = "auto",
-        dtype: str = "float32",
+        precision: str = "auto",
         engine: str = "eager",
         transform: str = "exact",
         threads: int = 0,
@@ -53,18 +53,16 @@ class Registry:
         self.catalog = catalog
         self.store = store or Store()
         self.device = resolve_device(device)
-        self.dtype = dtype
-        self._placement = Placement(
+        defaults = Placement(
             device=self.device,
+            precision=resolve_precision(precision, self.device),
             engine=engine,
             transform=resolve_transform(transform),
             threads=threads,
             streams=streams,
             cache=self.store.root / "engines",
         )
-        for entry in catalog.trunks.values():
-            engine_class(entry.engine or engine)  # raises for unknown engines
-            resolve_transform(entry.transform or transform)  # and for unknown transforms
+        self._placements = Placements(catalog, defaults)
         self.on_load = on_load
         self.on_unload = on_unload
         self._slots = {name: Slot(entry) for name, entry in catalog.models.items()}
@@ -209,24 +207,25 @@ class Registry:
             reason=slot.reason or None,
             source=trunk_entry.source,
             device=str(self.device),
-            dtype=trunk_entry.dtype or self.dtype,
+            dtype=self._placements.precision(trunk_entry),
             licence=entry.licence,
             description=entry.description,
         )
         if (model := slot.model) is None:
             return description
-        trunk, engine = model.trunk, model.trunk.engine.report()
+        trunk = model.trunk
+        engine, report = trunk.engine, trunk.engine.report()
         return replace(
             description,
             tasks=tuple(model.tasks),
             format=slot.format,
             architecture=trunk.architecture,
-            engine=engine.name,
-            precision=description.dtype,
+            engine=report.name,
+            precision=trunk.placement.precision,
             transform=getattr(trunk.preprocess, "transform", "exact"),
-            agreement=engine.to_json(),
-            engine_reason=engine.reason or None,
-            memory_bytes=model.trunk_bytes + model.head_bytes,
+            agreement=report.to_json(),
+            engine_reason=report.reason or None,
+            memory_bytes=model.trunk_bytes + model.head_bytes + engine.nbytes,
             head_bytes=model.head_bytes,
             head=dict(model.about) or None,
             preprocess=asdict(trunk.preprocess),
@@ -279,15 +278,6 @@ class Registry:
         with self._trunk_locks[name]:
             if name not in self._trunks:
                 base = self.catalog.path.parent
-                loaded = load_trunk(entry, self.store, base, self._placement_of(entry))
+                loaded = load_trunk(entry, self.store, base, self._placements.placement(entry))
                 self._trunks[name] = replace(loaded, source=entry.source)
             return self._trunks[name]
-
-    def _placement_of(self, entry: TrunkEntry) -> Placement:
-        return replace(
-            self._placement,
-            dtype=resolve_dtype(entry.dtype or self.dtype),
-            channels_last=bool(entry.channels_last),
-            engine=entry.engine or self._placement.engine,
-            transform=resolve_transform(entry.transform or self._placement.transform),
-        )

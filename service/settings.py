@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.worker_options import WorkerOptions
@@ -14,7 +14,9 @@ Secrets = Annotated[tuple[SecretStr, ...], NoDecode]
 class Settings(BaseSettings):
     """The settings of a process, read once at start. Flags take precedence over the environment."""
 
-    model_config = SettingsConfigDict(env_prefix="VITRAIL_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="VITRAIL_", frozen=True, extra="forbid", populate_by_name=True
+    )
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
     port: int = Field(8000, ge=0, le=65535, description="REST port; 0 for any free port.")
@@ -32,8 +34,11 @@ class Settings(BaseSettings):
         (), description="Models to load at start; if empty, the catalog's `startup` list."
     )
     device: str = Field("auto", description="Device of the models: auto, cpu, cuda or cuda:N.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Precision of trunks, unless the catalog sets one."
+    precision: Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"] = Field(
+        "auto",
+        validation_alias=AliasChoices("VITRAIL_PRECISION", "VITRAIL_DTYPE"),
+        description="Precision of trunks, unless the catalog sets one; auto: float32 on CPUs, "
+        "bfloat16 on GPUs that have it. VITRAIL_DTYPE is its other name.",
     )
     engine: str = Field(
         "auto", description="Engine that runs trunks' passes, unless the catalog sets one."

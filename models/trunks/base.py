@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models.errors import InputError
+from models.errors import EngineError, InputError
 from models.inputs.images import DEFAULT_LIMITS, ImageLimits
 from models.inputs.samples import sample_photos
 from models.inputs.transforms import Normalize, Preprocess, collate, create_transform
+from models.trunks.calibration import read_images
 from models.trunks.devices import Placement
 from models.trunks.engines.registry import engine_class
 from models.trunks.features import LAST_OUTPUT, BatchRequest, FeatureRequest, PassPlan
@@ -53,7 +54,8 @@ class Trunk:
         exponents: (G,) of a pooling by group generalized mean, or None.
         takes_gsd: whether features depend on the ground sample distance (Scale-MAE).
         has_dense: whether it can embed every patch (`FeatureRequest.dense`).
-        digest: SHA-256 over the weights.
+        digest: SHA-256 over the weights, which does not depend on the precision.
+        identity: changes whenever a plan's pass may compute something else in float32.
     """
 
     modality = "image"
@@ -71,11 +73,12 @@ class Trunk:
     ) -> None:
         self.architecture = architecture
         self.preprocess = preprocess
-        self.placement = placement
+        engine = engine_class(placement.engine)
+        self.placement = engine.place(placement)
         self.digest = state_digest(network.state_dict())
-        self.network: Any = placement.apply(network)
-        identity = f"{architecture} {self.digest} {preprocess.digest}"
-        self.engine = engine_class(placement.engine)(self.create_pass, placement, identity)
+        self.network: Any = self.placement.apply(network)
+        self.identity = f"{architecture} {self.digest} {preprocess.digest}"
+        self.engine = engine(self)
 
     # -- a pass ----------------------------------------------------------------------------
 
@@ -127,6 +130,19 @@ class Trunk:
         """A block's output after the final norm."""
         raise NotImplementedError(f"the blocks of {self.architecture} cannot be read")
 
+    def summary(self, batch: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
+        """The logits (B, K) of the own classifier and True, otherwise the last output (B, D) and
+        False. Engines are compared by it.
+
+        Args:
+            batch: as `forward` takes it.
+            tensors: the outputs of a pass.
+        """
+        output = self.output(batch, tensors)
+        if self.num_classes and "features" in tensors:
+            return self.classify(output), True
+        return next(iter(tensors.values())).flatten(1), False
+
     # -- inputs ----------------------------------------------------------------------------
 
     def prepare(self, item: Any, limits: ImageLimits = DEFAULT_LIMITS) -> Tensor:
@@ -154,6 +170,14 @@ class Trunk:
     def samples(self, count: int) -> list[Tensor]:
         """Prepared inputs with real content, for comparing engines."""
         raise NotImplementedError
+
+    def calibration_inputs(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The placement's calibration set, prepared: images to calibrate on, and those held out.
+
+        Raises:
+            EngineError: the trunk takes no images.
+        """
+        raise EngineError(f"int8 is for models of images; {self.architecture} takes others")
 
     # -- what heads ask --------------------------------------------------------------------
 
@@ -229,6 +253,16 @@ class ImageTrunk(Trunk):
 
     def samples(self, count: int) -> list[Tensor]:
         return [self.prepare(photo) for photo in sample_photos(count)]
+
+    def calibration_inputs(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        images = self.placement.calibration
+        if images is None or self.modality != "image":
+            return super().calibration_inputs()
+        sets = (images.calibration, images.held_out)
+        calibration, held_out = (
+            [self.prepare(image) for image in read_images(files, self.min_side)] for files in sets
+        )
+        return calibration, held_out
 
 
 class PixelInput(nn.Module):

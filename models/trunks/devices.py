@@ -1,15 +1,20 @@
-"""Where and how a trunk computes: device, dtype, memory layout and engine."""
+"""Where and how a trunk computes: device, precision, memory layout and engine."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 
 from models.errors import CatalogError
 from models.inputs.transforms import TransformName
+from models.trunks.calibration import CalibrationSet
 
-DTYPES = {
+Precision = Literal["float32", "bfloat16", "float16", "int8", "fp8"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+# The precisions that are dtypes of torch's, in which a whole network can be.
+DTYPES: dict[Precision, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -18,24 +23,28 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Where and how a trunk computes.
-
-    Args:
-        channels_last: the memory layout that convolutions prefer on CPUs.
-        engine: the name of the engine that runs passes, see `models/trunks/engines`.
-        transform: how images are resized, see `models/inputs/transforms.py`.
-        threads: CPU threads of an engine that has threads of its own; 0: all cores.
-        streams: passes that run at the same time.
-        cache: a folder where engines keep what they have built; None: nowhere.
-    """
+    """Where and how a trunk computes."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: Precision = "float32"
+    # The dtype of the network's weights. `Engine.place` sets it.
     dtype: torch.dtype = torch.float32
+    # The largest error over the largest value, compared with eager float32, that an engine may
+    # have; None: 1e-5 for float32, and no limit for other precisions.
+    tolerance: float | None = None
+    # The images that int8 is calibrated on.
+    calibration: CalibrationSet | None = None
+    # The memory layout that convolutions prefer on CPUs.
     channels_last: bool = False
+    # The name of the engine that runs passes, see `models/trunks/engines`.
     engine: str = "eager"
+    # How images are resized, see `models/inputs/transforms.py`.
     transform: TransformName = "exact"
+    # CPU threads of an engine that has threads of its own; 0: all cores.
     threads: int = 0
+    # Passes that run at the same time.
     streams: int = 1
+    # A folder where engines keep what they have built; None: nowhere.
     cache: Path | None = None
 
     def apply(self, network: nn.Module) -> nn.Module:
@@ -46,6 +55,16 @@ class Placement:
     @property
     def memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    @property
+    def precision_key(self) -> str:
+        """What decides the outputs besides weights and inputs: empty for float32, otherwise the
+        precision, and for int8 the calibration set's digest."""
+        if self.precision == "float32":
+            return ""
+        if self.precision != "int8" or self.calibration is None:
+            return self.precision
+        return f"int8 {self.calibration.digest}"
 
 
 def resolve_device(device: str) -> torch.device:
@@ -65,12 +84,16 @@ def resolve_device(device: str) -> torch.device:
     return resolved
 
 
-def resolve_dtype(name: str) -> torch.dtype:
-    """`float32`, `bfloat16` or `float16` as torch's dtype.
+def resolve_precision(name: str, device: torch.device) -> Precision:
+    """A precision by its name; `auto` is bfloat16 on GPUs that have it, else float32.
 
     Raises:
-        CatalogError: another name.
+        CatalogError: an unknown precision.
     """
-    if name not in DTYPES:
-        raise CatalogError(f"unknown dtype {name!r}; supported: {', '.join(DTYPES)}")
-    return DTYPES[name]
+    if name == "auto":
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return "bfloat16" if has_bfloat16 else "float32"
+    for precision in PRECISIONS:
+        if name == precision:
+            return precision
+    raise CatalogError(f"unknown precision {name!r}; supported: auto, {', '.join(PRECISIONS)}")

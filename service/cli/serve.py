@@ -13,7 +13,10 @@ GrpcPort = Annotated[int | None, typer.Option(help="gRPC port.")]
 Catalog = Annotated[str | None, typer.Option(help="demo, hub, or a TOML file.")]
 Models = Annotated[str | None, typer.Option(help="Models to load at start, comma-separated.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+Precision = Annotated[
+    str | None,
+    typer.Option("--precision", "--dtype", help="auto, float32, bfloat16, float16 or int8."),
+]
 EngineName = Annotated[str | None, typer.Option(help="Engine of the trunks: auto, eager, ...")]
 TransformName = Annotated[str | None, typer.Option(help="How images are resized: exact or fast.")]
 Streams = Annotated[int | None, typer.Option(help="Most batches that run at the same time.")]
@@ -29,7 +32,7 @@ def serve(
     catalog: Catalog = None,
     models: Models = None,
     device: Device = None,
-    dtype: Dtype = None,
+    precision: Precision = None,
     engine: EngineName = None,
     transform: TransformName = None,
     streams: Streams = None,
@@ -46,7 +49,7 @@ def serve(
     """
     settings = read_settings(
         {"host": host, "port": port, "grpc_port": grpc_port, "catalog": catalog, "models": models,
-         "device": device, "dtype": dtype, "engine": engine, "transform": transform,
+         "device": device, "precision": precision, "engine": engine, "transform": transform,
          "streams": streams, "log_level": log_level}
     )  # fmt: skip
     if workers != "auto" and not workers.isdigit():
@@ -114,7 +117,7 @@ def worker(
     catalog: Catalog = None,
     models: Models = None,
     device: Device = None,
-    dtype: Dtype = None,
+    precision: Precision = None,
     engine: EngineName = None,
     transform: TransformName = None,
     streams: Streams = None,
@@ -130,7 +133,7 @@ def worker(
     """
     settings = read_settings(
         {"host": host, "grpc_port": port, "metrics_port": metrics_port, "catalog": catalog,
-         "models": models, "device": device, "dtype": dtype, "engine": engine,
+         "models": models, "device": device, "precision": precision, "engine": engine,
          "transform": transform, "streams": streams, "log_level": log_level}
     )  # fmt: skip
     if supervised:

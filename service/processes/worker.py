@@ -31,7 +31,7 @@ def create_backend(settings: Settings) -> tuple[LocalBackend, Metrics]:
     registry = Registry(
         catalog,
         device=settings.device,
-        dtype=settings.dtype,
+        precision=settings.precision,
         engine=settings.engine,
         transform=settings.transform,
         threads=options.threads,

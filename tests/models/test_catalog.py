@@ -46,11 +46,19 @@ def test_first_model_of_a_task_is_its_default_and_all_start(tmp_path: Path) -> N
         (GOOD.replace('"classify"', '"clasify"'), "clasify"),
         (GOOD.replace('trunk = "t"', 'trunk = "u"', 1), "no trunk 'u'"),
         ('startup = ["z"]\n' + GOOD, "no model z"),
+        ('[trunks.t]\nsource = "file:t"\ntolerance = 0\n', "t: tolerance must be a number above 0"),
+        ('[trunks.t]\nsource = "file:t"\ntolerance = "1"\n', "t: tolerance must be a number"),
+        ('[trunks.t]\nsource = "file:t"\nprecision = "int8"\ndtype = "float32"\n', "set one"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(CatalogError, match=message):
         load_catalog(write(tmp_path, text))
+
+
+def test_dtype_is_the_other_name_of_precision(tmp_path: Path) -> None:
+    path = write(tmp_path, '[trunks.t]\nsource = "file:t"\ndtype = "bfloat16"\n')
+    assert load_catalog(path).trunks["t"].precision == "bfloat16"
 
 
 def test_unknown_catalogs_and_models_are_told_with_what_there_is(tmp_path: Path) -> None:

@@ -252,17 +252,17 @@ def test_a_hub_that_cannot_be_reached_is_told(tmp_path: Path) -> None:
         Registry(load_catalog(path), device="cpu").get("stub")
 
 
-def test_wrong_devices_and_dtypes_are_told(tiny_catalog: Path) -> None:
+def test_unknown_devices_and_precisions_are_refused(tiny_catalog: Path) -> None:
     with pytest.raises(CatalogError, match="unknown device"):
         Registry.from_catalog(tiny_catalog, device="quantum")
     with pytest.raises(CatalogError, match="float7"):
-        Registry.from_catalog(tiny_catalog, device="cpu", dtype="float7").get("tiny")
+        Registry.from_catalog(tiny_catalog, device="cpu", precision="float7")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_other_dtypes_stay_close(tiny_catalog: Path, dtype: str) -> None:
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_other_precisions_stay_close(tiny_catalog: Path, precision: str) -> None:
     image = Image.effect_noise((200, 200), 80).convert("RGB")
     exact = Registry.from_catalog(tiny_catalog, device="cpu").get("tiny-embed")
-    close = Registry.from_catalog(tiny_catalog, device="cpu", dtype=dtype).get("tiny-embed")
+    close = Registry.from_catalog(tiny_catalog, device="cpu", precision=precision).get("tiny-embed")
     vectors = [torch.tensor(m.predict([image])[0]["embedding"]) for m in (exact, close)]
     assert torch.dot(*vectors) > 0.99

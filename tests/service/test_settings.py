@@ -1,6 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
+from service.processes.child_settings import child_environment
 from service.settings import Settings
 from service.worker_options import WorkerOptions, usable_cores
 
@@ -15,12 +16,21 @@ def test_flags_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
     assert Settings().api_keys == ()
 
 
+def test_dtype_is_the_other_name_of_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VITRAIL_DTYPE", "bfloat16")
+    assert Settings().precision == "bfloat16"
+    assert Settings(precision="float16").precision == "float16"
+    assert child_environment(Settings())["VITRAIL_PRECISION"] == "bfloat16"
+    monkeypatch.setenv("VITRAIL_PRECISION", "int8")
+    assert Settings().precision == "int8"
+
+
 def test_secrets_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VITRAIL_ADMIN_KEYS", "hush")
     assert "hush" not in repr(Settings())
 
 
-@pytest.mark.parametrize("wrong", [{"port": -1}, {"dtype": "int3"}, {"max_images": 0}])
+@pytest.mark.parametrize("wrong", [{"port": -1}, {"precision": "int3"}, {"max_images": 0}])
 def test_wrong_settings_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         Settings(**wrong)  # type: ignore[arg-type]

@@ -1,7 +1,8 @@
 """Chooses an engine for each pass: the fastest one whose outputs agree with eager's.
 
 A pass runs eagerly until another engine's version of it is built and compared with eager on real
-inputs. Then both run a few times, in the thread that runs passes, and the faster one stays.
+inputs. Then both run a few times, in the thread that runs passes, and the faster one stays. The
+precisions other than float32 have no such trials: the other engine runs what it can.
 """
 
 import logging
@@ -11,15 +12,22 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from models.errors import EngineError
-from models.trunks.engines.base import Engine, EngineReport, Pass, PassKey, pass_key
+from models.trunks.devices import DTYPES, Placement
+from models.trunks.engines.base import (
+    Engine,
+    Pass,
+    PassKey,
+    PassSource,
+    pass_key,
+)
 from models.trunks.engines.eager import Eager
 from models.trunks.engines.openvino import OpenVino
+from models.trunks.engines.report import EngineReport
 from models.trunks.features import PassPlan
 
 logger = logging.getLogger(__name__)
@@ -31,20 +39,17 @@ MAX_PASSES = 8
 
 @dataclass(slots=True)
 class _Choice:
-    """How one pass is run.
+    """How one pass is run."""
 
-    Args:
-        candidate: the other engine's pass, once it is built.
-        trials: how often both ran.
-        chosen: whether the candidate is used from now on.
-        reason: why the pass stays with eager.
-    """
-
+    # The other engine's pass, once it is built.
     candidate: Pass | None = None
+    # How often both ran, and the seconds that each took.
     trials: int = 0
     eager_s: float = 0.0
     candidate_s: float = 0.0
+    # Whether the candidate is used from now on.
     chosen: bool = False
+    # Why the pass stays with eager.
     reason: str = ""
 
 
@@ -53,11 +58,26 @@ class Auto(Engine):
     # Padding is work for every row, so a row with more tokens than these is run eagerly instead.
     max_padded_queries = 16
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._eager = Eager(*arguments)
-        self._other = OpenVino(*arguments)
+    def __init__(self, source: PassSource) -> None:
+        super().__init__(source)
+        self._eager = Eager(source)
+        self._other = OpenVino(source)
         self._choices: dict[PassKey, _Choice] = {}
+        # Why the other engine runs no pass at all.
+        self._refusal = ""
+        try:
+            OpenVino.place(source.placement)
+        except EngineError as error:
+            self._refusal = str(error)
+
+    @classmethod
+    def place(cls, placement: Placement) -> Placement:
+        try:
+            return OpenVino.place(placement)
+        except EngineError:
+            if placement.precision not in DTYPES:
+                raise
+            return Eager.place(placement)
 
     def run(self, plan: PassPlan, inputs: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
         choice = self._choices.get(pass_key(plan, inputs))
@@ -82,26 +102,40 @@ class Auto(Engine):
         return outputs
 
     def prepare(self, plan: PassPlan, inputs: tuple[Tensor, ...]) -> None:
-        """Build the other engine's pass: now if it only has to be read from disk, otherwise in the
-        background."""
-        if not self._other.is_cached(pass_key(plan, inputs)):
+        """Build the other engine's pass: now if it only has to be read from disk or the precision
+        is not float32, otherwise in the background.
+
+        Raises:
+            EngineError: the pass cannot be built in a precision that eager does not have.
+        """
+        if self._is_float32 and not self._other.is_cached(pass_key(plan, inputs)):
             self._build_in_background(plan, inputs)
         elif (choice := self._new_choice(pass_key(plan, inputs))) is not None:
             self._build(choice, plan, inputs)
+            if choice.reason and self.placement.precision not in DTYPES:
+                raise EngineError(choice.reason)
 
     def report(self) -> EngineReport:
         choices = list(self._choices.values())
         if any(choice.chosen for choice in choices):
             return self._other.report()
-        pending = f"{self._other.name} is not built and compared yet"
+        pending = self._refusal or f"{self._other.name} is not built and compared yet"
         reason = next((choice.reason for choice in choices if choice.reason), pending)
         return EngineReport(self._eager.name, reason=reason)
+
+    @property
+    def nbytes(self) -> int:
+        return self._other.nbytes
+
+    @property
+    def _is_float32(self) -> bool:
+        return self.placement.precision == "float32"
 
     def _new_choice(self, key: PassKey) -> _Choice | None:
         """The choice of a pass that is new and gets one. Passes beyond MAX_PASSES get none, nor do
         those whose rows differ in query tokens."""
         plan, *_ = key
-        if len(plan.query_groups) > 1:
+        if self._refusal or len(plan.query_groups) > 1:
             return None
         with self._lock:
             if key in self._choices or len(self._choices) >= MAX_PASSES:
@@ -118,6 +152,7 @@ class Auto(Engine):
     def _build(self, choice: _Choice, plan: PassPlan, inputs: tuple[Tensor, ...]) -> None:
         try:
             choice.candidate = self._other.get(plan, inputs)
+            choice.chosen = not self._is_float32
         except EngineError as error:
             choice.reason = str(error)
         except Exception as error:

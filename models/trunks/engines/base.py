@@ -6,17 +6,17 @@ one source of truth. Query tokens come as integer slots into a bank of tensors, 
 changes no module.
 """
 
-import math
 import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from models.errors import EngineError
-from models.trunks.devices import Placement
+from models.trunks.devices import DTYPES, Placement
+from models.trunks.engines.report import EngineReport
 from models.trunks.features import PassPlan
 
 # Input tensors to named output tensors.
@@ -25,28 +25,36 @@ Pass = Callable[..., Mapping[str, Tensor]]
 PassKey = tuple[PassPlan, tuple[torch.dtype, ...], tuple[int, ...]]
 
 
-@dataclass(frozen=True, slots=True)
-class EngineReport:
-    """What runs a trunk's passes.
+class PassSource(Protocol):
+    """What an engine needs of the trunk that it runs."""
 
-    Args:
-        name: the engine.
-        error: its largest error on real inputs, compared with eager, over the largest value; None
-            for eager itself.
-        inputs: how many inputs that was measured on.
-        reason: why it is not another engine.
-    """
+    placement: Placement
+    # Changes whenever a plan's module may compute something else.
+    identity: str
 
-    name: str
-    error: float | None = None
-    inputs: int = 0
-    reason: str = ""
+    def create_pass(self, plan: PassPlan) -> nn.Module:
+        """The module of a plan's pass. Modules share the network's weights."""
 
-    def to_json(self) -> dict[str, Any] | None:
-        """The member `agreement` of a model's description; None for eager."""
-        if self.error is None:
-            return None
-        return {"largest_error": self.error, "inputs": self.inputs}
+    def summary(self, batch: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
+        """What a pass's outputs come down to: (B, D), and whether they are a classifier's logits.
+
+        Args:
+            batch: the first input of the pass.
+            tensors: its outputs.
+        """
+
+    def samples(self, count: int) -> Sequence[Tensor]:
+        """Prepared inputs with real content."""
+
+    def collate(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Prepared inputs as a batch."""
+
+    def calibration_inputs(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """The placement's calibration set, prepared: images to calibrate on, and those held out.
+
+        Raises:
+            EngineError: the trunk takes no images.
+        """
 
 
 class Engine:
@@ -60,19 +68,27 @@ class Engine:
     name: ClassVar[str]
     max_padded_queries: ClassVar[int] = 0
 
-    def __init__(
-        self, create_module: Callable[[PassPlan], nn.Module], placement: Placement, identity: str
-    ) -> None:
+    def __init__(self, source: PassSource) -> None:
         """
         Args:
-            create_module: the module of a plan's pass. Modules share the network's weights.
-            identity: changes whenever a plan's module may compute something else.
+            source: the trunk. Its placement is one that `place` returned.
         """
-        self.create_module = create_module
-        self.placement = placement
-        self.identity = identity
+        self.source = source
+        self.placement = source.placement
         self._passes: dict[PassKey, Pass] = {}
         self._lock = threading.Lock()
+
+    @classmethod
+    def place(cls, placement: Placement) -> Placement:
+        """The placement with the dtype that the network's weights need for its precision.
+
+        Raises:
+            EngineError: the engine does not compute in this precision on this device. The message
+                gives the reason.
+        """
+        if (dtype := DTYPES.get(placement.precision)) is None:
+            raise EngineError(f"{cls.name} does not compute in {placement.precision}")
+        return replace(placement, dtype=dtype)
 
     def run(self, plan: PassPlan, inputs: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
         """Run one pass; it is built first if it is the first one of its kind.
@@ -92,7 +108,9 @@ class Engine:
         if (built := self._passes.get(key)) is None:
             with self._lock:
                 if (built := self._passes.get(key)) is None:
-                    built = self._passes[key] = self.build(key, self.create_module(plan), inputs)
+                    built = self._passes[key] = self.build(
+                        key, self.source.create_pass(plan), inputs
+                    )
         return built
 
     def key(self, plan: PassPlan, inputs: tuple[Tensor, ...]) -> PassKey:
@@ -114,36 +132,14 @@ class Engine:
         """What runs the trunk's passes now."""
         return EngineReport(self.name)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that built passes hold besides the network's own."""
+        return 0
+
 
 def pass_key(plan: PassPlan, inputs: tuple[Tensor, ...]) -> PassKey:
     """What a built pass depends on. Token ids (B, T) may have any length."""
     batch = inputs[0]
     sizes = () if batch.dim() == 2 else tuple(batch.shape[1:])
     return plan, tuple(tensor.dtype for tensor in inputs), sizes
-
-
-@torch.inference_mode()
-def largest_error(module: nn.Module, built: Pass, inputs: tuple[Tensor, ...]) -> float:
-    """The largest difference between a built pass and its module, over the largest value of the
-    output that it is in.
-
-    Raises:
-        EngineError: outputs of other names or shapes, or a difference that is not finite.
-    """
-    expected, actual = module(*inputs), built(*inputs)
-    if expected.keys() != actual.keys():
-        raise EngineError(f"outputs {sorted(actual)} instead of {sorted(expected)}")
-    worst = 0.0
-    for name, reference in expected.items():
-        if reference.shape != actual[name].shape:
-            raise EngineError(
-                f"{name} has shape {tuple(actual[name].shape)} instead of {tuple(reference.shape)}"
-            )
-        if reference.numel():
-            difference = (actual[name].float() - reference.float()).abs().max()
-            scale = reference.float().abs().max().clamp(min=1e-12)
-            error = float(difference / scale)
-            if not math.isfinite(error):
-                raise EngineError(f"{name} has values that are not finite")
-            worst = max(worst, error)
-    return worst

@@ -1,40 +1,49 @@
-"""OpenVINO on CPUs, for trunks in float32.
+"""OpenVINO on CPUs, for trunks whose weights are in float32.
 
 A pass's module is traced and converted. The batch size, the length of texts and the number of query
-tokens stay dynamic. Converted passes are kept on disk; a second start reads them.
-https://docs.openvino.ai
+tokens stay dynamic. Converted passes are kept on disk; a second start reads them. For bfloat16 and
+float16 the compiled model alone computes in that precision. For int8 the converted model is
+quantised. https://docs.openvino.ai
 """
 
 import hashlib
 import logging
-import os
 import sys
 import tempfile
-import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import openvino
 import torch
 from torch import Tensor, nn
 
 from models.errors import EngineError
-from models.trunks.devices import Placement
-from models.trunks.engines.base import Engine, EngineReport, Pass, PassKey, largest_error
-
-# Without its telemetry, which would send events of every import and conversion to its vendor, each
-# from a fork of this process. OpenVINO does without the package where it cannot be imported.
-sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-import openvino  # noqa: E402
+from models.trunks.devices import Placement, Precision
+from models.trunks.engines.base import Engine, Pass, PassKey, PassSource
+from models.trunks.engines.comparison import compare, run_both
+from models.trunks.engines.compiled_pass import NAMES, CompiledPass
+from models.trunks.engines.quantization import check_calibration, quantize
+from models.trunks.engines.report import Agreement, EngineReport
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = 1e-5
-# where a model keeps its outputs' names: one tensor may be two outputs
-NAMES = ["vitrail", "outputs"]
+FLOAT32_TOLERANCE = 1e-5
+# The names of `OPTIMIZATION_CAPABILITIES`.
+CAPABILITIES: Mapping[Precision, str] = {
+    "float32": "FP32",
+    "bfloat16": "BF16",
+    "float16": "FP16",
+    "int8": "INT8",
+}
+# Photos that a pass of another precision than float32 is compared on.
+SAMPLES = 8
+# Images that a pass is compared on at a time.
+BATCH = 8
 LIBRARIES = ("vitrail", "openvino", "torch", "timm", "open_clip_torch", "transformers")
 
 
@@ -42,10 +51,28 @@ class OpenVino(Engine):
     name = "openvino"
     max_padded_queries = sys.maxsize
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._reports: dict[PassKey, EngineReport] = {}
+    def __init__(self, source: PassSource) -> None:
+        super().__init__(source)
+        self._agreements: dict[PassKey, Agreement] = {}
         self._failures: dict[PassKey, str] = {}
+
+    @classmethod
+    def place(cls, placement: Placement) -> Placement:
+        device, precision = placement.device.type, placement.precision
+        if device != "cpu":
+            raise EngineError(f"openvino runs on CPUs, not on {device}")
+        if precision not in CAPABILITIES:
+            raise EngineError(f"openvino does not compute in {precision} on CPUs")
+        capabilities = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if CAPABILITIES[precision] not in capabilities:
+            able = [name for name, flag in CAPABILITIES.items() if flag in capabilities]
+            raise EngineError(
+                f"this machine's CPU does not compute in {precision}; openvino can use "
+                f"{', '.join(able)}"
+            )
+        if precision == "int8":
+            check_calibration(placement)
+        return replace(placement, dtype=torch.float32)
 
     def build(self, key: PassKey, module: nn.Module, inputs: tuple[Tensor, ...]) -> Pass:
         if (failure := self._failures.get(key)) is not None:
@@ -57,11 +84,6 @@ class OpenVino(Engine):
             raise
 
     def _build(self, key: PassKey, module: nn.Module, inputs: tuple[Tensor, ...]) -> Pass:
-        placement = self.placement
-        if placement.device.type != "cpu" or placement.dtype != torch.float32:
-            raise EngineError(
-                f"openvino runs float32 on CPUs, not {placement.dtype} on {placement.device.type}"
-            )
         path = self._path(key)
         if path is not None and path.is_file():
             try:
@@ -69,36 +91,78 @@ class OpenVino(Engine):
             except (EngineError, RuntimeError) as error:
                 logger.warning("%s is converted again: %s", path, _first_line(error))
         model = _convert(module, inputs)
+        if self.placement.precision == "int8":
+            model = self._quantize(model, module, inputs)
         built = self._compile(key, model, module, inputs)
         if path is not None:
             _save(model, path)
         return built
 
+    def _quantize(self, model: Any, module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+        if len(inputs) > 1:
+            raise EngineError("query tokens have no calibration images for int8")
+        names = model.get_rt_info(NAMES).value
+        images, _ = self.source.calibration_inputs()
+        quantized = quantize(model, module, self._collate(images, inputs[0]))
+        quantized.set_rt_info(names, NAMES)
+        return quantized
+
     def _compile(
         self, key: PassKey, model: Any, module: nn.Module, inputs: tuple[Tensor, ...]
     ) -> Pass:
         """The compiled model, compared with eager."""
-        placement = self.placement
         try:
-            built = CompiledPass(model, placement)
-            error = max(
-                largest_error(module, partial(built.run, is_wide=is_wide), each)
-                for each in _examples(module, inputs)
-                for is_wide in (False, True)
-            )
+            built = CompiledPass(model, self.placement)
+            agreement = self._compare(built, module, inputs)
         except RuntimeError as failure:
             raise EngineError(f"openvino cannot run it: {_first_line(failure)}") from failure
-        if not error <= TOLERANCE:
+        tolerance = self.placement.tolerance
+        if tolerance is None and self.placement.precision == "float32":
+            tolerance = FLOAT32_TOLERANCE
+        if tolerance is not None and not agreement.largest_error <= tolerance:
             raise EngineError(
-                f"its outputs differ from eager by {error:.1e} of the largest value; the tolerance "
-                f"is {TOLERANCE:.0e}"
+                f"its outputs differ from eager float32 by {agreement.largest_error:.1e} of the "
+                f"largest value; the tolerance is {tolerance:.0e}"
             )
-        self._reports[key] = EngineReport(self.name, error, len(inputs[0]))
+        self._agreements[key] = agreement
         return built
 
+    def _compare(
+        self, built: "CompiledPass", module: nn.Module, inputs: tuple[Tensor, ...]
+    ) -> Agreement:
+        """The agreement with eager on the inputs or, in other precisions than float32, on more
+        photos. The largest error is that of either width and of all forms of inputs."""
+        narrow, wide = (partial(built.run, is_wide=is_wide) for is_wide in (False, True))
+        photos = self._photos(inputs)
+        agreement = compare(self.source, run_both(module, narrow, photos or [inputs]))
+        examples = [*photos, *_examples(module, inputs)]
+        others = [compare(self.source, run_both(module, run, examples)) for run in (narrow, wide)]
+        errors = [each.largest_error for each in (agreement, *others)]
+        return replace(agreement, largest_error=max(errors))
+
+    def _photos(self, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+        """Batches of the package's photos, and of the images held out from calibration."""
+        if self.placement.precision == "float32" or len(inputs) > 1:
+            return []
+        photos = list(self.source.samples(SAMPLES))
+        if self.placement.precision == "int8":
+            photos += self.source.calibration_inputs()[1]
+        batch = self._collate(photos, inputs[0])
+        return [(part,) for part in torch.split(batch, BATCH)]
+
+    def _collate(self, images: Sequence[Tensor], like: Tensor) -> Tensor:
+        """Prepared inputs as a batch of the same dtype as another one: uint8 or normalised."""
+        return self.source.collate([*images, like[0]])[: len(images)]
+
     def report(self) -> EngineReport:
-        worst = max(self._reports.values(), key=lambda report: report.error or 0.0, default=None)
-        return worst or EngineReport(self.name)
+        agreements = list(self._agreements.values())
+        worst = max(agreements, key=lambda each: each.largest_error, default=None)
+        return EngineReport(self.name, worst)
+
+    @property
+    def nbytes(self) -> int:
+        built = list(self._passes.values())
+        return sum(each.nbytes for each in built if isinstance(each, CompiledPass))
 
     def is_cached(self, key: PassKey) -> bool:
         """Whether the converted pass only has to be read from disk."""
@@ -112,55 +176,10 @@ class OpenVino(Engine):
         versions = [f"{name} {version(name)}" for name in LIBRARIES]
         fields = sorted((name, str(sorted(value) if isinstance(value, frozenset) else value))
                         for name, value in plan_fields(plan).items())  # fmt: skip
-        text = repr((self.identity, versions, fields, dtypes, sizes))
+        # In bfloat16 and float16 it is the same model as in float32, compiled in another way.
+        precision = self.placement.precision_key if self.placement.precision == "int8" else ""
+        text = repr((self.source.identity, versions, fields, dtypes, sizes, precision))
         return self.placement.cache / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.xml"
-
-
-class CompiledPass:
-    """A compiled model, called from any thread with tensors on the CPU.
-
-    A call takes as many threads as torch's operators would in the calling thread: one stream's
-    share, or all of them.
-    """
-
-    def __init__(self, model: Any, placement: Placement) -> None:
-        threads = placement.threads or len(os.sched_getaffinity(0))
-        streams = max(1, min(placement.streams, threads))
-        self._stream_threads = threads // streams
-        self._narrow = self._wide = _compiled(model, threads, streams)
-        if streams > 1:
-            self._wide = _compiled(model, threads, 1)
-        self._names = str(model.get_rt_info(NAMES).value).split(",")
-        self._local = threading.local()
-
-    def __call__(self, *inputs: Tensor) -> Mapping[str, Tensor]:
-        return self.run(*inputs, is_wide=torch.get_num_threads() > self._stream_threads)
-
-    def run(self, *inputs: Tensor, is_wide: bool) -> Mapping[str, Tensor]:
-        """Run on all threads, or on one stream's share of them."""
-        arrays = [tensor.contiguous().numpy() for tensor in inputs]
-        results = self._request(is_wide).infer(arrays, share_inputs=True)
-        return {name: torch.from_numpy(results[number]) for number, name in enumerate(self._names)}
-
-    def _request(self, is_wide: bool) -> Any:
-        """This thread's own request, which holds the buffers of a call."""
-        name = "wide" if is_wide else "narrow"
-        if (request := getattr(self._local, name, None)) is None:
-            compiled = self._wide if is_wide else self._narrow
-            request = compiled.create_infer_request()
-            setattr(self._local, name, request)
-        return request
-
-
-def _compiled(model: Any, threads: int, streams: int) -> Any:
-    config = {
-        "INFERENCE_PRECISION_HINT": "f32",
-        "NUM_STREAMS": streams,
-        "INFERENCE_NUM_THREADS": threads,
-        # A pinned thread would wait for its core while another program is busy there.
-        "ENABLE_CPU_PINNING": False,
-    }
-    return openvino.Core().compile_model(model, "CPU", config)
 
 
 class FlatModule(nn.Module):

@@ -1,0 +1,1 @@
+"""Measuring which settings a model is fastest with on this machine."""
