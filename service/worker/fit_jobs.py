@@ -262,14 +262,12 @@ class FitJobs:
 
     def _run(self, job: _Job, pixels_BCHW: Tensor, head: ReadFeatures) -> list[Row]:
         trunk = job.request["trunk"]
-        futures = []
-        for pixels in pixels_BCHW:
-            item, future = Item.awaited(trunk, pixels, (HeadCall(head),))
+        items = [Item.awaited(trunk, pixels, (HeadCall(head),)) for pixels in pixels_BCHW]
+        for item, _ in items:
             self._admit(job, trunk)
             self._batcher.put(trunk, [Entry(item, job.name, bulk=True)])
-            futures.append(future)
         rows: list[Row] = []
-        for future in futures:
+        for _, future in items:
             [row] = future.result().rows
             if isinstance(row, Exception):
                 raise row
