@@ -132,7 +132,7 @@ def _samples() -> list[bytes]:
 
 
 def _print(result: "TuneResult", request: "TuneRequest") -> None:
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for column in ("engine", "precision", "transform", "streams", "batch"):
         table.add_column(column, no_wrap=True)
     for column in ("images/s", "lone ms", "error", "top-1"):

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -18,7 +18,7 @@ from service.cli import app
 from service.tuning.candidate import Candidate, Measurement
 from service.tuning.search import choose
 
-Tune = Callable[..., Result]
+Tune = Callable[..., Any]
 
 
 @pytest.fixture
