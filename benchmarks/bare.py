@@ -82,7 +82,7 @@ def _child(task: Task, arrangement: Arrangement, pipe: Connection) -> None:
     use_threads(1)  # so that a loop's pool of OpenMP threads is the only one, which is fastest
     threads = arrangement.loops * arrangement.threads
     registry = Registry.from_catalog(
-        task.catalog, engine=task.engine, transform=task.transform, dtype=task.precision,
+        task.catalog, engine=task.engine, transform=task.transform, precision=task.precision,
         threads=threads, streams=arrangement.loops,
     )  # fmt: skip
     photos = [path.read_bytes() for path in sorted(task.photos.glob("*.jpg"))]

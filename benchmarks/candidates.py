@@ -107,7 +107,7 @@ class Launcher:
             sys.executable, "-m", "service.cli", "serve", "--models", model,
             "--catalog", str(self.workload.catalog),
             "--port", str(port), "--grpc-port", str(free_port()),
-            "--transform", self.setting.transform, "--dtype", self.setting.precision,
+            "--transform", self.setting.transform, "--precision", self.setting.precision,
         ]  # fmt: skip
 
     def _options(self, model: str, port: int, folder: Path) -> Options:
