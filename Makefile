@@ -7,7 +7,7 @@ OUT ?= .
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help serve test check format docs proto bench bench-rivals clean
+.PHONY: help serve test nightly check format docs proto bench bench-rivals clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -30,6 +30,9 @@ serve: $(VENV)/serve.stamp ## Serve the demo on http://HOST:PORT, gRPC on GRPC_P
 
 test: $(VENV)/dev.stamp ## Run the tests
 	$(BIN)/python -m pytest
+
+nightly: $(VENV)/dev.stamp ## Run the tests that take minutes
+	$(BIN)/python -m pytest -m nightly
 
 check: $(VENV)/dev.stamp ## Lint, formatting and types
 	$(BIN)/ruff check .

@@ -15,6 +15,8 @@ from benchmarks.rivals.options import Options
 from benchmarks.servers import MARK, Server, StartError, free_port
 from benchmarks.workload import grouped
 
+pytestmark = pytest.mark.nightly
+
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
