@@ -64,7 +64,8 @@ class BufferedHandler(logging.StreamHandler[Any]):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._lines.append(self.format(record) + self.terminator)
+            line = self.format(record) + self.terminator
+            self._lines.append(line)  # in one step: `flush` may take the list between two
         except Exception:
             self.handleError(record)
         if record.levelno >= logging.WARNING:
@@ -92,5 +93,8 @@ def configure_logs(level: str) -> None:
     handler = BufferedHandler()
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # Their own levels, because OpenVINO raises the root logger's while it converts a pass.
+    for own in ("vitrail", "service", "models", "uvicorn"):
+        logging.getLogger(own).setLevel(level.upper())
     for noisy in ("httpx", "httpcore", "PIL", "rasterio", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -1,5 +1,7 @@
 """Engines: what OpenVINO converts agrees with eager, and what it cannot stays with eager."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -185,6 +187,18 @@ def test_auto_takes_over_once_it_is_built_and_says_so() -> None:
         assert report.agreement is not None
         assert report.agreement.largest_error <= 1e-5
         assert report.agreement.top1_agreement == 1
+
+
+def test_an_exit_while_a_pass_is_built_is_a_clean_one() -> None:
+    program = (
+        "import timm, torch\n"
+        "from tests.models.test_engines import small_trunk\n"
+        "from models.trunks.features import LAST_OUTPUT\n"
+        "for _ in range(5):\n"
+        "    small_trunk('auto').build(LAST_OUTPUT)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_an_engine_that_disagrees_is_refused_with_the_reason(

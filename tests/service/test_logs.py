@@ -46,6 +46,16 @@ def test_lines_are_written_before_the_process_ends() -> None:
     assert "last words" in result.stderr
 
 
+def test_a_library_that_raises_the_root_level_does_not_silence_us() -> None:
+    program = (
+        "import logging; from service.logs import configure_logs; configure_logs('info');"
+        "logging.getLogger().setLevel(logging.ERROR);"
+        "logging.getLogger('vitrail.access').info('a request')"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "a request" in result.stderr
+
+
 def test_request_ids_are_the_callers_or_new_ones() -> None:
     assert choose_request_id("abc") == "abc"
     made = {choose_request_id("") for _ in range(100)}

@@ -5,6 +5,8 @@ inputs. Then both run a few times, in the thread that runs passes, and the faste
 precisions other than float32 have no such trials: the other engine runs what it can.
 """
 
+import atexit
+import contextlib
 import logging
 import queue
 import threading
@@ -35,6 +37,8 @@ logger = logging.getLogger(__name__)
 TRIALS = 2
 # Images of many sizes would each need a graph of their own.
 MAX_PASSES = 8
+# How long an exit waits for the pass that is being built.
+EXIT_WAIT_S = 20
 
 
 @dataclass(slots=True)
@@ -181,17 +185,29 @@ class Auto(Engine):
 
 
 @cache
-def _jobs() -> "queue.SimpleQueue[Callable[[], None]]":
-    """The jobs of the process's one background thread. It is a daemon, since a build may take
-    half a minute, and an exit does not wait for it."""
-    jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+def _jobs() -> "queue.SimpleQueue[Callable[[], None] | None]":
+    """The jobs of the process's one background thread.
+
+    An exit waits for the job that runs, up to EXIT_WAIT_S: a thread that the interpreter stops
+    within OpenVINO's code aborts the process. It is a daemon, so that the exit waits no longer.
+    """
+    jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
     def work() -> None:
         torch.set_num_threads(1)
-        while True:
-            jobs.get()()
+        while (job := jobs.get()) is not None:
+            job()
 
-    threading.Thread(target=work, name="engine-builder", daemon=True).start()
+    def stop() -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                jobs.get_nowait()
+        jobs.put(None)
+        thread.join(EXIT_WAIT_S)
+
+    thread = threading.Thread(target=work, name="engine-builder", daemon=True)
+    thread.start()
+    atexit.register(stop)
     return jobs
 
 
