@@ -48,7 +48,7 @@ class Load:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value that `share` of the values stay below; 0 if there are none."""
+    """The value that `share` of the values stay below, or 0 without values."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 

@@ -44,7 +44,7 @@ def best(scores: np.ndarray, count: int) -> np.ndarray:
     milliseconds for 21 thousand of them.
     """
     least = np.partition(scores, -count)[-count]
-    candidates = np.flatnonzero(scores >= least)
+    candidates = np.flatnonzero(~(scores < least))  # all of them if some are NaN
     order = np.argsort(-scores[candidates], kind="stable")
-    best: np.ndarray = candidates[order[:count]]
-    return best
+    index: np.ndarray = candidates[order[:count]]
+    return index

@@ -45,6 +45,12 @@ def test_the_best_classes_are_those_of_a_stable_sort(classes: int, digits: int) 
         assert (best(scores, count) == order[:count]).all()
 
 
+def test_scores_that_are_not_numbers_are_not_left_out() -> None:
+    """Servers refuse them; an empty answer would hide them."""
+    scores = np.full(10, np.nan, np.float32)
+    assert len(best(scores, 5)) == 5
+
+
 def test_probabilities_are_best_first_and_sum_to_one(
     registry: Registry, photos: dict[str, Image.Image]
 ) -> None:

@@ -159,6 +159,19 @@ def test_a_failing_head_fails_its_own_rows(
     assert outputs["tiny-embed"]["error"]["status"] == 500
 
 
+def test_a_classifier_that_overflows_is_an_error_and_not_an_empty_answer(
+    server: Running, monkeypatch: pytest.MonkeyPatch, jpegs: dict[str, bytes]
+) -> None:
+    def overflow(output: TrunkOutput, **options: Any) -> dict[str, torch.Tensor]:
+        return {"logits": torch.full((len(output.features), 1000), torch.nan)}
+
+    head = server.backend.registry.get("tiny").heads["classify"]
+    monkeypatch.setattr(head, "forward", overflow)
+    answer = post(server, "/classify?model=tiny", jpegs["coffee"])
+    assert answer.status_code == 500
+    assert "not finite" in answer.json()["detail"]
+
+
 def test_an_output_that_is_not_finite_is_an_error_and_not_an_answer(
     server: Running, monkeypatch: pytest.MonkeyPatch, jpegs: dict[str, bytes]
 ) -> None:
