@@ -1,18 +1,20 @@
 """Chooses an engine for each pass: the fastest one whose outputs agree with eager's.
 
 A pass runs eagerly until another engine's version of it is built and compared with eager on real
-inputs. Then both run a few times, in the thread that runs passes, and the faster one stays. The
-precisions other than float32 have no such trials: the other engine runs what it can.
+inputs. Then both run the same batches a few times, in the thread that runs passes, and the one that
+is faster for most of them stays. The precisions other than float32 have no such trials: the other
+engine runs what it can.
 """
 
 import atexit
 import contextlib
 import logging
 import queue
+import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -34,7 +36,8 @@ from models.trunks.features import PassPlan
 
 logger = logging.getLogger(__name__)
 
-TRIALS = 2
+# Trials that count. The median of their ratios decides, so that a busy moment does not.
+TRIALS = 9
 # Images of many sizes would each need a graph of their own.
 MAX_PASSES = 8
 # How long an exit waits for the pass that is being built.
@@ -47,10 +50,8 @@ class _Choice:
 
     # The other engine's pass, once it is built.
     candidate: Pass | None = None
-    # How often both ran, and the seconds that each took.
-    trials: int = 0
-    eager_s: float = 0.0
-    candidate_s: float = 0.0
+    # The candidate's time over eager's, for each batch that both ran.
+    ratios: list[float] = field(default_factory=list)
     # Whether the candidate is used from now on.
     chosen: bool = False
     # Why the pass stays with eager.
@@ -164,18 +165,15 @@ class Auto(Engine):
             choice.reason = f"{self._other.name}: {error}"
 
     def _count(self, choice: _Choice, candidate_s: float, eager_s: float) -> None:
-        """Note a trial, in which both engines ran, and choose after some. The first run of each is
-        not counted."""
+        """Note a trial, in which both engines ran, and choose after some. The first one is not
+        counted: the candidate allocates its buffers in it."""
         with self._lock:
             if choice.candidate is None or choice.chosen:  # decided by another lane
                 return
-            if choice.trials:
-                choice.candidate_s += candidate_s
-                choice.eager_s += eager_s
-            choice.trials += 1
-            if choice.trials <= TRIALS:
+            choice.ratios.append(candidate_s / eager_s)
+            if len(choice.ratios) <= TRIALS:
                 return
-            choice.chosen = choice.candidate_s <= choice.eager_s
+            choice.chosen = statistics.median(choice.ratios[1:]) <= 1
         if not choice.chosen:
             self._give_up(choice, f"{self._other.name} is slower")
 
