@@ -7,6 +7,7 @@ arrays = finish(head, [row for [row] in rows], options, image, limits)
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from models.inputs.images import ImageLimits, ReducedImage, decode_image, decode
 from models.inputs.tiling import View
 from models.inputs.types import Input
 from models.trunks.base import Trunk
+from models.trunks.devices import one_thread
 from models.trunks.features import merge
 from models.trunks.output import TrunkOutput
 
@@ -130,7 +132,8 @@ def run_pass(
 
 def _run_head(call: HeadCall, output: TrunkOutput, count: int) -> Sequence[Row | Exception]:
     try:
-        tensors = call.head.forward(output, **dict(call.options))
+        with nullcontext() if call.head.forward_is_slow else one_thread():
+            tensors = call.head.forward(output, **dict(call.options))
         arrays = {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()}
         return [{name: array[row] for name, array in arrays.items()} for row in range(count)]
     except torch.OutOfMemoryError:

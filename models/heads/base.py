@@ -32,6 +32,7 @@ class Head:
         is_fittable: whether `vitrail fit` can train it.
         forward_options: the options that `forward` takes. Rows with equal ones share a call. All
             other options go to `finish`.
+        forward_is_slow: whether `forward` computes enough to use several CPU threads.
         finish_is_slow: whether `finish` takes milliseconds, so that servers run it in a thread.
 
     Attributes:
@@ -50,6 +51,7 @@ class Head:
     is_portable: ClassVar[bool] = False
     is_fittable: ClassVar[bool] = False
     forward_options: ClassVar[frozenset[str]] = frozenset()
+    forward_is_slow: ClassVar[bool] = False
     finish_is_slow: ClassVar[bool] = False
 
     labels: Sequence[str] = ()

@@ -18,6 +18,7 @@ from models.trunks.output import TrunkOutput
 class Generate(Head):
     kind = "generate"
     task = "generate"
+    forward_is_slow = True
     finish_is_slow = True
 
     @classmethod

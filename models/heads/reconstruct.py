@@ -47,6 +47,7 @@ class Reconstruct(Head):
     needs_state = True
     request = FeatureRequest(pixels=True, features=False)
     forward_options = frozenset({"mask_ratio", "seed"})
+    forward_is_slow = True
     finish_is_slow = True
 
     def __init__(self, trunk: Trunk, state: HeadState) -> None:

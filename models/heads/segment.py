@@ -43,6 +43,7 @@ class Segment(Head):
     foreground's probabilities (h, w), or logits of K classes (K, h, w)."""
 
     task = "segment"
+    forward_is_slow = True
     finish_is_slow = True
     softmax = True  # whether a softmax turns the map's classes into probabilities
 

@@ -1,5 +1,7 @@
 """Where and how a trunk computes: device, precision, memory layout and engine."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -97,3 +99,17 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
         if name == precision:
             return precision
     raise CatalogError(f"unknown precision {name!r}; supported: auto, {', '.join(PRECISIONS)}")
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch's operators in the calling thread alone.
+
+    Small operators gain nothing from more threads, and OpenMP's spin for milliseconds after each.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from models.inference import HeadCall, Row, run_pass
 from models.trunks.base import Trunk
+from models.trunks.devices import one_thread
 from service.metrics import Metrics
 from service.worker.scheduler import Batch, BatchQueue
 
@@ -173,8 +174,9 @@ class Runner:
     def _run_pass(self, items: Sequence[Item]) -> list[list[Row | Exception]]:
         on_gpu = self.trunk.placement.device.type == "cuda"
         with self._stream():
-            # Pinned, so that the copy to a GPU overlaps the other stream's computation.
-            batch = self.trunk.collate([item.prepared for item in items], pin_memory=on_gpu)
+            with one_thread():
+                # Pinned, so that the copy to a GPU overlaps the other stream's computation.
+                batch = self.trunk.collate([item.prepared for item in items], pin_memory=on_gpu)
             results = run_pass(self.trunk, batch, [item.calls for item in items])
         self.last_passed = time.monotonic()
         return results

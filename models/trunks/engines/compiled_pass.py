@@ -9,7 +9,7 @@ import openvino
 import torch
 from torch import Tensor
 
-from models.trunks.devices import Placement, Precision
+from models.trunks.devices import Placement, Precision, one_thread
 
 # where a model keeps its outputs' names: one tensor may be two outputs
 NAMES = ["vitrail", "outputs"]
@@ -42,7 +42,10 @@ class CompiledPass:
         self._local = threading.local()
 
     def __call__(self, *inputs: Tensor) -> Mapping[str, Tensor]:
-        return self.run(*inputs, is_wide=torch.get_num_threads() > self._stream_threads)
+        is_wide = torch.get_num_threads() > self._stream_threads
+        # OpenVINO's threads compute; torch only copies.
+        with one_thread():
+            return self.run(*inputs, is_wide=is_wide)
 
     def run(self, *inputs: Tensor, is_wide: bool) -> Mapping[str, Tensor]:
         """Run on all threads, or on one stream's share of them."""
