@@ -22,11 +22,11 @@ from models.inputs.types import Latent, Seed, Video
 from service.stubs import vision_pb2 as pb
 from service.stubs.vision_pb2_grpc import VisionStub
 from tests.conftest import Running, encode, running
-from tests.models.test_fixtures import FIXTURES, GOLDENS, fixture
+from tests.models.test_fixtures import FIRST_ROUND, GOLDENS, fixture
 
 GENERATORS = ("vitgan", "vitgan_inr")
 CLIPS = ("mvit_video", "mvit_v1_video")
-SERVED = [name for name in FIXTURES if name not in (*GENERATORS, *CLIPS)]
+SERVED = [name for name in FIRST_ROUND if name not in (*GENERATORS, *CLIPS)]
 LOOKING = ("attmask", "dino", "ibot", "mae", "patchconvnet", "patchconvnet_multiclass")
 DRAWING = ("mae", "scale_mae", "sdmae", "supmae")
 
