@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -84,9 +85,10 @@ class RequestRun:
     def end(self) -> None:
         """Drop the inputs that have no result yet."""
         self.is_ended = True
-        while self._undecoded:
-            _, item = self._undecoded.popleft()
-            self._release(self._plans[modality_of(item)])
+        with suppress(IndexError):  # the decode pool takes from it, too
+            while True:
+                _, item = self._undecoded.popleft()
+                self._release(self._plans[modality_of(item)])
         if self._missing:
             self._drop_waiting()
 

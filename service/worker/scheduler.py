@@ -127,12 +127,13 @@ class BatchQueue:
         dead: list[Entry] = []
         for flows in (self._interactive, self._bulk):
             for flow, entries in list(flows.items()):
-                alive = deque(entry for entry in entries if not entry.dead(now))
-                if len(alive) < len(entries):
-                    dead += (entry for entry in entries if entry.dead(now))
+                alive: deque[Entry] = deque()
+                for entry in entries:  # asked once: other threads cancel entries meanwhile
+                    (dead if entry.dead(now) else alive).append(entry)
+                if alive:
                     flows[flow] = alive
-                    if not alive:
-                        del flows[flow]
+                else:
+                    del flows[flow]
         self._left(len(dead))
         return dead
 

@@ -343,3 +343,26 @@ def test_keys_guard_calls_and_admin_calls(tiny_catalog: Path, jpegs: dict[str, b
 def test_admin_calls_are_off_without_a_key(vision: Any) -> None:
     status, _ = refused(vision.LoadModel, pb.LoadModelRequest(model="tiny"))
     assert status is grpc.StatusCode.PERMISSION_DENIED
+
+
+def test_calls_cancelled_at_any_moment_give_their_places_back(
+    server: Running, jpegs: dict[str, bytes]
+) -> None:
+    request = pb.TaskRequest(model="tiny", images=[jpegs["rocket"]] * 8)
+
+    async def call_and_leave(stub: Any, after_ms: float) -> None:
+        call = stub.Classify(request)
+        await asyncio.sleep(after_ms / 1e3)
+        call.cancel()
+
+    async def leave_often() -> None:
+        async with grpc.aio.insecure_channel(server.grpc) as channel:
+            stub = VisionStub(channel)
+            for round_number in range(8):
+                moments = [(round_number + 8 * position) / 8 for position in range(8)]
+                await asyncio.gather(*(call_and_leave(stub, after) for after in moments))
+
+    asyncio.run(leave_often())
+    wait_until(lambda: server.backend.batcher.depth()["tiny"] == 0)
+    queue = server.backend.batcher._scheduler.queues["tiny"]
+    assert (len(queue), queue.admitted, queue.oldest()) == (0, 0, float("inf"))

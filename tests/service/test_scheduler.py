@@ -89,6 +89,25 @@ def test_the_expired_and_the_cancelled_never_run_and_give_their_places_back() ->
     assert q.admitted == 0
 
 
+def test_an_entry_cancelled_while_the_queue_is_swept_gives_its_place_back_once() -> None:
+    class CancelledMeanwhile(Entry):
+        """Another thread cancels it after it was first looked at."""
+
+        def dead(self, now: float) -> bool:
+            before = self.cancelled
+            self.cancelled = True
+            return before
+
+    q = queue(capacity=4)
+    put(q, "gone", flow="same")[0].cancelled = True
+    q.admit(1)
+    q.put(CancelledMeanwhile("meanwhile", flow="same"), 0.0)
+    dead = q.sweep(0.0)
+    assert (len(q), q.admitted) == (2 - len(dead), 2 - len(dead))
+    q.sweep(0.0)
+    assert (len(q), q.admitted) == (0, 0)
+
+
 def test_a_full_queue_refuses_at_once_and_takes_none_of_the_request() -> None:
     q = queue(capacity=3)
     q.admit(2)
