@@ -1,7 +1,7 @@
 """What a task is: its options, its named outputs, and how an answer is rendered."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -96,6 +96,7 @@ class Task:
         bodies: response bodies other than JSON.
         members: further members of the whole answer, from the first input that did not fail.
         digests: whether the whole answer carries the model's and the transform's digests.
+        example: options of an example request, for OpenAPI.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Task:
     bodies: tuple[Body, ...] = ()
     members: Callable[[Arrays | None], dict[str, Any]] = no_members
     digests: bool = False
+    example: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def forms(self) -> tuple[str, ...]:

@@ -29,4 +29,5 @@ TASK = Task(
     render=predictions,
     line=predictions_line,
     modalities=("image", "video"),
+    example={"top_k": 3},
 )

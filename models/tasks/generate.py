@@ -68,5 +68,6 @@ TASK = Task(
     render=_render,
     line=_line,
     modalities=(),
+    example={"seed": 7},
     bodies=(Body(PNG, first_of("png")),),
 )

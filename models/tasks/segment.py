@@ -83,5 +83,6 @@ TASK = Task(
     ),
     render=_render,
     line=_line,
+    example={"output": "rle"},
     bodies=(Body(PNG, first_of("png", "overlay")), Body(NPY, first_of("logits"))),
 )

@@ -37,4 +37,5 @@ TASK = Task(
     ),
     render=predictions,
     line=predictions_line,
+    example={"labels": ["an astronaut", "a cat", "a cup of coffee"]},
 )

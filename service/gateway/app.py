@@ -6,6 +6,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcon
 from fastapi import FastAPI
 
 from service.backend import Backend
+from service.gateway import pages
 from service.gateway.fetch import ImageFetcher
 from service.gateway.middleware import RequestContext
 from service.gateway.open_inference import routes as open_inference_routes
@@ -42,6 +43,8 @@ def create_app(
         title="Vitrail",
         description="Serving vision transformers: one trunk pass shared by all heads.",
         lifespan=lifespan,
+        docs_url=None,  # FastAPI's own pages load from the internet
+        redoc_url=None,
     )
     app.state.settings = settings
     app.state.backend = backend
@@ -56,7 +59,9 @@ def create_app(
         open_inference_routes,
         openai_routes,
         system_routes,
+        pages,
     )
     for module in modules:
         app.include_router(module.router)
+    app.mount("/assets", pages.assets)
     return app

@@ -14,6 +14,7 @@ from service.gateway.open_inference.codec import (
     write_infer_response,
 )
 from service.gateway.rest.body import read_body
+from service.gateway.rest.examples import INDEX, OPEN_INFERENCE, ModelName, json_body
 from service.limits import check_input_count
 from service.open_inference.inputs import to_inputs
 from service.open_inference.metadata import (
@@ -55,7 +56,7 @@ async def ready(request: Request) -> Response:
 
 @router.get("/models/{name}", dependencies=keyed)
 @router.get("/models/{name}/versions/{version}", dependencies=keyed)
-async def model(request: Request, name: str, version: str = "") -> dict[str, Any]:
+async def model(request: Request, name: ModelName, version: str = "") -> dict[str, Any]:
     """Describe a model's inputs and outputs."""
     check_version(version)
     return model_metadata(await _backend(request).model(name))
@@ -63,16 +64,20 @@ async def model(request: Request, name: str, version: str = "") -> dict[str, Any
 
 @router.get("/models/{name}/ready", dependencies=keyed, response_class=Response)
 @router.get("/models/{name}/versions/{version}/ready", dependencies=keyed, response_class=Response)
-async def model_ready(request: Request, name: str, version: str = "") -> Response:
+async def model_ready(request: Request, name: ModelName, version: str = "") -> Response:
     """200 when the model is ready."""
     check_version(version)
     ready = (await _backend(request).model(name)).is_ready
     return Response(status_code=200 if ready else 503)
 
 
-@router.post("/models/{name}/infer", dependencies=keyed)
-@router.post("/models/{name}/versions/{version}/infer", dependencies=keyed)
-async def infer(request: Request, name: str, version: str = "") -> Response:
+@router.post("/models/{name}/infer", dependencies=keyed, openapi_extra=json_body(OPEN_INFERENCE))
+@router.post(
+    "/models/{name}/versions/{version}/infer",
+    dependencies=keyed,
+    openapi_extra=json_body(OPEN_INFERENCE),
+)
+async def infer(request: Request, name: ModelName, version: str = "") -> Response:
     """Run a model. Inputs: `image` (BYTES, encoded images) or `pixel_values` (FP32)."""
     with dispatch.count_request(request, "open-inference") as account:
         account.models = [name]
@@ -93,7 +98,7 @@ async def infer(request: Request, name: str, version: str = "") -> Response:
         return write_infer_response(name, parsed, selection.requested, arrays)
 
 
-@router.post("/repository/index", dependencies=keyed)
+@router.post("/repository/index", dependencies=keyed, openapi_extra=json_body(INDEX))
 async def index(request: Request) -> JSONResponse:
     """List every model with its state; with `{"ready": true}` only those that are ready."""
     ready_only = await parse_index_request(await read_body(request))
@@ -101,14 +106,14 @@ async def index(request: Request) -> JSONResponse:
 
 
 @router.post("/repository/models/{name}/load", dependencies=admin, response_class=Response)
-async def load(request: Request, name: str) -> Response:
+async def load(request: Request, name: ModelName) -> Response:
     """Load a model; returns when it is ready. Needs an admin key."""
     await _backend(request).load(name)
     return Response()
 
 
 @router.post("/repository/models/{name}/unload", dependencies=admin, response_class=Response)
-async def unload(request: Request, name: str) -> Response:
+async def unload(request: Request, name: ModelName) -> Response:
     """Unload a model. Needs an admin key."""
     await _backend(request).unload(name)
     return Response()

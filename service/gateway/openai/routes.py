@@ -18,6 +18,7 @@ from service.gateway.auth import require_key
 from service.gateway.fetch import ImageFetcher
 from service.gateway.openai.inputs import EmbeddingInput, EmbeddingsRequest, parse_inputs
 from service.gateway.rest.body import load_image, read_body
+from service.gateway.rest.examples import EMBEDDINGS, ModelName, json_body
 from service.limits import check_input_count
 from service.parameters import validate, validated_call
 from service.payloads import parse_json_object
@@ -25,6 +26,8 @@ from service.settings import Settings
 from service.types import ImageResult, InferRequest, InferResult
 
 router = APIRouter(tags=["OpenAI"], dependencies=[Depends(require_key)])
+
+_BODY = json_body(EMBEDDINGS, EmbeddingsRequest.model_json_schema())
 
 
 @router.get("/v1/models")
@@ -35,13 +38,13 @@ async def list_models(request: Request) -> dict[str, Any]:
 
 
 @router.get("/v1/models/{name}")
-async def get_model(request: Request, name: str) -> dict[str, Any]:
+async def get_model(request: Request, name: ModelName) -> dict[str, Any]:
     """Describe a model, in OpenAI's form."""
     return _model(await request.app.state.backend.model(name))
 
 
-@router.post("/v1/embeddings")
-@router.post("/embeddings")
+@router.post("/v1/embeddings", openapi_extra=_BODY)
+@router.post("/embeddings", openapi_extra=_BODY)
 async def embeddings(request: Request) -> JSONResponse:
     """Embed texts and images. `input`: strings, `data:` URIs of images (and URLs with
     `modality: image`), or objects `{"text"}` and `{"image"}`; or `messages` with one text or image.

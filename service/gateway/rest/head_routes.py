@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from service.backend import Heads
 from service.errors import InvalidInputError
 from service.gateway.auth import require_head_key, require_key
+from service.gateway.rest.examples import HeadName, HeadPart
 from service.gateway.rest.head_upload import read_head_body, zip_images
 from service.gateway.rest.openapi import head_body
 from service.parameters import FitParameters, HeadParameters, validate
@@ -25,13 +26,13 @@ async def list_heads(request: Request) -> dict[str, list[dict[str, Any]]]:
 
 
 @router.get("/heads/{name}", dependencies=[Depends(require_key)])
-async def get_head(request: Request, name: str) -> dict[str, Any]:
+async def get_head(request: Request, name: HeadName) -> dict[str, Any]:
     """Describe a head, as a model. A head that is being fitted has a member `progress`."""
     return (await _heads(request).get(name)).to_json()
 
 
 @router.get("/heads/{name}/{part}", dependencies=[Depends(require_key)])
-async def read_head(request: Request, name: str, part: str) -> Response:
+async def read_head(request: Request, name: HeadName, part: HeadPart) -> Response:
     """Download `head.safetensors`; for a head that was fitted here also `report.json`,
     `curve.png` and `confusion.png`."""
     content = await _heads(request).read(name, part)
@@ -40,7 +41,7 @@ async def read_head(request: Request, name: str, part: str) -> Response:
 
 
 @router.delete("/heads/{name}", status_code=204, dependencies=[Depends(require_head_key)])
-async def delete_head(request: Request, name: str) -> None:
+async def delete_head(request: Request, name: HeadName) -> None:
     """Delete a head, or stop fitting it."""
     await _heads(request).delete(name)
 

@@ -1,8 +1,10 @@
 """OpenAPI descriptions of the request bodies that the routes parse themselves."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from models.tasks.base import Task
+from service.gateway.rest import examples
 from service.gateway.rest.ndjson import NDJSON
 from service.parameters import FitParameters, HeadParameters, Parameters, task_parameters
 
@@ -35,14 +37,17 @@ def task_body(task: Task) -> dict[str, Any]:
     """The `openapi_extra` of a task's route."""
     parameters = task_parameters(task.name)
     if not task.modalities:
-        return parameter_body(parameters)
-    return image_body(parameters, videos="video" in task.modalities)
+        return parameter_body(parameters, task.example)
+    return image_body(parameters, task.example, videos="video" in task.modalities)
 
 
-def image_body(parameters: type[Parameters], *, videos: bool = False) -> dict[str, Any]:
+def image_body(
+    parameters: type[Parameters], example: Mapping[str, Any], *, videos: bool = False
+) -> dict[str, Any]:
     """The `openapi_extra` of a route that takes images: query parameters and three kinds of body.
 
     Args:
+        example: parameters of an example request.
         videos: whether it takes clips, too.
     """
     schema = parameters.model_json_schema()
@@ -66,27 +71,32 @@ def image_body(parameters: type[Parameters], *, videos: bool = False) -> dict[st
         inputs["videos"] = {"type": "array", "items": _IMAGE["oneOf"][0]}
         form_required, json_required = required, required
     body = {
-        "multipart/form-data": {
-            "schema": {"type": "object", "properties": form, "required": form_required}
-        },
-        "image/*": {"schema": _BINARY},
-        **({"video/*": {"schema": _BINARY}} if videos else {}),
+        # first, because /docs shows the first one, with its example
         "application/json": {
             "schema": {
                 "type": "object",
                 "properties": {**inputs, **fields},
                 "required": json_required,
-            }
+            },
+            "example": {"images": examples.IMAGES, **example},
         },
+        "multipart/form-data": {
+            "schema": {"type": "object", "properties": form, "required": form_required}
+        },
+        "image/*": {"schema": _BINARY},
+        **({"video/*": {"schema": _BINARY}} if videos else {}),
     }
     return {"parameters": query, "requestBody": {"required": True, "content": body}}
 
 
-def parameter_body(parameters: type[Parameters]) -> dict[str, Any]:
+def parameter_body(parameters: type[Parameters], example: Mapping[str, Any]) -> dict[str, Any]:
     """The `openapi_extra` of a route that takes parameters only."""
     schema = parameters.model_json_schema()
     body = {
-        media: {"schema": {"type": "object", "properties": schema["properties"]}}
+        media: {
+            "schema": {"type": "object", "properties": schema["properties"]},
+            "example": dict(example),
+        }
         for media in ("application/json", "application/x-www-form-urlencoded")
     }
     return {"requestBody": {"required": False, "content": body}}
@@ -112,15 +122,16 @@ def head_body() -> dict[str, Any]:
     }
     images = {"type": "array", "items": labelled}
     body = {
-        "multipart/form-data": {
-            "schema": {"type": "object", "properties": parts, "required": ["name"]}
-        },
         "application/json": {
             "schema": {
                 "type": "object",
                 "properties": {"images": images, **shared, **options},
                 "required": ["images", "name", "trunk"],
-            }
+            },
+            "example": examples.FIT,
+        },
+        "multipart/form-data": {
+            "schema": {"type": "object", "properties": parts, "required": ["name"]}
         },
         "application/octet-stream": {"schema": _BINARY},
         "application/zip": {"schema": _BINARY},

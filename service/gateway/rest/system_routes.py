@@ -1,17 +1,13 @@
-"""Health checks, metrics and the playground page."""
-
-from pathlib import Path
+"""Health checks and metrics."""
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from service.metrics import exposition
 from service.types import Health
 
 router = APIRouter(tags=["system"])
-
-PLAYGROUND = Path(__file__).parents[1] / "playground.html"
 
 
 @router.get("/healthz")
@@ -41,8 +37,3 @@ async def metrics(request: Request) -> Response:
         exposition(request.app.state.metrics.registry),
         headers={"Content-Type": CONTENT_TYPE_LATEST},
     )
-
-
-@router.get("/", response_class=HTMLResponse, include_in_schema=False)
-async def playground() -> HTMLResponse:
-    return HTMLResponse(PLAYGROUND.read_text(encoding="utf-8"))

@@ -9,6 +9,7 @@ from models.tasks.table import tasks
 from service.gateway import dispatch
 from service.gateway.auth import require_key
 from service.gateway.rest.body import read_request
+from service.gateway.rest.examples import PREDICT
 from service.gateway.rest.ndjson import NDJSON, stream_task
 from service.gateway.rest.openapi import image_body, task_body, task_description
 from service.gateway.rest.responses import predict_response, task_response
@@ -45,7 +46,7 @@ for _task in tasks().values():
     )
 
 
-@router.post("/predict", openapi_extra=image_body(PredictParameters, videos=True))
+@router.post("/predict", openapi_extra=image_body(PredictParameters, PREDICT, videos=True))
 async def predict(request: Request) -> Response:
     """Run several models on the same images. Models on one trunk share a pass."""
     with dispatch.count_request(request, "predict") as account:

@@ -1,0 +1,32 @@
+"""The pages for people: the playground at `/`, and the API's at `/docs`.
+
+All that they load is in `assets/`, so that they work without the internet.
+"""
+
+from pathlib import Path
+
+from fastapi import APIRouter
+from fastapi.responses import FileResponse, RedirectResponse
+from fastapi.staticfiles import StaticFiles
+
+router = APIRouter(include_in_schema=False)
+
+ASSETS = Path(__file__).with_name("assets")
+PLAYGROUND = Path(__file__).with_name("playground.html")
+
+assets = StaticFiles(directory=ASSETS)
+
+
+@router.get("/")
+async def playground() -> FileResponse:
+    return FileResponse(PLAYGROUND)
+
+
+@router.get("/docs")
+async def docs() -> FileResponse:
+    return FileResponse(ASSETS / "docs.html")
+
+
+@router.get("/redoc")
+async def redoc() -> RedirectResponse:
+    return RedirectResponse("docs")
