@@ -29,7 +29,7 @@ def list_models(catalog: CatalogName = "demo", as_json: Json = False) -> None:
     """List the models of a catalog."""
     from models.catalog import load_catalog
 
-    entries = _or_exit(lambda: load_catalog(catalog))
+    entries = or_exit(lambda: load_catalog(catalog))
     if as_json:
         rows = [
             {**asdict(model), "source": entries.trunks[model.trunk].source}
@@ -56,7 +56,7 @@ def copy(
     """Copy a built-in catalog to a file, to edit it. `file:` sources are relative to the file."""
     from models.catalog import load_catalog
 
-    path = _or_exit(lambda: load_catalog(catalog)).path
+    path = or_exit(lambda: load_catalog(catalog)).path
     try:
         with file.open("x", encoding="utf-8") as target:
             target.write(path.read_text(encoding="utf-8"))
@@ -82,7 +82,7 @@ def pull(
             registry.get(name)
             typer.echo(f"{name}: ready in {registry.store.root}")
 
-    _or_exit(pull_all)
+    or_exit(pull_all)
 
 
 @app.command()
@@ -95,7 +95,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Describe a checkpoint file: format and why, architecture, size, classes, preprocessing."""
-    described = _or_exit(lambda: _describe(file, _arguments(architecture, settings)))
+    described = or_exit(lambda: _describe(file, to_arguments(architecture, settings)))
     if as_json:
         typer.echo(json.dumps(described, indent=2))
         return
@@ -121,15 +121,15 @@ def convert(
     def convert_file() -> None:
         if output.suffix != ".safetensors":
             raise CheckpointError(f"{output}: the file to write must end with .safetensors")
-        arguments = _arguments(architecture, settings)
+        arguments = to_arguments(architecture, settings)
         load_checkpoint(file, arguments)  # raises if the converted file would not load
         save_checkpoint(read_checkpoint(file, arguments), output)
         typer.echo(f"{output}: {output.stat().st_size} bytes")
 
-    _or_exit(convert_file)
+    or_exit(convert_file)
 
 
-def _arguments(architecture: str | None, settings: list[str] | None) -> dict[str, Any]:
+def to_arguments(architecture: str | None, settings: list[str] | None) -> dict[str, Any]:
     """The arguments of a checkpoint from flags. A value that is not JSON is text."""
     arguments: dict[str, Any] = {"architecture": architecture} if architecture else {}
     for setting in settings or ():
@@ -167,7 +167,7 @@ def _describe(file: Path, arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _or_exit(work: Callable[[], T]) -> T:
+def or_exit(work: Callable[[], T]) -> T:
     """The result of `work`. An error of the library is reported in one line, with exit status 1."""
     from models.errors import ModelsError
 

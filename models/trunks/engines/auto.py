@@ -129,6 +129,10 @@ class Auto(Engine):
         return EngineReport(self._eager.name, reason=reason)
 
     @property
+    def settled(self) -> bool:
+        return all(choice.chosen or choice.reason for choice in list(self._choices.values()))
+
+    @property
     def nbytes(self) -> int:
         return self._other.nbytes
 

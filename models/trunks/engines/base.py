@@ -133,6 +133,11 @@ class Engine:
         return EngineReport(self.name)
 
     @property
+    def settled(self) -> bool:
+        """Whether later passes of the kinds that have run are run as the last ones were."""
+        return True
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the weights that built passes hold besides the network's own."""
         return 0

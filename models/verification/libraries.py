@@ -1,0 +1,158 @@
+"""The libraries that networks come from, as further references: timm, open_clip, transformers.
+
+Each builds the network itself, with its own transform or tokenizer. It also reads the file itself
+if it knows the layout. Otherwise it gets the weights as Vitrail has converted them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from open_clip import image_transform
+from open_clip.model import build_model_from_openai_state_dict
+from PIL import Image
+from timm.data import create_transform
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from models.checkpoints.checkpoint import Checkpoint
+from models.heads.classify import Classify
+from models.heads.embed import Embed
+from models.inputs.transforms import Preprocess
+from models.model import Model
+from models.verification.comparison import Outputs
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """A library's implementation of a model of images.
+
+    Args:
+        name: the library with its version, and how it got the weights; why it is not compared if
+            there is no `run`.
+        run: the outputs of an RGB image, under the names of `outputs_of`.
+    """
+
+    name: str
+    run: Callable[[Image.Image], Outputs] | None = None
+
+
+def libraries_of(model: Model, checkpoint: Checkpoint, path: Path) -> Iterator[Library]:
+    """The other implementations of a model.
+
+    Args:
+        model: in eager float32 on the CPU.
+        checkpoint: the file as Vitrail has read it.
+        path: the file.
+    """
+    plain_vit = checkpoint.architecture == "vit" and not checkpoint.arguments.get("conv_stem")
+    if checkpoint.library == "timm" or plain_vit:
+        yield _timm(model, checkpoint, path)
+    elif checkpoint.library == "openai-clip":
+        yield _open_clip(checkpoint)
+    else:
+        yield Library(f"no library has {checkpoint.architecture}: not compared with one")
+
+
+def _timm(model: Model, checkpoint: Checkpoint, path: Path) -> Library:
+    spec = model.trunk.preprocess
+    heads = {
+        "embedding": _plain_embedding(model),
+        "logits": isinstance(model.heads[model.task], Classify) and model.trunk.exponents is None,
+    }
+    name = f"timm {version('timm')}"
+    if not any(heads.values()):
+        return Library(f"{name}: not compared; the heads are Vitrail's")
+    if not isinstance(spec, Preprocess) or spec.crop_mode == "letterbox":
+        return Library(f"{name}: not compared; it has no such transform")
+    try:
+        network = _read_by_timm(checkpoint, path)
+        name += ", which reads the file itself"
+    except Exception:  # timm raises errors of many kinds for layouts that it does not know
+        network = _built_by_timm(checkpoint)
+        network.load_state_dict(dict(checkpoint.state_dict))
+        name += ", with the converted weights"
+    network = network.eval()
+    transform = create_transform(
+        input_size=(3, *spec.input_size),
+        interpolation=spec.interpolation,
+        crop_pct=spec.crop_pct,
+        crop_mode=spec.crop_mode,
+        mean=spec.mean,
+        std=spec.std,
+    )
+
+    @torch.inference_mode()
+    def run(image: Image.Image) -> Outputs:
+        features = network.forward_features(transform(image)[None])
+        pooled = {
+            "embedding": network.forward_head(features, pre_logits=True),
+            "logits": network.forward_head(features),
+        }
+        return _rows({key: pooled[key] for key, comparable in heads.items() if comparable})
+
+    return Library(name, run)
+
+
+def _read_by_timm(checkpoint: Checkpoint, path: Path) -> Any:
+    """The network, loaded strictly by timm's own conversion of the file."""
+    overlay = {
+        "file": str(path),
+        "custom_load": path.suffix == ".npz",
+        "num_classes": checkpoint.arguments.get("num_classes", 1000),
+    }
+    return timm.create_model(
+        checkpoint.architecture,
+        pretrained=True,
+        pretrained_cfg_overlay=overlay,
+        **checkpoint.arguments,
+    )
+
+
+def _built_by_timm(checkpoint: Checkpoint) -> Any:
+    """timm's network without weights; for Vitrail's own ViT the class that it derives from."""
+    if checkpoint.library == "timm":
+        return timm.create_model(checkpoint.architecture, **checkpoint.arguments)
+    own = {"positions", "conv_stem", "norm_eps"}  # that timm's class does not have
+    arguments = {key: value for key, value in checkpoint.arguments.items() if key not in own}
+    norm_layer = partial(nn.LayerNorm, eps=checkpoint.arguments.get("norm_eps", 1e-6))
+    return VisionTransformer(**arguments, norm_layer=norm_layer)
+
+
+def _plain_embedding(model: Model) -> bool:
+    """Whether `embed` returns the trunk's own pooled features."""
+    embed = model.heads.get("embed")
+    return (
+        isinstance(embed, Embed)
+        and embed.network is None
+        and embed.pooling is None
+        and model.trunk.exponents is None
+    )
+
+
+def _open_clip(checkpoint: Checkpoint) -> Library:
+    state = {key: value.float() for key, value in checkpoint.state_dict.items()}
+    quick_gelu = bool(checkpoint.arguments.get("quick_gelu", True))
+    network = build_model_from_openai_state_dict(
+        dict(state), quick_gelu=quick_gelu, cast_dtype=torch.float32
+    ).float()
+    network.load_state_dict(state)  # without the rounding to half precision
+    network = network.eval()
+    spec = checkpoint.preprocess or Preprocess()
+    transform: Any = image_transform(spec.input_size, is_train=False, mean=spec.mean, std=spec.std)
+
+    @torch.inference_mode()
+    def run(image: Image.Image) -> Outputs:
+        return _rows({"embedding": network.encode_image(transform(image)[None])})
+
+    return Library(f"open_clip {version('open_clip_torch')}, with the converted weights", run)
+
+
+def _rows(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    return {name: tensor[0].float().numpy() for name, tensor in tensors.items()}

@@ -1,0 +1,122 @@
+"""`vitrail models verify`: what it compares, and when it fails."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from models import load_checkpoint
+from models.errors import EngineError, InputError
+from models.verification.comparison import compare_outputs
+from models.verification.targets import ServedAs, Target, catalog_target, file_target
+from models.verification.verify import read_photos, verify
+from service.cli import app
+from tests.conftest import encode
+
+EAGER = ServedAs(device="cpu", engine="eager")
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["models", "verify", *arguments])
+    return result.exit_code, result.output
+
+
+def test_a_model_agrees_with_itself_and_with_timm(tiny_catalog: Path) -> None:
+    served = ServedAs(device="cpu", engine="openvino")
+    target = catalog_target("tiny", str(tiny_catalog), served)
+    ours, timms = verify(target.served, target.eager, target.libraries, read_photos(None))
+    assert ours.passed
+    assert ours.errors.keys() == {"logits", "embedding"}
+    assert 0 < ours.errors["logits"] <= 1e-5  # another engine does not give the same bits
+    assert timms.passed
+    assert timms.errors.keys() == {"logits", "embedding"}
+    assert "reads the file itself" in timms.reference
+
+
+def test_another_network_in_the_same_place_fails(tiny_catalog: Path) -> None:
+    target = catalog_target("conv", str(tiny_catalog), EAGER)
+    with torch.no_grad():
+        for parameter in target.served.trunk.network.parameters():
+            parameter.mul_(1.001)
+    comparisons = list(verify(target.served, target.eager, target.libraries, read_photos(None)))
+    assert [comparison.passed for comparison in comparisons] == [False, False]
+    assert all(comparison.errors["logits"] > 1e-5 for comparison in comparisons)
+
+
+def test_the_transform_is_part_of_what_is_compared(tiny_catalog: Path) -> None:
+    target = catalog_target("tiny", str(tiny_catalog), replace(EAGER, transform="fast"))
+    exact, *_ = verify(target.served, target.eager, (), read_photos(None), tolerance=1e-5)
+    assert not exact.passed
+    loose, *_ = verify(target.served, target.eager, (), read_photos(None))
+    assert loose.tolerance is None
+    assert loose.passed
+
+
+def test_a_clip_is_compared_in_both_towers_and_with_open_clip(
+    clip: tuple[Path, torch.nn.Module],
+) -> None:
+    target = file_target(clip[0].parent / "clip.pt", {}, EAGER)
+    compared = list(verify(target.served, target.eager, target.libraries, read_photos(None)))
+    assert all(comparison.passed for comparison in compared)
+    images, texts, library = compared
+    assert (images.inputs, texts.inputs) == (8, 4)
+    assert "of texts" in texts.reference
+    assert library.reference.startswith("open_clip")
+    assert library.errors.keys() == {"embedding"}
+
+
+def test_the_command_prints_and_exits_by_the_verdict(tiny_catalog: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (300, 200), "red").save(tmp_path / "red.png")
+    flags = ("--catalog", str(tiny_catalog), "--images", str(tmp_path), "--engine", "openvino")
+    status, output = run("tiny", *flags)
+    assert (status, output.count("ok  ")) == (0, 2)
+    status, output = run("tiny", *flags, "--tolerance", "0", "--json")
+    assert status == 1
+    described = json.loads(output)
+    assert described["engine"] == "openvino"
+    assert described["comparisons"][0]["passed"] is False
+    assert described["comparisons"][0]["inputs"] == 1
+
+
+def test_a_checkpoint_file_is_verified_by_its_path(tiny_catalog: Path) -> None:
+    path = str(tiny_catalog.parent / "tiny.safetensors")
+    status, output = run(path, "--set", "architecture=test_vit", "--engine", "eager")
+    assert (status, output.count("ok  ")) == (0, 2)
+    status, output = run("nothing-there")
+    assert status == 1
+    assert "no model 'nothing-there'" in output
+
+
+def test_photos_of_a_folder(tmp_path: Path, photos: dict[str, Image.Image]) -> None:
+    with pytest.raises(InputError, match="has 0 images"):
+        read_photos(tmp_path)
+    (tmp_path / "a.jpg").write_bytes(encode(photos["coffee"]))
+    assert read_photos(tmp_path) == [encode(photos["coffee"])]
+
+
+def test_values_that_are_not_finite_never_agree() -> None:
+    good, bad = [{"logits": np.ones(3)}], [{"logits": np.array([1, np.nan, 1])}]
+    with pytest.raises(EngineError, match="not finite"):
+        compare_outputs("eager", good, bad, None)
+    with pytest.raises(EngineError, match="shape"):
+        compare_outputs("eager", good, [{"logits": np.ones(4)}], None)
+
+
+def test_a_model_of_texts_has_samples_of_its_own(clip: tuple[Path, torch.nn.Module]) -> None:
+    target = catalog_target("texts", str(clip[0]), EAGER)
+    [texts, *_] = verify(target.served, target.eager, (), read_photos(None))
+    assert texts.passed
+    assert texts.errors.keys() == {"embedding"}
+
+
+def test_targets_are_loaded_apart(tiny_catalog: Path) -> None:
+    target: Target = catalog_target("tiny", str(tiny_catalog), EAGER)
+    assert target.served.trunk is not target.eager.trunk
+    path = tiny_catalog.parent / "tiny.safetensors"
+    same = load_checkpoint(path, {"architecture": "test_vit"})
+    assert same.digest == target.served.digest
