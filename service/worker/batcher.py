@@ -95,6 +95,7 @@ class Batcher:
         """Give back reserved places whose images will not be put."""
         with self._lock:
             self._scheduler.queues[name].release(count)
+            self._wake()  # a batch may have waited for these images
 
     def put(self, name: str, entries: Sequence[Entry]) -> None:
         """Add the pieces of one input, for which one place was reserved. The other pieces are in

@@ -19,6 +19,12 @@ from typing import Any
 # While both priorities wait, one place in this many goes to bulk requests.
 BULK_SHARE = 4
 
+# While decoding takes all cores of a CPU, a batch waits for this many images a lane, but never
+# longer than this. A pass costs less per image the more images it holds (4 are half as expensive
+# each as 1 for a small network), and the cores lose nothing meanwhile.
+GATHER_IMAGES = 4
+GATHER_S = 0.025
+
 
 class QueueFull(Exception):
     """The queue does not admit that many more images."""
@@ -75,6 +81,8 @@ class BatchQueue:
         max_delay_s: how long a partial batch waits for more images while the device is idle.
         lane_seconds_per_image: moving average of what an image costs; 0 before the first batch.
         admitted: images admitted but not yet running, including those being decoded.
+        gathering_lanes: the lanes for which a CPU's batches gather images while decoding takes all
+            cores; 0 on other devices.
     """
 
     name: str
@@ -83,6 +91,7 @@ class BatchQueue:
     max_delay_s: float = 0.0
     lane_seconds_per_image: float = 0.0
     admitted: int = 0
+    gathering_lanes: int = 0
     _interactive: Flows = field(default_factory=OrderedDict)
     _bulk: Flows = field(default_factory=OrderedDict)
     _length: int = 0
@@ -173,10 +182,23 @@ class BatchQueue:
         return min((entries[0].enqueued for entries in flows), default=math.inf)
 
     def due(self) -> float:
-        """The earliest time at which a batch may leave: at once, unless `max_delay_s` is set."""
-        if not self.max_delay_s or len(self) >= self.max_batch_size:
+        """The earliest time at which a batch may leave.
+
+        That is at once, unless `max_delay_s` is set or the cores are taken by decoding.
+        """
+        gathers = self._gathers()
+        if not (self.max_delay_s or gathers) or len(self) >= self.max_batch_size:
             return -math.inf
-        return self.oldest() + self.max_delay_s
+        return self.oldest() + max(self.max_delay_s, GATHER_S if gathers else 0.0)
+
+    def _gathers(self) -> bool:
+        """Whether decoding takes all cores, and few images are there yet."""
+        return self.decodes_on_all_cores and len(self) < self.gathering_lanes * GATHER_IMAGES
+
+    @property
+    def decodes_on_all_cores(self) -> bool:
+        """Whether at least as many images are to be decoded as a CPU has lanes."""
+        return 0 < self.gathering_lanes <= self.admitted - len(self)
 
 
 class Scheduler:
@@ -200,6 +222,7 @@ class Scheduler:
     def add(self, queue: BatchQueue) -> None:
         """Add a queue, which is empty."""
         self.queues[queue.name] = queue
+        queue.gathering_lanes = self.lanes if self.cpu else 0
         queue.watch(self._waiting)
 
     @property
@@ -249,11 +272,12 @@ class Scheduler:
     def _runs_wide(self, queue: BatchQueue) -> bool:
         """Whether the queue's next batch is wide.
 
-        It is if it holds the only image that waits, and the device was idle when that image was
-        put. If the image had to wait, more images are likely to follow soon, and two images
-        side by side in their lanes finish sooner than two wide batches one after the other.
+        It is if it holds the only image that waits, the device was idle when that image was put,
+        and decoding leaves a core free. If the image had to wait, more images are likely to follow
+        soon, and two images side by side in their lanes finish sooner than two wide batches one
+        after the other.
         """
         if not self.cpu or self.lanes == 1 or self.running:
             return False
-        alone = len(self._waiting) == 1 and len(queue) == 1
+        alone = len(self._waiting) == 1 and len(queue) == 1 and not queue.decodes_on_all_cores
         return alone and queue.oldest() >= self.idle_since

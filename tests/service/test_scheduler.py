@@ -5,7 +5,14 @@ import random
 
 import pytest
 
-from service.worker.scheduler import Batch, BatchQueue, Entry, QueueFull, Scheduler
+from service.worker.scheduler import (
+    GATHER_S,
+    Batch,
+    BatchQueue,
+    Entry,
+    QueueFull,
+    Scheduler,
+)
 
 
 def queue(name: str = "q", **settings: object) -> BatchQueue:
@@ -197,6 +204,46 @@ def test_company_in_any_queue_means_narrow_lanes() -> None:
 class Idle(BatchQueue):
     def due(self) -> float:
         raise AssertionError("an idle queue was looked at")
+
+
+def test_a_batch_gathers_while_decoding_takes_all_cores() -> None:
+    q = queue(max_batch_size=16)
+    policy = scheduler(q, lanes=2, cpu=True)
+    q.admit(10)  # more will be decoded
+    first, *rest = (Entry(name, name) for name in "abcdefgh")
+    q.put(first, 1.0)
+    assert take(policy, now=1.0) == []
+    assert policy.next_due() == pytest.approx(1.0 + GATHER_S)
+    for entry in rest:
+        q.put(entry, 1.001)
+    assert take(policy, now=1.001) == ["a", "b", "c", "d"], "four for each lane are enough"
+
+
+def test_a_batch_that_gathers_waits_briefly_and_only_while_others_are_being_decoded() -> None:
+    q = queue()
+    policy = scheduler(q, lanes=2, cpu=True)
+    q.admit(3)
+    q.put(Entry("a"), 1.0)
+    assert take(policy, now=1.0 + GATHER_S / 2) == []
+    assert take(policy, now=1.0 + GATHER_S) == ["a"]
+    q.put(Entry("b"), 2.0)
+    assert take(policy, now=2.0) == ["b"], "one that is decoded leaves a core free"
+    q.release(1)
+
+    policy.finish(policy.running[0], 2.0)
+    policy.finish(policy.running[0], 2.0)
+    q.admit(3)
+    q.put(Entry("c"), 3.0)
+    q.release(2)  # could not be decoded
+    assert take(policy, now=3.0) == ["c"]
+
+
+def test_a_gpu_does_not_gather() -> None:
+    q = queue()
+    policy = scheduler(q, lanes=2)
+    q.admit(8)
+    q.put(Entry("a"), 1.0)
+    assert take(policy, now=1.0) == ["a"]
 
 
 def test_dispatch_looks_only_at_queues_that_hold_something() -> None:
