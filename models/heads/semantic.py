@@ -1,6 +1,7 @@
 """Semantic segmentation by a trained decoder on some of the trunk's blocks or stages."""
 
 from collections.abc import Mapping, Sequence
+from operator import ge
 from typing import Any, Self
 
 import torch
@@ -8,10 +9,11 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import HeadState
 from models.checkpoints.strict import load_strictly
-from models.errors import CheckpointError
+from models.errors import CheckpointError, InputError
 from models.heads.segment import Segment
 from models.reference_outputs import Parts, image_outputs
-from models.segmentation.decoders import create_decoder, resize
+from models.segmentation.decoders import class_count, create_decoder
+from models.segmentation.decoders.layers import resize
 from models.segmentation.label_sets import label_sets, load_label_set
 from models.segmentation.windows import Windows, sliding_logits
 from models.trunks.base import Trunk
@@ -25,9 +27,10 @@ class Semantic(Segment):
     """Settings:
         layers: blocks (of a ViT) or stages (of a hierarchical trunk) that the decoder reads,
             counted from 0 or back from -1.
-        normed: whether they pass through the trunk's final norm.
+        normed: whether they pass through the trunk's final norm: all, none, or a list of those.
         windows: the fields of `Windows`, if images are cut into windows instead of being resized
             by the trunk's transform.
+        run_whole: whether `Model.run` takes an input whole, where servers cut windows.
         labels, palette: class names, or the name of a label set, and colours.
         Others: see `create_decoder`.
 
@@ -57,13 +60,16 @@ class Semantic(Segment):
             raise CheckpointError(f"the decoder reads layers {layers}; the trunk has {depth}")
         self.layers = [n % depth for n in layers]
         self.request = FeatureRequest(layers=frozenset(self.layers))
-        self.normed = bool(settings.get("normed", False))
+        normed = settings.get("normed", False)
+        normed = normed if isinstance(normed, list | tuple) else self.layers if normed else []
+        self.normed = frozenset(int(n) % depth for n in normed)
+        self.run_whole = bool(settings.get("run_whole", False))
         try:
             decoder = create_decoder(state.tensors, settings)
+            classes = class_count(state.tensors)
         except (KeyError, IndexError, ValueError) as error:
             raise CheckpointError(f"the decoder is incomplete: {error}") from error
         load_strictly(decoder, state.tensors, "the decoder")
-        classes = state.tensors["decode_head.conv_seg.weight"].shape[0]
         if classes > MAX_CLASSES:
             raise CheckpointError(f"{classes} classes; the limit is {MAX_CLASSES}")
         if len(self.labels) != classes:
@@ -86,9 +92,10 @@ class Semantic(Segment):
 
     def maps(self, output: TrunkOutput) -> list[Tensor]:
         """The layers that the decoder reads, (B, C, h, w)."""
-        layers = [output.layers[n] for n in self.layers]
-        if self.normed:
-            layers = [self.trunk.norm(layer) for layer in layers]
+        layers = [
+            self.trunk.norm(output.layers[n]) if n in self.normed else output.layers[n]
+            for n in self.layers
+        ]
         return [
             layer if layer.dim() == 4 else tokens_to_map(layer[:, output.prefix :], output.grid)
             for layer in layers
@@ -103,8 +110,14 @@ class Semantic(Segment):
         best classes. For an input that is larger than a window, the logits are merged from
         windows. Otherwise `mask_logits_lowres` and the trunk's own outputs come with them."""
         pixels = inputs["pixel_values"]
-        windows: Any = self.view
+        windows: Any = None if self.run_whole else self.view
         if windows is not None and windows.crop not in (None, tuple(pixels.shape[2:])):
+            if windows.pads and not all(map(ge, pixels.shape[2:], windows.crop)):
+                raise InputError(
+                    f"pixel_values are {tuple(pixels.shape[2:])}; this model's windows are "
+                    f"{windows.crop} and no smaller",
+                    field="pixel_values",
+                )
             logits = sliding_logits(pixels, windows, self._logits)
             return {"mask_logits": logits, "segmentation": logits.argmax(1)}
         lowres = self._logits(pixels)

@@ -12,7 +12,7 @@ import torch
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
 # Stored cells (1, D, h, w) and a target grid (H, W) to cells (1, D, H, W).
 Rule = Callable[[Tensor, tuple[int, int]], Tensor]
@@ -38,18 +38,50 @@ def corners_rule(cells_1Dhw: Tensor, grid: tuple[int, int]) -> Tensor:
     return interpolate(cells_1Dhw, size=grid, mode="bilinear", align_corners=True)
 
 
-RULES: dict[str, Rule] = {"dino": dino_rule, "bicubic": bicubic_rule, "corners": corners_rule}
+def by_count(mode: str) -> Rule:
+    """The rule of mmsegmentation: as it is for as many cells, in whatever grid; otherwise resized
+    by `mode` to the target size, without antialiasing."""
+
+    def rule(cells_1Dhw: Tensor, grid: tuple[int, int]) -> Tensor:
+        if cells_1Dhw[0, 0].numel() == grid[0] * grid[1]:
+            return cells_1Dhw.reshape(*cells_1Dhw.shape[:2], *grid)
+        return interpolate(cells_1Dhw, size=grid, mode=mode, align_corners=False)
+
+    return rule
+
+
+RULES: dict[str, Rule] = {
+    "bicubic": bicubic_rule,
+    "bicubic-by-count": by_count("bicubic"),
+    "bilinear-by-count": by_count("bilinear"),
+    "corners": corners_rule,
+    "dino": dino_rule,
+}
 
 
 class Patches(PatchEmbed):  # type: ignore[misc]
-    """Patch embedding that ignores pixels beyond the last whole patch, as a convolution does."""
+    """Patch embedding that ignores pixels beyond the last whole patch, as a convolution does, or
+    pads the input at the bottom and on the right (timm's `dynamic_img_pad`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         rows, columns = self.patch_size
+        if self.dynamic_img_pad:
+            padded: Tensor = super().forward(x)
+            return padded
         height, width = x.shape[-2:]
         whole = x[..., : height // rows * rows, : width // columns * columns]
         embedded: Tensor = super().forward(whole)
         return embedded
+
+
+class CenteredPatches(Patches):
+    """Patch embedding that pads the input on all sides, the odd pixel at the bottom and right."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (rows, columns), (height, width) = self.patch_size, x.shape[-2:]
+        down, across = -height % rows, -width % columns
+        x = pad(x, (across // 2, across - across // 2, down // 2, down - down // 2))
+        return super().forward(x)
 
 
 class ConvStem(Patches):
@@ -72,21 +104,32 @@ class Vit(VisionTransformer):  # type: ignore[misc]
     """timm's ViT with a chosen rule for resizing its positions."""
 
     def __init__(
-        self, *, positions: str, conv_stem: bool = False, norm_eps: float = 1e-6, **arguments: Any
+        self,
+        *,
+        positions: str,
+        conv_stem: bool = False,
+        padding: str = "",
+        norm_eps: float = 1e-6,
+        **arguments: Any,
     ) -> None:
         """
         Args:
             positions: name of the rule in `RULES`, or `fixed` for inputs of one size.
             conv_stem: embed patches by `ConvStem`.
+            padding: pad inputs with zeros to whole patches, at the `corner` or around the `center`.
+                Without it, pixels beyond the last whole patch are ignored.
             norm_eps: epsilon of every layer norm.
 
         Raises:
             KeyError: no rule is called `positions`.
         """
-        embed_layer = ConvStem if conv_stem else Patches
+        embed_layer = CenteredPatches if padding == "center" else Patches
+        if conv_stem:
+            embed_layer = ConvStem
         self._rule = None if positions == "fixed" else RULES[positions]
         super().__init__(
             dynamic_img_size=self._rule is not None,
+            dynamic_img_pad=bool(padding),
             embed_layer=embed_layer,
             norm_layer=partial(nn.LayerNorm, eps=norm_eps),
             **arguments,

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models.segmentation.decoders import resize
+from models.segmentation.decoders.layers import resize
 
 CLASSES_AT_ONCE = 16
 MAX_PIXELS = 4096 * 1024
@@ -30,7 +30,11 @@ class Windows:
         scale: pixels that the longer and the shorter side must fit in.
         crop: (height, width) of a window; None for the whole image.
         stride: (down, across) pixels between windows.
-        min_side: the least side of an input without `crop`.
+        pads: whether an input that is smaller than `crop` is padded to it, for trunks of one input
+            size; otherwise its windows are smaller.
+        keep_ratio: whether an image keeps its aspect ratio; otherwise it is resized to `scale`,
+            which is (width, height) then.
+        min_side: the least side of an input that is not padded to `crop`.
         multiple: sides of an input are padded to multiples of this.
         fill: (R, G, B) of the padding.
     """
@@ -38,6 +42,8 @@ class Windows:
     scale: tuple[int, int]
     crop: tuple[int, int] | None = None
     stride: tuple[int, int] = (1, 1)
+    pads: bool = True
+    keep_ratio: bool = True
     min_side: int = 32
     multiple: int = 1
     fill: tuple[int, int, int] = (124, 116, 104)
@@ -59,13 +65,16 @@ class Windows:
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """The (width, height) that an image is resized to."""
+        if not self.keep_ratio:
+            return self.scale
         longer, shorter = max(self.scale), min(self.scale)
         factor = min(longer / max(width, height), shorter / min(width, height))
         return max(1, int(width * factor + 0.5)), max(1, int(height * factor + 0.5))
 
     def padded(self, width: int, height: int) -> tuple[int, int]:
         """The (width, height) of the input, after padding at the bottom and on the right."""
-        rows, columns = self.crop or (self.min_side, self.min_side)
+        least = (self.min_side, self.min_side)
+        rows, columns = self.crop if self.crop is not None and self.pads else least
         sides = max(width, columns), max(height, rows)
         across, down = (-(-side // self.multiple) * self.multiple for side in sides)
         return across, down
@@ -74,10 +83,11 @@ class Windows:
         """The windows of an input of that size: top, left, bottom, right."""
         if self.crop is None:
             return [(0, 0, height, width)]
+        rows, columns = min(self.crop[0], height), min(self.crop[1], width)
         return [
-            (top, left, top + self.crop[0], left + self.crop[1])
-            for top in _starts(height, self.crop[0], self.stride[0])
-            for left in _starts(width, self.crop[1], self.stride[1])
+            (top, left, top + rows, left + columns)
+            for top in _starts(height, rows, self.stride[0])
+            for left in _starts(width, columns, self.stride[1])
         ]
 
     def cut(self, image: Image.Image) -> list[Tensor]:

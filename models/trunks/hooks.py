@@ -12,6 +12,7 @@ from timm.models.convnext import ConvNeXt
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from models.networks.padded_swin import PaddedSwin
 from models.trunks.features import PassPlan
 from models.trunks.query_tokens import QueryPass, attention_map, keys_values
 
@@ -27,10 +28,12 @@ def plain_blocks(network: nn.Module) -> list[Any]:
 
 
 def layer_modules(network: nn.Module) -> list[Any]:
-    """The modules whose outputs heads can read: blocks of a ViT or BEiT, stages of a ConvNeXt;
-    empty for every other network."""
+    """The modules whose outputs heads can read: blocks of a ViT or BEiT, stages of a ConvNeXt
+    or a padded Swin; empty for every other network."""
     if isinstance(network, VisionTransformer | Beit):
         return list(network.blocks)
+    if isinstance(network, PaddedSwin):
+        return list(network.layers)
     return list(network.stages) if isinstance(network, ConvNeXt) else []
 
 

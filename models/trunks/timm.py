@@ -145,7 +145,10 @@ class TimmTrunk(ImageTrunk):
     def _grid(self, batch: Tensor) -> tuple[int, int]:
         height, width = batch.shape[-2:]
         rows, columns = self.patch_size
-        return height // (rows or height), width // (columns or width)
+        rows, columns = rows or height, columns or width
+        if getattr(getattr(self.network, "patch_embed", None), "dynamic_img_pad", False):
+            return -(-height // rows), -(-width // columns)
+        return height // rows, width // columns
 
 
 class PatchConvNetTrunk(TimmTrunk):

@@ -1,201 +1,219 @@
 """mmsegmentation's checkpoints (github.com/open-mmlab/mmsegmentation): a backbone and a decoder.
 
-`meta` holds the configuration as text, and the classes' names and colours. Backbones are BEiT
-(arXiv 2106.08254), with or without its tables of relative positions, as BEiT, MAE, TinyMIM and
-others publish for ADE20K; and ConvNeXt V1 and V2 (arXiv 2201.03545, 2301.00808).
+Backbones are in `families/backbones`, decoders in `models/segmentation/decoders`, and the
+configuration that runners of mmcv and mmengine keep in the file in `families/segmentors.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
-from models.checkpoints.families.beit import beit_checkpoint
-from models.checkpoints.families.configuration import read_configuration
+from models.checkpoints.families.backbones import convert_backbone, in_timms_names
+from models.checkpoints.families.segmentors import Segmentor, Table, read_segmentor
 from models.checkpoints.families.vit import split_prefix
-from models.checkpoints.formats.convnext_v2 import in_timms_names
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
 from models.networks import OWN
+from models.segmentation.decoders import HEAD_TYPES, below, class_count
 
 NAME = "mmsegmentation"
 SCALE = (2048, 512)
+KEPT = ("decode_head.", "neck.")
+# By mmsegmentation's names of Segmenter's decoder, those of its authors.
+RENAMED = {
+    "dec_proj.": "proj_dec.",
+    "patch_proj.weight": "proj_patch",
+    "classes_proj.weight": "proj_classes",
+}
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     keys = container.tensors.keys()
-    if "decode_head.conv_seg.weight" not in keys:
-        return None
-    for key, what in (("backbone.blocks.0.norm1.weight", "a plain ViT's or BEiT's blocks"),
-                      ("backbone.downsample_layers.0.0.weight", "ConvNeXt's stages")):  # fmt: skip
-        if key in keys:
-            return f"backbone with {what}, and decode_head with conv_seg"
-    return None
+    for prefix in ("backbone.", "decode_head."):
+        if not any(key.startswith(prefix) for key in keys):
+            return None
+    return "tensors under backbone and decode_head"
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `backbone`, `decode_head` and `test_cfg`, tables of an mmsegmentation
+    """`arguments`: `backbone`, `neck`, `decode_head` and `test_cfg`, tables of an mmsegmentation
     configuration; the file's own configuration has the defaults.
 
     Raises:
-        CheckpointError: the decoder resizes with aligned corners.
+        CheckpointError: a backbone, neck or head that is not supported, or something that neither
+            the file nor the arguments say.
     """
-    meta = container.beside.get("meta")
-    meta = meta if isinstance(meta, dict) else {}
-    config = read_configuration(str(meta.get("config", "")))
-    model_config = {**config.get("model", {}), **_tables(arguments)}
-    backbone, rest = split_prefix(container.tensors, "backbone.")
-    tensors = {
-        key: container.tensors[key] for key in rest if key.startswith(("decode_head.", "neck."))
+    config = read_segmentor(container, arguments)
+    tensors, rest = split_prefix(container.tensors, "backbone.")
+    backbone = convert_backbone(tensors, config.backbone)
+    head = {k: container.tensors[k] for k in rest if k.startswith(KEPT)}
+    head |= backbone.levels
+    settings = {
+        "layers": list(backbone.layers),
+        "inputs": list(backbone.dims),
+        **backbone.settings,
+        **labels(config, class_count(head)),
+        "windows": windows(config, backbone.window),
     }
-    dropped = tuple(key for key in rest if key not in tensors)
-    settings = _labels(meta, tensors["decode_head.conv_seg.weight"].shape[0])
-    head = dict(model_config.get("decode_head", {}))
-    settings["pool_scales"] = list(head.get("pool_scales", (1, 2, 3, 6)))
-    if isinstance(head.get("in_index"), list | tuple):
-        settings["in_index"] = [int(n) for n in head["in_index"]]
-    if head.get("align_corners"):
-        raise CheckpointError("decode_head has align_corners = true; only false is supported")
-    if "blocks.0.norm1.weight" in backbone:
-        checkpoint, levels, window = _beit(container, backbone, model_config, settings)
-    else:
-        checkpoint, levels, window = _convnext(backbone, settings)
-    settings["windows"] = _windows(config, model_config.get("test_cfg", {}), window)
-    state = HeadState({**levels, **tensors}, settings)
+    head = in_segmenters_names(head)
+    settings |= decoder_settings(config, head, len(backbone.layers))
+    size = backbone.arguments.get("img_size", min(config.scale or SCALE))
     return Checkpoint(
         format=NAME,
-        architecture=checkpoint.architecture,
+        architecture=backbone.architecture,
         library=OWN,
-        arguments=checkpoint.arguments,
-        state_dict=checkpoint.state_dict,
-        heads={"semantic": state},
-        preprocess=_preprocess(config, checkpoint),
-        dropped=(*checkpoint.dropped, *dropped),
-        assumed={} if model_config else {"layers": settings["layers"]},
+        arguments=backbone.arguments,
+        state_dict=backbone.state_dict,
+        heads={"semantic": HeadState(head, settings)},
+        preprocess=preprocess(config, size),
+        dropped=(
+            *(f"backbone.{key}" for key in backbone.dropped),
+            *(key for key in rest if not key.startswith(KEPT)),
+        ),
+        assumed=config.assumed,
     )
 
 
-def _tables(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The tables of a configuration among the arguments."""
-    names = ("backbone", "decode_head", "test_cfg")
-    return {n: arguments[n] for n in names if isinstance(arguments.get(n), Mapping)}
-
-
-def _labels(meta: Mapping[str, Any], classes: int) -> dict[str, Any]:
+def labels(config: Segmentor, classes: int) -> dict[str, Any]:
     """`labels` and `palette`: the file's, ADE20K's for 150 classes, or numbers."""
-    names, palette = meta.get("CLASSES"), meta.get("PALETTE")
-    if isinstance(names, list) and len(names) == classes:
-        settings: dict[str, Any] = {"labels": [str(name) for name in names]}
-        if isinstance(palette, list) and len(palette) == classes:
-            settings["palette"] = palette
+    if len(config.labels) == classes:
+        settings: dict[str, Any] = {"labels": list(config.labels)}
+        if isinstance(config.palette, list) and len(config.palette) == classes:
+            settings["palette"] = config.palette
         return settings
-    if classes == 150:
-        return {"labels": "ade20k-150"}
-    return {"labels": [str(number) for number in range(classes)]}
+    names = "ade20k-150" if classes == 150 else [str(number) for number in range(classes)]
+    config.assumed["labels"] = names if classes == 150 else "numbers"
+    return {"labels": names}
 
 
-def _beit(
-    container: Container,
-    backbone: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    settings: dict[str, Any],
-) -> tuple[Checkpoint, dict[str, Tensor], int | None]:
-    """The backbone, the decoder's levels, and the side of its windows; extends `settings`."""
-    network = {k: v for k, v in backbone.items() if not k.startswith(("fpn", "norm."))}
-    dim = network["patch_embed.proj.weight"].shape[0]
-    # only embeddings use this norm; its values are those that fine-tuning starts from
-    network["fc_norm.weight"], network["fc_norm.bias"] = torch.ones(dim), torch.zeros(dim)
-    backbone_config = dict(config.get("backbone", {}))
-    checkpoint = beit_checkpoint(NAME, container, network, backbone_config, global_pool="avg")
-    depth = checkpoint.arguments["depth"]
-    default = range(depth // 4 - 1, depth, depth // 4) if depth >= 4 else range(depth)
-    settings["layers"] = list(backbone_config.get("out_indices", default))
-    settings["inputs"] = [dim] * len(settings["layers"])
-    settings["patch"] = checkpoint.arguments["patch_size"]
-    levels = {f"levels.{k}": v for k, v in backbone.items() if k.startswith("fpn")}
-    return checkpoint, levels, checkpoint.arguments["img_size"]
-
-
-def _convnext(
-    backbone: Mapping[str, Tensor], settings: dict[str, Any]
-) -> tuple[Checkpoint, dict[str, Tensor], int | None]:
-    """As `_beit`; windows may have any side."""
-    levels = {f"levels.{k}": v for k, v in backbone.items() if k.startswith("norm")}
-    named = {in_timms_names(k): v for k, v in backbone.items() if not k.startswith("norm")}
-    for name in ("weight", "bias"):  # the last level's norm is also the trunk's
-        named[f"norm_pre.{name}"] = backbone[f"norm3.{name}"]
-    depths, dims = [], []
-    for stage in range(4):
-        blocks = {k.split(".")[3] for k in named if k.startswith(f"stages.{stage}.blocks.")}
-        depths.append(len(blocks))
-        dims.append(named[f"stages.{stage}.blocks.0.conv_dw.weight"].shape[0])
-    is_v2 = "stages.0.blocks.0.mlp.grn.weight" in named
-    for key in list(named):
-        if ".grn." in key:
-            named[key] = named[key].flatten()
-    settings["layers"] = [0, 1, 2, 3]
-    settings["inputs"] = dims
-    checkpoint = Checkpoint(
-        format=NAME,
-        architecture="convnext",
-        library=OWN,
-        arguments={
-            "depths": depths,
-            "dims": dims,
-            "use_grn": is_v2,
-            "ls_init_value": 1.0 if "stages.0.blocks.0.gamma" in named else None,
-            "head_norm_first": True,
-            "num_classes": 0,
-        },
-        state_dict=named,
-    )
-    return checkpoint, levels, None
-
-
-def _windows(
-    config: Mapping[str, Any], test: Mapping[str, Any], window: int | None
+def decoder_settings(
+    config: Segmentor, tensors: Mapping[str, Tensor], levels: int
 ) -> dict[str, Any]:
-    """Sliding windows: `window` for trunks of one input size, else the test configuration's."""
-    windows: dict[str, Any] = {"scale": _scale(config, window)}
-    crop = test.get("crop_size") or ((window, window) if window else None)
-    if crop is None or (test.get("mode") != "slide" and window is None):
-        return windows
-    windows["crop"] = [window, window] if window else [int(n) for n in crop]
-    default = [side * 2 // 3 for side in windows["crop"]]
-    windows["stride"] = [int(n) for n in test.get("stride", default)]
-    return windows
+    """What the decoder's shapes do not determine, see `create_decoder`.
+
+    Args:
+        tensors: those of the neck and of the head.
+        levels: how many maps the backbone returns.
+
+    Raises:
+        CheckpointError: it is not known, or not supported.
+    """
+    table, neck = config.decode_head, config.neck
+    head = below(tensors, "decode_head.")
+    if table.type and table.type not in HEAD_TYPES:
+        raise CheckpointError(f"decode_head is a {table.type}; supported: {', '.join(HEAD_TYPES)}")
+    table.only("align_corners", False)
+    table.only("act_cfg", "ReLU")
+    for each in (table, neck):
+        norm = each.find("norm_cfg")
+        if isinstance(norm, Mapping) and norm.get("type") not in (None, "BN", "SyncBN", "LN"):
+            raise CheckpointError(f"{each.name}.norm_cfg is {norm['type']}; supported: BN, SyncBN")
+    if class_count(tensors) == 1:
+        raise CheckpointError(
+            "decode_head has one output with a threshold; only classes are supported"
+        )
+    settings: dict[str, Any] = {}
+    if any(key.startswith("neck.convs.") for key in tensors):
+        scales = neck.require("scales", "[4, 2, 1, 0.5]", [0.5, 1, 2, 4])
+        settings["scales"] = [float(n) for n in scales]
+        levels = len(settings["scales"])
+    elif any(key.startswith("neck.mla.") for key in tensors):
+        settings["neck_norm_eps"] = _eps(neck, "norm_layer", 1e-6)
+    if "fpn_bottleneck.conv.weight" in head:
+        settings["pool_scales"] = [int(n) for n in table.get("pool_scales", (1, 2, 3, 6))]
+    if any(key.startswith("scale_heads.") for key in head):
+        settings["strides"] = [int(n) for n in table.get("feature_strides", [4, 8, 16, 32])]
+    if "up_convs.0.0.conv.weight" in head:
+        usual = "4 of SETR's naive and MLA heads, 2 of PUP's"
+        settings["up_scale"] = float(table.require("up_scale", usual, 4))
+        settings["norm_eps"] = _eps(table, "norm_layer", 1e-6)
+    if "cls_emb" in head:
+        dim = head["cls_emb"].shape[-1]
+        settings["num_heads"] = int(table.require("num_heads", f"{max(1, dim // 64)}"))
+        settings["norm_eps"] = _eps(table, "norm_cfg", 1e-5)
+    if any(key.startswith("convs.") for key in head):
+        settings["dilation"] = int(table.get("dilation", 1))
+    settings["in_index"] = _in_index(table, levels)
+    return settings
 
 
-def _scale(config: Mapping[str, Any], window: int | None) -> list[int]:
-    """The test pipeline's (longer, shorter) image side; else four windows by one, or SCALE."""
-    for step in config.get("test_pipeline", ()):
-        scale = step.get("img_scale", step.get("scale")) if isinstance(step, dict) else None
-        if isinstance(scale, Sequence) and len(scale) == 2 and all(scale):
-            return [int(n) for n in scale]
-    return [4 * window, window] if window else list(SCALE)
+def _in_index(table: Table, levels: int) -> list[int]:
+    """The levels that the head reads, counted from 0."""
+    if levels == 1:
+        return [0]
+    given = table.find("in_index")
+    if given is None and "type" not in table.values:
+        raise CheckpointError(
+            f"the file does not say decode_head.in_index; set arguments = {{decode_head = "
+            f"{{in_index = ...}}}}: one of the {levels} levels, or a list of them"
+        )
+    numbers = [-1] if given is None else [given] if isinstance(given, int) else list(given)
+    if any(not isinstance(n, int) or not -levels <= n < levels for n in numbers):
+        raise CheckpointError(f"decode_head.in_index is {given}; there are {levels} levels")
+    return [n % levels for n in numbers]
 
 
-def _preprocess(config: Mapping[str, Any], checkpoint: Checkpoint) -> Preprocess:
-    """The transform for other tasks than segmentation: squashed to the size of a window."""
-    size = checkpoint.arguments.get("img_size", min(SCALE))
-    norm = config.get("img_norm_cfg", {})
+def _eps(table: Table, name: str, default: float) -> float:
+    """The epsilon of a layer norm's table; the default of its code for none."""
+    norm = table.find(name)
+    value = norm.get("eps") if isinstance(norm, Mapping) else None
+    if value is None and "type" not in table.values:
+        table.assumed[f"{table.name}.{name}.eps"] = default
+    return default if value is None else float(value)
+
+
+def in_segmenters_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, those of mmsegmentation's Segmenter under its authors' names."""
+    if "decode_head.dec_proj.weight" not in tensors:
+        return dict(tensors)
+    head = in_timms_names(below(tensors, "decode_head."))
+    named = {k: v for k, v in tensors.items() if not k.startswith("decode_head.")}
+    for key, value in head.items():
+        for theirs, ours in RENAMED.items():
+            key = key.replace(theirs, ours)
+        # matrices there, applied from the right
+        named[f"decode_head.{key}"] = value.T if key in ("proj_patch", "proj_classes") else value
+    return named
+
+
+def windows(config: Segmentor, window: tuple[int, int] | None) -> dict[str, Any]:
+    """Sliding windows: of the one size that the trunk takes, else of the test configuration.
+
+    Raises:
+        CheckpointError: the configuration does not say whether windows slide.
+    """
+    test = config.test_cfg
+    usual = "'whole', or 'slide' with crop_size and stride"
+    mode = str(test.require("mode", usual, "whole")) if window is None else "slide"
+    scale = config.scale
+    if scale is None:
+        scale = (4 * window[0], window[0]) if window else SCALE
+        config.assumed["scale"] = list(scale)
+    cut: dict[str, Any] = {"scale": list(scale), "keep_ratio": config.keep_ratio}
+    if mode == "whole":
+        return cut
+    crop = list(window) if window else [int(n) for n in test.require("crop_size", "[512, 512]")]
+    default = [side * 2 // 3 for side in crop]
+    stride = test.get("stride", default) if window else test.require("stride", f"{default}")
+    return cut | {"crop": crop, "stride": [int(n) for n in stride], "pads": window is not None}
+
+
+def preprocess(config: Segmentor, size: Any) -> Preprocess:
+    """The transform for other tasks than segmentation: squashed to `size`, a side or both."""
     default = Preprocess()
-
-    def triple(name: str, otherwise: tuple[float, float, float]) -> tuple[float, float, float]:
-        values = norm.get(name)
-        if not isinstance(values, Sequence) or len(values) != 3:
-            return otherwise
-        first, second, third = (float(value) / 255 for value in values)
-        return first, second, third
-
+    for name, value in (("mean", config.mean), ("std", config.std)):
+        if value is None:
+            config.assumed[name] = list(getattr(default, name))
+    rows, columns = (size, size) if isinstance(size, int) else size
+    mean, std = config.mean or default.mean, config.std or default.std
     return Preprocess(
-        input_size=(size, size),
+        input_size=(rows, columns),
         crop_mode="squash",
         crop_pct=1.0,
         interpolation="bilinear",
-        mean=triple("mean", default.mean),
-        std=triple("std", default.std),
+        mean=(mean[0], mean[1], mean[2]),
+        std=(std[0], std[1], std[2]),
     )
