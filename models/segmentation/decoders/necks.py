@@ -155,7 +155,7 @@ def create_neck(
     if "lateral_convs.0.conv.weight" not in tensors:
         raise ValueError(f"no neck has tensors named {', '.join(list(tensors)[:5])}")
     width = tensors["lateral_convs.0.conv.weight"].shape[0]
-    if "fpn_convs.0.conv.weight" in tensors:
+    if "convs.0.conv.weight" not in tensors:
         return FpnNeck(inputs, width), [width] * len(inputs)
     scales = [float(n) for n in settings["scales"]]
     plain = "lateral_convs.0.conv.bias" in tensors
