@@ -101,6 +101,11 @@ class QueueFullError(ServiceError):
     slug, title, outcome = "queue-full", "Queue full", "rejected"
 
 
+class QuotaExceededError(ServiceError):
+    status, grpc = 429, "RESOURCE_EXHAUSTED"
+    slug, title, outcome = "quota-exceeded", "Quota exceeded", "rejected"
+
+
 class InternalError(ServiceError):
     """An unexpected error. The cause is logged, and is not part of the detail."""
 

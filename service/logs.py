@@ -96,5 +96,6 @@ def configure_logs(level: str) -> None:
     # Their own levels, because OpenVINO raises the root logger's while it converts a pass.
     for own in ("vitrail", "service", "models", "uvicorn"):
         logging.getLogger(own).setLevel(level.upper())
+    logging.getLogger("vitrail.audit").setLevel(logging.INFO)  # whatever the level
     for noisy in ("httpx", "httpcore", "PIL", "rasterio", "filelock"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -103,6 +103,15 @@ class Settings(BaseSettings):
         (),
         description="Keys that may load and unload models; if empty, this is turned off.",
     )
+    keys_file: str = Field(
+        "", description="JSON file of hashed keys, written by `vitrail keys` and watched."
+    )
+    worker_token: SecretStr | None = Field(
+        None,
+        min_length=16,
+        description="Credential that gateways send to workers, and that workers then require; if "
+        "empty, one is made from the first admin or API key.",
+    )
     url_hosts: Names = Field(
         (), description="Hosts that images may be fetched from; if empty, URLs are refused."
     )
@@ -120,6 +129,11 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    @field_validator("worker_token", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        return value or None
 
     def rpc_address(self) -> str:
         """Where gRPC listens."""

@@ -30,6 +30,7 @@ from models.checkpoints.store import Store
 from models.errors import SourceError
 from service.gateway.app import create_app
 from service.gateway.server import create_server
+from service.keys import Keys
 from service.metrics import Metrics
 from service.remote.backend import RemoteBackend
 from service.remote.metrics import RemoteMetrics
@@ -270,7 +271,7 @@ def serving_rpc(
     stop: threading.Event = threading.Event()
 
     async def serve() -> None:
-        server = RpcServer(backend, settings, metrics)
+        server = RpcServer(backend, settings, metrics, Keys(settings, worker=True))
         await backend.start()
         await server.start(address)
         await asyncio.to_thread(stop.wait)

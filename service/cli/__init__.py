@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from models.tasks.table import tasks
-from service.cli import fit, health, models, retrieval, serve, tune, verify
+from service.cli import fit, health, keys, models, retrieval, serve, tune, verify
 from service.cli.retrieval import run_embed
 from service.cli.segment import run_segment
 from service.cli.task_commands import flag_parameter, task_command
@@ -36,6 +36,7 @@ app.command("fit")(fit.fit)
 app.command("tune")(tune.tune)
 models.app.command("verify")(verify.verify)
 app.add_typer(models.app, name="models")
+app.add_typer(keys.app, name="keys")
 for task in tasks().values():
     if "image" in task.modalities:
         app.command(task.name)(task_command(task, **SPECIAL.get(task.name, {})))

@@ -13,6 +13,7 @@ from service.gateway.open_inference import routes as open_inference_routes
 from service.gateway.openai import routes as openai_routes
 from service.gateway.problems import install_handlers
 from service.gateway.rest import head_routes, model_routes, system_routes, task_routes
+from service.keys import Keys
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -22,6 +23,7 @@ def create_app(
     backend: Backend,
     metrics: Metrics,
     beside: AbstractAsyncContextManager[None] | None = None,
+    keys: Keys | None = None,
 ) -> FastAPI:
     """The routes and middleware in front of a backend.
 
@@ -29,6 +31,7 @@ def create_app(
 
     Args:
         beside: entered while the application runs: a gRPC server on the same backend.
+        keys: shared with that server, so that quotas hold for both together.
     """
 
     @asynccontextmanager
@@ -47,6 +50,7 @@ def create_app(
         redoc_url=None,
     )
     app.state.settings = settings
+    app.state.keys = keys or Keys(settings)
     app.state.backend = backend
     app.state.metrics = metrics
     app.state.fetcher = ImageFetcher(settings)

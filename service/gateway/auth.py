@@ -5,26 +5,50 @@ They are coroutines because FastAPI runs other functions in threads.
 
 from fastapi import Request
 
-from service.keys import check_admin_key, check_head_key, check_key
+from service.key_file import Scope
+from service.keys import Keys
 
 
 async def require_key(request: Request) -> None:
-    """Require a user's or an admin's key, if user keys are configured."""
-    headers = request.headers
-    check_key(request.app.state.settings, headers.get("x-api-key"), headers.get("authorization"))
-
-
-async def require_admin_key(request: Request) -> None:
-    """Require an admin key."""
-    headers = request.headers
-    check_admin_key(
-        request.app.state.settings, headers.get("x-api-key"), headers.get("authorization")
-    )
+    """Require a key with the scope `infer`, if keys are configured."""
+    _authorize(request, "infer")
 
 
 async def require_head_key(request: Request) -> None:
-    """Require an admin key if any is configured, otherwise the same as `require_key`."""
+    """Require the scope `heads`, if keys are configured. The call is audited."""
+    request.scope["state"]["audited"] = True
+    _authorize(request, "heads")
+
+
+async def require_collection_key(request: Request) -> None:
+    """Require the scope `collections`, if keys are configured."""
+    _authorize(request, "collections")
+
+
+async def require_admin_key(request: Request) -> None:
+    """Require the scope `admin`, which is off without keys. The call is audited."""
+    request.scope["state"]["audited"] = True
+    _authorize(request, "admin")
+
+
+async def require_metrics_key(request: Request) -> None:
+    """Require the scope `metrics`, if there is a file of keys."""
+    _authorize(request, "metrics")
+
+
+def count_images(request: Request, images: int) -> None:
+    """Count images against the quota of the caller's key.
+
+    Raises:
+        QuotaExceededError: it is used up.
+    """
+    keys: Keys = request.app.state.keys
+    keys.count_images(request.scope["state"].get("key"), images)
+
+
+def _authorize(request: Request, scope: Scope) -> None:
+    keys: Keys = request.app.state.keys
     headers = request.headers
-    check_head_key(
-        request.app.state.settings, headers.get("x-api-key"), headers.get("authorization")
+    request.scope["state"]["key"] = keys.authorize(
+        scope, headers.get("x-api-key"), headers.get("authorization")
     )

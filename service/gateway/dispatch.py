@@ -8,6 +8,7 @@ from fastapi import Request
 from service.accounting import Account, counted
 from service.backend import Backend
 from service.errors import InvalidInputError, ServiceError
+from service.gateway.auth import count_images
 from service.gateway.disconnect import cancelled_by_disconnect
 from service.settings import Settings
 from service.types import ImageResult, InferRequest, InferResult
@@ -27,6 +28,7 @@ async def infer(request: Request, infer_request: InferRequest, account: Account)
         ClientDisconnect: the client disconnected.
     """
     account.requested(infer_request)
+    count_images(request, len(infer_request.inputs))
     settings: Settings = request.app.state.settings
     with cancelled_by_disconnect(request.scope):
         result = await send(request.app.state.backend, infer_request, settings.max_images)

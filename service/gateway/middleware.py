@@ -7,6 +7,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.audit import audit, key_field
 from service.gateway.problems import internal_problem
 from service.logs import choose_request_id, request_id
 
@@ -51,10 +52,11 @@ class RequestContext:
                 await internal_problem()(scope, receive, send_with_id)
         finally:
             level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
+            action, key = f"{scope['method']} {scope['path']}", scope["state"].get("key")
+            duration_s = round(time.monotonic() - started, 4)
             logger.log(
-                level,
-                "%s %s",
-                scope["method"],
-                scope["path"],
-                extra={"status": status, "duration_s": round(time.monotonic() - started, 4)},
+                level, action, extra={"status": status, "duration_s": duration_s, **key_field(key)}
             )
+            if scope["state"].get("audited"):
+                client = ":".join(map(str, scope["client"] or ()))
+                audit(action, status=status, client=client, key=key)

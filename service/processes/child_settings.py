@@ -1,6 +1,7 @@
 """The settings of supervised processes, and their share of the machine."""
 
 import os
+import secrets
 import subprocess
 import sys
 from typing import Any
@@ -31,6 +32,14 @@ def worker_settings(settings: Settings, index: int, count: int, gpus: int) -> Se
     return Settings(**{**_explicit(settings), **share})
 
 
+def with_worker_token(settings: Settings) -> Settings:
+    """The settings with a random credential between gateways and workers, unless they have one or
+    name workers elsewhere, which would not know it."""
+    if settings.worker_token is not None or settings.workers:
+        return settings
+    return Settings(**{**_explicit(settings), "worker_token": secrets.token_urlsafe(32)})
+
+
 def child_environment(settings: Settings) -> dict[str, str]:
     """This process's environment, with the settings as environment variables."""
     values = _explicit(settings)
@@ -40,7 +49,8 @@ def child_environment(settings: Settings) -> dict[str, str]:
 
 def _explicit(settings: Settings) -> dict[str, Any]:
     """The settings that are not left at their defaults."""
-    return {name: getattr(settings, name) for name in settings.model_fields_set}
+    values = {name: getattr(settings, name) for name in settings.model_fields_set}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _text(value: Any) -> str:

@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, PlatformCollector, ProcessColle
 
 from service.gateway.app import create_app
 from service.gateway.server import run_server
+from service.keys import Keys
 from service.metrics import Metrics
 from service.remote.backend import RemoteBackend
 from service.remote.metrics import RemoteMetrics
@@ -25,8 +26,9 @@ def create_gateway_app(settings: Settings, rpc_address: str | None, *, shared: b
     ProcessCollector(registry=metrics.registry)
     PlatformCollector(registry=metrics.registry)
     backend = RemoteBackend(settings, RemoteMetrics(metrics.registry))
-    rpc = RpcServer(backend, settings, metrics).serving(rpc_address, shared=shared)
-    return create_app(settings, backend, metrics, rpc)
+    keys = Keys(settings)
+    rpc = RpcServer(backend, settings, metrics, keys).serving(rpc_address, shared=shared)
+    return create_app(settings, backend, metrics, rpc, keys)
 
 
 def serve(

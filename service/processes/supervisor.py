@@ -9,7 +9,12 @@ import tempfile
 from pathlib import Path
 
 from service.processes.child import Child
-from service.processes.child_settings import child_environment, count_gpus, worker_settings
+from service.processes.child_settings import (
+    child_environment,
+    count_gpus,
+    with_worker_token,
+    worker_settings,
+)
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -56,6 +61,7 @@ class _Supervisor:
         processes: int,
         grpc: bool,
     ) -> None:
+        settings = with_worker_token(settings)
         self._settings = settings
         metrics = folder / "metrics"
         metrics.mkdir()

@@ -15,6 +15,7 @@ from prometheus_client import (
 from models.catalog import load_catalog
 from models.registry import Registry
 from models.trunks.devices import resolve_device
+from service.keys import Keys
 from service.metrics import Metrics
 from service.rpc.server import RpcServer
 from service.settings import Settings
@@ -54,6 +55,7 @@ async def _serve(settings: Settings, address: str) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    keys = Keys(settings, worker=True)
     backend, metrics = create_backend(settings)
     if settings.metrics_port:
         start_http_server(settings.metrics_port, settings.host, metrics.registry)
@@ -61,7 +63,7 @@ async def _serve(settings: Settings, address: str) -> None:
     sharing = None
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         sharing = asyncio.create_task(share_gauges(BackendCollector(backend)))
-    async with RpcServer(backend, settings, metrics).serving(address):
+    async with RpcServer(backend, settings, metrics, keys).serving(address):
         await stopping.wait()
     await backend.close()
     if sharing is not None:

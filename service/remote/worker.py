@@ -15,6 +15,7 @@ from service.errors import (
     PayloadTooLargeError,
     UnavailableError,
 )
+from service.keys import WORKER_TOKEN, worker_token
 from service.logs import request_id
 from service.remote.metrics import RemoteMetrics
 from service.rpc.context import ERROR_KEY, GATEWAY_KEY
@@ -74,8 +75,7 @@ class Worker:
         self._ejected_until = 0.0
         self._closed = False
         self._metrics = metrics
-        keys = settings.admin_keys or settings.api_keys
-        self._key = keys[0].get_secret_value() if keys else None
+        self._token = worker_token(settings)
         self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
         self._stub = VisionStub(self._channel)
         self._probe_now = asyncio.Event()
@@ -168,7 +168,7 @@ class Worker:
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
         metadata = ((GATEWAY_KEY, "1"), ("x-request-id", request_id.get() or "gateway"))
-        return metadata if self._key is None else (*metadata, ("x-api-key", self._key))
+        return metadata if self._token is None else (*metadata, (WORKER_TOKEN, self._token))
 
     def _add_outstanding(self, images: int) -> None:
         self.outstanding += images

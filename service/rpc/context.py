@@ -11,9 +11,11 @@ from typing import Any
 
 import grpc
 
+from service.audit import audit, key_field
 from service.backend import Backend
 from service.errors import InternalError, InvalidInputError, ServiceError
-from service.keys import check_admin_key, check_head_key, check_key
+from service.key_file import Scope
+from service.keys import WORKER_TOKEN, ApiKey, Keys
 from service.logs import choose_request_id, request_id
 from service.metrics import Metrics
 from service.rpc.wire import to_error
@@ -36,6 +38,7 @@ class Deps:
     backend: Backend
     settings: Settings
     metrics: Metrics
+    keys: Keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,7 @@ class Caller:
     started: float
     # Infinite if the call has none.
     grpc_deadline: float
+    key: ApiKey | None = None
 
     def deadline(self, settings: Settings, timeout_ms: float) -> float:
         """The earlier one of the request's deadline and the gRPC deadline.
@@ -74,8 +78,7 @@ async def handle_call(
     context: Context,
     method: str,
     *,
-    admin: bool = False,
-    changes_heads: bool = False,
+    scope: Scope = "infer",
 ) -> AsyncIterator[Caller]:
     """Check the API key, then abort the call with the status of any error in the block.
 
@@ -83,20 +86,22 @@ async def handle_call(
 
     Args:
         method: the name in the access log.
-        admin: require an admin key.
-        changes_heads: require the key for uploading, fitting and deleting heads.
+        scope: what the caller's key must permit. Calls of `heads` and `admin` are audited.
     """
     started = time.monotonic()
     metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
     sent_id = metadata.get("x-request-id", "")
     request_id.set(choose_request_id(sent_id))
-    status = "CANCELLED"
+    token = metadata.get(WORKER_TOKEN)
+    is_gateway = GATEWAY_KEY in metadata and deps.keys.is_gateway(token)
+    status, key = "CANCELLED", None
     try:
-        check = check_admin_key if admin else check_head_key if changes_heads else check_key
-        check(deps.settings, metadata.get("x-api-key"), metadata.get("authorization"))
+        key = deps.keys.authorize(
+            scope, metadata.get("x-api-key"), metadata.get("authorization"), token
+        )
         remaining_s = context.time_remaining()
         grpc_deadline = math.inf if remaining_s is None else started + remaining_s
-        yield Caller(GATEWAY_KEY in metadata, started, grpc_deadline)
+        yield Caller(is_gateway, started, grpc_deadline, key)
         status = "OK"
     except ServiceError as error:
         status = error.grpc
@@ -109,12 +114,15 @@ async def handle_call(
         detail = "an internal error; the log has it under this request_id"
         await _abort(context, InternalError(detail))
     finally:
+        duration_s = round(time.monotonic() - started, 4)
         logger.log(
-            logging.DEBUG if GATEWAY_KEY in metadata else logging.INFO,
+            logging.DEBUG if is_gateway else logging.INFO,
             "gRPC %s",
             method,
-            extra={"status": status, "duration_s": round(time.monotonic() - started, 4)},
+            extra={"status": status, "duration_s": duration_s, **key_field(key)},
         )
+        if scope in ("heads", "admin"):
+            audit(f"gRPC {method}", status=status, client=context.peer(), key=key)
 
 
 async def _abort(context: Context, error: ServiceError) -> None:

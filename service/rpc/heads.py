@@ -22,7 +22,7 @@ class HeadCalls(VisionServicer):
             return pb.ListHeadsResponse(heads=[to_model(head) for head in heads])
 
     async def PutHead(self, request: pb.PutHeadRequest, context: Context) -> pb.PutHeadResponse:
-        async with handle_call(self._deps, context, "PutHead", changes_heads=True):
+        async with handle_call(self._deps, context, "PutHead", scope="heads"):
             upload = HeadUpload(
                 name=request.name,
                 content=request.content,
@@ -32,7 +32,7 @@ class HeadCalls(VisionServicer):
             return pb.PutHeadResponse(head=to_model(await self._deps.backend.heads.put(upload)))
 
     async def FitHead(self, request: pb.FitHeadRequest, context: Context) -> pb.FitHeadResponse:
-        async with handle_call(self._deps, context, "FitHead", changes_heads=True):
+        async with handle_call(self._deps, context, "FitHead", scope="heads"):
             options = validate(FitParameters, from_options(request.options))
             fit = FitRequest(
                 name=request.name,
@@ -46,7 +46,7 @@ class HeadCalls(VisionServicer):
     async def DeleteHead(
         self, request: pb.DeleteHeadRequest, context: Context
     ) -> pb.DeleteHeadResponse:
-        async with handle_call(self._deps, context, "DeleteHead", changes_heads=True):
+        async with handle_call(self._deps, context, "DeleteHead", scope="heads"):
             await self._deps.backend.heads.delete(request.name)
             return pb.DeleteHeadResponse()
 

@@ -73,14 +73,14 @@ class OpenInference(GRPCInferenceServiceServicer):
     async def RepositoryModelLoad(
         self, request: pb.RepositoryModelLoadRequest, context: Context
     ) -> pb.RepositoryModelLoadResponse:
-        async with handle_call(self._deps, context, "RepositoryModelLoad", admin=True):
+        async with handle_call(self._deps, context, "RepositoryModelLoad", scope="admin"):
             await self._backend.load(request.model_name)
             return pb.RepositoryModelLoadResponse()
 
     async def RepositoryModelUnload(
         self, request: pb.RepositoryModelUnloadRequest, context: Context
     ) -> pb.RepositoryModelUnloadResponse:
-        async with handle_call(self._deps, context, "RepositoryModelUnload", admin=True):
+        async with handle_call(self._deps, context, "RepositoryModelUnload", scope="admin"):
             await self._backend.unload(request.model_name)
             return pb.RepositoryModelUnloadResponse()
 
@@ -103,6 +103,7 @@ class OpenInference(GRPCInferenceServiceServicer):
                 selection = OutputSelection(model, outputs, options)
                 inputs = to_inputs(_tensors(request))
                 check_input_count(deps.settings, len(inputs))
+                deps.keys.count_images(caller.key, len(inputs))
                 result = await deps.backend.infer(
                     InferRequest(inputs=inputs, calls=selection.calls, deadline=account.deadline)
                 )

@@ -10,6 +10,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from service.backend import Backend
+from service.keys import Keys
 from service.metrics import Metrics
 from service.rpc.context import Deps
 from service.rpc.open_inference import OpenInference
@@ -41,12 +42,14 @@ class RpcServer:
     by its name.
     """
 
-    def __init__(self, backend: Backend, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self, backend: Backend, settings: Settings, metrics: Metrics, keys: Keys | None = None
+    ) -> None:
         self._backend = backend
         self._health = health.aio.HealthServicer()
         self._reported: dict[str, bool] = {}
         self._reporter: asyncio.Task[None] | None = None
-        self._deps = Deps(backend, settings, metrics)
+        self._deps = Deps(backend, settings, metrics, keys or Keys(settings))
 
     async def start(self, address: str, *, shared: bool = False) -> int:
         """Listen on `host:port` or `unix:path`.

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from models.tasks.table import tasks
 from service.accounting import Account, counted
-from service.errors import InvalidInputError, QueueFullError, ServiceError
+from service.errors import InvalidInputError, QueueFullError, QuotaExceededError, ServiceError
 from service.limits import check_input_count
 from service.parameters import MAX_MODELS
 from service.rpc.context import Caller, Context, handle_call
@@ -112,7 +112,7 @@ class Vision(HeadCalls):
     async def LoadModel(
         self, request: pb.LoadModelRequest, context: Context
     ) -> pb.LoadModelResponse:
-        async with handle_call(self._deps, context, "LoadModel", admin=True):
+        async with handle_call(self._deps, context, "LoadModel", scope="admin"):
             return pb.LoadModelResponse(
                 model=to_model(await self._deps.backend.load(request.model))
             )
@@ -120,7 +120,7 @@ class Vision(HeadCalls):
     async def UnloadModel(
         self, request: pb.UnloadModelRequest, context: Context
     ) -> pb.UnloadModelResponse:
-        async with handle_call(self._deps, context, "UnloadModel", admin=True):
+        async with handle_call(self._deps, context, "UnloadModel", scope="admin"):
             return pb.UnloadModelResponse(
                 model=to_model(await self._deps.backend.unload(request.model))
             )
@@ -149,7 +149,7 @@ class Vision(HeadCalls):
             while True:
                 try:
                     return await self._infer_task("embed", request, caller)
-                except QueueFullError as error:
+                except (QueueFullError, QuotaExceededError) as error:
                     wait_s = min(error.retry_after_s or 1, 1.0)
                     if time.monotonic() + wait_s >= deadline:
                         raise
@@ -179,6 +179,7 @@ class Vision(HeadCalls):
         if not inputs and not caller.is_gateway:
             raise InvalidInputError("the request has no inputs", field="images")
         check_input_count(self._deps.settings, len(inputs))
+        self._deps.keys.count_images(caller.key, len(inputs))
         account.deadline = caller.deadline(self._deps.settings, request.timeout_ms)
         return await self._deps.backend.infer(
             InferRequest(

@@ -16,6 +16,7 @@ from service.accounting import Account
 from service.backend import Backend
 from service.errors import QueueFullError, ServiceError
 from service.gateway import dispatch
+from service.gateway.auth import count_images
 from service.gateway.problems import describe
 from service.gateway.rest.body import read_request
 from service.gateway.rest.responses import digests, first_output
@@ -39,6 +40,7 @@ async def stream_task(request: Request, task: Task) -> StreamingResponse:
         account = stack.enter_context(dispatch.count_request(request, task.name))
         parameters, infer_request = await read_request(request, task_parameters(task.name))
         account.requested(infer_request)
+        count_images(request, len(infer_request.inputs))
         room = asyncio.Semaphore(IN_FLIGHT)
         answers = [
             asyncio.create_task(_answer(backend, replace(infer_request, inputs=[item]), room))

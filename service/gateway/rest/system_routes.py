@@ -1,9 +1,10 @@
 """Health checks and metrics."""
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from service.gateway.auth import require_metrics_key
 from service.metrics import exposition
 from service.types import Health
 
@@ -30,7 +31,7 @@ async def readyz(request: Request) -> JSONResponse:
     )
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=Response, dependencies=[Depends(require_metrics_key)])
 async def metrics(request: Request) -> Response:
     """Metrics in Prometheus' text format."""
     return Response(
