@@ -81,7 +81,7 @@ class Keys:
             raise PermissionDeniedError(
                 "admin calls are off; set VITRAIL_ADMIN_KEYS or VITRAIL_KEYS_FILE to enable them"
             )
-        sent = _sent(api_key, authorization)
+        sent = read_key(api_key, authorization)
         key = self._find(sent, token)
         if self._guards(scope):
             if not sent and not token:
@@ -178,7 +178,7 @@ def _derive(secret: str) -> str:
     return hmac.new(secret.encode(), b"vitrail worker token", hashlib.sha256).hexdigest()
 
 
-def _sent(api_key: str | None, authorization: str | None) -> str:
+def read_key(api_key: str | None, authorization: str | None) -> str:
     scheme, _, bearer = (authorization or "").partition(" ")
     if api_key is None and scheme.lower() == "bearer":
         return bearer.strip()
