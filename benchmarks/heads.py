@@ -28,9 +28,10 @@ from models.heads.vqt import Vqt
 from models.inference import HeadCall
 from models.trunks.base import Trunk
 from service.metrics import Metrics
+from service.worker.batch_queue import BatchQueue, Entry
 from service.worker.batcher import Batcher
 from service.worker.runner import Item, Runner, Threads
-from service.worker.scheduler import BatchQueue, Entry, Scheduler
+from service.worker.scheduler import Scheduler
 from service.worker_options import WorkerOptions
 
 LABELS = tuple(map(str, range(20)))

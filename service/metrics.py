@@ -12,6 +12,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 OUTCOMES = ("ok", "invalid", "rejected", "timeout", "cancelled", "error")
 STAGES = ("decode", "queue", "compute", "postprocess")
 DROP_REASONS = ("expired", "cancelled")
+REFUSAL_REASONS = ("full", "late")
 
 SECONDS = (
     0.001, 0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1,
@@ -64,6 +65,12 @@ class Metrics:
             ("trunk", "reason"),
             registry=registry,
         )
+        self.refused = Counter(
+            "vitrail_queue_refused_images",
+            "Images refused before they were decoded: places are taken, or they would be late.",
+            ("trunk", "reason"),
+            registry=registry,
+        )
         self.label_sets = Counter(
             "vitrail_label_sets",
             "Lookups of label sets' embeddings in the cache.",
@@ -95,6 +102,8 @@ class Metrics:
             self.stage_duration.labels(stage, trunk)
         for reason in DROP_REASONS:
             self.dropped.labels(trunk, reason)
+        for reason in REFUSAL_REASONS:
+            self.refused.labels(trunk, reason)
         self.batch_size.labels(trunk)
         self.trunk_failures.labels(trunk)
 

@@ -5,6 +5,7 @@ They are coroutines because FastAPI runs other functions in threads.
 
 from fastapi import Request
 
+from service.clients import client, identify
 from service.key_file import Scope
 from service.keys import Keys
 
@@ -49,6 +50,6 @@ def count_images(request: Request, images: int) -> None:
 def _authorize(request: Request, scope: Scope) -> None:
     keys: Keys = request.app.state.keys
     headers = request.headers
-    request.scope["state"]["key"] = keys.authorize(
-        scope, headers.get("x-api-key"), headers.get("authorization")
-    )
+    key = keys.authorize(scope, headers.get("x-api-key"), headers.get("authorization"))
+    request.scope["state"]["key"] = key
+    client.set(identify(key, request.client.host if request.client else ""))

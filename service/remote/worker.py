@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 
 from models.description import HeadDescription, ModelDescription, head_from_json
+from service.clients import client
 from service.errors import (
     DeadlineExceededError,
     InternalError,
@@ -18,7 +19,7 @@ from service.errors import (
 from service.keys import WORKER_TOKEN, worker_token
 from service.logs import request_id
 from service.remote.metrics import RemoteMetrics
-from service.rpc.context import ERROR_KEY, GATEWAY_KEY
+from service.rpc.context import CLIENT_KEY, ERROR_KEY, GATEWAY_KEY
 from service.rpc.wire import from_error, from_response, to_request
 from service.settings import Settings
 from service.stubs import vision_pb2 as pb
@@ -167,7 +168,11 @@ class Worker:
         await self._channel.close(grace=None if self.outstanding == 0 else MAX_EJECTION_S)
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
-        metadata = ((GATEWAY_KEY, "1"), ("x-request-id", request_id.get() or "gateway"))
+        metadata = (
+            (GATEWAY_KEY, "1"),
+            ("x-request-id", request_id.get() or "gateway"),
+            (CLIENT_KEY, client.get() or "gateway"),
+        )
         return metadata if self._token is None else (*metadata, (WORKER_TOKEN, self._token))
 
     def _add_outstanding(self, images: int) -> None:

@@ -4,15 +4,17 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 import grpc
 
 from service.audit import audit, key_field
 from service.backend import Backend
+from service.clients import client, identify
 from service.errors import InternalError, InvalidInputError, ServiceError
 from service.key_file import Scope
 from service.keys import WORKER_TOKEN, ApiKey, Keys
@@ -29,6 +31,8 @@ ERROR_KEY = "vitrail-error-bin"
 # The metadata key of a gateway's calls. A gateway counts its requests itself, and it needs the
 # results of the other images even if one is refused.
 GATEWAY_KEY = "vitrail-gateway"
+# The metadata key of the client on whose behalf a gateway calls.
+CLIENT_KEY = "vitrail-client"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,7 @@ async def handle_call(
         key = deps.keys.authorize(
             scope, metadata.get("x-api-key"), metadata.get("authorization"), token
         )
+        client.set(_client(key, metadata if is_gateway else {}, context.peer()))
         remaining_s = context.time_remaining()
         grpc_deadline = math.inf if remaining_s is None else started + remaining_s
         yield Caller(is_gateway, started, grpc_deadline, key)
@@ -123,6 +128,17 @@ async def handle_call(
         )
         if scope in ("heads", "admin"):
             audit(f"gRPC {method}", status=status, client=context.peer(), key=key)
+
+
+def _client(key: ApiKey | None, metadata: Mapping[str, str], peer: str) -> str:
+    """The client of a call.
+
+    Args:
+        metadata: that of a gateway's call, which names the gateway's own client.
+        peer: `ipv4:HOST:PORT`, `ipv6:%5BHOST%5D:PORT` or `unix:PATH`.
+    """
+    address = unquote(peer).partition(":")[2].rpartition(":")[0]
+    return metadata.get(CLIENT_KEY) or identify(key, address or peer)
 
 
 async def _abort(context: Context, error: ServiceError) -> None:

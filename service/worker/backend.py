@@ -17,6 +17,7 @@ from models.heads.prompted import Prompted, with_class_embeddings
 from models.inputs.types import modality_of
 from models.model import Model
 from models.registry import Registry
+from service.clients import client
 from service.errors import (
     DeadlineExceededError,
     QueueFullError,
@@ -25,6 +26,7 @@ from service.errors import (
 )
 from service.metrics import Metrics
 from service.types import Call, Health, ImageResult, InferRequest, InferResult
+from service.worker.admission import Claim
 from service.worker.execution_plan import (
     ExecutionPlan,
     ResolvedCall,
@@ -98,9 +100,8 @@ class LocalBackend:
         inputs = request.readable
         modalities = dict.fromkeys(map(modality_of, inputs)) or {"image": None}
         plans = {modality: await self._plan(request, modality) for modality in modalities}
-        results = await self._pipeline.run(
-            plans, inputs, deadline=request.deadline, bulk=request.bulk
-        )
+        claim = Claim(client.get(), request.bulk, request.deadline)
+        results = await self._pipeline.run(plans, inputs, claim)
         first = next(iter(plans.values()))
         return InferResult([call.used for call in first.calls], results)
 
@@ -201,7 +202,7 @@ class LocalBackend:
         """Run one text; while the queue is full, wait for a place."""
         while True:
             try:
-                return await self._pipeline.run(plans, [text], bulk=bulk)
+                return await self._pipeline.run(plans, [text], Claim(client.get(), bulk))
             except QueueFullError:
                 await asyncio.sleep(0.02)
 

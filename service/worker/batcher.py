@@ -3,9 +3,10 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from service.worker.scheduler import Batch, BatchQueue, Entry, Scheduler
+from service.worker.batch_queue import BatchQueue, Entry
+from service.worker.scheduler import Batch, Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -78,31 +79,32 @@ class Batcher:
             del self._scheduler.queues[name]
             return True
 
-    def admit(self, name: str, count: int) -> None:
-        """Reserve places for images that are about to be decoded.
+    def admit(self, name: str, count: int, client: str = "", *, bulk: bool = False) -> None:
+        """Take places for images that are about to be decoded.
 
         Raises:
-            QueueFull: the queue has fewer free places; none is reserved.
+            QueueFull: the queue has fewer free places for this client; none is taken.
             KeyError: the queue was removed.
         """
         with self._lock:
             queue = self._scheduler.queues[name]
             if queue.admitted + count > queue.capacity:
                 self._sweep(queue)
-            queue.admit(count)
+            queue.places.take(client, count, bulk=bulk)
 
-    def release(self, name: str, count: int) -> None:
-        """Give back reserved places whose images will not be put."""
+    def release(self, name: str, count: int, client: str = "", *, bulk: bool = False) -> None:
+        """Give back places of images that will not be put."""
         with self._lock:
-            self._scheduler.queues[name].release(count)
+            self._scheduler.queues[name].places.give_back(client, count, bulk=bulk)
             self._wake()  # a batch may have waited for these images
 
     def put(self, name: str, entries: Sequence[Entry]) -> None:
-        """Add the pieces of one input, for which one place was reserved. The other pieces are in
+        """Add the pieces of one input, for which one place was taken. The other pieces are in
         memory already, so they take places beyond the queue's capacity if they must."""
         with self._lock:
             queue, now = self._scheduler.queues[name], self._clock()
-            queue.admitted += len(entries) - 1
+            first = entries[0]
+            queue.places.extend(first.client, len(entries) - 1, bulk=first.bulk)
             for entry in entries:
                 queue.put(entry, now)
             self._wake()
@@ -140,6 +142,30 @@ class Batcher:
         """Estimated seconds until all images admitted now have been computed."""
         with self._lock:
             return self._scheduler.queue_seconds()
+
+    def forecast(
+        self, counts: Mapping[str, int], client: str, *, bulk: bool, decoded: bool = False
+    ) -> tuple[float, float]:
+        """Estimated seconds until a client's further images are computed, once they are decoded.
+
+        Args:
+            counts: the number of images for each queue.
+            decoded: the images go before all that are still to be decoded.
+
+        Returns:
+            The seconds until they run, and the seconds that they run.
+        """
+        with self._lock:
+            queues = self._scheduler.queues
+            known = [(queues[name], count) for name, count in counts.items() if name in queues]
+            own, longest = 0.0, 0.0
+            for queue, count in known:
+                size = min(queue.max_batch_size, max(count, len(queue) // self._scheduler.lanes))
+                own += count * queue.costs.per_image(size)
+                longest = max(longest, queue.batch_seconds(size))
+            now = self._clock()
+            ahead = self._scheduler.seconds_ahead(client, own, now, bulk=bulk, decoded=decoded)
+            return ahead, max(longest, own / self._scheduler.lanes)
 
     def _run_lane(self, lane: int) -> None:
         while (batch := self._wait_for_batch(lane)) is not None:

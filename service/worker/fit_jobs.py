@@ -31,9 +31,10 @@ from models.registry import Registry
 from service.errors import InvalidInputError, UnavailableError, from_library
 from service.metrics import Metrics
 from service.types import FitRequest
+from service.worker.batch_queue import Entry
 from service.worker.batcher import Batcher
+from service.worker.places import QueueFull
 from service.worker.runner import Item, use_threads
-from service.worker.scheduler import Entry, QueueFull
 
 logger = logging.getLogger(__name__)
 
@@ -265,7 +266,7 @@ class FitJobs:
         items = [Item.awaited(trunk, pixels, (HeadCall(head),)) for pixels in pixels_BCHW]
         for item, _ in items:
             self._admit(job, trunk)
-            self._batcher.put(trunk, [Entry(item, job.name, bulk=True)])
+            self._batcher.put(trunk, [Entry(item, job.name, bulk=True, client=job.name)])
         rows: list[Row] = []
         for _, future in items:
             [row] = future.result().rows
@@ -278,7 +279,7 @@ class FitJobs:
         while True:
             self._check(job)
             try:
-                return self._batcher.admit(trunk, 1)
+                return self._batcher.admit(trunk, 1, job.name, bulk=True)
             except QueueFull:
                 time.sleep(0.05)
             except KeyError as error:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 
 from models.errors import CheckpointError
 from service.errors import ServiceError
+from service.worker.batch_queue import Entry
 from service.worker.batcher import Batcher
+from service.worker.places import QueueFull
 from service.worker.runner import Runner
-from service.worker.scheduler import Entry, QueueFull
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class Prober:
         deadline = time.monotonic() + self._limit_s
         failed: Exception | None
         try:
-            self._batcher.admit(name, 1)
+            self._batcher.admit(name, 1, bulk=True)
             self._batcher.put(name, [Entry(item, "probe", bulk=True, deadline=deadline)])
             async with asyncio.timeout(self._limit_s):
                 result = await asyncio.wrap_future(future)

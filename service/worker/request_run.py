@@ -22,12 +22,14 @@ from models.inputs.types import Input, modality_of
 from service.errors import DeadlineExceededError, InternalError, ServiceError, from_library
 from service.metrics import Metrics
 from service.types import ImageResult
+from service.worker.admission import Admission, Claim
+from service.worker.batch_queue import Entry
 from service.worker.batcher import Batcher
+from service.worker.decode_queue import Source
 from service.worker.execution_plan import ExecutionPlan, prepare_all
 from service.worker.outbox import Outbox
 from service.worker.postprocess import Decoded, finish_input, is_slow
 from service.worker.runner import Item, ItemResult
-from service.worker.scheduler import Entry
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class Shared:
     """What all requests of a worker share."""
 
     batcher: Batcher
+    admission: Admission
     metrics: Metrics
     pool: Executor
     limits: ImageLimits
@@ -55,42 +58,39 @@ class RequestRun:
         shared: Shared,
         plans: Mapping[str, ExecutionPlan],
         inputs: Sequence[Input],
-        *,
-        deadline: float,
-        bulk: bool,
+        claim: Claim,
     ) -> None:
         self.shared = shared
         self.is_ended = False
         self._plans = plans
-        self._deadline = deadline
-        self._bulk = bulk
+        self._claim = claim
+        self._source = Source(
+            claim.client, claim.bulk, modality_of(inputs[0]) if inputs else "",
+            self._decode_next, len(inputs),
+        )  # fmt: skip
         self._undecoded = deque(enumerate(inputs))
         self._entries: list[Entry] = []
         self._results: list[ImageResult | None] = [None] * len(inputs)
         self._missing = len(inputs)
         self._done = asyncio.get_running_loop().create_future()
 
-    async def start(self, at_a_time: int) -> None:
-        """Decode and compute the inputs; returns when all results are there.
-
-        Args:
-            at_a_time: how many inputs are decoded at a time.
-        """
-        if not self._missing:
-            return
-        for _ in range(min(at_a_time, self._missing)):
-            self.shared.pool.submit(self._decode_next)
-        await self._done
+    async def start(self) -> None:
+        """Decode and compute the inputs; returns when all results are there."""
+        if self._missing:
+            self.shared.admission.decoding.add(self._source)
+            await self._done
 
     def end(self) -> None:
         """Drop the inputs that have no result yet."""
         self.is_ended = True
-        with suppress(IndexError):  # the decode pool takes from it, too
+        if not self._missing:
+            return
+        self.shared.admission.decoding.withdraw(self._source)
+        with suppress(IndexError):  # a thread may take the last one meanwhile
             while True:
                 _, item = self._undecoded.popleft()
                 self._release(self._plans[modality_of(item)])
-        if self._missing:
-            self._drop_waiting()
+        self._drop_waiting()
 
     def results(self) -> list[ImageResult]:
         """The results of all inputs; those without one are past the deadline."""
@@ -123,16 +123,15 @@ class RequestRun:
             self.deliver(position, ImageResult(error=_as_service_error(error)))
         else:
             self._put(plan, entries)
-        if self._undecoded:
-            self.shared.pool.submit(self._decode_next)
 
     def _decode(self, position: int, item: Input, plan: ExecutionPlan) -> list[list[Entry]]:
         """The entries of an input's pieces, for each pass."""
-        if self._deadline <= time.monotonic():
-            raise DeadlineExceededError("the deadline passed before the input was decoded")
+        kind = modality_of(item)
+        self.shared.admission.check_decoding(plan, kind, self._claim)
         started = time.monotonic()
         prepared, size = prepare_all(item, plan.passes, self.shared.limits)
         decode_s = time.monotonic() - started
+        self.shared.admission.decoding.measured(kind, decode_s)
         decoded = Decoded(item, size, decode_s)
         running = _RunningInput(self, position, plan, decoded, [len(each) for each in prepared])
         groups = []
@@ -142,7 +141,7 @@ class RequestRun:
                 [
                     Entry(
                         Item(trunk_pass.name, piece, calls, partial(running.done, number, place)),
-                        self, self._bulk, self._deadline,
+                        self, self._claim.bulk, self._claim.deadline, self._claim.client,
                     )
                     for place, piece in enumerate(pieces)
                 ]
@@ -166,8 +165,7 @@ class RequestRun:
 
     def _release(self, plan: ExecutionPlan) -> None:
         """Give back the places of an input that was not put."""
-        for trunk_pass in plan.passes:
-            self.shared.batcher.release(trunk_pass.name, 1)
+        self.shared.admission.release({each.name: 1 for each in plan.passes}, self._claim)
 
 
 class _RunningInput:

@@ -15,7 +15,8 @@ from models.inference import HeadCall, Row, run_pass
 from models.trunks.base import Trunk
 from models.trunks.devices import one_thread
 from service.metrics import Metrics
-from service.worker.scheduler import Batch, BatchQueue
+from service.worker.batch_queue import BatchQueue
+from service.worker.scheduler import Batch
 
 logger = logging.getLogger(__name__)
 

@@ -4,54 +4,17 @@ A lane is a thread that runs batches on the device, one at a time. On a GPU ther
 that one batch is copied while another computes. On a CPU each lane has its share of the cores.
 There, lane 0 may also run a single image as a wide batch: on all cores, while the other lanes are
 idle.
-
-A flow is the images of one request in one queue. Batches take from the flows in turn, so that a
-large request does not delay a small one.
 """
 
 import math
-from collections import OrderedDict, deque
-from collections.abc import Hashable
-from dataclasses import dataclass, field
-from itertools import chain
-from typing import Any
+from collections import OrderedDict
+from dataclasses import dataclass
 
-# While both priorities wait, one place in this many goes to bulk requests.
-BULK_SHARE = 4
+from service.worker.batch_queue import BatchQueue, Entry
+from service.worker.turns import work_ahead
 
-# While decoding takes all cores of a CPU, a batch waits for this many images a lane, but never
-# longer than this. A pass costs less per image the more images it holds (4 are half as expensive
-# each as 1 for a small network), and the cores lose nothing meanwhile.
-GATHER_IMAGES = 4
-GATHER_S = 0.025
-
-
-class QueueFull(Exception):
-    """The queue does not admit that many more images."""
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """An image that waits in a queue.
-
-    Args:
-        flow: identifies the image's request.
-        bulk: waits behind interactive requests.
-        deadline: in seconds of the scheduler's clock.
-        cancelled: the caller no longer needs the result.
-        enqueued: when the entry was put, in seconds of the scheduler's clock.
-    """
-
-    payload: Any
-    flow: Hashable = None
-    bulk: bool = False
-    deadline: float = math.inf
-    cancelled: bool = False
-    enqueued: float = 0.0
-
-    def dead(self, now: float) -> bool:
-        """Whether the entry is cancelled or past its deadline."""
-        return self.cancelled or self.deadline <= now
+# How many clients' last turns are remembered.
+MAX_CLIENTS = 1024
 
 
 @dataclass(slots=True, eq=False)
@@ -63,142 +26,10 @@ class Batch:
         wide: runs on all cores, and no other batch runs beside it.
     """
 
-    queue: "BatchQueue"
+    queue: BatchQueue
     entries: list[Entry]
     started: float
     wide: bool = False
-
-
-Flows = OrderedDict[Hashable, deque[Entry]]
-
-
-@dataclass(slots=True, eq=False)
-class BatchQueue:
-    """The images that wait for one trunk.
-
-    Args:
-        capacity: the most images that are admitted but not yet running.
-        max_delay_s: how long a partial batch waits for more images while the device is idle.
-        lane_seconds_per_image: moving average of what an image costs; 0 before the first batch.
-        admitted: images admitted but not yet running, including those being decoded.
-        gathering_lanes: the lanes for which a CPU's batches gather images while decoding takes all
-            cores; 0 on other devices.
-    """
-
-    name: str
-    max_batch_size: int
-    capacity: int
-    max_delay_s: float = 0.0
-    lane_seconds_per_image: float = 0.0
-    admitted: int = 0
-    gathering_lanes: int = 0
-    _interactive: Flows = field(default_factory=OrderedDict)
-    _bulk: Flows = field(default_factory=OrderedDict)
-    _length: int = 0
-    _turn: int = 0
-    # the scheduler's queues that are not empty, by name
-    _waiting: "dict[str, BatchQueue]" = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def watch(self, waiting: "dict[str, BatchQueue]") -> None:
-        """Be in `waiting`, by name, while the queue is not empty."""
-        self._waiting = waiting
-
-    def admit(self, count: int) -> None:
-        """Reserve `count` places.
-
-        Raises:
-            QueueFull: fewer places are free; none is reserved.
-        """
-        if self.admitted + count > self.capacity:
-            raise QueueFull(
-                f"{self.admitted} of {self.capacity} places in the queue are taken; the request "
-                f"needs {count}"
-            )
-        self.admitted += count
-
-    def release(self, count: int) -> None:
-        """Give back reserved places whose images will not be put."""
-        self.admitted -= count
-
-    def put(self, entry: Entry, now: float) -> None:
-        """Append an entry, for which a place was reserved, to its flow."""
-        entry.enqueued = now
-        flows = self._bulk if entry.bulk else self._interactive
-        flows.setdefault(entry.flow, deque()).append(entry)
-        self._length += 1
-        self._waiting[self.name] = self
-
-    def sweep(self, now: float) -> list[Entry]:
-        """Remove and return entries that are cancelled or past their deadline."""
-        dead: list[Entry] = []
-        for flows in (self._interactive, self._bulk):
-            for flow, entries in list(flows.items()):
-                alive: deque[Entry] = deque()
-                for entry in entries:  # asked once: other threads cancel entries meanwhile
-                    (dead if entry.dead(now) else alive).append(entry)
-                if alive:
-                    flows[flow] = alive
-                else:
-                    del flows[flow]
-        self._left(len(dead))
-        return dead
-
-    def take(self, limit: int, now: float) -> tuple[list[Entry], list[Entry]]:
-        """Remove up to `limit` entries that are alive, and the dead ones before them.
-
-        The flows take turns, one entry each. Interactive flows go before bulk ones, except in
-        every `BULK_SHARE`-th turn.
-
-        Returns:
-            The entries that are alive, and those that are dead.
-        """
-        taken: list[Entry] = []
-        dead: list[Entry] = []
-        while len(taken) < limit and self._length > len(taken) + len(dead):
-            self._turn += 1
-            bulk_turn = not self._interactive or (self._bulk and self._turn % BULK_SHARE == 0)
-            flows = self._bulk if bulk_turn else self._interactive
-            flow, entries = flows.popitem(last=False)
-            entry = entries.popleft()
-            (dead if entry.dead(now) else taken).append(entry)
-            if entries:
-                flows[flow] = entries
-        self._left(len(taken) + len(dead))
-        return taken, dead
-
-    def _left(self, count: int) -> None:
-        """Account for entries that have left the queue."""
-        self._length -= count
-        self.admitted -= count
-        if not self._length:
-            self._waiting.pop(self.name, None)
-
-    def oldest(self) -> float:
-        """When the oldest entry was put; infinity if the queue is empty."""
-        flows = chain(self._interactive.values(), self._bulk.values())
-        return min((entries[0].enqueued for entries in flows), default=math.inf)
-
-    def due(self) -> float:
-        """The earliest time at which a batch may leave.
-
-        That is at once, unless `max_delay_s` is set or the cores are taken by decoding.
-        """
-        gathers = self._gathers()
-        if not (self.max_delay_s or gathers) or len(self) >= self.max_batch_size:
-            return -math.inf
-        return self.oldest() + max(self.max_delay_s, GATHER_S if gathers else 0.0)
-
-    def _gathers(self) -> bool:
-        """Whether decoding takes all cores, and few images are there yet."""
-        return self.decodes_on_all_cores and len(self) < self.gathering_lanes * GATHER_IMAGES
-
-    @property
-    def decodes_on_all_cores(self) -> bool:
-        """Whether at least as many images are to be decoded as a CPU has lanes."""
-        return 0 < self.gathering_lanes <= self.admitted - len(self)
 
 
 class Scheduler:
@@ -218,6 +49,9 @@ class Scheduler:
         self.running: list[Batch] = []
         # Dispatch looks only at these, so a thousand idle queues cost it nothing.
         self._waiting: dict[str, BatchQueue] = {}
+        # The number of the last batch that began with an entry of the client.
+        self._last_turns: OrderedDict[str | None, int] = OrderedDict()
+        self._batches = 0
 
     def add(self, queue: BatchQueue) -> None:
         """Add a queue, which is empty."""
@@ -237,11 +71,12 @@ class Scheduler:
             due = [queue for queue in self._waiting.values() if queue.due() <= now]
             if not due:
                 break
-            queue = min(due, key=BatchQueue.oldest) if len(due) > 1 else due[0]
+            queue = min(due, key=self._turn) if len(due) > 1 else due[0]
             wide = self._runs_wide(queue)
             if wide and lane != 0:
                 break
             share = math.ceil(len(queue) / self.lanes) if self.cpu else len(queue)
+            self._take_turn(queue.next_client())
             entries, died = queue.take(min(share, queue.max_batch_size), now)
             dead += died
             if entries:
@@ -256,9 +91,7 @@ class Scheduler:
         if not self.running:
             self.idle_since = now
         lanes = self.lanes if batch.wide else 1
-        cost = (now - batch.started) * lanes / len(batch.entries)
-        average = batch.queue.lane_seconds_per_image
-        batch.queue.lane_seconds_per_image = cost if not average else 0.8 * average + 0.2 * cost
+        batch.queue.costs.add(len(batch.entries), (now - batch.started) * lanes)
 
     def next_due(self) -> float:
         """When to call `next_batch` again if no entry is put and no batch ends before then."""
@@ -266,8 +99,51 @@ class Scheduler:
 
     def queue_seconds(self) -> float:
         """Estimated seconds until all images admitted now have been computed."""
-        work = sum(q.admitted * q.lane_seconds_per_image for q in self.queues.values())
-        return work / self.lanes
+        return sum(map(_admitted_seconds, self.queues.values())) / self.lanes
+
+    def seconds_ahead(
+        self, client: str, own: float, now: float, *, bulk: bool, decoded: bool = False
+    ) -> float:
+        """Estimated seconds until the work that goes before a client's further images is done.
+
+        Args:
+            own: lane seconds of those images.
+            decoded: count only images that wait in a queue, not those that are to be decoded.
+        """
+        work: tuple[dict[str, float], dict[str, float]] = ({}, {})
+        for queue in self.queues.values():
+            if not queue.admitted:
+                continue
+            cost = queue.costs.per_image(min(queue.admitted, queue.max_batch_size))
+            holders = (
+                (queue.decoded.interactive.counts, queue.decoded.bulk.counts)
+                if decoded
+                else (queue.places.interactive, queue.places.bulk)
+            )
+            for seconds, counts in zip(work, holders, strict=True):
+                for name, count in counts.items():
+                    seconds[name] = seconds.get(name, 0.0) + count * cost
+        ahead = work_ahead(*work, client, own, is_bulk=bulk)
+        return (ahead + sum(self._remaining(batch, now) for batch in self.running)) / self.lanes
+
+    def _remaining(self, batch: Batch, now: float) -> float:
+        """Estimated lane seconds that a running batch still takes."""
+        seconds = batch.queue.batch_seconds(len(batch.entries))
+        elapsed = (now - batch.started) * (self.lanes if batch.wide else 1)
+        return max(0.0, seconds - elapsed)
+
+    def _turn(self, queue: BatchQueue) -> tuple[bool, int, float]:
+        """The order among queues: first that of the client whose last turn is longest ago, last
+        those that hold only late entries."""
+        client = queue.next_client()
+        return client is None, self._last_turns.get(client, 0), queue.oldest()
+
+    def _take_turn(self, client: str | None) -> None:
+        self._batches += 1
+        self._last_turns[client] = self._batches
+        self._last_turns.move_to_end(client)
+        if len(self._last_turns) > MAX_CLIENTS:
+            self._last_turns.popitem(last=False)
 
     def _runs_wide(self, queue: BatchQueue) -> bool:
         """Whether the queue's next batch is wide.
@@ -281,3 +157,8 @@ class Scheduler:
             return False
         alone = len(self._waiting) == 1 and len(queue) == 1 and not queue.decodes_on_all_cores
         return alone and queue.oldest() >= self.idle_since
+
+
+def _admitted_seconds(queue: BatchQueue) -> float:
+    size = min(queue.admitted, queue.max_batch_size)
+    return queue.admitted * queue.costs.per_image(size) if size else 0.0

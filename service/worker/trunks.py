@@ -8,10 +8,11 @@ from models.registry import Registry
 from models.trunks.base import Trunk
 from service.errors import DeadlineExceededError
 from service.metrics import Metrics
+from service.worker.batch_queue import BatchQueue, Entry
 from service.worker.batcher import Batcher
 from service.worker.prober import Prober
 from service.worker.runner import Runner, Threads
-from service.worker.scheduler import Batch, BatchQueue, Entry, Scheduler
+from service.worker.scheduler import Batch, Scheduler
 from service.worker_options import WorkerOptions
 
 

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from service.worker.batch_queue import BatchQueue, Entry
 from service.worker.batcher import Batcher
-from service.worker.scheduler import Batch, BatchQueue, Entry, QueueFull, Scheduler
+from service.worker.places import QueueFull
+from service.worker.scheduler import Batch, Scheduler
 from tests.conftest import wait_until
 
 

@@ -5,14 +5,9 @@ import random
 
 import pytest
 
-from service.worker.scheduler import (
-    GATHER_S,
-    Batch,
-    BatchQueue,
-    Entry,
-    QueueFull,
-    Scheduler,
-)
+from service.worker.batch_queue import GATHER_S, BatchQueue, Entry
+from service.worker.places import QueueFull
+from service.worker.scheduler import Batch, Scheduler
 
 
 def queue(name: str = "q", **settings: object) -> BatchQueue:
@@ -28,10 +23,10 @@ def scheduler(*queues: BatchQueue, lanes: int = 1, cpu: bool = False) -> Schedul
 
 
 def put(target: BatchQueue, *names: str, now: float = 0, **settings: object) -> list[Entry]:
-    target.admit(len(names))
     flow = settings.pop("flow", None)
     entries = [Entry(name, flow or name, **settings) for name in names]  # type: ignore[arg-type]
     for entry in entries:
+        target.places.take(entry.client, 1, bulk=entry.bulk)
         target.put(entry, now)
     return entries
 
@@ -107,7 +102,7 @@ def test_an_entry_cancelled_while_the_queue_is_swept_gives_its_place_back_once()
 
     q = queue(capacity=4)
     put(q, "gone", flow="same")[0].cancelled = True
-    q.admit(1)
+    q.places.take("", 1, bulk=False)
     q.put(CancelledMeanwhile("meanwhile", flow="same"), 0.0)
     dead = q.sweep(0.0)
     assert (len(q), q.admitted) == (2 - len(dead), 2 - len(dead))
@@ -117,11 +112,11 @@ def test_an_entry_cancelled_while_the_queue_is_swept_gives_its_place_back_once()
 
 def test_a_full_queue_refuses_at_once_and_takes_none_of_the_request() -> None:
     q = queue(capacity=3)
-    q.admit(2)
+    q.places.take("", 2, bulk=False)
     with pytest.raises(QueueFull):
-        q.admit(2)
-    q.admit(1)
-    q.release(3)
+        q.places.take("", 2, bulk=False)
+    q.places.take("", 1, bulk=False)
+    q.places.give_back("", 3, bulk=False)
     assert q.admitted == 0
 
 
@@ -209,7 +204,7 @@ class Idle(BatchQueue):
 def test_a_batch_gathers_while_decoding_takes_all_cores() -> None:
     q = queue(max_batch_size=16)
     policy = scheduler(q, lanes=2, cpu=True)
-    q.admit(10)  # more will be decoded
+    q.places.take("", 10, bulk=False)  # more will be decoded
     first, *rest = (Entry(name, name) for name in "abcdefgh")
     q.put(first, 1.0)
     assert take(policy, now=1.0) == []
@@ -222,26 +217,26 @@ def test_a_batch_gathers_while_decoding_takes_all_cores() -> None:
 def test_a_batch_that_gathers_waits_briefly_and_only_while_others_are_being_decoded() -> None:
     q = queue()
     policy = scheduler(q, lanes=2, cpu=True)
-    q.admit(3)
+    q.places.take("", 3, bulk=False)
     q.put(Entry("a"), 1.0)
     assert take(policy, now=1.0 + GATHER_S / 2) == []
     assert take(policy, now=1.0 + GATHER_S) == ["a"]
     q.put(Entry("b"), 2.0)
     assert take(policy, now=2.0) == ["b"], "one that is decoded leaves a core free"
-    q.release(1)
+    q.places.give_back("", 1, bulk=False)
 
     policy.finish(policy.running[0], 2.0)
     policy.finish(policy.running[0], 2.0)
-    q.admit(3)
+    q.places.take("", 3, bulk=False)
     q.put(Entry("c"), 3.0)
-    q.release(2)  # could not be decoded
+    q.places.give_back("", 2, bulk=False)  # could not be decoded
     assert take(policy, now=3.0) == ["c"]
 
 
 def test_a_gpu_does_not_gather() -> None:
     q = queue()
     policy = scheduler(q, lanes=2)
-    q.admit(8)
+    q.places.take("", 8, bulk=False)
     q.put(Entry("a"), 1.0)
     assert take(policy, now=1.0) == ["a"]
 
@@ -262,7 +257,7 @@ def test_the_estimate_of_queued_work_follows_what_batches_cost() -> None:
     batch, _ = policy.next_batch(0)
     assert batch is not None
     policy.finish(batch, 1.0)  # half a second an image
-    q.admit(8)
+    q.places.take("", 8, bulk=False)
     assert policy.queue_seconds() == pytest.approx(8 * 0.5 / 2)
 
 
