@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -26,6 +27,7 @@ class Load:
         latencies: in seconds, of the requests that were answered with status 200 and count.
         answered: the number of requests with status 200, also of those that came too late to count.
         failures: the number of other requests.
+        statuses: the number of requests by status; 0 for those without an answer.
         answers: for each request, by its number, the body of the last answer.
         cpu_s: the load generator's own processor time.
     """
@@ -34,6 +36,7 @@ class Load:
     latencies: list[float] = field(default_factory=list)
     answered: int = 0
     failures: int = 0
+    statuses: Counter[int] = field(default_factory=Counter)
     answers: dict[int, bytes] = field(default_factory=dict)
     cpu_s: float = 0.0
 
@@ -53,10 +56,14 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
 
-def build_requests(path: str, bodies: Sequence[Body]) -> list[bytes]:
-    """The bytes of one HTTP/1.1 request for each body."""
+def build_requests(path: str, bodies: Sequence[Body], headers: str = "") -> list[bytes]:
+    """The bytes of one HTTP/1.1 request for each body.
+
+    Args:
+        headers: further header lines, each with its line end.
+    """
     return [
-        f"POST {path} HTTP/1.1\r\nHost: benchmark\r\nContent-Type: {body.media_type}\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: benchmark\r\n{headers}Content-Type: {body.media_type}\r\n"
         f"Content-Length: {len(body.content)}\r\n\r\n".encode()
         + body.content
         for body in bodies
@@ -131,6 +138,7 @@ async def closed_loop(port: int, requests: list[bytes], connections: int, second
         while (sent := time.monotonic()) < end:
             number = turn % len(requests)
             status, body = await connection.send(requests[number])
+            load.statuses[status] += 1
             turn += 1
             answered = time.monotonic()
             if status != 200:
@@ -160,6 +168,7 @@ async def open_loop(port: int, requests: list[bytes], rate: float, seconds: floa
         connection = idle.pop() if idle else _Connection(port)
         status, body = await connection.send(requests[number])
         idle.append(connection)
+        load.statuses[status] += 1
         if status != 200:
             load.failures += 1
             return
@@ -189,5 +198,6 @@ async def _measured(
         for task in waiting:
             task.cancel()
         load.failures += len(waiting)
+        load.statuses[0] += len(waiting)
         await asyncio.gather(*(task for task in tasks if task not in waiting))
     load.cpu_s = time.process_time() - cpu_s
