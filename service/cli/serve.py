@@ -22,7 +22,8 @@ TransformName = Annotated[str | None, typer.Option(help="How images are resized:
 Streams = Annotated[int | None, typer.Option(help="Most batches that run at the same time.")]
 LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.")]
 Processes = Annotated[int, typer.Option(min=1, help="Number of gateways, which share the port.")]
-Supervised = Annotated[bool, typer.Option(hidden=True)]
+# Under a supervisor: the pipe to write heartbeats to.
+Supervised = Annotated[int | None, typer.Option(hidden=True)]
 
 
 def serve(
@@ -78,7 +79,7 @@ def gateway(
     log_level: LogLevel = None,
     processes: Processes = 1,
     listen_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
-    supervised: Supervised = False,
+    supervised: Supervised = None,
 ) -> None:
     """Serve HTTP in front of workers that run elsewhere. Does not need torch.
 
@@ -90,7 +91,7 @@ def gateway(
     )  # fmt: skip
     if not settings.workers:
         raise typer.BadParameter("no workers; set --workers or VITRAIL_WORKERS")
-    if supervised:
+    if supervised is not None:
         _end_with_parent(settings)
     with report_errors():
         if processes > 1:
@@ -105,7 +106,7 @@ def gateway(
 
         listener = None if listen_fd is None else socket.socket(fileno=listen_fd)
         rpc_address = None if grpc_port is None else settings.rpc_address()
-        serve(settings, rpc_address, listener)
+        serve(settings, rpc_address, listener, heartbeat=supervised)
 
 
 def worker(
@@ -125,7 +126,7 @@ def worker(
     address: Annotated[
         str | None, typer.Option(help="unix:path to listen on, instead of host and port.")
     ] = None,
-    supervised: Supervised = False,
+    supervised: Supervised = None,
 ) -> None:
     """Serve a catalog over gRPC on one device, for gateways or clients.
 
@@ -136,7 +137,7 @@ def worker(
          "models": models, "device": device, "precision": precision, "engine": engine,
          "transform": transform, "streams": streams, "log_level": log_level}
     )  # fmt: skip
-    if supervised:
+    if supervised is not None:
         _end_with_parent(settings)
 
     from service.allocator import keep_freed_memory
@@ -145,7 +146,7 @@ def worker(
     with report_errors():
         from service.processes.worker import serve
 
-        serve(settings, address or settings.rpc_address())
+        serve(settings, address or settings.rpc_address(), heartbeat=supervised)
 
 
 def _serve_embedded(settings: Settings) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 from prometheus_client.multiprocess import mark_process_dead
 
+from service.processes.heartbeat import Watch
 from service.rpc.health import check_health
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,10 @@ STABLE_S = 60.0
 
 
 class Child:
-    """A `vitrail` command, restarted with back-off until it is stopped."""
+    """A `vitrail` command that is kept running until it is stopped.
+
+    It is restarted, with back-off, after it exits and after its heartbeats end (`heartbeat.py`).
+    """
 
     # The exit status of commands that cannot start with their settings.
     MISCONFIGURED = 2
@@ -105,14 +109,18 @@ class Child:
 
     async def _run_once(self) -> int:
         self._exited.clear()
+        watch = Watch()
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "service.cli", *self._arguments, "--supervised",
+            sys.executable, "-m", "service.cli", *self._arguments,
+            "--supervised", str(watch.write),
             env=self._environment,
             stdin=asyncio.subprocess.PIPE,  # closes when this process dies, see parent_watch.py
-            pass_fds=self._files,
+            pass_fds=(*self._files, watch.write),
             start_new_session=True,  # so that Ctrl-C reaches only the supervisor
         )  # fmt: skip
+        watch.close_write()
         self._process = process
+        watching = asyncio.create_task(self._kill_if_silent(watch))
         logger.info("%s started", self.name, extra={"pid": process.pid})
         if self._stopping.is_set():
             self._signal(signal.SIGTERM)
@@ -120,8 +128,18 @@ class Child:
             return await process.wait()
         finally:
             self._process = None
+            watching.cancel()
+            watch.close()
             self._exited.set()
             mark_process_dead(process.pid, str(self._metrics))  # type: ignore[no-untyped-call]
+
+    async def _kill_if_silent(self, watch: Watch) -> None:
+        silent_s = await watch.silence()
+        if not self._stopping.is_set() and not self._restarting:
+            logger.error(
+                "%s has not shown itself alive for %.1f s; killing it", self.name, silent_s
+            )
+            self.kill()
 
     async def _end(self, grace_s: float) -> None:
         if self._process is None:

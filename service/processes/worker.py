@@ -17,6 +17,7 @@ from models.registry import Registry
 from models.trunks.devices import resolve_device
 from service.keys import Keys
 from service.metrics import Metrics
+from service.processes.heartbeat import beating
 from service.rpc.server import RpcServer
 from service.settings import Settings
 from service.worker.backend import LocalBackend
@@ -46,12 +47,16 @@ def create_backend(settings: Settings) -> tuple[LocalBackend, Metrics]:
     return backend, metrics
 
 
-def serve(settings: Settings, address: str) -> None:
-    """Serve gRPC until SIGINT or SIGTERM, then answer the accepted requests and return."""
-    uvloop.run(_serve(settings, address))
+def serve(settings: Settings, address: str, *, heartbeat: int | None = None) -> None:
+    """Serve gRPC until SIGINT or SIGTERM, then answer the accepted requests and return.
+
+    Args:
+        heartbeat: the supervisor's pipe, see `heartbeat.py`.
+    """
+    uvloop.run(_serve(settings, address, heartbeat))
 
 
-async def _serve(settings: Settings, address: str) -> None:
+async def _serve(settings: Settings, address: str, heartbeat: int | None) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
@@ -63,8 +68,9 @@ async def _serve(settings: Settings, address: str) -> None:
     sharing = None
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         sharing = asyncio.create_task(share_gauges(BackendCollector(backend)))
-    async with RpcServer(backend, settings, metrics, keys).serving(address):
-        await stopping.wait()
-    await backend.close()
+    async with beating(heartbeat, backend, loads=True):
+        async with RpcServer(backend, settings, metrics, keys).serving(address):
+            await stopping.wait()
+        await backend.close()
     if sharing is not None:
         sharing.cancel()

@@ -1,6 +1,7 @@
 """The Backend over workers: requests go to the least busy worker that has the model ready.
 
-A request that a worker loses is sent to another one, once.
+A request that a worker loses is sent to another one, once. Such requests are sent one at a time, so
+that one that kills its workers takes no other request with it.
 """
 
 import asyncio
@@ -34,6 +35,8 @@ RESOLVE_INTERVAL_S = 5.0
 ROUTE_TIMEOUT_S = 1.0
 POLL_S = 0.02
 
+TOO_LATE = "the deadline passed before another worker was ready"
+
 NO_WORKERS = frozenset[Worker]()
 
 
@@ -47,6 +50,7 @@ class RemoteBackend:
         self._workers: dict[str, Worker] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
+        self._retrying = asyncio.Lock()
         self.heads = RemoteHeads(lambda: self._workers.values())
 
     # -- Backend ---------------------------------------------------------------------------
@@ -99,7 +103,7 @@ class RemoteBackend:
         return any(model in worker.models for worker in self._workers.values())
 
     def health(self) -> Health:
-        """Ready while every start-up model is, somewhere."""
+        """Ready while every start-up model is, somewhere; live while it can answer."""
         workers = list(self._workers.values())
         startup = {name for w in workers for name, model in w.models.items() if model.startup}
         missing = [name for name in startup if not any(w.has_ready(name) for w in workers)]
@@ -140,7 +144,18 @@ class RemoteBackend:
                     "two workers were lost during the request", retry_after_s=1
                 ) from lost
         self._metrics.retries.labels(worker.address).inc()
-        return await self._infer(request, frozenset({worker}))
+        return await self._retry(request, worker)
+
+    async def _retry(self, request: InferRequest, lost_by: Worker) -> InferResult:
+        try:
+            async with asyncio.timeout(max(0.0, request.deadline - time.monotonic())):
+                await self._retrying.acquire()
+        except TimeoutError as error:
+            raise DeadlineExceededError(TOO_LATE) from error
+        try:
+            return await self._infer(request, frozenset({lost_by}))
+        finally:
+            self._retrying.release()
 
     async def _route(
         self, request: InferRequest, avoid: frozenset[Worker]
@@ -162,8 +177,7 @@ class RemoteBackend:
             except UnavailableError as error:
                 if time.monotonic() >= until:
                     if avoid:
-                        text = "the deadline passed before another worker was ready"
-                        raise DeadlineExceededError(text) from error
+                        raise DeadlineExceededError(TOO_LATE) from error
                     raise
                 if not avoid and all(worker.up for worker in self._workers.values()):
                     raise

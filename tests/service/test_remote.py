@@ -1,5 +1,6 @@
 """A gateway and several workers: routing by model, and what becomes of requests when workers go."""
 
+import asyncio
 import os
 import re
 import signal
@@ -21,8 +22,10 @@ from prometheus_client import CollectorRegistry
 
 from models import Registry
 from models.checkpoints.store import Store
+from service.logs import request_id
 from service.metrics import Metrics
 from service.settings import Settings
+from service.types import InferRequest, InferResult
 from service.worker.backend import LocalBackend
 from tests.conftest import answers, free_port, gateway, process, running, serving_rpc, wait_until
 
@@ -89,8 +92,10 @@ def more(made: Load, count: int) -> None:
 
 
 @contextmanager
-def worker_thread(catalog: Path, **overrides: Any) -> Iterator[tuple[str, LocalBackend]]:
-    address = f"127.0.0.1:{free_port()}"
+def worker_thread(
+    catalog: Path, address: str = "", **overrides: Any
+) -> Iterator[tuple[str, LocalBackend]]:
+    address = address or f"127.0.0.1:{free_port()}"
     settings = Settings(catalog=str(catalog), device="cpu", **overrides)
     metrics = Metrics(CollectorRegistry())
     registry = Registry.from_catalog(catalog, device="cpu", store=Store(catalog.parent / "store"))
@@ -285,6 +290,73 @@ def test_requests_wait_for_the_only_worker_to_come_back(
     finally:
         worker.kill()
         worker.wait()
+
+
+def test_a_request_that_kills_its_worker_is_sent_twice_and_takes_no_other_along(
+    tiny_catalog: Path, jpegs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each worker drops the poisonous calls as a dying process does, without an answer. Second
+    attempts are alone: one request's would otherwise end those of others."""
+    attempts: list[str] = []
+    running_now: set[str] = set()
+    overlapped: list[set[str]] = []
+    with ExitStack() as stack:
+        workers = [stack.enter_context(worker_thread(tiny_catalog)) for _ in range(3)]
+        _, client = stack.enter_context(gateway(Settings(), *(address for address, _ in workers)))
+        wait_until(lambda: all(backend.health().ready for _, backend in workers))
+        wait_until(lambda: client.get("/readyz").json()["status"] == "ready")
+
+        for _, backend in workers:
+
+            async def infer(request: InferRequest, infer: Any = backend.infer) -> InferResult:
+                name = request_id.get()
+                if not name.startswith("poison"):
+                    result: InferResult = await infer(request)
+                    return result
+                attempts.append(name)
+                if attempts.count(name) == 2:
+                    running_now.add(name)
+                    if len(running_now) > 1:
+                        overlapped.append(set(running_now))
+                    await asyncio.sleep(0.05)
+                    running_now.discard(name)
+                raise asyncio.CancelledError
+
+            monkeypatch.setattr(backend, "infer", infer)
+
+        def ask(name: str) -> int:
+            return post(
+                client, "/classify", jpegs["coffee"], headers={"X-Request-ID": name}
+            ).status_code
+
+        names = [f"poison-{number}" for number in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(ask, names)) == [503] * 4
+        assert Counter(attempts) == dict.fromkeys(names, 2)
+        assert overlapped == []
+        wait_until(lambda: client.get("/readyz").json()["status"] == "ready")
+        assert ask("innocent") == 200
+
+
+def test_a_gateway_says_what_its_workers_are(tiny_catalog: Path) -> None:
+    """Live all the time; degraded without one of two workers, not ready without both, and ready
+    again when they are back."""
+    addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+
+    def status(client: httpx.Client) -> str:
+        assert client.get("/healthz").status_code == 200
+        answer: str = client.get("/readyz").json()["status"]
+        return answer
+
+    with gateway(Settings(), *addresses) as (_, client):
+        assert status(client) == "not ready"
+        for _ in range(2):
+            with worker_thread(tiny_catalog, address=addresses[0]):
+                wait_until(lambda: status(client) == "degraded")
+                with worker_thread(tiny_catalog, address=addresses[1]):
+                    wait_until(lambda: status(client) == "ready")
+                wait_until(lambda: status(client) == "degraded")
+            wait_until(lambda: status(client) == "not ready")
 
 
 def test_a_gateway_is_ready_where_nothing_is_loaded_at_start(

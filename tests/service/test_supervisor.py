@@ -1,5 +1,6 @@
 """`vitrail serve --workers N`: one roof, no orphans, nothing lost in a rolling restart."""
 
+import asyncio
 import os
 import re
 import signal
@@ -8,10 +9,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from service.processes import heartbeat
+from service.processes.heartbeat import (
+    BEAT,
+    LOADING_BEAT,
+    LOADING_SILENCE_S,
+    LOOK_S,
+    SILENCE_S,
+)
+from service.types import Health
 from tests.conftest import answers, free_port, process, wait_until
 from tests.service.test_remote import load, more, post
 
@@ -98,6 +109,76 @@ def test_workers_restart_one_by_one_and_after_a_crash_and_nothing_fails(
             wait_until(lambda: healthy(url) == 2, START_S)
             more(made, 20)
         assert made.statuses.keys() == {200}, made.failures
+
+
+def test_what_hangs_is_replaced_and_nothing_fails(
+    tiny_catalog: Path, jpegs: dict[str, bytes]
+) -> None:
+    """A worker that is stopped, then the gateway; no hand but the supervisor's helps."""
+    with supervised(tiny_catalog) as (url, supervisor):
+
+        def pids(kind: str) -> set[int]:
+            return {pid for pid in descendants(supervisor.pid) if f" {kind} " in command(pid)}
+
+        with load(url, jpegs["coffee"]) as made:
+            more(made, 20)
+            hung = min(pids("worker"))
+            os.kill(hung, signal.SIGSTOP)
+            wait_until(lambda: hung not in pids("worker"))
+            wait_until(lambda: healthy(url) == 2, START_S)
+            more(made, 20)
+        assert made.statuses.keys() == {200}, made.failures
+        [hung] = pids("gateway")
+        os.kill(hung, signal.SIGSTOP)
+        wait_until(lambda: bool(pids("gateway") - {hung}))
+        wait_until(lambda: healthy(url) == 2, START_S)
+        with httpx.Client(base_url=url) as client:
+            assert post(client, "/classify", jpegs["coffee"]).status_code == 200
+
+
+@pytest.mark.parametrize("beat", [BEAT, LOADING_BEAT])
+def test_silence_is_counted_in_looks_from_the_first_beat(
+    beat: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept = 0
+
+    async def sleep(_: float) -> None:
+        nonlocal slept
+        slept += 1
+        if slept == 1000:  # so long it takes to start; a beat then, and another
+            os.write(watch.write, BEAT)
+        if slept == 1010:
+            os.write(watch.write, beat)
+
+    monkeypatch.setattr(heartbeat.asyncio, "sleep", sleep)
+    watch = heartbeat.Watch()
+    limit = LOADING_SILENCE_S if beat == LOADING_BEAT else SILENCE_S
+    assert asyncio.run(watch.silence()) == limit
+    assert slept == 1010 + limit / LOOK_S
+    watch.close_write()
+    watch.close()
+
+
+def test_a_process_that_is_not_live_falls_silent() -> None:
+    class Backend:
+        live = True
+
+        def health(self) -> Health:
+            return Health(self.live, self.live, ())
+
+    async def beats(backend: Any) -> bytes:
+        async with heartbeat.beating(watch.write, backend, loads=False):
+            await asyncio.sleep(0)
+            return os.read(watch._read, 10)
+
+    watch = heartbeat.Watch()
+    backend = Backend()
+    assert asyncio.run(beats(backend)) == BEAT
+    backend.live = False
+    with pytest.raises(BlockingIOError):
+        asyncio.run(beats(backend))
+    watch.close_write()
+    watch.close()
 
 
 def test_several_gateways_share_a_port_and_count_as_one(

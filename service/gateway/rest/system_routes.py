@@ -23,9 +23,13 @@ async def healthz(request: Request) -> JSONResponse:
 
 @router.get("/readyz")
 async def readyz(request: Request) -> JSONResponse:
-    """200 when every start-up model is ready and idle trunks pass their probes."""
+    """200 when every start-up model is ready and idle trunks pass their probes.
+
+    `status` is `ready`, `degraded` (ready, but not on all workers) or `not ready`.
+    """
     health: Health = request.app.state.backend.health()
-    status = "ready" if health.ready else "not ready"
+    degraded = health.ready and bool(health.reasons)
+    status = "degraded" if degraded else "ready" if health.ready else "not ready"
     return JSONResponse(
         {"status": status, "reasons": list(health.reasons)}, 200 if health.ready else 503
     )
