@@ -22,6 +22,7 @@ from prometheus_client import CollectorRegistry
 
 from models import Registry
 from models.checkpoints.store import Store
+from service.errors import UnavailableError
 from service.logs import request_id
 from service.metrics import Metrics
 from service.settings import Settings
@@ -295,8 +296,9 @@ def test_requests_wait_for_the_only_worker_to_come_back(
 def test_a_request_that_kills_its_worker_is_sent_twice_and_takes_no_other_along(
     tiny_catalog: Path, jpegs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each worker drops the poisonous calls as a dying process does, without an answer. Second
-    attempts are alone: one request's would otherwise end those of others."""
+    """Each worker ends the poisonous calls as the connection to a dying process does: UNAVAILABLE,
+    without an error of Vitrail's own. Second attempts are alone: one would otherwise end others."""
+    monkeypatch.setattr("service.rpc.context.ERROR_KEY", "none-bin")
     attempts: list[str] = []
     running_now: set[str] = set()
     overlapped: list[set[str]] = []
@@ -320,7 +322,7 @@ def test_a_request_that_kills_its_worker_is_sent_twice_and_takes_no_other_along(
                         overlapped.append(set(running_now))
                     await asyncio.sleep(0.05)
                     running_now.discard(name)
-                raise asyncio.CancelledError
+                raise UnavailableError("gone")
 
             monkeypatch.setattr(backend, "infer", infer)
 
