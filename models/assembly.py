@@ -7,7 +7,13 @@ from typing import Any
 from models.catalog import ModelEntry
 from models.checkpoints.checkpoint import HeadState
 from models.checkpoints.formats import format_outputs
-from models.checkpoints.loading import TOWERS, LoadedTrunk, build_trunk, read_checkpoint
+from models.checkpoints.loading import (
+    TOWERS,
+    LoadedTrunk,
+    build_towers,
+    build_trunk,
+    read_checkpoint,
+)
 from models.checkpoints.store import Store
 from models.errors import CatalogError
 from models.heads.dense import DenseClip
@@ -142,8 +148,8 @@ def load_checkpoint(
     checkpoint = read_checkpoint(Path(path), {**(arguments or {}), **more})
     name, placement = Path(path).stem, placement or Placement()
     states = checkpoint.heads
-    if (build := TOWERS.get(checkpoint.library)) is not None:
-        towers = build(checkpoint, placement)
+    if checkpoint.library in TOWERS:
+        towers = build_towers(checkpoint, placement)
         outputs, request = format_outputs(checkpoint.format, towers.image)
         dense = head_state(DenseClip.kind, states)
         head_type: type[Prompted] = ZeroShot if dense is None else DenseClip

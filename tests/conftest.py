@@ -168,7 +168,9 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     # half precision is what upstream stores; both sides get its values
     convert_weights_to_fp16(network)
     network.float()
-    torch.save(network.state_dict(), folder / "clip.pt")
+    settings = {"input_resolution": 64, "context_length": 77, "vocab_size": 49408}
+    beside = {name: torch.tensor(value) for name, value in settings.items()}
+    torch.save(network.state_dict() | beside, folder / "clip.pt")
     path = folder / "clip.toml"
     path.write_text(CLIP_CATALOG)
     return path, network

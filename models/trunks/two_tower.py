@@ -4,15 +4,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import open_clip
-import torch
-from open_clip.model import build_model_from_openai_state_dict
 from open_clip.pretrained import get_pretrained_cfg
-from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -21,7 +17,7 @@ from transformers import BertConfig, BertModel
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.strict import load_strictly
 from models.errors import CheckpointError
-from models.inputs.tokenizers import CuttingTokenizer, OpenAITokenizer
+from models.inputs.tokenizers import MissingTokenizer, create_tokenizer
 from models.inputs.transforms import Preprocess, preprocess_from_mapping
 from models.networks import create_own
 from models.trunks.devices import Placement
@@ -59,60 +55,37 @@ class Towers:
         return replace(self, **{"image" if kept == "text" else "text": _DROPPED})
 
 
-def towers_of_openai(checkpoint: Checkpoint, placement: Placement) -> Towers:
-    """The towers of a state dict in OpenAI's layout, in float32, as upstream runs them on CPUs.
-
-    Raises:
-        CheckpointError: the weights do not fit.
-    """
-    try:
-        network = build_model_from_openai_state_dict(
-            dict(checkpoint.state_dict),
-            quick_gelu=checkpoint.arguments.get("quick_gelu", True),
-            cast_dtype=torch.float32,
-        ).float()
-        # open_clip has rounded the weights to half precision.
-        network.load_state_dict({k: v.float() for k, v in checkpoint.state_dict.items()})
-    except (RuntimeError, KeyError, AssertionError) as error:
-        raise CheckpointError(f"not a complete CLIP: {error}") from error
-    tokenizer = OpenAITokenizer(network.context_length)
-    return split_towers(
-        checkpoint.architecture,
-        network,
-        checkpoint.preprocess or Preprocess(),
-        tokenizer,
-        placement,
-    )
-
-
 def towers_of_two(checkpoint: Checkpoint, placement: Placement) -> Towers:
-    """The towers of a checkpoint whose image tower is in `models/networks/`, with CLIP's text
-    transformer.
+    """The towers of a checkpoint that has two, which are networks of `models/networks/`.
 
     Raises:
         CheckpointError: the weights do not fit.
     """
-    text = dict(checkpoint.arguments["text"])
     towers: dict[str, dict[str, Tensor]] = {"image": {}, "text": {}}
+    scalars = {}
     for key, value in checkpoint.state_dict.items():
         tower, _, name = key.partition(".")
         if tower in towers:
             towers[tower][name] = value
+        else:
+            scalars[key] = value
+    if scalars.keys() - {"logit_scale", "logit_bias"}:
+        raise CheckpointError(f"left over: {', '.join(sorted(scalars)[:10])}")
     vision = create_own(**checkpoint.arguments["image"])
     load_strictly(vision, towers["image"], "the image tower")
-    norm_layer = partial(LayerNorm, eps=text.pop("norm_eps", 1e-5))
-    language = TextTransformer(act_layer=QuickGELU, norm_layer=norm_layer, **text)
+    language = create_own(**{"architecture": "clip-text", **checkpoint.arguments["text"]})
     load_strictly(language, towers["text"], "the text tower")
-    length = text["context_length"]
-    cut_end = checkpoint.arguments.get("cut_end", False)
-    tokenizer = CuttingTokenizer(length) if cut_end else OpenAITokenizer(length)
-    spec = TextPreprocess(length, _tokenizer_digest(tokenizer))
-    name = checkpoint.architecture
+    length = int(getattr(language, "context_length", 77))
+    tokenizer = create_tokenizer(**{"context_length": length, **checkpoint.arguments["tokenizer"]})
+    spec = TextPreprocess(tokenizer.context_length, _tokenizer_digest(tokenizer))
+    name, own = checkpoint.architecture, checkpoint.preprocess or Preprocess()
+    image_class = TimmTrunk if hasattr(vision, "forward_features") else OpenClipTrunk
+    bias = scalars.get("logit_bias")
     return Towers(
-        TimmTrunk(name, vision, checkpoint.preprocess or Preprocess(), placement),
+        image_class(name, vision, own, placement),
         TextTower(name, language, _single(tokenizer), spec, placement),
-        float(checkpoint.state_dict["logit_scale"].exp()),
-        None,
+        float(scalars["logit_scale"].exp()),
+        None if bias is None else float(bias),
     )
 
 
@@ -121,17 +94,15 @@ def load_open_clip(
     pretrained: str | None,
     placement: Placement,
     preprocess: Mapping[str, Any],
-    tensors: Mapping[str, Tensor] | None = None,
 ) -> Towers:
-    """The towers of an open_clip model.
+    """The towers of an open_clip model, which open_clip downloads.
 
     Args:
         pretrained: open_clip's tag of the weights.
         preprocess: overrides of open_clip's preprocessing.
-        tensors: a state dict, used instead of a tag.
 
     Raises:
-        CheckpointError: the state dict does not fit, or open_clip has no such architecture.
+        CheckpointError: open_clip has no such architecture.
         OSError, RuntimeError, ValueError: from open_clip.
     """
     if architecture not in open_clip.list_models():
@@ -143,8 +114,6 @@ def load_open_clip(
         pretrained=pretrained,
         force_quick_gelu=quick_gelu or architecture.endswith("-quickgelu"),
     )
-    if tensors is not None:
-        load_strictly(network, tensors, architecture)
     spec = preprocess_from_mapping(preprocess, open_clip_preprocess(network))
     return split_towers(
         architecture, network, spec, open_clip.get_tokenizer(architecture), placement
@@ -231,6 +200,8 @@ def _single(tokenizer: Any) -> Tokenize:
 
 def _tokenizer_digest(tokenizer: Any) -> str:
     """A digest of a tokenizer: over the ids of texts on which tokenizers differ."""
+    if isinstance(tokenizer, MissingTokenizer):
+        return f"none: {tokenizer.source}"
     probes = ["A photo of a cat.", "naïve  CAFÉ", "12 €, 日本語 &amp; <|endoftext|>", "zyxwvut"]
     ids = json.dumps(tokenizer(probes).tolist())
     return "sha256:" + hashlib.sha256(f"{type(tokenizer).__name__} {ids}".encode()).hexdigest()

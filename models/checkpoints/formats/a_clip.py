@@ -70,7 +70,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
                 **image,
             },
             "text": language_config,
-            "cut_end": True,
+            "tokenizer": {"name": "cutting"},
         },
         assumed=assumed_heads(
             arguments,

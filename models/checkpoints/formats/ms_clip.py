@@ -50,6 +50,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         arguments={
             "image": {"architecture": "ms-clip-image", **image},
             "text": {**language, "norm_eps": 1e-12},
+            "tokenizer": {"name": "openai"},
         },
         assumed=assumed_heads(
             arguments, image["heads"], language["heads"], ("vision_heads", "text_heads")

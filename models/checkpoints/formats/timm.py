@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import open_clip
 import timm
 import torch
 
@@ -18,9 +19,12 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     architecture = arguments.get("architecture")
     if architecture is None or container.graph is not None or "vitrail" in container.metadata:
         return None
+    if architecture in open_clip.list_models():
+        return None
     if not timm.is_model(architecture):
         raise CheckpointError(
-            f"timm has no architecture {architecture!r}; `timm.list_models()` has the names"
+            f"timm has no architecture {architecture!r}; `timm.list_models()` has the names, and "
+            "`open_clip.list_models()` those of two-tower models"
         )
     classifier = timm.get_pretrained_cfg(architecture).classifier
     shared = _own_keys(architecture) - {f"{classifier}.weight", f"{classifier}.bias"}

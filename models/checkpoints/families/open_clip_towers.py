@@ -1,0 +1,113 @@
+"""Both towers of an open_clip model, from its weights and its configuration."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from models.checkpoints.checkpoint import Checkpoint
+from models.checkpoints.containers import Container
+from models.checkpoints.families.open_clip import OPENAI_SETTINGS, Configuration
+from models.checkpoints.families.towers import LIBRARY
+from models.errors import CheckpointError
+
+# CLIP's text tower may lie at the top level.
+TEXT = ("text_projection", "positional_embedding", "token_embedding.", "transformer.", "ln_final.")
+DECODER = "text_decoder."  # of CoCa, for captions
+POSITION_IDS = "text.transformer.embeddings.position_ids"  # a constant of older BERTs
+# Of the published BERTs and RoBERTas heads have 64 channels.
+PUBLISHED_WIDTHS = (768, 1024)
+
+
+def convert_towers(name: str, container: Container, config: Configuration) -> Checkpoint:
+    """Both towers as a checkpoint of format `name`."""
+    state: dict[str, Tensor] = {}
+    dropped = []
+    for key, value in container.tensors.items():
+        key = f"text.{key}" if key.startswith(TEXT) else key
+        if key.startswith(DECODER) or key == POSITION_IDS or key in OPENAI_SETTINGS:
+            dropped.append(key)
+        elif key.startswith("visual."):
+            state[key.replace("visual.", "image.", 1)] = value
+        else:
+            state[key] = value
+    if "logit_scale" not in state:
+        raise CheckpointError(f"{container.path}: the weight logit_scale is missing")
+    vision, language = config.model["vision_cfg"], config.model["text_cfg"]
+    shared = {"embed_dim": config.model["embed_dim"], "quick_gelu": config.quick_gelu}
+    assumed = dict(config.assumed)
+    if language.get("hf_model_name"):
+        text, heads = _bert(container, state, language, shared["embed_dim"])
+        assumed |= heads
+    else:
+        text = {"architecture": "open-clip-text", **shared, "config": dict(language)}
+    network = vision.get("timm_model_name") or f"a ViT of width {vision.get('width', 768)}"
+    return Checkpoint(
+        format=name,
+        library=LIBRARY,
+        architecture=f"CLIP with {network}",
+        arguments={
+            "image": {"architecture": "open-clip-image", **shared, "config": dict(vision)},
+            "text": text,
+            "tokenizer": {
+                "name": "hub" if language.get("hf_tokenizer_name") else "open_clip",
+                "context_length": language.get("context_length", 77),
+                "source": language.get("hf_tokenizer_name"),
+                "mode": language.get("tokenizer_mode"),
+                "options": dict(language.get("tokenizer_kwargs") or {}),
+                "folder": str(container.path.parent.absolute()),
+            },
+        },
+        state_dict=state,
+        preprocess=config.transform,
+        dropped=tuple(dropped),
+        assumed=assumed,
+    )
+
+
+def _bert(
+    container: Container, state: Mapping[str, Tensor], config: Mapping[str, Any], embed_dim: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of `BertTower`, from the shapes and the configuration, and what is assumed."""
+    name = str(config["hf_model_name"])
+    kind = "roberta" if "roberta" in name.lower() else "bert"
+    if "bert" not in name.lower():
+        raise CheckpointError(f"{container.path}: text towers of {name} are not supported")
+    tables = "text.transformer.embeddings.{}_embeddings.weight"
+    words, width = state[tables.format("word")].shape
+    stated: dict[str, Any] = {}
+    for key, value in config.items():
+        if key.startswith("hf_") and isinstance(value, Mapping):
+            stated |= value
+    if "num_attention_heads" not in stated and width not in PUBLISHED_WIDTHS:
+        raise CheckpointError(
+            f"{container.path}: the number of heads of {width} channels is not known; set "
+            f"text_cfg.hf_model_kwargs.num_attention_heads, such as {max(1, width // 64)}"
+        )
+    heads = stated.get("num_attention_heads", width // 64)
+    layers = {key.split(".")[4] for key in state if key.startswith("text.transformer.encoder.")}
+    intermediate = "text.transformer.encoder.layer.0.intermediate.dense.weight"
+    hidden = None
+    if "text.proj.weight" in state:
+        hidden = 0
+    elif "text.proj.0.weight" in state:
+        hidden = state["text.proj.0.weight"].shape[0]
+    default = "mean_pooler" if kind == "roberta" else "cls_pooler"
+    arguments = {
+        "architecture": "open-clip-bert",
+        "kind": kind,
+        "embed_dim": embed_dim,
+        "pooler": config.get("hf_pooler_type", default),
+        "hidden": hidden,
+        "vocab_size": words,
+        "hidden_size": width,
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": heads,
+        "intermediate_size": state[intermediate].shape[0],
+        "max_position_embeddings": state[tables.format("position")].shape[0],
+        "type_vocab_size": state[tables.format("token_type")].shape[0],
+        "layer_norm_eps": stated.get("layer_norm_eps", 1e-5 if kind == "roberta" else 1e-12),
+        "pad_token_id": stated.get("pad_token_id", 1 if kind == "roberta" else 0),
+        "hidden_act": stated.get("hidden_act", "gelu"),
+    }
+    return arguments, {} if "num_attention_heads" in stated else {"num_attention_heads": heads}

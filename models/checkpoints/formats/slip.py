@@ -1,0 +1,100 @@
+"""SLIP's zoo (arXiv 2112.12750, github.com/facebookresearch/SLIP): SLIP, CLIP and SimCLR models.
+
+`args.model` beside the weights names the model, such as `SLIP_VITS16`. A SimCLR has no text tower,
+and is served as a plain ViT.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from models.checkpoints.checkpoint import Checkpoint
+from models.checkpoints.containers import Container
+from models.checkpoints.families.towers import LIBRARY, text_arguments, tower_states
+from models.checkpoints.families.vit import split_prefix, vit_arguments, vit_checkpoint
+from models.errors import CheckpointError
+from models.inputs.transforms import Preprocess
+
+NAME = "slip"
+TEXT = ("positional_embedding", "text_projection", "token_embedding.", "transformer.", "ln_final.")
+TRAINING = "image_mlp."
+# Heads of the published image towers by their channels: ViT-S has 12, of 32 channels each.
+HEADS = {384: 12, 768: 12, 1024: 16}
+TEXT_HEADS = {512: 8}
+PREPROCESS = Preprocess(crop_pct=1.0, interpolation="bilinear")
+
+
+def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
+    keys = container.tensors.keys()
+    if "visual.blocks.0.attn.qkv.weight" not in keys or "visual_ema.cls_token" in keys:
+        return None
+    if {"image_projection", "text_projection", "logit_scale"} <= keys:
+        return "a ViT with image_projection, and CLIP's text tower"
+    if f"{TRAINING}layer1.weight" in keys:
+        return "a ViT and image_mlp, SimCLR's projector"
+    return None
+
+
+def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    """`arguments`: `vision_heads` and `transformer_heads`, for other widths than the published."""
+    vision, others = split_prefix(container.tensors, "visual.")
+    width = vision["cls_token"].shape[-1]
+    heads = _heads("vision_heads", width, HEADS, arguments)
+    assumed = {} if "vision_heads" in arguments else {"vision_heads": heads}
+    training = tuple(key for key in others if key.startswith(TRAINING))
+    if "image_projection" not in container.tensors:
+        simclr = vit_checkpoint(
+            NAME,
+            vision,
+            {"num_heads": heads},
+            positions="fixed",
+            preprocess=PREPROCESS,
+            dropped=training,
+        )
+        return replace(simclr, assumed=assumed)
+    tensors = container.tensors
+    text = {key: tensors[key] for key in others if key.startswith(TEXT)}
+    expected = {*text, *training, "image_projection", "logit_scale"}
+    if left := [key for key in others if key not in expected]:
+        raise CheckpointError(f"{container.path}: left over: {', '.join(left[:10])}")
+    text_width = text["token_embedding.weight"].shape[1]
+    text_heads = _heads("transformer_heads", text_width, TEXT_HEADS, arguments)
+    if "transformer_heads" not in arguments:
+        assumed["transformer_heads"] = text_heads
+    image = vit_arguments(vision, {"num_heads": heads})
+    projection = tensors["image_projection"]
+    size = image["img_size"]
+    return Checkpoint(
+        format=NAME,
+        architecture=f"SLIP with a ViT of width {width}",
+        library=LIBRARY,
+        arguments={
+            "image": {
+                "architecture": "projected-vit",
+                "positions": "fixed",
+                "projected": projection.shape[1],
+                **image,
+            },
+            "text": text_arguments(text, text_heads),
+            "tokenizer": {"name": "cutting"},
+        },
+        assumed=assumed,
+        state_dict=tower_states({**vision, "projection": projection}, text, tensors["logit_scale"]),
+        preprocess=replace(PREPROCESS, input_size=(size, size)),
+        dropped=training,
+    )
+
+
+def _heads(
+    name: str, width: int, published: Mapping[int, int], arguments: Mapping[str, Any]
+) -> int:
+    heads = int(arguments.get(name, published.get(width, 0)))
+    if not heads:
+        known = ", ".join(f"{count} for {channels}" for channels, count in published.items())
+        raise CheckpointError(
+            f"the number of heads of {width} channels is not known (published: {known}); "
+            f"set {name}, such as {max(1, width // 64)} or {max(1, width // 32)}"
+        )
+    if heads < 0 or width % heads:
+        raise CheckpointError(f"{name} is {heads}, which does not divide {width} channels")
+    return heads
