@@ -19,7 +19,7 @@ from models.errors import CheckpointError, InputError
 VISION = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16}
 TEXT = {"context_length": 12, "vocab_size": 99, "width": 64, "heads": 2, "layers": 2}
 RESNET = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8}
-EVA = {
+EVA: dict[str, Any] = {
     "image_size": 32,
     "timm_model_name": "eva02_base_patch16_clip_224",
     "timm_pool": "token",
@@ -167,9 +167,8 @@ def test_a_tokenizer_of_the_hub_lies_beside_the_file_or_texts_are_refused(tmp_pa
     words = {"[PAD]": 0, "a": 1, "cat": 2, "[UNK]": 3}
     plain: Any = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]"
-    )
+    create: Any = PreTrainedTokenizerFast
+    tokenizer = create(tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]")
     tokenizer.save_pretrained(tmp_path)
     found = load_checkpoint(path, config).embed_texts(["a cat"])[0]
     ids = torch.tensor([[1, 2] + [0] * 10])
