@@ -150,7 +150,7 @@ def test_silence_is_counted_in_looks_from_the_first_beat(
         if slept == 1010:
             os.write(watch.write, beat)
 
-    monkeypatch.setattr(heartbeat.asyncio, "sleep", sleep)
+    monkeypatch.setattr("service.processes.heartbeat.asyncio.sleep", sleep)
     watch = heartbeat.Watch()
     limit = LOADING_SILENCE_S if beat == LOADING_BEAT else SILENCE_S
     assert asyncio.run(watch.silence()) == limit
