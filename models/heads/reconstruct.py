@@ -168,6 +168,7 @@ def create_decoder(state: HeadState) -> nn.Module:
             fcn_dim=tensors[f"{fcn}proj.weight"].shape[0],
             fcn_layers=len({k.split(".")[2] for k in tensors if k.startswith(blocks)}),
             shared=shared,
+            progressive="fpn.fpn1.0.ln.weight" in tensors,
             band=int(state.settings["band"]),
         )
     else:

@@ -1,12 +1,15 @@
 """timm's BEiT (arXiv 2106.08254) with the authors' way of resizing absolute positions."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from timm.models import beit
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
+from models.checkpoints.strict import load_strictly
 from models.networks.vit import dino_rule
 
 
@@ -51,17 +54,51 @@ class Beit(beit.Beit):  # type: ignore[misc]
         whole = pixels_BCHW[..., : grid[0] * rows, : grid[1] * columns]
         return self.patch_embed(whole), grid
 
-    def encode(self, patches_BND: Tensor, grid: tuple[int, int]) -> list[Tensor]:
-        """The tokens (B, 1 + N, D) after each block, before the norm."""
+    def encode(
+        self, patches_BND: Tensor, grid: tuple[int, int], count: int | None = None
+    ) -> list[Tensor]:
+        """The tokens (B, 1 + N, D) after each of the first `count` blocks (all), before the norm;
+        with none of them the embedded tokens."""
         x = torch.cat([self.cls_token.expand(len(patches_BND), -1, -1), patches_BND], 1)
         if (table := self.positions(grid)) is not None:
             x = x + table
         shared = None if self.rel_pos_bias is None else self.rel_pos_bias()
-        outputs = []
-        for block in self.blocks:
+        outputs = [x]
+        for block in self.blocks[:count]:
             x = block(x, shared_rel_pos_bias=shared)
             outputs.append(x)
-        return outputs
+        return outputs[1:] or outputs
+
+    def attention(self, tokens_BTD: Tensor) -> Tensor:
+        """The last block's attention probabilities (B, heads, T, T), for its input."""
+        block = self.blocks[-1]
+        layer = block.attn
+        biases = (layer.q_bias, layer.k_bias, layer.v_bias)
+        bias = None if layer.q_bias is None else torch.cat(biases)
+        split = linear(block.norm1(tokens_BTD), layer.qkv.weight, bias)
+        queries, keys, _ = torch.unflatten(split, -1, (3, layer.num_heads, -1)).unbind(2)
+        scores = (queries * layer.scale).transpose(1, 2) @ keys.permute(0, 2, 3, 1)
+        if layer.relative_position_bias_table is not None:
+            scores = scores + layer._get_rel_pos_bias()
+        if self.rel_pos_bias is not None:
+            scores = scores + self.rel_pos_bias()
+        probabilities: Tensor = scores.softmax(-1)
+        return probabilities
+
+    def like_blocks(self, state: Mapping[str, Tensor]) -> beit.Block:
+        """A further block of the same kind with these weights."""
+        own = self.blocks[-1]
+        block = beit.Block(
+            self.embed_dim,
+            num_heads=own.attn.num_heads,
+            qkv_bias=own.attn.q_bias is not None,
+            mlp_ratio=own.mlp.fc1.out_features / self.embed_dim,
+            init_values=None if own.gamma_1 is None else 1.0,
+            norm_layer=partial(nn.LayerNorm, eps=own.norm1.eps),
+            window_size=own.attn.window_size,
+        )
+        load_strictly(block, {k: v for k, v in state.items() if "index" not in k}, "a block")
+        return block
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Tokens after the norm, (B, 1 + N, D)."""

@@ -47,16 +47,20 @@ class Norm2d(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """A grid (B, C, h, w) upsampled by 4 and by 2."""
+    """A grid (B, C, h, w) upsampled by 4 and by 2. A `progressive` one begins the former with the
+    latter."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, *, progressive: bool = False) -> None:
         super().__init__()
         double = partial(nn.ConvTranspose2d, dim, dim, 2, stride=2)
-        self.fpn1 = nn.Sequential(double(), Norm2d(dim), nn.GELU(), double())
+        first = () if progressive else (double(),)
+        self.progressive = progressive
+        self.fpn1 = nn.Sequential(*first, Norm2d(dim), nn.GELU(), double())
         self.fpn2 = nn.Sequential(double())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.fpn1(x), self.fpn2(x)
+        coarse = self.fpn2(x)
+        return self.fpn1(coarse if self.progressive else x), coarse
 
 
 class ConvBlock(nn.Module):
@@ -112,11 +116,12 @@ class ScaleDecoder(nn.Module):
         fcn_layers: blocks of each convolutional head.
         shared: both pyramid levels use one convolutional head.
         band: side in pixels that the low-frequency image is reduced to.
+        progressive: see `Pyramid`.
     """
 
     def __init__(
         self, *, width: int, dim: int, depth: int, heads: int, fcn_dim: int, fcn_layers: int,
-        shared: bool, band: int,
+        shared: bool, band: int, progressive: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.band = band
@@ -126,7 +131,7 @@ class ScaleDecoder(nn.Module):
         blocks = [Block(dim, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)]
         self.decoder_blocks = nn.Sequential(*blocks)
         self.decoder_norm = norm(dim)
-        self.fpn = Pyramid(dim)
+        self.fpn = Pyramid(dim, progressive=progressive)
         if shared:
             self.fcn = ConvHead(dim, fcn_dim, fcn_layers)
         else:

@@ -41,7 +41,7 @@ SETS = ("_student", "_momentum", "_ema", "_online")
 # About the tokenizer of the full vocabulary, which the fixtures' small models do not have; and
 # Scale-MAE's training loss is not computed.
 OTHERS = ("tokenizer_token_ids", "logits_model_ema")
-EXCEPT = {"scale_mae": ("loss",)}
+EXCEPT = dict.fromkeys(("scale_mae", "scale_mae_progressive"), ("loss",))
 
 FIRST_ROUND = (
     "a_clip", "attmask", "attmask_backbone", "beit", "beit_abspos", "beit_finetuned", "clip",

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
+from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
 from models.networks import OWN
 
@@ -15,6 +16,7 @@ SHARED = "rel_pos_bias.relative_position_bias_table"
 OWN_TABLE = "blocks.0.attn.relative_position_bias_table"
 INDEX = "relative_position_index"
 HALF = (0.5, 0.5, 0.5)
+STATISTICS = "imagenet_default_mean_and_std"
 
 
 def beit_checkpoint(
@@ -25,21 +27,26 @@ def beit_checkpoint(
     *,
     global_pool: str,
     heads: Mapping[str, HeadState] | None = None,
+    dropped: tuple[str, ...] = (),
 ) -> Checkpoint:
     """A BEiT as a checkpoint of format `name`.
 
-    Pixels are scaled to -1..1, unless the training script's `imagenet_default_mean_and_std` says
-    that they are normalised by ImageNet's statistics.
-
     Args:
         tensors: the backbone in timm's names.
-        arguments: `num_heads`, for files without tables of relative positions (dim / 64).
+        arguments: `num_heads`, for files without tables of relative positions (dim / 64), and
+            `imagenet_default_mean_and_std`, whether pixels are normalised by ImageNet's statistics
+            instead of being scaled to -1..1 (false); the training script's are the defaults.
         global_pool: timm's pooling, `token` or `avg`.
         heads: the states of heads in the same file.
+        dropped: keys of the file that are not among the tensors.
     """
-    by_imagenet = bool(container.script.get("imagenet_default_mean_and_std", False))
+    assumed: dict[str, Any] = {}
+    config = {**container.script, **arguments}
+    if (by_imagenet := config.get(STATISTICS)) is None:
+        assumed[STATISTICS] = by_imagenet = False
     preprocess = Preprocess() if by_imagenet else Preprocess(mean=HALF, std=HALF)
     kept = {key: value for key, value in tensors.items() if not key.endswith(INDEX)}
+    split_biases(kept)
     dim, _, _, patch = kept["patch_embed.proj.weight"].shape
     table = kept.get(SHARED, kept.get(OWN_TABLE))
     if table is not None:  # (2 h - 1)^2 rows, and three for the class token
@@ -48,6 +55,10 @@ def beit_checkpoint(
     else:
         side = round((kept["pos_embed"].shape[1] - 1) ** 0.5)
         num_heads = int(arguments.get("num_heads", max(1, dim // 64)))
+        if num_heads < 1 or dim % num_heads:
+            raise CheckpointError(f"num_heads is {num_heads}; set a divisor of {dim} channels")
+        if "num_heads" not in arguments:
+            assumed["num_heads"] = num_heads
     head = kept.get("head.weight")
     size = side * patch
     built = {
@@ -75,5 +86,17 @@ def beit_checkpoint(
         preprocess=replace(
             preprocess, input_size=(size, size), crop_pct=1.0 if size >= 384 else 0.875
         ),
-        dropped=tuple(key for key in tensors if key.endswith(INDEX)),
+        dropped=(*dropped, *(key for key in tensors if key.endswith(INDEX))),
+        assumed=assumed,
     )
+
+
+def split_biases(state: dict[str, Tensor]) -> None:
+    """Replace whole biases of queries, keys and values by those of queries and values.
+
+    A bias of the keys adds the same to all of a query's scores, which a softmax ignores.
+    """
+    for key in [key for key in state if key.endswith(".attn.qkv.bias")]:
+        queries, _, values = state.pop(key).chunk(3)
+        name = key.removesuffix("qkv.bias")
+        state |= {f"{name}q_bias": queries, f"{name}v_bias": values}

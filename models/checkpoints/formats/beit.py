@@ -1,23 +1,28 @@
-"""BEiT's pre-training (arXiv 2106.08254, github.com/microsoft/unilm).
+"""BEiT's pre-training (arXiv 2106.08254, v2 2208.06366, github.com/microsoft/unilm).
 
-timm's names with separate biases of queries and values, and `lm_head` over the codebook. PeCo
-(arXiv 2111.12710, github.com/microsoft/PeCo) is assumed to have the same layout.
+timm's names with separate biases of queries and values, and `lm_head` over the codebook. v2 has
+further blocks (`cls_pt_layers`), which train the class token alone. PeCo (arXiv 2111.12710,
+github.com/microsoft/PeCo) is assumed to have the same layout.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from timm.models.beit import Block
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
-from models.checkpoints.families.beit import beit_checkpoint
+from models.checkpoints.families.beit import STATISTICS, beit_checkpoint
+from models.networks.beit import Beit
 from models.reference_outputs import ReferenceRun
 
 NAME = "beit"
-PRETRAINING = ("mask_token", "lm_head.weight", "lm_head.bias")
+CODES = ("mask_token", "lm_head.", "cls_pt_")
+CLASS_LAYERS = "cls_pt_layers."
+LAYER_NORM_EPS = 1e-6
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
@@ -28,47 +33,58 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    tensors = dict(container.tensors)
-    codes = HeadState({key: tensors.pop(key) for key in PRETRAINING})
-    return beit_checkpoint(
-        NAME, container, tensors, arguments, heads={"codes": codes}, global_pool="token"
-    )
+    """`arguments`: those of `beit_checkpoint`, and v2's `early_layers`, the block whose patches its
+    further blocks take; without it `Model.run` leaves out what they return."""
+    tensors = {k: v for k, v in container.tensors.items() if not k.startswith(CODES)}
+    codes = {k: v for k, v in container.tensors.items() if k.startswith(CODES)}
+    config = {**container.script, **arguments}
+    settings = {"early_layers": int(config.get("early_layers") or 0)}
+    if any(key.startswith(CLASS_LAYERS) for key in codes):  # v2 is trained on ImageNet's alone
+        arguments = {STATISTICS: True, **arguments}
+    heads = {"codes": HeadState(codes, settings)}
+    return beit_checkpoint(NAME, container, tensors, arguments, heads=heads, global_pool="token")
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     """`embedding_mean_pool` (B, D), which fine-tuning starts from; `linear_probe_feature` (B, 2 D);
-    and with `mask` (B, N), true for masked patches, `mim_logits` (B, N, codes)."""
-    network = run.network
-    pixels = run.inputs["pixel_values"]
-    last = _blocks(network, pixels, None)
+    `last_attention` (B, heads, T, T); and with `mask` (B, N), true for masked patches, `mim_logits`
+    (B, N, codes), of v2 also `mim_logits_cls_pt`."""
+    network: Beit = run.network
+    patches, grid = network.embed(run.inputs["pixel_values"])
+    blocks = network.encode(patches, grid)
+    last = blocks[-1]
     mean = last[:, 1:].mean(1)
+    before = network.encode(patches, grid, count=len(blocks) - 1)[-1]
     named = {
-        "embedding_mean_pool": layer_norm(mean, mean.shape[-1:], eps=1e-6),
+        "embedding_mean_pool": layer_norm(mean, mean.shape[-1:], eps=LAYER_NORM_EPS),
         "linear_probe_feature": torch.cat([last[:, 0], mean], -1),
+        "last_attention": network.attention(before),
     }
-    if "mask" in run.inputs:
-        codes = run.states["codes"].tensors
-        masked = _blocks(network, pixels, (run.inputs["mask"], codes["mask_token"]))
-        patches = network.norm(masked)[:, 1:]
-        named["mim_logits"] = linear(patches, codes["lm_head.weight"], codes["lm_head.bias"])
+    if "mask" not in run.inputs:
+        return named
+    codes = run.states["codes"]
+    mask = run.inputs["mask"].bool()[..., None]
+    masked = network.encode(torch.where(mask, codes.tensors["mask_token"], patches), grid)
+    head = codes.tensors["lm_head.weight"], codes.tensors["lm_head.bias"]
+    named["mim_logits"] = linear(network.norm(masked[-1])[:, 1:], *head)
+    early = int(codes.settings.get("early_layers", 0))
+    if early and any(key.startswith(CLASS_LAYERS) for key in codes.tensors):
+        x = torch.cat([masked[-1][:, :1], masked[early - 1][:, 1:]], 1)
+        named["mim_logits_cls_pt"] = _class_logits(network, codes.tensors, x)
     return named
 
 
-def _blocks(network: Any, pixels: Tensor, masked: tuple[Tensor, Tensor] | None) -> Tensor:
-    """The last block's output before the norm, (B, 1 + N, D).
-
-    Args:
-        masked: the mask (B, N) and the token that replaces masked patches.
-    """
-    x = network.patch_embed(pixels)
-    if masked is not None:
-        mask, token = masked
-        x = torch.where(mask.bool()[..., None], token, x)
-    x = torch.cat([network.cls_token.expand(len(x), -1, -1), x], 1)
-    if network.pos_embed is not None:
-        x = x + network.pos_embed
+def _class_logits(network: Beit, tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    """The logits (B, N, codes) of v2's further blocks."""
+    pairs = [k.removeprefix(CLASS_LAYERS).split(".", 1) for k in tensors if CLASS_LAYERS in k]
     shared = None if network.rel_pos_bias is None else network.rel_pos_bias()
-    for block in network.blocks:
+    for number in sorted({int(number) for number, _ in pairs}):
+        state = {n: tensors[f"{CLASS_LAYERS}{m}.{n}"] for m, n in pairs if int(m) == number}
+        block: Block = network.like_blocks(state)
         x = block(x, shared_rel_pos_bias=shared)
-    tokens: Tensor = x
-    return tokens
+    if "cls_pt_norm.weight" not in tensors:
+        x, prefix = network.norm(x), "lm_head."
+    else:
+        weights = tensors["cls_pt_norm.weight"], tensors["cls_pt_norm.bias"]
+        x, prefix = layer_norm(x, x.shape[-1:], *weights, eps=LAYER_NORM_EPS), "cls_pt_lm_head."
+    return linear(x[:, 1:], tensors[f"{prefix}weight"], tensors[f"{prefix}bias"])

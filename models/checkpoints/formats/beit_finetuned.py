@@ -1,7 +1,7 @@
-"""BEiT's fine-tuned classifiers (arXiv 2106.08254, github.com/microsoft/unilm).
+"""BEiT's fine-tuned classifiers (arXiv 2106.08254, v2 2208.06366, github.com/microsoft/unilm).
 
-timm's names with separate biases of queries and values, and a table of relative positions in each
-block. PeCo (arXiv 2111.12710, github.com/microsoft/PeCo) is assumed to have the same layout.
+timm's names with separate biases of queries and values, or tables of relative positions, or both.
+PeCo (arXiv 2111.12710, github.com/microsoft/PeCo) is assumed to have the same layout.
 """
 
 from collections.abc import Mapping
@@ -9,16 +9,16 @@ from typing import Any
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
-from models.checkpoints.families.beit import beit_checkpoint
+from models.checkpoints.families.beit import OWN_TABLE, SHARED, beit_checkpoint
 
 NAME = "beit-finetuned"
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     keys = container.tensors.keys()
-    is_beit = "blocks.0.attn.q_bias" in keys and "lm_head.weight" not in keys
-    if is_beit and "head.weight" in keys and "visual.conv1.weight" not in keys:
-        return "blocks with q_bias, and a head"
+    marks = {"blocks.0.attn.q_bias", OWN_TABLE, SHARED} & keys
+    if marks and "lm_head.weight" not in keys and "patch_embed.proj.weight" in keys:
+        return f"blocks, {min(marks)}, and no lm_head"
     return None
 
 

@@ -23,6 +23,7 @@ from models.reference_outputs import ReferenceRun
 NAME = "scale-mae"
 UNUSED = ("pos_embed",)
 DECODER = ("fpn.", "fcn", "mask_token", "decoder_")
+PYRAMID = "fpn.fpn2.0.weight"
 DECODER_UNUSED = ("mask_token_decoder", "decoder_pos_embed")
 
 
@@ -30,7 +31,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     keys = container.tensors.keys()
     if not keys >= MARKS:
         return None
-    if "fpn.fpn1.0.weight" in keys:
+    if PYRAMID in keys:
         return "a ViT in timm's names with a pyramid of decoders"
     script = container.script
     if "eval_base_resolution" in script and "head.1.weight" in keys:
@@ -45,13 +46,15 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     config = {**container.script, **arguments}
     built = vit_arguments(tensors, arguments) | {"num_classes": 0}
     built["absolute_scale"] = bool(config.get("absolute_scale", False))
+    defaults: dict[str, Any] = {"num_heads": built["num_heads"], "absolute_scale": False}
     heads = {}
     head = {k: v for k, v in tensors.items() if k.startswith("head.")}
     if head:
         classifier = {key.replace("head.", "classifier."): value for key, value in head.items()}
         heads["linear"] = HeadState(classifier, {"norm_eps": 1e-6})
-    if "fpn.fpn1.0.weight" in tensors:
+    if PYRAMID in tensors:
         heads["decoder"] = _decoder(container, arguments)
+        defaults |= {"decoder_num_heads": 16, "mask_ratio": 0.75, "band_config": [7, 56]}
     kept = {
         key: value
         for key, value in tensors.items()
@@ -67,6 +70,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         arguments=built,
         state_dict=kept,
         heads=heads,
+        assumed={name: value for name, value in defaults.items() if name not in config},
         preprocess=replace(Preprocess(), input_size=size, crop_mode="squash", crop_pct=1.0),
         dropped=tuple(
             key
@@ -95,7 +99,8 @@ def _decoder(container: Container, arguments: Mapping[str, Any]) -> HeadState:
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     """With `input_res` (B,), tokens, embedding and logits at those scales. With `noise` (B, N),
-    `mask` and the reconstructions, for the scales `input_res_2` (B,) if they are among the inputs.
+    `mask` and the reconstructions, for the scales `input_res_2` (B,) if they are among the inputs;
+    those of progressive decoders are for `input_res`.
     """
     named: dict[str, Tensor] = {}
     pixels, scale = run.inputs["pixel_values"], run.inputs.get("input_res")
@@ -107,7 +112,8 @@ def outputs(run: ReferenceRun) -> dict[str, Tensor]:
             named |= run.heads["classify"].forward(scaled)
     head = run.heads.get("reconstruct")
     if isinstance(head, Reconstruct) and "noise" in run.inputs:
-        scale = run.inputs.get("input_res_2", scale)
+        if not head.network.fpn.progressive:
+            scale = run.inputs.get("input_res_2", scale)
         visible = head.encode(pixels, run.inputs["noise"], None, scale)
         drawn = head.draw_scales(visible, scale)
         patch = network.patch_embed.patch_size[0]

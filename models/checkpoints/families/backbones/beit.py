@@ -14,7 +14,7 @@ from models.checkpoints.families.backbones import (
     out_indices,
     sides,
 )
-from models.checkpoints.families.beit import INDEX, OWN_TABLE, SHARED
+from models.checkpoints.families.beit import INDEX, OWN_TABLE, SHARED, split_biases
 from models.checkpoints.families.segmentors import Table
 from models.errors import CheckpointError
 
@@ -45,13 +45,7 @@ def convert(tensors: Mapping[str, Tensor], table: Table, by_mmseg: bool) -> Back
         heads = head_count(table, dim)
         rows, columns = grid_of(table, state["pos_embed"].shape[1] - 1, patch)
     layers = out_indices(table, depth, [depth - 1] if by_mmseg else [3, 5, 7, 11])
-    for block in range(depth):
-        bias = state.pop(f"blocks.{block}.attn.qkv.bias", None)
-        if bias is not None:
-            # A bias of the keys adds the same to all of a query's scores: a softmax ignores it.
-            queries, _, values = bias.chunk(3)
-            state[f"blocks.{block}.attn.q_bias"] = queries
-            state[f"blocks.{block}.attn.v_bias"] = values
+    split_biases(state)
     has_norm = "norm.weight" in state
     if not has_norm:  # only embeddings use it; its values are those that fine-tuning starts from
         state["fc_norm.weight"], state["fc_norm.bias"] = torch.ones(dim), torch.zeros(dim)

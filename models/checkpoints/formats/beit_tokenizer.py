@@ -1,0 +1,96 @@
+"""BEiT v2's tokenizers (VQ-KD, arXiv 2208.06366, github.com/microsoft/unilm).
+
+A BEiT names each patch by a code, and a decoder predicts a teacher's features from codes. The
+teacher is in the file of a training run; it is not used.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, normalize
+
+from models.checkpoints.checkpoint import Checkpoint, HeadState
+from models.checkpoints.containers import Container
+from models.checkpoints.families.beit import HALF, STATISTICS, beit_checkpoint
+from models.checkpoints.families.vit import split_prefix
+from models.checkpoints.strict import load_strictly
+from models.errors import CheckpointError
+from models.networks import create_own
+from models.networks.beit import Beit
+from models.reference_outputs import ReferenceRun
+
+NAME = "beit-tokenizer"
+CODEBOOK = "quantize.embedding.weight"
+KEPT = (CODEBOOK, "encode_task_layer.", "decode_task_layer.", "decoder.")
+TRAINING = ("teacher_model.", "scaling_layer.", "quantize.")
+
+
+def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
+    if {CODEBOOK, "encode_task_layer.0.weight", "encoder.cls_token"} <= container.tensors.keys():
+        return "an encoder, a decoder and a codebook under quantize"
+    return None
+
+
+def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    """`arguments`: `num_heads` (channels / 64, assumed).
+
+    Raises:
+        CheckpointError: the encoder or the decoder is not complete.
+    """
+    encoder, rest = split_prefix(container.tensors, "encoder.")
+    decoder, _ = split_prefix(container.tensors, "decoder.")
+    if "fc_norm.weight" not in encoder or "fc_norm.weight" not in decoder:
+        raise CheckpointError("the encoder or the decoder has no fc_norm")
+    arguments = {**arguments, STATISTICS: False}  # pixels are scaled to -1..1 in upstream's code
+    checkpoint = beit_checkpoint(NAME, container, encoder, arguments, global_pool="avg")
+    built = beit_checkpoint(NAME, container, decoder, arguments, global_pool="avg").arguments
+    settings = {"decoder": {**built, "in_chans": decoder["patch_embed.proj.weight"].shape[1]}}
+    state = {k: v for k, v in container.tensors.items() if k.startswith(KEPT)}
+    assert checkpoint.preprocess is not None
+    return replace(
+        checkpoint,
+        heads={"codes": HeadState(state, settings)},
+        preprocess=replace(checkpoint.preprocess, crop_pct=1.0, mean=HALF, std=HALF),
+        dropped=(
+            *(f"encoder.{key}" for key in checkpoint.dropped),
+            *(key for key in rest if key not in state and key.startswith(TRAINING)),
+        ),
+    )
+
+
+def outputs(run: ReferenceRun) -> dict[str, Tensor]:
+    """`pre_quantize` (B, N, C) of each patch; `code_ids` (B, N), the nearest codes by cosine;
+    `feature_map` (B, C, h, w), the codes' unit vectors; `reconstruction` (B, N, teacher's D)."""
+    network: Beit = run.network
+    codes = run.states["codes"]
+    tensors = codes.tensors
+    patches, grid = network.embed(run.inputs["pixel_values"])
+    features = network.fc_norm(network.encode(patches, grid)[-1][:, 1:])
+    projected = _task_layer(tensors, "encode_task_layer", features)
+    book = normalize(tensors[CODEBOOK], dim=-1)
+    ids = (normalize(projected, dim=-1) @ book.T).argmax(-1)
+    quantized = torch.unflatten(tensors[CODEBOOK][ids].transpose(1, 2), 2, grid)
+    decoder = create_own("beit", **codes.settings["decoder"])
+    assert isinstance(decoder, Beit)
+    state, _ = split_prefix(tensors, "decoder.")
+    load_strictly(decoder, state, "the decoder")
+    decoded = decoder.encode(*decoder.eval().embed(quantized))[-1]
+    return {
+        "pre_quantize": projected,
+        "code_ids": ids,
+        "feature_map": quantized,
+        "reconstruction": _task_layer(
+            tensors, "decode_task_layer", decoder.fc_norm(decoded[:, 1:])
+        ),
+    }
+
+
+def _task_layer(tensors: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """Linear, tanh, linear."""
+    first, last = (
+        (tensors[f"{name}.{number}.weight"], tensors[f"{name}.{number}.bias"]) for number in (0, 2)
+    )
+    return linear(linear(x, *first).tanh(), *last)
