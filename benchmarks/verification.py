@@ -49,10 +49,15 @@ def _rows(folders: list[Path]) -> Iterator[str]:
         yield from _compare(f"`{name}` (demo)", load)
     for folder in folders:
         for meta in sorted(folder.glob("*/meta.json")):
-            [path, *_] = sorted(meta.parent.glob("checkpoint.*"))
+            path = _checkpoint(meta.parent)
             settings = json.loads(meta.read_text())["hyperparameters"]
             load = partial(file_target, path, settings, ServedAs())
             yield from _compare(f"`{folder.name}/{meta.parent.name}`", load)
+
+
+def _checkpoint(folder: Path) -> Path:
+    """The fixture's main file; DeepSpeed names its own otherwise."""
+    return next(path for ending in ("checkpoint.*", "*.pt") for path in sorted(folder.glob(ending)))
 
 
 def _compare(name: str, load: Callable[[], Target]) -> Iterator[str]:

@@ -23,7 +23,7 @@ from models.inputs.tiling import View
 from models.inputs.types import Input
 from models.trunks.base import Trunk
 from models.trunks.devices import one_thread
-from models.trunks.features import merge
+from models.trunks.features import FeatureRequest, merge
 from models.trunks.output import TrunkOutput
 
 # What a head's `forward` returned for one row of a batch: float32 arrays by name.
@@ -40,8 +40,17 @@ class HeadCall:
     @classmethod
     def of(cls, head: Head, options: Mapping[str, Any]) -> "HeadCall":
         """The call for a request's options; those for `finish` are left out."""
-        forward = {k: v for k, v in options.items() if k in head.forward_options}
+        forward = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in options.items()
+            if name in head.forward_options
+        }
         return cls(head, tuple(sorted(forward.items())))
+
+    @property
+    def request(self) -> FeatureRequest:
+        """What it needs of a pass."""
+        return self.head.feature_request(dict(self.options))
 
     def at_size(self, size: tuple[int, int]) -> "HeadCall":
         """The call for an image of that (width, height)."""
@@ -118,7 +127,7 @@ def run_pass(
         for position, call in enumerate(row_calls):
             places[call].append((row, position))
     output = trunk.forward(
-        batch, merge((call.head.request, [row for row, _ in at]) for call, at in places.items())
+        batch, merge((call.request, [row for row, _ in at]) for call, at in places.items())
     )
     results: list[list[Row | Exception]] = [[{}] * len(row_calls) for row_calls in calls]
     for call, at in places.items():

@@ -85,6 +85,14 @@ class Head:
     def check(self, options: Mapping[str, Any]) -> None:
         """Raise InputError for options that this model cannot honour, before anything runs."""
 
+    def feature_request(self, options: Mapping[str, Any]) -> FeatureRequest:
+        """What it needs of a pass for these options of `forward`."""
+        return self.request
+
+    def answer_values(self, options: Mapping[str, Any]) -> int:
+        """The most numbers in the answer for one input, for answers that may be large; else 0."""
+        return 0
+
     def at_size(self, options: Mapping[str, Any], size: tuple[int, int]) -> Mapping[str, Any]:
         """The options of `forward` for an image of that (width, height)."""
         return options

@@ -9,6 +9,13 @@ from torch import Tensor, nn
 from models.checkpoints.checkpoint import HeadState
 from models.errors import InputError
 from models.heads.base import Head
+from models.heads.tokens import (
+    asks_tokens,
+    check_tokens,
+    token_request,
+    token_tensors,
+    unit_length,
+)
 from models.trunks.base import Trunk
 from models.trunks.features import FeatureRequest
 from models.trunks.masked import ScaleMaeTrunk
@@ -33,7 +40,7 @@ class Embed(Head):
     kind = "embed"
     task = "embed"
     state_name = "pca"
-    forward_options = frozenset({"pooling", "gsd"})
+    forward_options = frozenset({"pooling", "gsd", "output", "layers", "prefix"})
 
     def __init__(
         self,
@@ -67,6 +74,7 @@ class Embed(Head):
     def check(self, options: Mapping[str, Any]) -> None:
         if "gsd" in options and not self.trunk.takes_gsd:
             raise InputError("gsd is for Scale-MAE; this model does not take it", field="gsd")
+        check_tokens(self.trunk, options)
         pooling = options.get("pooling")
         if pooling is None:
             return
@@ -84,6 +92,16 @@ class Embed(Head):
         if problem is not None:
             raise InputError(problem, field="pooling")
 
+    def feature_request(self, options: Mapping[str, Any]) -> FeatureRequest:
+        if asks_tokens(options) and not self.trunk.takes_gsd:
+            return token_request(self.trunk, options)
+        return self.request
+
+    def answer_values(self, options: Mapping[str, Any]) -> int:
+        if not asks_tokens(options):
+            return 0
+        return self.trunk.token_values(options.get("layers", ()))
+
     def at_size(self, options: Mapping[str, Any], size: tuple[int, int]) -> Mapping[str, Any]:
         if (gsd := options.get("gsd")) is None:
             return options
@@ -92,13 +110,24 @@ class Embed(Head):
         return {**options, "gsd": gsd * shrinking}
 
     def forward(
-        self, output: TrunkOutput, *, pooling: str | None = None, gsd: float = 1.0
+        self,
+        output: TrunkOutput,
+        /,
+        *,
+        pooling: str | None = None,
+        gsd: float = 1.0,
+        layers: Sequence[int] = (),
+        prefix: bool = False,
+        **form: Any,
     ) -> dict[str, Tensor]:
-        """`embedding` (B, E). `gsd` is that of the input's pixels."""
+        """`embedding` (B, E), or what `token_tensors` returns if `form` has `output="tokens"`.
+        `gsd` is that of the input's pixels."""
         if isinstance(self.trunk, ScaleMaeTrunk):
             assert output.pixels is not None
             scale = output.pixels.new_full((len(output.pixels),), gsd)
             output = self.trunk.forward_at_scale(output, scale)
+        if asks_tokens(form):
+            return token_tensors(output, layers, prefix)
         pooled = self.pool(output, pooling or self.pooling)
         return {"embedding": pooled if self.network is None else self.network(pooled)}
 
@@ -126,7 +155,10 @@ class Embed(Head):
         normalize: bool = True,
         dimensions: int | None = None,
     ) -> dict[str, np.ndarray]:
-        """`embedding` (D,) float32: its first `dimensions`, then of unit length if `normalize`."""
+        """`embedding` (D,) float32: its first `dimensions`, then of unit length if `normalize`; or
+        `tokens` (T, D), or `tokens.N` for each layer, each of unit length if `normalize`."""
+        if "embedding" not in row:
+            return {name: unit_length(row[name]) if normalize else row[name] for name in row}
         embedding = row["embedding"]
         if dimensions is not None:
             if dimensions > len(embedding):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models.errors import EngineError, InputError
 from models.inputs.images import DEFAULT_LIMITS, ImageLimits
+from models.inputs.numbers import to_numbers
 from models.inputs.samples import sample_photos
 from models.inputs.transforms import Normalize, Preprocess, collate, create_transform
 from models.trunks.calibration import read_images
@@ -22,8 +23,6 @@ from models.trunks.features import LAST_OUTPUT, BatchRequest, FeatureRequest, Pa
 from models.trunks.output import TrunkOutput
 from models.trunks.query_tokens import QueryBatch, QuerySet
 from models.trunks.weights import parameter_bytes, state_digest
-
-NUMBER_KINDS = "fiu"  # of numpy dtypes
 
 
 class InputSpec(Protocol):
@@ -55,6 +54,7 @@ class Trunk:
         takes_gsd: whether features depend on the ground sample distance (Scale-MAE).
         has_dense: whether it can embed every patch (`FeatureRequest.dense`).
         digest: SHA-256 over the weights, which does not depend on the precision.
+        feature_values: numbers in one input's last output, once a pass has run.
         identity: changes whenever a plan's pass may compute something else in float32.
     """
 
@@ -67,6 +67,7 @@ class Trunk:
     exponents: Tensor | None = None
     takes_gsd = False
     has_dense = False
+    feature_values = 0
 
     def __init__(
         self, architecture: str, network: nn.Module, preprocess: Any, placement: Placement
@@ -94,6 +95,8 @@ class Trunk:
         plan, inputs, queries = self.pass_inputs(batch, request)
         tensors = self.engine.run(plan, inputs)
         output = self.output(batch, tensors)
+        if output.features.numel():
+            self.feature_values = output.features[0].numel()
         if queries is None:
             return output
         return replace(output, queries=queries.split(tensors["queries"]))
@@ -196,6 +199,18 @@ class Trunk:
         """(height, width) of a patch in pixels; (0, 0) for networks without patches."""
         return 0, 0
 
+    def token_request(self, layers: Sequence[int]) -> FeatureRequest:
+        """What the tokens of the last output, or those of some blocks, need of a pass.
+
+        Raises:
+            InputError: the trunk has no patch tokens, or no such blocks.
+        """
+        raise InputError(f"{self.architecture} has no patch tokens", field="output")
+
+    def token_values(self, layers: Sequence[int]) -> int:
+        """The most numbers in those tokens of one input, as far as it is known before a pass."""
+        return self.feature_values * max(1, len(layers))
+
     def add_queries(self, raw_LTD: Tensor) -> QuerySet:
         """Store a head's query tokens (L, T, D), to be named in a `FeatureRequest`."""
         raise NotImplementedError(f"{self.architecture} takes no query tokens")
@@ -277,21 +292,3 @@ class PixelInput(nn.Module):
         pixels_BCHW = self.normalize(pixels_BCHW)
         placement = self._placement
         return pixels_BCHW.to(placement.dtype, memory_format=placement.memory_format)
-
-
-def to_numbers(name: str, array: np.ndarray, shape: tuple[int, ...]) -> Tensor:
-    """An input array of numbers as float32.
-
-    Raises:
-        InputError: another shape, another kind of dtype, or values that are not finite.
-    """
-    if array.shape != shape:
-        raise InputError(
-            f"{name} must have shape {list(shape)} for this model, not {list(array.shape)}",
-            field=name,
-        )
-    if array.dtype.kind not in NUMBER_KINDS:
-        raise InputError(f"{name} must hold numbers, not {array.dtype}", field=name)
-    if not np.isfinite(array).all():
-        raise InputError(f"{name} has values that are not finite", field=name)
-    return torch.from_numpy(array.astype(np.float32))  # a copy: wire memory is read-only

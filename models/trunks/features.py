@@ -18,6 +18,7 @@ class FeatureRequest:
         queries: query tokens that attend to every block.
         pixels: the normalised input.
         dense: a CLIP's embedding of every patch.
+        tokens: the tokens of a tower whose last output is its embedding.
         features: the last output. If no head of a batch requests it, the network is not run.
     """
 
@@ -28,6 +29,7 @@ class FeatureRequest:
     queries: QuerySet | None = None
     pixels: bool = False
     dense: bool = False
+    tokens: bool = False
     features: bool = True
 
 
@@ -51,6 +53,7 @@ class PassPlan:
     query_groups: tuple[bool, ...] = ()
     pixels: bool = False
     dense: bool = False
+    tokens: bool = False
     features: bool = True
 
 
@@ -78,6 +81,7 @@ def merge(requests: Iterable[tuple[FeatureRequest, Sequence[int]]]) -> BatchRequ
         keys_values=any(request.keys_values for request in distinct),
         pixels=any(request.pixels for request in distinct),
         dense=any(request.dense for request in distinct),
+        tokens=any(request.tokens for request in distinct),
         features=any(request.features for request in distinct),
     )
     queries = tuple(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from models.inputs.images import DEFAULT_LIMITS, ImageLimits
+from models.inputs.numbers import to_numbers
 from models.inputs.types import Seed
-from models.trunks.base import Trunk, to_numbers
+from models.trunks.base import Trunk
 from models.trunks.devices import Placement
 from models.trunks.features import PassPlan
 from models.trunks.output import TrunkOutput

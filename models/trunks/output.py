@@ -30,6 +30,8 @@ class TrunkOutput:
             requested them.
         pixels: the normalised input (B, 3, H, W).
         dense: an embedding of every patch (B, D, h, w), of a CLIP.
+        tower_tokens: all tokens (B, T, W) of a tower whose `features` are its embedding, or its
+            feature map (B, W, h, w).
 
     Fields from `layers` on are filled only if the pass was requested to yield them.
     """
@@ -45,6 +47,7 @@ class TrunkOutput:
     queries: Mapping[QuerySet, Tensor] = field(default_factory=dict)
     pixels: Tensor | None = None
     dense: Tensor | None = None
+    tower_tokens: Tensor | None = None
 
     @property
     def tokens_BTD(self) -> Tensor:
@@ -82,4 +85,14 @@ class TrunkOutput:
             keys_values=[(keys[index], values[index]) for keys, values in self.keys_values],
             pixels=None if self.pixels is None else self.pixels[index],
             dense=None if self.dense is None else self.dense[index],
+            tower_tokens=None if self.tower_tokens is None else self.tower_tokens[index],
         )
+
+
+def by_number(tensors: Mapping[str, Tensor], name: str) -> dict[int, Tensor]:
+    """The tensors `name.N` by N."""
+    return {
+        int(key.partition(".")[2]): tensor
+        for key, tensor in tensors.items()
+        if key.partition(".")[0] == name
+    }

@@ -12,7 +12,8 @@ from models.trunks.base import ImageTrunk, PixelInput
 from models.trunks.devices import Placement
 from models.trunks.features import BatchRequest, FeatureRequest, PassPlan
 from models.trunks.hooks import BlockHooks
-from models.trunks.output import TrunkOutput
+from models.trunks.image_tokens import check_layers
+from models.trunks.output import TrunkOutput, by_number
 from models.trunks.pooling import ggem
 from models.trunks.query_tokens import QueryBank, QueryBatch, QuerySet
 
@@ -81,13 +82,13 @@ class TimmTrunk(ImageTrunk):
             assert pixels is not None
             nothing = pixels.new_empty(len(batch), 0, 0)
             return TrunkOutput(nothing, 0, self._grid(batch), pixels=pixels)
-        keys, values = _by_number(tensors, "keys"), _by_number(tensors, "values")
+        keys, values = by_number(tensors, "keys"), by_number(tensors, "values")
         return TrunkOutput(
             features,
             *self._layout(features, batch),
-            layers=_by_number(tensors, "layers"),
-            attention=_by_number(tensors, "attention"),
-            cls_attention=_by_number(tensors, "cls_attention"),
+            layers=by_number(tensors, "layers"),
+            attention=by_number(tensors, "attention"),
+            cls_attention=by_number(tensors, "cls_attention"),
             keys_values=[(keys[number], values[number]) for number in sorted(keys)],
             pixels=pixels,
         )
@@ -117,6 +118,15 @@ class TimmTrunk(ImageTrunk):
         else:
             logits = self.network.forward_head(output.features)
         return logits
+
+    def token_request(self, layers: Sequence[int]) -> FeatureRequest:
+        check_layers(self.architecture, self.layer_count, layers)
+        return FeatureRequest(layers=frozenset(layers))
+
+    def token_values(self, layers: Sequence[int]) -> int:
+        # an early stage of a hierarchical network has up to 8 times the numbers of the last one
+        largest = 8 if layers and hasattr(self.network, "stages") else 1
+        return super().token_values(layers) * largest
 
     @property
     def patch_size(self) -> tuple[int, int]:
@@ -164,12 +174,3 @@ class PatchConvNetTrunk(TimmTrunk):
         maps = self.network.last_attention(output.pixels)
         maps = maps[..., -output.grid[0] * output.grid[1] :].flatten(1, 2)
         return maps.reshape(*maps.shape[:2], *output.grid)
-
-
-def _by_number(tensors: Mapping[str, Tensor], name: str) -> dict[int, Tensor]:
-    """The tensors `name.N` by N."""
-    return {
-        int(key.partition(".")[2]): tensor
-        for key, tensor in tensors.items()
-        if key.partition(".")[0] == name
-    }

@@ -14,6 +14,8 @@ from service.cli.task_commands import Invocation, run_task
 
 def run_embed(task: Task, invocation: Invocation) -> None:
     """As `run_task`; with `--output`, embeddings are written in parts, so that a run can resume."""
+    if invocation.options["output"] == "tokens" and invocation.output is not None:
+        raise typer.BadParameter("--output holds one vector for each image; print tokens as --json")
     if invocation.output is None:
         run_task(task, invocation)
         return

@@ -24,6 +24,7 @@ from service.errors import (
     ServiceError,
     from_library,
 )
+from service.limits import check_answer_size
 from service.metrics import Metrics
 from service.types import Call, Health, ImageResult, InferRequest, InferResult
 from service.worker.admission import Claim
@@ -100,6 +101,7 @@ class LocalBackend:
         inputs = request.readable
         modalities = dict.fromkeys(map(modality_of, inputs)) or {"image": None}
         plans = {modality: await self._plan(request, modality) for modality in modalities}
+        check_answer_size(sum(plans[modality_of(item)].answer_values for item in inputs))
         claim = Claim(client.get(), request.bulk, request.deadline)
         results = await self._pipeline.run(plans, inputs, claim)
         first = next(iter(plans.values()))

@@ -75,6 +75,11 @@ class ExecutionPlan:
     calls: Sequence[ResolvedCall]
     passes: Sequence[TrunkPass]
 
+    @property
+    def answer_values(self) -> int:
+        """The most numbers in the answer for one input, of the calls whose answers are large."""
+        return sum(call.head.answer_values(dict(call.head_call.options)) for call in self.calls)
+
 
 def resolve(registry: Registry, call: Call, modality: str) -> ResolvedCall:
     """Find a call's model and head, and check its options with that head.

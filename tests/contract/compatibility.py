@@ -15,6 +15,10 @@ def broken(old: Any, new: Any, path: str = "") -> Iterator[str]:
     `required` may not grow, all others may.
     """
     match old, new:
+        case {"type": _}, {"anyOf": [*kinds], **rest} if "anyOf" not in old:
+            # it may become one of several kinds, of which the old one is one
+            found = [list(broken(old, {**rest, **kind}, path)) for kind in kinds]
+            yield from min(found, key=len)
         case dict(), dict():
             for key, value in old.items():
                 if key in PROSE and isinstance(value, str):

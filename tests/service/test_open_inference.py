@@ -158,7 +158,8 @@ def test_the_server_and_its_models_are_described(client: Any, server: Running) -
         {"name": "pixel_values", "datatype": "FP32", "shape": [-1, 3, *size]},
     ]
     names = [output["name"] for output in model["outputs"]]
-    assert names == ["index", "label", "score", "probabilities", "embedding", *ATTENTION]
+    classified = ["index", "label", "score", "probabilities"]
+    assert names == [*classified, "embedding", "tokens", *ATTENTION]
     states = {entry["name"]: entry["state"] for entry in client.get_model_repository_index()}
     assert states == dict.fromkeys(("tiny", "tiny-embed", "conv"), "READY")
 
