@@ -56,7 +56,7 @@ def counted(
         outcome = "error"
         raise
     finally:
-        label = _label(account.models, known)
+        label = _label(metrics, account.models, known)
         metrics.requests.labels(task, label, outcome).inc()
         elapsed = time.monotonic() - started
         metrics.request_duration.labels(task, label, outcome).observe(elapsed)
@@ -64,13 +64,13 @@ def counted(
             _count_images(metrics, account.result)
 
 
-def _label(models: list[str], known: Callable[[str], bool]) -> str:
+def _label(metrics: Metrics, models: list[str], known: Callable[[str], bool]) -> str:
     if len(models) > 1:
         return "several"
     name = "".join(models)
     if not name:
         return "default"
-    return name if known(name) else "unknown"
+    return metrics.label(name) if known(name) else "unknown"
 
 
 def _count_images(metrics: Metrics, result: InferResult) -> None:
@@ -78,4 +78,4 @@ def _count_images(metrics: Metrics, result: InferResult) -> None:
         for position, used in enumerate(result.models):
             output = image.outputs[position] if image.outputs else image.error
             outcome = output.outcome if isinstance(output, ServiceError) else "ok"
-            metrics.images.labels(used.task, used.name, outcome).inc()
+            metrics.images.labels(used.task, metrics.label(used.name), outcome).inc()

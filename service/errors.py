@@ -118,6 +118,11 @@ class UnavailableError(ServiceError):
     slug, title, outcome = "unavailable", "Unavailable", "rejected"
 
 
+class InsufficientStorageError(ServiceError):
+    status, grpc = 507, "RESOURCE_EXHAUSTED"
+    slug, title, outcome = "insufficient-storage", "No room on the disk", "rejected"
+
+
 class DeadlineExceededError(ServiceError):
     status, grpc = 504, "DEADLINE_EXCEEDED"
     slug, title, outcome = "deadline-exceeded", "Deadline exceeded", "timeout"

@@ -5,6 +5,7 @@ that are not in the catalog are counted as `unknown`.
 """
 
 import os
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -13,6 +14,9 @@ OUTCOMES = ("ok", "invalid", "rejected", "timeout", "cancelled", "error")
 STAGES = ("decode", "queue", "compute", "postprocess")
 DROP_REASONS = ("expired", "cancelled")
 REFUSAL_REASONS = ("full", "late")
+
+# Most models with a label of their own. Heads can be created and deleted without end.
+MAX_MODELS = 5000
 
 SECONDS = (
     0.001, 0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1,
@@ -26,6 +30,7 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
+        self._labels: set[str] = set()
         self.requests = Counter(
             "vitrail_requests",
             "Requests, by outcome.",
@@ -98,6 +103,7 @@ class Metrics:
                 self.requests.labels(task, model, outcome)
                 self.images.labels(task, model, outcome)
             self.request_duration.labels(task, model, "ok")
+        self._labels.add(model)
         for stage in STAGES:
             self.stage_duration.labels(stage, trunk)
         for reason in DROP_REASONS:
@@ -106,6 +112,27 @@ class Metrics:
             self.refused.labels(trunk, reason)
         self.batch_size.labels(trunk)
         self.trunk_failures.labels(trunk)
+
+    def prune(self, known: Callable[[str], bool]) -> None:
+        """Remove the series of models that are gone, such as deleted heads.
+
+        Not where several processes share their metrics: their files keep every series. The number
+        of models that get a label of their own is bounded there.
+        """
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+            return
+        gone = {name for name in self._labels if not known(name)}
+        self._labels -= gone
+        for name in gone:
+            for metric in (self.requests, self.request_duration, self.images):
+                metric.remove_by_labels({"model": name})
+
+    def label(self, model: str) -> str:
+        """The label of a model of the catalog: its name, or `other` beyond MAX_MODELS names."""
+        if model not in self._labels and len(self._labels) >= MAX_MODELS:
+            return "other"
+        self._labels.add(model)
+        return model
 
 
 def exposition(registry: CollectorRegistry) -> bytes:

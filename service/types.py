@@ -111,7 +111,7 @@ class HeadUpload:
     """
 
     name: str
-    content: bytes
+    content: bytes = field(repr=False)
     trunk: str | None = None
     replace: bool = False
 
@@ -122,7 +122,7 @@ class FitRequest:
 
     name: str
     trunk: str
-    archive: bytes
+    archive: bytes = field(repr=False)
     options: Mapping[str, Any] = field(default_factory=dict)
     replace: bool = False
 

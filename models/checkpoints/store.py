@@ -1,6 +1,7 @@
 """A folder of downloaded and converted files, written atomically and shared by processes."""
 
 import hashlib
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from models.errors import SourceError
+
+logger = logging.getLogger(__name__)
 
 
 def default_store_path() -> Path:
@@ -29,18 +32,25 @@ class Store:
     def get(self, key: str, suffix: str, make: Callable[[Path], None]) -> Path:
         """The file of a key, made by `make(temporary_path)` unless it exists.
 
-        The file appears under its name only when it is complete.
+        The file appears under its name only when it is complete. Its SHA-256 is kept beside it and
+        checked here, so that a file that was damaged on disk is made again.
         """
         path = self.path(key, suffix)
-        if path.is_file():
+        if _is_whole(path):
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(path.name + ".lock")):
-            if not path.is_file():
+            if not _is_whole(path):
+                if path.exists():
+                    logger.warning("%s was damaged on disk; making it again", path)
                 with self.temporary_folder() as folder:
                     temporary = folder / path.name
                     make(temporary)
+                    _digest_path(path).unlink(missing_ok=True)
+                    digest = file_digest(temporary)
                     os.replace(temporary, path)
+                    (folder / "digest").write_text(digest)
+                    os.replace(folder / "digest", _digest_path(path))
         return path
 
     def path(self, key: str, suffix: str) -> Path:
@@ -56,10 +66,31 @@ class Store:
             yield Path(folder)
 
 
+def _digest_path(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the file exists and is what was written. A file without a digest, as earlier versions
+    wrote it, is believed."""
+    if not path.is_file():
+        return False
+    try:
+        expected = _digest_path(path).read_text()
+    except OSError:
+        return True
+    return file_digest(path) == expected
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def check_sha256(path: Path, expected: str, source: str) -> None:
     """Raise SourceError unless the file's SHA-256 is `expected` (hexadecimal)."""
-    with path.open("rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    actual = file_digest(path)
     if actual != expected.lower():
         raise SourceError(
             f"{source}: sha256 is {actual}, but {expected} is pinned; "

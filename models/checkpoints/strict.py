@@ -8,7 +8,13 @@ from models.errors import CheckpointError
 
 
 def load_strictly(network: nn.Module, state_dict: Mapping[str, Tensor], name: str) -> None:
-    """Load a state dict.
+    """Load a state dict after `check_strictly`, and raise as it does."""
+    check_strictly(network, state_dict, name)
+    network.load_state_dict(dict(state_dict))
+
+
+def check_strictly(network: nn.Module, state_dict: Mapping[str, Tensor], name: str) -> None:
+    """Check that a state dict fits a network, which may be on the meta device.
 
     Args:
         name: the network's name, for the error.
@@ -42,4 +48,3 @@ def load_strictly(network: nn.Module, state_dict: Mapping[str, Tensor], name: st
     ]
     if problems:
         raise CheckpointError(f"the weights do not fit {name}; {'; '.join(problems)}")
-    network.load_state_dict(dict(state_dict))

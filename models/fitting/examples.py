@@ -1,7 +1,10 @@
 """Labelled images, from folders named after classes, a CSV file, or a zip archive of folders."""
 
 import csv
+import lzma
+import struct
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +17,11 @@ from models.errors import InputError
 from models.inputs.images import SUFFIXES
 
 MAX_MEMBERS = 100_000
+# What zipfile raises for damaged and unsupported archives.
+DAMAGED = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, EOFError,
+    OSError, ValueError, OverflowError, struct.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +76,7 @@ def read_archive(file: BinaryIO, max_bytes: int) -> list[Example]:
     try:
         with zipfile.ZipFile(file) as archive:
             return _of_archive(archive, max_bytes)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+    except DAMAGED as error:
         raise InputError(f"the archive cannot be read: {error}", field="archive") from error
 
 

@@ -20,6 +20,7 @@ from models.heads.registry import head_classes
 METADATA_KEY = "vitrail-head"
 VERSION = 1
 MAX_LABELS = 100_000
+MAX_METADATA_BYTES = 16 * 2**20
 PIN = "sha256="
 
 
@@ -115,12 +116,17 @@ def decode_head(content: bytes) -> HeadFile:
         CheckpointError: damaged, not a head, or with weights that are not finite.
     """
     try:
-        tensors = load(content)
         size = int.from_bytes(content[:8], "little")
+        if size > MAX_METADATA_BYTES:
+            raise CheckpointError(
+                f"the head's metadata has {size} bytes; the limit is {MAX_METADATA_BYTES}"
+            )
+        tensors = load(content)
         header = json.loads(content[8 : 8 + size])
         metadata = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "null"))
-    except (SafetensorError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"not a readable safetensors file: {error}") from error
+    except (SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:
+        # KeyError: a dtype that torch does not have; the message may hold the whole file
+        raise CheckpointError(f"not a readable safetensors file: {str(error)[:200]}") from error
     if not isinstance(metadata, dict):
         raise CheckpointError(f"not a head: its metadata has no entry {METADATA_KEY}")
     if metadata.get("version") != VERSION:
@@ -149,6 +155,8 @@ def _checked(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> HeadFile:
         if not isinstance(metadata.get(part, {}), dict):
             raise CheckpointError(f"the head's {part} must be an object")
     for name, tensor in tensors.items():
+        if tensor.numel() == 0:  # its shape may say any size without a byte of content
+            raise CheckpointError(f"the head's {name} is empty: {list(tensor.shape)}")
         if tensor.is_floating_point() and not bool(isfinite(tensor).all()):
             raise CheckpointError(f"the head's {name} has values that are not finite")
     return HeadFile(

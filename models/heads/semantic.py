@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoints.checkpoint import HeadState
-from models.checkpoints.strict import load_strictly
+from models.checkpoints.strict import check_strictly, load_strictly
 from models.errors import CheckpointError, InputError
 from models.heads.segment import Segment
 from models.reference_outputs import Parts, image_outputs
@@ -21,6 +21,8 @@ from models.trunks.features import FeatureRequest, merge
 from models.trunks.output import TrunkOutput
 
 MAX_CLASSES = 1000
+MAX_LAYERS = 256
+DECODER = "the decoder"
 
 
 class Semantic(Segment):
@@ -55,8 +57,8 @@ class Semantic(Segment):
             names, palette = load_label_set(names)
         super().__init__(trunk, names, None if labels else _checked(palette, len(names)))
         depth = trunk.layer_count
-        layers = [int(n) for n in settings["layers"]]
-        if not layers or any(not -depth <= n < depth for n in layers):
+        layers = [int(n) for n in settings["layers"][: MAX_LAYERS + 1]]
+        if not 1 <= len(layers) <= MAX_LAYERS or any(not -depth <= n < depth for n in layers):
             raise CheckpointError(f"the decoder reads layers {layers}; the trunk has {depth}")
         self.layers = [n % depth for n in layers]
         self.request = FeatureRequest(layers=frozenset(self.layers))
@@ -65,11 +67,14 @@ class Semantic(Segment):
         self.normed = frozenset(int(n) % depth for n in normed)
         self.run_whole = bool(settings.get("run_whole", False))
         try:
+            # Without memory first: the settings are believed once the shapes agree with the file.
+            with torch.device("meta"):
+                check_strictly(create_decoder(state.tensors, settings), state.tensors, DECODER)
             decoder = create_decoder(state.tensors, settings)
             classes = class_count(state.tensors)
-        except (KeyError, IndexError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"the decoder is incomplete: {error}") from error
-        load_strictly(decoder, state.tensors, "the decoder")
+        load_strictly(decoder, state.tensors, DECODER)
         if classes > MAX_CLASSES:
             raise CheckpointError(f"{classes} classes; the limit is {MAX_CLASSES}")
         if len(self.labels) != classes:

@@ -19,6 +19,8 @@ from models.segmentation.decoders.layers import resize
 
 CLASSES_AT_ONCE = 16
 MAX_PIXELS = 4096 * 1024
+# Of an input with its padding, which the file's settings determine.
+MAX_PADDED_PIXELS = 4 * MAX_PIXELS
 MAX_WINDOWS = 64
 
 
@@ -60,7 +62,14 @@ class Windows:
                 f"sizes must be 1 or more and the scale at most {MAX_PIXELS} pixels; the scale is "
                 f"{self.scale}, the stride {self.stride}"
             )
-        if len(self.boxes(*self.padded(longer, shorter))) > MAX_WINDOWS:
+        for sides in ((longer, shorter), (shorter, longer)):
+            width, height = self.padded(*sides)
+            if width * height > MAX_PADDED_PIXELS:
+                raise ValueError(
+                    f"inputs would be padded to {width} x {height}; the limit is "
+                    f"{MAX_PADDED_PIXELS} pixels"
+                )
+        if self._box_count(*self.padded(longer, shorter)) > MAX_WINDOWS:
             raise ValueError(f"more than {MAX_WINDOWS} windows; raise stride or reduce scale")
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
@@ -89,6 +98,14 @@ class Windows:
             for top in _starts(height, rows, self.stride[0])
             for left in _starts(width, columns, self.stride[1])
         ]
+
+    def _box_count(self, width: int, height: int) -> int:
+        """The number of windows, without making them."""
+        if self.crop is None:
+            return 1
+        rows, columns = min(self.crop[0], height), min(self.crop[1], width)
+        down, across = self.stride
+        return _start_count(height, rows, down) * _start_count(width, columns, across)
 
     def cut(self, image: Image.Image) -> list[Tensor]:
         """The windows of an RGB image, uint8 (3, h, w) each."""
@@ -135,8 +152,12 @@ class Windows:
 
 
 def _starts(length: int, window: int, stride: int) -> list[int]:
-    count = max(length - window + stride - 1, 0) // stride + 1
+    count = _start_count(length, window, stride)
     return [min(i * stride, length - window) for i in range(count)]
+
+
+def _start_count(length: int, window: int, stride: int) -> int:
+    return max(length - window + stride - 1, 0) // stride + 1
 
 
 def sliding_logits(pixels_BCHW: Tensor, windows: Windows, logits_of: Any) -> Tensor:

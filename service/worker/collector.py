@@ -1,6 +1,7 @@
 """Gauges of the worker's state, read when Prometheus scrapes."""
 
 import asyncio
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +11,8 @@ from prometheus_client.registry import Collector
 
 from models.description import State
 from service.worker.backend import LocalBackend
+
+logger = logging.getLogger(__name__)
 
 
 class BackendCollector(Collector):
@@ -85,20 +88,43 @@ async def share_gauges(collector: Collector) -> None:
     Processes that share PROMETHEUS_MULTIPROC_DIR see each other's plain gauges, but not each
     other's collectors. The gateway's `/metrics` adds the workers' gauges up.
     """
-    registry = CollectorRegistry()
-    gauges: dict[str, Gauge] = {}
+    shared = SharedGauges()
     while True:
+        try:
+            shared.update(collector)
+        except Exception:  # the next round tries again
+            logger.exception("sharing gauges failed")
+        await asyncio.sleep(SHARE_INTERVAL_S)
+
+
+class SharedGauges:
+    """Plain gauges with the values of a collector's."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._gauges: dict[str, Gauge] = {}
+        self._set: dict[tuple[str, tuple[str, ...]], Gauge] = {}
+
+    def update(self, collector: Collector) -> None:
+        """Copy the values. Those that the collector no longer has become 0, since such gauges
+        cannot be removed."""
+        gone = dict(self._set)
         for metric in collector.collect():
             for sample in metric.samples:
-                if metric.name not in gauges:
-                    gauges[metric.name] = Gauge(
+                if metric.name not in self._gauges:
+                    self._gauges[metric.name] = Gauge(
                         metric.name,
                         metric.documentation,
                         tuple(sample.labels),
-                        registry=registry,
+                        registry=self._registry,
                         multiprocess_mode="livesum",
                     )
-                gauge = gauges[metric.name]
+                gauge = self._gauges[metric.name]
                 child = gauge.labels(**sample.labels) if sample.labels else gauge
                 child.set(sample.value)
-        await asyncio.sleep(SHARE_INTERVAL_S)
+                place = metric.name, tuple(sample.labels.values())
+                self._set[place] = child
+                gone.pop(place, None)
+        for place, child in gone.items():
+            child.set(0)
+            del self._set[place]

@@ -9,11 +9,10 @@ import time
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from models.description import UnservedHead
@@ -28,40 +27,36 @@ from models.heads.files import save_head, write_whole
 from models.inference import HeadCall, Row
 from models.inputs.images import ImageLimits
 from models.registry import Registry
-from service.errors import InvalidInputError, UnavailableError, from_library
+from service.errors import (
+    InvalidInputError,
+    QueueFullError,
+    UnavailableError,
+    from_library,
+)
 from service.metrics import Metrics
 from service.types import FitRequest
 from service.worker.batch_queue import Entry
 from service.worker.batcher import Batcher
+from service.worker.fit_job import JOB, SUFFIX, FitJob, claim
+from service.worker.loader import DISK_FULL
 from service.worker.places import QueueFull
 from service.worker.runner import Item, use_threads
 
 logger = logging.getLogger(__name__)
 
-JOB = "vitrail-fit.json"
-SUFFIX = ".fit.zip"
 # Archives that expand by more than this factor are rejected: images are compressed already.
 MAX_EXPANSION = 4
 MARGIN_BYTES = 16 * 2**20
+# Most fits that wait or run, over all processes that share the folder. Each keeps its archive on
+# disk and a lock's file descriptor.
+MAX_FITS = 16
+# Most failed fits whose reasons are kept; the oldest are forgotten.
+MAX_FAILED = 100
+FULL_RETRY_AFTER_S = 30.0
 
 
 class CancelledError(Exception):
     """The job was cancelled, or the server is shutting down."""
-
-
-@dataclass(slots=True)
-class _Job:
-    """A fit. `lock` is held until it ends, since other processes may see its file too."""
-
-    name: str
-    path: Path
-    lock: FileLock
-    state: str = "queued"
-    reason: str = ""
-    progress: Progress | None = None
-    request: dict[str, Any] = field(default_factory=dict)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    finished: bool = False
 
 
 class FitJobs:
@@ -80,7 +75,7 @@ class FitJobs:
         self._batcher = batcher
         self._limits = limits
         self._metrics = metrics
-        self._jobs: dict[str, _Job] = {}
+        self._jobs: dict[str, FitJob] = {}
         self._pool = ThreadPoolExecutor(1, "fit", initializer=_lower_priority)
         self._closing = threading.Event()
 
@@ -97,8 +92,14 @@ class FitJobs:
         """Check a request, without running a pass, and store it as a job.
 
         Raises:
-            ServiceError: the request cannot succeed, or the trunk is not loaded.
+            ServiceError: it cannot succeed, the trunk is not loaded, or too many fits wait.
+            OSError: the disk is full.
         """
+        if len(list(self._folder.glob(f"*{SUFFIX}"))) >= MAX_FITS:
+            raise QueueFullError(
+                f"{MAX_FITS} heads are being fitted or wait for it; try again later",
+                retry_after_s=FULL_RETRY_AFTER_S,
+            )
         trunk = self._registry.loaded_trunk(request.trunk)
         if request.trunk not in self._registry.catalog.trunks:
             names = ", ".join(self._registry.catalog.trunks)
@@ -147,6 +148,9 @@ class FitJobs:
         for name, job in list(self._jobs.items()):
             if job.finished and not job.reason and name in self._registry.catalog.models:
                 del self._jobs[name]
+        failed = [name for name, job in self._jobs.items() if job.finished and job.reason]
+        for name in failed[:-MAX_FAILED]:
+            del self._jobs[name]
         for path in sorted(self._folder.glob(f"*{SUFFIX}")):
             name = path.name.removesuffix(SUFFIX)
             if not self.is_busy(name) and not self._closing.is_set():
@@ -174,29 +178,13 @@ class FitJobs:
         return self._folder / f"{name}{SUFFIX}"
 
     def _start(self, name: str, path: Path) -> None:
-        lock = FileLock(path.with_name(f".{name}.lock"), blocking=False)
-        try:
-            lock.acquire()
-        except Timeout:  # another process is working on it
-            return
-        try:
-            with zipfile.ZipFile(path) as archive:
-                request = json.loads(archive.read(JOB))
-        except FileNotFoundError:  # another process has finished it meanwhile
-            lock.release()
-            return
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            logger.error("%s is not a readable job: %s", path, error)
-            path.unlink(missing_ok=True)
-            lock.release()
-            return
-        job = _Job(name, path, lock, request=request)
-        self._jobs[name] = job
-        self._pool.submit(self._work, job)
+        if (job := claim(name, path)) is not None:
+            self._jobs[name] = job
+            self._pool.submit(self._work, job)
 
     # -- in the training's thread ----------------------------------------------------------
 
-    def _work(self, job: _Job) -> None:
+    def _work(self, job: FitJob) -> None:
         outcome = "error"
         try:
             if job.cancelled.is_set():
@@ -216,20 +204,26 @@ class FitJobs:
         except ModelsError as error:
             outcome = "invalid" if isinstance(error, InputError) else "error"
             self._fail(job, from_library(error).detail)
-        except Exception:
-            logger.exception("fitting %s failed", job.name)
-            self._fail(job, "internal error; see the server's log")
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                logger.error("fitting %s: %s", job.name, error)
+                self._fail(job, "the server's disk is full")
+            else:
+                logger.exception("fitting %s failed", job.name)
+                self._fail(job, "internal error; see the server's log")
         finally:
             job.finished = True
-            job.lock.release()
+            if job.reason:  # last: who sees this state may ask for another head of that name
+                job.state = "failed"
+            job.release(ended=not self._closing.is_set())
             self._metrics.fits.labels(outcome).inc()
 
-    def _fail(self, job: _Job, reason: str) -> None:
-        job.state, job.reason = "failed", reason
+    def _fail(self, job: FitJob, reason: str) -> None:
+        job.reason = reason
         if not job.cancelled.is_set():  # if cancelled, the file may belong to a newer job
             job.path.unlink(missing_ok=True)
 
-    def _fit(self, job: _Job) -> Fitted:
+    def _fit(self, job: FitJob) -> Fitted:
         request = job.request
         loaded = self._wait_for_trunk(job, request["trunk"])
         with zipfile.ZipFile(job.path) as archive:
@@ -254,14 +248,14 @@ class FitJobs:
                 limits=self._limits,
             )
 
-    def _wait_for_trunk(self, job: _Job, name: str) -> Any:
+    def _wait_for_trunk(self, job: FitJob, name: str) -> Any:
         """The trunk, once it is loaded, which takes a while after a restart."""
         while (loaded := self._registry.loaded_trunk(name)) is None:
             self._check(job)
             time.sleep(0.1)
         return loaded
 
-    def _run(self, job: _Job, pixels_BCHW: Tensor, head: ReadFeatures) -> list[Row]:
+    def _run(self, job: FitJob, pixels_BCHW: Tensor, head: ReadFeatures) -> list[Row]:
         trunk = job.request["trunk"]
         items = [Item.awaited(trunk, pixels, (HeadCall(head),)) for pixels in pixels_BCHW]
         for item, _ in items:
@@ -275,7 +269,7 @@ class FitJobs:
             rows.append(row)
         return rows
 
-    def _admit(self, job: _Job, trunk: str) -> None:
+    def _admit(self, job: FitJob, trunk: str) -> None:
         while True:
             self._check(job)
             try:
@@ -285,7 +279,7 @@ class FitJobs:
             except KeyError as error:
                 raise InputError(f"the trunk {trunk!r} was unloaded", field="trunk") from error
 
-    def _check(self, job: _Job) -> None:
+    def _check(self, job: FitJob) -> None:
         if job.cancelled.is_set() or self._closing.is_set():
             raise CancelledError
 

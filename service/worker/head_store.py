@@ -18,9 +18,9 @@ from models.registry import Registry
 from service.backend import PARTS
 from service.errors import (
     ConflictError,
+    InsufficientStorageError,
     InvalidInputError,
     NotFoundError,
-    PayloadTooLargeError,
     UnavailableError,
 )
 from service.types import FitRequest, HeadUpload
@@ -32,6 +32,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 SUFFIX = ".safetensors"
 INTERVAL_S = 1.0
 MAX_HEADS = 4096
+# Most bytes of all heads' files, which are also in memory while their trunks are loaded.
+MAX_BYTES = 4 * 2**30
 
 InLoader = Callable[..., Awaitable[Any]]
 
@@ -149,7 +151,13 @@ class HeadStore:
         if self._fit_jobs.is_busy(name):
             raise ConflictError(f"a head {name!r} is already being fitted", field="name")
         if len(self._stamps) >= MAX_HEADS:
-            raise PayloadTooLargeError(f"the server has {MAX_HEADS} heads, the most it can have")
+            raise InsufficientStorageError(
+                f"the server has {MAX_HEADS} heads, the most it can have; delete some"
+            )
+        if sum(size for _, size in self._stamps.values()) >= MAX_BYTES:
+            raise InsufficientStorageError(
+                f"the server's heads have {MAX_BYTES} bytes, the most they can have; delete some"
+            )
 
     def _check_fits(self, head: HeadFile) -> None:
         """Check that the head can be built on its trunk, which must be loaded."""

@@ -1,6 +1,7 @@
 """The one thread that loads and unloads models, so that such changes never overlap."""
 
 import asyncio
+import errno
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -8,10 +9,17 @@ from functools import partial
 from typing import TypeVar
 
 from models.errors import ModelsError
-from service.errors import ServiceError, UnavailableError, from_library
+from service.errors import (
+    InsufficientStorageError,
+    ServiceError,
+    UnavailableError,
+    from_library,
+)
 from service.worker.runner import use_threads
 
 logger = logging.getLogger(__name__)
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 T = TypeVar("T")
 
@@ -38,6 +46,9 @@ class Loader:
         except (ServiceError, asyncio.CancelledError):
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
+                logger.error("%s: %s", function.__name__, error)
+                raise InsufficientStorageError("the server's disk is full") from error
             logger.exception("%s%s failed", function.__name__, arguments[:1])
             raise UnavailableError("the model could not be loaded or unloaded") from error
 

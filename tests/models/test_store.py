@@ -47,6 +47,26 @@ def test_an_interrupted_making_leaves_nothing_behind(tmp_path: Path) -> None:
     assert Store(tmp_path).get("key", ".txt", lambda p: Path.touch(p)).exists()
 
 
+def test_a_file_that_rots_on_disk_is_made_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    made: list[int] = []
+
+    def make(path: Path) -> None:
+        made.append(1)
+        path.write_bytes(b"weights")
+
+    path = store.get("key", ".bin", make)
+    assert store.get("key", ".bin", make) == path
+    stamp = path.stat()
+    path.write_bytes(b"weighty")
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert store.get("key", ".bin", make).read_bytes() == b"weights"
+    assert len(made) == 2
+    path.with_name(path.name + ".sha256").unlink()  # as earlier versions left it
+    assert store.get("key", ".bin", make) == path
+    assert len(made) == 2
+
+
 def test_file_sources_are_relative_to_the_catalog(tmp_path: Path) -> None:
     source = parse_source("file:weights/a.safetensors")
     assert fetch(source, Store(tmp_path), Path("/catalogs")) == Path(

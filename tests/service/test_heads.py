@@ -1,11 +1,13 @@
 """Heads over REST and gRPC: uploaded, fitted, deleted, under traffic and after crashes."""
 
 import base64
+import errno
 import io
 import json
+import os
 import threading
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from safetensors.torch import load_file
 
 from models import Registry
@@ -25,6 +29,7 @@ from models.checkpoints.store import Store
 from models.heads.files import HeadFile, decode_head, encode_head, read_head
 from service.stubs import vision_pb2 as pb
 from service.stubs.vision_pb2_grpc import VisionStub
+from service.worker.collector import SharedGauges
 from tests.conftest import Running, answers, encode, free_port, process, running, wait_until
 from tests.models.test_fixtures import GOLDENS
 
@@ -219,6 +224,147 @@ def test_uploads_that_cannot_be_served_say_why(
             assert response.json()["type"].endswith(slug), response.text
     [left] = server.client.get("/heads").json()["heads"]
     assert left["name"] == "taken"
+
+
+def safetensors_file(header: Mapping[str, Any], content: bytes = b"") -> bytes:
+    encoded = json.dumps(header).encode()
+    return len(encoded).to_bytes(8, "little") + encoded + content
+
+
+def test_sizes_and_types_of_a_file_are_believed_only_after_a_check(
+    server: Running, make: Callable[..., HeadFile], caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = encode_head(make())
+    size = int.from_bytes(whole[:8], "little")
+    metadata = json.loads(whole[8 : 8 + size])["__metadata__"]
+
+    def entry(dtype: str, shape: list[int], length: int = 0) -> dict[str, Any]:
+        return {"dtype": dtype, "shape": shape, "data_offsets": [0, length]}
+
+    def semantic(settings: dict[str, Any]) -> bytes:
+        head = {**json.loads(metadata["vitrail-head"]), "kind": "semantic", "task": "segment"}
+        kept = {"vitrail-head": json.dumps({**head, "settings": {"layers": [-1], **settings}})}
+        tensors = {"decode_head.conv_seg.weight": entry("F32", [1, 1, 1, 1], 4)}
+        return safetensors_file({"__metadata__": kept, **tensors}, bytes(4))
+
+    hostile = {
+        "empty": safetensors_file(
+            {"__metadata__": metadata, "classifier.0.weight": entry("F32", [2_000_000_000, 0])}
+        ),
+        "type": safetensors_file(
+            {"__metadata__": metadata, "x": entry("F4", [2**21], 2**20)}, b"leak" * 2**18
+        ),
+        "inputs": semantic({"inputs": [100_000_000]}),
+        "many inputs": semantic({"inputs": [1] * 100_000}),
+        "wrong inputs": semantic({"inputs": [65_000]}),
+        "crop": semantic({"inputs": [1], "windows": {"scale": [64, 64], "crop": [10**9, 10**9]}}),
+    }
+    for name, content in hostile.items():
+        refused = upload(server, name.replace(" ", "-"), content)
+        assert refused.status_code == 422, (name, refused.text)
+        assert len(refused.text) < 2000
+    assert "leakleak" not in caplog.text
+    assert server.client.get("/heads").json() == {"heads": []}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_an_answer(
+    server: Running, make: Callable[..., HeadFile], number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("models.heads.files.os.fsync", full)
+        assert upload(server, "late", make()).status_code == 507
+        assert begin_fit(server, "later", tinted_zip()).status_code == 507
+    assert upload(server, "late", make()).status_code == 201
+    assert not list(Path(server.backend.heads._folder).glob(".tmp-*"))
+
+
+def test_heads_have_a_bound_together(
+    server: Running, make: Callable[..., HeadFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.worker.head_store.MAX_BYTES", 1)
+    assert upload(server, "one", make()).status_code == 201
+    assert upload(server, "two", make()).status_code == 507
+
+
+def test_waiting_fits_have_a_bound_and_leave_nothing_behind(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.worker.fit_jobs.MAX_FITS", 2)
+    monkeypatch.setattr("service.worker.fit_jobs.MAX_FAILED", 1)
+    gate = threading.Event()
+    inner = server.backend._fit_jobs._fit
+
+    def held(job: Any) -> Any:
+        assert gate.wait(60)
+        return inner(job)
+
+    monkeypatch.setattr(server.backend._fit_jobs, "_fit", held)
+    for name in ("one", "two"):
+        assert begin_fit(server, name, tinted_zip()).status_code == 202
+    refused = begin_fit(server, "three", tinted_zip())
+    assert refused.status_code == 429
+    assert refused.headers["Retry-After"]
+    gate.set()
+    assert settle(server, "one")["state"] == "ready"
+    assert settle(server, "two")["state"] == "ready"
+    broken = {f"{label}/{i}.png": b"no image" for label in ("green", "white") for i in range(3)}
+    for name in ("three", "four"):
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w") as archive:
+            for member, data in broken.items():
+                archive.writestr(member, data)
+        assert begin_fit(server, name, content.getvalue()).status_code == 202
+        assert settle(server, name)["state"] == "failed"
+    wait_until(lambda: server.client.get("/heads/three").status_code == 404)
+    assert not list(Path(server.backend.heads._folder).glob(".*.lock"))
+
+
+def test_a_damaged_archive_is_the_clients_error(server: Running) -> None:
+    deflated = io.BytesIO()
+    with zipfile.ZipFile(deflated, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(4):
+            archive.writestr(f"red/{number}.png", bytes(5000))
+            archive.writestr(f"blue/{number}.png", bytes(5000))
+    content = bytearray(deflated.getvalue())
+    start = content.index(b"red/0.png") + len(b"red/0.png")
+    content[start : start + 8] = b"\xff" * 8
+    refused = begin_fit(server, "broken", bytes(content))
+    assert refused.status_code == 422, refused.text
+
+
+def test_the_series_of_deleted_heads_are_removed(
+    server: Running, make: Callable[..., HeadFile], jpegs: dict[str, bytes]
+) -> None:
+    assert upload(server, "passing-by", make()).status_code == 201
+    for model in ("passing-by", "tiny"):
+        assert classify(server, model, jpegs["coffee"]).status_code == 200
+    assert 'model="passing-by"' in server.client.get("/metrics").text
+    assert server.client.delete("/heads/passing-by").status_code == 204
+    wait_until(lambda: 'model="passing-by"' not in server.client.get("/metrics").text)
+    assert 'model="tiny"' in server.client.get("/metrics").text
+
+
+def test_shared_gauges_of_what_is_gone_are_zero() -> None:
+    class Source(Collector):
+        names: Sequence[str] = ("stays", "goes")
+
+        def collect(self) -> Iterator[Metric]:
+            family = GaugeMetricFamily("vitrail_test", "A gauge.", labels=("model",))
+            for name in self.names:
+                family.add_metric((name,), 1)
+            yield family
+
+    source, shared = Source(), SharedGauges()
+    shared.update(source)
+    source.names = ("stays",)
+    shared.update(source)
+    [family] = shared._registry.collect()
+    values = {sample.labels["model"]: sample.value for sample in family.samples}
+    assert values == {"stays": 1, "goes": 0}
 
 
 def test_changing_heads_needs_the_admin_key_where_there_is_one(

@@ -22,6 +22,8 @@ from models.segmentation.decoders.necks import (
 HEADS: tuple[Any, ...] = (uper, fpn, setr, segmenter, fcn)
 HEAD_TYPES = tuple(name for module in HEADS for name in module.TYPES)
 HEAD = "decode_head."
+# Most maps that a decoder reads, and channels of one.
+MAX_MAPS, MAX_CHANNELS = 64, 65_536
 CLASSES = ("decode_head.conv_seg.weight", "decode_head.mask_norm.weight")
 
 
@@ -54,7 +56,9 @@ def create_decoder(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -
         KeyError: a tensor or a setting is missing.
         ValueError: a setting is out of range.
     """
-    inputs = [int(n) for n in settings["inputs"]]
+    inputs = [int(n) for n in settings["inputs"][: MAX_MAPS + 1]]
+    if not 1 <= len(inputs) <= MAX_MAPS or not all(1 <= n <= MAX_CHANNELS for n in inputs):
+        raise ValueError(f"inputs must be up to {MAX_MAPS} numbers from 1 to {MAX_CHANNELS}")
     steps: dict[str, nn.Module] = {}
     levels = below(tensors, "levels.")
     if any(key.startswith("fpn1.") for key in levels):
@@ -64,7 +68,9 @@ def create_decoder(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -
         steps["levels"] = LevelNorms(inputs, numbers, float(settings.get("levels_norm_eps", 1e-6)))
     if (made := create_neck(below(tensors, "neck."), inputs, settings)) is not None:
         steps["neck"], inputs = made
-    selected = [int(n) for n in settings.get("in_index", range(len(inputs)))]
+    selected = [int(n) for n in settings.get("in_index", range(len(inputs)))[: MAX_MAPS + 1]]
+    if len(selected) > MAX_MAPS:
+        raise ValueError(f"in_index can have up to {MAX_MAPS} levels")
     if selected != list(range(len(inputs))):
         steps["selected"] = SelectLevels(selected)
         inputs = [inputs[level] for level in selected]

@@ -49,11 +49,17 @@ class LinearHead(nn.Module):
         return logits
 
 
+MAX_DILATION = 64
+
+
 def create(
     tensors: Mapping[str, Tensor], inputs: Sequence[int], settings: Mapping[str, Any]
 ) -> nn.Module:
     """`settings`: `dilation` of the convolutions (1)."""
     classes, channels = tensors["conv_seg.weight"].shape[:2]
+    dilation = int(settings.get("dilation", 1))
+    if not 1 <= dilation <= MAX_DILATION:
+        raise ValueError(f"dilation is {dilation}; it can be 1 to {MAX_DILATION}")
     if "bn.weight" in tensors:
         return LinearHead(sum(inputs), classes)
     convs = indices(tensors, "convs.")
@@ -66,6 +72,6 @@ def create(
         classes,
         convs=len(convs),
         size=size,
-        dilation=int(settings.get("dilation", 1)),
+        dilation=dilation,
         concat_input=joined is not None,
     )

@@ -40,11 +40,16 @@ class FpnHead(nn.Module):
         return logits
 
 
+MAX_STRIDE = 64
+
+
 def create(
     tensors: Mapping[str, Tensor], inputs: Sequence[int], settings: Mapping[str, Any]
 ) -> nn.Module:
     """`settings`: `strides` of the levels (each twice the one before)."""
     strides = [int(n) for n in settings.get("strides", [2**n for n in range(len(inputs))])]
+    if not strides or not all(1 <= stride <= MAX_STRIDE for stride in strides):
+        raise ValueError(f"strides must be numbers from 1 to {MAX_STRIDE}")
     doublings = [(stride // strides[0]).bit_length() - 1 for stride in strides]
     classes, channels = tensors["conv_seg.weight"].shape[:2]
     return FpnHead(inputs, channels, classes, doublings)

@@ -107,6 +107,10 @@ class MultiLevelNeck(nn.Module):
         return [conv(x) for conv, x in zip(self.convs, resized, strict=True)]
 
 
+# Most levels of a `MultiLevelNeck`, and their largest scale.
+MAX_SCALES, MAX_SCALE = 64, 16
+
+
 class MlaNeck(nn.Module):
     """SETR's multi-level feature aggregation (arXiv 2012.15840): sums from the last map down."""
 
@@ -158,6 +162,8 @@ def create_neck(
     if "convs.0.conv.weight" not in tensors:
         return FpnNeck(inputs, width), [width] * len(inputs)
     scales = [float(n) for n in settings["scales"]]
+    if len(scales) > MAX_SCALES or not all(0 < scale <= MAX_SCALE for scale in scales):
+        raise ValueError(f"scales must be up to {MAX_SCALES} numbers up to {MAX_SCALE}")
     plain = "lateral_convs.0.conv.bias" in tensors
     return MultiLevelNeck(inputs, width, scales, plain=plain), [width] * len(scales)
 

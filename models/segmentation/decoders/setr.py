@@ -55,6 +55,9 @@ class SetrMlaHead(nn.Module):
         return logits
 
 
+MAX_SCALE = 32
+
+
 def create(
     tensors: Mapping[str, Tensor], inputs: Sequence[int], settings: Mapping[str, Any]
 ) -> nn.Module:
@@ -64,6 +67,8 @@ def create(
         KeyError: there is no `up_scale`, which no shape determines.
     """
     scale = float(settings["up_scale"])
+    if not 0 < scale <= MAX_SCALE:
+        raise ValueError(f"up_scale is {scale}; it can be up to {MAX_SCALE}")
     classes, joined = tensors["conv_seg.weight"].shape[:2]
     first = tensors[MARK]
     if "norm.weight" not in tensors:

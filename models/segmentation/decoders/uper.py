@@ -53,7 +53,7 @@ def create(
         ValueError: `pool_scales` are out of range.
     """
     scales = [int(n) for n in settings.get("pool_scales", (1, 2, 3, 6))]
-    if not all(1 <= scale <= MAX_POOL for scale in scales):
-        raise ValueError(f"pool_scales are {scales}; they can be 1 to {MAX_POOL}")
+    if len(scales) > MAX_POOL or not all(1 <= scale <= MAX_POOL for scale in scales):
+        raise ValueError(f"pool_scales must be up to {MAX_POOL} numbers from 1 to {MAX_POOL}")
     classes, channels = tensors["conv_seg.weight"].shape[:2]
     return UperHead(inputs, channels, classes, scales)

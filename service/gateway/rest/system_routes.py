@@ -38,7 +38,9 @@ async def readyz(request: Request) -> JSONResponse:
 @router.get("/metrics", response_class=Response, dependencies=[Depends(require_metrics_key)])
 async def metrics(request: Request) -> Response:
     """Metrics in Prometheus' text format."""
+    state = request.app.state
+    state.metrics.prune(state.backend.knows)
     return Response(
-        exposition(request.app.state.metrics.registry),
+        exposition(state.metrics.registry),
         headers={"Content-Type": CONTENT_TYPE_LATEST},
     )
