@@ -10,7 +10,10 @@ remote/backend.py            workers elsewhere: the least busy one, over gRPC to
 worker/backend.py            this process: calls resolved to heads, prompts embedded
 worker/execution_plan.py     calls grouped into the trunk passes that they share
 worker/pipeline.py           a request's places in the queues, until its deadline
+worker/admission.py          can it be finished by its deadline? then it takes places
 worker/request_run.py        its inputs: from the decode pool to the lanes to results
+worker/decode_queue.py       which inputs are decoded next
+decoding/pool.py             a process that decodes an image, and can be killed
 worker/scheduler.py          which inputs run next: pure policy
 worker/batcher.py            the threads that run the scheduler's batches
 worker/runner.py             a batch: the trunk once, then each head on its rows

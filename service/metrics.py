@@ -14,6 +14,7 @@ OUTCOMES = ("ok", "invalid", "rejected", "timeout", "cancelled", "error")
 STAGES = ("decode", "queue", "compute", "postprocess")
 DROP_REASONS = ("expired", "cancelled")
 REFUSAL_REASONS = ("full", "late")
+DEATH_REASONS = ("time", "hung", "crash")
 
 # Most models with a label of their own. Heads can be created and deleted without end.
 MAX_MODELS = 5000
@@ -76,6 +77,14 @@ class Metrics:
             ("trunk", "reason"),
             registry=registry,
         )
+        self.decoder_deaths = Counter(
+            "vitrail_decoder_deaths",
+            "Decoding processes that died and were replaced.",
+            ("reason",),
+            registry=registry,
+        )
+        for reason in DEATH_REASONS:
+            self.decoder_deaths.labels(reason)
         self.label_sets = Counter(
             "vitrail_label_sets",
             "Lookups of label sets' embeddings in the cache.",

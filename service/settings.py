@@ -56,6 +56,14 @@ class Settings(BaseSettings):
     decode_threads: int = Field(
         0, ge=0, description="Threads that decode images; 0 for one per core, at least 2."
     )
+    decoders: Literal["processes", "threads"] = Field(
+        "processes",
+        description="Where images are decoded: in processes, which are killed over a bad image, or "
+        "in threads of the worker.",
+    )
+    decode_cpu_s: float = Field(
+        5, gt=0, description="Seconds of processor time to decode an image in a process."
+    )
     max_batch_size: int = Field(
         0, ge=0, description="Most images in a batch; 0 for 16, or 64 on a GPU."
     )

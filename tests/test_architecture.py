@@ -99,6 +99,7 @@ def test_the_sides_do_not_know_each_other() -> None:
         ("worker", ("service.worker",)),
         ("rpc", ()),
         ("open_inference", ()),
+        ("decoding", ()),
         ("remote", ("service.remote",)),
     ):
         names = {name for name in imported(f"service/{folder}") if name.startswith(sides)}
@@ -118,6 +119,7 @@ def test_the_policy_knows_no_threads_clocks_or_tensors(name: str) -> None:
         "service.processes.supervisor",
         "service.cli",
         "service.settings",
+        "service.decoding.pool",
     ],
 )
 def test_the_gateway_and_the_command_line_start_without_torch(module: str) -> None:
@@ -136,8 +138,8 @@ def test_the_settings_are_these() -> None:
     from service.settings import Settings
 
     assert sorted(Settings.model_fields) == [
-        "admin_keys", "api_keys", "body_timeout_s", "catalog", "decode_threads",
-        "default_timeout_ms", "device", "drain_timeout_s", "engine", "grpc_port",
+        "admin_keys", "api_keys", "body_timeout_s", "catalog", "decode_cpu_s", "decode_threads",
+        "decoders", "default_timeout_ms", "device", "drain_timeout_s", "engine", "grpc_port",
         "header_timeout_s", "heads_folder", "host", "keys_file", "label_cache_bytes",
         "log_level", "max_batch_size", "max_image_bytes", "max_image_pixels", "max_image_side",
         "max_images", "max_queue_delay_ms", "max_queue_size", "max_request_bytes",

@@ -1,12 +1,15 @@
 """Decoding of images to upright RGB. Limits are checked before pixels are decoded."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from models.errors import ImageTooLargeError, InputError
+from models.inputs.canvas import canvas_size
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -59,7 +62,7 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Ima
         ImageTooLargeError: the image is over a limit, by its header.
         InputError: the image is empty, truncated, damaged, or in another format.
     """
-    return _decode(_open(data, limits), data).image
+    return _decode(open_image(data, limits), data).image
 
 
 def decode_reduced(data: bytes, limits: ImageLimits, min_side: int) -> ReducedImage:
@@ -69,17 +72,32 @@ def decode_reduced(data: bytes, limits: ImageLimits, min_side: int) -> ReducedIm
     Raises:
         ImageTooLargeError, InputError: as `decode_image`.
     """
-    return _decode(_open(data, limits), data, min_side)
+    return _decode(open_image(data, limits), data, min_side)
 
 
-def _open(data: bytes, limits: ImageLimits) -> Image.Image:
-    """The image with its header read and checked, and its pixels not decoded."""
+def check_bytes(data: bytes, limits: ImageLimits) -> None:
+    """Check the size of an encoded image.
+
+    Raises:
+        ImageTooLargeError, InputError: it is over the limit, or empty.
+    """
     if not data:
         raise InputError("the image is empty (0 bytes)")
     if len(data) > limits.max_bytes:
         raise ImageTooLargeError(
             f"the image has {len(data)} bytes; the limit is {limits.max_bytes}"
         )
+
+
+def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
+    """The image with its header read and checked, and its pixels not decoded.
+
+    Raises:
+        ImageTooLargeError, InputError: as `decode_image`.
+    """
+    check_bytes(data, limits)
+    if (size := canvas_size(data)) is not None:
+        _check_size(size, limits)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
@@ -90,21 +108,29 @@ def _open(data: bytes, limits: ImageLimits) -> Image.Image:
     return image
 
 
-def _decode(header: Image.Image, data: bytes, min_side: int | None = None) -> ReducedImage:
-    # loads pyarrow, which gateways do without
-    from models.inputs.jpeg import decode_jpeg
-
+@contextmanager
+def decoding_errors(header: Image.Image) -> Iterator[None]:
+    """A context for decoding: damaged or truncated pixel data becomes an `InputError`."""
     try:
-        decoded = decode_jpeg(header, data, min_side)
-        if decoded is not None:
-            return ReducedImage(*decoded)
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many types
+        raise InputError(f"the {header.format} image cannot be decoded: {error}") from error
+
+
+def _decode(header: Image.Image, data: bytes, min_side: int | None = None) -> ReducedImage:
+    # they load libraries that gateways do without
+    from models.inputs.jpeg import jpeg_pixels
+    from models.inputs.pixels import image_from
+
+    with decoding_errors(header):
+        if (jpeg := jpeg_pixels(header, data, min_side)) is not None:
+            image = image_from(jpeg.pixels_HWC, jpeg.transposition)
+            return ReducedImage(image, jpeg.size, jpeg.factor)
         header.load()
         image = to_upright_rgb(header)
         return ReducedImage(image, image.size)
-    except MemoryError:
-        raise
-    except Exception as error:  # likewise for damaged or truncated pixel data
-        raise InputError(f"the {header.format} image cannot be decoded: {error}") from error
 
 
 def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:

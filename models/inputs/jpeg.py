@@ -1,11 +1,12 @@
-"""JPEG files decoded by libjpeg-turbo into memory that Pillow images use without a copy.
+"""JPEG files decoded by libjpeg-turbo into memory that is laid out as Pillow's images are.
 
 Pillow contains the same library, but reads the file in blocks and converts each row. Only the kinds
 of files are decoded here whose pixels equal Pillow's; the rest is left to Pillow.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
-import pyarrow as pa
 import simplejpeg
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile, get_sampling
@@ -27,20 +28,40 @@ FACTORS = (8, 4, 2)
 YCBCR = 1
 
 
-def decode_jpeg(
-    header: Image.Image, data: bytes, min_side: int | None = None
-) -> tuple[Image.Image, tuple[int, int], int] | None:
-    """Decode a JPEG file to an upright RGB image.
+@dataclass(frozen=True, slots=True)
+class JpegPixels:
+    """A decoded JPEG file.
+
+    Args:
+        pixels_HWC: (H, W, 4) uint8, RGB and padding, as Pillow lays out RGB.
+        transposition: how they become upright; None if they are.
+        factor: by how much they are reduced.
+        size: the full (width, height), upright.
+    """
+
+    pixels_HWC: np.ndarray
+    transposition: Image.Transpose | None
+    factor: int
+    size: tuple[int, int]
+
+
+def jpeg_pixels(
+    header: Image.Image,
+    data: bytes,
+    min_side: int | None = None,
+    buffer: memoryview | None = None,
+) -> JpegPixels | None:
+    """Decode a JPEG file.
 
     Args:
         header: the file, opened by Pillow and not loaded.
         data: the same file.
         min_side: decode at 1/8, 1/4 or 1/2 of the size, where the shorter side keeps at least that
             many pixels.
+        buffer: memory for the pixels.
 
     Returns:
-        The image, its full (width, height), upright, and the factor by which it is reduced. None
-        for files that Pillow must decode: other formats, CMYK, unusual sampling, and those
+        None for files that Pillow must decode: other formats, CMYK, unusual sampling, and those
         with damaged data, about which Pillow decides.
     """
     if not isinstance(header, JpegImageFile) or not _is_common(header):
@@ -50,18 +71,21 @@ def decode_jpeg(
     shape = (-(-height // factor), -(-width // factor), 4)
     try:
         pixels_HWC = simplejpeg.decode_jpeg(
-            data, "RGBX", min_height=shape[0], min_width=shape[1], min_factor=factor
+            data,
+            "RGBX",
+            min_height=shape[0],
+            min_width=shape[1],
+            min_factor=factor,
+            buffer=None if buffer is None else buffer[: shape[0] * shape[1] * shape[2]],
         )
     except ValueError:  # warnings about damaged or missing data included
         return None
     if pixels_HWC.shape != shape:
         return None
-    image = image_from(pixels_HWC)
     orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
-    if (transposition := UPRIGHT.get(orientation)) is not None:
-        image = image.transpose(transposition)
+    transposition = UPRIGHT.get(orientation)
     size = (height, width) if transposition in QUARTER_TURNS else (width, height)
-    return image, size, factor
+    return JpegPixels(pixels_HWC, transposition, factor, size)
 
 
 def _is_common(header: JpegImageFile) -> bool:
@@ -77,11 +101,3 @@ def _factor(short_side: int, min_side: int | None) -> int:
     if min_side is None:
         return 1
     return next((factor for factor in FACTORS if short_side >= factor * min_side), 1)
-
-
-def image_from(pixels_HWC: np.ndarray) -> Image.Image:
-    """An RGB image that uses the memory of (H, W, 4) uint8 pixels, as Pillow lays out RGB."""
-    height, width, channels = pixels_HWC.shape
-    values = pa.array(pixels_HWC.reshape(-1))
-    pixels = pa.FixedSizeListArray.from_arrays(values, channels)
-    return Image.fromarrow(pixels, "RGB", (width, height))

@@ -18,6 +18,7 @@ from models.inputs.types import modality_of
 from models.model import Model
 from models.registry import Registry
 from service.clients import client
+from service.decoding.pool import ImageDecoder, ProcessDecoder, ThreadDecoder
 from service.errors import (
     DeadlineExceededError,
     QueueFullError,
@@ -64,13 +65,19 @@ class LocalBackend:
         self._pool = ThreadPoolExecutor(
             self.options.decode_threads, "decode", initializer=partial(use_threads, 1)
         )
+        self.decoder: ImageDecoder = (
+            ThreadDecoder(self._limits)
+            if self.options.decoders == "threads"
+            else ProcessDecoder(self._limits, self.options.decode_cpu_s, metrics)
+        )
         self._loader = Loader()
         folder = Path(options.heads_folder or registry.store.root / "heads")
         self._fit_jobs = FitJobs(registry, folder, self.batcher, self._limits, metrics)
         self.heads = HeadStore(registry, folder, self._fit_jobs, self._loader.run)
         self._pipeline = Pipeline(
-            self.batcher, metrics, self._pool, self.options.decode_threads, self._limits
-        )
+            self.batcher, metrics, self._pool, self.options.decode_threads, self._limits,
+            self.decoder,
+        )  # fmt: skip
         self._prompts = PromptCache(self._embed_texts, options.label_cache_bytes, metrics)
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
@@ -80,6 +87,7 @@ class LocalBackend:
     # -- Backend ---------------------------------------------------------------------------
 
     async def start(self) -> None:
+        self.decoder.start()
         self.batcher.start()
         for name in self._startup:
             self.registry.catalog.model(name)
@@ -95,6 +103,7 @@ class LocalBackend:
         await asyncio.to_thread(self._fit_jobs.close)
         await asyncio.to_thread(self.batcher.close)
         self._pool.shutdown()
+        self.decoder.close()
         self._loader.close()
 
     async def infer(self, request: InferRequest) -> InferResult:
@@ -151,6 +160,10 @@ class LocalBackend:
         waiting += [] if self.heads.settled else ["the folder of heads has not been read yet"]
         waiting += [f"trunk {n}: {why}" for n, why in self.trunks.prober.failures.items()]
         return Health(live=not dead, ready=not dead and not waiting, reasons=dead + waiting)
+
+    def undecoded(self) -> int:
+        """The number of inputs that wait to be decoded."""
+        return self._pipeline.admission.decoding.depth()
 
     # -- planning a request ----------------------------------------------------------------
 

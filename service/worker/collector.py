@@ -38,6 +38,11 @@ class BackendCollector(Collector):
         for trunk, count in batcher.depth().items():
             depth.add_metric((trunk,), count)
         yield depth
+        undecoded = GaugeMetricFamily(
+            "vitrail_decode_queue_depth", "Inputs that wait to be decoded."
+        )
+        undecoded.add_metric((), self._backend.undecoded())
+        yield undecoded
         seconds = GaugeMetricFamily(
             "vitrail_queue_seconds", "Estimated seconds to compute all admitted images."
         )

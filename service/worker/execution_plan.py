@@ -1,6 +1,7 @@
 """A request's calls, resolved to heads and grouped into the trunk passes that they share."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,6 @@ from models.errors import ModelsError
 from models.heads.base import Head
 from models.inference import (
     HeadCall,
-    decode,
     finish_options,
     image_size,
     least_side,
@@ -22,6 +22,7 @@ from models.inputs.types import Input
 from models.model import Model
 from models.registry import Registry
 from models.trunks.base import Trunk
+from service.decoding.pool import ImageDecoder
 from service.errors import from_library
 from service.types import Call, ModelUsed
 
@@ -117,7 +118,7 @@ def plan_execution(calls: Sequence[ResolvedCall]) -> ExecutionPlan:
 
 
 def prepare_all(
-    item: Input, passes: Sequence[TrunkPass], limits: ImageLimits
+    item: Input, passes: Sequence[TrunkPass], limits: ImageLimits, decoder: ImageDecoder
 ) -> tuple[list[list[torch.Tensor]], tuple[int, int]]:
     """Decode an input and preprocess it for each pass.
 
@@ -127,6 +128,7 @@ def prepare_all(
     Raises:
         InputError: the input cannot be decoded, or the trunk does not take it.
     """
-    decoded = decode(item, limits, least_side([(each.trunk, each.view) for each in passes]))
-    prepared = [prepare_pieces(decoded, each.trunk, each.view, limits) for each in passes]
-    return prepared, image_size(decoded)
+    min_side = least_side([(each.trunk, each.view) for each in passes])
+    with decoder.decoded(item, min_side) if isinstance(item, bytes) else nullcontext(item) as image:
+        prepared = [prepare_pieces(image, each.trunk, each.view, limits) for each in passes]
+        return prepared, image_size(image)

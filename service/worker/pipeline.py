@@ -8,6 +8,7 @@ from concurrent.futures import Executor
 
 from models.inputs.images import ImageLimits
 from models.inputs.types import Input
+from service.decoding.pool import ImageDecoder
 from service.metrics import Metrics
 from service.types import ImageResult
 from service.worker.admission import Admission, Claim
@@ -29,16 +30,18 @@ class Pipeline:
         pool: Executor,
         pool_size: int,
         limits: ImageLimits,
+        decoder: ImageDecoder,
     ) -> None:
         """
         Args:
-            pool: decodes inputs, and runs what heads finish slowly.
+            pool: prepares inputs, with images from `decoder`, and runs what heads finish slowly.
             pool_size: the number of its threads.
         """
         self.admission = Admission(batcher, DecodeQueue(pool, pool_size), metrics)
         self._metrics = metrics
         self._pool = pool
         self._limits = limits
+        self._decoder = decoder
         self._outbox: Outbox | None = None
 
     async def run(
@@ -62,7 +65,7 @@ class Pipeline:
             self._outbox = Outbox(asyncio.get_running_loop())
         shared = Shared(
             self.admission.batcher, self.admission, self._metrics, self._pool, self._limits,
-            self._outbox,
+            self._decoder, self._outbox,
         )  # fmt: skip
         run = RequestRun(shared, plans, inputs, claim)
         try:

@@ -19,6 +19,7 @@ from typing import Any
 from models.errors import ModelsError
 from models.inputs.images import ImageLimits
 from models.inputs.types import Input, modality_of
+from service.decoding.pool import ImageDecoder
 from service.errors import DeadlineExceededError, InternalError, ServiceError, from_library
 from service.metrics import Metrics
 from service.types import ImageResult
@@ -43,6 +44,7 @@ class Shared:
     metrics: Metrics
     pool: Executor
     limits: ImageLimits
+    decoder: ImageDecoder
     outbox: Outbox
 
 
@@ -129,7 +131,8 @@ class RequestRun:
         kind = modality_of(item)
         self.shared.admission.check_decoding(plan, kind, self._claim)
         started = time.monotonic()
-        prepared, size = prepare_all(item, plan.passes, self.shared.limits)
+        shared = self.shared
+        prepared, size = prepare_all(item, plan.passes, shared.limits, shared.decoder)
         decode_s = time.monotonic() - started
         self.shared.admission.decoding.measured(kind, decode_s)
         decoded = Decoded(item, size, decode_s)

@@ -2,12 +2,14 @@ import contextlib
 import io
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from models.errors import ImageTooLargeError, InputError
+from models.inputs.canvas import canvas_size
 from models.inputs.images import ImageLimits, decode_image
 from tests.conftest import encode
 
@@ -137,3 +139,35 @@ def test_limits_are_exact() -> None:
     ):
         with pytest.raises(ImageTooLargeError, match="limit"):
             decode_image(data, limits)
+
+
+def _webp_canvas(width: int, height: int) -> bytes:
+    size = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    chunk = b"VP8X" + (10).to_bytes(4, "little") + bytes([2, 0, 0, 0]) + size
+    return b"RIFF" + (4 + len(chunk)).to_bytes(4, "little") + b"WEBP" + chunk
+
+
+@pytest.mark.parametrize(
+    "data", [_webp_canvas(16000, 16000), b"GIF89a" + (16000).to_bytes(2, "little") * 2 + bytes(9)]
+)
+def test_the_canvas_is_checked_before_pillow_makes_room_for_it(
+    data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_open(*_: object, **__: object) -> None:
+        raise AssertionError("opened")
+
+    monkeypatch.setattr(Image, "open", no_open)
+    with pytest.raises(ImageTooLargeError, match="16000x16000"):
+        decode_image(data)
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"quality": 20, "exif": b"Exif"}])
+def test_the_canvas_of_webp_and_gif_is_read_as_pillow_reads_it(
+    photos: dict[str, Image.Image], options: dict[str, Any]
+) -> None:
+    for data in (
+        encode(photos["chelsea"], "WEBP", **options),
+        encode(photos["chelsea"].convert("RGBA"), "WEBP", **options),
+        encode(photos["chelsea"], "GIF"),
+    ):
+        assert canvas_size(data) == photos["chelsea"].size

@@ -50,7 +50,7 @@ def by_pillow(data: bytes) -> np.ndarray:
 
 
 def is_decoded_without_pillow(data: bytes) -> bool:
-    return jpeg.decode_jpeg(Image.open(io.BytesIO(data)), data) is not None
+    return jpeg.jpeg_pixels(Image.open(io.BytesIO(data)), data) is not None
 
 
 def oriented(image: Image.Image, orientation: int, **options: Any) -> bytes:

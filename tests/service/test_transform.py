@@ -13,6 +13,7 @@ from models import Registry
 from models.errors import CatalogError
 from models.inputs.images import DEFAULT_LIMITS, decode_image, decode_reduced
 from models.trunks.base import Trunk
+from service.decoding.pool import ThreadDecoder
 from service.worker.execution_plan import TrunkPass, prepare_all
 from tests.conftest import Running, encode, running
 
@@ -76,7 +77,7 @@ def trunks(catalog: Path) -> dict[str, Trunk]:
 
 
 def prepare(data: bytes, *passes: TrunkPass) -> list[torch.Tensor]:
-    prepared, size = prepare_all(data, passes, DEFAULT_LIMITS)
+    prepared, size = prepare_all(data, passes, DEFAULT_LIMITS, ThreadDecoder(DEFAULT_LIMITS))
     assert size == (2003, 1501)
     return [pieces[0] for pieces in prepared]
 
@@ -108,7 +109,8 @@ def test_a_view_gets_the_whole_image(trunks: dict[str, Trunk], large: bytes) -> 
         def merge(self, rows: Any, size: tuple[int, int]) -> Mapping[str, np.ndarray]:
             raise NotImplementedError
 
-    prepare_all(large, [TrunkPass("fast", trunks["fast"], Whole())], DEFAULT_LIMITS)
+    passes = [TrunkPass("fast", trunks["fast"], Whole())]
+    prepare_all(large, passes, DEFAULT_LIMITS, ThreadDecoder(DEFAULT_LIMITS))
     assert sizes == [(2003, 1501)]
 
 

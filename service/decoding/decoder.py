@@ -1,0 +1,74 @@
+"""The process that decodes images: `python -m service.decoding.decoder`, see `process.py`.
+
+It ends when its worker does, because the worker's end of the channel is closed then. An image that
+takes too much processor time ends it by SIGPROF, in the middle of whatever C code is running.
+"""
+
+import json
+import resource
+import signal
+import socket
+import sys
+
+from models.errors import ImageTooLargeError, InputError
+from models.inputs.images import ImageLimits, decoding_errors, open_image, to_upright_rgb
+from models.inputs.jpeg import jpeg_pixels
+from service.decoding.memory import SharedMemory
+from service.decoding.messages import MAX_BYTES, Decoded, Job
+
+# Pillow needs several images at once to composite alpha, and some decoders need buffers of the
+# image's size.
+BYTES_PER_PIXEL = 24
+MARGIN_BYTES = 256 * 2**20
+MAX_ERROR_CHARACTERS = 1000
+
+
+def main() -> None:
+    channel_file, memory_file, limits_json, cpu_s = sys.argv[1:]
+    limits = ImageLimits(**json.loads(limits_json))
+    memory = SharedMemory(limits, int(memory_file))
+    channel = socket.socket(fileno=int(channel_file))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the worker drains first
+    _limit_memory(limits)
+    while message := channel.recv(MAX_BYTES):
+        job = Job.decode(message)
+        signal.setitimer(signal.ITIMER_PROF, float(cpu_s))
+        decoded = _decode(bytes(memory.view[: job.length]), job, limits, memory.pixels)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        channel.send(decoded.encode())
+
+
+def _limit_memory(limits: ImageLimits) -> None:
+    with open("/proc/self/statm") as file:
+        own = int(file.read().split()[0]) * resource.getpagesize()
+    limit = own + MARGIN_BYTES + BYTES_PER_PIXEL * limits.max_pixels
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _decode(data: bytes, job: Job, limits: ImageLimits, pixels: memoryview) -> Decoded:
+    try:
+        return _decode_into(pixels, data, job, limits)
+    except InputError as error:
+        detail = str(error)[:MAX_ERROR_CHARACTERS]
+        return Decoded(error=detail, too_large=isinstance(error, ImageTooLargeError))
+    except MemoryError:
+        return Decoded(error="decoding the image takes too much memory")
+
+
+def _decode_into(pixels: memoryview, data: bytes, job: Job, limits: ImageLimits) -> Decoded:
+    """The same pixels as `decode_image` and `decode_reduced`."""
+    header = open_image(data, limits)
+    with decoding_errors(header):
+        if (jpeg := jpeg_pixels(header, data, job.min_side, pixels)) is not None:
+            height, width, _ = jpeg.pixels_HWC.shape
+            return Decoded(None, False, width, height, jpeg.transposition, jpeg.factor, *jpeg.size)
+        header.load()
+        image = to_upright_rgb(header)
+        content = image.tobytes("raw", "RGBX")
+        pixels[: len(content)] = content
+        return Decoded(None, False, *image.size, None, 1, *image.size)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Where images are decoded: in processes, or in the calling thread."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from models.errors import ImageTooLargeError, InputError
+from models.inputs.images import (
+    ImageLimits,
+    ReducedImage,
+    check_bytes,
+    decode_image,
+    decode_reduced,
+)
+from models.inputs.pixels import image_from
+from service.decoding.messages import Decoded
+from service.decoding.process import DecoderDied, DecodingProcess
+from service.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+
+class ImageDecoder(Protocol):
+    """Decodes encoded images. Methods may be called from any thread."""
+
+    def start(self) -> None:
+        """Prepare for the first image."""
+
+    def decoded(self, data: bytes, min_side: int | None) -> AbstractContextManager[Any]:
+        """A context with the image as `decode_image` returns it, or `decode_reduced` where there
+        is a `min_side`. Its pixels must not be used after the context.
+
+        Raises:
+            InputError: it cannot be decoded, or is over a limit.
+        """
+
+    def close(self) -> None:
+        """Stop decoding."""
+
+
+class ThreadDecoder:
+    """Decodes in the calling thread, where nothing can end a decode that takes too long."""
+
+    def __init__(self, limits: ImageLimits) -> None:
+        self._limits = limits
+
+    def start(self) -> None:
+        pass
+
+    @contextmanager
+    def decoded(self, data: bytes, min_side: int | None) -> Iterator[Any]:
+        if min_side is None:
+            yield decode_image(data, self._limits)
+        else:
+            yield decode_reduced(data, self._limits, min_side)
+
+    def close(self) -> None:
+        pass
+
+
+class ProcessDecoder:
+    """Decodes in processes, of which there are as many as images are decoded at the same time.
+
+    A process that dies or hangs is replaced. If the image took too much processor time, that is the
+    image's error; otherwise it is tried once more in a new process.
+    """
+
+    def __init__(self, limits: ImageLimits, cpu_s: float, metrics: Metrics) -> None:
+        self._limits = limits
+        self._cpu_s = cpu_s
+        self._metrics = metrics
+        self._lock = threading.Lock()
+        self._idle: list[DecodingProcess] = []
+        self._busy: set[DecodingProcess] = set()
+        self._closed = False
+
+    def start(self) -> None:
+        self._give_back(self._take())  # the others start when they are needed
+
+    @contextmanager
+    def decoded(self, data: bytes, min_side: int | None) -> Iterator[Any]:
+        check_bytes(data, self._limits)
+        process, decoded = self._decode(data, min_side)
+        pixel_bytes = 4 * decoded.width * decoded.height
+        try:
+            image = _image(process, decoded)
+            yield image.image if min_side is None else image
+        finally:
+            process.memory.trim(len(data), pixel_bytes)
+            self._give_back(process)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for process in idle:
+            process.stop()
+
+    def pids(self) -> list[int]:
+        """The ids of the processes."""
+        with self._lock:
+            return [process.pid for process in (*self._idle, *self._busy)]
+
+    def _decode(self, data: bytes, min_side: int | None) -> tuple[DecodingProcess, Decoded]:
+        for attempt in range(2):
+            process = self._take(new=attempt > 0)
+            try:
+                decoded = process.decode(data, min_side)
+            except DecoderDied as died:
+                self._lose(process, died.reason)
+                if died.reason == "time":
+                    raise InputError(
+                        f"decoding the image takes more than {self._cpu_s:g} s of processor time"
+                    ) from died
+                continue
+            if decoded.error is not None:
+                self._give_back(process)
+                raise (ImageTooLargeError if decoded.too_large else InputError)(decoded.error)
+            return process, decoded
+        raise InputError("the image cannot be decoded: it crashes the decoder")
+
+    def _take(self, *, new: bool = False) -> DecodingProcess:
+        with self._lock:
+            process = self._idle.pop() if self._idle and not new else None
+        if process is None:
+            process = DecodingProcess(self._limits, self._cpu_s)
+        with self._lock:
+            self._busy.add(process)
+        return process
+
+    def _give_back(self, process: DecodingProcess) -> None:
+        with self._lock:
+            self._busy.discard(process)
+            if not self._closed:
+                self._idle.append(process)
+                return
+        process.stop()
+
+    def _lose(self, process: DecodingProcess, reason: str) -> None:
+        with self._lock:
+            self._busy.discard(process)
+        self._metrics.decoder_deaths.labels(reason).inc()
+        logger.warning("a decoder died", extra={"reason": reason, "decoder": process.pid})
+
+
+def _image(process: DecodingProcess, decoded: Decoded) -> ReducedImage:
+    """The decoded image in the shared memory."""
+    shape = (decoded.height, decoded.width, 4)
+    pixels = np.frombuffer(process.memory.pixels, np.uint8, count=np.prod(shape, dtype=int))
+    turned = decoded.transposition
+    transposition = None if turned is None else Image.Transpose(turned)
+    image = image_from(pixels.reshape(shape), transposition)
+    size = decoded.full_width, decoded.full_height
+    return ReducedImage(image, size, decoded.factor)
