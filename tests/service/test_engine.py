@@ -139,8 +139,13 @@ def test_out_of_memory_halves_the_batch_and_lowers_the_cap(
         if len(pixels) > 1:
             raise torch.OutOfMemoryError("fake")
 
-    tap.fault = fail_on_large_batches
-    answer = post(server, "/classify", *jpegs.values()).json()
+    with ThreadPoolExecutor(2) as pool:
+        hold(server, tap, pool, jpegs["coffee"])
+        asked = pool.submit(post, server, "/classify", *jpegs.values())
+        wait_until(lambda: len(server.backend.batcher._scheduler.queues["tiny"]) == 4)
+        tap.fault = fail_on_large_batches
+        tap.gate.set()
+        answer = asked.result().json()
     assert all("predictions" in entry for entry in answer["results"])
     assert server.backend.batcher._scheduler.queues["tiny"].max_batch_size == 1
 
