@@ -35,6 +35,8 @@ LIKE = {
     "beit-base-ade20k": ("semantic_segmentation", "checkpoint.pth"),
     "upernet-convnext-tiny-1k-512x512": ("semantic_segmentation_convnext", "checkpoint.pth"),
 }
+# What the shapes of small networks do not tell.
+HEADS = ("num_heads", "finetune_num_heads", "vision_heads", "transformer_heads")
 
 
 def test_nothing_is_loaded_that_nobody_asked_for() -> None:
@@ -88,7 +90,13 @@ def test_a_file_of_that_name_is_served(
     target = tmp_path / source
     target.parent.mkdir(parents=True)
     shutil.copy(GOLDENS / folder / file, target)
-    shutil.copy(CATALOG.path, tmp_path / "mine.toml")
+    settings = json.loads((GOLDENS / folder / "meta.json").read_text())["hyperparameters"]
+    stated = [f"{key} = {settings[key]}" for key in HEADS if key in settings]
+    trunk = f"[trunks.{CATALOG.models[name].trunk}]\n"
+    text = CATALOG.path.read_text()
+    if "arguments" not in text.split(trunk)[1].split("[")[0]:
+        text = text.replace(trunk, f"{trunk}arguments = {{{', '.join(stated)}}}\n")
+    (tmp_path / "mine.toml").write_text(text)
     model = Registry.from_catalog(tmp_path / "mine.toml", device="cpu").get(name)
     assert model.task == CATALOG.models[name].task
     if model.trunk.modality == "image":

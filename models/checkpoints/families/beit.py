@@ -8,7 +8,7 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
-from models.errors import CheckpointError
+from models.checkpoints.families.heads import head_count
 from models.inputs.transforms import Preprocess
 from models.networks import OWN
 
@@ -33,7 +33,7 @@ def beit_checkpoint(
 
     Args:
         tensors: the backbone in timm's names.
-        arguments: `num_heads`, for files without tables of relative positions (dim / 64), and
+        arguments: `num_heads`, for files without tables of relative positions (as published), and
             `imagenet_default_mean_and_std`, whether pixels are normalised by ImageNet's statistics
             instead of being scaled to -1..1 (false); the training script's are the defaults.
         global_pool: timm's pooling, `token` or `avg`.
@@ -54,9 +54,7 @@ def beit_checkpoint(
         num_heads = table.shape[1]
     else:
         side = round((kept["pos_embed"].shape[1] - 1) ** 0.5)
-        num_heads = int(arguments.get("num_heads", max(1, dim // 64)))
-        if num_heads < 1 or dim % num_heads:
-            raise CheckpointError(f"num_heads is {num_heads}; set a divisor of {dim} channels")
+        num_heads = head_count(dim, arguments)
         if "num_heads" not in arguments:
             assumed["num_heads"] = num_heads
     head = kept.get("head.weight")

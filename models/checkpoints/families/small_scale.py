@@ -4,8 +4,11 @@ Upstream is github.com/hananshafi/vits-for-small-scale-datasets.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from models.checkpoints.checkpoint import Checkpoint
+from models.checkpoints.families.heads import assumed
 from models.inputs.transforms import Preprocess
 
 Triple = tuple[float, float, float]
@@ -20,6 +23,12 @@ STATISTICS: dict[str, tuple[Triple, Triple]] = {
         (0.24205776, 0.23828046, 0.25874835),
     ),
 }
+SIZES = {"Tiny-Imagenet": 64}  # pixels; 32 for the others
+
+
+def image_size(arguments: Mapping[str, Any]) -> int:
+    """The size of the images of `arguments["dataset"]`; 32 by default."""
+    return SIZES.get(str(arguments.get("dataset")), 32)
 
 
 def preprocess_for(arguments: Mapping[str, Any]) -> Preprocess:
@@ -33,3 +42,9 @@ def preprocess_for(arguments: Mapping[str, Any]) -> Preprocess:
         mean=mean,
         std=std,
     )
+
+
+def with_dataset(checkpoint: Checkpoint, arguments: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint, with the data set among what was assumed if the arguments have none."""
+    dataset = assumed(arguments, dataset="CIFAR10")
+    return replace(checkpoint, assumed={**checkpoint.assumed, **dataset})

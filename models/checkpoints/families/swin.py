@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
+from models.checkpoints.families.heads import assumed
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
 from models.networks import OWN
@@ -25,6 +26,7 @@ def swin_checkpoint(
     *,
     preprocess: Preprocess | None = None,
     dropped: tuple[str, ...] = (),
+    img_size: int = 224,
     **built: Any,
 ) -> Checkpoint:
     """A Swin as a checkpoint of format `name`.
@@ -32,9 +34,10 @@ def swin_checkpoint(
     Patch merging ends a stage in upstream's names, and begins the next stage in timm's.
 
     Args:
-        arguments: `img_size` (224) and `window_size` (from the tables of relative positions).
+        arguments: `img_size` and `window_size` (from the tables of relative positions).
         preprocess: everything but the input size.
         dropped: keys that only training used.
+        img_size: the size without `img_size`, which is then reported as assumed.
         built: arguments of the network that no shape determines.
 
     Raises:
@@ -61,7 +64,7 @@ def swin_checkpoint(
     rows = [tensors[tables.format(stage)].shape[0] for stage in sorted(stages)]
     dim, _, patch, _ = tensors["patch_embed.proj.weight"].shape
     head = tensors.get("head.weight")
-    size = int(arguments.get("img_size", 224))
+    size = int(arguments.get("img_size", img_size))
     network = {
         "img_size": size,
         "patch_size": patch,
@@ -81,6 +84,7 @@ def swin_checkpoint(
         state_dict=named,
         preprocess=replace(preprocess or Preprocess(), input_size=(size, size)),
         dropped=dropped,
+        assumed=assumed(arguments, img_size=size),
     )
 
 

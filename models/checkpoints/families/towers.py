@@ -5,14 +5,18 @@ from typing import Any
 
 from torch import Tensor
 
+from models.checkpoints.families.heads import TEXT, head_count
+
 LIBRARY = "two-towers"
 
 
-def text_arguments(text: Mapping[str, Tensor], heads: Any = None) -> dict[str, Any]:
+def text_arguments(
+    text: Mapping[str, Tensor], arguments: Mapping[str, Any], heads: str
+) -> dict[str, Any]:
     """Arguments of open_clip's `TextTransformer`, from the shapes of a state dict in CLIP's names.
 
     Args:
-        heads: the number of heads, which no shape determines; None is width / 64.
+        heads: the argument that states the number of heads, which no shape determines.
     """
     length, width = text["positional_embedding"].shape
     layers = {key.split(".")[2] for key in text if key.startswith("transformer.resblocks.")}
@@ -20,22 +24,10 @@ def text_arguments(text: Mapping[str, Tensor], heads: Any = None) -> dict[str, A
         "context_length": length,
         "vocab_size": text["token_embedding.weight"].shape[0],
         "width": width,
-        "heads": int(heads or max(1, width // 64)),
+        "heads": head_count(width, arguments, name=heads, published=TEXT),
         "layers": len(layers),
         "output_dim": text["text_projection"].shape[1],
     }
-
-
-def assumed_heads(
-    arguments: Mapping[str, Any], image_heads: int, text_heads: int, names: tuple[str, str]
-) -> dict[str, int]:
-    """Head counts that were assumed, keyed by the argument that overrides them.
-
-    Args:
-        names: the arguments for the image tower's and for the text tower's heads.
-    """
-    counts = dict(zip(names, (image_heads, text_heads), strict=True))
-    return {name: heads for name, heads in counts.items() if name not in arguments}
 
 
 def tower_states(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
+from models.checkpoints.families.heads import VIT, head_count
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
 from models.networks import OWN
@@ -17,14 +18,19 @@ PATCHES = "patch_embed.proj.weight"
 MARKS = {"cls_token", "pos_embed", PATCHES, "blocks.0.attn.qkv.weight"}
 
 
-def vit_arguments(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
+def vit_arguments(
+    tensors: Mapping[str, Tensor],
+    arguments: Mapping[str, Any],
+    published: Mapping[int, int] = VIT,
+) -> dict[str, Any]:
     """Arguments of timm's `VisionTransformer`, from a state dict's shapes.
 
     Args:
-        arguments: `num_heads`, which no shape determines (channels / 64).
+        arguments: `num_heads`, which no shape determines.
+        published: heads by channels, where every published network has the same.
 
     Raises:
-        CheckpointError: `num_heads` does not divide the channels.
+        CheckpointError: `num_heads` is not known, or does not divide the channels.
     """
     if STEM in tensors:  # four convolutions of stride 2 instead of one
         dim, patch = tensors[STEM].shape[0], 16
@@ -33,18 +39,13 @@ def vit_arguments(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -
     prefix = sum(name in tensors for name in ("cls_token", "dist_token"))
     cells = tensors["pos_embed"].shape[1] - prefix
     side = round(cells**0.5)
-    heads = int(arguments.get("num_heads", max(1, dim // 64)))
-    if dim % heads:
-        raise CheckpointError(
-            f"num_heads is {heads}, which does not divide {dim} channels; set a divisor of them"
-        )
     head = tensors.get("head.weight")
     return {
         "img_size": side * patch,
         "patch_size": patch,
         "embed_dim": dim,
         "depth": len({key.split(".")[1] for key in tensors if key.startswith("blocks.")}),
-        "num_heads": heads,
+        "num_heads": head_count(dim, arguments, published=published),
         "mlp_ratio": tensors["blocks.0.mlp.fc1.weight"].shape[0] / dim,
         "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
         "num_classes": 0 if head is None else head.shape[0],
@@ -60,17 +61,19 @@ def vit_checkpoint(
     heads: Mapping[str, HeadState] | None = None,
     preprocess: Preprocess | None = None,
     dropped: tuple[str, ...] = (),
+    published: Mapping[int, int] = VIT,
     **built: Any,
 ) -> Checkpoint:
     """A plain ViT in timm's names as a checkpoint of format `name`.
 
     Args:
         tensors: the whole state dict, and nothing else.
-        arguments: `num_heads` (channels / 64, reported as assumed).
+        arguments: `num_heads` (as published, reported as assumed).
         positions: the rule of `models/networks/vit.py` for resizing positions.
         heads: the states of heads in the same file.
         preprocess: everything but the input size.
         dropped: keys that only training used.
+        published: heads by channels, where every published network has the same.
         built: arguments of the network that no shape determines.
 
     Raises:
@@ -79,7 +82,7 @@ def vit_checkpoint(
     needed = {"pos_embed", "blocks.0.mlp.fc1.weight"}
     if missing := sorted(needed - tensors.keys()):
         raise CheckpointError(f"not a whole ViT: {', '.join(missing)} is missing")
-    network = {**vit_arguments(tensors, arguments), **built}
+    network = {**vit_arguments(tensors, arguments, published), **built}
     size = network["img_size"]
     return Checkpoint(
         format=name,

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
-from models.checkpoints.families.towers import LIBRARY, assumed_heads, text_arguments, tower_states
+from models.checkpoints.families.heads import assumed, head_count
+from models.checkpoints.families.towers import LIBRARY, text_arguments, tower_states
 from models.checkpoints.families.vit import split_prefix, vit_arguments
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
@@ -38,7 +39,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `weights` (`ema`), `vision_heads` and `transformer_heads` (width / 64 each)."""
+    """`arguments`: `weights` (`ema`), `vision_heads` and `transformer_heads` (as published)."""
     tensors = container.tensors
     weights = str(arguments.get("weights", "ema"))
     if weights not in SETS:
@@ -54,10 +55,10 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     except KeyError as error:
         raise CheckpointError(f"{container.path}: the weight {error} is missing") from error
     text |= {f"transformer.{key}": value for key, value in language.items()}
-    config = {"num_heads": arguments["vision_heads"]} if "vision_heads" in arguments else {}
-    image = vit_arguments(vision, config)
+    heads = head_count(vision["cls_token"].shape[-1], arguments, name="vision_heads")
+    image = vit_arguments(vision, {"num_heads": heads})
     size = image["img_size"]
-    language_config = text_arguments(text, arguments.get("transformer_heads"))
+    language_config = text_arguments(text, arguments, "transformer_heads")
     return Checkpoint(
         format=NAME,
         architecture=f"A-CLIP with a ViT of width {image['embed_dim']}",
@@ -72,12 +73,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             "text": language_config,
             "tokenizer": {"name": "cutting"},
         },
-        assumed=assumed_heads(
-            arguments,
-            image["num_heads"],
-            language_config["heads"],
-            ("vision_heads", "transformer_heads"),
-        ),
+        assumed=assumed(arguments, vision_heads=heads, transformer_heads=language_config["heads"]),
         state_dict=tower_states({**vision, "projection": projection}, text, scale),
         preprocess=replace(
             Preprocess(), input_size=(size, size), crop_pct=1.0, interpolation="bilinear"

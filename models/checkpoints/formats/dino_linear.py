@@ -13,6 +13,7 @@ from torch import Tensor
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
 from models.checkpoints.families.companions import open_companion
+from models.checkpoints.families.heads import assumed
 from models.checkpoints.families.vit import MARKS, vit_arguments
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
@@ -29,7 +30,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `backbone`, a path (`backbone.pth` beside the file); `num_heads` (width / 64);
+    """`arguments`: `backbone`, a path (`backbone.pth` beside the file); `num_heads` (as published);
     `n_last_blocks` and `avgpool_patchtokens` (from the number of features).
 
     Raises:
@@ -60,6 +61,12 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         arguments=built | {"num_classes": 0},
         state_dict=trunk,
         heads={"linear": head},
+        assumed=assumed(
+            arguments,
+            num_heads=built["num_heads"],
+            n_last_blocks=blocks,
+            avgpool_patchtokens=mean,
+        ),
         preprocess=Preprocess(input_size=(built["img_size"], built["img_size"])),
     )
 

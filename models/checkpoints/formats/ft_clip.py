@@ -49,7 +49,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `weights`, `heads` or `num_heads` (width / 64)."""
+    """`arguments`: `weights`, `heads` or `num_heads` (as published)."""
     weights = choose_weights(container, arguments, container.wrapper)
     named: dict[str, Tensor] = {}
     for key, value in weights.items():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
+from models.checkpoints.families.heads import assumed
 from models.checkpoints.families.vit import MARKS, vit_arguments
 from models.inputs.transforms import Preprocess
 from models.reference_outputs import ReferenceRun
@@ -36,6 +37,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         architecture="vit_small_patch16_224",
         arguments=built,
         state_dict=tensors,
+        assumed=assumed(arguments, num_heads=built["num_heads"]),
         preprocess=Preprocess(input_size=(built["img_size"], built["img_size"])),
         heads={"ggem": HeadState({"p": exponents})},
     )

@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
+from models.checkpoints.families.heads import assumed
 from models.checkpoints.families.vit import MARKS, vit_arguments
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
@@ -36,7 +37,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `pca`, a path (`pca.npz` beside the file); `num_heads` (width / 64)."""
+    """`arguments`: `pca`, a path (`pca.npz` beside the file); `num_heads` (as published)."""
     tensors = {k: v for k, v in container.tensors.items() if k not in CLASSIFIERS}
     path = _pca_path(container, arguments)
     heads = {"pca": HeadState(_read_pca(path))} if path.is_file() else {}
@@ -47,6 +48,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         architecture="deit_small_distilled_patch16_224" if distilled else "deit_small_patch16_224",
         arguments=built,
         state_dict=tensors,
+        assumed=assumed(arguments, num_heads=built["num_heads"]),
         preprocess=Preprocess(input_size=(built["img_size"], built["img_size"])),
         heads=heads,
         dropped=tuple(key for key in CLASSIFIERS if key in container.tensors),

@@ -16,6 +16,7 @@ from models.checkpoints.families.vit import STEM, split_prefix, vit_checkpoint
 from models.inputs.transforms import Preprocess
 
 NAME = "moco-v3"
+HEADS = {384: 12, 768: 12}  # of the published sizes
 MARK = "base_encoder.cls_token"
 
 
@@ -32,7 +33,8 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     return vit_checkpoint(
         NAME,
         kept,
-        {"num_heads": 12, **arguments},
+        arguments,
+        published=HEADS,
         positions="fixed",
         preprocess=Preprocess(interpolation="bilinear"),
         dropped=dropped,

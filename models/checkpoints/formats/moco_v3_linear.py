@@ -15,6 +15,7 @@ from models.checkpoints.families.vit import MARKS, PATCHES, STEM, vit_checkpoint
 from models.inputs.transforms import Preprocess
 
 NAME = "moco-v3-linear"
+HEADS = {384: 12, 768: 12}  # of the published sizes
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
@@ -31,7 +32,8 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     return vit_checkpoint(
         NAME,
         container.tensors,
-        {"num_heads": 12, **arguments},
+        arguments,
+        published=HEADS,
         positions="fixed",
         preprocess=Preprocess(interpolation="bilinear"),
         conv_stem=STEM in container.tensors,

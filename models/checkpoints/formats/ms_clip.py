@@ -16,7 +16,8 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
-from models.checkpoints.families.towers import LIBRARY, assumed_heads, text_arguments, tower_states
+from models.checkpoints.families.heads import assumed, head_count
+from models.checkpoints.families.towers import LIBRARY, text_arguments, tower_states
 from models.checkpoints.families.vit import split_prefix
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
@@ -33,7 +34,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `vision_heads`, `text_heads` (width / 64 each), `CUSTOM`.
+    """`arguments`: `vision_heads`, `text_heads` (as published), `CUSTOM`.
 
     Raises:
         CheckpointError: the configuration is not of MS-CLIP-S as published.
@@ -42,7 +43,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     text = {key: container.tensors[key] for key in others if key != "logit_scale"}
     image = _image_arguments(visual, arguments)
     size = image["img_size"]
-    language = text_arguments(text, arguments.get("text_heads"))
+    language = text_arguments(text, arguments, "text_heads")
     return Checkpoint(
         format=NAME,
         library=LIBRARY,
@@ -52,9 +53,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             "text": {**language, "norm_eps": 1e-12},
             "tokenizer": {"name": "openai"},
         },
-        assumed=assumed_heads(
-            arguments, image["heads"], language["heads"], ("vision_heads", "text_heads")
-        ),
+        assumed=assumed(arguments, vision_heads=image["heads"], text_heads=language["heads"]),
         state_dict=tower_states(visual, text, container.tensors["logit_scale"]),
         preprocess=replace(Preprocess(), input_size=(size, size), crop_pct=1.0),
     )
@@ -94,7 +93,7 @@ def _image_arguments(visual: Mapping[str, Tensor], arguments: Mapping[str, Any])
         "img_size": round(cells**0.5) * patch,
         "patch_size": patch,
         "width": width,
-        "heads": int(arguments.get("vision_heads", max(1, width // 64))),
+        "heads": head_count(width, arguments, name="vision_heads"),
         "hidden": hidden,
         "layers": layers,
         "projected": visual["proj"].shape[1],

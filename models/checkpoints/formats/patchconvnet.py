@@ -10,6 +10,7 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
+from models.checkpoints.families.heads import assumed
 from models.checkpoints.families.vit import choose_weights
 from models.inputs.transforms import Preprocess
 from models.networks import OWN
@@ -46,6 +47,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             "class_tokens": classes,
         },
         state_dict=dict(tensors),
+        assumed=assumed(arguments, num_heads=1, img_size=224),
         preprocess=Preprocess(input_size=(size, size)),
     )
 

@@ -8,12 +8,16 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
+from models.checkpoints.families.heads import assumed
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
 from models.networks import OWN
 from models.reference_outputs import ReferenceRun
 
 NAME = "pit"
+# Of PiT-Ti, XS, S and B: heads by the first stage's channels, and strides by patch size.
+HEADS = {64: (2, 4, 8), 96: (2, 4, 8), 144: (3, 6, 12), 256: (4, 8, 16)}
+STRIDES = {16: 8, 14: 7}
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
@@ -24,10 +28,10 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `stride` of the overlapping patches (8), `heads` (2, 4, 8), `image_size`.
+    """`arguments`: `stride` of the overlapping patches, `heads`, `image_size`; as published.
 
     Raises:
-        CheckpointError: `heads` do not divide the stages' widths.
+        CheckpointError: `stride` or `heads` are of no published size, or do not fit the widths.
     """
     tensors = container.tensors
     # in timm's names pooling begins the next stage
@@ -37,10 +41,22 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     }
     _, _, side, _ = tensors["pos_embed"].shape
     patch = tensors["patch_embed.conv.weight"].shape[-1]
-    stride = int(arguments.get("stride", 8))
+    stride = arguments.get("stride", STRIDES.get(patch))
+    if stride is None:
+        raise CheckpointError(
+            f"set stride, that of patches of {patch} pixels, such as {patch // 2}"
+        )
+    stride = int(stride)
     stages = sorted({int(k.split(".")[1]) for k in tensors if k.startswith("transformers.")})
     widths = [tensors[f"transformers.{stage}.blocks.0.norm1.weight"].shape[0] for stage in stages]
-    heads = list(arguments.get("heads", (2, 4, 8)))
+    stated = arguments.get("heads", HEADS.get(widths[0]))
+    if stated is None:
+        narrow, wide = ([max(1, width // size) for width in widths] for size in (32, 64))
+        raise CheckpointError(
+            f"no published PiT has stages of {widths} channels; set heads, one number for each, "
+            f"such as {narrow} or {wide}"
+        )
+    heads = [int(count) for count in stated]
     if len(heads) != len(stages) or any(w % h for w, h in zip(widths, heads, strict=True)):
         raise CheckpointError(f"heads are {heads}; each must divide its stage's width, {widths}")
     blocks = "transformers.{}.blocks."
@@ -66,6 +82,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             "num_classes": 0 if head is None else head.shape[0],
         },
         state_dict=named,
+        assumed=assumed(arguments, stride=stride, heads=heads, image_size=size),
         preprocess=Preprocess(input_size=(size, size), crop_pct=0.9),
     )
 

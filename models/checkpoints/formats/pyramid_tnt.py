@@ -11,12 +11,16 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
+from models.checkpoints.families.heads import assumed
 from models.checkpoints.families.vit import choose_weights
+from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
 from models.networks import OWN
 from models.reference_outputs import ReferenceRun
 
 NAME = "pyramid-tnt"
+# Of the published sizes (Ti, S, M, B), by the first stage's channels.
+INNER_HEADS = {80: (1, 2, 4, 4), 128: (2, 4, 8, 8), 192: (2, 4, 8, 8), 256: (2, 4, 8, 8)}
 HALF = (0.5, 0.5, 0.5)
 
 
@@ -28,7 +32,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `weights`, and `configs` with `inner_heads` (1, 2, 4, 4, as published)."""
+    """`arguments`: `weights`, and `configs` with `inner_heads` (as published)."""
     default = "state_dict_ema" if "state_dict_ema" in container.sets else container.wrapper
     tensors = choose_weights(container, arguments, default)
     stages = range(4)
@@ -36,6 +40,13 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     first = "stages.{}.blocks.0."
     size = round(tensors["outer_pos"].shape[1] ** 0.5) * 8
     configs = arguments.get("configs", {})
+    width = tensors[first.format(0) + "outer_norm1.weight"].shape[0]
+    inner = configs.get("inner_heads", INNER_HEADS.get(width))
+    if inner is None:
+        raise CheckpointError(
+            f"the inner heads of stages from {width} channels on are not known; set configs = "
+            "{inner_heads = [...]}, such as [1, 2, 4, 4] or [2, 4, 8, 8]"
+        )
     outer = [tensors[first.format(s) + "outer_norm1.weight"].shape[0] for s in stages]
     hidden = tensors[first.format(0) + "outer_mlp.fc1.weight"].shape[0]
     blocks = "stages.{}.blocks."
@@ -53,7 +64,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
                 tensors[first.format(s) + "inner_attn.q.weight"].shape[0] for s in stages
             ],
             "outer_dims": outer,
-            "inner_heads": list(configs.get("inner_heads", (1, 2, 4, 4))),
+            "inner_heads": list(inner),
             "outer_heads": [table.shape[1] for table in positions],
             "reductions": [round((t.shape[2] / t.shape[3]) ** 0.5) for t in positions],
             "mlp_ratio": hidden / outer[0],
@@ -61,6 +72,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             "num_classes": tensors["head.weight"].shape[0],
         },
         state_dict=dict(tensors),
+        assumed=assumed(configs, inner_heads=list(inner)),
         preprocess=Preprocess(input_size=(size, size), crop_pct=0.9, mean=HALF, std=HALF),
     )
 

@@ -40,7 +40,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `num_heads` (width / 64), `absolute_scale` (false), `decoder_num_heads` (16),
+    """`arguments`: `num_heads` (as published), `absolute_scale` (false), `decoder_num_heads` (16),
     `mask_ratio` (0.75), `band_config` (7, 56); the training script's are the defaults."""
     tensors = container.tensors
     config = {**container.script, **arguments}

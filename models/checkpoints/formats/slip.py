@@ -10,6 +10,7 @@ from typing import Any
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
+from models.checkpoints.families.heads import assumed, head_count
 from models.checkpoints.families.towers import LIBRARY, text_arguments, tower_states
 from models.checkpoints.families.vit import split_prefix, vit_arguments, vit_checkpoint
 from models.errors import CheckpointError
@@ -20,7 +21,6 @@ TEXT = ("positional_embedding", "text_projection", "token_embedding.", "transfor
 TRAINING = "image_mlp."
 # Heads of the published image towers by their channels: ViT-S has 12, of 32 channels each.
 HEADS = {384: 12, 768: 12, 1024: 16}
-TEXT_HEADS = {512: 8}
 PREPROCESS = Preprocess(crop_pct=1.0, interpolation="bilinear")
 
 
@@ -39,8 +39,8 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     """`arguments`: `vision_heads` and `transformer_heads`, for other widths than the published."""
     vision, others = split_prefix(container.tensors, "visual.")
     width = vision["cls_token"].shape[-1]
-    heads = _heads("vision_heads", width, HEADS, arguments)
-    assumed = {} if "vision_heads" in arguments else {"vision_heads": heads}
+    heads = head_count(width, arguments, name="vision_heads", published=HEADS)
+    counts = {"vision_heads": heads}
     training = tuple(key for key in others if key.startswith(TRAINING))
     if "image_projection" not in container.tensors:
         simclr = vit_checkpoint(
@@ -51,16 +51,14 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             preprocess=PREPROCESS,
             dropped=training,
         )
-        return replace(simclr, assumed=assumed)
+        return replace(simclr, assumed=assumed(arguments, **counts))
     tensors = container.tensors
     text = {key: tensors[key] for key in others if key.startswith(TEXT)}
     expected = {*text, *training, "image_projection", "logit_scale"}
     if left := [key for key in others if key not in expected]:
         raise CheckpointError(f"{container.path}: left over: {', '.join(left[:10])}")
-    text_width = text["token_embedding.weight"].shape[1]
-    text_heads = _heads("transformer_heads", text_width, TEXT_HEADS, arguments)
-    if "transformer_heads" not in arguments:
-        assumed["transformer_heads"] = text_heads
+    language = text_arguments(text, arguments, "transformer_heads")
+    counts["transformer_heads"] = language["heads"]
     image = vit_arguments(vision, {"num_heads": heads})
     projection = tensors["image_projection"]
     size = image["img_size"]
@@ -75,26 +73,11 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
                 "projected": projection.shape[1],
                 **image,
             },
-            "text": text_arguments(text, text_heads),
+            "text": language,
             "tokenizer": {"name": "cutting"},
         },
-        assumed=assumed,
+        assumed=assumed(arguments, **counts),
         state_dict=tower_states({**vision, "projection": projection}, text, tensors["logit_scale"]),
         preprocess=replace(PREPROCESS, input_size=(size, size)),
         dropped=training,
     )
-
-
-def _heads(
-    name: str, width: int, published: Mapping[int, int], arguments: Mapping[str, Any]
-) -> int:
-    heads = int(arguments.get(name, published.get(width, 0)))
-    if not heads:
-        known = ", ".join(f"{count} for {channels}" for channels, count in published.items())
-        raise CheckpointError(
-            f"the number of heads of {width} channels is not known (published: {known}); "
-            f"set {name}, such as {max(1, width // 64)} or {max(1, width // 32)}"
-        )
-    if heads < 0 or width % heads:
-        raise CheckpointError(f"{name} is {heads}, which does not divide {width} channels")
-    return heads

@@ -12,7 +12,7 @@ from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
 from models.checkpoints.families.attention import attention_outputs as outputs
 from models.checkpoints.families.attention import attention_request as request
-from models.checkpoints.families.small_scale import preprocess_for
+from models.checkpoints.families.small_scale import image_size, preprocess_for, with_dataset
 from models.checkpoints.families.swin import swin_checkpoint
 from models.checkpoints.families.vit import choose_weights, split_prefix, vit_checkpoint
 
@@ -34,7 +34,22 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     config = {**{k: script[k] for k in ("num_heads", "dataset") if k in script}, **arguments}
     preprocess = preprocess_for(config)
     if "cls_token" in kept:
-        return vit_checkpoint(
-            NAME, kept, config, positions="dino", preprocess=preprocess, dropped=dropped
+        checkpoint = vit_checkpoint(
+            NAME,
+            kept,
+            config,
+            positions="dino",
+            preprocess=preprocess,
+            dropped=dropped,
+            published={192: 12},
         )
-    return swin_checkpoint(NAME, kept, config, preprocess=preprocess, dropped=dropped)
+    else:
+        checkpoint = swin_checkpoint(
+            NAME,
+            kept,
+            config,
+            preprocess=preprocess,
+            dropped=dropped,
+            img_size=image_size(config),
+        )
+    return with_dataset(checkpoint, config)

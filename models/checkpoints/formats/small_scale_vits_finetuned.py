@@ -14,7 +14,7 @@ from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
 from models.checkpoints.families.attention import attention_outputs as outputs
 from models.checkpoints.families.attention import attention_request as request
-from models.checkpoints.families.small_scale import preprocess_for
+from models.checkpoints.families.small_scale import image_size, preprocess_for, with_dataset
 from models.checkpoints.families.swin import MARK, swin_checkpoint
 from models.checkpoints.families.vit import MARKS, vit_checkpoint
 from models.networks import OWN
@@ -22,6 +22,7 @@ from models.networks import OWN
 NAME = "small-scale-vits-finetuned"
 CAIT = "blocks_token_only.0.attn.q.weight"
 FLAT_PATCH = "patch_embed.1."
+HEADS = {192: 12}  # of the published ViT
 
 __all__ = ["NAME", "convert", "matches", "outputs", "request"]
 
@@ -37,14 +38,20 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    tensors = container.tensors
+    return with_dataset(_convert(container.tensors, arguments), arguments)
+
+
+def _convert(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> Checkpoint:
     preprocess = preprocess_for(arguments)
     if CAIT in tensors:
         return _cait(tensors, arguments)
     if MARK in tensors:
-        return swin_checkpoint(NAME, tensors, arguments, preprocess=preprocess)
-    config = {"num_heads": 12, **arguments}
-    return vit_checkpoint(NAME, tensors, config, positions="dino", preprocess=preprocess)
+        return swin_checkpoint(
+            NAME, tensors, arguments, preprocess=preprocess, img_size=image_size(arguments)
+        )
+    return vit_checkpoint(
+        NAME, tensors, arguments, positions="dino", preprocess=preprocess, published=HEADS
+    )
 
 
 def _cait(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> Checkpoint:

@@ -31,7 +31,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `finetune_num_heads` or `num_heads` (width / 64), and `last_heads`, those of
+    """`arguments`: `finetune_num_heads` or `num_heads` (as published), and `last_heads`, those of
     pre-training's last block (16 for 768 channels, else 12)."""
     config = dict(arguments)
     if "finetune_num_heads" in config:

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
+from models.checkpoints.families.heads import assumed, head_count
 from models.checkpoints.families.vit import choose_weights
 from models.inputs.transforms import Preprocess
 from models.networks import OWN
 
 NAME = "tnt"
+OUTER_HEADS = {384: 6, 640: 10}  # of the published sizes
 RENAMED = (
     ("outer_pos", "patch_pos"),
     ("inner_pos", "pixel_pos"),
@@ -45,7 +47,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     """`arguments`: `weights`, `patch_size` (16), `inner_num_heads` (4), `outer_num_heads`
-    (channels / 64), `inner_stride` (from the number of words)."""
+    (as published), `inner_stride` (from the number of words)."""
     default = "state_dict_ema" if "state_dict_ema" in container.sets else container.wrapper
     tensors = choose_weights(container, arguments, default)
     named: dict[str, Tensor] = {}
@@ -62,6 +64,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     named["pixel_pos"] = table.contiguous()
     size = round((named["patch_pos"].shape[1] - 1) ** 0.5) * patch
     head = named.get("head.weight")
+    outer = head_count(dim, arguments, name="outer_num_heads", published=OUTER_HEADS)
     return Checkpoint(
         format=NAME,
         architecture="tnt",
@@ -73,7 +76,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             "inner_dim": inner,
             "depth": len({key.split(".")[1] for key in named if key.startswith("blocks.")}),
             "num_heads_inner": int(arguments.get("inner_num_heads", 4)),
-            "num_heads_outer": int(arguments.get("outer_num_heads", max(1, dim // 64))),
+            "num_heads_outer": outer,
             "mlp_ratio": named["blocks.0.mlp.fc1.weight"].shape[0] / dim,
             "qkv_bias": "blocks.0.attn_out.v.bias" in named,
             "first_stride": int(arguments.get("inner_stride", -(-patch // rows))),
@@ -81,5 +84,12 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         },
         state_dict=named,
         preprocess=Preprocess(input_size=(size, size), crop_pct=0.9, mean=HALF, std=HALF),
+        assumed=assumed(
+            arguments,
+            outer_num_heads=outer,
+            inner_num_heads=4,
+            patch_size=16,
+            inner_stride=-(-patch // rows),
+        ),
         dropped=(UNUSED,) if UNUSED in tensors else (),
     )

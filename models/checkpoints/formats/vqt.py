@@ -16,6 +16,7 @@ from torch import Tensor
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
 from models.checkpoints.families.companions import open_companion
+from models.checkpoints.families.heads import assumed
 from models.checkpoints.families.jax import POSITIONS, from_jax, num_heads
 from models.checkpoints.families.vit import vit_arguments
 from models.errors import CheckpointError
@@ -47,7 +48,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `num_heads` (width / 64); `backbone`, a path, and `img_size` (224), for files
+    """`arguments`: `num_heads` (as published); `backbone`, a path, and `img_size` (224), for files
     without the backbone; `normalize_feats` (true); `pooling_feats` (false), which averages a
     block's queries; `indices` of the selected features, numbers or the path of a `.npy` file."""
     tensors = container.tensors
@@ -84,6 +85,8 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         arguments=built | ({"global_pool": "avg"} if is_mae else {}),
         state_dict=trunk,
         heads={"vqt": HeadState(head, settings)},
+        assumed=assumed(config, num_heads=built["num_heads"])
+        | assumed(arguments, normalize_feats=True),
         preprocess=Preprocess(
             input_size=(built["img_size"], built["img_size"]),
             crop_pct=1.0,
