@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field, SecretStr, field_validator
+from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.worker_options import WorkerOptions
@@ -120,6 +120,20 @@ class Settings(BaseSettings):
         description="Credential that gateways send to workers, and that workers then require; if "
         "empty, one is made from the first admin or API key.",
     )
+    tls_cert: str = Field(
+        "", description="Certificate (PEM, with its chain) of HTTP and gRPC; if empty, no TLS."
+    )
+    tls_key: str = Field("", description="The certificate's private key (PEM).")
+    tls_client_ca: str = Field(
+        "",
+        description="CA (PEM) whose certificates clients must have; if empty, none is asked for.",
+    )
+    worker_ca: str = Field(
+        "",
+        description="CA (PEM) of the workers' certificates; if empty, gateways call without TLS.",
+    )
+    worker_cert: str = Field("", description="Certificate (PEM) that a gateway shows to workers.")
+    worker_key: str = Field("", description="Its private key (PEM).")
     url_hosts: Names = Field(
         (), description="Hosts that images may be fetched from; if empty, URLs are refused."
     )
@@ -137,6 +151,16 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> "Settings":
+        for cert, key in (("tls_cert", "tls_key"), ("worker_cert", "worker_key")):
+            if bool(getattr(self, cert)) != bool(getattr(self, key)):
+                raise ValueError(f"set both of {cert} and {key}, or neither")
+        for needs, needed in (("tls_client_ca", "tls_cert"), ("worker_cert", "worker_ca")):
+            if getattr(self, needs) and not getattr(self, needed):
+                raise ValueError(f"{needs} needs {needed}")
+        return self
 
     @field_validator("worker_token", mode="before")
     @classmethod

@@ -144,7 +144,8 @@ def test_the_settings_are_these() -> None:
         "log_level", "max_batch_size", "max_image_bytes", "max_image_pixels", "max_image_side",
         "max_images", "max_queue_delay_ms", "max_queue_size", "max_request_bytes",
         "metrics_port", "models", "port", "precision", "probe_interval_s", "streams",
-        "stuck_after_s", "threads", "transform", "url_allow_private", "url_hosts",
-        "url_timeout_s", "worker_token", "workers",
+        "stuck_after_s", "threads", "tls_cert", "tls_client_ca", "tls_key", "transform",
+        "url_allow_private", "url_hosts", "url_timeout_s", "worker_ca", "worker_cert", "worker_key",
+        "worker_token", "workers",
     ]  # fmt: skip
     assert all(field.description for field in Settings.model_fields.values())

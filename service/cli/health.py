@@ -10,13 +10,19 @@ def health(
     service: Annotated[str, typer.Option(help="A model's name; empty for the whole server.")] = "",
     timeout_s: Annotated[float, typer.Option(help="Seconds to wait for the response.")] = 4,
 ) -> None:
-    """Check a server's gRPC health. Exits with 0 if it is serving, otherwise with 1."""
+    """Check a server's gRPC health. Exits with 0 if it is serving, otherwise with 1.
+
+    With TLS if VITRAIL_WORKER_CA is set (and VITRAIL_WORKER_CERT, VITRAIL_WORKER_KEY).
+    """
     import grpc
 
     from service.rpc.health import check_health
+    from service.settings import Settings
+    from service.tls import channel_credentials
 
     try:
-        serving = check_health(address, service, timeout_s)
+        credentials = channel_credentials(Settings())
+        serving = check_health(address, service, timeout_s, credentials)
     except grpc.RpcError as error:
         typer.echo(f"{address}: {error}", err=True)
         raise typer.Exit(1) from error

@@ -21,6 +21,9 @@ EngineName = Annotated[str | None, typer.Option(help="Engine of the trunks: auto
 TransformName = Annotated[str | None, typer.Option(help="How images are resized: exact or fast.")]
 Streams = Annotated[int | None, typer.Option(help="Most batches that run at the same time.")]
 LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.")]
+TlsCert = Annotated[str | None, typer.Option(help="Certificate (PEM) of HTTP and gRPC.")]
+TlsKey = Annotated[str | None, typer.Option(help="The certificate's key (PEM).")]
+TlsClientCa = Annotated[str | None, typer.Option(help="CA of the certificates clients need.")]
 Processes = Annotated[int, typer.Option(min=1, help="Number of gateways, which share the port.")]
 # Under a supervisor: the pipe to write heartbeats to.
 Supervised = Annotated[int | None, typer.Option(hidden=True)]
@@ -38,6 +41,9 @@ def serve(
     transform: TransformName = None,
     streams: Streams = None,
     log_level: LogLevel = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
     workers: Annotated[
         str,
         typer.Option(help="Worker processes; auto for one per GPU; 0 for a single process."),
@@ -51,7 +57,8 @@ def serve(
     settings = read_settings(
         {"host": host, "port": port, "grpc_port": grpc_port, "catalog": catalog, "models": models,
          "device": device, "precision": precision, "engine": engine, "transform": transform,
-         "streams": streams, "log_level": log_level}
+         "streams": streams, "log_level": log_level, "tls_cert": tls_cert, "tls_key": tls_key,
+         "tls_client_ca": tls_client_ca}
     )  # fmt: skip
     if workers != "auto" and not workers.isdigit():
         raise typer.BadParameter(f"--workers is {workers!r}; it must be a number or auto")
@@ -77,6 +84,14 @@ def gateway(
     port: Port = None,
     grpc_port: Annotated[int | None, typer.Option(help="Also serve gRPC, on this port.")] = None,
     log_level: LogLevel = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
+    worker_ca: Annotated[str | None, typer.Option(help="CA of the workers' certificates.")] = None,
+    worker_cert: Annotated[
+        str | None, typer.Option(help="Certificate to show to workers (PEM).")
+    ] = None,
+    worker_key: Annotated[str | None, typer.Option(help="Its key (PEM).")] = None,
     processes: Processes = 1,
     listen_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
     supervised: Supervised = None,
@@ -87,7 +102,9 @@ def gateway(
     """
     settings = read_settings(
         {"workers": workers, "host": host, "port": port, "grpc_port": grpc_port,
-         "log_level": log_level}
+         "log_level": log_level, "tls_cert": tls_cert, "tls_key": tls_key,
+         "tls_client_ca": tls_client_ca, "worker_ca": worker_ca, "worker_cert": worker_cert,
+         "worker_key": worker_key}
     )  # fmt: skip
     if not settings.workers:
         raise typer.BadParameter("no workers; set --workers or VITRAIL_WORKERS")
@@ -123,6 +140,9 @@ def worker(
     transform: TransformName = None,
     streams: Streams = None,
     log_level: LogLevel = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_client_ca: TlsClientCa = None,
     address: Annotated[
         str | None, typer.Option(help="unix:path to listen on, instead of host and port.")
     ] = None,
@@ -135,7 +155,8 @@ def worker(
     settings = read_settings(
         {"host": host, "grpc_port": port, "metrics_port": metrics_port, "catalog": catalog,
          "models": models, "device": device, "precision": precision, "engine": engine,
-         "transform": transform, "streams": streams, "log_level": log_level}
+         "transform": transform, "streams": streams, "log_level": log_level, "tls_cert": tls_cert,
+         "tls_key": tls_key, "tls_client_ca": tls_client_ca}
     )  # fmt: skip
     if supervised is not None:
         _end_with_parent(settings)

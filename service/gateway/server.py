@@ -13,16 +13,22 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.gateway.disconnect import disconnect
 from service.settings import Settings
+from service.tls import server_context
 
 MAX_HEADER_BYTES = 64 * 1024
 
 
 def create_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
-    """A server that finishes its accepted requests on SIGINT or SIGTERM."""
+    """A server that finishes its accepted requests on SIGINT or SIGTERM.
+
+    Raises:
+        OSError: the certificate or its key cannot be used.
+    """
 
     class Protocol(ImpatientProtocol):
         header_timeout_s = settings.header_timeout_s
 
+    context = server_context(settings)
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -31,6 +37,7 @@ def create_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
         log_config=None,
         access_log=False,
         server_header=False,
+        ssl_context_factory=None if context is None else lambda *_: context,
         timeout_keep_alive=75,  # longer than load balancers', so that they close first
         timeout_graceful_shutdown=int(settings.drain_timeout_s),
     )

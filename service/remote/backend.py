@@ -26,6 +26,7 @@ from service.remote.heads import RemoteHeads
 from service.remote.metrics import RemoteMetrics
 from service.remote.worker import Worker, WorkerLostError
 from service.settings import Settings
+from service.tls import WorkerCredentials
 from service.types import Call, Health, ImageResult, InferRequest, InferResult
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class RemoteBackend:
         self._workers: dict[str, Worker] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
+        self._credentials = WorkerCredentials(settings)
         self._retrying = asyncio.Lock()
         self.heads = RemoteHeads(lambda: self._workers.values())
 
@@ -262,7 +264,10 @@ class RemoteBackend:
         addresses = await self._discovery.addresses()
         for address in addresses:
             if address not in self._workers:
-                self._workers[address] = Worker(address, self._settings, self._metrics)
+                name = self._discovery.names.get(address, "")
+                self._workers[address] = Worker(
+                    address, self._settings, self._metrics, self._credentials, name
+                )
         for address in self._workers.keys() - addresses:
             logger.info("worker %s was removed", address)
             self._spawn(self._workers.pop(address).close())

@@ -16,6 +16,8 @@ class Discovery:
     def __init__(self, targets: Sequence[str]) -> None:
         self._targets = targets
         self._last: dict[str, list[str]] = {}
+        # The names behind addresses that were resolved, which certificates are for.
+        self.names: dict[str, str] = {}
 
     @property
     def changes(self) -> bool:
@@ -44,4 +46,5 @@ class Discovery:
         self._last[target] = [
             f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts
         ]
+        self.names |= dict.fromkeys(self._last[target], name)
         return self._last[target]

@@ -24,6 +24,7 @@ from service.rpc.wire import from_error, from_response, to_request
 from service.settings import Settings
 from service.stubs import vision_pb2 as pb
 from service.stubs.vision_pb2_grpc import VisionStub
+from service.tls import WorkerCredentials
 from service.types import Health, InferRequest, InferResult
 
 logger = logging.getLogger(__name__)
@@ -65,8 +66,21 @@ class Worker:
         health: the worker's health, as of the last probe.
     """
 
-    def __init__(self, address: str, settings: Settings, metrics: RemoteMetrics) -> None:
+    def __init__(
+        self,
+        address: str,
+        settings: Settings,
+        metrics: RemoteMetrics,
+        credentials: WorkerCredentials,
+        name: str = "",
+    ) -> None:
+        """
+        Args:
+            name: the name that the worker's certificate must have; empty for that in the address.
+        """
         self.address = address
+        self._name = name
+        self._credentials = credentials
         self.up = False
         self.outstanding = 0
         self.models: dict[str, ModelDescription] = {}
@@ -75,13 +89,28 @@ class Worker:
         self._ejections = 0
         self._ejected_until = 0.0
         self._closed = False
+        self._old_channels: set[asyncio.Task[None]] = set()
         self._metrics = metrics
         self._token = worker_token(settings)
-        self._channel = grpc.aio.insecure_channel(address, options=OPTIONS)
-        self._stub = VisionStub(self._channel)
+        self._connect()
         self._probe_now = asyncio.Event()
         self._prober = asyncio.create_task(self._probe())
         metrics.add_worker(address)
+
+    def _connect(self) -> None:
+        self._channel = self._credentials.channel(self.address, self._name, OPTIONS)
+        self._generation = self._credentials.generation
+        self._stub = VisionStub(self._channel)
+
+    def _renew(self) -> None:
+        """Connect with the current certificates, if they have changed. Requests that are under way
+        keep the old connection."""
+        if self._credentials.refresh() != self._generation:
+            old = self._channel
+            self._connect()
+            closing = asyncio.create_task(old.close(grace=MAX_EJECTION_S))
+            self._old_channels.add(closing)
+            closing.add_done_callback(self._old_channels.discard)
 
     def has_ready(self, model: str) -> bool:
         """Whether the worker is up, and the model was ready at the last probe."""
@@ -253,6 +282,7 @@ class Worker:
         while True:
             self._probe_now.clear()
             try:
+                self._renew()
                 await self.refresh()
             except grpc.aio.AioRpcError as error:
                 if self.up:

@@ -6,16 +6,25 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 
-def check_health(address: str, service: str = "", timeout_s: float = 2) -> bool:
+def check_health(
+    address: str,
+    service: str = "",
+    timeout_s: float = 2,
+    credentials: grpc.ChannelCredentials | None = None,
+) -> bool:
     """Whether the server at `address` (`host:port` or `unix:path`) reports SERVING.
 
     Args:
         service: a model's name; "" for the server itself.
+        credentials: for TLS; None for none.
 
     Raises:
         grpc.RpcError: no answer in time, or no such service.
     """
-    with grpc.insecure_channel(address) as channel:
+    secure = credentials is not None and not address.startswith("unix:")
+    with (
+        grpc.secure_channel(address, credentials) if secure else grpc.insecure_channel(address)
+    ) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_s)
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

@@ -19,6 +19,7 @@ from service.settings import Settings
 from service.stubs import open_inference_pb2, vision_pb2
 from service.stubs.open_inference_pb2_grpc import add_GRPCInferenceServiceServicer_to_server
 from service.stubs.vision_pb2_grpc import add_VisionServicer_to_server
+from service.tls import server_credentials
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +63,10 @@ class RpcServer:
             The port.
 
         Raises:
-            OSError: the address is not available.
+            OSError: the address is not available, or the certificate cannot be used.
         """
         settings = self._deps.settings
+        credentials = server_credentials(settings)
         self._server = grpc.aio.server(
             options=(
                 (
@@ -86,7 +88,10 @@ class RpcServer:
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         try:
-            port = self._server.add_insecure_port(address)
+            if credentials is None or address.startswith("unix:"):
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: {error}") from error
         await self._server.start()
