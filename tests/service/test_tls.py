@@ -39,7 +39,8 @@ class Authority:
         self.folder = folder
         self.ca = str(folder / "ca.pem")
         self._run("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
-                  "-days", "2", "-subj", "/CN=CA", "-keyout", "ca.key", "-out", "ca.pem")  # fmt: skip
+                  "-days", "2", "-subj", "/CN=CA",
+                  "-keyout", "ca.key", "-out", "ca.pem")  # fmt: skip
 
     def issue(self, name: str) -> tuple[str, str]:
         """A certificate and its key, in place of those of the same name."""
