@@ -90,7 +90,9 @@ def server_credentials(settings: Settings) -> grpc.ServerCredentials | None:
         return configuration
 
     return grpc.dynamic_ssl_server_credentials(
-        _create_configuration(settings), renew, bool(settings.tls_client_ca)
+        _create_configuration(settings),
+        renew,  # type: ignore[arg-type]  # the stubs do not know that it may return None
+        bool(settings.tls_client_ca),
     )
 
 

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,11 +23,12 @@ from service.errors import (
 from service.remote.descriptions import best_description
 from service.remote.discovery import Discovery
 from service.remote.heads import RemoteHeads
+from service.remote.merging import merge, run_all
 from service.remote.metrics import RemoteMetrics
 from service.remote.worker import Worker, WorkerLostError
 from service.settings import Settings
 from service.tls import WorkerCredentials
-from service.types import Call, Health, ImageResult, InferRequest, InferResult
+from service.types import Call, Health, InferRequest, InferResult
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class RemoteBackend:
             return await self._infer(request, NO_WORKERS)
         # a message has inputs of one kind
         groups = [[n for n, item in enumerate(request.inputs) if type(item) is k] for k in kinds]
-        results = await _all(
+        results = await run_all(
             self._infer(replace(request, inputs=[request.inputs[n] for n in group]), NO_WORKERS)
             for group in groups
         )
@@ -129,11 +130,11 @@ class RemoteBackend:
         parts = await self._route(request, avoid)
         if len(parts) == 1:
             return await self._send(parts[0][0], request, avoid)
-        results = await _all(
+        results = await run_all(
             self._send(worker, replace(request, calls=[request.calls[i] for i in places]), avoid)
             for worker, places in parts
         )
-        return _merge(len(request.calls), [places for _, places in parts], results)
+        return merge(len(request.calls), [places for _, places in parts], results)
 
     async def _send(
         self, worker: Worker, request: InferRequest, avoid: frozenset[Worker]
@@ -250,7 +251,7 @@ class RemoteBackend:
         workers = [w for w in self._workers.values() if w.up and name in w.models]
         if not workers:
             raise self._unknown(name) if not self.knows(name) else self._not_ready(name)
-        await _all(work(worker, name) for worker in workers)
+        await run_all(work(worker, name) for worker in workers)
 
     async def _keep_discovering(self) -> None:
         while True:
@@ -276,36 +277,3 @@ class RemoteBackend:
         task = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-async def _all(work: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """All results, or the first error; the others are cancelled then."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(item) for item in work]
-    except* ServiceError as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
-
-
-def _merge(
-    count: int, parts: Sequence[Sequence[int]], results: Sequence[InferResult]
-) -> InferResult:
-    """Several workers' results as one. An image that failed on a worker fails its calls there."""
-    models: list[Any] = [None] * count
-    outputs: list[list[Any]] = [[None] * count for _ in results[0].images]
-    for places, result in zip(parts, results, strict=True):
-        for i, used in zip(places, result.models, strict=True):
-            models[i] = used
-        for row, image in zip(outputs, result.images, strict=True):
-            for position, i in enumerate(places):
-                row[i] = image.error or image.outputs[position]
-    images = []
-    for n, row in enumerate(outputs):
-        errors = [output for output in row if isinstance(output, ServiceError)]
-        timing = results[0].images[n].timing
-        if len(errors) == count:
-            images.append(ImageResult(error=errors[0], timing=timing))
-        else:
-            images.append(ImageResult(row, timing=timing))
-    return InferResult(models, images)

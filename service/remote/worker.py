@@ -18,12 +18,12 @@ from service.errors import (
 )
 from service.keys import WORKER_TOKEN, worker_token
 from service.logs import request_id
+from service.remote.connection import Connection
 from service.remote.metrics import RemoteMetrics
 from service.rpc.context import CLIENT_KEY, ERROR_KEY, GATEWAY_KEY
 from service.rpc.wire import from_error, from_response, to_request
 from service.settings import Settings
 from service.stubs import vision_pb2 as pb
-from service.stubs.vision_pb2_grpc import VisionStub
 from service.tls import WorkerCredentials
 from service.types import Health, InferRequest, InferResult
 
@@ -37,19 +37,6 @@ MAX_EJECTION_S = 60.0
 FAILURES_TO_EJECT = 3
 # The worker responds at the deadline with what is done by then. This is for the response to arrive.
 RESPONSE_MARGIN_S = 1.0
-
-OPTIONS = (
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.keepalive_time_ms", 5000),
-    ("grpc.keepalive_timeout_ms", 5000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 2000),
-    # one connection for each gateway and address, even if several gateways are in one process
-    ("grpc.use_local_subchannel_pool", 1),
-)
 
 
 class WorkerLostError(Exception):
@@ -79,8 +66,6 @@ class Worker:
             name: the name that the worker's certificate must have; empty for that in the address.
         """
         self.address = address
-        self._name = name
-        self._credentials = credentials
         self.up = False
         self.outstanding = 0
         self.models: dict[str, ModelDescription] = {}
@@ -89,28 +74,12 @@ class Worker:
         self._ejections = 0
         self._ejected_until = 0.0
         self._closed = False
-        self._old_channels: set[asyncio.Task[None]] = set()
         self._metrics = metrics
         self._token = worker_token(settings)
-        self._connect()
+        self._connection = Connection(address, name, credentials)
         self._probe_now = asyncio.Event()
         self._prober = asyncio.create_task(self._probe())
         metrics.add_worker(address)
-
-    def _connect(self) -> None:
-        self._channel = self._credentials.channel(self.address, self._name, OPTIONS)
-        self._generation = self._credentials.generation
-        self._stub = VisionStub(self._channel)
-
-    def _renew(self) -> None:
-        """Connect with the current certificates, if they have changed. Requests that are under way
-        keep the old connection."""
-        if self._credentials.refresh() != self._generation:
-            old = self._channel
-            self._connect()
-            closing = asyncio.create_task(old.close(grace=MAX_EJECTION_S))
-            self._old_channels.add(closing)
-            closing.add_done_callback(self._old_channels.discard)
 
     def has_ready(self, model: str) -> bool:
         """Whether the worker is up, and the model was ready at the last probe."""
@@ -135,7 +104,7 @@ class Worker:
         self._add_outstanding(images)
         try:
             result = from_response(
-                await self._stub.Predict(
+                await self._connection.stub.Predict(
                     to_request(request, remaining_s),
                     timeout=remaining_s + RESPONSE_MARGIN_S,
                     metadata=self._metadata(),
@@ -151,13 +120,17 @@ class Worker:
     async def load(self, model: str) -> None:
         """Load a model."""
         await self._admin(
-            self._stub.LoadModel(pb.LoadModelRequest(model=model), metadata=self._metadata())
+            self._connection.stub.LoadModel(
+                pb.LoadModelRequest(model=model), metadata=self._metadata()
+            )
         )
 
     async def unload(self, model: str) -> None:
         """Unload a model."""
         await self._admin(
-            self._stub.UnloadModel(pb.UnloadModelRequest(model=model), metadata=self._metadata())
+            self._connection.stub.UnloadModel(
+                pb.UnloadModelRequest(model=model), metadata=self._metadata()
+            )
         )
 
     def has_trunk(self, trunk: str) -> bool:
@@ -167,25 +140,25 @@ class Worker:
     async def heads(self) -> list[HeadDescription]:
         """The worker's heads."""
         response = await self._answer(
-            self._stub.ListHeads(pb.ListHeadsRequest(), metadata=self._metadata())
+            self._connection.stub.ListHeads(pb.ListHeadsRequest(), metadata=self._metadata())
         )
         return [head_from_json(json.loads(head.description_json)) for head in response.heads]
 
     async def put_head(self, request: pb.PutHeadRequest) -> None:
         """Store a trained head and serve it."""
-        await self._admin(self._stub.PutHead(request, metadata=self._metadata()))
+        await self._admin(self._connection.stub.PutHead(request, metadata=self._metadata()))
 
     async def fit_head(self, request: pb.FitHeadRequest) -> None:
         """Start to fit a head."""
-        await self._admin(self._stub.FitHead(request, metadata=self._metadata()))
+        await self._admin(self._connection.stub.FitHead(request, metadata=self._metadata()))
 
     async def delete_head(self, request: pb.DeleteHeadRequest) -> None:
         """Delete a head, or cancel its fit."""
-        await self._admin(self._stub.DeleteHead(request, metadata=self._metadata()))
+        await self._admin(self._connection.stub.DeleteHead(request, metadata=self._metadata()))
 
     async def read_head(self, request: pb.ReadHeadRequest) -> bytes:
         """The content of a head's file."""
-        call = self._stub.ReadHead(request, metadata=self._metadata())
+        call = self._connection.stub.ReadHead(request, metadata=self._metadata())
         content: bytes = (await self._answer(call)).content
         return content
 
@@ -194,7 +167,7 @@ class Worker:
         self._prober.cancel()
         self._closed = True
         self._metrics.remove_worker(self.address)
-        await self._channel.close(grace=None if self.outstanding == 0 else MAX_EJECTION_S)
+        await self._connection.close(0 if self.outstanding == 0 else MAX_EJECTION_S)
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
         metadata = (
@@ -282,7 +255,7 @@ class Worker:
         while True:
             self._probe_now.clear()
             try:
-                self._renew()
+                self._connection.renew()
                 await self.refresh()
             except grpc.aio.AioRpcError as error:
                 if self.up:
@@ -308,7 +281,7 @@ class Worker:
         Raises:
             grpc.aio.AioRpcError: the worker cannot be reached.
         """
-        response = await self._stub.ListModels(
+        response = await self._connection.stub.ListModels(
             pb.ListModelsRequest(), timeout=PROBE_TIMEOUT_S, metadata=self._metadata()
         )
         if not self.up:

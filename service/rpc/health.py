@@ -21,10 +21,11 @@ def check_health(
     Raises:
         grpc.RpcError: no answer in time, or no such service.
     """
-    secure = credentials is not None and not address.startswith("unix:")
-    with (
-        grpc.secure_channel(address, credentials) if secure else grpc.insecure_channel(address)
-    ) as channel:
+    if credentials is None or address.startswith("unix:"):
+        opened = grpc.insecure_channel(address)
+    else:
+        opened = grpc.secure_channel(address, credentials)
+    with opened as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_s)
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
