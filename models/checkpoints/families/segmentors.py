@@ -13,6 +13,8 @@ from models.checkpoints.families.configuration import read_configuration
 from models.errors import CheckpointError
 
 TABLES = ("backbone", "neck", "decode_head", "test_cfg")
+# (longer, shorter) side that images are resized to fit in, of most configurations.
+SCALE = (2048, 512)
 # The longer side that stands for an unlimited one, in multiples of the shorter side.
 MAX_ASPECT = 8
 RESIZING = ("Resize", "ResizeShortestEdge")

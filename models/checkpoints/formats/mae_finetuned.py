@@ -22,6 +22,8 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     keys = container.tensors.keys()
     if container.wrapper != "model" or "architecture" in arguments or not keys >= MARKS:
         return None
+    if "blocks.0.attn.q_bias" in keys:  # a BEiT
+        return None
     script = {"nb_classes", "finetune"} <= container.script.keys()
     if _is_scale_mae(container) or not all(key.startswith(KEPT) for key in keys):
         return None

@@ -12,7 +12,7 @@ from torch import Tensor
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
 from models.checkpoints.families.backbones import convert_backbone, in_timms_names
-from models.checkpoints.families.segmentors import Segmentor, Table, read_segmentor
+from models.checkpoints.families.segmentors import SCALE, Segmentor, Table, read_segmentor
 from models.checkpoints.families.vit import split_prefix
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
@@ -20,7 +20,6 @@ from models.networks import OWN
 from models.segmentation.decoders import HEAD_TYPES, below, class_count
 
 NAME = "mmsegmentation"
-SCALE = (2048, 512)
 KEPT = ("decode_head.", "neck.")
 # By mmsegmentation's names of Segmenter's decoder, those of its authors.
 RENAMED = {
@@ -90,13 +89,14 @@ def labels(config: Segmentor, classes: int) -> dict[str, Any]:
 
 
 def decoder_settings(
-    config: Segmentor, tensors: Mapping[str, Tensor], levels: int
+    config: Segmentor, tensors: Mapping[str, Tensor], levels: int, *, every: bool = False
 ) -> dict[str, Any]:
     """What the decoder's shapes do not determine, see `create_decoder`.
 
     Args:
         tensors: those of the neck and of the head.
         levels: how many maps the backbone returns.
+        every: the head reads all of them where its `in_index` is not known.
 
     Raises:
         CheckpointError: it is not known, or not supported.
@@ -136,7 +136,10 @@ def decoder_settings(
         settings["norm_eps"] = _eps(table, "norm_cfg", 1e-5)
     if any(key.startswith("convs.") for key in head):
         settings["dilation"] = int(table.get("dilation", 1))
-    settings["in_index"] = _in_index(table, levels)
+    is_known = table.find("in_index") is not None
+    settings["in_index"] = (
+        _in_index(table, levels) if is_known or not every else list(range(levels))
+    )
     return settings
 
 
@@ -188,14 +191,18 @@ def windows(config: Segmentor, window: tuple[int, int] | None) -> dict[str, Any]
     test = config.test_cfg
     usual = "'whole', or 'slide' with crop_size and stride"
     mode = str(test.require("mode", usual, "whole")) if window is None else "slide"
+    crop: list[int] | None = None
+    if window is not None:
+        crop = list(window)
+    elif mode != "whole":
+        crop = [int(n) for n in test.require("crop_size", "[512, 512]")]
     scale = config.scale
     if scale is None:
-        scale = (4 * window[0], window[0]) if window else SCALE
+        scale = (4 * min(crop), min(crop)) if crop else SCALE
         config.assumed["scale"] = list(scale)
     cut: dict[str, Any] = {"scale": list(scale), "keep_ratio": config.keep_ratio}
-    if mode == "whole":
+    if crop is None:
         return cut
-    crop = list(window) if window else [int(n) for n in test.require("crop_size", "[512, 512]")]
     default = [side * 2 // 3 for side in crop]
     stride = test.get("stride", default) if window else test.require("stride", f"{default}")
     return cut | {"crop": crop, "stride": [int(n) for n in stride], "pads": window is not None}

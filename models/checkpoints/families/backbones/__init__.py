@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from models.checkpoints.families.heads import head_count as heads_of_width
 from models.checkpoints.families.segmentors import Table
 from models.discovery import modules_of
 from models.errors import CheckpointError
@@ -148,12 +149,14 @@ def grid_of(table: Table, cells: int, patch: int) -> tuple[int, int]:
 
 
 def head_count(table: Table, dim: int) -> int:
-    """`num_heads`; channels / 64 where the table is not given.
+    """`num_heads`: 12 where a table with a type leaves it out, as its code has it; that of published
+    networks, which is assumed, without a type.
 
     Raises:
-        CheckpointError: it does not divide the channels.
+        CheckpointError: it is not known, or does not divide the channels.
     """
-    heads = int(table.get("num_heads", max(1, dim // 64)))
-    if heads < 1 or dim % heads:
-        raise CheckpointError(f"num_heads is {heads}; set a divisor of {dim} channels")
+    values = {"num_heads": 12, **table.values} if "type" in table.values else table.values
+    heads = heads_of_width(dim, values)
+    if "num_heads" not in values:
+        table.assumed[f"{table.name}.num_heads"] = heads
     return heads

@@ -1,0 +1,275 @@
+"""Checkpoints of segmentation and depth: what their configurations say, and what is refused."""
+
+import pprint
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from timm.models.swin_transformer import SwinTransformer
+from torch import nn
+
+from models import load_checkpoint
+from models.checkpoints.containers import open_container
+from models.checkpoints.families.backbones.swin import _unfolded
+from models.checkpoints.families.configuration import read_configuration
+from models.checkpoints.families.segmentors import read_segmentor
+from models.checkpoints.formats.mmseg import in_segmenters_names
+from models.checkpoints.loading import read_checkpoint
+from models.errors import CheckpointError, InputError
+from models.networks.beit import Beit
+from models.networks.padded_swin import PaddedSwin
+from models.networks.vit import RULES, Vit
+from models.segmentation.decoders import create_decoder
+from models.segmentation.decoders.segmenter import MaskTransformer
+from models.segmentation.windows import Windows
+from tests.models.test_fixtures import fixture, folder_of
+
+Change = Callable[[dict[str, Any]], object]
+
+
+def content(name: str) -> dict[str, Any]:
+    """A fixture's file."""
+    loaded: dict[str, Any] = torch.load(folder_of(name) / "checkpoint.pth", weights_only=False)
+    return loaded
+
+
+def model_of(loaded: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a file, as data."""
+    meta = loaded["meta"]
+    return read_configuration(meta.get("cfg") or meta["config"])
+
+
+def rewritten(name: str, change: Change, tmp_path: Path) -> Path:
+    """A fixture's file with its configuration changed."""
+    loaded = content(name)
+    config = model_of(loaded)
+    change(config)
+    key = "cfg" if "cfg" in loaded["meta"] else "config"
+    loaded["meta"][key] = "\n".join(f"{k} = {pprint.pformat(v)}" for k, v in config.items())
+    torch.save(loaded, tmp_path / "changed.pth")
+    return tmp_path / "changed.pth"
+
+
+def randomize(module: nn.Module) -> nn.Module:
+    """Random weights of every kind, for networks without those of a checkpoint."""
+    for parameter in module.parameters():
+        scale = 0.3 if parameter.dim() < 2 else parameter[0].numel() ** -0.5
+        nn.init.normal_(parameter, std=scale)
+    return module.eval()
+
+
+# -- configurations ----------------------------------------------------------------------------
+
+
+def test_both_runners_containers_say_the_same(tmp_path: Path) -> None:
+    loaded = content("seg_convnext_mmengine")
+    meta = loaded["meta"]
+    data = meta.pop("dataset_meta")
+    text = meta.pop("cfg") + "\nimg_norm_cfg = dict(mean=[1, 2, 3], std=[4, 5, 6], to_rgb=True)\n"
+    old = text.replace("data_preprocessor=dict(", "unused=dict(").replace("scale=", "img_scale=")
+    loaded["meta"] = {**meta, "config": old, "CLASSES": data["classes"], "PALETTE": data["palette"]}
+    torch.save(loaded, tmp_path / "old.pth")
+    new = read_segmentor(open_container(folder_of("seg_convnext_mmengine") / "checkpoint.pth"), {})
+    older = read_segmentor(open_container(tmp_path / "old.pth"), {})
+    assert new.mean == pytest.approx((0.485, 0.456, 0.406))
+    assert older.mean == pytest.approx((1 / 255, 2 / 255, 3 / 255))
+    for config in (new, older):
+        assert config.scale == (384, 96)
+        assert config.keep_ratio
+        assert config.labels == [f"class{number}" for number in range(7)]
+        assert config.test_cfg.values["crop_size"] == [64, 96]
+    pixels = torch.randn(1, 3, 100, 130)
+    by_new, _, _ = fixture("seg_convnext_mmengine")
+    by_old = load_checkpoint(tmp_path / "old.pth")
+    assert torch.equal(by_new.run(pixels)["mask_logits"], by_old.run(pixels)["mask_logits"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["model"]["decode_head"].update(align_corners=True), "align_corners is True"),
+        (
+            lambda c: c["model"]["decode_head"].update(type="PSPHead"),
+            "PSPHead; supported",
+        ),
+        (lambda c: c["model"]["decode_head"].update(act_cfg={"type": "GELU"}), "act_cfg is 'GELU'"),
+        (lambda c: c["model"]["decode_head"].update(in_index=[0, 9]), "there are 4 levels"),
+        (lambda c: c["model"]["backbone"].update(qk_scale=0.5), "qk_scale is 0.5"),
+        (lambda c: c.update(img_norm_cfg={"mean": [1, 1, 1], "to_rgb": False}), "only RGB"),
+        (lambda c: c["model"].pop("decode_head"), "does not say decode_head.in_index"),
+        (lambda c: c["model"]["test_cfg"].update(mode="slide"), "does not say test_cfg.crop_size"),
+        (lambda c: c["model"].pop("test_cfg"), "does not say test_cfg.mode"),
+        (lambda c: c.update(test_pipeline=[{"type": "Pad", "size": 9}]), "test pipeline has Pad"),
+    ],
+)
+def test_what_is_not_known_or_not_supported_is_refused(
+    change: Change, message: str, tmp_path: Path
+) -> None:
+    path = rewritten("seg_upernet_swin_mmseg", change, tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(path)
+
+
+def test_blocks_that_a_decoder_reads_are_not_guessed(tmp_path: Path) -> None:
+    path = rewritten("seg_upernet_vit_mln", lambda config: config.clear(), tmp_path)
+    with pytest.raises(CheckpointError, match=r"backbone\.out_indices.*\[2, 5, 8, 11\] of 12"):
+        load_checkpoint(path)
+    tables = {
+        "backbone": {"out_indices": [0, 1, 2, 3], "num_heads": 3, "img_size": 64},
+        "neck": {"scales": [4, 2, 1, 0.5]},
+        "decode_head": {"in_index": [0, 1, 2, 3]},
+        "test_cfg": {"mode": "whole"},
+    }
+    found = read_checkpoint(path, tables).assumed
+    assert found["backbone.interpolate_mode"] == "bicubic"
+    assert found["backbone.norm_cfg.eps"] == 1e-6
+    assert found["decode_head.pool_scales"] == (1, 2, 3, 6)
+    assert found["scale"] == [2048, 512]
+
+
+def test_the_resizing_of_test_pipelines_is_read() -> None:
+    windows = Windows(scale=(64, 48), keep_ratio=False)
+    assert windows.resized(1000, 10) == (64, 48)
+    small = Windows(scale=(64, 64), crop=(64, 64), stride=(32, 32), pads=False)
+    assert small.padded(40, 50) == (40, 50)
+    assert small.boxes(40, 50) == [(0, 0, 50, 40)]
+    assert Windows(scale=(64, 64), crop=(64, 64)).padded(40, 50) == (64, 64)
+
+
+def test_an_input_smaller_than_a_fixed_window_is_refused() -> None:
+    model, _, _ = fixture("seg_fcn_beit")
+    with pytest.raises(InputError, match=r"windows are \(64, 64\) and no smaller"):
+        model.run(torch.randn(1, 3, 48, 96))
+    flexible, _, _ = fixture("seg_setr_naive")
+    assert flexible.run(torch.randn(1, 3, 48, 96))["mask_logits"].shape[2:] == (48, 96)
+
+
+# -- backbones ---------------------------------------------------------------------------------
+
+
+def test_a_padded_swin_is_timms_where_nothing_is_padded() -> None:
+    sizes: dict[str, Any] = {"embed_dim": 12, "depths": (2, 2), "num_heads": (2, 3)}
+    own = randomize(PaddedSwin(patch_size=4, window_size=4, mlp_ratio=4, **sizes))
+    reference = SwinTransformer(64, 4, window_size=4, num_classes=0, **sizes).eval()
+    reference.load_state_dict(own.state_dict())
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        found = own.get_submodule("norm") and own.forward_features(pixels)  # type: ignore[operator]
+        expected = reference.forward_features(pixels).permute(0, 3, 1, 2)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(61, 64), (40, 90), (7, 5)])
+def test_swins_pixels_beyond_the_input_are_zeros(size: tuple[int, int]) -> None:
+    """Padding to whole patches at the bottom and on the right changes nothing."""
+    network = PaddedSwin(
+        patch_size=4, embed_dim=8, depths=[2, 2], num_heads=[1, 2], window_size=3, mlp_ratio=2
+    )
+    randomize(network)
+    pixels = torch.randn(1, 3, *size)
+    whole = nn.functional.pad(pixels, (0, -size[1] % 4, 0, -size[0] % 4))
+    with torch.no_grad():
+        found, expected = network.forward_features(pixels), network.forward_features(whole)
+    assert torch.equal(found, expected)
+    assert found.shape[2:] == tuple(-(-side // 8) for side in size)
+
+
+def test_merged_patches_are_ordered_as_an_unfolding_orders_them() -> None:
+    weight = torch.randn(6, 4 * 5)
+    x = torch.randn(1, 5, 4, 6)
+    expected = nn.Unfold(2, stride=2)(x).transpose(1, 2) @ weight.T
+    corners = [x[..., down::2, across::2] for across in (0, 1) for down in (0, 1)]
+    joined = torch.cat(corners, 1).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(joined @ _unfolded(weight).T, expected)
+
+
+def test_as_many_positions_in_another_grid_stay_as_they_are() -> None:
+    cells = torch.randn(1, 6, 4, 4)
+    for mode in ("bicubic", "bilinear"):
+        rule = RULES[f"{mode}-by-count"]
+        assert torch.equal(rule(cells, (2, 8)).flatten(2), cells.flatten(2))
+        assert rule(cells, (3, 5)).shape == (1, 6, 3, 5)
+
+
+@pytest.mark.parametrize(("padding", "start"), [("corner", (0, 0)), ("center", (2, 3))])
+def test_inputs_are_padded_with_zeros_to_whole_patches(
+    padding: str, start: tuple[int, int]
+) -> None:
+    network = Vit(
+        positions="bicubic", padding=padding, img_size=32, patch_size=8, embed_dim=16, depth=1,
+        num_heads=2, num_classes=0,
+    ).eval()  # fmt: skip
+    pixels = torch.randn(1, 3, 28, 41)
+    whole = torch.zeros(1, 3, 32, 48)
+    whole[..., start[0] : start[0] + 28, start[1] : start[1] + 41] = pixels
+    with torch.no_grad():
+        torch.testing.assert_close(network(pixels), network(whole))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_abs_pos_emb": True, "use_rel_pos_bias": False},
+        {"use_abs_pos_emb": False, "use_rel_pos_bias": True, "qkv_bias": False},
+        {"use_abs_pos_emb": False, "use_shared_rel_pos_bias": True, "init_values": None},
+        {"use_abs_pos_emb": True, "use_rel_pos_bias": True, "global_pool": "token"},
+        {"use_abs_pos_emb": False, "use_rel_pos_bias": True, "num_classes": 0},
+    ],
+)
+def test_beits_may_be_fine_tuned_with_fewer_options(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    arguments: dict[str, Any] = {
+        "img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3,
+        "num_classes": 5, "init_values": 0.1, "qkv_bias": True, "global_pool": "avg", **options,
+    }  # fmt: skip
+    network = randomize(Beit(**arguments))
+    torch.save({"model": network.state_dict()}, tmp_path / "beit.pth")
+    model = load_checkpoint(tmp_path / "beit.pth", {"num_heads": 3})
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        features = network.forward_features(pixels)  # type: ignore[operator]
+        logits = network(pixels)
+    found = model.run(pixels)
+    torch.testing.assert_close(found["tokens"], features)
+    if arguments["num_classes"]:
+        torch.testing.assert_close(found["logits"], logits)
+
+
+def test_beits_positions_are_of_any_size_and_relative_ones_of_one() -> None:
+    model, _, _ = fixture("beit_abspos_hires")
+    assert model.run(torch.randn(1, 3, 50, 90))["tokens"].shape[1] == 1 + 3 * 5
+    network = Beit(img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=3,
+                   use_abs_pos_emb=False, use_rel_pos_bias=True)  # fmt: skip
+    assert "32x32 pixels alone" in str(network.check_size(32, 40))
+    assert network.check_size(32, 32) is None
+
+
+# -- decoders ----------------------------------------------------------------------------------
+
+
+def test_segmenters_decoder_has_two_sets_of_names() -> None:
+    decoder = randomize(MaskTransformer(20, 24, 5, depth=2, heads=3, mlp_ratio=4, norm_eps=1e-5))
+    theirs = {}
+    renamed = (
+        ("blocks.", "layers."), ("norm1", "ln1"), ("norm2", "ln2"), ("mlp.fc1", "ffn.layers.0.0"),
+        ("mlp.fc2", "ffn.layers.1"), ("attn.qkv.", "attn.attn.in_proj_"),
+        ("attn.proj.", "attn.attn.out_proj."), ("proj_dec", "dec_proj"),
+    )  # fmt: skip
+    for key, value in decoder.state_dict().items():
+        name = key
+        for ours, other in renamed:
+            name = name.replace(ours, other)
+        if key in ("proj_patch", "proj_classes"):
+            name, value = f"{key.removeprefix('proj_')}_proj.weight", value.T
+        theirs[f"decode_head.{name}"] = value
+    named = in_segmenters_names(theirs)
+    assert named.keys() == {f"decode_head.{key}" for key in decoder.state_dict()}
+    settings = {"inputs": [20], "num_heads": 3, "norm_eps": 1e-5}
+    created = create_decoder(named, settings).eval()
+    created.load_state_dict(named)
+    maps = [torch.randn(2, 20, 3, 4)]
+    with torch.no_grad():
+        torch.testing.assert_close(created(maps), decoder(maps))
