@@ -149,7 +149,7 @@ def grid_of(table: Table, cells: int, patch: int) -> tuple[int, int]:
 
 
 def head_count(table: Table, dim: int) -> int:
-    """`num_heads`: 12 where a table with a type leaves it out, as its code has it; that of published
+    """`num_heads`: 12 where a table with a type leaves it out, as in its code; that of published
     networks, which is assumed, without a type.
 
     Raises:
