@@ -1,10 +1,11 @@
-"""JSON log lines, each with its request's id."""
+"""Log lines: JSON, each with its request's id, or text where a person reads them."""
 
 import atexit
 import json
 import logging
 import random
 import re
+import sys
 import threading
 import time
 from contextvars import ContextVar
@@ -15,7 +16,11 @@ request_id: ContextVar[str] = ContextVar("request_id", default="")
 
 # Printable ASCII without spaces: cannot forge log lines or headers.
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_STANDARD = logging.LogRecord("", 0, "", 0, "", (), None).__dict__.keys() | {"message", "taskName"}
+_STANDARD = logging.LogRecord("", 0, "", 0, "", (), None).__dict__.keys() | {
+    "message",
+    "taskName",
+    "color_message",  # uvicorn's message with colours
+}
 
 
 def choose_request_id(candidate: str) -> str:
@@ -42,6 +47,19 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
+
+
+class TerminalFormatter(logging.Formatter):
+    """A line for a person: the time, the level from warnings on, and the message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        line = f"{time.strftime('%H:%M:%S')}  {level}{record.getMessage()}"
+        if "status" in record.__dict__:
+            line += f"  {record.__dict__['status']}  {record.__dict__['duration_s']:.3f} s"
+        if record.exc_info:
+            line += f"\n{self.formatException(record.exc_info)}"
+        return line
 
 
 class BufferedHandler(logging.StreamHandler[Any]):
@@ -89,13 +107,18 @@ class BufferedHandler(logging.StreamHandler[Any]):
 
 
 def configure_logs(level: str) -> None:
-    """Log to standard error as JSON lines. Called once, when the process starts."""
+    """Log to standard error: as JSON lines, or as text to a terminal. Called once, when the
+    process starts."""
     handler = BufferedHandler()
-    handler.setFormatter(JsonFormatter())
+    terminal = sys.stderr.isatty()
+    handler.setFormatter(TerminalFormatter() if terminal else JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # Their own levels, because OpenVINO raises the root logger's while it converts a pass.
     for own in ("vitrail", "service", "models", "uvicorn"):
         logging.getLogger(own).setLevel(level.upper())
     logging.getLogger("vitrail.audit").setLevel(logging.INFO)  # whatever the level
-    for noisy in ("httpx", "httpcore", "PIL", "rasterio", "filelock"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    noisy = ["httpx", "httpcore", "PIL", "rasterio", "filelock"]
+    if terminal:  # service/cli/summary.py says what it would
+        noisy.append("uvicorn")
+    for name in noisy:
+        logging.getLogger(name).setLevel(logging.WARNING)

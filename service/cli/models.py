@@ -23,6 +23,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 T = TypeVar("T")
 
+# Columns of text: lines that no terminal wraps, and from where licences have a column.
+PIPE_WIDTH = 200
+LICENCE_WIDTH = 120
+
 
 @app.command("list")
 def list_models(catalog: CatalogName = "demo", as_json: Json = False) -> None:
@@ -37,15 +41,21 @@ def list_models(catalog: CatalogName = "demo", as_json: Json = False) -> None:
         ]
         typer.echo(json.dumps(rows, indent=2))
         return
-    table = Table()
-    table.add_column("model", no_wrap=True)
-    for column in ("task", "parameters", "licence", "description"):
-        table.add_column(column)
+    console = Console()
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    table = Table(box=None, pad_edge=False)
+    for column in ("model", "task", "parameters"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("description")
+    if console.width >= LICENCE_WIDTH:
+        table.add_column("licence")
     for model in entries.models.values():
-        default = " (default)" if entries.defaults.get(model.task) == model.name else ""
-        task = model.task + default
-        table.add_row(model.name, task, model.parameters, model.licence, model.description)
-    Console().print(table)
+        default = "*" if entries.defaults.get(model.task) == model.name else ""
+        row = (model.name, model.task + default, model.parameters, model.description, model.licence)
+        table.add_row(*row[: len(table.columns)])
+    console.print(table)
+    console.print("* the default of its task; `--json` has licences and sources")
 
 
 @app.command()

