@@ -1,0 +1,194 @@
+/**
+ * A client of Vitrail's REST interface, for browsers and Node 18 or newer.
+ *
+ *     import { Vitrail } from "http://localhost:8000/assets/vitrail.js";
+ *     const [entry] = await new Vitrail("http://localhost:8000").classify([file], { top_k: 3 });
+ *
+ * Images are Blobs (or Files), ArrayBuffers or Uint8Arrays. Lists of results have one entry for each
+ * image, in order; an image that failed has `{ error }` in its place.
+ */
+
+const RETRY_STATUSES = [429, 503];
+const FIRST_WAIT_MS = 500, MAX_WAIT_MS = 30_000;
+
+/** An answer with an error: `status` and the members of `application/problem+json` in `problem`. */
+export class VitrailError extends Error {
+  /** @param {number} status @param {Record<string, any>} problem */
+  constructor(status, problem) {
+    super(`${status} ${problem.title ?? ""}: ${problem.detail ?? ""}`);
+    this.name = "VitrailError";
+    this.status = status;
+    this.problem = problem;
+  }
+}
+
+export class Vitrail {
+  /**
+   * @param {string} url the server; empty for the one that a page came from
+   * @param {{ key?: string, batchSize?: number, concurrency?: number, maxTries?: number,
+   *           progress?: (done: number, all: number) => void }} [options]
+   */
+  constructor(url = "", { key = "", batchSize = 16, concurrency = 4, maxTries = 5, progress } = {}) {
+    this.url = url.replace(/\/$/, "");
+    this.key = key;
+    this.batchSize = batchSize;
+    this.concurrency = concurrency;
+    this.maxTries = maxTries;
+    this.progress = progress;
+  }
+
+  /** `{ predictions: [{ index, label, score }] }` for each image, best first. */
+  classify(images, options = {}) {
+    return this.task("classify", images, options);
+  }
+
+  /** As `classify`, with labels of one's own. */
+  zeroShot(images, labels, options = {}) {
+    return this.task("zero-shot", images, { labels, ...options });
+  }
+
+  /** `{ embedding }` for each image. */
+  embed(images, options = {}) {
+    return this.task("embed", images, options);
+  }
+
+  /** `{ embedding }` for each text, of a model that embeds texts, too. */
+  embedTexts(texts, options = {}) {
+    return this.#all("/embed", texts, (batch) => json({ texts: batch, ...options }));
+  }
+
+  /** `{ width, height, classes, mask }` for each image. */
+  segment(images, options = {}) {
+    return this.task("segment", images, options);
+  }
+
+  /** `{ outputs: { model: ... } }` for each image. */
+  predict(images, models) {
+    return this.task("predict", images, { models });
+  }
+
+  /** Any task by its name, with its options. */
+  task(name, images, options = {}) {
+    return this.#all(`/${name}`, images, (batch) => ({ body: form(batch, options) }));
+  }
+
+  /** Every model of the catalog, with its state. */
+  async models() {
+    return (await this.send("GET", "/models")).models;
+  }
+
+  /** Create a collection, unless it exists with that model. */
+  createCollection(name, options = {}) {
+    return this.send("PUT", `/collections/${name}`, json(options));
+  }
+
+  /** Every collection, with its model and number of images. */
+  async collections() {
+    return (await this.send("GET", "/collections")).collections;
+  }
+
+  /** Delete a collection with all its images. */
+  deleteCollection(name) {
+    return this.send("DELETE", `/collections/${name}`);
+  }
+
+  /**
+   * Add images to a collection: `{ id }` or `{ error }` for each.
+   * @param {string} collection
+   * @param {{ image: Blob | ArrayBuffer | Uint8Array, id?: string, metadata?: object }[]} items
+   */
+  addImages(collection, items) {
+    return this.#all(`/collections/${collection}/images`, items, async (batch) => {
+      const images = batch.map(async ({ image, ...others }) => ({ base64: await base64(image), ...others }));
+      return json({ images: await Promise.all(images) });
+    });
+  }
+
+  /**
+   * The images nearest to `image`, `text` or `vector`, best first: `{ id, score, metadata }` each.
+   * @param {string} collection
+   * @param {{ image?: Blob, text?: string, vector?: number[], k?: number, filter?: object }} query
+   */
+  async search(collection, { image, ...query }) {
+    if (image) query.image = { base64: await base64(image) };
+    return (await this.send("POST", `/collections/${collection}/search`, json(query))).hits;
+  }
+
+  /** Send a request, again while the server is busy; its JSON, or null without any. */
+  async send(method, path, { body, headers = {} } = {}) {
+    if (this.key) headers = { ...headers, Authorization: `Bearer ${this.key}` };
+    for (let attempt = 0; ; attempt++) {
+      const response = await fetch(this.url + path, { method, body, headers });
+      const busy = RETRY_STATUSES.includes(response.status);
+      if (busy && attempt < this.maxTries - 1) {
+        await response.arrayBuffer();
+        await pause(waitBeforeRetry(attempt, response.headers.get("Retry-After")));
+        continue;
+      }
+      const text = await response.text();
+      if (response.ok) return text ? JSON.parse(text) : null;
+      throw new VitrailError(response.status, parseProblem(response, text));
+    }
+  }
+
+  /** The entries of all items, which are sent in batches, several at a time. */
+  async #all(path, items, make) {
+    const batches = [];
+    for (let start = 0; start < items.length; start += this.batchSize)
+      batches.push(items.slice(start, start + this.batchSize));
+    const results = new Array(batches.length);
+    let next = 0, done = 0;
+    const work = async () => {
+      while (next < batches.length) {
+        const place = next++;
+        results[place] = (await this.send("POST", path, await make(batches[place]))).results;
+        done += batches[place].length;
+        this.progress?.(done, items.length);
+      }
+    };
+    await Promise.all(Array.from({ length: Math.min(this.concurrency, batches.length) }, work));
+    return results.flat();
+  }
+}
+
+function json(value) {
+  return { body: JSON.stringify(value), headers: { "Content-Type": "application/json" } };
+}
+
+function form(images, options) {
+  const body = new FormData();
+  for (const image of images)
+    body.append("image", image instanceof Blob ? image : new Blob([image]), image.name ?? "image");
+  for (const [name, value] of Object.entries(options))
+    for (const item of Array.isArray(value) ? value : [value])
+      if (item !== undefined && item !== null) body.append(name, String(item));
+  return body;
+}
+
+async function base64(image) {
+  const bytes = new Uint8Array(image instanceof Blob ? await image.arrayBuffer() : image);
+  let text = "";
+  for (let start = 0; start < bytes.length; start += 32768)
+    text += String.fromCharCode(...bytes.subarray(start, start + 32768));
+  return btoa(text);
+}
+
+/** Milliseconds until a request may be sent again; `Retry-After` is in seconds or a date. */
+function waitBeforeRetry(attempt, header) {
+  const wait = header === null ? FIRST_WAIT_MS * 2 ** attempt
+    : /^[\d.]+$/.test(header) ? 1000 * Number(header)
+    : Date.parse(header) - Date.now();
+  return Math.min(Math.max(wait || 0, 0), MAX_WAIT_MS);
+}
+
+function pause(milliseconds) {
+  return new Promise((resolve) => setTimeout(resolve, milliseconds));
+}
+
+function parseProblem(response, text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return { title: response.statusText, detail: text.slice(0, 500) };
+  }
+}
