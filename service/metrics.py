@@ -7,8 +7,19 @@ that are not in the catalog are counted as `unknown`.
 import os
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.multiprocess import MultiProcessCollector
+
+from service.triton_metrics import WithTritonNames
+
+# Each counter and histogram would have a second series with the time of its creation.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 OUTCOMES = ("ok", "invalid", "rejected", "timeout", "cancelled", "error")
 STAGES = ("decode", "queue", "compute", "postprocess")
@@ -144,11 +155,14 @@ class Metrics:
         return model
 
 
-def exposition(registry: CollectorRegistry) -> bytes:
+def exposition(registry: CollectorRegistry, *, triton: bool = False) -> bytes:
     """The metrics in Prometheus' text format: of this process, or of all processes that share
-    PROMETHEUS_MULTIPROC_DIR."""
-    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-        return generate_latest(registry)
-    combined = CollectorRegistry()
-    MultiProcessCollector(combined)  # type: ignore[no-untyped-call]
-    return generate_latest(combined)
+    PROMETHEUS_MULTIPROC_DIR.
+
+    Args:
+        triton: also under Triton's names.
+    """
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return generate_latest(WithTritonNames(registry) if triton else registry)

@@ -20,6 +20,7 @@ from service.metrics import Metrics
 from service.processes.heartbeat import beating
 from service.rpc.server import RpcServer
 from service.settings import Settings
+from service.triton_metrics import WithTritonNames
 from service.worker.backend import LocalBackend
 from service.worker.collector import BackendCollector, share_gauges
 
@@ -63,7 +64,10 @@ async def _serve(settings: Settings, address: str, heartbeat: int | None) -> Non
     keys = Keys(settings, worker=True)
     backend, metrics = create_backend(settings)
     if settings.metrics_port:
-        start_http_server(settings.metrics_port, settings.host, metrics.registry)
+        exported = (
+            WithTritonNames(metrics.registry) if settings.triton_metrics else metrics.registry
+        )
+        start_http_server(settings.metrics_port, settings.host, exported)
     await backend.start()
     sharing = None
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:

@@ -41,6 +41,6 @@ async def metrics(request: Request) -> Response:
     state = request.app.state
     state.metrics.prune(state.backend.knows)
     return Response(
-        exposition(state.metrics.registry),
+        exposition(state.metrics.registry, triton=state.settings.triton_metrics),
         headers={"Content-Type": CONTENT_TYPE_LATEST},
     )
