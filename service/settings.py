@@ -103,6 +103,11 @@ class Settings(BaseSettings):
     heads_folder: str = Field(
         "", description="Folder of uploaded and fitted heads; if empty, `heads` in the store."
     )
+    collections: str = Field(
+        "",
+        description="Where collections are stored: a folder, or a postgresql:// URL; if empty, "
+        "`collections` in the store.",
+    )
 
     api_keys: Secrets = Field(
         (), description="Keys that may use the service; if empty, no key is needed."
@@ -140,6 +145,9 @@ class Settings(BaseSettings):
     url_timeout_s: float = Field(10, gt=0, description="Seconds to fetch an image from a URL.")
     url_allow_private: bool = Field(
         False, description="Whether those hosts may resolve to private or loopback addresses."
+    )
+    triton_metrics: bool = Field(
+        False, description="Export metrics under Triton's names, too (nv_inference_...)."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Lowest level that is logged."

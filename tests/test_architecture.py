@@ -138,14 +138,14 @@ def test_the_settings_are_these() -> None:
     from service.settings import Settings
 
     assert sorted(Settings.model_fields) == [
-        "admin_keys", "api_keys", "body_timeout_s", "catalog", "decode_cpu_s", "decode_threads",
-        "decoders", "default_timeout_ms", "device", "drain_timeout_s", "engine", "grpc_port",
-        "header_timeout_s", "heads_folder", "host", "keys_file", "label_cache_bytes",
+        "admin_keys", "api_keys", "body_timeout_s", "catalog", "collections", "decode_cpu_s",
+        "decode_threads", "decoders", "default_timeout_ms", "device", "drain_timeout_s", "engine",
+        "grpc_port", "header_timeout_s", "heads_folder", "host", "keys_file", "label_cache_bytes",
         "log_level", "max_batch_size", "max_image_bytes", "max_image_pixels", "max_image_side",
-        "max_images", "max_queue_delay_ms", "max_queue_size", "max_request_bytes",
-        "metrics_port", "models", "port", "precision", "probe_interval_s", "streams",
-        "stuck_after_s", "threads", "tls_cert", "tls_client_ca", "tls_key", "transform",
-        "url_allow_private", "url_hosts", "url_timeout_s", "worker_ca", "worker_cert", "worker_key",
-        "worker_token", "workers",
+        "max_images", "max_queue_delay_ms", "max_queue_size", "max_request_bytes", "metrics_port",
+        "models", "port", "precision", "probe_interval_s", "streams", "stuck_after_s", "threads",
+        "tls_cert", "tls_client_ca", "tls_key", "transform", "triton_metrics", "url_allow_private",
+        "url_hosts", "url_timeout_s", "worker_ca", "worker_cert", "worker_key", "worker_token",
+        "workers",
     ]  # fmt: skip
     assert all(field.description for field in Settings.model_fields.values())

@@ -6,6 +6,7 @@ import typer
 
 from models.tasks.table import tasks
 from service.cli import (
+    collections,
     demo,
     doctor,
     fit,
@@ -53,6 +54,7 @@ app.add_typer(keys.app, name="keys")
 for task in tasks().values():
     if "image" in task.modalities:
         app.command(task.name)(task_command(task, **SPECIAL.get(task.name, {})))
+app.command("index")(collections.index)
 app.command("search")(retrieval.search)
 
 

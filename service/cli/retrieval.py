@@ -1,14 +1,16 @@
-"""`vitrail embed` writes an index of images; `vitrail search` searches it by image or text."""
+"""`vitrail embed` writes an index of images; `vitrail search` searches it, or a collection of the
+server, by image or text."""
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import Progress
 
 from models.tasks.base import Task
 from service.cli.client import DEFAULT_URL, Client, Json, Key, Url, errors, expand
+from service.cli.collections import CollectionClient, encoded
 from service.cli.task_commands import Invocation, run_task
 
 
@@ -24,7 +26,9 @@ def run_embed(task: Task, invocation: Invocation) -> None:
 
 
 def search(
-    index: Annotated[Path, typer.Argument(exists=True, help="A file that `vitrail embed` wrote.")],
+    index: Annotated[
+        str, typer.Argument(help="A file that `vitrail embed` wrote, or a collection's name.")
+    ],
     image: Annotated[Path | None, typer.Option(exists=True, help="Find similar images.")] = None,
     text: Annotated[str | None, typer.Option(help="Find what the text describes.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of results.")] = 5,
@@ -32,9 +36,30 @@ def search(
     key: Key = None,
     as_json: Json = False,
 ) -> None:
-    """Search an index for the nearest images, by cosine similarity, exactly."""
+    """Search an index or a collection for the nearest images, by cosine similarity."""
     if (image is None) == (text is None):
         raise typer.BadParameter("search by --image, or by --text")
+    if Path(index).suffix:  # collections' names have no dot
+        matches = _search_file(Path(index), image, text, top, url, key)
+    else:
+        matches = _search_collection(index, image, text, top, url, key)
+    for path, score in matches:
+        found = {"path": path, "score": score}
+        typer.echo(json.dumps(found) if as_json else f"{score:.3f}  {path}")
+
+
+def _search_collection(
+    name: str, image: Path | None, text: str | None, top: int, url: str, key: str | None
+) -> list[tuple[str, float]]:
+    query: dict[str, Any] = {"text": text} if image is None else {"image": encoded(image)}
+    hits = CollectionClient(url, key, name).search(**query, k=top)
+    return [(hit["id"], hit["score"]) for hit in hits]
+
+
+def _search_file(
+    index: Path, image: Path | None, text: str | None, top: int, url: str, key: str | None
+) -> list[tuple[str, float]]:
+    """Exact search of a file's vectors."""
     import numpy as np
     from usearch.index import MetricKind
     from usearch.index import search as nearest
@@ -61,11 +86,8 @@ def search(
     query = np.array(entry["embedding"], np.float32)[: contents.vectors.shape[1]]
     count = min(top, len(contents.paths))
     matches = nearest(np.asarray(contents.vectors), query, count, MetricKind.Cos, exact=True)
-    for position, distance in zip(matches.keys.tolist(), matches.distances.tolist(), strict=True):
-        score, path = 1 - distance, contents.paths[position]
-        typer.echo(
-            json.dumps({"path": path, "score": score}) if as_json else f"{score:.3f}  {path}"
-        )
+    found = zip(matches.keys.tolist(), matches.distances.tolist(), strict=True)
+    return [(contents.paths[position], 1 - distance) for position, distance in found]
 
 
 def _write_index(client: Client, paths: list[Path], output: Path, pooling: str | None) -> None:

@@ -7,6 +7,7 @@ from fastapi import FastAPI
 
 from service.backend import Backend
 from service.gateway import pages
+from service.gateway.collections import routes as collection_routes
 from service.gateway.fetch import ImageFetcher
 from service.gateway.middleware import RequestContext
 from service.gateway.open_inference import routes as open_inference_routes
@@ -15,6 +16,7 @@ from service.gateway.problems import install_handlers
 from service.gateway.rest import head_routes, model_routes, system_routes, task_routes
 from service.keys import Keys
 from service.metrics import Metrics
+from service.search.opening import StoreOpener
 from service.settings import Settings
 
 
@@ -41,6 +43,7 @@ def create_app(
             yield
         await backend.close()
         await app.state.fetcher.close()
+        await app.state.collections.close()
 
     app = FastAPI(
         title="Vitrail",
@@ -54,12 +57,14 @@ def create_app(
     app.state.backend = backend
     app.state.metrics = metrics
     app.state.fetcher = ImageFetcher(settings)
+    app.state.collections = StoreOpener(settings.collections)
     app.add_middleware(RequestContext)
     install_handlers(app)
     modules = (
         task_routes,
         model_routes,
         head_routes,
+        collection_routes,
         open_inference_routes,
         openai_routes,
         system_routes,

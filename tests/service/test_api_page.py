@@ -21,8 +21,12 @@ from tests.conftest import serving, wait_until
 @pytest.fixture(scope="module")
 def client(demo: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """The demo, with an admin key."""
-    heads = tmp_path_factory.mktemp("heads")
-    settings = Settings(device="cpu", admin_keys=("admin",), heads_folder=str(heads))
+    folder = tmp_path_factory.mktemp("state")
+    stores: dict[str, Any] = {
+        "heads_folder": str(folder / "heads"),
+        "collections": str(folder / "collections"),
+    }
+    settings = Settings(device="cpu", admin_keys=("admin",), **stores)
     metrics = Metrics(CollectorRegistry())
     backend = LocalBackend(
         Registry.from_catalog("demo", device="cpu"), settings.worker_options, metrics
@@ -62,13 +66,14 @@ def test_the_examples_of_all_routes_are_answered(client: httpx.Client) -> None:
         for path, methods in client.get("/openapi.json").json()["paths"].items()
         for method, operation in methods.items()
     ]
-    # A head is fitted before it is read, then deleted; a model is unloaded last, then loaded again.
-    order = ["post", "get", "delete"]
+    # What is made is read, then deleted, parts first; a model is unloaded last, then loaded again.
+    order = ["put", "post", "get", "delete"]
 
-    def rank(item: tuple[str, str, Any]) -> tuple[bool, bool, int, bool]:
+    def rank(item: tuple[str, str, Any]) -> tuple[bool, bool, int, bool, int]:
         path, method, _ = item
         end = path.rpartition("/")[2]
-        return end == "load", end == "unload", order.index(method), "{name}" in path
+        depth = path.count("/") if method == "delete" else 0
+        return end == "load", end == "unload", order.index(method), "{name}" in path, -depth
 
     operations.sort(key=rank)
     for path, method, operation in operations:

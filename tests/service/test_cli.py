@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from models import load_checkpoint
+from models import Registry, load_checkpoint
 from models.catalog import load_catalog
 from tests.conftest import answers, free_port, process, running, wait_until
 from tests.models.test_fixtures import GOLDENS
@@ -99,6 +99,27 @@ def test_photos_are_found_by_text_and_by_image(
     no_index = vitrail("search", str(photo), "--text", "a cat", *server)
     assert no_index.returncode == 1
     assert "not an index" in no_index.stderr
+
+
+def test_a_collection_is_indexed_and_searched(demo: Registry, tmp_path: Path, folder: Path) -> None:
+    port = str(free_port())
+    server = ("--url", f"http://127.0.0.1:{port}")
+    environment = {"VITRAIL_COLLECTIONS": str(tmp_path), "VITRAIL_MODELS": "lite0-minilm"}
+    with process("serve", "--port", port, **environment):
+        wait_until(lambda: answers(f"{server[1]}/readyz"), 120)
+        arguments = ("index", str(folder), "--collection", "photos", "--model", "lite0-minilm")
+        indexed = vitrail(*arguments, *server)
+        assert indexed.returncode == 0, indexed.stderr
+        assert "4 images added, 4 in photos" in indexed.stderr
+        assert "4 in photos" in vitrail(*arguments, *server).stderr  # updated, not added twice
+        found = vitrail("search", "photos", "--text", "a cup of coffee", "--top", "2", *server)
+        assert found.stdout.splitlines()[0].endswith(str(folder / "coffee.jpg"))
+        image = str(folder / "rocket.jpg")
+        same = vitrail("search", "photos", "--image", image, "--json", *server)
+        assert json.loads(same.stdout.splitlines()[0])["path"] == image
+        missing = vitrail("search", "none", "--text", "a cat", *server)
+        assert missing.returncode == 1
+        assert "no collection 'none'" in missing.stderr
 
 
 def test_an_interrupted_embedding_is_resumed_exactly(tiny_catalog: Path, tmp_path: Path) -> None:

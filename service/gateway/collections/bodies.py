@@ -1,0 +1,243 @@
+"""The bodies of collections' routes: images with ids and metadata, and a query."""
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import UploadFile
+
+from service.errors import (
+    BadRequestError,
+    InvalidInputError,
+    PayloadTooLargeError,
+    ServiceError,
+    UnsupportedMediaTypeError,
+)
+from service.gateway.rest.body import MAX_FIELDS, collect, load_image, parse_form, read_body
+from service.gateway.rest.ndjson import NDJSON
+from service.limits import check_input_count
+from service.parameters import validate
+from service.payloads import parse_json_object
+from service.search.collection import MAX_HITS, Metadata, check_id, check_metadata
+
+MAX_LINES = 10_000
+
+JSON, FORM = "application/json", "multipart/form-data"
+
+
+class CollectionParameters(BaseModel):
+    """The body of `PUT /collections/{name}`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = Field(
+        None, max_length=200, description="A model that embeds images; the catalog's default."
+    )
+
+
+class QueryParameters(BaseModel):
+    """A search: one of `text`, `vector` and `image`, unless an image comes in another form."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str | None = Field(None, min_length=1, description="For models that embed texts, too.")
+    vector: list[float] | None = Field(None, max_length=65536)
+    image: dict[str, str] | None = Field(None, description='`{"base64"}` or `{"url"}`.')
+    k: int = Field(10, ge=1, le=MAX_HITS, description="Most hits.")
+    filter: dict[str, Any] = Field({}, description="Values that the hits' metadata has.")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An image to add. One that cannot be added is represented by its error."""
+
+    id: str
+    image: bytes | ServiceError
+    metadata: Metadata
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """What to look for: an encoded image, a text or a vector."""
+
+    by: bytes | str | np.ndarray
+    count: int
+    where: Metadata
+
+
+async def read_entries(request: Request) -> list[Entry]:
+    """The images of `POST /collections/{name}/images`.
+
+    Raises:
+        ServiceError: malformed, over a limit, or too slow.
+    """
+    content = await read_body(request)
+    match _media_type(request):
+        case "multipart/form-data":
+            entries = await _entries_of_form(request, content)
+        case "application/json":
+            fields = await parse_json_object(content)
+            images = fields.pop("images", None)
+            if not isinstance(images, list) or fields:
+                raise InvalidInputError('send {"images": [...]} alone', field="images")
+            check_input_count(request.app.state.settings, len(images))
+            entries = await _entries_of_json(request, images)
+        case media_type if media_type == NDJSON:
+            lines = await asyncio.to_thread(_lines, content)
+            entries = await _entries_of_json(request, lines)
+        case _:
+            given = collect(request.query_params.multi_items(), frozenset())
+            _refuse_others(given, "id", "metadata")
+            entries = [_entry(content, given.get("id"), _parsed(given.get("metadata", "{}")))]
+    if not entries:
+        raise InvalidInputError("the request holds no image", field="image")
+    return entries
+
+
+async def read_query(request: Request) -> Query:
+    """The query of `POST /collections/{name}/search`.
+
+    Raises:
+        ServiceError: malformed, over a limit, too slow, or not exactly one query.
+    """
+    content = await read_body(request)
+    fields = collect(request.query_params.multi_items(), frozenset())
+    images: list[bytes | ServiceError] = []
+    match _media_type(request):
+        case "multipart/form-data":
+            sent, texts = await _parts(request, content)
+            images += sent
+            fields |= collect(texts, frozenset())
+        case "application/json":
+            fields |= await parse_json_object(content)
+            listed = fields.pop("images", [])
+            if not isinstance(listed, list) or len(listed) > 1:
+                raise InvalidInputError("a search takes one image", field="images")
+            images += [await load_image(item, request.app.state.fetcher) for item in listed]
+        case _ if content:
+            images.append(content)
+    if isinstance(fields.get("filter"), str):
+        fields["filter"] = _parsed(fields["filter"], "filter")
+    parameters = validate(QueryParameters, fields)
+    if parameters.image is not None:
+        images.append(await load_image(parameters.image, request.app.state.fetcher))
+    queries: list[bytes | str | np.ndarray] = []
+    for image in images:
+        if isinstance(image, ServiceError):
+            raise image
+        queries.append(image)
+    if parameters.text is not None:
+        queries.append(parameters.text)
+    if parameters.vector is not None:
+        queries.append(np.array(parameters.vector, np.float32))
+    if len(queries) != 1:
+        raise InvalidInputError("send one image, one text or one vector", field="image")
+    where = check_metadata(parameters.filter, "filter")
+    return Query(queries[0], parameters.k, where)
+
+
+def _media_type(request: Request) -> str:
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    others = ("", FORM, JSON, NDJSON, "application/octet-stream")
+    if media_type not in others and not media_type.startswith("image/"):
+        raise UnsupportedMediaTypeError(
+            f"Content-Type {media_type!r}; send {FORM}, {JSON}, {NDJSON} or an image"
+        )
+    return media_type
+
+
+async def _entries_of_form(request: Request, content: bytes) -> list[Entry]:
+    """Parts `image`, with as many fields `id` and `metadata` or none."""
+    images, texts = await _parts(request, content)
+    given: dict[str, list[str]] = {"id": [], "metadata": []}
+    for name, value in texts:
+        if name not in given:
+            raise InvalidInputError(f"{name!r}; the fields are id and metadata", field=name)
+        given[name].append(value)
+    for name, values in given.items():
+        if values and len(values) != len(images):
+            raise InvalidInputError(f"{len(images)} images and {len(values)} of {name}", field=name)
+    ids: Sequence[str | None] = given["id"] or [None] * len(images)
+    metadata = given["metadata"] or ["{}"] * len(images)
+    return [
+        _entry(image, name, _parsed(text))
+        for image, name, text in zip(images, ids, metadata, strict=True)
+    ]
+
+
+async def _parts(request: Request, content: bytes) -> tuple[list[bytes], list[tuple[str, str]]]:
+    limit = request.app.state.settings.max_images
+    form = await parse_form(request.headers, content, max_files=limit, max_fields=MAX_FIELDS)
+    images: list[bytes] = []
+    texts: list[tuple[str, str]] = []
+    try:
+        for name, value in form.multi_items():
+            if not isinstance(value, UploadFile):
+                texts.append((name, value))
+            elif name == "image":
+                images.append(await value.read())
+            else:
+                raise InvalidInputError(f"file part {name!r}; send parts 'image'", field=name)
+    finally:
+        await form.close()
+    return images, texts
+
+
+def _lines(content: bytes) -> list[Any]:
+    """The JSON value of each line; None for one that is not JSON."""
+    lines = [line for line in content.splitlines() if line.strip()]
+    if len(lines) > MAX_LINES:
+        raise PayloadTooLargeError(f"{len(lines)} lines; the limit is {MAX_LINES}")
+    values = []
+    for line in lines:
+        try:
+            values.append(json.loads(line))
+        except (ValueError, RecursionError):
+            values.append(None)
+    return values
+
+
+async def _entries_of_json(request: Request, items: Sequence[Any]) -> list[Entry]:
+    """Objects of an image with `id` and `metadata`. A wrong one does not fail the others."""
+    fetcher = request.app.state.fetcher
+
+    async def entry(item: Any) -> Entry:
+        if not isinstance(item, Mapping):
+            return Entry("", InvalidInputError("not a JSON object", field="images"), {})
+        parts = dict(item)
+        name, metadata = parts.pop("id", None), parts.pop("metadata", {})
+        return _entry(await load_image(parts, fetcher), name, metadata)
+
+    return list(await asyncio.gather(*map(entry, items)))
+
+
+def _entry(image: bytes | ServiceError, name: object, metadata: object) -> Entry:
+    """An image to add; without an id it has one made from its content."""
+    try:
+        if name is None and isinstance(image, bytes):
+            name = hashlib.sha256(image).hexdigest()[:32]
+        checked = check_metadata(metadata)
+        if isinstance(image, ServiceError):
+            return Entry(name if isinstance(name, str) else "", image, {})
+        return Entry(check_id(name), image, checked)
+    except ServiceError as error:
+        return Entry("", error, {})
+
+
+def _parsed(text: str, name: str = "metadata") -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRequestError(f"{name} is not valid JSON") from error
+
+
+def _refuse_others(given: Mapping[str, Any], *known: str) -> None:
+    for name in given:
+        if name not in known:
+            raise InvalidInputError(f"unknown parameter {name!r}", field=name)

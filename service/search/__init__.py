@@ -1,0 +1,1 @@
+"""Collections: embeddings of images with ids and metadata, searched by similarity."""

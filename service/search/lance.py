@@ -1,0 +1,179 @@
+"""Collections in LanceDB: a folder of files, written by any number of processes.
+
+https://lancedb.github.io/lancedb/. Each collection is a table; its schema's metadata says what the
+collection is. A write adds a version of the table, which is complete or absent after a kill.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import numpy as np
+import pyarrow as pa
+from lancedb.index import IvfPq
+
+from service.errors import NotFoundError
+from service.search.collection import Collection, Hit, Item, Metadata, canonical
+
+logger = logging.getLogger(__name__)
+
+KEY = b"vitrail"
+# From so many images on, an index finds them; below, every vector is compared.
+INDEXED_FROM = 50_000
+# Writes between two runs of maintenance: each write leaves a small file and a version.
+WRITES = 64
+# How long an old version stays for the requests that read it.
+KEEP_VERSIONS = timedelta(minutes=10)
+# Of an indexed search: the cells that are read, and how many times `count` vectors are compared
+# exactly after the index has found them.
+PROBES = 48
+REFINE = 12
+
+
+class LanceStore:
+    """A folder of LanceDB tables."""
+
+    def __init__(self, connection: Any) -> None:
+        self._db = connection
+        self._writes: dict[str, int] = {}
+        self._maintained: dict[str, asyncio.Task[None]] = {}
+
+    @classmethod
+    async def open(cls, folder: Path) -> "LanceStore":
+        """Open the folder, or create it."""
+        await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
+        # zero: a read sees what other processes have written
+        return cls(await lancedb.connect_async(folder, read_consistency_interval=timedelta(0)))
+
+    async def create(self, collection: Collection) -> bool:
+        schema = _schema(collection)
+        try:
+            await self._db.create_table(collection.name, schema=schema)
+        except ValueError as error:
+            if "already exists" in str(error):
+                return False
+            raise
+        return True
+
+    async def collections(self) -> Sequence[tuple[Collection, int]]:
+        found = []
+        for name in sorted(await self._names()):
+            try:
+                found.append(await self.get(name))
+            except NotFoundError:  # deleted meanwhile
+                continue
+        return found
+
+    async def get(self, name: str) -> tuple[Collection, int]:
+        table = await self._table(name)
+        schema = await table.schema()
+        return Collection(**json.loads(schema.metadata[KEY])), await table.count_rows()
+
+    async def delete(self, name: str) -> None:
+        await self._table(name)
+        if (running := self._maintained.pop(name, None)) is not None:
+            running.cancel()
+        await self._db.drop_table(name, ignore_missing=True)
+
+    async def add(self, name: str, items: Sequence[Item]) -> None:
+        table = await self._table(name)
+        rows = _rows(items, await table.schema())
+        merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+        await merge.execute(rows)
+        self._written(name)
+
+    async def remove(self, name: str, image: str) -> bool:
+        table = await self._table(name)
+        result = await table.delete(f"id = {_quoted(image)}")
+        self._written(name)
+        return bool(result.num_deleted_rows)
+
+    async def search(
+        self, name: str, query: np.ndarray, count: int, where: Metadata
+    ) -> Sequence[Hit]:
+        table = await self._table(name)
+        search = table.query().nearest_to(query).distance_type("cosine").limit(count)
+        search = search.nprobes(PROBES).refine_factor(REFINE)
+        search = search.select(["id", "metadata", "_distance"])
+        if where:
+            tags = ", ".join(map(_quoted, _tags(where)))
+            search = search.where(f"array_has_all(tags, [{tags}])")
+        return [
+            Hit(row["id"], 1 - row["_distance"], json.loads(row["metadata"]))
+            for row in await search.to_list()
+        ]
+
+    async def close(self) -> None:
+        for task in self._maintained.values():
+            task.cancel()
+        await asyncio.gather(*self._maintained.values(), return_exceptions=True)
+        self._db.close()
+
+    async def _names(self) -> list[str]:
+        names: list[str] = []
+        page = ""
+        while True:
+            answer = await self._db.list_tables(page_token=page or None, limit=1000)
+            names += answer.tables
+            if not (page := answer.page_token or ""):
+                return names
+
+    async def _table(self, name: str) -> Any:
+        try:
+            return await self._db.open_table(name)
+        except ValueError as error:
+            raise NotFoundError(f"no collection {name!r}", field="name") from error
+
+    def _written(self, name: str) -> None:
+        """Start maintenance in the background once in a while."""
+        self._writes[name] = self._writes.get(name, 0) + 1
+        running = self._maintained.get(name)
+        if self._writes[name] >= WRITES and (running is None or running.done()):
+            self._writes[name] = 0
+            self._maintained[name] = asyncio.create_task(self.maintain(name))
+
+    async def maintain(self, name: str) -> None:
+        """Join small files, remove old versions, and build or extend the index."""
+        try:
+            table = await self._table(name)
+            await table.optimize(cleanup_older_than=KEEP_VERSIONS)
+            if await table.count_rows() >= INDEXED_FROM and not await table.list_indices():
+                await table.create_index("vector", config=IvfPq(distance_type="cosine"))
+        except Exception:  # it is tried again after more writes; searches are exact until then
+            logger.exception("maintenance of the collection %s failed", name)
+
+
+def _schema(collection: Collection) -> pa.Schema:
+    fields = [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("vector", pa.list_(pa.float32(), collection.dimensions)),
+        pa.field("metadata", pa.string()),
+        pa.field("tags", pa.list_(pa.string())),
+    ]
+    return pa.schema(fields, metadata={KEY: json.dumps(asdict(collection)).encode()})
+
+
+def _rows(items: Sequence[Item], schema: pa.Schema) -> pa.Table:
+    flat = pa.array(np.concatenate([item.embedding for item in items]).astype(np.float32))
+    columns = {
+        "id": [item.id for item in items],
+        "vector": pa.FixedSizeListArray.from_arrays(flat, schema.field("vector").type.list_size),
+        "metadata": [json.dumps(dict(item.metadata)) for item in items],
+        "tags": [_tags(item.metadata) for item in items],
+    }
+    return pa.table(columns, schema=schema)
+
+
+def _tags(metadata: Metadata) -> list[str]:
+    """Each field with its value, as one text that a filter can look for."""
+    return [f"{canonical(name)}:{canonical(value)}" for name, value in metadata.items()]
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"

