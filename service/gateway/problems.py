@@ -28,6 +28,10 @@ def problem_response(error: ServiceError, path: str = "") -> JSONResponse:
         body["error"] = error.detail
     if path.startswith("/v1/"):  # OpenAI's member
         body["error"] = {"message": error.detail, "type": error.slug, "param": None, "code": None}
+    if path.startswith("/tei/"):
+        body |= {"error": error.detail, "error_type": error.slug}
+    if path.startswith("/cohere/"):
+        body["message"] = error.detail
     if error.fields:
         body["errors"] = [item._asdict() for item in error.fields]
     headers = {}

@@ -9,6 +9,7 @@ from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+import cohere
 import httpx
 import numpy as np
 import openai
@@ -199,3 +200,87 @@ def test_ndjson_comes_before_all_is_done_and_refuses_before_it_begins(
     wrong = server.client.post("/embed?poling=max", content=jpegs["coffee"], headers=accept)
     assert wrong.status_code == 422
     assert invalid() == before + 1
+
+
+def test_coheres_client_embeds_texts_images_and_inputs(
+    server: Running, jpegs: dict[str, bytes]
+) -> None:
+    client = cohere.ClientV2(api_key="unused", base_url=f"{server.url}/cohere")
+    uri = data_uri(jpegs["coffee"])
+    [image] = ours(server, model="clip", images=[image_entry(jpegs["coffee"])])
+    [text] = ours(server, model="clip", texts=["a cat"])
+    shared: dict[str, Any] = {"model": "clip", "embedding_types": ["float"]}
+    answer = client.embed(**shared, input_type="search_query", texts=["a cat"])
+    assert np.allclose(answer.embeddings.float_, [text], atol=1e-5)
+    answer = client.embed(**shared, input_type="image", images=[uri])
+    assert np.allclose(answer.embeddings.float_, [image], atol=1e-5)
+    inputs: Any = [
+        {"content": [{"type": "text", "text": "a cat"}]},
+        {"content": [{"type": "image_url", "image_url": {"url": uri}}]},
+    ]
+    types: Any = ["float", "int8", "uint8", "binary", "ubinary", "base64"]
+    every = client.embed(
+        model="clip", input_type="search_document", inputs=inputs, embedding_types=types
+    ).embeddings
+    assert np.allclose(every.float_, [text, image], atol=1e-5)
+    vectors = np.array(every.float_)
+    assert np.abs(np.array(every.int8) - vectors * 127).max() <= 0.51
+    assert (np.array(every.uint8) == np.array(every.int8) + 128).all()
+    bits = np.packbits(vectors > 0, axis=1).astype(int)
+    assert (np.array(every.ubinary) == bits).all()
+    assert (np.array(every.binary) == bits - 128).all()
+    decoded = [np.frombuffer(base64.b64decode(row), "<f4") for row in every.base64 or []]
+    assert np.allclose(decoded, vectors, atol=1e-6)
+    mixed: Any = [{"content": inputs[0]["content"] + inputs[1]["content"]}]
+    with pytest.raises(cohere.UnprocessableEntityError, match="mixtures"):
+        client.embed(**shared, input_type="search_document", inputs=mixed)
+
+
+def test_tei_embeds_and_reranks(server: Running, jpegs: dict[str, bytes]) -> None:
+    uri = data_uri(jpegs["coffee"])
+    [image] = ours(server, model="clip", images=[image_entry(jpegs["coffee"])])
+    query, other = ours(server, model="clip", texts=["a cat", "a dog"])
+    answer = server.client.post("/tei/embed", json={"inputs": "a cat", "truncate": True})
+    assert np.allclose(answer.json(), [query], atol=1e-5)
+    answer = server.client.post("/tei/embed", json={"inputs": ["a cat", uri], "dimensions": 8})
+    assert np.shape(answer.json()) == (2, 8)
+    body = {"query": "a cat", "texts": ["a dog", uri, "a cat"], "return_text": True}
+    ranked = server.client.post("/tei/rerank", json=body).json()
+    scores = {0: np.dot(query, other), 1: np.dot(query, image), 2: 1.0}
+    assert {entry["index"]: entry["score"] for entry in ranked} == pytest.approx(scores, abs=1e-4)
+    assert ranked[0] == {"index": 2, "score": ranked[0]["score"], "text": "a cat"}
+    for body in ({"inputs": []}, {"texts": ["a"]}, {"inputs": ["a", ""]}):
+        wrong = server.client.post("/tei/embed", json=body)
+        assert wrong.status_code == 422
+        assert wrong.json()["error_type"]
+
+
+def test_immich_searches_by_image_and_text(server: Running, jpegs: dict[str, bytes]) -> None:
+    assert server.client.get("/immich/ping").text == "pong"
+    [image] = ours(server, model="clip", images=[image_entry(jpegs["coffee"])])
+    [text] = ours(server, model="clip", texts=["a cat"])
+
+    def ask(entries: Any, **form: Any) -> httpx.Response:
+        files = {name: (None, value) for name, value in {"entries": json.dumps(entries)}.items()}
+        return server.client.post("/immich/predict", files={**files, **form})
+
+    visual = {"clip": {"visual": {"modelName": "clip", "options": {}}}}
+    textual = {"clip": {"textual": {"modelName": "clip", "options": {}}}}
+    seen = ask(visual, image=("a.jpg", jpegs["coffee"])).json()
+    assert np.allclose(json.loads(seen["clip"]), image, atol=1e-5)
+    assert (seen["imageWidth"], seen["imageHeight"]) == (600, 400)
+    said = ask(textual, text=(None, "a cat")).json()
+    assert np.allclose(json.loads(said["clip"]), text, atol=1e-5)
+    faces = {"facial-recognition": {"detection": {"modelName": "buffalo_l"}}}
+    assert ask(faces, image=("a.jpg", jpegs["coffee"])).status_code == 422
+    unknown = {"clip": {"visual": {"modelName": "ViT-B-32__openai"}}}
+    assert ask(unknown, image=("a.jpg", jpegs["coffee"])).status_code == 404
+    assert ask(visual, image=("a.jpg", b"no image")).status_code == 422
+
+
+def test_vllms_pooling(server: Running, jpegs: dict[str, bytes]) -> None:
+    [text] = ours(server, model="clip", texts=["a cat"])
+    body = {"model": "clip", "input": ["a cat", data_uri(jpegs["coffee"])]}
+    answer = server.client.post("/pooling", json=body).json()
+    assert [item["object"] for item in answer["data"]] == ["pooling"] * 2
+    assert np.allclose(answer["data"][0]["data"], text, atol=1e-5)

@@ -9,9 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from service.errors import InvalidInputError
-
-# A text, or an image as `{"base64": ...}` or `{"url": ...}`.
-EmbeddingInput = str | dict[str, str]
+from service.gateway.embedding import EmbeddingInput, image_input
 
 
 class EmbeddingsRequest(BaseModel):
@@ -44,13 +42,13 @@ def parse_inputs(body: EmbeddingsRequest) -> list[EmbeddingInput]:
 def _of_item(item: Any, modality: str) -> EmbeddingInput:
     match item:
         case str() if modality == "image" or item.startswith("data:image/"):
-            return _image(item)
+            return image_input(item)
         case str():
             return item
         case {"text": str(text), **rest} if not rest:
             return text
         case {"image": str(image), **rest} if not rest:
-            return _image(image)
+            return image_input(image)
         case int() | [int(), *_]:
             raise InvalidInputError("token ids are not supported; send text", field="input")
     raise InvalidInputError(
@@ -66,11 +64,7 @@ def _of_messages(messages: list[Any]) -> EmbeddingInput:
         case [{"content": [{"type": "text", "text": str(text)}]}]:
             return text
         case [{"content": [{"type": "image_url", "image_url": {"url": str(url)}}]}]:
-            return _image(url)
+            return image_input(url)
     raise InvalidInputError(
         "messages holds one message with one text or image_url", field="messages"
     )
-
-
-def _image(text: str) -> dict[str, str]:
-    return {"url": text} if text.startswith(("http://", "https://")) else {"base64": text}

@@ -1,0 +1,1 @@
+"""Other servers' interfaces for embeddings, each under a prefix, so that their clients work."""
