@@ -3,6 +3,7 @@
 import asyncio
 import io
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import torch
 from fastapi import FastAPI
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, convert_weights_to_fp16
 from PIL import Image
+from playwright.sync_api import Browser, sync_playwright
 from prometheus_client import CollectorRegistry, generate_latest
 from safetensors.torch import save_file
 
@@ -332,3 +334,33 @@ def demo_server(demo: Registry) -> Iterator[str]:
         wait_until(lambda: answers(f"{url}/readyz") or server.poll() is not None, 120)
         assert server.poll() is None
         yield url
+
+
+@pytest.fixture(scope="session")
+def own_demo(demo: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """A client, with the admin key `admin`, of a demo with heads and collections of its own."""
+    folder = tmp_path_factory.mktemp("state")
+    stores: dict[str, Any] = {
+        "heads_folder": str(folder / "heads"),
+        "collections": str(folder / "collections"),
+    }
+    settings = Settings(device="cpu", admin_keys=("admin",), **stores)
+    metrics = Metrics(CollectorRegistry())
+    registry = Registry.from_catalog("demo", device="cpu")
+    backend = LocalBackend(registry, settings.worker_options, metrics)
+    with serving(create_app(settings, backend, metrics), settings) as (_, client):
+        client.headers["X-API-Key"] = "admin"
+        wait_until(lambda: client.get("/readyz").status_code == 200, 120)
+        yield client
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium. While it is open, this thread cannot run another event loop."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    if found is None:
+        pytest.skip("chromium is not installed (apt-get install chromium)")
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield opened
+        opened.close()

@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from service.backend import Backend
 from service.gateway import pages
 from service.gateway.collections import routes as collection_routes
+from service.gateway.dialects import cohere, immich, pooling, tei
 from service.gateway.fetch import ImageFetcher
 from service.gateway.middleware import RequestContext
 from service.gateway.open_inference import routes as open_inference_routes
@@ -67,6 +68,10 @@ def create_app(
         collection_routes,
         open_inference_routes,
         openai_routes,
+        tei,
+        cohere,
+        immich,
+        pooling,
         system_routes,
         pages,
     )

@@ -12,14 +12,20 @@ from fastapi.staticfiles import StaticFiles
 router = APIRouter(include_in_schema=False)
 
 ASSETS = Path(__file__).with_name("assets")
-PLAYGROUND = Path(__file__).with_name("playground.html")
+# models/inputs/samples.py says whose it is.
+SAMPLE = Path(__file__).parents[2] / "models" / "inputs" / "astronaut.jpg"
 
 assets = StaticFiles(directory=ASSETS)
 
 
 @router.get("/")
 async def playground() -> FileResponse:
-    return FileResponse(PLAYGROUND)
+    return FileResponse(ASSETS / "index.html")
+
+
+@router.get("/sample.jpg")
+async def sample() -> FileResponse:
+    return FileResponse(SAMPLE)
 
 
 @router.get("/docs")

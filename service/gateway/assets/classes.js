@@ -1,0 +1,92 @@
+// The tab that fits classes to piles of photos and tries them.
+import { bars, fill, make, picture, server, showError, takeFiles } from "./shared.js";
+
+const panel = document.getElementById("classes"), form = panel.querySelector("form");
+const piles = document.getElementById("piles"), fitted = document.getElementById("fitted");
+const progress = document.getElementById("progress");
+const POLL_MS = 400;
+const contents = new Map(); // the photos of each pile
+
+export async function show() {
+  try {
+    const models = (await server().models()).filter((model) => model.state === "ready" && model.modalities?.includes("image"));
+    fill(form.trunk, [...new Set(models.map((model) => model.trunk))].map((trunk) => [trunk, trunk]));
+  } catch (error) {
+    showError(error, fitted);
+  }
+  while (piles.children.length < 2) addPile();
+}
+
+function addPile() {
+  const number = piles.children.length + 1;
+  const pile = make("div", "", piles, { className: "pile" });
+  make("input", "", pile, { value: `class ${number}`, ariaLabel: `Name of class ${number}` });
+  make("input", "", pile, { type: "file", accept: "image/*", multiple: true, ariaLabel: `Photos of class ${number}` });
+  const shown = make("div", "", pile);
+  contents.set(pile, []);
+  takeFiles(pile, (files) => {
+    contents.get(pile).push(...files);
+    for (const file of files) picture(file, file.name, shown);
+  });
+}
+
+async function fit() {
+  const name = form.elements.name.value, body = new FormData();
+  for (const [key, value] of Object.entries({ name, trunk: form.trunk.value, kind: form.kind.value, replace: true }))
+    body.append(key, value);
+  for (const [pile, files] of contents)
+    for (const file of files) {
+      body.append("image", file);
+      body.append("label", pile.querySelector("input").value.trim());
+    }
+  fitted.replaceChildren();
+  progress.textContent = "sending the photos";
+  try {
+    await server().send("POST", "/heads", { body });
+    await watch(name);
+  } catch (error) {
+    progress.textContent = "";
+    showError(error, fitted);
+  }
+}
+
+async function watch(name) {
+  for (;;) {
+    const head = await server().send("GET", `/heads/${encodeURIComponent(name)}`);
+    if (head.state === "failed") throw new Error(head.reason);
+    if (head.state === "ready") break;
+    const { stage = head.state, done, total, accuracy } = head.progress ?? {};
+    const share = total ? ` ${done} of ${total}` : "", right = accuracy ? `, ${(100 * accuracy).toFixed(0)} % right` : "";
+    progress.textContent = `${stage}${share}${right}`;
+    await new Promise((resolve) => setTimeout(resolve, POLL_MS));
+  }
+  progress.textContent = `${name} is ready: /classify?model=${name}`;
+  await showFitted(name);
+}
+
+async function showFitted(name) {
+  const key = document.getElementById("key").value, headers = key ? { Authorization: `Bearer ${key}` } : {};
+  const curve = await fetch(`heads/${encodeURIComponent(name)}/curve.png`, { headers });
+  if (curve.ok) picture(await curve.blob(), "How accuracy grew while it was fitted", make("figure", "", fitted));
+  const attempt = make("div", "", fitted, { className: "pile" });
+  make("input", "", attempt, { type: "file", accept: "image/*", ariaLabel: "Photo to try" });
+  make("p", "Drop a photo here to try the classes.", attempt);
+  const result = make("section", "", attempt);
+  takeFiles(attempt, async ([file]) => {
+    try {
+      const [entry] = await server().classify([file], { model: name });
+      result.replaceChildren();
+      picture(file, file.name, result);
+      if (entry.error) throw new Error(entry.error.detail);
+      bars(entry.predictions, result);
+    } catch (error) {
+      showError(error, result);
+    }
+  });
+}
+
+form.add.addEventListener("click", addPile);
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  fit();
+});
