@@ -16,7 +16,7 @@ from typing import Any
 import lancedb
 import numpy as np
 import pyarrow as pa
-from lancedb.index import IvfPq
+from lancedb.index import BTree, IvfPq
 
 from service.errors import NotFoundError
 from service.search.collection import Collection, Hit, Item, Metadata, canonical
@@ -143,8 +143,13 @@ class LanceStore:
         try:
             table = await self._table(name)
             await table.optimize(cleanup_older_than=KEEP_VERSIONS)
-            if await table.count_rows() >= INDEXED_FROM and not await table.list_indices():
+            if await table.count_rows() < INDEXED_FROM:
+                return
+            indexed = {name for index in await table.list_indices() for name in index.columns}
+            if "vector" not in indexed:
                 await table.create_index("vector", config=IvfPq(distance_type="cosine"))
+            if "id" not in indexed:  # a write looks for the ids that it replaces
+                await table.create_index("id", config=BTree())
         except Exception:  # it is tried again after more writes; searches are exact until then
             logger.exception("maintenance of the collection %s failed", name)
 
