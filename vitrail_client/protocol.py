@@ -114,7 +114,7 @@ def wait_before_retry(attempt: int, response: httpx.Response | None) -> float:
         attempt: 0 after the first one.
         response: with `Retry-After` in seconds or as a date; None if there was no answer.
     """
-    wait_s = FIRST_WAIT_S * 2**attempt
+    wait_s: float = FIRST_WAIT_S * 2**attempt
     if response is not None and (header := response.headers.get("Retry-After")):
         try:
             wait_s = float(header)
