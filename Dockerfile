@@ -26,6 +26,7 @@ COPY deploy/gateway-requirements.txt ./
 RUN /opt/vitrail/bin/pip install -c constraints.txt -r gateway-requirements.txt
 COPY models models
 COPY service service
+COPY vitrail_client vitrail_client
 RUN /opt/vitrail/bin/pip install --no-deps .
 
 FROM base AS gateway
@@ -42,6 +43,7 @@ RUN grep -E '^(torch|torchvision)==' constraints.txt > torch.txt \
  && /opt/vitrail/bin/pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} -r torch.txt
 COPY models models
 COPY service service
+COPY vitrail_client vitrail_client
 RUN /opt/vitrail/bin/pip install -c constraints.txt .
 
 FROM base
