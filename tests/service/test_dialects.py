@@ -202,10 +202,17 @@ def test_ndjson_comes_before_all_is_done_and_refuses_before_it_begins(
     assert invalid() == before + 1
 
 
+@pytest.fixture
+def cohere_client(server: Running) -> Iterator[cohere.ClientV2]:
+    with httpx.Client() as connections:
+        url = f"{server.url}/cohere"
+        yield cohere.ClientV2(api_key="unused", base_url=url, httpx_client=connections)
+
+
 def test_coheres_client_embeds_texts_images_and_inputs(
-    server: Running, jpegs: dict[str, bytes]
+    server: Running, cohere_client: cohere.ClientV2, jpegs: dict[str, bytes]
 ) -> None:
-    client = cohere.ClientV2(api_key="unused", base_url=f"{server.url}/cohere")
+    client = cohere_client
     uri = data_uri(jpegs["coffee"])
     [image] = ours(server, model="clip", images=[image_entry(jpegs["coffee"])])
     [text] = ours(server, model="clip", texts=["a cat"])
