@@ -28,6 +28,7 @@ from models.inputs.letterbox import create_letterbox_transform, letterbox
 
 CropMode = Literal["center", "squash", "border", "letterbox"]
 TransformName = Literal["exact", "fast"]
+ChannelOrder = Literal["rgb", "bgr"]
 # From an RGB image; the fast transform also takes a `ReducedImage`.
 Transform = Callable[[Any], torch.Tensor]
 
@@ -44,7 +45,8 @@ class Preprocess:
     `input_size` is (height, width) in pixels; `crop_mode` is timm's (`center`, `squash`,
     `border`) or `letterbox`: longest side to size by OpenCV's area interpolation, centred on
     black, as albumentations' LongestMaxSize + PadIfNeeded do it; `crop_pct` and `interpolation`
-    then play no part. `mean` and `std` are for pixels scaled to 0..1.
+    then play no part. `mean` and `std` are for pixels scaled to 0..1, in the order red, green,
+    blue; `channels` is the order in which the network takes them.
     """
 
     input_size: tuple[int, int] = (224, 224)
@@ -53,16 +55,19 @@ class Preprocess:
     interpolation: str = "bicubic"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    channels: ChannelOrder = "rgb"
     # Not part of a checkpoint: a trunk sets it, see `Placement`.
     transform: TransformName = "exact"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings by name. `transform` is left out where it is `exact`, so that files and
-        digests are as before it existed."""
+        """The settings by name. `transform` and `channels` are left out where they are `exact` and
+        `rgb`, so that files and digests are as before they existed."""
         settings = asdict(self)
         if self.transform == "exact":
             del settings["transform"]
+        if self.channels == "rgb":
+            del settings["channels"]
         return settings
 
     @property
@@ -192,6 +197,8 @@ def preprocess_from_mapping(
         settings["input_size"] = tuple(size[1:])
     if settings.get("crop_mode", "center") not in ("center", "squash", "border", "letterbox"):
         raise CatalogError(f"preprocess has no crop_mode {settings['crop_mode']!r}")
+    if (order := settings.get("channels", "rgb")) not in get_args(ChannelOrder):
+        raise CatalogError(f"preprocess has no channels {order!r}; it has rgb and bgr")
     return kind(**settings)
 
 
@@ -244,13 +251,15 @@ class Normalize(torch.nn.Module):
 
     def __init__(self, spec: Preprocess) -> None:
         super().__init__()
+        self.reversed = spec.channels == "bgr"
         for name, values in (("mean", spec.mean), ("std", spec.std)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         if pixels.dtype != torch.uint8:
             return pixels
-        return pixels.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
+        normalized = pixels.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
+        return normalized.flip(-3) if self.reversed else normalized
 
 
 def _timm_transform(spec: Preprocess) -> Transform:

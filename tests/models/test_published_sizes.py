@@ -6,6 +6,7 @@ weights; no memory is allocated for either.
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,7 @@ def test_clip(name: str) -> None:
         for key, value in own.items():
             if key in found["config"] and value is not None:
                 assert found["config"][key] == value, f"{tower} {key}"
-        network = on_meta(lambda found=found: create_own(**found))
+        network = on_meta(partial(create_own, **found))
         kept = {
             key.removeprefix(f"{tower}."): tuple(value.shape)
             for key, value in checkpoint.state_dict.items()

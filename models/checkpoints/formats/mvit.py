@@ -17,7 +17,7 @@ from torch import Tensor
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
 from models.errors import CheckpointError
-from models.inputs.transforms import ClipPreprocess, Preprocess
+from models.inputs.transforms import ChannelOrder, ClipPreprocess, Preprocess
 from models.networks import OWN
 from models.reference_outputs import ReferenceRun
 
@@ -166,6 +166,7 @@ def _preprocess(data: Mapping[str, Any], side: int, frames: int | None) -> Prepr
     plain = Preprocess()
     mean = tuple(data.get("MEAN", VIDEO_MEAN if clips else plain.mean))
     std = tuple(data.get("STD", VIDEO_STD if clips else plain.std))
+    order: ChannelOrder = "bgr" if clips and data.get("REVERSE_INPUT_CHANNEL", False) else "rgb"
     if frames is None:
         return replace(plain, input_size=(side, side), mean=mean, std=std)
     return ClipPreprocess(
@@ -173,6 +174,7 @@ def _preprocess(data: Mapping[str, Any], side: int, frames: int | None) -> Prepr
         interpolation="bilinear",
         mean=mean,
         std=std,
+        channels=order,
         frames=frames,
         sampling_rate=int(data.get("SAMPLING_RATE", 8)),
     )
