@@ -273,3 +273,45 @@ def test_segmenters_decoder_has_two_sets_of_names() -> None:
     maps = [torch.randn(2, 20, 3, 4)]
     with torch.no_grad():
         torch.testing.assert_close(created(maps), decoder(maps))
+
+
+def test_necks_have_the_activations_of_their_configuration(tmp_path: Path) -> None:
+    """The weights of a neck with and without ReLUs are the same."""
+    assert model_of(content("seg_upernet_vit_mln"))["model"]["neck"].get("act_cfg") is None
+    path = rewritten(
+        "seg_upernet_vit_mln",
+        lambda config: config["model"]["neck"].update(act_cfg={"type": "ReLU"}),
+        tmp_path,
+    )
+    pixels = torch.randn(1, 3, 64, 64)
+    plain, _, _ = fixture("seg_upernet_vit_mln")
+    tables = {"neck": {"type": "MultiLevelNeck", "scales": [4, 2, 1, 0.5]}}
+    same = load_checkpoint(path, tables).run(pixels)["mask_logits"]
+    assert torch.equal(plain.run(pixels)["mask_logits"], same)
+    activated = load_checkpoint(path).run(pixels)["mask_logits"]
+    assert not torch.allclose(activated, same, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["seg_convnext_mmengine", "seg_upernet_swin_mmseg"])
+def test_backbones_have_two_sets_of_names(name: str, tmp_path: Path) -> None:
+    """ConvNeXt in mmpretrain's names, and Swin in its authors' names."""
+    loaded = content(name)
+    names = {
+        "seg_convnext_mmengine": [("dwconv", "depthwise_conv"), ("pwconv", "pointwise_conv")],
+        "seg_upernet_swin_mmseg": [
+            ("stages.", "layers."), ("patch_embed.projection", "patch_embed.proj"),
+            ("attn.w_msa", "attn"), ("ffn.layers.0.0", "mlp.fc1"), ("ffn.layers.1", "mlp.fc2"),
+        ],
+    }[name]  # fmt: skip
+    state = {}
+    for key, value in loaded["state_dict"].items():
+        renamed = key
+        if key.startswith("backbone."):
+            for theirs, other in names:
+                renamed = renamed.replace(theirs, other)
+        state[renamed] = _unfolded(value) if "swin" in name and ".downsample." in key else value
+    torch.save({**loaded, "state_dict": state}, tmp_path / "renamed.pth")
+    pixels = torch.randn(1, 3, 70, 90)
+    model, _, _ = fixture(name)
+    found = load_checkpoint(tmp_path / "renamed.pth").run(pixels)
+    torch.testing.assert_close(found["mask_logits"], model.run(pixels)["mask_logits"])

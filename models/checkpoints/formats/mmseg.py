@@ -106,7 +106,11 @@ def decoder_settings(
     if table.type and table.type not in HEAD_TYPES:
         raise CheckpointError(f"decode_head is a {table.type}; supported: {', '.join(HEAD_TYPES)}")
     table.only("align_corners", False)
-    table.only("act_cfg", "ReLU")
+    for each in (table, neck):
+        each.only("act_cfg", "ReLU")
+    if "act_cfg" in table.values and table.find("act_cfg") is None:
+        raise CheckpointError("decode_head.act_cfg is None; supported: 'ReLU'")
+    neck.only("add_extra_convs", False)
     for each in (table, neck):
         norm = each.find("norm_cfg")
         if isinstance(norm, Mapping) and norm.get("type") not in (None, "BN", "SyncBN", "LN"):
@@ -119,9 +123,12 @@ def decoder_settings(
     if any(key.startswith("neck.convs.") for key in tensors):
         scales = neck.require("scales", "[4, 2, 1, 0.5]", [0.5, 1, 2, 4])
         settings["scales"] = [float(n) for n in scales]
+        settings["neck_activates"] = neck.get("act_cfg", False) is not False
         levels = len(settings["scales"])
     elif any(key.startswith("neck.mla.") for key in tensors):
         settings["neck_norm_eps"] = _eps(neck, "norm_layer", 1e-6)
+        usual = "{type = 'ReLU'} of SETR as published, or false"
+        settings["neck_activates"] = neck.require("act_cfg", usual, False) is not False
     if "fpn_bottleneck.conv.weight" in head:
         settings["pool_scales"] = [int(n) for n in table.get("pool_scales", (1, 2, 3, 6))]
     if any(key.startswith("scale_heads.") for key in head):

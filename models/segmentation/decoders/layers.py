@@ -36,17 +36,24 @@ def indices(tensors: Mapping[str, Tensor], prefix: str) -> list[int]:
 
 
 class ConvModule(nn.Module):
-    """A convolution with a batch norm and a ReLU, or with a bias alone if it is `plain`."""
+    """A convolution with a batch norm, or else a bias, and with a ReLU."""
 
     def __init__(
-        self, inputs: int, outputs: int, size: int, *, plain: bool = False, dilation: int = 1
+        self,
+        inputs: int,
+        outputs: int,
+        size: int,
+        *,
+        norm: bool = True,
+        activate: bool = True,
+        dilation: int = 1,
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(
-            inputs, outputs, size, padding=size // 2 * dilation, dilation=dilation, bias=plain
+            inputs, outputs, size, padding=size // 2 * dilation, dilation=dilation, bias=not norm
         )
-        self.bn = nn.Identity() if plain else nn.BatchNorm2d(outputs)
-        self.activate = nn.Identity() if plain else nn.ReLU(inplace=True)
+        self.bn = nn.BatchNorm2d(outputs) if norm else nn.Identity()
+        self.activate = nn.ReLU(inplace=True) if activate else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         activated: Tensor = self.activate(self.bn(self.conv(x)))

@@ -1,6 +1,6 @@
 """Necks between a backbone's maps and a decoder: each turns a pyramid into another."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,6 +9,8 @@ from torch.nn.functional import interpolate
 
 from models.segmentation.decoders.layers import ChannelNorm, ConvModule, Pyramid, top_down
 
+# `ConvModule` of (inputs, outputs, size).
+Conv = Callable[[int, int, int], nn.Module]
 # The factors of a plain ViT's levels in mmsegmentation's Feature2Pyramid, in its names.
 PYRAMID_STEPS = ("upsample_4x", "upsample_2x", "identity", "downsample_2x")
 COARSE_STEPS = ("upsample_2x", "identity", "downsample_2x", "downsample_4x")
@@ -75,10 +77,9 @@ class FpnNeck(nn.Module):
 
     def __init__(self, inputs: Sequence[int], channels: int) -> None:
         super().__init__()
-        self.lateral_convs = nn.ModuleList(ConvModule(n, channels, 1, plain=True) for n in inputs)
-        self.fpn_convs = nn.ModuleList(
-            ConvModule(channels, channels, 3, plain=True) for _ in inputs
-        )
+        plain = partial(ConvModule, norm=False, activate=False)
+        self.lateral_convs = nn.ModuleList(plain(n, channels, 1) for n in inputs)
+        self.fpn_convs = nn.ModuleList(plain(channels, channels, 3) for _ in inputs)
 
     def forward(self, maps: Pyramid) -> Pyramid:
         levels = top_down([conv(x) for conv, x in zip(self.lateral_convs, maps, strict=True)])
@@ -89,12 +90,12 @@ class MultiLevelNeck(nn.Module):
     """A plain ViT's maps resized by `scales`, between two convolutions. One map stands for all."""
 
     def __init__(
-        self, inputs: Sequence[int], channels: int, scales: Sequence[float], *, plain: bool
+        self, inputs: Sequence[int], channels: int, scales: Sequence[float], conv: Conv
     ) -> None:
         super().__init__()
         self.scales = tuple(scales)
-        self.lateral_convs = nn.ModuleList(ConvModule(n, channels, 1, plain=plain) for n in inputs)
-        self.convs = nn.ModuleList(ConvModule(channels, channels, 3, plain=plain) for _ in scales)
+        self.lateral_convs = nn.ModuleList(conv(n, channels, 1) for n in inputs)
+        self.convs = nn.ModuleList(conv(channels, channels, 3) for _ in scales)
 
     def forward(self, maps: Pyramid) -> Pyramid:
         levels = [conv(x) for conv, x in zip(self.lateral_convs, maps, strict=True)]
@@ -114,12 +115,12 @@ MAX_SCALES, MAX_SCALE = 64, 16
 class MlaNeck(nn.Module):
     """SETR's multi-level feature aggregation (arXiv 2012.15840): sums from the last map down."""
 
-    def __init__(self, inputs: Sequence[int], channels: int, eps: float) -> None:
+    def __init__(self, inputs: Sequence[int], channels: int, eps: float, conv: Conv) -> None:
         super().__init__()
         self.norm = nn.ModuleList(ChannelNorm(n, eps=eps) for n in inputs)
         self.mla = nn.Module()
-        self.mla.channel_proj = nn.ModuleList(ConvModule(n, channels, 1) for n in inputs)
-        self.mla.feat_extract = nn.ModuleList(ConvModule(channels, channels, 3) for _ in inputs)
+        self.mla.channel_proj = nn.ModuleList(conv(n, channels, 1) for n in inputs)
+        self.mla.feat_extract = nn.ModuleList(conv(channels, channels, 3) for _ in inputs)
 
     def forward(self, maps: Pyramid) -> Pyramid:
         projections: Any = self.mla.channel_proj
@@ -141,7 +142,8 @@ def create_neck(
     Args:
         tensors: those of the neck, under their names in it.
         inputs: the channels of each map.
-        settings: `scales` of a `MultiLevelNeck`; `neck_norm_eps` of an `MlaNeck` (1e-6).
+        settings: `scales` of a `MultiLevelNeck`; `neck_norm_eps` of an `MlaNeck` (1e-6); of both
+            `neck_activates`, whether a ReLU follows their convolutions (false).
 
     Raises:
         KeyError: a tensor or a setting is missing.
@@ -149,10 +151,14 @@ def create_neck(
     """
     if not tensors:
         return None
+    activate = bool(settings.get("neck_activates", False))
     if "mla.channel_proj.0.conv.weight" in tensors:
         width = tensors["mla.channel_proj.0.conv.weight"].shape[0]
         eps = float(settings.get("neck_norm_eps", 1e-6))
-        return MlaNeck(inputs, width, eps), [width] * len(inputs)
+        conv = partial(
+            ConvModule, norm="mla.channel_proj.0.bn.weight" in tensors, activate=activate
+        )
+        return MlaNeck(inputs, width, eps, conv), [width] * len(inputs)
     if "upsample_2x.0.weight" in tensors:
         from_four = "upsample_4x.0.weight" in tensors
         return FeaturePyramid(inputs[0], from_four=from_four), list(inputs)
@@ -164,8 +170,8 @@ def create_neck(
     scales = [float(n) for n in settings["scales"]]
     if len(scales) > MAX_SCALES or not all(0 < scale <= MAX_SCALE for scale in scales):
         raise ValueError(f"scales must be up to {MAX_SCALES} numbers up to {MAX_SCALE}")
-    plain = "lateral_convs.0.conv.bias" in tensors
-    return MultiLevelNeck(inputs, width, scales, plain=plain), [width] * len(scales)
+    conv = partial(ConvModule, norm="lateral_convs.0.bn.weight" in tensors, activate=activate)
+    return MultiLevelNeck(inputs, width, scales, conv), [width] * len(scales)
 
 
 class SelectLevels(nn.Module):
