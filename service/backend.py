@@ -45,6 +45,15 @@ class Backend(Protocol):
     async def close(self) -> None:
         """Answer the accepted requests, then stop."""
 
+    def check_headers(self, model: str | None, *, bulk: bool, deadline: float) -> None:
+        """Refuse a request before its body is read, if `infer` would refuse it whatever it holds.
+        Does not wait.
+
+        Args:
+            model: None if the headers do not tell it.
+            deadline: in `time.monotonic` seconds.
+        """
+
     async def infer(self, request: InferRequest) -> InferResult:
         """Run the request's calls on its inputs. Cancelling drops the inputs that still wait."""
 

@@ -36,6 +36,19 @@ async def infer(request: Request, infer_request: InferRequest, account: Account)
     return result
 
 
+def check_headers(request: Request, model: str | None, *, bulk: bool, deadline: float) -> None:
+    """Refuse a request before its body is read, if it would be refused whatever it holds.
+
+    Args:
+        model: None if the headers do not tell it.
+
+    Raises:
+        ServiceError: it would be late, or there is no place.
+    """
+    backend: Backend = request.app.state.backend
+    backend.check_headers(model, bulk=bulk, deadline=deadline)
+
+
 async def send(backend: Backend, infer_request: InferRequest, chunk_size: int) -> InferResult:
     """The backend's result for the inputs that could be read, with the errors of the others.
 

@@ -69,6 +69,9 @@ class RemoteBackend:
             task.cancel()
         await asyncio.gather(*(worker.close() for worker in self._workers.values()))
 
+    def check_headers(self, model: str | None, *, bulk: bool, deadline: float) -> None:
+        """Workers refuse by themselves; a gateway does not know their queues."""
+
     async def infer(self, request: InferRequest) -> InferResult:
         calls = [self._with_model(call) for call in request.calls]
         request = replace(request, calls=calls)

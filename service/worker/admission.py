@@ -73,6 +73,30 @@ class Admission:
         self._check_finish(counts, kinds, claim)
         self._take_places(counts, claim)
 
+    def check_headers(self, trunks: Sequence[str], claim: Claim) -> None:
+        """Check what is known of a request before its body is read.
+
+        Args:
+            trunks: those that the request may need. It is refused only if one more image would be
+                refused by each of them.
+
+        Raises:
+            DeadlineExceededError, QueueFullError: as `admit`.
+        """
+        if claim.deadline <= time.monotonic():
+            raise DeadlineExceededError("the deadline passed before the body was read")
+        one_image = {"image": 1}
+        for trunk in trunks:
+            counts = {trunk: 1}
+            finish_s, remaining_s = self._finish(counts, one_image, claim)
+            in_time = finish_s <= remaining_s
+            if in_time and self.batcher.has_place(trunk, claim.client, bulk=claim.bulk):
+                return
+        if trunks:  # the last one says why
+            self._check_finish(counts, one_image, claim)
+            self._take_places(counts, claim)
+            self.release(counts, claim)
+
     def check_decoding(self, plan: ExecutionPlan, kind: str, claim: Claim) -> None:
         """Check again that an input can be finished in time, before it is decoded.
 
@@ -99,19 +123,30 @@ class Admission:
     def _check_finish(
         self, counts: Mapping[str, int], kinds: Mapping[str, int], claim: Claim
     ) -> None:
+        finish_s, remaining_s = self._finish(counts, kinds, claim)
+        if finish_s > remaining_s:
+            raise self._late(counts, finish_s, remaining_s)
+
+    def _finish(
+        self, counts: Mapping[str, int], kinds: Mapping[str, int], claim: Claim
+    ) -> tuple[float, float]:
+        """Predicted seconds until further images are finished, and seconds to the deadline.
+
+        Args:
+            counts: the images of each queue.
+            kinds: the inputs of each kind.
+        """
         if claim.deadline == inf:
-            return
+            return 0.0, inf
+        remaining_s = claim.deadline - time.monotonic()
         ahead_s, own_s = self.batcher.forecast(counts, claim.client, bulk=claim.bulk)
         if not ahead_s:  # on an idle device, nothing but the work itself can tell
-            return
+            return 0.0, remaining_s
         decode_s = sum(
             self.decoding.forecast(kind, count, claim.client, bulk=claim.bulk)
             for kind, count in kinds.items()
         )
-        finish_s = (max(ahead_s, decode_s) + own_s) * MARGIN
-        remaining_s = claim.deadline - time.monotonic()
-        if finish_s > remaining_s:
-            raise self._late(counts, finish_s, remaining_s)
+        return (max(ahead_s, decode_s) + own_s) * MARGIN, remaining_s
 
     def _late(self, counts: Mapping[str, int], finish_s: float, remaining_s: float) -> ServiceError:
         self._count(counts, "late")

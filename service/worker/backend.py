@@ -106,6 +106,10 @@ class LocalBackend:
         self.decoder.close()
         self._loader.close()
 
+    def check_headers(self, model: str | None, *, bulk: bool, deadline: float) -> None:
+        trunks = self.trunks.names_of(model)
+        self._pipeline.admission.check_headers(trunks, Claim(client.get(), bulk, deadline))
+
     async def infer(self, request: InferRequest) -> InferResult:
         inputs = request.readable
         modalities = dict.fromkeys(map(modality_of, inputs)) or {"image": None}

@@ -92,6 +92,12 @@ class Batcher:
                 self._sweep(queue)
             queue.places.take(client, count, bulk=bulk)
 
+    def has_place(self, name: str, client: str, *, bulk: bool) -> bool:
+        """Whether a place is free for this client. True for a queue that does not exist."""
+        with self._lock:
+            queue = self._scheduler.queues.get(name)
+            return queue is None or queue.places.fit(client, 1, bulk=bulk)
+
     def release(self, name: str, count: int, client: str = "", *, bulk: bool = False) -> None:
         """Give back places of images that will not be put."""
         with self._lock:

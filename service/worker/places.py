@@ -34,7 +34,7 @@ class Places:
         Raises:
             QueueFull: fewer are free for this client; none is taken.
         """
-        if not self._fit(client, count, bulk=bulk):
+        if not self.fit(client, count, bulk=bulk):
             kind = "bulk " if bulk else ""
             raise QueueFull(
                 f"{self.taken} of {self.capacity} places in the queue are taken; the {kind}request "
@@ -55,7 +55,8 @@ class Places:
             del held[client]
         self.taken -= count
 
-    def _fit(self, client: str, count: int, *, bulk: bool) -> bool:
+    def fit(self, client: str, count: int, *, bulk: bool) -> bool:
+        """Whether `count` places are free for this client."""
         kept = self.capacity // KEPT_SHARE
         held = self.interactive[client] + self.bulk[client] + count
         clients = (self.interactive.keys() | self.bulk.keys()) | {client}

@@ -62,6 +62,14 @@ class ServedTrunks:
                 if not self._users[name]:
                     self._drop_trunk(name)
 
+    def names_of(self, model: str | None) -> list[str]:
+        """The served trunks of a model; of all models if it is None."""
+        if model is None:
+            return list(self.runners)
+        entry = self._registry.catalog.models.get(model)
+        names = {entry.trunk, entry.text} if entry is not None else set()
+        return [name for name in names if name in self.runners]
+
     def _trunks_of(self, model: Model) -> list[tuple[str, Trunk]]:
         entry = self._registry.catalog.model(model.name)
         trunks = [(entry.trunk, model.trunk)]

@@ -1,6 +1,7 @@
 """Overload: what cannot be finished in time is refused before it costs anything, and nobody takes
 the service from the others. The only lane is held, so that queues stay as they are."""
 
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -98,6 +99,39 @@ def test_what_would_be_late_is_refused_at_once_and_not_decoded(
     assert counted() == [decoded, late + 1, rejected + 1]
     tap.gate.set()
     assert [future.result().status_code for future in [held, *others]] == [200] * 8
+
+
+def test_what_would_be_late_is_refused_before_its_body_is_read(
+    server: Running, tap: Tap, pool: ThreadPoolExecutor, jpegs: dict[str, bytes]
+) -> None:
+    if server.worker_metrics is not None:
+        pytest.skip("a gateway apart does not know its workers' queues")
+    slow(server, tap, jpegs["coffee"])
+    held = hold(server, tap, pool, jpegs["coffee"])
+    others = send(pool, server, jpegs["coffee"], 7)
+    wait_until(lambda: waiting(server) == 7)
+    rejected = server.metric("vitrail_requests_total", outcome="rejected")
+    for headers in ("X-Timeout-Ms: 500\r\n", ""):
+        if not headers:  # then for want of a place
+            others += send(pool, server, jpegs["coffee"], 1)
+            wait_until(lambda: waiting(server) == 8)
+        answer = only_headers(server, headers)
+        assert answer.startswith(b"HTTP/1.1 429 ")
+        assert b"retry-after: " in answer.lower()
+    assert server.metric("vitrail_requests_total", outcome="rejected") == rejected + 2
+    tap.gate.set()
+    assert [future.result().status_code for future in [held, *others]] == [200] * 9
+
+
+def only_headers(server: Running, headers: str) -> bytes:
+    """The answer to a request whose body is never sent."""
+    port = httpx.URL(server.url).port
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(
+            f"POST /classify?model=tiny HTTP/1.1\r\nHost: x\r\nX-API-Key: one\r\n{headers}"
+            "Content-Type: image/jpeg\r\nContent-Length: 100000\r\n\r\n".encode()
+        )
+        return connection.recv(4096)
 
 
 def test_the_newest_that_can_still_make_it_go_before_the_oldest_that_cannot(

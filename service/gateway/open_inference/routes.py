@@ -84,6 +84,7 @@ async def infer(request: Request, name: ModelName, version: str = "") -> Respons
         deadline, bulk = dispatch.read_deadline(request), dispatch.read_priority(request)
         check_version(version)
         model = await _backend(request).model(name)
+        dispatch.check_headers(request, name, bulk=bulk, deadline=deadline)
         parsed = await parse_infer_request(request.headers, await read_body(request))
         if parsed.timeout_ms is not None:
             deadline = dispatch.deadline_after(request, parsed.timeout_ms)

@@ -38,7 +38,9 @@ async def stream_task(request: Request, task: Task) -> StreamingResponse:
     backend: Backend = request.app.state.backend
     with ExitStack() as stack:
         account = stack.enter_context(dispatch.count_request(request, task.name))
-        parameters, infer_request = await read_request(request, task_parameters(task.name))
+        parameters, infer_request = await read_request(
+            request, task_parameters(task.name), patient=True
+        )
         account.requested(infer_request)
         count_images(request, len(infer_request.inputs))
         room = asyncio.Semaphore(IN_FLIGHT)
