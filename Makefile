@@ -64,6 +64,7 @@ bench: $(VENV)/dev.stamp ## Run the benchmarks
 	$(BIN)/python -m benchmarks.heads
 	$(BIN)/python -m benchmarks.masks
 	$(BIN)/python -m benchmarks.decoding
+	$(BIN)/python -m benchmarks.overload
 
 bench-rivals: $(VENV)/dev.stamp ## Install rival servers and compare with them
 	$(BIN)/python -m benchmarks.rivals install

@@ -48,7 +48,8 @@ def main() -> None:
             )
             for factor in numbers(arguments.factors):
                 load = generator.open(server.port, requests, factor * rate, seconds)
-                print(row(cells(load, server, factor, deadline, rate, seconds)), flush=True)
+                memory = server.usage().resident_bytes
+                print(row(cells(load, factor, deadline, rate, seconds, memory)), flush=True)
 
 
 def capacity(generator: LoadProcess, server: Server, model: str) -> float:
@@ -61,9 +62,14 @@ def capacity(generator: LoadProcess, server: Server, model: str) -> float:
 
 
 def cells(
-    load: Load, server: Server, factor: float, deadline: float, rate: float, seconds: float
+    load: Load, factor: float, deadline: float, rate: float, seconds: float, memory: int
 ) -> Iterator[str]:
-    """One row of the table."""
+    """One row of the table.
+
+    Args:
+        rate: the capacity, in photos a second.
+        memory: the server's resident bytes.
+    """
     in_time = sum(latency <= deadline for latency in load.latencies)
     goodput = in_time / max(seconds, load.span)
     yield f"{factor:g}x"
@@ -78,7 +84,7 @@ def cells(
     yield str(statuses.total() - sum(statuses[status] for status in (0, 200, 429, 504)))
     yield str(statuses[0])
     yield f"{load.cpu_s / max(seconds, load.span):.2f} cores"
-    yield f"{server.usage().resident_bytes / 2**20:.0f} MiB"
+    yield f"{memory / 2**20:.0f} MiB"
 
 
 def row(values: Sequence[str] | Iterator[str]) -> str:
