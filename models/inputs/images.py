@@ -166,3 +166,19 @@ def _upper_byte(grey: np.ndarray) -> np.ndarray:
     """The upper byte of 16-bit values (H, W), in a 16- or 32-bit type, as uint8."""
     upper: np.ndarray = np.clip(grey, 0, 0xFFFF).astype(np.uint16) >> 8
     return upper.astype(np.uint8)
+
+
+def cut_sliver(image: Image.Image | ReducedImage, max_ratio: int) -> Image.Image | ReducedImage:
+    """Cut the far ends off a very long image, evenly, so that its centre stays where it is."""
+    width, height = image.size
+    short, long = sorted(image.size)
+    if long <= short * max_ratio:
+        return image
+    factor = image.factor if isinstance(image, ReducedImage) else 1
+    excess = (long - short * max_ratio) // 2 // factor
+    across, down = (excess, 0) if width > height else (0, excess)
+    if isinstance(image, ReducedImage):
+        box = (across, down, image.image.width - across, image.image.height - down)
+        size = (width - 2 * across * factor, height - 2 * down * factor)
+        return ReducedImage(image.image.crop(box), size, factor)
+    return image.crop((across, down, width - across, height - down))

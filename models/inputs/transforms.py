@@ -17,13 +17,12 @@ from typing import Any, Literal, cast, get_args
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, resolve_model_data_config
 from timm.data import create_transform as create_timm_transform
 
 from models.errors import CatalogError
 from models.inputs.fast_transform import INTERPOLATIONS, OVERSAMPLING, create_fast_transform
-from models.inputs.images import ReducedImage
+from models.inputs.images import cut_sliver
 from models.inputs.letterbox import create_letterbox_transform, letterbox
 
 CropMode = Literal["center", "squash", "border", "letterbox"]
@@ -229,7 +228,7 @@ def create_transform(spec: Preprocess) -> Transform:
         transform = _timm_transform(spec)
     if (max_ratio := MAX_ASPECT_RATIO.get(spec.crop_mode)) is None:
         return transform
-    return lambda image: transform(_cut_sliver(image, max_ratio))
+    return lambda image: transform(cut_sliver(image, max_ratio))
 
 
 def collate(pixels: Sequence[torch.Tensor], *, pin_memory: bool = False) -> torch.Tensor:
@@ -288,19 +287,3 @@ def _fast_transform(spec: Preprocess) -> Transform:
     return create_fast_transform(
         spec.input_size, spec.interpolation, (red, green, blue), spec.resized
     )
-
-
-def _cut_sliver(image: Image.Image | ReducedImage, max_ratio: int) -> Image.Image | ReducedImage:
-    """Cut the far ends off a very long image, evenly, so that its centre stays where it is."""
-    width, height = image.size
-    short, long = sorted(image.size)
-    if long <= short * max_ratio:
-        return image
-    factor = image.factor if isinstance(image, ReducedImage) else 1
-    excess = (long - short * max_ratio) // 2 // factor
-    across, down = (excess, 0) if width > height else (0, excess)
-    if isinstance(image, ReducedImage):
-        box = (across, down, image.image.width - across, image.image.height - down)
-        size = (width - 2 * across * factor, height - 2 * down * factor)
-        return ReducedImage(image.image.crop(box), size, factor)
-    return image.crop((across, down, width - across, height - down))
