@@ -9,7 +9,8 @@
 ARG PYTHON_VERSION=3.11
 
 FROM python:${PYTHON_VERSION}-slim AS base
-RUN useradd --system --create-home vitrail \
+RUN groupadd --gid 10001 vitrail \
+ && useradd --uid 10001 --gid 10001 --create-home vitrail \
  && install -d -o vitrail /var/lib/vitrail
 ENV PATH=/opt/vitrail/bin:$PATH \
     VITRAIL_HOST=0.0.0.0
@@ -31,7 +32,7 @@ RUN /opt/vitrail/bin/pip install --no-deps .
 
 FROM base AS gateway
 COPY --from=build-gateway /opt/vitrail /opt/vitrail
-USER vitrail
+USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10s \
   CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/healthz', timeout=4)"]
@@ -54,7 +55,7 @@ RUN apt-get update \
 COPY --from=build-all /opt/vitrail /opt/vitrail
 ENV VITRAIL_STORE=/var/lib/vitrail \
     HF_HOME=/var/lib/vitrail/hub
-USER vitrail
+USER 10001:10001
 VOLUME /var/lib/vitrail
 EXPOSE 8000 8001 8002
 # For `vitrail serve`. docker-compose.yml has another check for workers, which do not serve HTTP.

@@ -40,6 +40,37 @@ def dockerfile_environment() -> dict[str, str]:
     return dict(re.findall(r"(VITRAIL_\w+|HF_HOME)=(\S+)", text))
 
 
+@pytest.mark.parametrize("name", COMPOSE["services"])
+def test_every_container_is_contained(name: str) -> None:
+    service = COMPOSE["services"][name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert re.fullmatch(r"[1-9]\d*:\d+", service["user"])
+    assert service["pids_limit"]
+    assert service["mem_limit"]
+    assert not {"privileged", "cap_add", "network_mode", "pid", "ipc"} & set(service)
+    for port in service.get("ports", ()):
+        assert port.startswith("127.0.0.1:") or name == "gateway"
+
+
+def test_compose_has_no_passwords() -> None:
+    for service in COMPOSE["services"].values():
+        for variable, value in service.get("environment", {}).items():
+            if re.search("PASSWORD|KEY|TOKEN|SECRET", variable):
+                assert filled(str(value)) == "", variable
+    grafana = COMPOSE["services"]["grafana"]["environment"]
+    assert grafana["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
+
+
+def test_images_run_as_a_numeric_user() -> None:
+    stages = re.split(r"^FROM ", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    served = [stage for stage in stages if re.search(r"^CMD \[", stage, re.MULTILINE)]
+    assert len(served) == 2
+    for stage in served:
+        assert re.findall(r"^USER (\S+)$", stage, re.MULTILINE) == ["10001:10001"]
+
+
 @dataclass
 class Deployed:
     """Where the compose file's services listen here."""

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.audit import audit, key_field
 from service.gateway.problems import internal_problem
+from service.gateway.security_headers import add_security_headers
 from service.logs import choose_request_id, request_id
 
 logger = logging.getLogger("vitrail.access")
@@ -39,7 +40,9 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-ID"] = current
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = current
+                add_security_headers(headers, encrypted=scope["scheme"] == "https")
             await send(message)
 
         try:

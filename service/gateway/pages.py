@@ -9,6 +9,8 @@ from fastapi import APIRouter
 from fastapi.responses import FileResponse, RedirectResponse
 from fastapi.staticfiles import StaticFiles
 
+from service.gateway.security_headers import Page
+
 router = APIRouter(include_in_schema=False)
 
 ASSETS = Path(__file__).with_name("assets")
@@ -18,9 +20,9 @@ SAMPLE = Path(__file__).parents[2] / "models" / "inputs" / "astronaut.jpg"
 assets = StaticFiles(directory=ASSETS)
 
 
-@router.get("/")
-async def playground() -> FileResponse:
-    return FileResponse(ASSETS / "index.html")
+@router.get("/", response_class=Page)
+async def playground() -> Page:
+    return Page(ASSETS / "index.html")
 
 
 @router.get("/sample.jpg")
@@ -28,9 +30,9 @@ async def sample() -> FileResponse:
     return FileResponse(SAMPLE)
 
 
-@router.get("/docs")
-async def docs() -> FileResponse:
-    return FileResponse(ASSETS / "docs.html")
+@router.get("/docs", response_class=Page)
+async def docs() -> Page:
+    return Page(ASSETS / "docs.html")
 
 
 @router.get("/redoc")

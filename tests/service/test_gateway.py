@@ -532,3 +532,17 @@ def test_answers_are_strict_json(tiny: Running, jpegs: dict[str, bytes]) -> None
 
 def test_nothing_stays_admitted_after_all_this(tiny: Running) -> None:
     wait_until(lambda: set(tiny.backend.batcher.depth().values()) == {0})
+
+
+# -- security headers ----------------------------------------------------------------------
+
+
+def test_every_response_has_security_headers(tiny: Running) -> None:
+    for path in ("/", "/docs", "/healthz", "/models", "/none", "/metrics"):
+        headers = tiny.client.get(path).headers
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Referrer-Policy"] == "no-referrer"
+        assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
+    assert "script-src 'self'" in tiny.client.get("/").headers["Content-Security-Policy"]
+    assert "unsafe-inline'; img" in tiny.client.get("/").headers["Content-Security-Policy"]
+    assert "Strict-Transport-Security" not in tiny.client.get("/").headers
