@@ -33,6 +33,10 @@ class Swin(SwinTransformer):  # type: ignore[misc]
                 outputs.append(self.norm(x) if last else x)
         return outputs, last_input
 
+    def block_means(self, pixels_BCHW: Tensor) -> list[Tensor]:
+        """The means over `block_outputs`' maps, (B, D) each."""
+        return [output.mean((1, 2)) for output in self.block_outputs(pixels_BCHW)[0]]
+
     def last_attention(self, input_BhwD: Tensor) -> Tensor:
         """The last block's attention probabilities, (B * windows, heads, T, T), for its input."""
         block = self.layers[-1].blocks[-1]

@@ -4,12 +4,13 @@ Each code base resizes the position table by its own rule. All of them differ fr
 uses an antialiasing filter.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import PatchEmbed
+from timm.layers import Conv2dSame, GroupNormAct, PatchEmbed, SwiGLUPacked
+from timm.models.resnetv2 import ResNetV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
@@ -50,7 +51,13 @@ def by_count(mode: str) -> Rule:
     return rule
 
 
+def antialias_rule(cells_1Dhw: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The rule of DINOv2 with registers: bicubic to the target size, with antialiasing."""
+    return interpolate(cells_1Dhw, size=grid, mode="bicubic", antialias=True)
+
+
 RULES: dict[str, Rule] = {
+    "antialias": antialias_rule,
     "bicubic": bicubic_rule,
     "bicubic-by-count": by_count("bicubic"),
     "bilinear-by-count": by_count("bilinear"),
@@ -100,8 +107,57 @@ class ConvStem(Patches):
         self.proj = nn.Sequential(*layers, nn.Conv2d(inputs, final.out_channels, 1))
 
 
+class HybridPatches(PatchEmbed):  # type: ignore[misc]
+    """Google's hybrid embedding (arXiv 2010.11929): patches of a ResNet's map.
+
+    The ResNet has group norms after its convolutions, and pads as TensorFlow does. Its kernels are
+    standardised once, when a checkpoint is converted.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: Sequence[int],
+        width: int,
+        patch_size: int,
+        in_chans: int,
+        embed_dim: int,
+        **options: Any,
+    ) -> None:
+        """
+        Args:
+            layers: bottlenecks by stage.
+            width: channels of the ResNet's stem.
+            patch_size: pixels, a multiple of the ResNet's stride.
+        """
+        channels = [width * 4 * 2**stage for stage in range(len(layers))]
+        kernel = patch_size // (4 * 2 ** (len(layers) - 1))
+        super().__init__(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, **options)
+        self.backbone = ResNetV2(
+            layers=list(layers),
+            channels=tuple(channels),
+            num_classes=0,
+            global_pool="",
+            in_chans=in_chans,
+            stem_chs=width,
+            stem_type="same",
+            preact=False,
+            norm_layer=partial(GroupNormAct, num_groups=32, eps=1e-6),
+            conv_layer=partial(Conv2dSame, bias=False),
+        )
+        self.proj = nn.Conv2d(channels[-1], embed_dim, kernel, stride=kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches: Tensor = self.proj(self.backbone(x)).permute(0, 2, 3, 1)
+        return patches
+
+
 class Vit(VisionTransformer):  # type: ignore[misc]
-    """timm's ViT with a chosen rule for resizing its positions."""
+    """timm's ViT with a chosen rule for resizing its positions.
+
+    Tokens are the class token, the distillation token, registers and patches, as far as they exist.
+    Registers have no positions.
+    """
 
     def __init__(
         self,
@@ -110,6 +166,10 @@ class Vit(VisionTransformer):  # type: ignore[misc]
         conv_stem: bool = False,
         padding: str = "",
         norm_eps: float = 1e-6,
+        distilled: bool = False,
+        gated: bool = False,
+        whole_patches: bool = False,
+        resnet: dict[str, Any] | None = None,
         **arguments: Any,
     ) -> None:
         """
@@ -119,14 +179,23 @@ class Vit(VisionTransformer):  # type: ignore[misc]
             padding: pad inputs with zeros to whole patches, at the `corner` or around the `center`.
                 Without it, pixels beyond the last whole patch are ignored.
             norm_eps: epsilon of every layer norm.
+            distilled: a distillation token follows the class token (DeiT, arXiv 2012.12877).
+            gated: MLPs are SwiGLU (arXiv 2002.05202).
+            whole_patches: refuse inputs that patches do not tile. Without it, pixels beyond the
+                last whole patch are ignored.
+            resnet: `layers` and `width` of `HybridPatches`.
 
         Raises:
             KeyError: no rule is called `positions`.
         """
-        embed_layer = CenteredPatches if padding == "center" else Patches
+        embed_layer: Any = CenteredPatches if padding == "center" else Patches
         if conv_stem:
             embed_layer = ConvStem
+        elif resnet is not None:
+            embed_layer = partial(HybridPatches, **resnet)
         self._rule = None if positions == "fixed" else RULES[positions]
+        if gated:
+            arguments["mlp_layer"] = SwiGLUPacked
         super().__init__(
             dynamic_img_size=self._rule is not None,
             dynamic_img_pad=bool(padding),
@@ -134,24 +203,48 @@ class Vit(VisionTransformer):  # type: ignore[misc]
             norm_layer=partial(nn.LayerNorm, eps=norm_eps),
             **arguments,
         )
+        self._whole_patches = whole_patches
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim)) if distilled else None
+        self.num_prefix_tokens += distilled
+        positioned = 0 if self.no_embed_class else self.num_prefix_tokens - self.num_reg_tokens
+        self._positioned = positioned
+        rows = self.patch_embed.num_patches + positioned
+        self.pos_embed = nn.Parameter(torch.zeros(1, rows, self.embed_dim))
+
+    def check_size(self, height: int, width: int) -> str | None:
+        """What is wrong with inputs of that size, or None."""
+        stored = self.patch_embed.img_size
+        if self._rule is None and (height, width) != stored:
+            return f"its positions are for {stored[0]}x{stored[1]} pixels alone"
+        rows, columns = self.patch_embed.patch_size
+        if self._whole_patches and (height % rows or width % columns):
+            return f"its sides must be multiples of {rows} and {columns}, the size of a patch"
+        return None
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        if self._rule is None:
-            embedded: Tensor = super()._pos_embed(x)
-            return embedded
-        grid = (x.shape[1], x.shape[2])
-        x = x.flatten(1, 2)
-        if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
-        return x + self.positions(grid)
+        grid = self.patch_embed.grid_size
+        if self._rule is not None:
+            grid = (x.shape[1], x.shape[2])
+            x = x.flatten(1, 2)
+        named = (self.cls_token, self.dist_token)
+        tokens = [token.expand(len(x), -1, -1) for token in named if token is not None]
+        if self._positioned:
+            x = torch.cat([*tokens, x], 1) + self.positions(grid)
+        else:
+            x = torch.cat([*tokens, x + self.positions(grid)], 1)
+        if self.reg_token is None:
+            return x
+        registers = self.reg_token.expand(len(x), -1, -1)
+        return torch.cat([x[:, : len(tokens)], registers, x[:, len(tokens) :]], 1)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """The table (1, T, D) for a grid of (h, w) cells, a class token first if there is one."""
+        """The table (1, T, D) for a grid of (h, w) cells, after the rows of class and distillation
+        token, if they have any."""
         table: Tensor = self.pos_embed
         stored: tuple[int, int] = self.patch_embed.grid_size
         if self._rule is None or grid == stored:
             return table
-        prefix = self.num_prefix_tokens
+        prefix = self._positioned
         cells = torch.unflatten(table[:, prefix:], 1, stored).permute(0, 3, 1, 2)
         resized = self._rule(cells, grid)
         return torch.cat([table[:, :prefix], resized.flatten(2).transpose(1, 2)], 1)
@@ -170,4 +263,24 @@ class ProjectedVit(Vit):
         return pooled @ self.projection
 
 
-NETWORKS = {"projected-vit": ProjectedVit, "vit": Vit}
+class DistilledVit(Vit):
+    """A ViT with a classifier on each of its class and distillation token (DeiT)."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(distilled=True, **arguments)
+        classes = self.num_classes
+        self.head_dist = nn.Linear(self.embed_dim, classes) if classes else nn.Identity()
+
+    def get_classifier(self) -> tuple[nn.Module, nn.Module]:
+        """Both classifiers."""
+        return self.head, self.head_dist
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The class token (B, D), or the mean of both classifiers' logits (B, K)."""
+        if pre_logits:
+            return x[:, 0]
+        logits: Tensor = (self.head(x[:, 0]) + self.head_dist(x[:, 1])) / 2
+        return logits
+
+
+NETWORKS = {"distilled-vit": DistilledVit, "projected-vit": ProjectedVit, "vit": Vit}

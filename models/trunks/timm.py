@@ -1,13 +1,17 @@
 """Trunks of timm's networks, and of networks with the same methods."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from timm.layers import PatchEmbed, to_2tuple
+from timm.models.xcit import ConvPatchEmbed
 from torch import Tensor, nn
 
+from models.errors import InputError
 from models.inputs.transforms import Preprocess
 from models.networks.patchconvnet import PatchConvNet
+from models.networks.vit import HybridPatches
 from models.trunks.base import ImageTrunk, PixelInput
 from models.trunks.devices import Placement
 from models.trunks.features import BatchRequest, FeatureRequest, PassPlan
@@ -16,6 +20,9 @@ from models.trunks.image_tokens import check_layers
 from models.trunks.output import TrunkOutput, by_number
 from models.trunks.pooling import ggem
 from models.trunks.query_tokens import QueryBank, QueryBatch, QuerySet
+
+# Patch embeddings by padded convolutions, which yield a cell for a part of a patch.
+ROUND_UP = (ConvPatchEmbed, HybridPatches)
 
 
 class TimmPass(nn.Module):
@@ -65,6 +72,12 @@ class TimmTrunk(ImageTrunk):
     def pass_inputs(
         self, batch: Tensor, request: BatchRequest
     ) -> tuple[PassPlan, tuple[Tensor, ...], QueryBatch | None]:
+        height, width = batch.shape[-2:]
+        if problem := size_problem(self.network, height, width):
+            raise InputError(
+                f"{self.architecture} does not take {height}x{width} pixels: {problem}",
+                field="pixel_values",
+            )
         if not request.queries:
             return request.plan, (batch,), None
         queries = QueryBatch(
@@ -130,8 +143,8 @@ class TimmTrunk(ImageTrunk):
 
     @property
     def patch_size(self) -> tuple[int, int]:
-        patch_embed = getattr(self.network, "patch_embed", None)
-        rows, columns = getattr(patch_embed, "patch_size", (0, 0))
+        layer = getattr(self.network, "patch_embed", getattr(self.network, "stem", None))
+        rows, columns = to_2tuple(getattr(layer, "patch_size", (0, 0)))
         return rows, columns
 
     def add_queries(self, raw_LTD: Tensor) -> QuerySet:
@@ -156,7 +169,8 @@ class TimmTrunk(ImageTrunk):
         height, width = batch.shape[-2:]
         rows, columns = self.patch_size
         rows, columns = rows or height, columns or width
-        if getattr(getattr(self.network, "patch_embed", None), "dynamic_img_pad", False):
+        layer = getattr(self.network, "patch_embed", None)
+        if isinstance(layer, ROUND_UP) or getattr(layer, "dynamic_img_pad", False):
             return -(-height // rows), -(-width // columns)
         return height // rows, width // columns
 
@@ -174,3 +188,17 @@ class PatchConvNetTrunk(TimmTrunk):
         maps = self.network.last_attention(output.pixels)
         maps = maps[..., -output.grid[0] * output.grid[1] :].flatten(1, 2)
         return maps.reshape(*maps.shape[:2], *output.grid)
+
+
+def size_problem(network: nn.Module, height: int, width: int) -> str | None:
+    """Why a network does not take inputs of that size, or None. A network may have `check_size`,
+    which says so; timm's patch embeddings take one size, unless they are not strict."""
+    check: Callable[[int, int], str | None] | None = getattr(network, "check_size", None)
+    if check is not None:
+        return check(height, width)
+    for layer in network.children():
+        if isinstance(layer, PatchEmbed) and layer.strict_img_size and layer.img_size:
+            rows, columns = layer.img_size
+            if (height, width) != (rows, columns):
+                return f"it takes {rows}x{columns} pixels alone"
+    return None

@@ -17,8 +17,10 @@ def attention_request(trunk: Trunk) -> FeatureRequest:
 
 
 def attention_outputs(run: ReferenceRun) -> dict[str, Tensor]:
-    """`attention`, the last block's probabilities (B, heads, T, T); of a Swin `swin_outputs`."""
+    """`feature_map` (B, D, h, w), and of a ViT `attention`, the last block's probabilities
+    (B, heads, T, T); of a Swin `swin_outputs`."""
     if isinstance(run.network, Swin):
         return swin_outputs(run)
     maps = list(run.output.attention.values())
-    return {"attention": maps[0]} if maps else {}
+    attention = {"attention": maps[0]} if maps else {}
+    return {"feature_map": run.output.feature_map_BChw} | attention

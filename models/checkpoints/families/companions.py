@@ -32,3 +32,8 @@ def open_companion(
         f"{container.path} needs its {name}: put {' or '.join(files)} beside it, or set its path: "
         f"arguments = {{{name} = 'FILE'}}"
     )
+
+
+def pca_path(container: Container, arguments: Mapping[str, Any]) -> Path:
+    """Where a PCA of a descriptor is: at `arguments["pca"]`, or `pca.npz` beside the checkpoint."""
+    return Path(arguments["pca"]) if "pca" in arguments else container.path.with_name("pca.npz")

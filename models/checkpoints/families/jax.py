@@ -1,6 +1,8 @@
 """Google's `.npz` JAX ViTs in timm's names (github.com/google-research/vision_transformer)."""
 
+import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch.nn.functional import interpolate
 from models.errors import CheckpointError
 
 POSITIONS = "Transformer/posembed_input/pos_embedding"
+UNIT = re.compile(r"block(\d+)/unit(\d+)/(conv\d|conv_proj|gn\d|gn_proj)/")
 BLOCK = "Transformer/encoderblock_"
 ATTENTION = "MultiHeadDotProductAttention_1"
 
@@ -65,6 +68,7 @@ def _convert(tensors: Mapping[str, Tensor], grid: tuple[int, int] | None) -> dic
         "norm.weight": tensors["Transformer/encoder_norm/scale"],
         "norm.bias": tensors["Transformer/encoder_norm/bias"],
     }
+    named |= _resnet(tensors)
     depth = len({key.split("/")[1] for key in tensors if key.startswith(BLOCK)})
     for number in range(depth):
         block, name = f"{BLOCK}{number}", f"blocks.{number}"
@@ -83,6 +87,48 @@ def _convert(tensors: Mapping[str, Tensor], grid: tuple[int, int] | None) -> dic
         named[f"{name}.attn.proj.weight"] = tensors[f"{attention}/out/kernel"].flatten(0, 1).T
         named[f"{name}.attn.proj.bias"] = tensors[f"{attention}/out/bias"]
     return {key: value.contiguous() for key, value in named.items()}
+
+
+def resnet_arguments(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """Arguments of a hybrid's ResNet; None if patches are of pixels."""
+    if "conv_root/kernel" not in tensors:
+        return None
+    stages = {key.split("/")[0] for key in tensors if re.match(r"block\d+/", key)}
+    layers = [
+        len({key.split("/")[1] for key in tensors if key.startswith(f"block{stage + 1}/")})
+        for stage in range(len(stages))
+    ]
+    return {"layers": layers, "width": tensors["conv_root/kernel"].shape[-1]}
+
+
+def _resnet(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A hybrid's ResNet under `patch_embed.backbone`, its kernels standardised."""
+    prefix = "patch_embed.backbone."
+    named: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        if key.startswith("conv_root/"):
+            layer = "stem.conv"
+        elif key.startswith("gn_root/"):
+            layer = "stem.norm"
+        elif (match := UNIT.match(key)) is not None:
+            block, unit, theirs = int(match[1]) - 1, int(match[2]) - 1, match[3]
+            ours = {"conv_proj": "downsample.conv", "gn_proj": "downsample.norm"}
+            part = ours.get(theirs, theirs.replace("gn", "norm"))
+            layer = f"stages.{block}.blocks.{unit}.{part}"
+        else:
+            continue
+        if key.endswith("/kernel"):
+            named[f"{prefix}{layer}.weight"] = standardised(value).permute(3, 2, 0, 1)
+        else:
+            kind = "weight" if key.endswith("/scale") else "bias"
+            named[f"{prefix}{layer}.{kind}"] = value.flatten()
+    return named
+
+
+def standardised(kernel: Tensor) -> Tensor:
+    """A kernel (h, w, in, out) with mean 0 and deviation 1 for each output channel."""
+    kernel = kernel - kernel.mean((0, 1, 2))
+    return kernel / (kernel.std((0, 1, 2), correction=0) + 1e-5)
 
 
 def resize_corners(table_1ND: Tensor, grid: tuple[int, int]) -> Tensor:

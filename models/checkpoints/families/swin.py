@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
-from models.checkpoints.families.heads import assumed
+from models.checkpoints.families.known import Known
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
 from models.networks import OWN
@@ -34,7 +34,9 @@ def swin_checkpoint(
     Patch merging ends a stage in upstream's names, and begins the next stage in timm's.
 
     Args:
-        arguments: `img_size` and `window_size` (from the tables of relative positions).
+        arguments: `img_size`, one side in pixels, and `window_size` (from the tables of relative
+            positions). Without `img_size` the size is that of the last stage's map, if its window
+            is smaller than others and so is the map.
         preprocess: everything but the input size.
         dropped: keys that only training used.
         img_size: the size without `img_size`, which is then reported as assumed.
@@ -64,14 +66,20 @@ def swin_checkpoint(
     rows = [tensors[tables.format(stage)].shape[0] for stage in sorted(stages)]
     dim, _, patch, _ = tensors["patch_embed.proj.weight"].shape
     head = tensors.get("head.weight")
-    size = int(arguments.get("img_size", img_size))
+    known = Known(arguments)
+    window = int(arguments.get("window_size", (max(rows) ** 0.5 + 1) / 2))
+    smallest = round((rows[-1] ** 0.5 + 1) / 2)
+    if smallest < window and known.find("img_size") is None:
+        size = smallest * patch * 2 ** (len(rows) - 1)
+    else:
+        size = int(known.get("img_size", img_size))
     network = {
         "img_size": size,
         "patch_size": patch,
         "embed_dim": dim,
         "depths": depths,
         "num_heads": [tensors[tables.format(stage)].shape[1] for stage in sorted(stages)],
-        "window_size": int(arguments.get("window_size", (max(rows) ** 0.5 + 1) / 2)),
+        "window_size": window,
         "mlp_ratio": tensors["layers.0.blocks.0.mlp.fc1.weight"].shape[0] / dim,
         "num_classes": 0 if head is None else head.shape[0],
         **built,
@@ -84,8 +92,19 @@ def swin_checkpoint(
         state_dict=named,
         preprocess=replace(preprocess or Preprocess(), input_size=(size, size)),
         dropped=dropped,
-        assumed=assumed(arguments, img_size=size),
+        assumed=known.assumed,
     )
+
+
+def block_outputs(run: ReferenceRun) -> dict[str, Tensor]:
+    """Those of a Swin; of other hierarchical networks all of them but `attention`."""
+    if isinstance(run.network, Swin):
+        return swin_outputs(run)
+    return {
+        "tokens": run.output.tokens_BTD,
+        "feature_map": run.output.feature_map_BChw,
+        "linear_features": torch.cat(run.network.block_means(run.inputs["pixel_values"])[-4:], -1),
+    }
 
 
 def swin_outputs(run: ReferenceRun) -> dict[str, Tensor]:

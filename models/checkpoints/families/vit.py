@@ -1,5 +1,6 @@
 """ViTs in timm's names: the network's arguments from a state dict's shapes."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,28 @@ from models.networks import OWN
 
 STEM = "patch_embed.proj.12.weight"
 PATCHES = "patch_embed.proj.weight"
+RESNET_STAGES = "patch_embed.backbone.stages."
+HYBRID = f"{RESNET_STAGES}0.blocks.0.conv1.weight"
 MARKS = {"cls_token", "pos_embed", PATCHES, "blocks.0.attn.qkv.weight"}
+
+
+RENAMED = (
+    ("register_tokens", "reg_token"),
+    (".gamma_1", ".ls1.gamma"),
+    (".gamma_2", ".ls2.gamma"),
+    (".mlp.w12.", ".mlp.fc1."),
+    (".mlp.w3.", ".mlp.fc2."),
+)
+
+
+def in_timms_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A ViT's tensors with registers, layer scale and SwiGLU under timm's names."""
+    named = {}
+    for key, value in tensors.items():
+        for theirs, ours in RENAMED:
+            key = key.replace(theirs, ours)
+        named[key] = value
+    return named
 
 
 def vit_arguments(
@@ -30,16 +52,25 @@ def vit_arguments(
         published: heads by channels, where every published network has the same.
 
     Raises:
-        CheckpointError: `num_heads` is not known, or does not divide the channels.
+        CheckpointError: `num_heads` is not known or does not divide the channels, or the position
+            table is not that of a square grid.
     """
     if STEM in tensors:  # four convolutions of stride 2 instead of one
         dim, patch = tensors[STEM].shape[0], 16
     else:
         dim, _, _, patch = tensors["patch_embed.proj.weight"].shape
-    prefix = sum(name in tensors for name in ("cls_token", "dist_token"))
-    cells = tensors["pos_embed"].shape[1] - prefix
-    side = round(cells**0.5)
+    if HYBRID in tensors:
+        stages = {key.split(".")[3] for key in tensors if key.startswith(RESNET_STAGES)}
+        patch *= 4 * 2 ** (len(stages) - 1)
+    tokens = sum(name in tensors for name in ("cls_token", "dist_token"))
+    rows, positioned = tensors["pos_embed"].shape[1], tokens
+    if rows != tokens + _side(rows - tokens) ** 2:  # DeiT III's table is of patches alone
+        positioned = 0
+    side = _side(rows - positioned)
+    if rows != positioned + side**2:
+        raise CheckpointError(f"pos_embed has {rows} rows, which is not a square grid of patches")
     head = tensors.get("head.weight")
+    registers = tensors.get("reg_token")
     return {
         "img_size": side * patch,
         "patch_size": patch,
@@ -48,8 +79,15 @@ def vit_arguments(
         "num_heads": head_count(dim, arguments, published=published),
         "mlp_ratio": tensors["blocks.0.mlp.fc1.weight"].shape[0] / dim,
         "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
+        "init_values": 1e-5 if "blocks.0.ls1.gamma" in tensors else None,
+        "reg_tokens": 0 if registers is None else registers.shape[1],
+        "no_embed_class": positioned < tokens,
         "num_classes": 0 if head is None else head.shape[0],
     }
+
+
+def _side(cells: int) -> int:
+    return math.isqrt(max(cells, 0))
 
 
 def vit_checkpoint(
@@ -62,6 +100,8 @@ def vit_checkpoint(
     preprocess: Preprocess | None = None,
     dropped: tuple[str, ...] = (),
     published: Mapping[int, int] = VIT,
+    assumed: Mapping[str, Any] | None = None,
+    architecture: str = "vit",
     **built: Any,
 ) -> Checkpoint:
     """A plain ViT in timm's names as a checkpoint of format `name`.
@@ -74,6 +114,8 @@ def vit_checkpoint(
         preprocess: everything but the input size.
         dropped: keys that only training used.
         published: heads by channels, where every published network has the same.
+        assumed: what else neither the file nor `arguments` give.
+        architecture: the network's name.
         built: arguments of the network that no shape determines.
 
     Raises:
@@ -84,16 +126,17 @@ def vit_checkpoint(
         raise CheckpointError(f"not a whole ViT: {', '.join(missing)} is missing")
     network = {**vit_arguments(tensors, arguments, published), **built}
     size = network["img_size"]
+    heads_assumed = {} if "num_heads" in arguments else {"num_heads": network["num_heads"]}
     return Checkpoint(
         format=name,
-        architecture="vit",
+        architecture=architecture,
         library=OWN,
         arguments={"positions": positions, **network},
         state_dict=dict(tensors),
         heads=heads or {},
         preprocess=replace(preprocess or Preprocess(), input_size=(size, size)),
         dropped=dropped,
-        assumed={} if "num_heads" in arguments else {"num_heads": network["num_heads"]},
+        assumed=heads_assumed | dict(assumed or {}),
     )
 
 

@@ -1,5 +1,7 @@
 """Google's `.npz` ViTs (ViT, arXiv 2010.11929; AugReg, arXiv 2106.10270), in old or linen names.
 
+Hybrids embed patches of a ResNet's map.
+
 Upstream is github.com/google-research/vision_transformer. The authors' code approximates GELU by
 tanh, timm computes it exactly. The authors' way is the default here; `arguments = {act = "gelu"}`
 selects timm's.
@@ -16,7 +18,13 @@ from torch.nn.functional import linear
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
-from models.checkpoints.families.jax import POSITIONS, from_jax, in_old_names, num_heads
+from models.checkpoints.families.jax import (
+    POSITIONS,
+    from_jax,
+    in_old_names,
+    num_heads,
+    resnet_arguments,
+)
 from models.checkpoints.families.vit import vit_checkpoint
 from models.inputs.transforms import Preprocess
 from models.reference_outputs import ReferenceRun
@@ -50,10 +58,14 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         else:
             kept |= {f"head.{key}": value for key, value in head.items()}
     built: dict[str, Any] = {"act_layer": str(arguments.get("act", "gelu_tanh"))}
+    if (resnet := resnet_arguments(tensors)) is not None:
+        built["resnet"] = resnet
     if "cls_token" not in kept:
         built |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
     config = {**arguments, "num_heads": num_heads(tensors)}
-    preprocess = Preprocess(crop_mode="squash", crop_pct=1.0, mean=HALF, std=HALF)
+    preprocess = Preprocess(
+        crop_mode="squash", crop_pct=1.0, interpolation="bilinear", mean=HALF, std=HALF
+    )
     return vit_checkpoint(
         NAME,
         kept,

@@ -1,7 +1,7 @@
 """EsViT's full checkpoint (arXiv 2106.09785, github.com/microsoft/esvit).
 
-Student and teacher, each a Swin with its projection heads at the same level. The teacher is served;
-`weights="student"` selects the student.
+Student and teacher, each a Swin or CvT with its projection heads at the same level. The teacher is
+served; `weights="student"` selects the student.
 """
 
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ from typing import Any
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
-from models.checkpoints.families.swin import MARK, swin_checkpoint
-from models.checkpoints.families.swin import swin_outputs as outputs
+from models.checkpoints.families.self_supervised import backbone_checkpoint, backbone_kind
+from models.checkpoints.families.swin import block_outputs as outputs
 from models.checkpoints.families.vit import choose_weights, split_prefix
 
 NAME = "esvit"
@@ -20,12 +20,14 @@ __all__ = ["NAME", "convert", "matches", "outputs"]
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     teacher = container.sets.get("teacher", {})
-    if "student" in container.sets and MARK in teacher and "head.last_layer.weight_v" in teacher:
-        return "student and teacher, each a Swin with its heads beside it"
+    if "student" not in container.sets or "head.last_layer.weight_v" not in teacher:
+        return None
+    if (kind := backbone_kind(teacher)) in ("Swin", "CvT"):
+        return f"student and teacher, each a {kind} with its heads beside it"
     return None
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     weights = choose_weights(container, arguments, "teacher")
     kept, dropped = split_prefix(weights, "", drop=("head.", "head_dense."))
-    return swin_checkpoint(NAME, kept, arguments, dropped=dropped)
+    return backbone_checkpoint(NAME, kept, arguments, dropped=dropped)

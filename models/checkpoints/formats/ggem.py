@@ -28,10 +28,11 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `num_heads` (the number of groups)."""
+    """`arguments`: `num_heads` (the number of groups, of a single group as published)."""
     tensors = dict(container.tensors)
     exponents = tensors.pop(EXPONENTS)
-    built = vit_arguments(tensors, {"num_heads": len(exponents), **arguments})
+    groups = {"num_heads": len(exponents)} if len(exponents) > 1 else {}
+    built = vit_arguments(tensors, {**groups, **arguments})
     return Checkpoint(
         format=NAME,
         architecture="vit_small_patch16_224",

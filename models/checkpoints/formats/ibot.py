@@ -12,8 +12,8 @@ from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
 from models.checkpoints.families.attention import attention_outputs as outputs
 from models.checkpoints.families.attention import attention_request as request
-from models.checkpoints.families.swin import swin_checkpoint
-from models.checkpoints.families.vit import choose_weights, split_prefix, vit_checkpoint
+from models.checkpoints.families.self_supervised import backbone_checkpoint
+from models.checkpoints.families.vit import choose_weights, split_prefix
 
 NAME = "ibot"
 
@@ -28,9 +28,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     weights = choose_weights(container, arguments, "teacher")
     kept, dropped = split_prefix(weights, "backbone.", drop=("masked_embed",))
-    if "cls_token" in kept:
-        return vit_checkpoint(NAME, kept, arguments, positions="dino", dropped=dropped)
-    return swin_checkpoint(NAME, kept, arguments, dropped=dropped)
+    return backbone_checkpoint(NAME, kept, arguments, dropped=dropped)
 
 
 __all__ = ["NAME", "convert", "matches", "outputs", "request"]

@@ -15,15 +15,13 @@ from torch.nn.functional import normalize
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
-from models.checkpoints.families.heads import assumed
-from models.checkpoints.families.vit import MARKS, vit_arguments
+from models.checkpoints.families.companions import pca_path
+from models.checkpoints.families.vit import MARKS, vit_checkpoint
 from models.errors import CheckpointError
-from models.inputs.transforms import Preprocess
 from models.reference_outputs import ReferenceRun
 from models.trunks.pooling import gem
 
 NAME = "irt"
-PCA = "pca.npz"
 CLASSIFIERS = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 
 
@@ -31,7 +29,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     """The weights alone are a plain DeiT's, so that a PCA or `pca_dim` identifies the format."""
     if "architecture" in arguments or not container.tensors.keys() >= MARKS:
         return None
-    if _pca_path(container, arguments).is_file() or "pca_dim" in arguments:
+    if pca_path(container, arguments).is_file() or "pca_dim" in arguments:
         return "a ViT in timm's names, with a PCA for its descriptors"
     return None
 
@@ -39,19 +37,16 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     """`arguments`: `pca`, a path (`pca.npz` beside the file); `num_heads` (as published)."""
     tensors = {k: v for k, v in container.tensors.items() if k not in CLASSIFIERS}
-    path = _pca_path(container, arguments)
-    heads = {"pca": HeadState(_read_pca(path))} if path.is_file() else {}
-    distilled = "dist_token" in tensors
-    built = vit_arguments(tensors, arguments)
-    return Checkpoint(
-        format=NAME,
-        architecture="deit_small_distilled_patch16_224" if distilled else "deit_small_patch16_224",
-        arguments=built,
-        state_dict=tensors,
-        assumed=assumed(arguments, num_heads=built["num_heads"]),
-        preprocess=Preprocess(input_size=(built["img_size"], built["img_size"])),
-        heads=heads,
+    path = pca_path(container, arguments)
+    return vit_checkpoint(
+        NAME,
+        tensors,
+        arguments,
+        positions="bicubic",
+        heads={"pca": HeadState(_read_pca(path))} if path.is_file() else {},
         dropped=tuple(key for key in CLASSIFIERS if key in container.tensors),
+        distilled="dist_token" in tensors,
+        whole_patches=True,
     )
 
 
@@ -69,10 +64,6 @@ def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     if projection is not None:
         named["embedding_pca"] = normalize(projection(cls), dim=-1)
     return named
-
-
-def _pca_path(container: Container, arguments: Mapping[str, Any]) -> Path:
-    return Path(arguments["pca"]) if "pca" in arguments else container.path.with_name(PCA)
 
 
 def _read_pca(path: Path) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """MoCo v3's linear classifiers (arXiv 2104.02057, github.com/facebookresearch/moco-v3).
 
-The whole ViT with its `head`, in timm's names; the training script stores `arch` and `best_acc1`
-beside it. Both published sizes have 12 heads, independent of their channels.
+The whole ViT with its `head` in timm's names, or the ResNet with its `fc`; the training script
+stores `arch` and `best_acc1` beside it. Both published ViTs have 12 heads, independent of their
+channels.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,8 @@ from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
 from models.checkpoints.families.attention import attention_outputs as outputs
 from models.checkpoints.families.attention import attention_request as request
-from models.checkpoints.families.vit import MARKS, PATCHES, STEM, vit_checkpoint
+from models.checkpoints.families.self_supervised import backbone_checkpoint, backbone_kind
+from models.checkpoints.families.vit import STEM
 from models.inputs.transforms import Preprocess
 
 NAME = "moco-v3-linear"
@@ -20,16 +22,17 @@ HEADS = {384: 12, 768: 12}  # of the published sizes
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     notes = {"arch", "best_acc1"} <= container.beside.keys()
-    keys = container.tensors.keys()
-    patches = PATCHES in keys or STEM in keys
-    whole = patches and keys >= (MARKS - {PATCHES}) | {"head.weight"}
-    if notes and whole and "architecture" not in arguments:
-        return "a ViT in timm's names with its head, and arch and best_acc1 beside it"
+    if not notes or "architecture" in arguments:
+        return None
+    kind = backbone_kind(container.tensors)
+    classifier = {"ViT": "head.weight", "ResNet": "fc.weight"}.get(kind or "")
+    if classifier in container.tensors:
+        return f"a {kind} with its classifier, and arch and best_acc1 beside it"
     return None
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    return vit_checkpoint(
+    return backbone_checkpoint(
         NAME,
         container.tensors,
         arguments,

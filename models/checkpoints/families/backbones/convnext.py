@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from models.checkpoints.families.backbones import Backbone
+from models.checkpoints.families.convnext import in_timms_names
 from models.checkpoints.families.segmentors import Table
-from models.checkpoints.formats.convnext_v2 import in_timms_names
 
 TYPES = ("ConvNeXt", "ConvNeXtV2")
 RENAMED = (("depthwise_conv", "dwconv"), ("pointwise_conv", "pwconv"))

@@ -1,0 +1,100 @@
+"""EsViT's CvT (arXiv 2106.09785): its network's arguments from the shapes."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from models.checkpoints.checkpoint import Checkpoint
+from models.checkpoints.families.known import Known
+from models.errors import CheckpointError
+from models.inputs.transforms import Preprocess
+from models.networks import OWN
+
+MARK = "stage0.1.layers.0.0.fn.qkv.dw.weight"
+TABLE = "stage{}.1.layers.0.0.fn.rel_pos_bias_table"
+INDEX = ".rel_pos_idx"
+
+
+def cvt_checkpoint(
+    name: str,
+    tensors: Mapping[str, Tensor],
+    arguments: Mapping[str, Any],
+    *,
+    preprocess: Preprocess | None = None,
+    dropped: tuple[str, ...] = (),
+) -> Checkpoint:
+    """A CvT as a checkpoint of format `name`.
+
+    Args:
+        arguments: by stage, as in upstream's configurations, `num_heads` (channels / 64),
+            `window_size` (7), `patch_stride` (4, 2, 2, 2) and `patch_padding` (2, 1, 1, 1). Those
+            that are assumed are the published network's.
+        dropped: keys that only training used.
+
+    Raises:
+        CheckpointError: an argument does not fit the stages, or they have options without a
+            published checkpoint.
+    """
+    if "stage0.0.proj.weight" not in tensors:
+        raise CheckpointError("CvTs whose stem has several convolutions are not supported")
+    known = Known(arguments)
+    count = len({key.split(".")[0] for key in tensors if key.startswith("stage")})
+    stages = range(count)
+    shapes = [tensors[f"stage{stage}.0.proj.weight"].shape for stage in stages]
+    dims = [shape[0] for shape in shapes]
+    relative = TABLE.format(0) in tensors
+    windows = [7] * count
+    if relative:
+        windows = [round((len(tensors[TABLE.format(s)]) ** 0.5 + 1) / 2) for s in stages]
+    else:
+        windows = _by_stage("window_size", known.get("window_size", windows), count)
+    heads = [tensors[TABLE.format(s)].shape[1] for s in stages] if relative else None
+    heads = heads or _by_stage(
+        "num_heads", known.get("num_heads", [max(1, dim // 64) for dim in dims]), count
+    )
+    if any(dim % number for dim, number in zip(dims, heads, strict=True)):
+        raise CheckpointError(f"num_heads are {heads}; each must divide its stage's width, {dims}")
+    shift = known.find("shift")
+    if any(_by_stage("shift", shift, count)) if shift is not None else False:
+        raise CheckpointError("shift is true; CvTs are supported without it, as published")
+    block = "stage{}.1.layers."
+    head = tensors.get("head.weight")
+    return Checkpoint(
+        format=name,
+        architecture="cvt",
+        library=OWN,
+        arguments={
+            "dims": dims,
+            "depths": [
+                len({k.split(".")[3] for k in tensors if k.startswith(block.format(stage))})
+                for stage in stages
+            ],
+            "hidden": [
+                tensors[f"stage{stage}.1.layers.0.1.fn.net.0.weight"].shape[0] for stage in stages
+            ],
+            "heads": heads,
+            "windows": windows,
+            "kernels": [shape[-1] for shape in shapes],
+            "strides": _by_stage(
+                "patch_stride", known.get("patch_stride", [4, 2, 2, 2][:count]), count
+            ),
+            "paddings": _by_stage(
+                "patch_padding", known.get("patch_padding", [2, 1, 1, 1][:count]), count
+            ),
+            "bias": "stage0.1.layers.0.0.fn.qkv.pw.bias" in tensors,
+            "relative": relative,
+            "num_classes": 0 if head is None else head.shape[0],
+        },
+        state_dict={key: value for key, value in tensors.items() if not key.endswith(INDEX)},
+        preprocess=preprocess or Preprocess(),
+        dropped=(*dropped, *(key for key in tensors if key.endswith(INDEX))),
+        assumed=known.assumed,
+    )
+
+
+def _by_stage(name: str, value: Any, count: int) -> list[int]:
+    values = list(value) if isinstance(value, list | tuple) else [value] * count
+    if len(values) != count:
+        raise CheckpointError(f"{name} is {value}; it needs a value for each of {count} stages")
+    return [int(item) for item in values]

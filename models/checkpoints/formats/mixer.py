@@ -1,0 +1,91 @@
+"""Google's `.npz` MLP-Mixers (arXiv 2105.01601, github.com/google-research/vision_transformer).
+
+As with the ViTs of that code, GELU is approximated by tanh; `arguments = {act = "gelu"}` selects
+timm's exact one. The input size is that of the first layer over tokens.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from models.checkpoints.checkpoint import Checkpoint
+from models.checkpoints.containers import Container
+from models.errors import CheckpointError
+from models.inputs.transforms import Preprocess
+from models.networks import OWN
+
+NAME = "mixer"
+MARK = "MixerBlock_0/token_mixing/Dense_0/kernel"
+HALF = (0.5, 0.5, 0.5)
+RENAMED = (
+    ("pre_head_layer_norm/", "norm."),
+    ("MixerBlock_", "blocks."),
+    ("/LayerNorm_0/", ".norm1."),
+    ("/LayerNorm_1/", ".norm2."),
+    ("/token_mixing/", ".mlp_tokens."),
+    ("/channel_mixing/", ".mlp_channels."),
+    ("Dense_0/", "fc1."),
+    ("Dense_1/", "fc2."),
+    ("stem/", "stem.proj."),
+    ("head/", "head."),
+)
+
+
+def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
+    if {MARK, "stem/kernel"} <= container.tensors.keys():
+        return "a stem and MixerBlocks"
+    return None
+
+
+def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    """`arguments`: `act`, the name of an activation in timm (`gelu_tanh`).
+
+    Raises:
+        CheckpointError: the tokens are not those of a square grid.
+    """
+    tensors = {k.removeprefix("opt/target/"): v for k, v in container.tensors.items()}
+    patch, _, _, dim = tensors["stem/kernel"].shape
+    cells, tokens_hidden = tensors[MARK].shape
+    side = math.isqrt(cells)
+    if side**2 != cells:
+        raise CheckpointError(f"{MARK} is for {cells} tokens, which are not a square grid")
+    hidden = tensors["MixerBlock_0/channel_mixing/Dense_0/kernel"].shape[1]
+    head = tensors.get("head/kernel")
+    size = (side * patch, side * patch)
+    return Checkpoint(
+        format=NAME,
+        architecture="mixer",
+        library=OWN,
+        arguments={
+            "img_size": size,
+            "patch_size": patch,
+            "embed_dim": dim,
+            "num_blocks": len({k.split("/")[0] for k in tensors if k.startswith("MixerBlock_")}),
+            # timm multiplies and rounds down
+            "mlp_ratio": ((tokens_hidden + 0.5) / dim, (hidden + 0.5) / dim),
+            "act_layer": str(arguments.get("act", "gelu_tanh")),
+            "num_classes": 0 if head is None else head.shape[1],
+        },
+        state_dict=dict(_in_timms_names(key, value) for key, value in tensors.items()),
+        preprocess=Preprocess(
+            input_size=size,
+            crop_mode="squash",
+            crop_pct=1.0,
+            interpolation="bilinear",
+            mean=HALF,
+            std=HALF,
+        ),
+    )
+
+
+def _in_timms_names(key: str, value: Tensor) -> tuple[str, Tensor]:
+    for theirs, ours in RENAMED:
+        key = key.replace(theirs, ours)
+    if key.endswith("scale"):
+        return key.removesuffix("scale") + "weight", value
+    if key.endswith("kernel"):
+        weight = value.permute(3, 2, 0, 1) if value.dim() == 4 else value.T
+        return key.removesuffix("kernel") + "weight", weight.contiguous()
+    return key, value
