@@ -1,4 +1,4 @@
-"""Swin at sizes that windows do not divide: padded before the shift, as its authors' code does it."""
+"""Swin at sizes that windows do not divide: padded before the shift, as upstream does."""
 
 from functools import partial
 
