@@ -19,8 +19,10 @@ console = Console(stderr=True, highlight=False)
 
 def local_url(settings: Settings) -> str:
     """The server's URL on this machine."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)
-    return f"http://{f'[{host}]' if ':' in host.strip('[]') else host}:{settings.port}"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    scheme = "https" if settings.tls_cert else "http"
+    address = f"[{host}]" if ":" in host else host
+    return f"{scheme}://{address}:{settings.port}"
 
 
 def summarize_when_ready(
@@ -44,6 +46,9 @@ def _watch(url: str, settings: Settings, then: Callable[[str], None] | None) -> 
     keys = (*settings.admin_keys, *settings.api_keys)
     headers = {"X-API-Key": keys[0].get_secret_value()} if keys else {}
     console.print(f"Vitrail starts on [bold]{url}[/bold] and loads the catalog {settings.catalog}")
+    if settings.tls_cert:  # its certificate is for another name than this machine's loopback
+        console.print(summary(url, settings, []))
+        return
     shown: list[str] = []
     with httpx.Client(base_url=url, headers=headers, timeout=5, trust_env=False) as client:
         while True:
