@@ -9,6 +9,7 @@ from service.backend import Backend
 from service.gateway import pages
 from service.gateway.collections import routes as collection_routes
 from service.gateway.dialects import cohere, immich, pooling, tei
+from service.gateway.error_responses import document_errors
 from service.gateway.fetch import ImageFetcher
 from service.gateway.middleware import RequestContext
 from service.gateway.open_inference import routes as open_inference_routes
@@ -78,4 +79,5 @@ def create_app(
     for module in modules:
         app.include_router(module.router)
     app.mount("/assets", pages.assets)
+    document_errors(app)
     return app

@@ -73,3 +73,33 @@ def test_the_page_shows_and_runs_the_api_without_the_internet(
     own = (str(own_demo.base_url), "data:", "blob:")
     assert [url for url in requested if not url.startswith(own)] == []
     page.close()
+
+
+@pytest.mark.weights
+def test_errors_have_the_documented_statuses_and_form(own_demo: httpx.Client) -> None:
+    """Each operation with what is wrong in several ways: every answer is one of its own."""
+    document = own_demo.get("/openapi.json").json()
+    bodies: list[dict[str, Any]] = [
+        {"content": b"{", "headers": {"Content-Type": "application/json"}},
+        {"content": b"x", "headers": {"Content-Type": "text/plain"}},
+        {"json": {"unknown": 1}},
+        {"content": b"no image"},
+        {"headers": {"X-Timeout-Ms": "-1"}},
+        {"headers": {"X-API-Key": "wrong"}},
+    ]
+    seen: set[int] = set()
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            assert {"500"} < operation["responses"].keys(), path
+            url = path.replace("{name}", "none-such").replace("{", "").replace("}", "")
+            for body in bodies:
+                answer = own_demo.request(method, url, **body)
+                if answer.is_success:
+                    continue
+                described = operation["responses"].get(str(answer.status_code))
+                assert described, f"{method} {path}: {answer.status_code} {answer.text}"
+                if answer.content:
+                    assert answer.headers["Content-Type"] in described["content"]
+                    assert answer.json().keys() >= {"type", "title", "status", "detail"}
+                seen.add(answer.status_code)
+    assert {400, 403, 404, 415, 422} <= seen
