@@ -124,18 +124,21 @@ class Windows:
     def merge(
         self, rows: Sequence[Mapping[str, np.ndarray]], size: tuple[int, int]
     ) -> dict[str, Any]:
-        """The resized image's `logits` (K, h, w), float32, from those of its windows.
+        """The resized image's maps (K, h, w), float32, from those of its windows, by name.
 
         Computed for CLASSES_AT_ONCE classes at a time, to bound the memory.
 
         Args:
-            rows: each window's `logits` (K, h', w').
+            rows: each window's maps (K, h', w').
             size: (width, height) of the image before resizing.
         """
+        return {name: self._merge([row[name] for row in rows], size) for name in rows[0]}
+
+    def _merge(self, maps: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarray:
         width, height = self.resized(*size)
         across, down = self.padded(width, height)
         boxes = self.boxes(across, down)
-        classes = len(rows[0]["logits"])
+        classes = len(maps[0])
         merged = np.empty((classes, height, width), np.float32)
         counts = np.zeros((down, across), np.float32)
         for top, left, bottom, right in boxes:
@@ -143,12 +146,12 @@ class Windows:
         for start in range(0, classes, CLASSES_AT_ONCE):
             chunk = slice(start, min(classes, start + CLASSES_AT_ONCE))
             total = np.zeros((chunk.stop - start, down, across), np.float32)
-            for row, (top, left, bottom, right) in zip(rows, boxes, strict=True):
-                logits = torch.from_numpy(row["logits"][chunk])[None]
+            for whole, (top, left, bottom, right) in zip(maps, boxes, strict=True):
+                logits = torch.from_numpy(whole[chunk])[None]
                 window = resize(logits, (bottom - top, right - left))[0]
                 total[:, top:bottom, left:right] += window.numpy()
             merged[chunk] = (total / counts)[:, :height, :width]
-        return {"logits": merged}
+        return merged
 
 
 def _starts(length: int, window: int, stride: int) -> list[int]:

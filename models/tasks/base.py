@@ -68,12 +68,14 @@ class Body:
     """A response body other than JSON, for one media type of the `Accept` header.
 
     `encode` gets the arrays of every input, or of the first one alone if `first_only`, and the
-    render options. It returns None if the arrays hold nothing of this media type.
+    render options. It returns None if the arrays hold nothing of this media type. `form` is the
+    option `output` where a request accepts the media type and does not name one.
     """
 
     media_type: str
     encode: Callable[..., bytes | None]
     first_only: bool = True
+    form: str | None = None
 
 
 def no_members(arrays: Arrays | None) -> dict[str, Any]:

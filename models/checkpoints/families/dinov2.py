@@ -8,11 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
+from models.checkpoints.containers import Container
+from models.checkpoints.families.companions import open_companion
 from models.checkpoints.families.heads import VIT
 from models.checkpoints.families.known import Known
 from models.checkpoints.families.vit import in_timms_names, vit_checkpoint
 from models.errors import CheckpointError
 
+BACKBONES = ("backbone.pth", "backbone.safetensors")
 BLOCK = re.compile(r"^blocks\.(?:\d+\.)?0\.ls1\.gamma$")
 CHUNK = re.compile(r"^blocks\.\d+\.(\d+\.)")
 HEADS = {**VIT, 1536: 24}  # as published, with the giant
@@ -26,6 +29,18 @@ def is_dinov2(tensors: Mapping[str, Tensor]) -> bool:
     """Whether a state dict is a whole DINOv2 backbone in upstream's names."""
     needed = {"cls_token", "pos_embed", "mask_token", "patch_embed.proj.weight", "norm.weight"}
     return tensors.keys() >= needed and any(BLOCK.match(key) for key in tensors)
+
+
+def open_backbone(container: Container, arguments: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The backbone of a head's file: its companion `backbone`, in upstream's names.
+
+    Raises:
+        CheckpointError: there is none, or it is not DINOv2's.
+    """
+    companion = open_companion(container, arguments, "backbone", BACKBONES)
+    if not is_dinov2(companion.tensors):
+        raise CheckpointError(f"{companion.path}: not a DINOv2 backbone as it is published")
+    return companion.tensors
 
 
 def dinov2_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -73,9 +88,8 @@ def dinov2_checkpoint(
         dropped=(*dropped, "mask_token"),
         assumed=known.assumed,
         gated=any(key.endswith(".mlp.w12.weight") for key in tensors),
-        whole_patches=True,
         published=HEADS,
-        **built,
+        **{"whole_patches": True, **built},
     )
     size, preprocess = checkpoint.arguments["img_size"], checkpoint.preprocess
     if size != PUBLISHED_SIZE or known.find("img_size") is not None or preprocess is None:

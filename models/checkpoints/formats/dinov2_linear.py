@@ -14,14 +14,12 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
-from models.checkpoints.families.companions import open_companion
-from models.checkpoints.families.dinov2 import dinov2_checkpoint, is_dinov2
+from models.checkpoints.families.dinov2 import dinov2_checkpoint, is_dinov2, open_backbone
 from models.checkpoints.families.vit import split_prefix
 from models.errors import CheckpointError
 from models.reference_outputs import ReferenceRun
 
 NAME = "dinov2-linear"
-BACKBONES = ("backbone.pth", "backbone.safetensors")
 PUBLISHED = {"weight", "bias"}
 SCRIPT = re.compile(r"^classifiers_dict\.(classifier_\d+_blocks_avgpool_\w+)\.linear\.(\w+)$")
 
@@ -47,10 +45,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     name, head = _classifier(container, arguments)
     backbone, _ = split_prefix(container.tensors, "backbone.")
     if not backbone:
-        companion = open_companion(container, arguments, "backbone", BACKBONES)
-        backbone = dict(companion.tensors)
-        if not is_dinov2(backbone):
-            raise CheckpointError(f"{companion.path}: not a DINOv2 backbone as it is published")
+        backbone = dict(open_backbone(container, arguments))
     width, features = backbone["cls_token"].shape[-1], head["weight"].shape[1]
     mean = "avgpool_False" not in name  # published heads read the mean patch token
     blocks, rest = divmod(features - mean * width, width)

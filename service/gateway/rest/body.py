@@ -11,6 +11,7 @@ from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from models.inputs.types import Video
+from models.tasks.table import get_task
 from service.errors import (
     BadRequestError,
     InvalidInputError,
@@ -22,7 +23,7 @@ from service.errors import (
 from service.gateway.dispatch import check_headers, read_deadline, read_priority
 from service.gateway.fetch import ImageFetcher
 from service.limits import check_input_count
-from service.parameters import Parameters, list_fields, validate
+from service.parameters import Parameters, TaskParameters, list_fields, validate
 from service.payloads import decode_base64, parse_json_object
 from service.settings import Settings
 from service.types import InferRequest
@@ -58,7 +59,8 @@ async def read_request(
         check_headers(request, _model_in_headers(request), bulk=bulk, deadline=deadline)
     lists = list_fields(parameters)
     body = await _read_body(request, lists)
-    fields = collect(request.query_params.multi_items(), lists) | body.fields
+    fields = _accepted_form(request, parameters)
+    fields |= collect(request.query_params.multi_items(), lists) | body.fields
     validated = validate(parameters, fields)
     inputs = validated.inputs()
     if inputs is None and not body.inputs:
@@ -81,6 +83,17 @@ def _model_in_headers(request: Request) -> str | None:
     if not request.headers.get("content-type", "").startswith("image/"):
         return None
     return request.query_params.get("model")
+
+
+def _accepted_form(request: Request, parameters: type[Parameters]) -> dict[str, Any]:
+    """The option `output` that the `Accept` header stands for, if the task has one."""
+    if not issubclass(parameters, TaskParameters):
+        return {}
+    accept = request.headers.get("accept", "")
+    for body in get_task(parameters.task).bodies:
+        if body.form is not None and body.media_type in accept:
+            return {"output": body.form}
+    return {}
 
 
 async def read_body(request: Request) -> bytes:
