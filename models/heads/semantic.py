@@ -32,7 +32,8 @@ class Semantic(Segment):
         normed: whether they pass through the trunk's final norm: all, none, or a list of those.
         windows: the fields of `Windows`, if images are cut into windows instead of being resized
             by the trunk's transform.
-        run_whole: whether `Model.run` takes an input whole, where servers cut windows.
+        run_whole: whether `Model.run` takes an input whole, where servers cut windows. Logits are
+            then resized to the input with its padding to whole patches, which is cut off.
         labels, palette: class names, or the name of a label set, and colours.
         Others: see `create_decoder`.
 
@@ -126,7 +127,12 @@ class Semantic(Segment):
             logits = sliding_logits(pixels, windows, self._logits)
             return {"mask_logits": logits, "segmentation": logits.argmax(1)}
         lowres = self._logits(pixels)
-        logits = resize(lowres, pixels.shape[2:])
+        height, width = pixels.shape[2:]
+        padded = (height, width)
+        if self.run_whole:
+            rows, columns = self.trunk.patch_size
+            padded = (height + -height % rows, width + -width % columns)
+        logits = resize(lowres, padded)[..., :height, :width]
         return image_outputs(parts, inputs) | {
             "mask_logits": logits,
             "mask_logits_lowres": lowres,
