@@ -34,7 +34,7 @@ INPUTS = (
     "noise_3", "target_pixel_values",
 )  # fmt: skip
 # These take no photos, or look at them window by window.
-OTHER_INPUTS = ("_video", "vitgan", "seg_", "segment")
+OTHER_INPUTS = ("_video", "vitgan", "seg_", "segment", "_ade20k", "_nyu")
 # A name's ending says which input it belongs to, or which of a file's sets of weights.
 ALTERNATIVES = ("", "_hires", "_alt", "_hr", "_2", "_large")
 SETS = ("_student", "_momentum", "_ema", "_online")

@@ -1,5 +1,6 @@
 """Checkpoints of segmentation and depth: what their configurations say, and what is refused."""
 
+import json
 import pprint
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
@@ -18,7 +20,9 @@ from models.checkpoints.families.segmentors import read_segmentor
 from models.checkpoints.formats.mmseg import in_segmenters_names
 from models.checkpoints.loading import read_checkpoint
 from models.errors import CheckpointError, InputError
+from models.heads.depth import Depth
 from models.networks.beit import Beit
+from models.networks.depth_decoders import create_depth_decoder
 from models.networks.padded_swin import PaddedSwin
 from models.networks.vit import RULES, Vit
 from models.segmentation.decoders import create_decoder
@@ -315,3 +319,142 @@ def test_backbones_have_two_sets_of_names(name: str, tmp_path: Path) -> None:
     model, _, _ = fixture(name)
     found = load_checkpoint(tmp_path / "renamed.pth").run(pixels)
     torch.testing.assert_close(found["mask_logits"], model.run(pixels)["mask_logits"])
+
+
+def test_segmenters_settings_are_read_from_beside_the_file(tmp_path: Path) -> None:
+    folder = folder_of("segmenter_original_linear")
+    file = (folder / "checkpoint.pth").read_bytes()
+    (tmp_path / "checkpoint.pth").write_bytes(file)
+    settings = yaml.safe_load((folder / "variant.yml").read_text())
+    settings["inference_kwargs"] |= {"window_size": 32, "window_stride": 16, "im_size": 48}
+    (tmp_path / "variant.yml").write_text(yaml.safe_dump(settings))
+    checkpoint = read_checkpoint(tmp_path / "checkpoint.pth", {})
+    assert checkpoint.assumed.keys() == {"labels"}
+    windows = checkpoint.heads["semantic"].settings["windows"]
+    assert (windows["crop"], windows["stride"]) == ([32, 32], [16, 16])
+    assert min(windows["scale"]) == 48
+    (tmp_path / "variant.yml").write_text("{")
+    with pytest.raises(CheckpointError, match=r"variant\.yml: not readable as YAML"):
+        read_checkpoint(tmp_path / "checkpoint.pth", {})
+    (tmp_path / "variant.yml").unlink()
+    with pytest.raises(CheckpointError, match="window_size is 50"):
+        read_checkpoint(tmp_path / "checkpoint.pth", {"window_size": 50})
+    assert "n_heads" in read_checkpoint(tmp_path / "checkpoint.pth", {}).assumed
+
+
+# -- depth -------------------------------------------------------------------------------------
+
+
+def dpt_file(folder: Path, dim: int) -> dict[str, torch.Tensor]:
+    """A DPT head with random weights."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "reassemble_blocks.resize_layers.0.weight": (6, 6, 4, 4),
+        "reassemble_blocks.resize_layers.0.bias": (6,),
+        "reassemble_blocks.resize_layers.1.weight": (12, 12, 2, 2),
+        "reassemble_blocks.resize_layers.1.bias": (12,),
+        "reassemble_blocks.resize_layers.3.weight": (48, 48, 3, 3),
+        "reassemble_blocks.resize_layers.3.bias": (48,),
+        "project.conv.weight": (16, 16, 3, 3), "project.conv.bias": (16,),
+        "conv_depth.head.0.weight": (8, 16, 3, 3), "conv_depth.head.0.bias": (8,),
+        "conv_depth.head.2.weight": (32, 8, 3, 3), "conv_depth.head.2.bias": (32,),
+        "conv_depth.head.4.weight": (1, 32, 1, 1), "conv_depth.head.4.bias": (1,),
+    }  # fmt: skip
+    for number, width in enumerate((6, 12, 24, 48)):
+        shapes |= {
+            f"reassemble_blocks.projects.{number}.conv.weight": (width, dim, 1, 1),
+            f"reassemble_blocks.projects.{number}.conv.bias": (width,),
+            f"reassemble_blocks.readout_projects.{number}.0.weight": (dim, 2 * dim),
+            f"reassemble_blocks.readout_projects.{number}.0.bias": (dim,),
+            f"convs.{number}.conv.weight": (16, width, 3, 3),
+            f"fusion_blocks.{number}.project.conv.weight": (16, 16, 1, 1),
+            f"fusion_blocks.{number}.project.conv.bias": (16,),
+        }
+        for unit in ("res_conv_unit1", "res_conv_unit2"):
+            if number or unit == "res_conv_unit2":
+                for part in ("conv1", "conv2"):
+                    key = f"fusion_blocks.{number}.{unit}.{part}.conv.weight"
+                    shapes[key] = (16, 16, 3, 3)
+    state = {key: torch.randn(shape) * 0.1 for key, shape in shapes.items()}
+    named = {f"decode_head.{key}": value for key, value in state.items()}
+    torch.save({"meta": {}, "state_dict": named}, folder / "dpt.pth")
+    return state
+
+
+def test_a_dpt_head_reads_four_blocks_and_their_class_tokens(tmp_path: Path) -> None:
+    folder = folder_of("dinov2_nyu_linear4")
+    (tmp_path / "backbone.pth").write_bytes((folder / "backbone.pth").read_bytes())
+    state = dpt_file(tmp_path, 48)
+    arguments = {"num_heads": 3, "out_index": [0, 1, 2, 3]}
+    with pytest.raises(CheckpointError, match=r"max_depth.*10 of NYU's heads, 80 of KITTI's"):
+        load_checkpoint(tmp_path / "dpt.pth", arguments)
+    with pytest.raises(CheckpointError, match="out_index"):
+        load_checkpoint(tmp_path / "dpt.pth", {"num_heads": 3, "max_depth": 10})
+    model = load_checkpoint(tmp_path / "dpt.pth", {**arguments, "max_depth": 10})
+    pixels = torch.randn(1, 3, 60, 75)  # padded to 70 x 84 around the centre
+    found = model.run(pixels)["depth"]
+    assert found.shape == (1, 1, 60, 75)
+    decoder = create_depth_decoder(state, {"minimum": 0.001, "maximum": 10}).eval()
+    decoder.load_state_dict(state)
+    whole = nn.functional.pad(pixels, (4, 5, 5, 5))
+    trunk = model.trunk.network
+    with torch.no_grad():
+        levels = trunk.get_intermediate_layers(
+            whole, n=[0, 1, 2, 3], reshape=True, return_prefix_tokens=True, norm=False
+        )
+        expected = decoder([(patches, tokens[:, 0]) for patches, tokens in levels])
+        expected = nn.functional.interpolate(expected, size=(60, 75), mode="bilinear")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_what_a_linear_depth_head_assumes_is_listed() -> None:
+    path = folder_of("dinov2_nyu_linear4") / "checkpoint.pth"
+    given = {"num_heads": 3, "out_index": [0, 1, 2, 3], "img_size": 84}
+    assumed = read_checkpoint(path, given).assumed
+    assert assumed["max_depth"] == 80
+    assert assumed["min_depth"] == 0.001
+    assert assumed["upsample"] == 4
+    head = load_checkpoint(path, given).heads["depth"]
+    assert isinstance(head, Depth)
+    with pytest.raises(CheckpointError, match="the head reads 4 of 4 blocks"):
+        read_checkpoint(path, {**given, "out_index": [3]})
+
+
+def test_dinov2s_segmentation_heads_read_the_last_blocks(tmp_path: Path) -> None:
+    """Those of several scales read four; the file's configuration may be missing."""
+    folder = folder_of("dinov2_ade20k_linear")
+    (tmp_path / "backbone.pth").write_bytes((folder / "backbone.pth").read_bytes())
+    state = {
+        **{f"decode_head.bn.{name}": torch.rand(192) + 0.5
+           for name in ("weight", "bias", "running_mean", "running_var")},
+        "decode_head.bn.num_batches_tracked": torch.tensor(1),
+        "decode_head.conv_seg.weight": torch.randn(21, 192, 1, 1) * 0.1,
+        "decode_head.conv_seg.bias": torch.randn(21),
+    }  # fmt: skip
+    torch.save({"state_dict": state}, tmp_path / "ms.pth")
+    arguments = {"num_heads": 3}
+    with pytest.raises(CheckpointError, match=r"does not say test_cfg\.mode"):
+        read_checkpoint(tmp_path / "ms.pth", arguments)
+    test = {"mode": "slide", "crop_size": [56, 56], "stride": [28, 28]}
+    checkpoint = read_checkpoint(tmp_path / "ms.pth", {**arguments, "test_cfg": test})
+    assert checkpoint.assumed["out_indices"] == [0, 1, 2, 3]
+    assert checkpoint.heads["semantic"].settings["in_index"] == [0, 1, 2, 3]
+    model = load_checkpoint(tmp_path / "ms.pth", {**arguments, "test_cfg": test})
+    pixels = torch.randn(1, 3, 56, 56)
+    network = model.trunk.network
+    with torch.no_grad():
+        tokens = torch.cat(network.get_intermediate_layers(pixels, n=[0, 1, 2, 3], norm=True), -1)
+        scale = state["decode_head.bn.weight"] / (state["decode_head.bn.running_var"] + 1e-5).sqrt()
+        normed = (tokens - state["decode_head.bn.running_mean"]) * scale
+        logits = (normed + state["decode_head.bn.bias"]) @ state["decode_head.conv_seg.weight"][
+            :, :, 0, 0
+        ].T + state["decode_head.conv_seg.bias"]
+    found = model.run(pixels)["mask_logits_lowres"]
+    torch.testing.assert_close(found.flatten(2).transpose(1, 2), logits, atol=1e-5, rtol=0)
+
+
+def test_a_backbone_apart_is_needed(tmp_path: Path) -> None:
+    folder = folder_of("dinov2_ade20k_linear")
+    (tmp_path / "head.pth").write_bytes((folder / "checkpoint.pth").read_bytes())
+    hyperparameters = json.loads((folder / "meta.json").read_text())["hyperparameters"]
+    with pytest.raises(CheckpointError, match=r"put backbone\.pth or .* beside it"):
+        load_checkpoint(tmp_path / "head.pth", hyperparameters)
