@@ -7,7 +7,7 @@ OUT ?= .
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help serve test nightly check format docs proto bench bench-rivals clean
+.PHONY: help serve test nightly check format docs proto bench chaos bench-rivals clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -65,6 +65,9 @@ bench: $(VENV)/dev.stamp ## Run the benchmarks
 	$(BIN)/python -m benchmarks.masks
 	$(BIN)/python -m benchmarks.decoding
 	$(BIN)/python -m benchmarks.overload
+
+chaos: $(VENV)/dev.stamp ## Kill and stop processes under load, and count what is lost
+	$(BIN)/python -m benchmarks.chaos
 
 bench-rivals: $(VENV)/dev.stamp ## Install rival servers and compare with them
 	$(BIN)/python -m benchmarks.rivals install
