@@ -50,7 +50,7 @@ class Keys:
             OSError: the file of keys cannot be read.
         """
         self._settings = settings
-        self._worker = worker
+        self.for_gateways = worker
         self._fixed = {digest_key(secret): key for secret, key in _from_settings(settings)}
         self._tokens = dict(_worker_tokens(settings)) if worker else {}
         self._quotas = Quotas()
@@ -106,8 +106,8 @@ class Keys:
     def is_gateway(self, token: str | None) -> bool:
         """Whether to believe a caller that says it is a gateway: only a worker does, and only if
         the caller sent the workers' credential or none is configured."""
-        if not self._worker or not self._tokens:
-            return self._worker
+        if not self.for_gateways or not self._tokens:
+            return self.for_gateways
         return token is not None and digest_key(token) in self._tokens
 
     @property

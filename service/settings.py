@@ -22,7 +22,18 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="REST port; 0 for any free port.")
     grpc_port: int = Field(8001, ge=0, le=65535, description="gRPC port; 0 for any free port.")
     metrics_port: int = Field(
-        8002, ge=0, le=65535, description="A worker's port for /metrics; 0 to turn it off."
+        8002,
+        ge=0,
+        le=65535,
+        description="A worker's port for /metrics; 0 to turn it off. Where it is set, a gateway "
+        "and `vitrail serve` have /metrics there and nowhere else.",
+    )
+    admin_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="Port for loading and unloading models, which are nowhere else then; 0 for the "
+        "REST port.",
     )
     workers: Names = Field(
         (),
@@ -174,6 +185,11 @@ class Settings(BaseSettings):
     @classmethod
     def _empty_is_none(cls, value: object) -> object:
         return value or None
+
+    @property
+    def own_metrics_port(self) -> int:
+        """The port of a gateway's /metrics; 0 for the REST port."""
+        return self.metrics_port if "metrics_port" in self.model_fields_set else 0
 
     def rpc_address(self) -> str:
         """Where gRPC listens."""

@@ -138,7 +138,8 @@ def test_the_settings_are_these() -> None:
     from service.settings import Settings
 
     assert sorted(Settings.model_fields) == [
-        "admin_keys", "api_keys", "body_timeout_s", "catalog", "collections", "decode_cpu_s",
+        "admin_keys", "admin_port", "api_keys", "body_timeout_s", "catalog", "collections",
+        "decode_cpu_s",
         "decode_threads", "decoders", "default_timeout_ms", "device", "drain_timeout_s", "engine",
         "grpc_port", "header_timeout_s", "heads_folder", "host", "keys_file", "label_cache_bytes",
         "log_level", "max_batch_size", "max_image_bytes", "max_image_pixels", "max_image_side",

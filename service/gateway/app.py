@@ -14,6 +14,7 @@ from service.gateway.fetch import ImageFetcher
 from service.gateway.middleware import RequestContext
 from service.gateway.open_inference import routes as open_inference_routes
 from service.gateway.openai import routes as openai_routes
+from service.gateway.ports import SeparatePorts
 from service.gateway.problems import install_handlers
 from service.gateway.rest import head_routes, model_routes, system_routes, task_routes
 from service.keys import Keys
@@ -60,6 +61,7 @@ def create_app(
     app.state.metrics = metrics
     app.state.fetcher = ImageFetcher(settings)
     app.state.collections = StoreOpener(settings.collections)
+    app.add_middleware(SeparatePorts, settings=settings)
     app.add_middleware(RequestContext)
     install_handlers(app)
     modules = (

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.gateway.disconnect import disconnect
+from service.gateway.ports import separate_listeners
 from service.settings import Settings
 from service.tls import server_context
 
@@ -49,8 +50,12 @@ def run_server(app: FastAPI, settings: Settings, listener: socket.socket | None 
     server = create_server(app, settings)
     # uvicorn drains and then raises the signal again for the handler that was set before it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    listeners = list(separate_listeners(settings))
+    if listener is None and listeners:
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     with contextlib.suppress(KeyboardInterrupt):
-        server.run(None if listener is None else [listener])
+        server.run(None if listener is None else [listener, *listeners])
 
 
 def check_free(host: str, port: int) -> None:

@@ -15,7 +15,7 @@ import grpc
 from service.audit import audit, key_field
 from service.backend import Backend
 from service.clients import client, identify
-from service.errors import InternalError, InvalidInputError, ServiceError
+from service.errors import InternalError, InvalidInputError, PermissionDeniedError, ServiceError
 from service.key_file import Scope
 from service.keys import WORKER_TOKEN, ApiKey, Keys
 from service.logs import choose_request_id, request_id
@@ -100,6 +100,8 @@ async def handle_call(
     is_gateway = GATEWAY_KEY in metadata and deps.keys.is_gateway(token)
     status, key = "CANCELLED", None
     try:
+        if scope == "admin" and deps.settings.admin_port and not deps.keys.for_gateways:
+            raise PermissionDeniedError("admin calls are on the admin port, over REST")
         key = deps.keys.authorize(
             scope, metadata.get("x-api-key"), metadata.get("authorization"), token
         )

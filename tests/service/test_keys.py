@@ -21,7 +21,7 @@ from service.quotas import Bucket, Quotas
 from service.settings import Settings
 from service.stubs import vision_pb2 as pb
 from service.stubs.vision_pb2_grpc import VisionStub
-from tests.conftest import Running, running
+from tests.conftest import Running, answers, free_port, process, running, wait_until
 
 TOKEN = "a-token-of-the-workers"
 DENIED, UNKNOWN = grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED
@@ -229,6 +229,45 @@ def test_no_key_is_sent_to_a_worker() -> None:
     with pytest.raises(Exception, match="does not permit"):
         workers.authorize("admin", None, None, user)
     assert workers.authorize("admin", None, None, sent)
+
+
+def test_admin_and_metrics_can_have_ports_of_their_own(tiny_catalog: Path) -> None:
+    port, admin, metrics, rpc = (free_port() for _ in range(4))
+    flags = ["--catalog", str(tiny_catalog), "--device", "cpu", "--port", str(port)]
+    environment = {
+        "VITRAIL_ADMIN_PORT": str(admin),
+        "VITRAIL_METRICS_PORT": str(metrics),
+        "VITRAIL_ADMIN_KEYS": "boss",
+    }
+    boss = {"X-API-Key": "boss"}
+    with process("serve", *flags, "--grpc-port", str(rpc), **environment) as server:
+
+        def url(port: int, path: str) -> str:
+            return f"http://127.0.0.1:{port}{path}"
+
+        wait_until(lambda: answers(url(port, "/readyz")) or server.poll() is not None, 120)
+        load = "/models/conv/load"
+        statuses = {
+            where: (
+                httpx.post(url(number, load), headers=boss, timeout=60).status_code,
+                httpx.get(url(number, "/metrics")).status_code,
+                httpx.get(url(number, "/models")).status_code,
+                httpx.get(url(number, "/healthz")).status_code,
+            )
+            for where, number in (("rest", port), ("admin", admin), ("metrics", metrics))
+        }
+        assert statuses == {
+            "rest": (404, 404, 200, 200),
+            "admin": (200, 404, 404, 200),
+            "metrics": (404, 200, 404, 200),
+        }
+        with grpc.insecure_channel(f"127.0.0.1:{rpc}") as channel:
+            vision: Any = VisionStub(channel)
+            with pytest.raises(grpc.RpcError) as error:
+                vision.LoadModel(
+                    pb.LoadModelRequest(model="conv"), metadata=(("x-api-key", "boss"),)
+                )
+            assert error.value.code() is DENIED
 
 
 def vitrail(*arguments: str, file: Path) -> "subprocess.CompletedProcess[str]":
