@@ -19,6 +19,7 @@ from models.errors import CatalogError
 from models.heads.dense import DenseClip
 from models.heads.files import read_head
 from models.heads.linear import CLASSIFIER, create_classifier, last_size
+from models.heads.portable import create_portable
 from models.heads.prompted import Prompted, Similarity
 from models.heads.registry import create_head, head_class, head_classes, head_state, main_kind
 from models.heads.zero_shot import ZeroShot
@@ -77,9 +78,9 @@ class Assembly:
         trunk = loaded.trunk
         file.check_trunk(trunk.digest, trunk.preprocess.digest, loaded.source)
         labels = self._labels(entry) or file.labels
-        head = create_head(file.kind, trunk, labels, file.state)
+        head, adapter = create_portable(file, trunk, labels)
         about = {"kind": file.kind, "trunk_digest": file.trunk_digest, "training": file.training}
-        return Model(entry.name, trunk, head, about=about)
+        return Model(entry.name, trunk, head, about=about, adapter=adapter)
 
     def _build_prompted(
         self, entry: ModelEntry, head_type: type[Prompted], loaded: LoadedTrunk

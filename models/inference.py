@@ -8,7 +8,7 @@ arrays = finish(head, [row for [row] in rows], options, image, limits)
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,9 @@ class HeadCall:
     @property
     def request(self) -> FeatureRequest:
         """What it needs of a pass."""
-        return self.head.feature_request(dict(self.options))
+        request = self.head.feature_request(dict(self.options))
+        adapter = self.head.request.adapter
+        return request if adapter is None else replace(request, adapter=adapter)
 
     def at_size(self, size: tuple[int, int]) -> "HeadCall":
         """The call for an image of that (width, height)."""

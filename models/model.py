@@ -2,18 +2,19 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from pydantic import ValidationError
 from torch import Tensor
 
 from models.checkpoints.checkpoint import HeadState
 from models.errors import InputError, TaskError
 from models.heads.base import Head
 from models.heads.embed import Embed
+from models.heads.lora import adapted_heads
 from models.heads.prompted import Prompted, with_class_embeddings
 from models.heads.registry import heads_of
 from models.inference import (
@@ -31,8 +32,8 @@ from models.inputs.images import DEFAULT_LIMITS, ImageLimits, to_upright_rgb
 from models.inputs.prompts import ensemble, prompts
 from models.inputs.types import Input, Seed, Video, modality_of
 from models.reference_outputs import FormatOutputs, Parts, reference_outputs
-from models.tasks.base import Options
-from models.tasks.table import get_task
+from models.tasks.table import get_task, parse_options
+from models.trunks.adapters import Adapter
 from models.trunks.base import Trunk
 from models.trunks.features import LAST_OUTPUT, NO_EXTRAS, FeatureRequest, merge
 from models.trunks.text import TextTrunk
@@ -64,6 +65,7 @@ class Model:
         format_request: FeatureRequest = NO_EXTRAS,
         about: Mapping[str, Any] | None = None,
         states: Mapping[str, HeadState] | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         """
         Args:
@@ -72,13 +74,18 @@ class Model:
             format_request: what `format_outputs` needs of a pass.
             about: how a head that has a file of its own was trained.
             states: weights that came in the checkpoint besides the trunk's.
+            adapter: a low-rank adapter that its passes of the trunk go through.
         """
         self.name = name
         self.trunk = trunk
         self.task = head.task
         self.text = trunk if isinstance(trunk, TextTrunk) else text
         self.about = about or {}
+        self.adapter = adapter
         self.heads = heads_of(trunk, head, states or {})
+        if adapter is not None:
+            self.heads = adapted_heads(self.heads, adapter)
+            format_request = replace(format_request, adapter=adapter)
         self.text_embed = self._create_text_embed(head)
         text_head = (self.text, self.text_embed) if self.text and self.text_embed else None
         self._parts = Parts(
@@ -97,10 +104,13 @@ class Model:
     def _count_head_bytes(self) -> int:
         """Bytes of all heads' weights; heads that share a network count once."""
         heads = [*self.heads.values(), *([self.text_embed] if self.text_embed else [])]
-        return sum({id(head.network): head.nbytes for head in heads}.values())
+        own = 0 if self.adapter is None else self.adapter.nbytes
+        return own + sum({id(head.network): head.nbytes for head in heads}.values())
 
     def _digest(self) -> str:
         digests = self.heads[self.task].digests
+        if self.adapter is not None:
+            digests = [*digests, self.adapter.digest]
         if self.text_embed is not None:
             digests = digests + self.text_embed.digests
         text = f" {self.text.digest} {self.text.preprocess.digest}" if self.text else ""
@@ -193,7 +203,7 @@ class Model:
         Raises:
             InputError: an input that does not decode, or an option out of range.
         """
-        parsed = _parse_options(task or self.task, options)
+        parsed = parse_options(task or self.task, options)
         head_options = parsed.head_options()
         head = self.head(task, head_options)
         if isinstance(head, Prompted):
@@ -283,17 +293,3 @@ def load_image(
         return decode(Path(image).read_bytes(), limits, min_side)
     except OSError as error:
         raise InputError(f"{image}: {error.strerror}") from error
-
-
-def _parse_options(task: str, options: Mapping[str, Any]) -> Options:
-    """A task's options, validated.
-
-    Raises:
-        InputError: an unknown option, or a wrong value.
-    """
-    try:
-        return get_task(task).options.model_validate(options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise InputError(f"{field}: {first['msg']}", field=field or None) from error

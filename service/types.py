@@ -106,12 +106,14 @@ class HeadUpload:
     """A trained head's file.
 
     Args:
+        kind: `lora` for a zip archive of peft's two files; empty for Vitrail's own file.
         trunk: only if the trunk has another name here than where the head was trained.
         replace: replace an existing head of that name.
     """
 
     name: str
     content: bytes = field(repr=False)
+    kind: str = ""
     trunk: str | None = None
     replace: bool = False
 

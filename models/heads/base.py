@@ -5,6 +5,7 @@ same thing. `finish` runs on the CPU for one input, with that caller's other opt
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -14,6 +15,7 @@ from models.checkpoints.checkpoint import HeadState
 from models.errors import CatalogError
 from models.inputs.tiling import View
 from models.reference_outputs import Parts, image_outputs
+from models.trunks.adapters import Adapter
 from models.trunks.base import Trunk
 from models.trunks.features import NO_EXTRAS, FeatureRequest
 from models.trunks.weights import parameter_bytes, state_digest
@@ -88,6 +90,10 @@ class Head:
     def feature_request(self, options: Mapping[str, Any]) -> FeatureRequest:
         """What it needs of a pass for these options of `forward`."""
         return self.request
+
+    def adapt(self, adapter: Adapter) -> None:
+        """Have its passes go through an adapter of the trunk."""
+        self.request = replace(self.request, adapter=adapter)
 
     def answer_values(self, options: Mapping[str, Any]) -> int:
         """The most numbers in the answer for one input, for answers that may be large; else 0."""

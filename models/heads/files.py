@@ -15,6 +15,8 @@ from torch import Tensor, isfinite
 
 from models.checkpoints.checkpoint import HeadState
 from models.errors import CheckpointError
+from models.heads.lora import LORA
+from models.heads.lora import TASKS as LORA_TASKS
 from models.heads.registry import head_classes
 
 METADATA_KEY = "vitrail-head"
@@ -141,7 +143,8 @@ def _checked(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> HeadFile:
     if wrong := [name for name in texts if not isinstance(metadata.get(name), str)]:
         raise CheckpointError(f"missing in the head's metadata: {', '.join(wrong)}")
     tasks = {kind: head.task for kind, head in head_classes().items() if head.is_portable}
-    if tasks.get(metadata["kind"]) != metadata["task"]:
+    is_lora = metadata["kind"] == LORA and metadata["task"] in LORA_TASKS
+    if not is_lora and tasks.get(metadata["kind"]) != metadata["task"]:
         supported = ", ".join(f"{kind} for {task}" for kind, task in tasks.items())
         raise CheckpointError(
             f"a {metadata['kind']!r} head for the task {metadata['task']!r}; supported: {supported}"
@@ -149,7 +152,8 @@ def _checked(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> HeadFile:
     labels = metadata.get("labels")
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise CheckpointError("the head's metadata has no labels")
-    if not 1 <= len(labels) <= MAX_LABELS:
+    fewest = 0 if metadata["task"] == "embed" else 1
+    if not fewest <= len(labels) <= MAX_LABELS:
         raise CheckpointError(f"the head has {len(labels)} labels; it can have 1 to {MAX_LABELS}")
     for part in ("settings", "training"):
         if not isinstance(metadata.get(part, {}), dict):

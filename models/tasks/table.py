@@ -3,10 +3,13 @@
 from collections.abc import Mapping
 from functools import cache
 from types import MappingProxyType
+from typing import Any
+
+from pydantic import ValidationError
 
 from models.discovery import modules_of
-from models.errors import TaskError
-from models.tasks.base import Task
+from models.errors import InputError, TaskError
+from models.tasks.base import Options, Task
 
 
 @cache
@@ -35,3 +38,17 @@ def get_task(name: str) -> Task:
     if name not in tasks():
         raise TaskError(f"no task {name!r}; tasks: {', '.join(tasks())}", field="task")
     return tasks()[name]
+
+
+def parse_options(task: str, options: Mapping[str, Any]) -> Options:
+    """A task's options, validated.
+
+    Raises:
+        InputError: an unknown option, or a wrong value.
+    """
+    try:
+        return get_task(task).options.model_validate(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise InputError(f"{field}: {first['msg']}", field=field or None) from error

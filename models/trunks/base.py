@@ -5,7 +5,7 @@ Shape suffixes: B batch, C channels, H W pixels, h w grid cells, T tokens, D emb
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,21 +16,15 @@ from models.inputs.images import DEFAULT_LIMITS, ImageLimits
 from models.inputs.numbers import to_numbers
 from models.inputs.samples import sample_photos
 from models.inputs.transforms import Normalize, Preprocess, collate, create_transform
+from models.trunks.adapters import AdapterHooks
 from models.trunks.calibration import read_images
 from models.trunks.devices import Placement
+from models.trunks.engines.eager import Eager
 from models.trunks.engines.registry import engine_class
 from models.trunks.features import LAST_OUTPUT, BatchRequest, FeatureRequest, PassPlan
 from models.trunks.output import TrunkOutput
 from models.trunks.query_tokens import QueryBatch, QuerySet
 from models.trunks.weights import parameter_bytes, state_digest
-
-
-class InputSpec(Protocol):
-    """How inputs become tensors: a dataclass. Equal digests mean equal tensors."""
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over everything that decides the tensor."""
 
 
 class Trunk:
@@ -40,7 +34,8 @@ class Trunk:
 
     Args:
         architecture: a name for people.
-        preprocess: the `InputSpec`: a `Preprocess` for images.
+        preprocess: how inputs become tensors, a dataclass: a `Preprocess` for images. Equal digests
+            mean equal tensors.
 
     Attributes:
         modality: what it takes: `image`, `text`, `video` or `latent`.
@@ -55,6 +50,7 @@ class Trunk:
         has_dense: whether it can embed every patch (`FeatureRequest.dense`).
         digest: SHA-256 over the weights, which does not depend on the precision.
         feature_values: numbers in one input's last output, once a pass has run.
+        adapters: the hooks that add low-rank adapters to its linear layers.
         identity: changes whenever a plan's pass may compute something else in float32.
     """
 
@@ -80,6 +76,9 @@ class Trunk:
         self.network: Any = self.placement.apply(network)
         self.identity = f"{architecture} {self.digest} {preprocess.digest}"
         self.engine = engine(self)
+        self.adapters = AdapterHooks(self.network)
+        # no other engine runs the hooks
+        self._adapter_engine = self.engine if engine is Eager else Eager(self)
 
     # -- a pass ----------------------------------------------------------------------------
 
@@ -93,13 +92,20 @@ class Trunk:
         """
         batch = batch.to(self.placement.device, non_blocking=True)
         plan, inputs, queries = self.pass_inputs(batch, request)
-        tensors = self.engine.run(plan, inputs)
+        engine = self._adapter_engine if request.adapters else self.engine
+        with self.adapters.use(request.adapters, len(batch)):
+            tensors = engine.run(plan, inputs)
         output = self.output(batch, tensors)
         if output.features.numel():
             self.feature_values = output.features[0].numel()
         if queries is None:
             return output
         return replace(output, queries=queries.split(tensors["queries"]))
+
+    @property
+    def splits_adapters(self) -> bool:
+        """Whether the engine leaves rows with adapters to eager passes of their own."""
+        return self._adapter_engine is not self.engine
 
     def build(self, request: BatchRequest) -> None:
         """Have the engine begin to build the pass for a request, before its first use."""

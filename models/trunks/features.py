@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from models.trunks.adapters import Adapter
 from models.trunks.query_tokens import QuerySet
 
 
@@ -19,6 +20,8 @@ class FeatureRequest:
         pixels: the normalised input.
         dense: a CLIP's embedding of every patch.
         tokens: the tokens of a tower whose last output is its embedding.
+        adapter: a low-rank adapter that the rows' pass goes through. All heads of a row request
+            the same one.
         features: the last output. If no head of a batch requests it, the network is not run.
     """
 
@@ -30,6 +33,7 @@ class FeatureRequest:
     pixels: bool = False
     dense: bool = False
     tokens: bool = False
+    adapter: Adapter | None = None
     features: bool = True
 
 
@@ -59,10 +63,12 @@ class PassPlan:
 
 @dataclass(frozen=True, slots=True)
 class BatchRequest:
-    """What a batch's heads request together: a plan, and which rows request which query tokens."""
+    """What a batch's heads request together: a plan, and which rows request which query tokens and
+    which adapter."""
 
     plan: PassPlan = PassPlan()
     queries: tuple[tuple[QuerySet, tuple[int, ...]], ...] = ()
+    adapters: tuple[tuple[Adapter, tuple[int, ...]], ...] = ()
 
 
 LAST_OUTPUT = BatchRequest()
@@ -89,4 +95,20 @@ def merge(requests: Iterable[tuple[FeatureRequest, Sequence[int]]]) -> BatchRequ
     )
     if len({query_set for query_set, _ in queries}) < len(queries):
         raise ValueError("a head with query tokens is called twice in one pass")
-    return BatchRequest(plan, queries)
+    return BatchRequest(plan, queries, _adapters(pairs))
+
+
+def _adapters(
+    pairs: Sequence[tuple[FeatureRequest, Sequence[int]]],
+) -> tuple[tuple[Adapter, tuple[int, ...]], ...]:
+    """The adapters of a batch's heads, each with its rows."""
+    by_row: dict[int, Adapter | None] = {}
+    for request, rows in pairs:
+        for row in rows:
+            if by_row.setdefault(row, request.adapter) is not request.adapter:
+                raise ValueError("the heads of a row request different adapters")
+    by_adapter: dict[Adapter, list[int]] = {}
+    for row, adapter in by_row.items():
+        if adapter is not None:
+            by_adapter.setdefault(adapter, []).append(row)
+    return tuple((adapter, tuple(rows)) for adapter, rows in by_adapter.items())

@@ -42,6 +42,7 @@ class RemoteHeads:
         request = pb.PutHeadRequest(
             name=upload.name,
             content=upload.content,
+            kind=upload.kind,
             trunk=upload.trunk or "",
             replace=upload.replace,
         )

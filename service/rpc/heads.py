@@ -26,6 +26,7 @@ class HeadCalls(VisionServicer):
             upload = HeadUpload(
                 name=request.name,
                 content=request.content,
+                kind=request.kind,
                 trunk=request.trunk or None,
                 replace=request.replace,
             )

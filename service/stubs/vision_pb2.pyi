@@ -812,13 +812,18 @@ class PutHeadRequest(_message.Message):
     CONTENT_FIELD_NUMBER: _builtins.int
     TRUNK_FIELD_NUMBER: _builtins.int
     REPLACE_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     content: _builtins.bytes
-    """A safetensors file, as `vitrail fit` writes it."""
+    """A safetensors file, as `vitrail fit` writes it. For an adapter, a zip archive of peft's
+    adapter_config.json and adapter_model.safetensors.
+    """
     trunk: _builtins.str
     """The trunk's name on this server, if it differs from the name in the file."""
     replace: _builtins.bool
     """Replace a head of the same name."""
+    kind: _builtins.str
+    """"lora" for an adapter, which also needs `trunk`; empty for a head's own file."""
     def __init__(
         self,
         *,
@@ -826,10 +831,11 @@ class PutHeadRequest(_message.Message):
         content: _builtins.bytes = ...,
         trunk: _builtins.str = ...,
         replace: _builtins.bool = ...,
+        kind: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "name", b"name", "replace", b"replace", "trunk", b"trunk"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "kind", b"kind", "name", b"name", "replace", b"replace", "trunk", b"trunk"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

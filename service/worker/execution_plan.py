@@ -21,6 +21,7 @@ from models.inputs.tiling import View
 from models.inputs.types import Input
 from models.model import Model
 from models.registry import Registry
+from models.trunks.adapters import Adapter
 from models.trunks.base import Trunk
 from service.decoding.pool import ImageDecoder
 from service.errors import from_library
@@ -105,13 +106,14 @@ def resolve(registry: Registry, call: Call, modality: str) -> ResolvedCall:
 
 
 def plan_execution(calls: Sequence[ResolvedCall]) -> ExecutionPlan:
-    """Group calls by trunk and view. Each input takes one pass per group, or one per piece that
-    the view cuts it into."""
-    passes: dict[tuple[str, View | None], TrunkPass] = {}
+    """Group calls by trunk, view and adapter. Each input takes one pass per group, or one per piece
+    that the view cuts it into."""
+    passes: dict[tuple[str, View | None, Adapter | None], TrunkPass] = {}
     for position, call in enumerate(calls):
         view = call.head.view if call.modality == "image" else None
         trunk = call.model.trunk_for(call.modality)
-        shared = passes.setdefault((call.trunk, view), TrunkPass(call.trunk, trunk, view))
+        key = (call.trunk, view, call.head.request.adapter)
+        shared = passes.setdefault(key, TrunkPass(call.trunk, trunk, view))
         shared.positions.append(position)
         shared.calls.append(call.head_call)
     return ExecutionPlan(calls, list(passes.values()))

@@ -5,15 +5,14 @@ import logging
 import re
 import shutil
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from models.catalog import ModelEntry
 from models.description import HeadDescription, ModelDescription, State, UnservedHead
 from models.errors import CheckpointError, ModelNotFoundError, ModelsError
-from models.heads.files import HeadFile, decode_head, encode_head, read_head, write_whole
-from models.heads.registry import create_head
+from models.heads.files import HeadFile, encode_head, read_head, write_whole
+from models.heads.lora import LORA
 from models.registry import Registry
 from service.backend import PARTS
 from service.errors import (
@@ -21,10 +20,10 @@ from service.errors import (
     InsufficientStorageError,
     InvalidInputError,
     NotFoundError,
-    UnavailableError,
 )
 from service.types import FitRequest, HeadUpload
 from service.worker.fit_jobs import FitJobs
+from service.worker.head_upload import check_fits, decode_upload
 
 logger = logging.getLogger(__name__)
 
@@ -118,11 +117,9 @@ class HeadStore:
 
     def _put(self, upload: HeadUpload) -> None:
         try:
-            head = decode_head(upload.content)
-            if upload.trunk is not None:
-                head = replace(head, trunk=upload.trunk)
+            head = decode_upload(upload, self._registry)
             self._check_name(upload.name, head.trunk, upload.replace)
-            self._check_fits(head)
+            check_fits(head, self._registry)
         except CheckpointError as error:
             raise InvalidInputError(str(error), field="file") from error
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -158,28 +155,6 @@ class HeadStore:
             raise InsufficientStorageError(
                 f"the server's heads have {MAX_BYTES} bytes, the most they can have; delete some"
             )
-
-    def _check_fits(self, head: HeadFile) -> None:
-        """Check that the head can be built on its trunk, which must be loaded."""
-        if head.trunk not in self._registry.catalog.trunks:
-            trunks = ", ".join(self._registry.catalog.trunks)
-            raise InvalidInputError(
-                f"the head is for the trunk {head.trunk!r}; the catalog has {trunks}", field="trunk"
-            )
-        loaded = self._registry.loaded_trunk(head.trunk)
-        if loaded is None:
-            raise UnavailableError(
-                f"the trunk {head.trunk!r} is not loaded; load a model that uses it",
-                retry_after_s=2,
-            )
-        trunk = loaded.trunk
-        head.check_trunk(trunk.digest, trunk.preprocess.digest, loaded.source)
-        try:
-            create_head(head.kind, loaded.trunk, head.labels, head.state)
-        except ModelsError:
-            raise
-        except Exception as error:  # torch raises various errors for unsuitable tensors
-            raise CheckpointError(f"the head cannot be built: {error}") from error
 
     def _delete(self, name: str) -> None:
         cancelled = self._fit_jobs.cancel(name)
@@ -237,7 +212,7 @@ class HeadStore:
                 trunk=head.trunk,
                 task=head.task,
                 head=f"file:{self._path(name).absolute()}",
-                description=f"{len(head.labels)} classes, {head.kind} head on {head.trunk}",
+                description=_summary(head),
             )
         )
 
@@ -283,3 +258,10 @@ class HeadStore:
 
     def _report(self, name: str) -> Path:
         return self._folder / f"{name}.report"
+
+
+def _summary(head: HeadFile) -> str:
+    """A head in one line."""
+    if head.kind == LORA:
+        return f"LoRA adapter on {head.trunk}"
+    return f"{len(head.labels)} classes, {head.kind} head on {head.trunk}"

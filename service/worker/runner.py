@@ -159,18 +159,24 @@ class Runner:
             return [self._run_safely(queue, [item])[0] for item in items]
 
     def _run(self, items: Sequence[Item]) -> list[list[Row | Exception]]:
-        """Run items, in one pass for each input size."""
+        """Run items, in one pass for each input size. Those that the trunk's engine leaves to
+        another one have passes of their own."""
         if self.trunk.modality == "text":  # texts are padded to one size
             return self._run_pass(items)
-        sizes: dict[torch.Size, list[int]] = defaultdict(list)
+        sizes: dict[tuple[torch.Size, bool], list[int]] = defaultdict(list)
         for place, item in enumerate(items):
-            sizes[item.prepared.shape].append(place)
+            sizes[item.prepared.shape, self._is_apart(item)].append(place)
         results: list[list[Row | Exception]] = [[]] * len(items)
         for places in sizes.values():
             passed = self._run_pass([items[place] for place in places])
             for place, rows in zip(places, passed, strict=True):
                 results[place] = rows
         return results
+
+    def _is_apart(self, item: Item) -> bool:
+        """Whether an item has an adapter that the trunk's engine does not take."""
+        adapters = [call.head.request.adapter for call in item.calls[:1]]
+        return self.trunk.splits_adapters and any(adapters)
 
     def _run_pass(self, items: Sequence[Item]) -> list[list[Row | Exception]]:
         on_gpu = self.trunk.placement.device.type == "cuda"

@@ -9,7 +9,7 @@ from service.backend import Heads
 from service.errors import InvalidInputError
 from service.gateway.auth import require_head_key, require_key
 from service.gateway.rest.examples import HeadName, HeadPart
-from service.gateway.rest.head_upload import read_head_body, zip_images
+from service.gateway.rest.head_upload import LORA, read_head_body, zip_images
 from service.gateway.rest.openapi import head_body
 from service.parameters import FitParameters, HeadParameters, validate
 from service.types import FitRequest, HeadUpload
@@ -53,7 +53,9 @@ async def delete_head(request: Request, name: HeadName) -> None:
     openapi_extra=head_body(),
 )
 async def post_head(request: Request, response: Response) -> dict[str, Any]:
-    """Upload a trained head (part `file`, or the body itself) under `name`; or fit one on `trunk`:
+    """Upload a trained head (part `file`, or the body itself) under `name`; or with `kind=lora` an
+    adapter for `trunk`, as peft's `adapter_config.json` and `adapter_model.safetensors` (two parts,
+    or a zip archive of both); or fit a head on `trunk`:
     to a zip archive of folders (part `archive`), to parts `image` with a field `label` each, or to
     JSON's `images`, `{"base64", "label"}` each. Fitting returns 202 and goes on in the background.
     """
@@ -62,11 +64,13 @@ async def post_head(request: Request, response: Response) -> dict[str, Any]:
     parameters = validate(HeadParameters, {k: v for k, v in body.fields.items() if k in common})
     rest = {k: v for k, v in body.fields.items() if k not in common}
     if body.file is not None:
+        kind = rest.pop("kind") if rest.get("kind") == LORA else ""
         if rest:
             raise InvalidInputError(f"a trained head takes no {', '.join(rest)}", field=min(rest))
         upload = HeadUpload(
             name=parameters.name,
             content=body.file,
+            kind=kind,
             trunk=parameters.trunk,
             replace=parameters.replace,
         )

@@ -1,8 +1,9 @@
-"""The body of `POST /heads`: a trained head, an archive, or images with labels."""
+"""The body of `POST /heads`: a trained head, an adapter, an archive, or images with labels."""
 
 import asyncio
 import io
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,14 +15,20 @@ from service.gateway.rest.body import collect, parse_form, read_body
 from service.payloads import decode_base64, parse_json_object
 
 MAX_PARTS = 10_000
+# The kind of an upload that is peft's files.
+LORA = "lora"
+# The files of an adapter, as peft names them.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(slots=True)
 class HeadBody:
-    """The fields of a request, with a head's file, an archive or labelled images."""
+    """The fields of a request, with a head's file, an adapter's two files, an archive or labelled
+    images."""
 
     fields: dict[str, Any]
     file: bytes | None = None
+    adapter: dict[str, bytes] = field(default_factory=dict)
     archive: bytes | None = None
     labelled: list[tuple[str, bytes]] = field(default_factory=list)
 
@@ -50,22 +57,47 @@ async def read_head_body(request: Request) -> HeadBody:
                 "head as application/octet-stream or an archive as application/zip"
             )
     body.fields = query | body.fields
-    contents = [body.file is not None, body.archive is not None, bool(body.labelled)]
+    contents = (body.file is not None, bool(body.adapter), body.archive is not None,
+                bool(body.labelled))  # fmt: skip
     if sum(contents) != 1:
         raise InvalidInputError(
-            "send a head (file), an archive of labelled images, or images with labels", field="file"
+            "send a head (file), an adapter's two files, an archive of labelled images, or images "
+            "with labels",
+            field="file",
         )
+    if body.fields.get("kind") == LORA:
+        return _as_adapter(body)
+    if body.adapter:
+        raise InvalidInputError(f"an adapter's files need kind={LORA}", field="kind")
     return body
+
+
+def _as_adapter(body: HeadBody) -> HeadBody:
+    """The body of an adapter with one file: a zip archive of peft's two files."""
+    if body.adapter and (missing := [name for name in ADAPTER_FILES if name not in body.adapter]):
+        raise InvalidInputError(f"{missing[0]} is missing", field="file")
+    content = zip_files(body.adapter) if body.adapter else body.file or body.archive
+    if content is None:
+        raise InvalidInputError(
+            f"an adapter is a zip archive, or the parts {' and '.join(ADAPTER_FILES)}", field="file"
+        )
+    return HeadBody(body.fields, file=content)
 
 
 async def _parse_multipart(headers: Headers, content: bytes) -> HeadBody:
     form = await parse_form(headers, content, max_files=MAX_PARTS, max_fields=2 * MAX_PARTS)
     files: dict[str, list[bytes]] = {"file": [], "archive": [], "image": []}
+    adapter: dict[str, bytes] = {}
     labels: list[str] = []
     fields: list[tuple[str, str]] = []
     try:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
+                if (own := _adapter_file(name, value.filename)) is not None:
+                    if own in adapter:
+                        raise InvalidInputError(f"two files {own}", field=name)
+                    adapter[own] = await value.read()
+                    continue
                 if name not in files:
                     parts = ", ".join(files)
                     raise InvalidInputError(f"file part {name!r}; there are {parts}", field=name)
@@ -86,9 +118,28 @@ async def _parse_multipart(headers: Headers, content: bytes) -> HeadBody:
     return HeadBody(
         collect(fields, frozenset()),
         next(iter(files["file"]), None),
+        adapter,
         next(iter(files["archive"]), None),
         list(zip(labels, files["image"], strict=True)),
     )
+
+
+def _adapter_file(part: str, filename: str | None) -> str | None:
+    """Which of an adapter's files a part is, by its own name or its file's; None for another."""
+    base = (filename or "").replace("\\", "/").rpartition("/")[2]
+    for name in ADAPTER_FILES:
+        if part in (name, name.rpartition(".")[0]) or base == name:
+            return name
+    return None
+
+
+def zip_files(files: Mapping[str, bytes]) -> bytes:
+    """Files by name as an archive, not compressed."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, file in files.items():
+            archive.writestr(name, file)
+    return content.getvalue()
 
 
 async def _parse_json(content: bytes) -> HeadBody:

@@ -115,6 +115,8 @@ def head_body() -> dict[str, Any]:
     parts = {
         "file": _BINARY,
         "archive": _BINARY,
+        "adapter_config.json": _BINARY,
+        "adapter_model.safetensors": _BINARY,
         "image": {"type": "array", "items": _BINARY},
         "label": labels,
         **shared,
