@@ -34,11 +34,13 @@ test: $(VENV)/dev.stamp ## Run the tests
 nightly: $(VENV)/dev.stamp ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m nightly
 
-check: $(VENV)/dev.stamp ## Lint, formatting and types
+check: $(VENV)/dev.stamp ## Lint, formatting, types, and known vulnerabilities
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/protolint lint proto
 	$(BIN)/mypy
+	$(BIN)/bandit --quiet --recursive --severity-level medium --configfile pyproject.toml service models
+	$(BIN)/python deploy/audit.py
 
 format: $(VENV)/dev.stamp ## Format, and fix what ruff can fix
 	$(BIN)/ruff format .
