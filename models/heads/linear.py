@@ -33,6 +33,8 @@ class Linear(Ranking):
             the trunk's own pooling.
         mean: how the mean of the last block's patch tokens is added: `interleaved` with the class
             tokens (DINO, arXiv 2104.14294), `appended` to them, or `alone`.
+        last_blocks: of a hierarchical network, how many of its last blocks' means are the features
+            (EsViT, arXiv 2106.09785).
         activations, norm_eps: see `create_classifier`.
 
     Tensors: `classifier.N...`, see `create_classifier`.
@@ -81,9 +83,16 @@ class Linear(Ranking):
             raise CheckpointError(f"unknown setting mean = {self.mean!r} of a linear head")
         layer_request = FeatureRequest(layers=frozenset(self.layers))
         self.request = layer_request if self.layers else NO_EXTRAS
+        self.last_blocks = int(state.settings.get("last_blocks", 0))
+        if self.last_blocks:
+            self.request = FeatureRequest(pixels=True, features=False)
 
     def features(self, output: TrunkOutput) -> Tensor:
         """(B, F) float32: the classifier's input."""
+        if self.last_blocks:
+            assert output.pixels is not None
+            means = self.trunk.block_means(output.pixels)
+            return torch.cat(means[-self.last_blocks :], -1).float()
         if not self.layers:
             return self.trunk.pool(output).float()
         normed = [self.trunk.norm(output.layers[layer]) for layer in self.layers]

@@ -221,6 +221,10 @@ class Trunk:
         """Store a head's query tokens (L, T, D), to be named in a `FeatureRequest`."""
         raise NotImplementedError(f"{self.architecture} takes no query tokens")
 
+    def block_means(self, pixels: Tensor) -> list[Tensor]:
+        """Every block's mean output (B, D) for normalised pixels, of a hierarchical network."""
+        raise NotImplementedError(f"{self.architecture} has no means of blocks")
+
     def linear_classifier(self) -> tuple[Tensor, Tensor] | None:
         """Weight (K, D) and bias (K,) of the own classifier, if it is one linear layer over the
         pooled features; else None."""

@@ -150,6 +150,12 @@ class TimmTrunk(ImageTrunk):
     def add_queries(self, raw_LTD: Tensor) -> QuerySet:
         return self._bank.add(raw_LTD.to(self.placement.device, self.placement.dtype))
 
+    def block_means(self, pixels: Tensor) -> list[Tensor]:
+        if not hasattr(self.network, "block_means"):
+            return super().block_means(pixels)
+        means: list[Tensor] = self.network.block_means(pixels)
+        return means
+
     def linear_classifier(self) -> tuple[Tensor, Tensor] | None:
         classifier = getattr(self.network, "get_classifier", lambda: None)()
         if not isinstance(classifier, nn.Linear) or classifier.bias is None:

@@ -25,6 +25,8 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     if "blocks.0.attn.q_bias" in keys:  # a BEiT
         return None
     script = {"nb_classes", "finetune"} <= container.script.keys()
+    if "distillation_type" in container.script:  # DeiT's script
+        return None
     if _is_scale_mae(container) or not all(key.startswith(KEPT) for key in keys):
         return None
     if keys >= PROBE:

@@ -1,0 +1,249 @@
+"""Cousins of the fixtures with shapes of their own, against timm's networks: the files that the
+authors of DINOv2, DeiT, CaiT, ConvNeXt, XCiT, DINO, MoCo v3 and EsViT publish beside those."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models.convnext import ConvNeXt
+from timm.models.resnet import Bottleneck, ResNet
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.xcit import Xcit
+from torch import Tensor, nn
+
+from models import load_checkpoint
+from models.checkpoints.loading import read_checkpoint
+from models.errors import CheckpointError, InputError
+from models.networks.cvt import Cvt
+from models.networks.swin import Swin
+
+
+def randomised(network: Any, seed: int = 0) -> Any:
+    """The network in eval mode, with every weight and statistic random."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for key, value in network.state_dict().items():
+        if not value.is_floating_point():
+            state[key] = value
+        elif key.endswith("running_var"):
+            state[key] = torch.rand(value.shape, generator=generator) + 0.5
+        else:
+            state[key] = torch.randn(value.shape, generator=generator) * 0.1
+    network.load_state_dict(state)
+    return network.eval()
+
+
+def pixels(*size: int) -> Tensor:
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def saved(path: Path, content: Any) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def dinov2_vit(registers: int, gated: bool, img_size: int = 56) -> Any:
+    options: dict[str, Any] = {"mlp_layer": timm.layers.SwiGLUPacked} if gated else {}
+    return randomised(
+        VisionTransformer(
+            img_size=img_size, patch_size=14, embed_dim=48, depth=5, num_heads=6, num_classes=0,
+            init_values=1.0, reg_tokens=registers, no_embed_class=True, mlp_ratio=4, **options,
+        )
+    )  # fmt: skip
+
+
+def in_dinov2s_names(network: Any, chunks: int = 0) -> dict[str, Tensor]:
+    """timm's weights as upstream saves them, the position table with a row for the class token."""
+    row = torch.zeros(1, 1, network.embed_dim)
+    state = {"mask_token": torch.zeros(1, network.embed_dim)}
+    for key, value in network.state_dict().items():
+        if key == "pos_embed":
+            value = torch.cat([row, value], 1)
+        key = key.replace("reg_token", "register_tokens")
+        if chunks and key.startswith("blocks."):
+            number = int(key.split(".")[1])
+            key = key.replace("blocks.", f"blocks.{number // chunks}.", 1)
+        state[key] = value
+    return state
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("gated", [False, True])
+def test_dinov2_with_registers_and_swiglu(tmp_path: Path, registers: int, gated: bool) -> None:
+    network = dinov2_vit(registers, gated)
+    state = in_dinov2s_names(network)
+    if gated:
+        renamed = {".mlp.fc1.": ".mlp.w12.", ".mlp.fc2.": ".mlp.w3."}
+        for ours, theirs in renamed.items():
+            state = {key.replace(ours, theirs): value for key, value in state.items()}
+    model = load_checkpoint(saved(tmp_path / "giant.pth", state), {"num_heads": 6})
+    given = pixels(56, 56)
+    found = model.run(given)["tokens"]
+    assert torch.allclose(found, network.forward_features(given), atol=1e-5)
+    with pytest.raises(InputError, match=r"64x56 pixels: its sides must be multiples of 14"):
+        model.run(pixels(64, 56))
+    checkpoint = read_checkpoint(tmp_path / "giant.pth", {"num_heads": 6})
+    assert checkpoint.assumed.keys() == {"interpolate_offset", "interpolate_antialias"}
+
+
+def test_dinov2s_teacher_has_blocks_in_chunks(tmp_path: Path) -> None:
+    network = dinov2_vit(0, gated=False)
+    chunked = {f"backbone.{k}": v for k, v in in_dinov2s_names(network, chunks=2).items()}
+    head = {
+        "dino_head.mlp.0.weight": torch.ones(3, 48),
+        "ibot_head.mlp.0.weight": torch.ones(3, 48),
+    }
+    path = saved(tmp_path / "teacher_checkpoint.pth", {"teacher": chunked | head})
+    found = load_checkpoint(path, {"num_heads": 6}).run(pixels(56, 56))["tokens"]
+    assert torch.allclose(found, network.forward_features(pixels(56, 56)), atol=1e-5)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_dinov2s_linear_classifiers(tmp_path: Path, registers: int) -> None:
+    """Of one block, alone and with the backbone, and of the evaluation script."""
+    network = dinov2_vit(registers, gated=False)
+    backbone = in_dinov2s_names(network)
+    saved(tmp_path / "backbone.pth", backbone)
+    linear = randomised(nn.Linear(96, 7))
+    tokens = network.forward_features(pixels(56, 56))
+    features = torch.cat([tokens[:, 0], tokens[:, 1 + registers :].mean(1)], 1)
+    whole = {f"backbone.{key}": value for key, value in backbone.items()}
+    whole |= {f"linear_head.{key}": value for key, value in linear.state_dict().items()}
+    other = {"weight": torch.ones(7, 48), "bias": torch.ones(7)}
+    script: dict[str, Tensor] = {}
+    for name, state in (("1_blocks_avgpool_True_lr_0_1", linear.state_dict()),
+                        ("1_blocks_avgpool_False_lr_0_1", other)):  # fmt: skip
+        prefix = f"module.classifiers_dict.classifier_{name}.linear."
+        script |= {f"{prefix}{key}": value for key, value in state.items()}
+    for name, content in (("alone", linear.state_dict()), ("hub", whole),
+                          ("script", {"model": script, "iteration": 9})):  # fmt: skip
+        path = saved(tmp_path / f"{name}.pth", content)
+        arguments = {"num_heads": 6, "classifier": "classifier_1_blocks_avgpool_True_lr_0_1"}
+        found = load_checkpoint(path, arguments).run(pixels(56, 56))["logits"]
+        assert torch.allclose(found, linear(features), atol=1e-5), name
+    with pytest.raises(CheckpointError, match=r"2 classifiers; set arguments = \{classifier"):
+        load_checkpoint(tmp_path / "script.pth", {"num_heads": 6})
+
+
+def test_deit_distilled(tmp_path: Path) -> None:
+    network = randomised(
+        timm.create_model(
+            "deit_tiny_distilled_patch16_224", img_size=48, embed_dim=72, depth=2, num_heads=3,
+            num_classes=5,
+        )
+    )  # fmt: skip
+    path = saved(tmp_path / "deit.pth", {"model": network.state_dict()})
+    model = load_checkpoint(path, {"num_heads": 3})
+    assert torch.allclose(model.run(pixels(48, 48))["logits"], network(pixels(48, 48)), atol=1e-5)
+    with pytest.raises(InputError, match=r"64x48 pixels: its positions are for 48x48"):
+        model.run(pixels(64, 48))
+
+
+def test_deits_training_checkpoint(tmp_path: Path) -> None:
+    """With the script's arguments, which also say how it evaluates."""
+    network = randomised(timm.create_model("deit_tiny_patch16_224", img_size=48, depth=2))
+    content = {
+        "model": network.state_dict(), "optimizer": {}, "epoch": 3, "model_ema": {},
+        "args": {"distillation_type": "none", "teacher_model": "regnety_160", "finetune": "",
+                 "nb_classes": 1000, "eval_crop_ratio": 1.0},
+    }  # fmt: skip
+    model = load_checkpoint(saved(tmp_path / "checkpoint.pth", content))
+    assert torch.allclose(model.run(pixels(48, 48))["logits"], network(pixels(48, 48)), atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [None, 1e-6])
+def test_convnexts_of_other_sizes(tmp_path: Path, scale: float | None) -> None:
+    network = randomised(
+        ConvNeXt(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), num_classes=9, ls_init_value=scale)
+    )
+    names = {"stem.": "downsample_layers.0.", "head.norm.": "norm.", "head.fc.": "head.",
+             "conv_dw": "dwconv", "mlp.fc1": "pwconv1", "mlp.fc2": "pwconv2"}  # fmt: skip
+    state = {}
+    for key, value in network.state_dict().items():
+        parts = key.split(".")
+        if "downsample" in key:
+            key = f"downsample_layers.{parts[1]}.{'.'.join(parts[3:])}"
+        key = key.replace(".blocks.", ".")
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        state[key] = value
+    path = saved(tmp_path / "convnext.pth", {"model": state})
+    found = load_checkpoint(path).run(pixels(70, 64))["logits"]
+    assert torch.allclose(found, network(pixels(70, 64)), atol=1e-5)
+    assert read_checkpoint(path, {}).assumed == {"img_size": 224}
+    assert load_checkpoint(path, {"img_size": 384}).trunk.preprocess.crop_mode == "squash"
+
+
+def xcit(**options: Any) -> tuple[Any, dict[str, Tensor]]:
+    network = randomised(Xcit(patch_size=8, embed_dim=48, depth=2, num_heads=4, eta=1.0, **options))
+    state: dict[str, Tensor] = {}
+    for key, value in network.state_dict().items():
+        key = key.replace("pos_embed.", "pos_embeder.")
+        if "cls_attn" in key and ".attn.q." in key:
+            parts = [network.state_dict()[key.replace(".q.", f".{part}.")] for part in "qkv"]
+            state[key.replace(".q.", ".qkv.")] = torch.cat(parts)
+        elif not ("cls_attn" in key and (".attn.k." in key or ".attn.v." in key)):
+            state[key] = value
+    return network, state
+
+
+@pytest.mark.parametrize("tokens_norm", [True, False])
+def test_xcits_own_files_at_odd_sizes(tmp_path: Path, tokens_norm: bool) -> None:
+    network, state = xcit(num_classes=5, tokens_norm=tokens_norm)
+    path = saved(tmp_path / "xcit.pth", {"model": state})
+    outputs = load_checkpoint(path, {"tokens_norm": tokens_norm}).run(pixels(45, 64))
+    assert torch.allclose(outputs["logits"], network(pixels(45, 64)), atol=1e-5)
+    assert outputs["feature_map"].shape == (2, 48, 6, 8)
+    assert read_checkpoint(path, {}).assumed.keys() == {"tokens_norm", "img_size", "crop_pct"}
+
+
+def test_dinos_linear_classifiers_of_other_backbones(tmp_path: Path) -> None:
+    resnet = randomised(ResNet(Bottleneck, (1, 1, 1, 1), channels=(8, 8, 8, 16), num_classes=0))
+    transformer, state = xcit(num_classes=0, tokens_norm=True)
+    for network, backbone in ((resnet, resnet.state_dict()), (transformer, state)):
+        saved(tmp_path / "backbone.pth", backbone)
+        features = network(pixels(64, 64))
+        linear = randomised(nn.Linear(features.shape[1], 7))
+        weights = {f"module.linear.{key}": value for key, value in linear.state_dict().items()}
+        path = saved(tmp_path / "linear.pth", {"epoch": 1, "state_dict": weights, "best_acc": 1.0})
+        found = load_checkpoint(path).run(pixels(64, 64))["logits"]
+        assert torch.allclose(found, linear(features), atol=1e-4)
+
+
+def test_esvits_linear_classifiers_read_the_means_of_blocks(tmp_path: Path) -> None:
+    stages: dict[str, Any] = {"dims": [8, 16], "depths": [1, 2], "hidden": [16, 32],
+                              "heads": [1, 2], "windows": [7, 7], "kernels": [7, 3],
+                              "strides": [4, 2], "paddings": [2, 1]}  # fmt: skip
+    network = randomised(Cvt(**stages))
+    teacher = {f"module.{key}": value for key, value in network.state_dict().items()}
+    teacher |= {"module.head.last_layer.weight_v": torch.ones(3, 16)}
+    saved(tmp_path / "backbone.pth", {"student": teacher, "teacher": teacher, "epoch": 1})
+    linear = randomised(nn.Linear(8 + 16 + 16, 7))
+    weights = {f"module.linear.{key}": value for key, value in linear.state_dict().items()}
+    path = saved(tmp_path / "linear.pth", {"state_dict": weights, "epoch": 1, "best_acc": 1.0})
+    arguments = {"num_heads": [1, 2]}
+    found = load_checkpoint(path, arguments).run(pixels(64, 64))["logits"]
+    features = torch.cat(network.block_means(pixels(64, 64)), 1)
+    assert torch.allclose(found, linear(features), atol=1e-5)
+
+
+def test_a_swins_last_window_tells_its_input_size(tmp_path: Path) -> None:
+    """A window smaller than the others is the whole map of its stage."""
+    network = randomised(
+        Swin(img_size=96, patch_size=4, embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4),
+             window_size=6, num_classes=0)
+    )  # fmt: skip
+    state = {}
+    for key, value in network.state_dict().items():
+        if ".downsample." in key:
+            stage = int(key.split(".")[1])
+            key = key.replace(f"layers.{stage}.", f"layers.{stage - 1}.", 1)
+        state[key] = value
+    path = saved(tmp_path / "swin.pth", {"state_dict": state})
+    checkpoint = read_checkpoint(path, {})
+    assert checkpoint.arguments["img_size"] == 96
+    assert checkpoint.assumed == {}
+    with pytest.raises(InputError, match=r"100x96 pixels: it takes 96x96 pixels alone"):
+        load_checkpoint(path).run(pixels(100, 96))
