@@ -46,6 +46,8 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             the file nor the arguments say.
     """
     config = read_segmentor(container, arguments)
+    if (kind := config.decode_head.type) and kind not in HEAD_TYPES:
+        raise CheckpointError(f"decode_head is a {kind}; supported: {', '.join(HEAD_TYPES)}")
     tensors, rest = split_prefix(container.tensors, "backbone.")
     backbone = convert_backbone(tensors, config.backbone)
     head = {k: container.tensors[k] for k in rest if k.startswith(KEPT)}
@@ -103,8 +105,6 @@ def decoder_settings(
     """
     table, neck = config.decode_head, config.neck
     head = below(tensors, "decode_head.")
-    if table.type and table.type not in HEAD_TYPES:
-        raise CheckpointError(f"decode_head is a {table.type}; supported: {', '.join(HEAD_TYPES)}")
     table.only("align_corners", False)
     for each in (table, neck):
         each.only("act_cfg", "ReLU")
