@@ -63,7 +63,7 @@ class LocalBackend:
         self.batcher = self.trunks.batcher
         use_threads(1)  # all threads but the lanes' use one; `use_threads` explains why
         self._pool = ThreadPoolExecutor(
-            self.options.decode_threads, "decode", initializer=partial(use_threads, 1)
+            self.options.decode_threads + 1, "decode", initializer=partial(use_threads, 1)
         )
         self.decoder: ImageDecoder = (
             ThreadDecoder(self._limits)

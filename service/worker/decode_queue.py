@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -37,9 +38,9 @@ class DecodeQueue:
     def __init__(self, pool: Executor, threads: int, clock: Clock = time.monotonic) -> None:
         """
         Args:
-            pool: runs the decoding; it may run other work, too.
-            threads: the number of its threads. As many inputs of one request are decoded at a time,
-                so that a small request does not wait until a large one is decoded.
+            pool: runs the decoding; it may run other work, too. It has a thread more than
+                `threads`, which is left for others while one client's images take long.
+            threads: the inputs of one client that are decoded at the same time.
         """
         self._pool = pool
         self._threads = threads
@@ -49,6 +50,7 @@ class DecodeQueue:
         # Expected seconds of work that no thread has begun, by client: interactive, and bulk.
         self._backlog: tuple[dict[str, float], dict[str, float]] = ({}, {})
         self._running: dict[int, float] = {}  # when each busy thread is expected to end
+        self._busy: Counter[str] = Counter()  # threads of each client
         self._seconds: dict[str, float] = {}  # moving averages, by kind
         self._depth = 0
 
@@ -104,18 +106,35 @@ class DecodeQueue:
             source.remaining -= 1
             self._count(source, -1)
             self._running[thread] = self._clock() + source.seconds
+            self._busy[source.client] += 1
         source.decode_next()
         with self._lock:
             del self._running[thread]
-        if source.remaining:
-            self._put(source)
+            self._busy[source.client] -= 1
+            if not self._busy[source.client]:
+                del self._busy[source.client]
+            if source.remaining:
+                self._waiting.put(source, source.client, source, bulk=source.bulk)
+            more = bool(len(self._waiting))
+        if more:  # also for one that was passed over
+            self._pool.submit(self._run)
 
     def _next(self) -> Source | None:
-        while len(self._waiting):
+        """The source whose turn it is. Clients that have their share of the threads are passed
+        over: the end of one of their inputs calls again."""
+        passed_over: list[Source] = []
+        found = None
+        while len(self._waiting) and found is None:
             source = self._waiting.take()
-            if source.remaining:
-                return source
-        return None
+            if not source.remaining:
+                continue
+            if self._busy[source.client] < self._threads:
+                found = source
+            else:
+                passed_over.append(source)
+        for source in passed_over:
+            self._waiting.put(source, source.client, source, bulk=source.bulk)
+        return found
 
     def _count(self, source: Source, count: int) -> None:
         self._depth += count

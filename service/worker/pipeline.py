@@ -35,7 +35,7 @@ class Pipeline:
         """
         Args:
             pool: prepares inputs, with images from `decoder`, and runs what heads finish slowly.
-            pool_size: the number of its threads.
+            pool_size: the threads of one client; the pool has one more.
         """
         self.admission = Admission(batcher, DecodeQueue(pool, pool_size), metrics)
         self._metrics = metrics
