@@ -50,7 +50,8 @@ class DecodingProcess:
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # so that Ctrl-C reaches only the worker
             env={
-                **os.environ,
+                # without the settings, which hold keys
+                **{k: v for k, v in os.environ.items() if not k.startswith("VITRAIL_")},
                 "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
                 "OPENBLAS_NUM_THREADS": "1",  # numpy would reserve memory for its threads
             },

@@ -160,6 +160,17 @@ def state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
+def test_the_processes_do_not_know_the_keys(
+    monkeypatch: pytest.MonkeyPatch, metrics: Metrics
+) -> None:
+    monkeypatch.setenv("VITRAIL_API_KEYS", "secret-of-the-worker")
+    decoder = ProcessDecoder(LIMITS, CPU_S, metrics)
+    decoder.start()
+    [pid] = decoder.pids()
+    assert b"secret-of-the-worker" not in Path(f"/proc/{pid}/environ").read_bytes()
+    decoder.close()
+
+
 def test_the_processes_never_import_torch() -> None:
     program = "import sys, service.decoding.decoder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
