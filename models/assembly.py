@@ -53,6 +53,12 @@ class Assembly:
         Raises:
             ModelsError: a part cannot be loaded, or does not fit the others.
         """
+        model = self._build(entry)
+        for head in model.embeds:
+            head.trained_dimensions = entry.dimensions
+        return model
+
+    def _build(self, entry: ModelEntry) -> Model:
         loaded = self._load_trunk(entry.trunk)
         if entry.head is not None and entry.head.startswith(FILE):
             return self._build_from_file(entry, loaded)

@@ -61,6 +61,7 @@ class ModelEntry:
             `models/trunks/conse.py`.
         head: the head's kind, or `file:PATH`; None: what suits the task and the checkpoint.
         labels: see `models/tasks/labels.py`.
+        dimensions: the numbers of first dimensions that its embeddings were trained to be cut to.
     """
 
     name: str
@@ -71,6 +72,7 @@ class ModelEntry:
     join: str | None = None
     head: str | None = None
     labels: str | list[str] | None = None
+    dimensions: tuple[int, ...] = ()
     description: str = ""
     licence: str = "unknown"
     parameters: str = ""
@@ -161,6 +163,8 @@ def _parse(path: Path, content: dict[str, Any]) -> Catalog:
                 raise CatalogError(f"catalog {path}: {model.name}: no trunk {trunk!r}")
         if model.task == "zero-shot" and model.text is None:
             raise CatalogError(f"catalog {path}: {model.name}: zero-shot needs text = 'TRUNK'")
+        if not all(type(count) is int and count > 0 for count in model.dimensions):
+            raise CatalogError(f"catalog {path}: {model.name}: dimensions are positive numbers")
         if model.task not in tasks():
             raise CatalogError(
                 f"catalog {path}: {model.name}: no task {model.task!r}; tasks: {', '.join(tasks())}"

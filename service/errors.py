@@ -13,6 +13,11 @@ class FieldError(NamedTuple):
     detail: str
 
 
+# An answer to bad input is not as long as the input that it quotes.
+MAX_DETAIL = 4000
+MAX_FIELD = 200
+
+
 class ServiceError(Exception):
     """The base of all errors.
 
@@ -41,9 +46,16 @@ class ServiceError(Exception):
         retry_after_s: float | None = None,
     ) -> None:
         super().__init__(detail)
-        self.detail = detail
-        self.fields = [FieldError(field, detail)] if field else list(fields)
+        self.detail = _cut(detail, MAX_DETAIL)
+        named = [FieldError(field, detail)] if field else fields
+        self.fields = [
+            FieldError(_cut(e.field, MAX_FIELD), _cut(e.detail, MAX_DETAIL)) for e in named
+        ]
         self.retry_after_s = retry_after_s
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 class BadRequestError(ServiceError):

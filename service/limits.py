@@ -1,10 +1,12 @@
-"""The limits on a request's inputs and on its answer, the same for every protocol."""
+"""Limits of a request, the same for every protocol."""
 
 from service.errors import PayloadTooLargeError
 from service.settings import Settings
 
 # Numbers in the answer of a request: 8 MiB as float32, up to 40 MiB as JSON.
 MAX_ANSWER_VALUES = 2**21
+# Longer timeouts are shortened to a day: gRPC cannot express any length.
+MAX_TIMEOUT_MS = 24 * 3600 * 1000.0
 
 
 def check_input_count(settings: Settings, count: int) -> None:

@@ -12,6 +12,9 @@ from service.errors import FieldError, InvalidInputError, InvalidParametersError
 from service.types import Call
 
 MAX_MODELS = 256
+# A request has fewer fields than this, and an answer names no more of those that are invalid.
+MAX_FIELDS = 1000
+MAX_FIELD_ERRORS = 20
 
 
 class Parameters(Options):
@@ -100,14 +103,18 @@ def validate(model: type[M], fields: Mapping[str, Any]) -> M:
     """The fields as a pydantic model.
 
     Raises:
-        InvalidParametersError: with one entry for each invalid field.
+        InvalidParametersError: with an entry for each invalid field, up to MAX_FIELD_ERRORS.
     """
+    if len(fields) > MAX_FIELDS:
+        raise InvalidParametersError(f"{len(fields)} parameters; the limit is {MAX_FIELDS}")
     try:
         return model.model_validate(fields)
     except ValidationError as error:
         invalid = [
             FieldError(".".join(str(part) for part in item["loc"]), item["msg"])
-            for item in error.errors(include_url=False, include_input=False, include_context=False)
+            for item in error.errors(include_url=False, include_input=False, include_context=False)[
+                :MAX_FIELD_ERRORS
+            ]
         ]
         summary = "; ".join(f"{field}: {detail}" for field, detail in invalid)
         raise InvalidParametersError(summary, fields=invalid) from error

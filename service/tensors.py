@@ -17,6 +17,9 @@ DTYPES = {
     "INT8": "i1", "INT16": "<i2", "INT32": "<i4", "INT64": "<i8",
     "FP16": "<f2", "FP32": "<f4", "FP64": "<f8",
 }  # fmt: skip
+# Whatever the sizes, numpy can make an array of such a shape, or says that the contents do not fit.
+MAX_DIMENSIONS = 8
+MAX_ELEMENTS = 2**40
 _DATATYPES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
 
@@ -59,11 +62,28 @@ def element_count(name: str, shape: Sequence[int]) -> int:
     """The number of elements of a tensor.
 
     Raises:
-        InvalidInputError: a size is negative.
+        InvalidInputError: too many dimensions, or a size that is negative or too large.
     """
-    if any(size < 0 for size in shape):
-        raise InvalidInputError(f"{name}: shape {list(shape)} has a negative size", field=name)
+    if len(shape) > MAX_DIMENSIONS:
+        raise InvalidInputError(
+            f"{name}: {len(shape)} dimensions; the limit is {MAX_DIMENSIONS}", field=name
+        )
+    if any(size < 0 for size in shape) or math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
+        raise InvalidInputError(
+            f"{name}: shape {list(shape)} has a size that is negative or too large", field=name
+        )
     return math.prod(shape)
+
+
+def check_finite(name: str, array: np.ndarray) -> np.ndarray:
+    """The array.
+
+    Raises:
+        InvalidInputError: a value is not finite.
+    """
+    if not np.isfinite(array).all():
+        raise InvalidInputError(f"{name} has values that are not finite", field=name)
+    return array
 
 
 def pack(elements: Iterable[bytes]) -> bytes:

@@ -58,6 +58,9 @@ class Embed(Head):
         if projection is not None:
             self.network = trunk.placement.apply(projection)
         self.pooling = pooling
+        # The numbers of first dimensions that it was trained to be cut to (Matryoshka embeddings,
+        # arXiv 2205.13147).
+        self.trained_dimensions: Sequence[int] = ()
         if trunk.takes_gsd:
             self.request = FeatureRequest(pixels=True, features=False)
 
@@ -75,6 +78,7 @@ class Embed(Head):
         if "gsd" in options and not self.trunk.takes_gsd:
             raise InputError("gsd is for Scale-MAE; this model does not take it", field="gsd")
         check_tokens(self.trunk, options)
+        self._check_dimensions(options)
         pooling = options.get("pooling")
         if pooling is None:
             return
@@ -101,6 +105,18 @@ class Embed(Head):
         if not asks_tokens(options):
             return 0
         return self.trunk.token_values(options.get("layers", ()))
+
+    def _check_dimensions(self, options: Mapping[str, Any]) -> None:
+        dimensions = options.get("dimensions")
+        if dimensions in (None, *self.trained_dimensions) or options.get("truncate"):
+            return
+        trained = ", ".join(map(str, self.trained_dimensions))
+        reason = f"it was trained for {trained}" if trained else "it was not trained for fewer"
+        raise InputError(
+            f"dimensions is {dimensions}; this model's embeddings lose more than precision when "
+            f"they are cut there: {reason}. Leave dimensions out, or send truncate=true",
+            field="dimensions",
+        )
 
     def at_size(self, options: Mapping[str, Any], size: tuple[int, int]) -> Mapping[str, Any]:
         if (gsd := options.get("gsd")) is None:
@@ -154,9 +170,13 @@ class Embed(Head):
         *,
         normalize: bool = True,
         dimensions: int | None = None,
+        truncate: bool = False,
     ) -> dict[str, np.ndarray]:
         """`embedding` (D,) float32: its first `dimensions`, then of unit length if `normalize`; or
-        `tokens` (T, D), or `tokens.N` for each layer, each of unit length if `normalize`."""
+        `tokens` (T, D), or `tokens.N` for each layer, each of unit length if `normalize`.
+
+        `truncate` has been considered by `check`.
+        """
         if "embedding" not in row:
             return {name: unit_length(row[name]) if normalize else row[name] for name in row}
         embedding = row["embedding"]

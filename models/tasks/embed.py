@@ -31,7 +31,15 @@ class EmbedOptions(Options):
         None, description="How tokens become one vector; the model's own pooling if not given."
     )
     normalize: bool = Field(True, description="Scale to unit length.")
-    dimensions: int | None = Field(None, ge=1, description="Keep only the first N dimensions.")
+    dimensions: int | None = Field(
+        None,
+        ge=1,
+        description="Keep only the first N dimensions. A model that was not trained for it "
+        "refuses, unless `truncate` is true.",
+    )
+    truncate: bool = Field(
+        False, description="Cut to `dimensions` even if the model was not trained for it."
+    )
     output: Literal["embedding", "tokens"] = Field(
         "embedding", description="tokens: a vector for each patch instead of one for the input."
     )

@@ -10,6 +10,7 @@ from service.backend import Backend
 from service.errors import InvalidInputError, ServiceError
 from service.gateway.auth import count_images
 from service.gateway.disconnect import cancelled_by_disconnect
+from service.limits import MAX_TIMEOUT_MS
 from service.settings import Settings
 from service.types import ImageResult, InferRequest, InferResult
 
@@ -97,7 +98,7 @@ def deadline_after(request: Request, timeout_ms: float) -> float:
     if not 0 < timeout_ms < float("inf"):
         raise InvalidInputError(f"timeout is {timeout_ms} ms; it must be a positive number")
     started: float = request.scope["state"]["started"]
-    return started + timeout_ms / 1e3
+    return started + min(timeout_ms, MAX_TIMEOUT_MS) / 1e3
 
 
 def read_priority(request: Request) -> bool:

@@ -1,7 +1,5 @@
 """Input tensors as the backend's inputs."""
 
-import base64
-import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +8,10 @@ import numpy as np
 
 from models.inputs.types import Input, Latent, Seed, Video
 from service.errors import InvalidInputError
-from service.tensors import DTYPES, element_count, from_bytes, unpack
+from service.limits import check_input_count
+from service.payloads import decode_base64
+from service.settings import Settings
+from service.tensors import DTYPES, check_finite, element_count, from_bytes, unpack
 
 # The data types of preprocessed images and latent vectors; metadata names the first one.
 FLOAT_TYPES = ("FP32", "FP16", "BF16")
@@ -38,11 +39,12 @@ class InputTensor:
     values: Sequence[Any] = ()
 
 
-def to_inputs(tensors: Sequence[InputTensor]) -> list[Input]:
+def to_inputs(tensors: Sequence[InputTensor], settings: Settings) -> list[Input]:
     """The inputs of a request, all of one kind.
 
     Raises:
         InvalidInputError: wrong name, data type or shape, or contents that do not fit them.
+        PayloadTooLargeError: by the shape there are too many.
     """
     if len(tensors) != 1 or tensors[0].name not in KINDS:
         names = ", ".join(repr(tensor.name) for tensor in tensors) or "none"
@@ -51,23 +53,37 @@ def to_inputs(tensors: Sequence[InputTensor]) -> list[Input]:
             f"send one input of {kinds}; the request has {names}", field="inputs"
         )
     tensor = tensors[0]
-    inputs: list[Input]
+    if not element_count(tensor.name, tensor.shape):
+        raise InvalidInputError(f"{tensor.name} has no elements", field=tensor.name)
+    check_input_count(settings, tensor.shape[0] if tensor.shape else 1)
     match tensor.name:
         case "image":
-            inputs = [_decoded(element) for element in _elements(tensor)]
+            return [_decoded(element) for element in _elements(tensor)]
         case "text":
-            inputs = [_text(element) for element in _elements(tensor)]
+            return [_text(element) for element in _elements(tensor)]
         case "video":
-            inputs = [Video(_decoded(element)) for element in _elements(tensor)]
+            return [Video(_decoded(element)) for element in _elements(tensor)]
         case "seed":
-            inputs = [Seed(value) for value in _seeds(tensor)]
+            return [Seed(value) for value in _seeds(tensor)]
         case "latent":
-            inputs = [Latent(row) for row in _numbers(tensor, "[N, dimensions]", 2)]
-        case _:
-            inputs = list(_numbers(tensor, "[N, 3, height, width]", 4))
-    if not inputs:
-        raise InvalidInputError(f"{tensor.name} has no elements", field=tensor.name)
-    return inputs
+            return [Latent(row) for row in _numbers(tensor, "[N, dimensions]", 2)]
+    return list(_numbers(tensor, "[N, 3, height, width]", 4))
+
+
+def timeout_ms(value: Any) -> float | None:
+    """The parameter `timeout`, which is in microseconds as in Triton; None if there is none.
+
+    Raises:
+        InvalidInputError: not a number.
+    """
+    if value is None:
+        return None
+    try:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise TypeError
+        return value / 1e3
+    except (TypeError, OverflowError) as error:
+        raise InvalidInputError("timeout is a number of microseconds", field="timeout") from error
 
 
 def _elements(tensor: InputTensor) -> Sequence[Any]:
@@ -90,8 +106,12 @@ def _elements(tensor: InputTensor) -> Sequence[Any]:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, bytes):
+        raise InvalidInputError("an element of text is not a string", field="text")
     try:
-        return value.decode() if isinstance(value, bytes) else str(value)
+        return value.decode()
     except UnicodeDecodeError as error:
         raise InvalidInputError("text is not UTF-8", field="text") from error
 
@@ -99,19 +119,18 @@ def _text(value: Any) -> str:
 def _decoded(value: Any) -> bytes:
     if isinstance(value, bytes):
         return value
-    try:
-        return base64.b64decode(value, validate=True)
-    except (binascii.Error, ValueError, TypeError) as error:
-        raise InvalidInputError(
-            "in JSON, BYTES of images and videos are base64; or use the binary tensor extension",
-            field="inputs",
-        ) from error
+    if isinstance(value, str):
+        return decode_base64(value, "inputs")
+    raise InvalidInputError(
+        "in JSON, BYTES of images and videos are base64; or use the binary tensor extension",
+        field="inputs",
+    )
 
 
 def _seeds(tensor: InputTensor) -> list[int]:
     if tensor.datatype != "INT64" or len(tensor.shape) != 1:
         raise InvalidInputError("seed is INT64 of shape [N]", field="seed")
-    raw = tensor.raw if tensor.raw is not None else _packed(tensor)
+    raw = tensor.raw if tensor.raw is not None else _packed(tensor, "iu")
     seeds: list[int] = from_bytes("seed", tensor.datatype, tensor.shape, raw).tolist()
     if any(seed < 0 for seed in seeds):
         raise InvalidInputError("a seed is not negative", field="seed")
@@ -126,16 +145,25 @@ def _numbers(tensor: InputTensor, shape: str, dimensions: int) -> np.ndarray:
         )
     if len(tensor.shape) != dimensions:
         raise InvalidInputError(f"{name} has shape {shape}, not {list(tensor.shape)}", field=name)
-    raw = tensor.raw if tensor.raw is not None else _packed(tensor)
+    raw = tensor.raw if tensor.raw is not None else _packed(tensor, "iuf")
     array = from_bytes(name, tensor.datatype, tensor.shape, raw)
-    return array.astype(np.float32, copy=False)
+    return check_finite(name, array.astype(np.float32, copy=False))
 
 
-def _packed(tensor: InputTensor) -> bytes:
+def _packed(tensor: InputTensor, kinds: str) -> bytes:
+    """The values as bytes.
+
+    Args:
+        kinds: numpy's letters of the kinds of numbers that the values may be.
+    """
     name = tensor.name
     if tensor.datatype == "BF16":
         raise InvalidInputError(f"{name}: BF16 must be sent as raw bytes", field=name)
     try:
-        return np.array(tensor.values, DTYPES[tensor.datatype]).tobytes()
-    except (ValueError, TypeError, OverflowError) as error:
-        raise InvalidInputError(f"{name}: not numbers", field=name) from error
+        array = np.array(tensor.values)
+    except ValueError as error:
+        raise InvalidInputError(f"{name}: data is nested unevenly", field=name) from error
+    if array.dtype.kind not in kinds and array.size:
+        raise InvalidInputError(f"{name}: not numbers of type {tensor.datatype}", field=name)
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
+        return array.astype(DTYPES[tensor.datatype]).tobytes()

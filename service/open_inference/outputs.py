@@ -10,12 +10,14 @@ from models.description import ModelDescription
 from models.tasks.base import Output, Task
 from models.tasks.classify import DEFAULT_TOP_K
 from models.tasks.table import tasks
-from service.errors import InvalidInputError, ServiceError
+from service.errors import InvalidInputError, PayloadTooLargeError, ServiceError
 from service.parameters import validated_call
 from service.types import Call, ImageResult, InferResult
 
 # The outputs of a task that ranks classes: one element for each class, best first.
 RANKING = frozenset({"index", "label", "score"})
+# An answer has a copy for each output that is requested.
+MAX_OUTPUTS = 64
 # An output derived from a ranking of all classes: their scores in the order of the classes.
 PROBABILITIES = "probabilities"
 
@@ -80,7 +82,10 @@ class OutputSelection:
 
         Raises:
             InvalidInputError: the model has no such output or option.
+            PayloadTooLargeError: too many outputs are requested.
         """
+        if len(requested) > MAX_OUTPUTS:
+            raise PayloadTooLargeError(f"{len(requested)} outputs; the limit is {MAX_OUTPUTS}")
         self._classes = model.labels
         self._outputs = outputs_of(model)
         self.requested = list(requested) or [

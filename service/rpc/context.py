@@ -18,6 +18,7 @@ from service.clients import client, identify
 from service.errors import InternalError, InvalidInputError, PermissionDeniedError, ServiceError
 from service.key_file import Scope
 from service.keys import WORKER_TOKEN, ApiKey, Keys
+from service.limits import MAX_TIMEOUT_MS
 from service.logs import choose_request_id, request_id
 from service.metrics import Metrics
 from service.rpc.wire import to_error
@@ -72,7 +73,8 @@ class Caller:
             raise InvalidInputError("timeout_ms must be a positive number", field="timeout_ms")
         if timeout_ms == 0 and self.grpc_deadline == math.inf:
             timeout_ms = settings.default_timeout_ms
-        deadline = self.started + timeout_ms / 1e3 if timeout_ms else math.inf
+        timeout_s = min(timeout_ms, MAX_TIMEOUT_MS) / 1e3
+        deadline = self.started + timeout_s if timeout_ms else math.inf
         return min(deadline, self.grpc_deadline)
 
 

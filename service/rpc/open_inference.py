@@ -7,8 +7,7 @@ import numpy as np
 
 from service.accounting import counted
 from service.errors import InvalidInputError
-from service.limits import check_input_count
-from service.open_inference.inputs import InputTensor, to_inputs
+from service.open_inference.inputs import InputTensor, timeout_ms, to_inputs
 from service.open_inference.metadata import (
     VERSION,
     check_version,
@@ -95,14 +94,11 @@ class OpenInference(GRPCInferenceServiceServicer):
                 check_version(request.model_version)
                 model = await deps.backend.model(request.model_name)
                 options = _values(request.parameters)
-                timeout_us = options.pop("timeout", 0)  # Triton's unit is microseconds
-                if not isinstance(timeout_us, int | float):
-                    raise InvalidInputError("timeout is a number of microseconds", field="timeout")
-                account.deadline = caller.deadline(deps.settings, timeout_us / 1e3)
+                timeout = timeout_ms(options.pop("timeout", 0)) or 0.0
+                account.deadline = caller.deadline(deps.settings, timeout)
                 outputs = [_requested(output) for output in request.outputs]
                 selection = OutputSelection(model, outputs, options)
-                inputs = to_inputs(_tensors(request))
-                check_input_count(deps.settings, len(inputs))
+                inputs = to_inputs(_tensors(request), deps.settings)
                 deps.keys.count_images(caller.key, len(inputs))
                 result = await deps.backend.infer(
                     InferRequest(inputs=inputs, calls=selection.calls, deadline=account.deadline)

@@ -175,10 +175,10 @@ class Vision(HeadCalls):
         self, request: Request, calls: Sequence[Call], caller: Caller, account: Account
     ) -> InferResult:
         account.models = [call.model or "" for call in calls]
+        check_input_count(self._deps.settings, count_inputs(request))
         inputs = from_inputs(request)
         if not inputs and not caller.is_gateway:
             raise InvalidInputError("the request has no inputs", field="images")
-        check_input_count(self._deps.settings, len(inputs))
         self._deps.keys.count_images(caller.key, len(inputs))
         account.deadline = caller.deadline(self._deps.settings, request.timeout_ms)
         return await self._deps.backend.infer(

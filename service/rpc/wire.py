@@ -17,7 +17,7 @@ from models.tasks.table import tasks
 from service.errors import BY_SLUG, FieldError, InternalError, InvalidInputError, ServiceError
 from service.parameters import validated_call
 from service.stubs import vision_pb2 as pb
-from service.tensors import datatype_of, from_bytes, to_bytes
+from service.tensors import check_finite, datatype_of, element_count, from_bytes, to_bytes
 from service.types import (
     Call,
     ImageResult,
@@ -53,19 +53,20 @@ def to_request(request: InferRequest, remaining_s: float) -> pb.PredictRequest:
 
 
 def from_inputs(request: Request) -> list[Input]:
-    """A request's inputs, all of one kind.
+    """A request's inputs, all of one kind. `count_inputs` says how many, before they are made.
 
     Raises:
-        InvalidInputError: several kinds, a malformed tensor, or a negative seed.
+        InvalidInputError: several kinds, a malformed tensor or one without elements, a value that
+            is not finite, or a negative seed.
     """
     message = _inputs_of(request)
     kinds: list[list[Input]] = [
         list(message.images),
-        [from_tensor(tensor) for tensor in message.pixel_values],
+        [_from_input(tensor) for tensor in message.pixel_values],
         list(message.texts),
         [Video(content) for content in message.videos],
         [Seed(value) for value in message.seeds],
-        [Latent(from_tensor(tensor)) for tensor in message.latents],
+        [Latent(_from_input(tensor)) for tensor in message.latents],
     ]
     inputs = [kind for kind in kinds if kind]
     if len(inputs) > 1:
@@ -109,6 +110,13 @@ def from_call(model: str, task: str, options: Struct) -> Call:
 def from_options(options: Struct) -> dict[str, Any]:
     """A Struct as plain values."""
     return MessageToDict(options)
+
+
+def _from_input(tensor: pb.Tensor) -> np.ndarray:
+    """The array of an input, which has finite numbers."""
+    if tensor.datatype == "BYTES" or not element_count(tensor.name, tensor.shape):
+        raise InvalidInputError(f"{tensor.name} has no numbers", field=tensor.name)
+    return check_finite(tensor.name, from_tensor(tensor))
 
 
 def _inputs_of(request: Request) -> pb.Inputs | pb.TaskRequest | pb.PredictRequest:

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from PIL import Image
 from models.trunks.features import LAST_OUTPUT, BatchRequest
 from models.trunks.output import TrunkOutput
 from models.trunks.timm import TimmTrunk
+from service.stubs import vision_pb2 as pb
+from service.stubs.vision_pb2_grpc import VisionStub
 from service.worker.runner import Runner
 from tests.conftest import Running, encode, running, wait_until
 
@@ -190,6 +193,32 @@ def test_an_output_that_is_not_finite_is_an_error_and_not_an_answer(
     assert "predictions" in outputs["tiny"]
     assert outputs["tiny-embed"]["error"]["status"] == 500
     assert "not finite" in outputs["tiny-embed"]["error"]["detail"]
+
+
+def test_values_that_are_not_finite_fail_their_own_row_over_rest_grpc_and_npy(
+    server: Running, monkeypatch: pytest.MonkeyPatch, jpegs: dict[str, bytes]
+) -> None:
+    head = server.backend.registry.get("tiny-embed").heads["embed"]
+    finish, dark = head.finish, encode(Image.new("RGB", (8, 8)))
+
+    def fail_small(row: Any, size: tuple[int, int], **options: Any) -> dict[str, np.ndarray]:
+        embedding = finish(row, size, **options)["embedding"]
+        return {"embedding": embedding * (np.nan if size == (8, 8) else 1)}
+
+    monkeypatch.setattr(head, "finish", fail_small)
+    answer = post(server, "/embed?model=tiny-embed", jpegs["coffee"], dark)
+    fine, failed = answer.json()["results"]
+    assert "embedding" in fine
+    assert "not finite" in failed["error"]["detail"]
+    npy = {"Accept": "application/x-npy"}
+    whole = post(server, "/embed?model=tiny-embed", jpegs["coffee"], dark, headers=npy)
+    assert whole.status_code == 500
+    with grpc.insecure_channel(server.grpc) as channel:
+        stub: Any = VisionStub(channel)
+        request = pb.TaskRequest(model="tiny-embed", images=[jpegs["coffee"], dark])
+        over_grpc = stub.Embed(request).results
+    assert len(over_grpc[0].tensors) == 1
+    assert "not finite" in over_grpc[1].error.detail
 
 
 def test_a_full_queue_is_429_with_retry_after_and_takes_nothing(

@@ -156,7 +156,7 @@ def test_vectors_come_shorter_and_in_fewer_bits(server: Running) -> None:
         return server.client.post("/embed", json=body).json()["results"][0]["embedding"]
 
     whole = np.array(embed())
-    short = np.array(embed(dimensions=8))
+    short = np.array(embed(dimensions=8, truncate=True))
     assert np.allclose(short, whole[:8] / np.linalg.norm(whole[:8]), atol=1e-6)
     assert embed(encoding="int8") == np.rint(whole * 127).astype(int).tolist()
     assert embed(encoding="binary") == np.packbits(whole > 0).tolist()
@@ -238,7 +238,8 @@ def test_a_catalogs_label_set_is_ready_before_the_first_request(
         ("/zero-shot", {"labels": ["a"], "model": "images"}, 422, "does not do"),
         ("/embed", {"model": "images", "texts": ["a"]}, 422, "not both"),
         ("/embed", {"model": "texts"}, 422, "takes texts"),
-        ("/embed", {"dimensions": 1000}, 422, "48"),
+        ("/embed", {"dimensions": 1000, "truncate": True}, 422, "48"),
+        ("/embed", {"dimensions": 8}, 422, "truncate"),
         ("/embed", {"pooling": "mean"}, 422, "one embedding"),
     ],
 )

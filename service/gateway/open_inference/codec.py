@@ -7,6 +7,7 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,12 @@ from pydantic import BaseModel, Field
 from starlette.datastructures import Headers
 
 from service.errors import BadRequestError, InvalidInputError
-from service.open_inference.inputs import InputTensor
+from service.open_inference.inputs import InputTensor, timeout_ms
 from service.open_inference.metadata import VERSION
-from service.open_inference.outputs import RequestedOutput
+from service.open_inference.outputs import MAX_OUTPUTS, RequestedOutput
 from service.parameters import validate
 from service.payloads import parse_json_object
-from service.tensors import datatype_of, pack, to_bytes
+from service.tensors import MAX_DIMENSIONS, datatype_of, pack, to_bytes
 
 HEADER_LENGTH = "inference-header-content-length"
 
@@ -30,7 +31,7 @@ Parameters = dict[str, Any]
 class _Input(BaseModel):
     name: str
     datatype: str
-    shape: list[int]
+    shape: list[int] = Field(max_length=MAX_DIMENSIONS)
     parameters: Parameters = {}
     data: list[Any] | None = None
 
@@ -44,7 +45,7 @@ class _InferRequest(BaseModel):
     id: str = ""
     parameters: Parameters = {}
     inputs: list[_Input] = Field(max_length=16)
-    outputs: list[_Output] = Field([], max_length=64)
+    outputs: list[_Output] = Field([], max_length=MAX_OUTPUTS)
 
 
 class _IndexRequest(BaseModel):
@@ -89,15 +90,15 @@ async def parse_infer_request(headers: Headers, content: bytes) -> InferenceRequ
     parsed = validate(_InferRequest, await parse_json_object(content[:length]))
     options = dict(parsed.parameters)
     binary = options.pop("binary_data_output", False)
-    timeout_us = options.pop("timeout", None)  # microseconds, as in Triton
-    if not isinstance(binary, bool) or not isinstance(timeout_us, int | float | None):
-        raise InvalidInputError("binary_data_output is a boolean, timeout a number of microseconds")
+    timeout = timeout_ms(options.pop("timeout", None))
+    if not isinstance(binary, bool):
+        raise InvalidInputError("binary_data_output is a boolean", field="binary_data_output")
     return InferenceRequest(
         parsed.id,
         _inputs(parsed.inputs, memoryview(content)[length:]),
         [_requested(output) for output in parsed.outputs],
         options,
-        None if timeout_us is None else timeout_us / 1e3,
+        timeout,
         binary,
     )
 
@@ -183,10 +184,9 @@ def _requested(output: _Output) -> RequestedOutput:
 def _flat(values: list[Any]) -> list[Any]:
     """Data as a flat list; it may be nested by the tensor's shape."""
     while values and isinstance(values[0], list):
-        try:
-            values = [inner for outer in values for inner in outer]
-        except TypeError as error:
-            raise InvalidInputError("data is nested unevenly", field="inputs") from error
+        if not all(isinstance(inner, list) for inner in values):
+            raise InvalidInputError("data is nested unevenly", field="inputs")
+        values = list(chain.from_iterable(values))
     return values
 
 

@@ -15,7 +15,6 @@ from service.gateway.open_inference.codec import (
 )
 from service.gateway.rest.body import read_body
 from service.gateway.rest.examples import INDEX, OPEN_INFERENCE, ModelName, json_body
-from service.limits import check_input_count
 from service.open_inference.inputs import to_inputs
 from service.open_inference.metadata import (
     check_version,
@@ -89,8 +88,7 @@ async def infer(request: Request, name: ModelName, version: str = "") -> Respons
         if parsed.timeout_ms is not None:
             deadline = dispatch.deadline_after(request, parsed.timeout_ms)
         selection = OutputSelection(model, parsed.outputs, parsed.options)
-        inputs = to_inputs(parsed.inputs)
-        check_input_count(request.app.state.settings, len(inputs))
+        inputs = to_inputs(parsed.inputs, request.app.state.settings)
         infer_request = InferRequest(
             inputs=inputs, calls=selection.calls, deadline=deadline, bulk=bulk
         )

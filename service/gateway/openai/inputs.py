@@ -21,6 +21,8 @@ class EmbeddingsRequest(BaseModel):
     modality: Literal["text", "image"] = "text"
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None
+    # Other servers have other meanings for it; only true is read.
+    truncate: Any = False
 
 
 def parse_inputs(body: EmbeddingsRequest) -> list[EmbeddingInput]:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 from fastapi import Request
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -24,7 +25,7 @@ from service.gateway.dispatch import check_headers, read_deadline, read_priority
 from service.gateway.fetch import ImageFetcher
 from service.limits import check_input_count
 from service.parameters import Parameters, TaskParameters, list_fields, validate
-from service.payloads import decode_base64, parse_json_object
+from service.payloads import decode_base64_apart, parse_json_object
 from service.settings import Settings
 from service.types import InferRequest
 
@@ -32,6 +33,9 @@ P = TypeVar("P", bound=Parameters)
 
 MAX_FIELDS = 2000
 MAX_FIELD_BYTES = 64 * 1024
+MAX_URLENCODED_BYTES = 4 * 2**20
+# The event loop runs between pieces of a body.
+PIECE_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +139,14 @@ async def parse_form(
     """
 
     async def stream() -> AsyncGenerator[bytes, None]:
-        yield content
+        for start in range(0, len(content), PIECE_BYTES):
+            yield content[start : start + PIECE_BYTES]
+            await asyncio.sleep(0)
 
+    # With other codecs, text can hold what is not Unicode.
+    charset = parse_options_header(headers["content-type"])[1].get(b"charset", b"utf-8")
+    if charset.lower() != b"utf-8":
+        raise UnsupportedMediaTypeError("a multipart body's charset can only be utf-8")
     parser = MultiPartParser(
         headers,
         stream(),
@@ -160,7 +170,7 @@ async def load_image(item: Any, fetcher: ImageFetcher) -> bytes | ServiceError:
     try:
         match item:
             case {"base64": str(text), **rest} if not rest:
-                return decode_base64(text, "images")
+                return await decode_base64_apart(text, "images")
             case {"url": str(url), **rest} if not rest:
                 return await fetcher.fetch(url)
     except ServiceError as error:
@@ -195,7 +205,7 @@ async def _read_body(request: Request, lists: frozenset[str]) -> _Body:
         case ("application", _, "json"):
             return await _parse_json(content, settings, request.app.state.fetcher)
         case ("application", _, "x-www-form-urlencoded"):
-            return _parse_urlencoded(content, lists)
+            return await asyncio.to_thread(_parse_urlencoded, content, lists)
         case ("video", _, _):
             return _Body([Video(content)], {})
         case ("image", _, _) | ("application", _, "octet-stream") | ("", _, _):
@@ -237,6 +247,10 @@ async def _parse_multipart(
 
 def _parse_urlencoded(content: bytes, lists: frozenset[str]) -> _Body:
     """A form without files, as `curl -d texts=...` sends it."""
+    if len(content) > MAX_URLENCODED_BYTES:
+        raise PayloadTooLargeError(
+            f"the form has {len(content)} bytes; the limit without files is {MAX_URLENCODED_BYTES}"
+        )
     try:
         fields = parse_qsl(content.decode(), keep_blank_values=True, max_num_fields=MAX_FIELDS)
     except ValueError as error:  # curl's default Content-Type, which it also gives to images
@@ -254,15 +268,16 @@ async def _parse_json(content: bytes, settings: Settings, fetcher: ImageFetcher)
             raise InvalidInputError(f"{name} must be a list", field=name)
     check_input_count(settings, len(images) + len(videos))  # before any URL is fetched
     encoded = await asyncio.gather(*(load_image(item, fetcher) for item in images))
-    return _Body([*encoded, *map(_decode_video, videos)], fields)
+    clips = [await _decode_video(item) for item in videos]
+    return _Body([*encoded, *clips], fields)
 
 
-def _decode_video(item: Any) -> Video | ServiceError:
+async def _decode_video(item: Any) -> Video | ServiceError:
     """The encoded clip of `{"base64": ...}`, or the error of reading it."""
     try:
         match item:
             case {"base64": str(text), **rest} if not rest:
-                return Video(decode_base64(text, "videos"))
+                return Video(await decode_base64_apart(text, "videos"))
     except ServiceError as error:
         return error
     return InvalidInputError('a video is {"base64": "..."}', field="videos")

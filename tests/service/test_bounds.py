@@ -1,0 +1,306 @@
+"""Requests that are small and ask for much: what they hold is counted before it is made."""
+
+import asyncio
+import base64
+import json
+import tracemalloc
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.datastructures import Headers
+
+from service.errors import ServiceError
+from service.gateway.open_inference.codec import parse_infer_request
+from service.gateway.rest.body import parse_form
+from service.open_inference.inputs import InputTensor, to_inputs
+from service.payloads import MAX_JSON_MARKS, decode_base64, parse_json_object
+from service.settings import Settings
+from service.stubs import open_inference_pb2 as oip
+from service.stubs import vision_pb2 as pb
+from service.stubs.open_inference_pb2_grpc import GRPCInferenceServiceStub
+from service.stubs.vision_pb2_grpc import VisionStub
+from service.tensors import DTYPES, from_bytes, pack, unpack
+from tests.conftest import Running
+
+INFER = "/v2/models/tiny/infer"
+MIB = 2**20
+
+
+def peak_of(function: Callable[[], Any]) -> int:
+    """The most bytes that Python's objects took while the function refused its input."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(ServiceError):
+            function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def refused(answer: httpx.Response, *statuses: int) -> None:
+    """The answer is a small problem with one of these statuses."""
+    assert answer.status_code in (statuses or (422,)), answer.text[:300]
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    assert len(answer.content) < 20_000
+
+
+def tensor(name: str, datatype: str, shape: list[int], **rest: Any) -> dict[str, Any]:
+    return {"inputs": [{"name": name, "datatype": datatype, "shape": shape, "data": [], **rest}]}
+
+
+# -- tensors -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "datatype", "shape", "status"),
+    [
+        ("pixel_values", "FP32", [30_000_000, 3, 0, 0], 422),
+        ("pixel_values", "FP32", [0, 3, 2**63, 1], 422),
+        ("pixel_values", "FP32", [10**400, 3, 1, 1], 422),
+        ("pixel_values", "FP32", [65, 3, 1, 1], 413),
+        ("latent", "FP32", [30_000_000, 0], 422),
+        ("seed", "INT64", [2**62], 422),
+        ("image", "BYTES", [4_000_000], 413),
+        ("text", "BYTES", [0], 422),
+        ("text", "BYTES", [1] * 9, 422),
+        ("text", "BYTES", [], 422),
+    ],
+)
+def test_a_tensors_inputs_are_counted_by_its_shape(
+    tiny: Running, name: str, datatype: str, shape: list[int], status: int
+) -> None:
+    refused(tiny.client.post(INFER, json=tensor(name, datatype, shape)), status)
+    if max(shape, default=0) < 2**63:
+        with grpc.insecure_channel(tiny.grpc) as channel:
+            message = oip.ModelInferRequest.InferInputTensor(
+                name=name, datatype=datatype, shape=shape
+            )
+            request = oip.ModelInferRequest(model_name="tiny", inputs=[message])
+            with pytest.raises(grpc.RpcError) as caught:
+                GRPCInferenceServiceStub(channel).ModelInfer(request)
+            error: Any = caught.value
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_elements_beyond_the_limit_are_never_made() -> None:
+    empty = InputTensor(name="image", datatype="BYTES", shape=[10**6], raw=bytes(4 * 10**6))
+    nothing = InputTensor(name="pixel_values", datatype="FP32", shape=[10**6, 3, 0, 0], raw=b"")
+    for item in (empty, nothing):
+        assert peak_of(partial(to_inputs, [item], Settings())) < MIB
+
+
+@pytest.mark.parametrize("shape", [[3, 0, 0], [0, 3, 2**62], [1] * 9, [2**62, 2**62]])
+def test_tensors_of_vision_have_numbers(tiny: Running, shape: list[int]) -> None:
+    with grpc.insecure_channel(tiny.grpc) as channel:
+        stub: Any = VisionStub(channel)
+        sent = [pb.Tensor(name="pixel_values", datatype="FP32", shape=shape)]
+        for request in (
+            pb.TaskRequest(model="tiny", pixel_values=sent),
+            pb.TaskRequest(model="tiny", latents=sent),
+        ):
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.Classify(request)
+            error: Any = caught.value
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("value", [1e400, 1e39, "nan", None, True, "1", [1], {}, -(2**70)])
+def test_data_that_is_no_finite_number_is_refused(tiny: Running, value: Any) -> None:
+    body = tensor("pixel_values", "FP32", [1, 3, 1, 1], data=[0.5, value, 0.5])
+    refused(tiny.client.post(INFER, content=json.dumps(body)), 400, 422)
+
+
+def test_text_among_lists_is_not_taken_apart(tiny: Running) -> None:
+    body = tensor("text", "BYTES", [3], data=[["a"], "bc"])
+    refused(tiny.client.post(INFER, json=body))
+
+
+def test_outputs_are_counted(tiny: Running, jpegs: dict[str, bytes]) -> None:
+    data = [base64.b64encode(jpegs["rocket"]).decode()]
+    outputs = [{"name": "probabilities"}] * 1000
+    body = tensor("image", "BYTES", [1], data=data) | {"outputs": outputs}
+    refused(tiny.client.post(INFER, json=body), 413, 422)
+    with grpc.insecure_channel(tiny.grpc) as channel:
+        message = oip.ModelInferRequest.InferInputTensor(name="image", datatype="BYTES", shape=[1])
+        request = oip.ModelInferRequest(
+            model_name="tiny",
+            inputs=[message],
+            raw_input_contents=[pack([jpegs["rocket"]])],
+            outputs=[oip.ModelInferRequest.InferRequestedOutputTensor(name="probabilities")] * 1000,
+        )
+        with pytest.raises(grpc.RpcError) as caught:
+            GRPCInferenceServiceStub(channel).ModelInfer(request)
+        error: Any = caught.value
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "1000 outputs" in error.details()
+
+
+# -- bodies --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"images": [' + b"[]," * 1_000_000 + b"[]]}",
+        b"{" + b",".join(b'"k%d": 1' % n for n in range(200_000)) + b"}",
+        b'{"a": [' + b"1," * 1_000_001 + b"1]}",
+        b'{"a": "' + b"\\n" * 1_000_001 + b'"}',
+    ],
+    ids=["lists", "keys", "numbers", "escapes"],
+)
+def test_json_is_counted_before_it_is_parsed(tiny: Running, content: bytes) -> None:
+    for path in ("/classify", "/v1/embeddings", INFER, "/heads"):
+        headers = {"Content-Type": "application/json"}
+        refused(tiny.client.post(path, content=content, headers=headers), 413)
+    assert peak_of(lambda: asyncio.run(parse_json_object(content))) < MIB
+
+
+@pytest.mark.parametrize("count", [900, 30_000])
+def test_the_answer_to_unknown_keys_is_small(tiny: Running, count: int) -> None:
+    keys = {f"unknown{n}" + "x" * 300: 1 for n in range(count // 10)}
+    refused(tiny.client.post("/embed", json={"texts": ["a"], **keys}), 422)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/zero-shot", '{"labels": ["\\ud800"], "images": []}'),
+        ("/embed", '{"texts": ["\\udfff"]}'),
+        ("/embed", '{"\\ud800": 1}'),
+        ("/v1/embeddings", '{"input": "\\ud800"}'),
+        (INFER, '{"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], '
+                '"data": ["\\ud800"]}]}'),
+    ],
+)  # fmt: skip
+def test_half_a_surrogate_is_the_callers_error(tiny: Running, path: str, body: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    refused(tiny.client.post(path, content=body.encode(), headers=headers), 422)
+
+
+def test_a_form_has_one_character_set(tiny: Running) -> None:
+    body = b'--b\r\nContent-Disposition: form-data; name="texts"\r\n\r\n+2AA-\r\n--b--\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=b; charset=utf-7"}
+    refused(tiny.client.post("/embed", content=body, headers=headers), 415)
+
+
+def test_a_form_without_files_is_small(tiny: Running) -> None:
+    body = b"texts=" + b"%41" * 2_000_000
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    refused(tiny.client.post("/embed", content=body, headers=headers), 413)
+
+
+@pytest.mark.parametrize("timeout", ["1" + "0" * 400, "-1", "true", '"1"', "0", "null"])
+def test_any_timeout_is_a_number_or_refused(
+    tiny: Running, jpegs: dict[str, bytes], timeout: str
+) -> None:
+    image = json.dumps(base64.b64encode(jpegs["rocket"]).decode())
+    body = tensor("image", "BYTES", [1], data=["IMAGE"]) | {"parameters": {"timeout": "TIMEOUT"}}
+    written = json.dumps(body).replace('"IMAGE"', image).replace('"TIMEOUT"', timeout)
+    answer = tiny.client.post(INFER, content=written.encode())
+    assert answer.status_code == (200 if timeout == "null" else 422)
+
+
+@pytest.mark.parametrize("header", ["1e400", "1e300", "nan", "-1", "9" * 400])
+def test_any_timeout_header_is_a_number_or_refused(
+    tiny: Running, jpegs: dict[str, bytes], header: str
+) -> None:
+    headers = {"X-Timeout-Ms": header}
+    answer = tiny.client.post("/classify", content=jpegs["rocket"], headers=headers)
+    assert answer.status_code in (200, 422), answer.text
+
+
+# -- every parser, with anything -----------------------------------------------------------
+
+
+def tolerate(function: Callable[[], Any]) -> None:
+    """Whatever comes, it is read or refused with an error for the caller."""
+    try:
+        function()
+    except ServiceError as error:
+        if error.status >= 500:
+            raise
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@given(st.binary(max_size=200) | json_values.map(lambda value: json.dumps(value).encode()))
+def test_any_json_is_read_or_refused(content: bytes) -> None:
+    tolerate(lambda: asyncio.run(parse_json_object(content)))
+
+
+@given(
+    inputs=st.lists(
+        st.fixed_dictionaries(
+            {
+                "name": st.sampled_from(["image", "pixel_values", "seed", "latent", "text"]),
+                "datatype": st.sampled_from([*DTYPES, "BF16", "BYTES", "FP99"]),
+                "shape": st.lists(st.integers(-1, 3) | st.integers(), max_size=5),
+            },
+            optional={
+                "data": st.lists(json_values, max_size=5),
+                "parameters": st.dictionaries(
+                    st.sampled_from(["binary_data_size", "x"]), json_values, max_size=2
+                ),
+            },
+        ),
+        max_size=2,
+    ),
+    parameters=st.dictionaries(st.sampled_from(["timeout", "binary_data_output"]), json_values),
+    binary=st.binary(max_size=40),
+)
+def test_any_inference_request_is_read_or_refused(
+    inputs: list[dict[str, Any]], parameters: dict[str, Any], binary: bytes
+) -> None:
+    head = json.dumps({"inputs": inputs, "parameters": parameters}).encode()
+    headers = Headers({"inference-header-content-length": str(len(head))})
+
+    def read() -> None:
+        parsed = asyncio.run(parse_infer_request(headers, head + binary))
+        to_inputs(parsed.inputs, Settings())
+
+    tolerate(read)
+
+
+@given(
+    st.sampled_from([*DTYPES, "BF16", "BYTES", "FP99"]),
+    st.lists(st.integers(-1, 4) | st.integers(), max_size=9),
+    st.binary(max_size=64),
+)
+def test_any_tensor_is_read_or_refused(datatype: str, shape: list[int], contents: bytes) -> None:
+    tolerate(lambda: from_bytes("x", datatype, shape, contents))
+
+
+@given(st.lists(st.binary(max_size=9), max_size=9))
+def test_packed_elements_come_back(elements: list[bytes]) -> None:
+    assert unpack("x", pack(elements), len(elements)) == elements
+
+
+@given(st.text(max_size=50) | st.binary(max_size=50).map(lambda b: base64.b64encode(b).decode()))
+def test_any_base64_is_read_or_refused(text: str) -> None:
+    tolerate(lambda: decode_base64(text, "images"))
+
+
+@given(st.binary(max_size=200), st.sampled_from(["b", "", "b; charset=utf-16", '"']))
+def test_any_form_is_read_or_refused(content: bytes, boundary: str) -> None:
+    headers = Headers({"content-type": f"multipart/form-data; boundary={boundary}"})
+    body = b'--b\r\nContent-Disposition: form-data; name="a"\r\n' + content + b"--b--"
+    tolerate(lambda: asyncio.run(parse_form(headers, body, max_files=2, max_fields=2)))
+
+
+def test_json_at_its_limits_is_read() -> None:
+    content = b"{" + b'"a": [' + b"[]," * (MAX_JSON_MARKS - 10) + b"[]]}"
+    assert len(asyncio.run(parse_json_object(content))["a"]) == MAX_JSON_MARKS - 9
+    numbers = json.dumps({"a": np.zeros(10**6).tolist()}).encode()
+    assert len(asyncio.run(parse_json_object(numbers))["a"]) == 10**6
