@@ -1,12 +1,17 @@
-"""Limits of a request, the same for every protocol."""
+"""Limits of requests, the same for every protocol."""
 
-from service.errors import PayloadTooLargeError
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from service.errors import PayloadTooLargeError, UnavailableError
 from service.settings import Settings
 
 # Numbers in the answer of a request: 8 MiB as float32, up to 40 MiB as JSON.
 MAX_ANSWER_VALUES = 2**21
 # Longer timeouts are shortened to a day: gRPC cannot express any length.
 MAX_TIMEOUT_MS = 24 * 3600 * 1000.0
+
+RETRY_AFTER_S = 1.0
 
 
 def check_input_count(settings: Settings, count: int) -> None:
@@ -32,3 +37,77 @@ def check_answer_size(values: int) -> None:
             f"the answer would hold {values} numbers; the limit is {MAX_ANSWER_VALUES}. Send fewer "
             "images at a time, or ask for fewer layers"
         )
+
+
+class Budget:
+    """What the requests of a process may hold together, whichever entrance they come by.
+
+    Used on the event loop alone.
+
+    Attributes:
+        requests: requests in flight.
+        bytes: what was received for them: bodies, messages, and images fetched by URL.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.requests = 0
+        self.bytes = 0
+        self._max_requests = settings.max_requests_in_flight
+        self._max_bytes = max(settings.max_bytes_in_flight, settings.max_request_bytes)
+        self._max_request_bytes = settings.max_request_bytes
+
+    @contextmanager
+    def request(self) -> Iterator["Share"]:
+        """A request's share, given back when the block ends.
+
+        Raises:
+            UnavailableError: too many requests are in flight.
+        """
+        if self.requests >= self._max_requests:
+            raise UnavailableError(
+                f"{self.requests} requests are in flight, which is the limit",
+                retry_after_s=RETRY_AFTER_S,
+            )
+        share = Share(self)
+        self.requests += 1
+        try:
+            yield share
+        finally:
+            self.requests -= 1
+            self.bytes -= share.bytes
+
+    def check(self, share: "Share", size: int) -> None:
+        """Check whether `size` more bytes of a request can be held. Raises as `Share.add`."""
+        if share.bytes + size > self._max_request_bytes:
+            raise PayloadTooLargeError(
+                f"the request has more than {self._max_request_bytes} bytes, which is the limit"
+            )
+        if self.bytes + size > self._max_bytes:
+            raise UnavailableError(
+                f"the requests in flight hold {self.bytes} bytes; the limit is {self._max_bytes}",
+                retry_after_s=RETRY_AFTER_S,
+            )
+
+
+class Share:
+    """What one request holds of the budget."""
+
+    def __init__(self, budget: Budget) -> None:
+        self.bytes = 0
+        self._budget = budget
+
+    def add(self, size: int) -> None:
+        """Count bytes that were received for the request.
+
+        Raises:
+            PayloadTooLargeError: the request has too many.
+            UnavailableError: all requests together have too many.
+        """
+        self._budget.check(self, size)
+        self.bytes += size
+        self._budget.bytes += size
+
+    def remove(self, size: int) -> None:
+        """Give bytes back before the request ends."""
+        self.bytes -= size
+        self._budget.bytes -= size

@@ -86,12 +86,26 @@ class Settings(BaseSettings):
     )
 
     max_request_bytes: int = Field(64 * 2**20, ge=1, description="Most bytes of a request body.")
+    max_bytes_in_flight: int = Field(
+        512 * 2**20,
+        ge=1,
+        description="Most bytes that all requests in flight may have sent; beyond it, requests get "
+        "503.",
+    )
+    max_requests_in_flight: int = Field(
+        2048, ge=1, description="Most requests in flight; beyond it, requests get 503."
+    )
+    max_connections: int = Field(
+        2048, ge=1, description="Most connections over HTTP; beyond it, they get 503."
+    )
     max_images: int = Field(64, ge=1, description="Most images in a request.")
     max_image_bytes: int = Field(20 * 2**20, ge=1, description="Most bytes of an encoded image.")
     max_image_pixels: int = Field(50_000_000, ge=1, description="Most pixels of an image.")
     max_image_side: int = Field(16_384, ge=1, description="Longest side of an image, in pixels.")
     header_timeout_s: float = Field(10, gt=0, description="Seconds for the headers to arrive.")
-    body_timeout_s: float = Field(30, gt=0, description="Seconds for the body to arrive.")
+    body_timeout_s: float = Field(
+        30, gt=0, description="Seconds for the body to arrive, and for an unread answer to be read."
+    )
     default_timeout_ms: float = Field(
         60_000, gt=0, description="Deadline of requests without X-Timeout-Ms, in milliseconds."
     )

@@ -18,6 +18,7 @@ from service.gateway.ports import SeparatePorts
 from service.gateway.problems import install_handlers
 from service.gateway.rest import head_routes, model_routes, system_routes, task_routes
 from service.keys import Keys
+from service.limits import Budget
 from service.metrics import Metrics
 from service.search.opening import StoreOpener
 from service.settings import Settings
@@ -29,6 +30,7 @@ def create_app(
     metrics: Metrics,
     beside: AbstractAsyncContextManager[None] | None = None,
     keys: Keys | None = None,
+    budget: Budget | None = None,
 ) -> FastAPI:
     """The routes and middleware in front of a backend.
 
@@ -36,7 +38,7 @@ def create_app(
 
     Args:
         beside: entered while the application runs: a gRPC server on the same backend.
-        keys: shared with that server, so that quotas hold for both together.
+        keys, budget: shared with that server, so that they hold for both together.
     """
 
     @asynccontextmanager
@@ -57,6 +59,7 @@ def create_app(
     )
     app.state.settings = settings
     app.state.keys = keys or Keys(settings)
+    app.state.budget = budget or Budget(settings)
     app.state.backend = backend
     app.state.metrics = metrics
     app.state.fetcher = ImageFetcher(settings)

@@ -2,14 +2,17 @@
 
 import logging
 import time
+from contextlib import ExitStack
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.audit import audit, key_field
-from service.gateway.problems import internal_problem
+from service.errors import UnavailableError
+from service.gateway.problems import internal_problem, problem_response
 from service.gateway.security_headers import add_security_headers
+from service.limits import Budget
 from service.logs import choose_request_id, request_id
 
 logger = logging.getLogger("vitrail.access")
@@ -46,7 +49,8 @@ class RequestContext:
             await send(message)
 
         try:
-            await self.app(scope, receive, send_with_id)
+            with ExitStack() as stack:
+                await self._admitted(scope, stack)(scope, receive, send_with_id)
         except ClientDisconnect:
             pass
         except Exception:
@@ -63,3 +67,15 @@ class RequestContext:
             if scope["state"].get("audited"):
                 client = ":".join(map(str, scope["client"] or ()))
                 audit(action, status=status, client=client, key=key)
+
+    def _admitted(self, scope: Scope, stack: ExitStack) -> ASGIApp:
+        """The application, or a refusal if too many requests are in flight. Health is always
+        reported."""
+        budget: Budget = scope["app"].state.budget
+        if scope["path"] in _QUIET or scope["path"].startswith("/v2/health/"):
+            return self.app
+        try:
+            scope["state"]["share"] = stack.enter_context(budget.request())
+        except UnavailableError as error:
+            return problem_response(error, scope["path"])
+        return self.app

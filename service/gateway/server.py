@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import signal
 import socket
 import sys
@@ -11,12 +12,30 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from service.errors import UnavailableError
 from service.gateway.disconnect import disconnect
 from service.gateway.ports import separate_listeners
 from service.settings import Settings
 from service.tls import server_context
 
+# Of the headers of a request, and of its trailers.
 MAX_HEADER_BYTES = 64 * 1024
+# Time for the answer that a body was too slow, before its connection is closed.
+ANSWER_MARGIN_S = 2.0
+
+_TOO_MANY = json.dumps(
+    {
+        "type": f"urn:vitrail:problem:{UnavailableError.slug}",
+        "title": UnavailableError.title,
+        "status": UnavailableError.status,
+        "detail": "too many connections",
+    }
+).encode()
+_TOO_MANY_CONNECTIONS = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/problem+json\r\n"
+    b"Retry-After: 1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
+    % (len(_TOO_MANY), _TOO_MANY)
+)
 
 
 def create_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
@@ -28,6 +47,8 @@ def create_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
 
     class Protocol(ImpatientProtocol):
         header_timeout_s = settings.header_timeout_s
+        body_timeout_s = settings.body_timeout_s
+        max_connections = settings.max_connections
 
     context = server_context(settings)
     config = uvicorn.Config(
@@ -65,47 +86,97 @@ def check_free(host: str, port: int) -> None:
 
 
 class ImpatientProtocol(HttpToolsProtocol):
-    """Closes connections whose headers are too slow or too long, which uvicorn does not limit, and
+    """Closes connections that are too slow or send too much, which uvicorn does not limit, and
     cancels the work of requests whose connection is lost.
 
-    `read_body` limits the time of bodies, uvicorn that of idle keep-alive connections.
+    A connection waits for one thing at a time, which one timer limits: for headers, for a body with
+    its trailers, or after stray bytes for the next request. Reading of the answer has another.
+    uvicorn limits the time of connections that are idle after an answer, `read_body` answers to
+    bodies that are too slow.
     """
 
     header_timeout_s: float
+    body_timeout_s: float
+    max_connections: int
     _timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
     _header_bytes = 0
+    _in_message = False
+    _in_body = False
+    _has_begun = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._start_timer()
+        if len(self.connections) > self.max_connections:
+            self.transport.write(_TOO_MANY_CONNECTIONS)
+            self.transport.close()
+            return
+        self._start_timer(self.header_timeout_s)
 
     def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        is_idle = self.cycle is not None and self.cycle.response_complete
+        self._has_begun = self._in_message
         super().data_received(data)
-        if self._timer is not None:
-            self._header_bytes += len(data)
-            if self._header_bytes > MAX_HEADER_BYTES:
-                self.transport.close()
+        if self._in_message and not self._in_body:
+            self._count(len(data))
+        elif is_idle and not self._has_begun and self._timer is None:
+            self._start_timer(self.header_timeout_s)  # uvicorn has stopped its own
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._start_timer()
+        self._in_message, self._in_body, self._has_begun = True, False, True
+        self._start_timer(self.header_timeout_s)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_body:  # a trailer; nobody reads them
+            self._count(len(name) + len(value))
+        else:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._stop_timer()
+        self._in_body, self._header_bytes = True, 0
+        self._start_timer(self.body_timeout_s + ANSWER_MARGIN_S)
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_message = False
+        self._stop_timer()
+        super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(self.body_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._stop_write_timer()
+        super().resume_writing()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._stop_timer()
+        self._stop_write_timer()
         super().connection_lost(error)
         if self.cycle is not None and not self.cycle.response_complete:
             disconnect(self.cycle.scope)
 
-    def _start_timer(self) -> None:
+    def _count(self, size: int) -> None:
+        """Count bytes of headers or trailers."""
+        self._header_bytes += size
+        if self._header_bytes > MAX_HEADER_BYTES:
+            self.transport.close()
+
+    def _start_timer(self, seconds: float) -> None:
         self._stop_timer()
-        self._timer = self.loop.call_later(self.header_timeout_s, self.transport.close)
+        self._timer = self.loop.call_later(seconds, self.transport.close)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
             self._header_bytes = 0
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None

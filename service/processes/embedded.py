@@ -5,6 +5,7 @@ from fastapi import FastAPI
 from service.gateway.app import create_app
 from service.gateway.server import check_free, run_server
 from service.keys import Keys
+from service.limits import Budget
 from service.processes.worker import create_backend
 from service.rpc.server import RpcServer
 from service.settings import Settings
@@ -12,10 +13,10 @@ from service.settings import Settings
 
 def create_embedded_app(settings: Settings) -> FastAPI:
     """The application with a backend in this process, and a gRPC server beside it."""
-    keys = Keys(settings)
+    keys, budget = Keys(settings), Budget(settings)
     backend, metrics = create_backend(settings)
-    rpc = RpcServer(backend, settings, metrics, keys).serving(settings.rpc_address())
-    return create_app(settings, backend, metrics, rpc, keys)
+    rpc = RpcServer(backend, settings, metrics, keys, budget).serving(settings.rpc_address())
+    return create_app(settings, backend, metrics, rpc, keys, budget)
 
 
 def serve(settings: Settings) -> None:

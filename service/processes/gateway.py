@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, PlatformCollector, ProcessColle
 from service.gateway.app import create_app
 from service.gateway.server import run_server
 from service.keys import Keys
+from service.limits import Budget
 from service.metrics import Metrics
 from service.processes.heartbeat import beating
 from service.remote.backend import RemoteBackend
@@ -32,18 +33,18 @@ def create_gateway_app(
     ProcessCollector(registry=metrics.registry)
     PlatformCollector(registry=metrics.registry)
     backend = RemoteBackend(settings, RemoteMetrics(metrics.registry))
-    keys = Keys(settings)
+    keys, budget = Keys(settings), Budget(settings)
 
     @asynccontextmanager
     async def beside() -> AsyncIterator[None]:
-        server = RpcServer(backend, settings, metrics, keys)
+        server = RpcServer(backend, settings, metrics, keys, budget)
         async with (
             beating(heartbeat, backend, loads=False),
             server.serving(rpc_address, shared=shared),
         ):
             yield
 
-    return create_app(settings, backend, metrics, beside(), keys)
+    return create_app(settings, backend, metrics, beside(), keys, budget)
 
 
 def serve(

@@ -18,7 +18,7 @@ from service.clients import client, identify
 from service.errors import InternalError, InvalidInputError, PermissionDeniedError, ServiceError
 from service.key_file import Scope
 from service.keys import WORKER_TOKEN, ApiKey, Keys
-from service.limits import MAX_TIMEOUT_MS
+from service.limits import MAX_TIMEOUT_MS, Budget
 from service.logs import choose_request_id, request_id
 from service.metrics import Metrics
 from service.rpc.wire import to_error
@@ -44,6 +44,7 @@ class Deps:
     settings: Settings
     metrics: Metrics
     keys: Keys
+    budget: Budget
 
 
 @dataclass(frozen=True, slots=True)

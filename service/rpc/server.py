@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection
 
 from service.backend import Backend
 from service.keys import Keys
+from service.limits import Budget
 from service.metrics import Metrics
 from service.rpc.context import Deps
 from service.rpc.open_inference import OpenInference
@@ -44,13 +45,20 @@ class RpcServer:
     """
 
     def __init__(
-        self, backend: Backend, settings: Settings, metrics: Metrics, keys: Keys | None = None
+        self,
+        backend: Backend,
+        settings: Settings,
+        metrics: Metrics,
+        keys: Keys | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self._backend = backend
         self._health = health.aio.HealthServicer()
         self._reported: dict[str, bool] = {}
         self._reporter: asyncio.Task[None] | None = None
-        self._deps = Deps(backend, settings, metrics, keys or Keys(settings))
+        self._deps = Deps(
+            backend, settings, metrics, keys or Keys(settings), budget or Budget(settings)
+        )
 
     async def start(self, address: str, *, shared: bool = False) -> int:
         """Listen on `host:port` or `unix:path`.

@@ -23,7 +23,7 @@ from service.errors import (
 )
 from service.gateway.dispatch import check_headers, read_deadline, read_priority
 from service.gateway.fetch import ImageFetcher
-from service.limits import check_input_count
+from service.limits import Share, check_input_count
 from service.parameters import Parameters, TaskParameters, list_fields, validate
 from service.payloads import decode_base64_apart, parse_json_object
 from service.settings import Settings
@@ -106,6 +106,7 @@ async def read_body(request: Request) -> bytes:
     Raises:
         PayloadTooLargeError: as soon as it is known to be larger than the limit.
         RequestTimeoutError: it did not arrive in time.
+        UnavailableError: the bodies of all requests are too large together.
         ClientDisconnect: the client disconnected.
     """
     settings: Settings = request.app.state.settings
@@ -113,15 +114,13 @@ async def read_body(request: Request) -> bytes:
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise PayloadTooLargeError(f"the body has {declared} bytes; the limit is {limit}")
+    share: Share = request.scope["state"]["share"]
     chunks: list[bytes] = []
-    size = 0
     try:
         async with asyncio.timeout(settings.body_timeout_s):
             async for chunk in request.stream():
+                share.add(len(chunk))
                 chunks.append(chunk)
-                size += len(chunk)
-                if size > limit:
-                    raise PayloadTooLargeError(f"the body has more than {limit} bytes")
     except TimeoutError as error:
         raise RequestTimeoutError(
             f"the body did not arrive within {settings.body_timeout_s:g} s"

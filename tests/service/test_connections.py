@@ -1,0 +1,149 @@
+"""Connections and bodies in flight: what is slow is cut, what is too much is refused."""
+
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.conftest import Running, running, wait_until
+
+CHUNKED = b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+GET = b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def server(tiny_catalog: Path) -> Iterator[Running]:
+    with running(
+        tiny_catalog,
+        api_keys="key",
+        header_timeout_s=0.5,
+        body_timeout_s=0.5,
+        max_connections=20,
+        max_requests_in_flight=8,
+        max_request_bytes=2**20,
+        max_bytes_in_flight=2**20,
+    ) as started:
+        started.wait_ready()
+        started.client.headers["X-API-Key"] = "key"
+        yield started
+
+
+def connect(server: Running) -> socket.socket:
+    url = httpx.URL(server.url)
+    return socket.create_connection((url.host, int(url.port or 0)), timeout=20)
+
+
+def is_closed(client: socket.socket) -> bool:
+    """Read until the server has closed the connection."""
+    try:
+        while client.recv(65536):
+            pass
+    except ConnectionError:
+        pass
+    return True
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        CHUNKED + b"\r\n1\r\nx\r\n0\r\nX-Trailer: never",
+        CHUNKED + b"X-API-Key: key\r\n\r\n1\r\nx\r\n0\r\nX-Trailer: never",
+        CHUNKED + b"\r\n5\r\nhal",
+        CHUNKED + b"X-API-Key: key\r\n\r\n5\r\nhal",
+        b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhalf",
+        GET + b"G",
+    ],
+    ids=["trailer", "trailer-key", "chunk", "chunk-key", "half", "begun"],
+)
+def test_what_never_ends_is_cut(server: Running, sent: bytes) -> None:
+    with connect(server) as client:
+        client.sendall(sent)
+        assert is_closed(client)
+
+
+def test_stray_bytes_after_an_answer_do_not_keep_a_connection(server: Running) -> None:
+    with connect(server) as client:
+        client.sendall(GET)
+        assert client.recv(65536).startswith(b"HTTP/1.1 200")
+        client.sendall(b"\r\n")
+        assert is_closed(client)
+
+
+def test_trailers_without_end_are_cut_by_their_size(tiny_catalog: Path) -> None:
+    with running(tiny_catalog) as server, connect(server) as client:
+        client.sendall(CHUNKED + b"\r\n1\r\nx\r\n0\r\n")
+        trailer = b"".join(b"X-%d: %s\r\n" % (n, b"x" * 1000) for n in range(1000))
+        wait_until(lambda: _is_reset(client, trailer))
+
+
+def test_an_idle_connection_is_kept_for_the_next_request(server: Running) -> None:
+    with connect(server) as client:
+        for _ in range(2):
+            client.sendall(GET)
+            assert client.recv(65536).startswith(b"HTTP/1.1 200")
+            time.sleep(1)
+
+
+def test_an_answer_that_is_never_read_is_cut(server: Running, jpegs: dict[str, bytes]) -> None:
+    with connect(server) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        # more than the kernel keeps for a client that does not read
+        client.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 400)
+        wait_until(lambda: _is_reset(client))
+
+
+def _is_reset(client: socket.socket, sent: bytes = b"\r\n") -> bool:
+    try:
+        client.sendall(sent)
+    except ConnectionError:
+        return True
+    return False
+
+
+def test_connections_beyond_the_limit_are_refused_and_others_served(server: Running) -> None:
+    clients = [connect(server) for _ in range(40)]
+    refused = 0
+    for client in clients:
+        client.sendall(GET)
+    for client in clients:
+        try:
+            refused += client.recv(4096).startswith(b"HTTP/1.1 503")
+        except ConnectionError:
+            refused += 1
+        client.close()
+    assert refused >= 20
+    wait_until(lambda: server.client.get("/v2").status_code == 200)
+
+
+def test_requests_beyond_the_limit_get_503_and_health_is_reported(server: Running) -> None:
+    head = CHUNKED + b"X-API-Key: key\r\n\r\n1\r\nx\r\n"
+    clients = [connect(server) for _ in range(8)]
+    for client in clients:
+        client.sendall(head)
+    wait_until(lambda: server.client.get("/v2").status_code == 503)
+    refused = server.client.get("/v2")
+    assert refused.headers["Retry-After"] == "1"
+    assert refused.headers["Content-Type"] == "application/problem+json"
+    assert server.client.get("/healthz").status_code == 200
+    for client in clients:
+        assert is_closed(client)  # too slow: 408
+        client.close()
+    wait_until(lambda: server.client.get("/v2").status_code == 200)
+
+
+def test_the_bytes_of_all_requests_are_bounded(server: Running, jpegs: dict[str, bytes]) -> None:
+    half = b"%x\r\n%s\r\n" % (600_000, bytes(600_000))
+    with connect(server) as client:
+        client.sendall(CHUNKED + b"X-API-Key: key\r\n\r\n" + half)
+
+        def refused() -> bool:
+            answer = server.client.post("/classify", content=bytes(600_000))
+            return answer.status_code == 503 and answer.headers["Retry-After"] == "1"
+
+        wait_until(refused)
+        assert is_closed(client)
+    answer = server.client.post("/classify", content=jpegs["rocket"])
+    assert answer.status_code == 200, answer.text
