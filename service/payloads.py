@@ -26,23 +26,37 @@ async def parse_json_object(content: bytes) -> dict[str, Any]:
     """The JSON object of a request body.
 
     Raises:
-        PayloadTooLargeError: too many values.
-        InvalidInputError: a string is not Unicode.
-        BadRequestError: not JSON (NaN and Infinity are not), or not an object.
+        PayloadTooLargeError, InvalidInputError, BadRequestError: as `parse_json`; or not an object.
     """
-    _check_json(content)
-    try:
-        fields = from_json(content, allow_inf_nan=False, cache_strings="none")
-    except ValueError as error:
-        if "surrogate" in str(error) or "hex escape" in str(error):
-            raise InvalidInputError("a string has an escape that is not Unicode text") from error
-        raise BadRequestError(f"the body is not valid JSON: {error}") from error
+    fields = parse_json(content)
     if not isinstance(fields, dict):
         raise BadRequestError("the JSON body must be an object")
     return fields
 
 
-def _check_json(content: bytes) -> None:
+def parse_json(content: bytes) -> Any:
+    """The value of JSON text.
+
+    Raises:
+        PayloadTooLargeError: too many values.
+        InvalidInputError: a string is not Unicode.
+        BadRequestError: not JSON; NaN and Infinity are not.
+    """
+    check_json(content)
+    try:
+        return from_json(content, allow_inf_nan=False, cache_strings="none")
+    except ValueError as error:
+        if "surrogate" in str(error) or "hex escape" in str(error):
+            raise InvalidInputError("a string has an escape that is not Unicode text") from error
+        raise BadRequestError(f"the body is not valid JSON: {error}") from error
+
+
+def check_json(content: bytes) -> None:
+    """Count what JSON text holds.
+
+    Raises:
+        PayloadTooLargeError: too many values.
+    """
     marks = sum(content.count(mark) for mark in (b"[", b"{", b'"'))
     if marks > MAX_JSON_MARKS:
         raise PayloadTooLargeError(

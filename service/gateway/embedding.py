@@ -11,7 +11,7 @@ from models.tasks.embed import MAX_TEXTS
 from service.accounting import Account
 from service.errors import PayloadTooLargeError, ServiceError
 from service.gateway import dispatch
-from service.gateway.fetch import ImageFetcher
+from service.gateway.fetch import Fetch
 from service.gateway.rest.body import load_image
 from service.limits import check_input_count
 from service.parameters import validated_call
@@ -44,7 +44,8 @@ async def embed_inputs(
     check_input_count(state.settings, sum(not isinstance(item, str) for item in inputs))
     given = {name: value for name, value in options.items() if value is not None}
     call = validated_call(model, "embed", given)
-    loaded = await asyncio.gather(*(_load(item, state.fetcher) for item in inputs))
+    fetch = state.fetcher.for_request(request, deadline)
+    loaded = await asyncio.gather(*(_load(item, fetch) for item in inputs))
     infer_request = InferRequest(inputs=loaded, calls=[call], deadline=deadline, bulk=bulk)
     return await dispatch.infer(request, infer_request, account)
 
@@ -77,5 +78,5 @@ def image_input(text: str) -> EmbeddingInput:
     return {"url": text} if text.startswith(("http://", "https://")) else {"base64": text}
 
 
-async def _load(item: EmbeddingInput, fetcher: ImageFetcher) -> str | bytes | ServiceError:
-    return item if isinstance(item, str) else await load_image(item, fetcher)
+async def _load(item: EmbeddingInput, fetch: Fetch) -> str | bytes | ServiceError:
+    return item if isinstance(item, str) else await load_image(item, fetch)

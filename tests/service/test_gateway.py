@@ -1,6 +1,7 @@
 """The contract over HTTP: three ways in, per-image results, every row of the error table."""
 
 import base64
+import gzip
 import io
 import json
 import socket
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from service.gateway.fetch import is_public
 from tests.conftest import Running, encode, running, wait_until
 
 
@@ -457,6 +459,14 @@ def image_host(jpegs: dict[str, bytes]) -> Iterator[str]:
                 self.end_headers()
             elif self.path == "/slow":
                 time.sleep(3)
+            elif self.path == "/unchanged":
+                self.send_response(304)
+                self.end_headers()
+            elif self.path == "/compressed":
+                self.send_response(200)
+                self.send_header("Content-Encoding", "gzip, gzip")
+                self.end_headers()
+                self.wfile.write(gzip.compress(gzip.compress(jpegs["coffee"])))
             elif self.path == "/around":
                 self.send_response(302)
                 self.send_header("Location", "/photo.jpg")
@@ -503,6 +513,9 @@ def test_urls_come_from_allowed_hosts_within_limits(
             (f"http://{image_host}/missing", 422),
             (f"http://{image_host}/huge", 413),
             (f"http://{image_host}/slow", 422),
+            (f"http://{image_host}/unchanged", 422),
+            (f"http://{image_host}/compressed", 422),
+            ("http://127.0.0.1:99999/", 422),
             (f"http://user:secret@{image_host}/photo.jpg", 422),
             ("http://example.org/photo.jpg", 422),
             ("file:///etc/passwd", 422),
@@ -510,6 +523,42 @@ def test_urls_come_from_allowed_hosts_within_limits(
             ("http://127.0.0.1:1/", 422),
         ):
             problem(by_url(server, url), status)
+
+
+def test_fetched_images_count_with_the_body_and_towards_the_deadline(
+    tiny_catalog: Path, image_host: str, jpegs: dict[str, bytes]
+) -> None:
+    allowed: dict[str, Any] = {"url_hosts": "127.0.0.1", "url_allow_private": True}
+    room = int(len(jpegs["coffee"]) * 2.5)
+    with running(tiny_catalog, max_request_bytes=room, **allowed) as server:
+        server.wait_ready()
+        images = [{"url": f"http://{image_host}/photo.jpg"}] * 3
+        results = server.client.post("/classify", json={"images": images}).json()["results"]
+        assert sorted("error" in result for result in results) == [False, False, True]
+        body = {"images": [{"url": f"http://{image_host}/slow"}]}
+        hurry = {"X-Timeout-Ms": "100"}
+        late = server.client.post("/classify", json=body, headers=hurry)
+        assert "in time" in problem(late, 422)["detail"]
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1111", True),
+        ("64:ff9b::808:808", True),
+        ("64:ff9b::a9fe:a9fe", False),
+        ("64:ff9b::7f00:1", False),
+        ("64:ff9b:1::a00:1", False),
+        ("::ffff:8.8.8.8", True),
+        ("::ffff:10.0.0.1", False),
+        ("2002:a00:1::1", False),
+        ("::1", False),
+        ("fe80::1%eth0", False),
+    ],
+)
+def test_an_address_leads_to_the_public_internet_or_not(address: str, public: bool) -> None:
+    assert is_public(address) is public
 
 
 def test_allowed_hosts_may_not_be_internal(tiny_catalog: Path, image_host: str) -> None:

@@ -19,11 +19,13 @@ from service.errors import (
     ServiceError,
     UnsupportedMediaTypeError,
 )
+from service.gateway.dispatch import read_deadline
+from service.gateway.fetch import Fetch
 from service.gateway.rest.body import MAX_FIELDS, collect, load_image, parse_form, read_body
 from service.gateway.rest.ndjson import NDJSON
 from service.limits import check_input_count
 from service.parameters import validate
-from service.payloads import parse_json_object
+from service.payloads import check_json, parse_json, parse_json_object
 from service.search.collection import MAX_HITS, Metadata, check_id, check_metadata
 
 MAX_LINES = 10_000
@@ -119,14 +121,14 @@ async def read_query(request: Request) -> Query:
             listed = fields.pop("images", [])
             if not isinstance(listed, list) or len(listed) > 1:
                 raise InvalidInputError("a search takes one image", field="images")
-            images += [await load_image(item, request.app.state.fetcher) for item in listed]
+            images += [await load_image(item, _fetch(request)) for item in listed]
         case _ if content:
             images.append(content)
     if isinstance(fields.get("filter"), str):
         fields["filter"] = _parsed(fields["filter"], "filter")
     parameters = validate(QueryParameters, fields)
     if parameters.image is not None:
-        images.append(await load_image(parameters.image, request.app.state.fetcher))
+        images.append(await load_image(parameters.image, _fetch(request)))
     queries: list[bytes | str | np.ndarray] = []
     for image in images:
         if isinstance(image, ServiceError):
@@ -191,28 +193,34 @@ async def _parts(request: Request, content: bytes) -> tuple[list[bytes], list[tu
 
 def _lines(content: bytes) -> list[Any]:
     """The JSON value of each line; None for one that is not JSON."""
-    lines = [line for line in content.splitlines() if line.strip()]
-    if len(lines) > MAX_LINES:
-        raise PayloadTooLargeError(f"{len(lines)} lines; the limit is {MAX_LINES}")
+    if (count := content.count(b"\n")) > MAX_LINES:
+        raise PayloadTooLargeError(f"{count} lines; the limit is {MAX_LINES}")
+    check_json(content)
+    lines = [line for line in content.split(b"\n") if line.strip()]
     values = []
     for line in lines:
         try:
-            values.append(json.loads(line))
-        except (ValueError, RecursionError):
+            values.append(parse_json(line))
+        except (BadRequestError, InvalidInputError):
             values.append(None)
     return values
 
 
+def _fetch(request: Request) -> Fetch:
+    fetch: Fetch = request.app.state.fetcher.for_request(request, read_deadline(request))
+    return fetch
+
+
 async def _entries_of_json(request: Request, items: Sequence[Any]) -> list[Entry]:
     """Objects of an image with `id` and `metadata`. A wrong one does not fail the others."""
-    fetcher = request.app.state.fetcher
+    fetch = _fetch(request)
 
     async def entry(item: Any) -> Entry:
         if not isinstance(item, Mapping):
             return Entry("", InvalidInputError("not a JSON object", field="images"), {})
         parts = dict(item)
         name, metadata = parts.pop("id", None), parts.pop("metadata", {})
-        return _entry(await load_image(parts, fetcher), name, metadata)
+        return _entry(await load_image(parts, fetch), name, metadata)
 
     return list(await asyncio.gather(*map(entry, items)))
 

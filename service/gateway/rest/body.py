@@ -22,7 +22,7 @@ from service.errors import (
     UnsupportedMediaTypeError,
 )
 from service.gateway.dispatch import check_headers, read_deadline, read_priority
-from service.gateway.fetch import ImageFetcher
+from service.gateway.fetch import Fetch, ImageFetcher
 from service.limits import Share, check_input_count
 from service.parameters import Parameters, TaskParameters, list_fields, validate
 from service.payloads import decode_base64_apart, parse_json_object
@@ -62,7 +62,7 @@ async def read_request(
     if not patient:
         check_headers(request, _model_in_headers(request), bulk=bulk, deadline=deadline)
     lists = list_fields(parameters)
-    body = await _read_body(request, lists)
+    body = await _read_body(request, lists, deadline)
     fields = _accepted_form(request, parameters)
     fields |= collect(request.query_params.multi_items(), lists) | body.fields
     validated = validate(parameters, fields)
@@ -164,14 +164,14 @@ async def parse_form(
         raise BadRequestError("the multipart body cannot be parsed") from error
 
 
-async def load_image(item: Any, fetcher: ImageFetcher) -> bytes | ServiceError:
+async def load_image(item: Any, fetch: Fetch) -> bytes | ServiceError:
     """The encoded image of `{"base64": ...}` or `{"url": ...}`, or the error of reading it."""
     try:
         match item:
             case {"base64": str(text), **rest} if not rest:
                 return await decode_base64_apart(text, "images")
             case {"url": str(url), **rest} if not rest:
-                return await fetcher.fetch(url)
+                return await fetch(url)
     except ServiceError as error:
         return error
     return InvalidInputError('an image is {"base64": "..."} or {"url": "..."}', field="images")
@@ -194,7 +194,7 @@ def collect(items: list[tuple[str, str]], lists: frozenset[str]) -> dict[str, An
     return fields
 
 
-async def _read_body(request: Request, lists: frozenset[str]) -> _Body:
+async def _read_body(request: Request, lists: frozenset[str], deadline: float) -> _Body:
     content = await read_body(request)
     settings: Settings = request.app.state.settings
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -202,7 +202,8 @@ async def _read_body(request: Request, lists: frozenset[str]) -> _Body:
         case ("multipart", _, "form-data"):
             return await _parse_multipart(request.headers, content, settings, lists)
         case ("application", _, "json"):
-            return await _parse_json(content, settings, request.app.state.fetcher)
+            fetcher: ImageFetcher = request.app.state.fetcher
+            return await _parse_json(content, settings, fetcher.for_request(request, deadline))
         case ("application", _, "x-www-form-urlencoded"):
             return await asyncio.to_thread(_parse_urlencoded, content, lists)
         case ("video", _, _):
@@ -259,14 +260,14 @@ def _parse_urlencoded(content: bytes, lists: frozenset[str]) -> _Body:
     return _Body([], collect(fields, lists))
 
 
-async def _parse_json(content: bytes, settings: Settings, fetcher: ImageFetcher) -> _Body:
+async def _parse_json(content: bytes, settings: Settings, fetch: Fetch) -> _Body:
     fields = await parse_json_object(content)
     images, videos = fields.pop("images", []), fields.pop("videos", [])
     for name, items in (("images", images), ("videos", videos)):
         if not isinstance(items, list):
             raise InvalidInputError(f"{name} must be a list", field=name)
     check_input_count(settings, len(images) + len(videos))  # before any URL is fetched
-    encoded = await asyncio.gather(*(load_image(item, fetcher) for item in images))
+    encoded = await asyncio.gather(*(load_image(item, fetch) for item in images))
     clips = [await _decode_video(item) for item in videos]
     return _Body([*encoded, *clips], fields)
 
