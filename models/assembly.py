@@ -17,6 +17,7 @@ from models.checkpoints.loading import (
 from models.checkpoints.store import Store
 from models.errors import CatalogError
 from models.heads.dense import DenseClip
+from models.heads.embed import Embed
 from models.heads.files import read_head
 from models.heads.linear import CLASSIFIER, create_classifier, last_size
 from models.heads.portable import create_portable
@@ -54,8 +55,9 @@ class Assembly:
             ModelsError: a part cannot be loaded, or does not fit the others.
         """
         model = self._build(entry)
-        for head in model.embeds:
-            head.trained_dimensions = entry.dimensions
+        for head in (*model.heads.values(), model.text_embed):
+            if isinstance(head, Embed):
+                head.trained_dimensions = entry.dimensions
         return model
 
     def _build(self, entry: ModelEntry) -> Model:

@@ -121,12 +121,6 @@ class Model:
         return "sha256:" + hashlib.sha256(parts.encode()).hexdigest()
 
     @property
-    def embeds(self) -> list[Embed]:
-        """The heads that embed images and texts."""
-        heads = (*self.heads.values(), self.text_embed)
-        return [head for head in heads if isinstance(head, Embed)]
-
-    @property
     def tasks(self) -> tuple[str, ...]:
         """What the model does, its own task first."""
         return (self.task, *(task for task in self.heads if task != self.task))

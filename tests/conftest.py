@@ -33,6 +33,7 @@ from models.errors import SourceError
 from service.gateway.app import create_app
 from service.gateway.server import create_server
 from service.keys import Keys
+from service.limits import Budget
 from service.metrics import Metrics
 from service.remote.backend import RemoteBackend
 from service.remote.metrics import RemoteMetrics
@@ -232,8 +233,10 @@ def running(catalog: Path, *, apart: bool = False, **overrides: Any) -> Iterator
     backend = LocalBackend(registry, settings.worker_options, metrics)
     metrics.registry.register(BackendCollector(backend))
     if not apart:
-        rpc = RpcServer(backend, settings, metrics).serving(address)
-        with serving(create_app(settings, backend, metrics, rpc), settings) as (url, client):
+        budget = Budget(settings)
+        rpc = RpcServer(backend, settings, metrics, budget=budget).serving(address)
+        app = create_app(settings, backend, metrics, rpc, budget=budget)
+        with serving(app, settings) as (url, client):
             yield Running(url, client, backend, address)
         return
     with serving_rpc(backend, settings, metrics, address), gateway(settings, address) as front:

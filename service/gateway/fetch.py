@@ -19,6 +19,9 @@ MAX_REDIRECTS = 3
 # NAT64 (RFC 6052) and the old IPv4-compatible ones (RFC 4291).
 _EMBEDDING = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("::/96"))
 
+# NAT64 with prefixes of a network's own (RFC 8215).
+_LOCAL = ipaddress.IPv6Network("64:ff9b:1::/48")
+
 # Fetches the image of a URL for one request.
 Fetch = Callable[[str], Awaitable[bytes]]
 
@@ -135,6 +138,8 @@ def is_public(address: str) -> bool:
         return mapped is not None and is_public(str(mapped))
     if isinstance(parsed, ipaddress.IPv4Address):
         return True
+    if parsed in _LOCAL:
+        return False
     inner = [parsed.sixtofour, *(parsed.teredo or ())]
     if any(parsed in network for network in _EMBEDDING):
         inner.append(ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF))

@@ -147,7 +147,7 @@ class ImpatientProtocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._write_timer = self.loop.call_later(self.body_timeout_s, self.transport.abort)
+        self._write_timer = self.loop.call_later(self.body_timeout_s, self._abort)
 
     def resume_writing(self) -> None:
         self._stop_write_timer()
@@ -175,6 +175,10 @@ class ImpatientProtocol(HttpToolsProtocol):
             self._timer.cancel()
             self._timer = None
             self._header_bytes = 0
+
+    def _abort(self) -> None:
+        self.cycle.disconnected = True  # what it writes from now on is dropped
+        self.transport.abort()
 
     def _stop_write_timer(self) -> None:
         if self._write_timer is not None:

@@ -21,6 +21,7 @@ from service.keys import WORKER_TOKEN, ApiKey, Keys
 from service.limits import MAX_TIMEOUT_MS, Budget
 from service.logs import choose_request_id, request_id
 from service.metrics import Metrics
+from service.rpc.reading import begin
 from service.rpc.wire import to_error
 from service.settings import Settings
 
@@ -87,7 +88,8 @@ async def handle_call(
     *,
     scope: Scope = "infer",
 ) -> AsyncIterator[Caller]:
-    """Check the API key, then abort the call with the status of any error in the block.
+    """Check the API key and receive the message, which is empty before. Abort the call with the
+    status of any error in the block.
 
     A gateway logs its requests itself, so its calls are logged at level DEBUG.
 
@@ -111,7 +113,9 @@ async def handle_call(
         client.set(_client(key, metadata if is_gateway else {}, context.peer()))
         remaining_s = context.time_remaining()
         grpc_deadline = math.inf if remaining_s is None else started + remaining_s
-        yield Caller(is_gateway, started, grpc_deadline, key)
+        with deps.budget.request() as share:
+            await begin.get()(share)
+            yield Caller(is_gateway, started, grpc_deadline, key)
         status = "OK"
     except ServiceError as error:
         status = error.grpc

@@ -15,6 +15,7 @@ from service.limits import Budget
 from service.metrics import Metrics
 from service.rpc.context import Deps
 from service.rpc.open_inference import OpenInference
+from service.rpc.reading import MessageReader
 from service.rpc.vision import Vision
 from service.settings import Settings
 from service.stubs import open_inference_pb2, vision_pb2
@@ -76,6 +77,7 @@ class RpcServer:
         settings = self._deps.settings
         credentials = server_credentials(settings)
         self._server = grpc.aio.server(
+            interceptors=[MessageReader(settings)],
             options=(
                 (
                     "grpc.max_receive_message_length",
@@ -88,7 +90,8 @@ class RpcServer:
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 4000),
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
-            )
+                ("grpc.server_handshake_timeout_ms", int(settings.header_timeout_s * 1e3)),
+            ),
         )
         add_VisionServicer_to_server(Vision(self._deps), self._server)
         add_GRPCInferenceServiceServicer_to_server(OpenInference(self._deps), self._server)

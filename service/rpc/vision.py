@@ -34,7 +34,8 @@ class Vision(HeadCalls):
     """The servicer. The method of a task is `Infer` with the task's name."""
 
     async def Infer(self, request: pb.InferRequest, context: Context) -> pb.TaskResponse:
-        return await self._run_task(request.task, request, context)
+        async with handle_call(self._deps, context, "Infer") as caller:
+            return await self._infer_task(request.task, request, caller)
 
     async def Classify(self, request: pb.TaskRequest, context: Context) -> pb.TaskResponse:
         return await self._run_task("classify", request, context)
@@ -128,7 +129,7 @@ class Vision(HeadCalls):
     async def _run_task(
         self, task: str, request: OneModelRequest, context: Context
     ) -> pb.TaskResponse:
-        async with handle_call(self._deps, context, _label(task)) as caller:
+        async with handle_call(self._deps, context, task) as caller:
             return await self._infer_task(task, request, caller)
 
     async def _infer_task(

@@ -1,0 +1,176 @@
+"""Reads the messages of calls: once the caller's key was checked, within the budget, and counted
+before they are parsed.
+
+gRPC receives a unary call's message before it calls the method. Here a method is called at once,
+with an empty message. `handle_call` fills it when the key has been checked, so that callers without
+one cannot make the server receive anything.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from contextvars import ContextVar
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor_pool import Default
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+
+from service.errors import BadRequestError, PayloadTooLargeError, RequestTimeoutError
+from service.limits import Share
+from service.rpc.counting import check_message
+from service.settings import Settings
+
+# Calls that receive a message at a time. gRPC does not say how large one is until it is there.
+MAX_RECEIVING = 16
+# Of the messages of methods that need no key.
+MAX_OPEN_BYTES = 64 * 1024
+# Methods of our services without `handle_call`; those of other services have none either.
+OPEN_METHODS = ("ServerLive", "ServerReady", "ServerMetadata")
+
+
+class Incoming:
+    """The messages of one call."""
+
+    def __init__(
+        self, reader: "MessageReader", received: AsyncIterator[bytes], message: Message
+    ) -> None:
+        """
+        Args:
+            received: the encoded messages.
+            message: what a unary call's message is read into.
+        """
+        self._reader = reader
+        self._received = received
+        self._message = message
+        self._share: Share | None = None
+        self._unanswered: deque[int] = deque()
+
+    async def receive(self, share: Share) -> None:
+        """Receive a unary call's message, which the share counts.
+
+        Raises:
+            ServiceError: it did not come in time, is malformed, or over a limit.
+        """
+        seconds = self._reader.settings.body_timeout_s
+        try:
+            async with asyncio.timeout(seconds), self._reader.receiving:
+                content = await anext(self._received, None)
+        except TimeoutError as error:
+            raise RequestTimeoutError(f"the message did not arrive within {seconds:g} s") from error
+        if content is None:
+            raise BadRequestError("the call has no message")
+        share.add(self._reader.counted(content))
+        parse(self._message, content)
+
+    async def start_stream(self, share: Share) -> None:
+        """Let `messages` count what it receives."""
+        self._share = share
+
+    async def messages(self) -> AsyncIterator[Message]:
+        """A stream's messages, each counted until `answered`. Raises as `receive`."""
+        async for content in self._received:
+            assert self._share is not None
+            size = self._reader.counted(content)
+            self._share.add(size)
+            self._unanswered.append(size)
+            message = type(self._message)()
+            parse(message, content)
+            yield message
+
+    def answered(self) -> None:
+        """Give back what the oldest of a stream's messages holds."""
+        if self._share is not None:
+            self._share.remove(self._unanswered.popleft())
+
+
+# How `handle_call` begins to receive what a call sent.
+begin: ContextVar[Any] = ContextVar("begin")
+
+
+class MessageReader(grpc.aio.ServerInterceptor):
+    """Gives methods their messages as the module says."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.receiving = asyncio.Semaphore(MAX_RECEIVING)
+        self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+
+    def counted(self, content: bytes) -> int:
+        """The bytes of a message that count; the envelope of the largest request does not."""
+        return min(len(content), self.settings.max_request_bytes)
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        method: str = details.method
+        if method not in self._handlers:
+            handler = await continuation(details)
+            if handler is None:
+                return None
+            self._handlers[method] = self._wrap(method, handler)
+        return self._handlers[method]
+
+    def _wrap(self, path: str, handler: Any) -> Any:
+        service, method = path.strip("/").split("/")
+        descriptor = Default().FindServiceByName(service).FindMethodByName(method)
+        message_class: type[Message] = GetMessageClass(descriptor.input_type)
+        is_open = method in OPEN_METHODS or not service.startswith(("vitrail.", "inference."))
+        how = {"response_serializer": handler.response_serializer}
+
+        async def unary(requests: AsyncIterator[bytes], context: Any) -> Any:
+            message = message_class()
+            if is_open:
+                await _receive_open(requests, message, context, self.settings.body_timeout_s)
+            begin.set(Incoming(self, requests, message).receive)
+            return await handler.unary_unary(message, context)
+
+        async def watch(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
+            message = message_class()
+            await _receive_open(requests, message, context, self.settings.body_timeout_s)
+            async for response in handler.unary_stream(message, context):
+                yield response
+
+        async def stream(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
+            incoming = Incoming(self, requests, message_class())
+            begin.set(incoming.start_stream)
+            async for response in handler.stream_stream(incoming.messages(), context):
+                yield response
+                incoming.answered()
+
+        if handler.unary_unary is not None:
+            return grpc.stream_unary_rpc_method_handler(unary, **how)
+        if handler.unary_stream is not None and is_open:
+            return grpc.stream_stream_rpc_method_handler(watch, **how)
+        if handler.stream_stream is not None and not is_open:
+            return grpc.stream_stream_rpc_method_handler(stream, **how)
+        return handler
+
+
+async def _receive_open(
+    requests: AsyncIterator[bytes], message: Message, context: Any, seconds: float
+) -> None:
+    """Receive the message of a method that needs no key, which is small."""
+    try:
+        async with asyncio.timeout(seconds):
+            content = await anext(requests, b"")
+        if len(content) > MAX_OPEN_BYTES:
+            raise PayloadTooLargeError(f"the message has more than {MAX_OPEN_BYTES} bytes")
+        parse(message, content)
+    except TimeoutError:
+        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the message did not arrive in time")
+    except (BadRequestError, PayloadTooLargeError) as error:
+        await context.abort(grpc.StatusCode[error.grpc], error.detail)
+
+
+def parse(message: Message, content: bytes) -> None:
+    """Parse an encoded message into an empty one.
+
+    Raises:
+        BadRequestError: it is malformed.
+        PayloadTooLargeError: it has too many values.
+    """
+    check_message(message.DESCRIPTOR.full_name, content)
+    try:
+        message.MergeFromString(content)
+    except DecodeError as error:
+        raise BadRequestError("the message cannot be parsed") from error
