@@ -66,7 +66,7 @@ def use(client: Client, jpegs: dict[str, bytes], folder: Path) -> list[Any]:
     images: list[Image] = [jpegs["coffee"], folder / "rocket.jpg", b"no image", jpegs["chelsea"]]
     answers: list[Any] = [
         client.zero_shot(images, ["a cat", "a dog"]),
-        client.embed(images, dimensions=8),
+        client.embed(images, dimensions=8, truncate=True),
         client.embed_texts(["a", "b", "c"], model="clip"),
         client.predict(images[:2], ["clip-named", "images"]),
         [model["name"] for model in client.models()],
@@ -182,7 +182,7 @@ const client = new Vitrail("%(url)s", { batchSize: 2, concurrency: 2, progress }
 const items = images.map((image, n) => ({ image, id: `${n}`, metadata: { n } }));
 const answers = {
   scored: await client.zeroShot(images, ["a cat", "a dog"]),
-  embedded: await client.embed(images, { dimensions: 8 }),
+  embedded: await client.embed(images, { dimensions: 8, truncate: true }),
   texts: await client.embedTexts(["a", "b", "c"], { model: "clip" }),
   predicted: await client.predict(images.slice(0, 2), ["clip-named", "images"]),
   created: await client.createCollection("js", { model: "clip" }),
