@@ -76,8 +76,10 @@ class AsyncClient:
         pooling: str | None = None,
         normalize: bool | None = None,
         dimensions: int | None = None,
+        truncate: bool | None = None,
     ) -> list[Entry]:
-        """`{"embedding": [...]}` for each image."""
+        """`{"embedding": [...]}` for each image. `dimensions` of a model that was not trained for
+        it need `truncate`."""
         return await self._task(
             "/embed",
             images,
@@ -85,6 +87,7 @@ class AsyncClient:
             pooling=pooling,
             normalize=normalize,
             dimensions=dimensions,
+            truncate=truncate,
         )
 
     async def embed_texts(

@@ -89,8 +89,10 @@ class Client:
         pooling: str | None = None,
         normalize: bool | None = None,
         dimensions: int | None = None,
+        truncate: bool | None = None,
     ) -> list[Entry]:
-        """`{"embedding": [...]}` for each image."""
+        """`{"embedding": [...]}` for each image. `dimensions` of a model that was not trained for
+        it need `truncate`."""
         return self._task(
             "/embed",
             images,
@@ -98,6 +100,7 @@ class Client:
             pooling=pooling,
             normalize=normalize,
             dimensions=dimensions,
+            truncate=truncate,
         )
 
     def embed_texts(
