@@ -65,6 +65,7 @@ def test_depth_has_the_images_size_and_says_its_range(
     assert answer["maximum"] == pytest.approx(float(metres.max()), abs=1e-4)
     encoded = np.frombuffer(base64.b64decode(answer["depth"]), np.uint8)
     levels = cv2.imdecode(encoded, cv2.IMREAD_UNCHANGED)
+    assert levels is not None
     assert levels.dtype == np.uint16
     assert (levels.min(), levels.max()) == (0, 65535)
     span = answer["maximum"] - answer["minimum"]
