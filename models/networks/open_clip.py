@@ -123,10 +123,11 @@ class BertTower(nn.Module):
         return embedding
 
 
-def clip_text(*, norm_eps: float = 1e-5, **sizes: Any) -> nn.Module:
+def clip_text(*, norm_eps: float = 1e-5, quick_gelu: bool = True, **sizes: Any) -> nn.Module:
     """OpenAI's text transformer: `sizes` are arguments of open_clip's `TextTransformer`."""
     norm_layer = partial(LayerNorm, eps=norm_eps)
-    tower: nn.Module = TextTransformer(act_layer=QuickGELU, norm_layer=norm_layer, **sizes)
+    act_layer = QuickGELU if quick_gelu else nn.GELU
+    tower: nn.Module = TextTransformer(act_layer=act_layer, norm_layer=norm_layer, **sizes)
     return tower
 
 

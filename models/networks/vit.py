@@ -195,7 +195,7 @@ class Vit(VisionTransformer):  # type: ignore[misc]
             embed_layer = partial(HybridPatches, **resnet)
         self._rule = None if positions == "fixed" else RULES[positions]
         if gated:
-            arguments["mlp_layer"] = SwiGLUPacked
+            arguments |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
         super().__init__(
             dynamic_img_size=self._rule is not None,
             dynamic_img_pad=bool(padding),

@@ -45,7 +45,9 @@ def saved(path: Path, content: Any) -> Path:
 
 
 def dinov2_vit(registers: int, gated: bool, img_size: int = 56) -> Any:
-    options: dict[str, Any] = {"mlp_layer": timm.layers.SwiGLUPacked} if gated else {}
+    options: dict[str, Any] = {}
+    if gated:  # as timm builds vit_giant_patch14_dinov2
+        options = {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": nn.SiLU}
     return randomised(
         VisionTransformer(
             img_size=img_size, patch_size=14, embed_dim=48, depth=5, num_heads=6, num_classes=0,
