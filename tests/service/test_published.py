@@ -44,6 +44,9 @@ def _entries(name: str) -> list[str]:
     if "spectral_multipliers" in settings:
         lines.append(f"[trunks.{name}.arguments.spectral_multipliers]")
         lines += [f'"{k}" = {v}' for k, v in settings["spectral_multipliers"].items()]
+    if "configs" in settings:
+        lines.append(f"[trunks.{name}.arguments.configs]")
+        lines.append(f"inner_heads = {settings['configs']['inner_heads']}")
     task = "generate" if name in GENERATORS else "classify" if name in CLIPS else "embed"
     lines.append(f'[models.{name}]\ntrunk = "{name}"\ntask = "{task}"\n')
     if task == "embed" and "logits" in meta["outputs"]:

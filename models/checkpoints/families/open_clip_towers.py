@@ -17,6 +17,9 @@ DECODER = "text_decoder."  # of CoCa, for captions
 POSITION_IDS = "text.transformer.embeddings.position_ids"  # a constant of older BERTs
 # Of the published BERTs and RoBERTas heads have 64 channels.
 PUBLISHED_WIDTHS = (768, 1024)
+# CLIP's own tokenizer, and the options that it has.
+CLIP_WORDS = 49408
+CLIP_OPTIONS = {"clean", "reduction_mask", "additional_special_tokens"}
 
 
 def convert_towers(name: str, container: Container, config: Configuration) -> Checkpoint:
@@ -49,20 +52,29 @@ def convert_towers(name: str, container: Container, config: Configuration) -> Ch
         arguments={
             "image": {"architecture": "open-clip-image", **shared, "config": dict(vision)},
             "text": text,
-            "tokenizer": {
-                "name": "hub" if language.get("hf_tokenizer_name") else "open_clip",
-                "context_length": language.get("context_length", 77),
-                "source": language.get("hf_tokenizer_name"),
-                "mode": language.get("tokenizer_mode"),
-                "options": dict(language.get("tokenizer_kwargs") or {}),
-                "folder": str(container.path.parent.absolute()),
-            },
+            "tokenizer": _tokenizer(container, language),
         },
         state_dict=state,
         preprocess=config.transform,
         dropped=tuple(dropped),
         assumed=assumed,
     )
+
+
+def _tokenizer(container: Container, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `create_tokenizer`. Vocabularies of another size than CLIP's are the hub's."""
+    options = dict(config.get("tokenizer_kwargs") or {})
+    words = config.get("vocab_size", CLIP_WORDS)
+    own = words == CLIP_WORDS and options.keys() <= CLIP_OPTIONS
+    source = config.get("hf_tokenizer_name")
+    return {
+        "name": "open_clip" if own and not source else "hub",
+        "context_length": config.get("context_length", 77),
+        "source": source or f"a vocabulary of {words} words",
+        "mode": config.get("tokenizer_mode"),
+        "options": options,
+        "folder": str(container.path.parent.absolute()),
+    }
 
 
 def _bert(
