@@ -1,6 +1,6 @@
 """The parameters of each route as pydantic models, for forms, queries, JSON bodies and OpenAPI."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
@@ -111,13 +111,19 @@ def validate(model: type[M], fields: Mapping[str, Any]) -> M:
         return model.model_validate(fields)
     except ValidationError as error:
         invalid = [
-            FieldError(".".join(str(part) for part in item["loc"]), item["msg"])
+            FieldError(_field(item["loc"]), item["msg"])
             for item in error.errors(include_url=False, include_input=False, include_context=False)[
                 :MAX_FIELD_ERRORS
             ]
         ]
         summary = "; ".join(f"{field}: {detail}" for field, detail in invalid)
         raise InvalidParametersError(summary, fields=invalid) from error
+
+
+def _field(loc: Sequence[str | int]) -> str:
+    """The field that pydantic's location names, without the kinds of a union, as `list[int]`."""
+    parts = [str(part) for part in loc]
+    return ".".join(parts[:1] + [part for part in parts[1:] if "[" not in part])
 
 
 def validated_call(model: str | None, task: str | None, options: Mapping[str, Any]) -> Call:
