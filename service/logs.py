@@ -30,6 +30,15 @@ def choose_request_id(candidate: str) -> str:
     return f"{random.getrandbits(128):032x}"  # uuid4 would be a system call
 
 
+def access_level(usual: int, duration_s: float, slow_s: float) -> int:
+    """The level of an access log line: WARNING for a slow request.
+
+    Args:
+        slow_s: the setting `slow_request_s`; 0 if no request is slow.
+    """
+    return logging.WARNING if 0 < slow_s <= duration_s else usual
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object for each line: time, level, logger, message, and the fields of `extra`."""
 

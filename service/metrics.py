@@ -96,6 +96,12 @@ class Metrics:
         )
         for reason in DEATH_REASONS:
             self.decoder_deaths.labels(reason)
+        self.loop_lag = Histogram(
+            "vitrail_event_loop_lag_seconds",
+            "Seconds by which the event loop of a gateway or worker is late, twice a second.",
+            buckets=SECONDS,
+            registry=registry,
+        )
         self.label_sets = Counter(
             "vitrail_label_sets",
             "Lookups of label sets' embeddings in the cache.",

@@ -174,6 +174,9 @@ class Settings(BaseSettings):
     triton_metrics: bool = Field(
         False, description="Export metrics under Triton's names, too (nv_inference_...)."
     )
+    slow_request_s: float = Field(
+        0, ge=0, description="Seconds after which a request is logged as a warning; 0 for never."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Lowest level that is logged."
     )

@@ -54,6 +54,13 @@ def test_every_container_is_contained(name: str) -> None:
         assert port.startswith("127.0.0.1:") or name == "gateway"
 
 
+def test_every_alert_has_its_page() -> None:
+    runbook = (ROOT / "docs/runbook.md").read_text()
+    for rule in ALERTS["groups"][0]["rules"]:
+        assert f"## {rule['alert']}\n" in runbook
+        assert rule["annotations"]["runbook"] == f"docs/runbook.md#{rule['alert'].lower()}"
+
+
 def test_compose_has_no_passwords() -> None:
     for service in COMPOSE["services"].values():
         for variable, value in service.get("environment", {}).items():

@@ -13,7 +13,7 @@ from service.errors import UnavailableError
 from service.gateway.problems import internal_problem, problem_response
 from service.gateway.security_headers import add_security_headers
 from service.limits import Budget
-from service.logs import choose_request_id, request_id
+from service.logs import access_level, choose_request_id, request_id
 
 logger = logging.getLogger("vitrail.access")
 
@@ -61,6 +61,7 @@ class RequestContext:
             level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
             action, key = f"{scope['method']} {scope['path']}", scope["state"].get("key")
             duration_s = round(time.monotonic() - started, 4)
+            level = access_level(level, duration_s, scope["app"].state.settings.slow_request_s)
             logger.log(
                 level, action, extra={"status": status, "duration_s": duration_s, **key_field(key)}
             )

@@ -16,6 +16,7 @@ from models.catalog import load_catalog
 from models.registry import Registry
 from models.trunks.devices import resolve_device
 from service.keys import Keys
+from service.loop_lag import measuring_lag
 from service.metrics import Metrics
 from service.processes.heartbeat import beating
 from service.rpc.server import RpcServer
@@ -72,7 +73,7 @@ async def _serve(settings: Settings, address: str, heartbeat: int | None) -> Non
     sharing = None
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         sharing = asyncio.create_task(share_gauges(BackendCollector(backend)))
-    async with beating(heartbeat, backend, loads=True):
+    async with beating(heartbeat, backend, loads=True), measuring_lag(metrics):
         async with RpcServer(backend, settings, metrics, keys).serving(address):
             await stopping.wait()
         await backend.close()

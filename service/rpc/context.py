@@ -19,7 +19,7 @@ from service.errors import InternalError, InvalidInputError, PermissionDeniedErr
 from service.key_file import Scope
 from service.keys import WORKER_TOKEN, ApiKey, Keys
 from service.limits import MAX_TIMEOUT_MS, Budget
-from service.logs import choose_request_id, request_id
+from service.logs import access_level, choose_request_id, request_id
 from service.metrics import Metrics
 from service.rpc.reading import begin
 from service.rpc.wire import to_error
@@ -129,8 +129,11 @@ async def handle_call(
         await _abort(context, InternalError(detail))
     finally:
         duration_s = round(time.monotonic() - started, 4)
+        level = logging.DEBUG if is_gateway else logging.INFO
+        if method != "EmbedStream":
+            level = access_level(level, duration_s, deps.settings.slow_request_s)
         logger.log(
-            logging.DEBUG if is_gateway else logging.INFO,
+            level,
             "gRPC %s",
             method,
             extra={"status": status, "duration_s": duration_s, **key_field(key)},

@@ -1,12 +1,25 @@
 """Log lines are written in the background, and none is lost."""
 
+import asyncio
 import io
 import json
 import logging
 import subprocess
 import sys
+import time
 
-from service.logs import BufferedHandler, JsonFormatter, TerminalFormatter, choose_request_id
+import pytest
+from prometheus_client import CollectorRegistry
+
+from service.logs import (
+    BufferedHandler,
+    JsonFormatter,
+    TerminalFormatter,
+    access_level,
+    choose_request_id,
+)
+from service.loop_lag import measuring_lag
+from service.metrics import Metrics
 from tests.conftest import wait_until
 
 
@@ -78,3 +91,25 @@ def test_a_person_reads_text() -> None:
     line = TerminalFormatter().format(made)
     assert line.partition("  ")[2] == "POST /classify  200  0.012 s"
     assert "warning: low" in TerminalFormatter().format(record(logging.WARNING, "low"))
+
+
+def test_slow_requests_are_warnings() -> None:
+    assert access_level(logging.INFO, 3.0, 2.0) == logging.WARNING
+    assert access_level(logging.INFO, 1.0, 2.0) == logging.INFO
+    assert access_level(logging.DEBUG, 100.0, 0.0) == logging.DEBUG
+
+
+def test_the_lag_of_a_blocked_loop_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.loop_lag.INTERVAL_S", 0.01)
+    metrics = Metrics(CollectorRegistry())
+
+    async def block() -> None:
+        async with measuring_lag(metrics):
+            await asyncio.sleep(0)
+            asyncio.get_running_loop().call_soon(time.sleep, 0.2)
+            await asyncio.sleep(0.05)
+
+    asyncio.run(block())
+    [family] = metrics.loop_lag.collect()
+    total = next(s.value for s in family.samples if s.name.endswith("_sum"))
+    assert total > 0.1
