@@ -4,16 +4,21 @@ The features are the trunk's pooled output and each block's query outputs, each 
 length. A classifier follows, on all features or on those that training has selected.
 """
 
+from functools import partial
+
 import torch
-from torch import Tensor
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from models.checkpoints.checkpoint import HeadState
+from models.checkpoints.strict import load_strictly
 from models.errors import CheckpointError
 from models.heads.linear import Linear, check_has_blocks, first_size
 from models.trunks.features import FeatureRequest
 from models.trunks.output import TrunkOutput
 
+ATTENDING = "attend."
 MAX_QUERIES = 256  # per block; each one costs a token in every pass
 
 
@@ -21,7 +26,8 @@ class Vqt(Linear):
     """Settings: `normalize` (true): scale segments to unit length.
 
     Tensors: `queries` (L, T, D); optionally `combine` (L, T), weights that sum a block's queries to
-    one; optionally `indices` (F,), the selected features; `classifier.N...`.
+    one; optionally `attend.`, a ViT's block that combines the features instead, with the setting
+    `attending_heads`; optionally `indices` (F,), the selected features; `classifier.N...`.
     """
 
     kind = "vqt"
@@ -45,7 +51,11 @@ class Vqt(Linear):
             if self.combine_LT.shape != raw_LTD.shape[:2]:
                 raise CheckpointError("the head's combine must have shape (L, T) of its queries")
         tokens = 1 if self.combine_LT is not None else raw_LTD.shape[1]
-        self.indices = selection(state, dim * (1 + depth * tokens), first_size(self.network))
+        self.attend = attending_block(state, dim)
+        if self.attend is not None:
+            self.attend.to(placement.device)
+        count = dim if self.attend is not None else dim * (1 + depth * tokens)
+        self.indices = selection(state, count, first_size(self.network))
         if self.indices is not None:
             self.indices = self.indices.to(placement.device)
         self.queries = self.trunk.add_queries(raw_LTD)
@@ -57,10 +67,40 @@ class Vqt(Linear):
 
     def features(self, output: TrunkOutput) -> Tensor:
         """(B, F) float32: the classifier's input."""
-        features = vqt_features(
-            self.trunk.pool(output), output.queries[self.queries], self.combine_LT, self.normalize
-        )
+        pooled, queries = self.trunk.pool(output), output.queries[self.queries]
+        if self.attend is not None:
+            segments = torch.cat([pooled[:, None], queries.flatten(1, 2)], 1).float()
+            combined: Tensor = self.attend(normalize(segments, dim=-1))[:, 0]
+            return combined
+        features = vqt_features(pooled, queries, self.combine_LT, self.normalize)
         return features if self.indices is None else features[:, self.indices]
+
+
+def attending_block(state: HeadState, dim: int) -> nn.Module | None:
+    """The block of tensors `attend.`, which attends to all features as tokens; its first token is
+    the classifier's input. None if there are no such tensors.
+
+    Raises:
+        CheckpointError: its tensors do not fit.
+    """
+    tensors = {
+        key.removeprefix(ATTENDING): value.float()
+        for key, value in state.tensors.items()
+        if key.startswith(ATTENDING)
+    }
+    if not tensors:
+        return None
+    if "mlp.fc1.weight" not in tensors:
+        raise CheckpointError("the head's attend has no mlp.fc1.weight")
+    block: nn.Module = Block(
+        dim,
+        int(state.settings.get("attending_heads", max(1, dim // 64))),
+        mlp_ratio=(tensors["mlp.fc1.weight"].shape[0] + 0.5) / dim,
+        qkv_bias=True,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+    )
+    load_strictly(block, tensors, "the head's attend")
+    return block.eval().requires_grad_(False)
 
 
 def vqt_features(

@@ -26,6 +26,7 @@ from models.reference_outputs import ReferenceRun
 NAME = "vqt"
 QUERIES = ("enc.transformer.encoder.query_prompt_embeddings", "enc.query_prompt_embeddings")
 BACKBONES = ("backbone.pth", "backbone.npz")
+ATTENDING = "combine_selfatten_block"  # which combines features by attention
 PRETRAINING = ("decoder_", "mask_token", "norm.", "head.")
 RENAMED = (
     ("transformer.embeddings.position_embeddings", "pos_embed"),
@@ -60,6 +61,8 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         head["combine"] = own.pop("combine_params")
     elif arguments.get("pooling_feats"):
         head["combine"] = torch.full(queries.shape[:2], 1 / queries.shape[1])
+    own, attending = _split(own, ATTENDING)
+    attending = {f"attend{key}": value for key, value in _fused(attending).items()}
     if "indices" in arguments:
         head["indices"] = _indices(container, arguments["indices"])
     config = dict(arguments)
@@ -79,12 +82,16 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         "normalize": bool(arguments.get("normalize_feats", True)),
         "activations": _activations(head),
     }
+    if attending:
+        if not settings["normalize"]:
+            raise CheckpointError("normalize_feats is false; combining by attention needs it")
+        settings["attending_heads"] = built["num_heads"]
     return Checkpoint(
         format=NAME,
         architecture="vit_base_patch16_224",
         arguments=built | ({"global_pool": "avg"} if is_mae else {}),
         state_dict=trunk,
-        heads={"vqt": HeadState(head, settings)},
+        heads={"vqt": HeadState({**head, **attending}, settings)},
         assumed=assumed(config, num_heads=built["num_heads"])
         | assumed(arguments, normalize_feats=True),
         preprocess=Preprocess(
@@ -152,7 +159,28 @@ def _backbone(
 
 
 def _in_timms_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename upstream's keys, and fuse queries, keys and values.
+    """A backbone's keys as timm's.
+
+    Raises:
+        CheckpointError: a weight is missing.
+    """
+    named = _fused(tensors)
+    if "patch_embed.proj.weight" not in named or "pos_embed" not in named:
+        raise CheckpointError("the backbone has no patch_embed.proj.weight or no pos_embed")
+    return named
+
+
+def _split(
+    tensors: Mapping[str, Tensor], prefix: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors without those below a prefix, and those under the rest of their names."""
+    below = {k: value for k, value in tensors.items() if k.startswith(prefix)}
+    others = {key: value for key, value in tensors.items() if key not in below}
+    return others, {key.removeprefix(prefix): value for key, value in below.items()}
+
+
+def _fused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Upstream's keys renamed, and queries, keys and values fused.
 
     Raises:
         CheckpointError: a weight is missing.
@@ -167,8 +195,6 @@ def _in_timms_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if missing := [part for part in parts if part not in named]:
             raise CheckpointError(f"the weight {missing[0]} is missing")
         named[key.replace("query", "qkv")] = torch.cat([named.pop(part) for part in parts])
-    if "patch_embed.proj.weight" not in named or "pos_embed" not in named:
-        raise CheckpointError("the backbone has no patch_embed.proj.weight or no pos_embed")
     return named
 
 
