@@ -288,17 +288,3 @@ class ImageTrunk(Trunk):
             [self.prepare(image) for image in read_images(files, self.min_side)] for files in sets
         )
         return calibration, held_out
-
-
-class PixelInput(nn.Module):
-    """Pixels as a network takes them: normalised, in its dtype and memory layout."""
-
-    def __init__(self, preprocess: Preprocess, placement: Placement) -> None:
-        super().__init__()
-        self.normalize = Normalize(preprocess).to(placement.device)
-        self._placement = placement
-
-    def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        pixels_BCHW = self.normalize(pixels_BCHW)
-        placement = self._placement
-        return pixels_BCHW.to(placement.dtype, memory_format=placement.memory_format)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from models.inputs.transforms import Preprocess
 from models.networks.dense_clip import can_be_dense, dense_pass
-from models.trunks.base import ImageTrunk, PixelInput
+from models.trunks.base import ImageTrunk
 from models.trunks.devices import Placement
 from models.trunks.features import FeatureRequest, PassPlan
 from models.trunks.image_tokens import (
@@ -18,6 +18,7 @@ from models.trunks.image_tokens import (
     tower_tokens,
 )
 from models.trunks.output import TrunkOutput, by_number
+from models.trunks.pixel_input import PixelInput
 
 
 class OpenClipPass(nn.Module):

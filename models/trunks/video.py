@@ -10,9 +10,10 @@ from models.inputs.images import DEFAULT_LIMITS, ImageLimits
 from models.inputs.samples import sample_photos
 from models.inputs.transforms import ClipPreprocess
 from models.inputs.video import create_clip_transform
-from models.trunks.base import PixelInput, Trunk
+from models.trunks.base import Trunk
 from models.trunks.devices import Placement
 from models.trunks.features import PassPlan
+from models.trunks.pixel_input import PixelInput
 from models.trunks.timm import TimmPass, TimmTrunk
 
 

@@ -1,0 +1,23 @@
+"""The step before a network of pixels.
+
+Shape suffixes: B batch, C channels, H W pixels.
+"""
+
+from torch import Tensor, nn
+
+from models.inputs.transforms import Normalize, Preprocess
+from models.trunks.devices import Placement
+
+
+class PixelInput(nn.Module):
+    """Pixels as a network takes them: normalised, in its dtype and memory layout."""
+
+    def __init__(self, preprocess: Preprocess, placement: Placement) -> None:
+        super().__init__()
+        self.normalize = Normalize(preprocess).to(placement.device)
+        self._placement = placement
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        pixels_BCHW = self.normalize(pixels_BCHW)
+        placement = self._placement
+        return pixels_BCHW.to(placement.dtype, memory_format=placement.memory_format)
