@@ -247,5 +247,3 @@ def test_a_swins_last_window_tells_its_input_size(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(path, {})
     assert checkpoint.arguments["img_size"] == 96
     assert checkpoint.assumed == {}
-    with pytest.raises(InputError, match=r"100x96 pixels: it takes 96x96 pixels alone"):
-        load_checkpoint(path).run(pixels(100, 96))
