@@ -4,18 +4,21 @@ OpenAI's for CLIP (github.com/openai/CLIP) differs from open_clip's in the names
 tokens, which in a text stand for the tokens themselves.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import regex
 import torch
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from models.errors import InputError
+from models.errors import CheckpointError, InputError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+# The files beside a checkpoint that tokenizers are read from.
+FILES = {"hub": ("tokenizer.json", "tokenizer_config.json"), "sticky-eos": ("tokenizer.json",)}
 _WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
@@ -43,17 +46,60 @@ class CuttingTokenizer(OpenAITokenizer):
         return result
 
 
+class StickyEosTokenizer:
+    """A `tokenizer.json` as LiT uses its SentencePiece model (arXiv 2111.07991): a text's first
+    tokens, then `</s>` up to `context_length`, at least once. The names of tokens that were added
+    to the model's, such as T5's `<extra_id_0>`, are ordinary text.
+
+    Args:
+        words: the entries of the model's table of words.
+
+    Raises:
+        CheckpointError: not a readable tokenizer, without `</s>`, or with ids beyond the table.
+    """
+
+    def __init__(self, path: Path, context_length: int, words: int) -> None:
+        self.context_length = context_length
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises no class of its own
+            raise CheckpointError(f"{path}: not a readable tokenizer: {error}") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = True
+        eos = self._tokenizer.token_to_id("</s>")
+        if eos is None:
+            raise CheckpointError(f"{path}: this tokenizer has no token </s>, which ends texts")
+        self._eos = eos
+        added = self._tokenizer.get_added_tokens_decoder()
+        used = {eos, *self._tokenizer.get_vocab(with_added_tokens=False).values()}
+        used |= {number for number, token in added.items() if not token.special}
+        if max(used) >= words:
+            raise CheckpointError(
+                f"{path}: this tokenizer has ids up to {max(used)}, the model {words} words"
+            )
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        result = torch.full((len(texts), self.context_length), self._eos)
+        for row, text in zip(result, texts, strict=True):
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+            ids = ids[: self.context_length - 1]
+            row[: len(ids)] = torch.tensor(ids)
+        return result
+
+
 class MissingTokenizer:
     """Stands for a tokenizer that is not beside its model's file: texts are refused."""
 
-    def __init__(self, source: str, context_length: int) -> None:
+    def __init__(self, source: str, context_length: int, files: Sequence[str]) -> None:
         self.source = source
         self.context_length = context_length
+        self._files = " and ".join(files)
 
     def __call__(self, texts: list[str]) -> Tensor:
         raise InputError(
             f"this model takes token ids alone: its tokenizer, {self.source}, is not here. Put its "
-            "tokenizer.json and tokenizer_config.json beside the checkpoint",
+            f"{self._files} beside the checkpoint",
             field="texts",
         )
 
@@ -66,20 +112,27 @@ def create_tokenizer(
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
     folder: str = "",
+    words: int = 0,
 ) -> Any:
     """The tokenizer of a two-tower checkpoint: texts to int64 ids (N, context_length).
 
     Args:
-        name: `openai`, `cutting`, `open_clip`, or `hub` for one of transformers'.
-        source: the hub's name of it.
+        name: `openai`, `cutting`, `open_clip`, `hub` for one of transformers', or `sticky-eos`.
+        source: the hub's name of it, or what it is.
         mode: `tokenizer_mode` of open_clip's configuration.
         options: `tokenizer_kwargs` of open_clip's configuration.
-        folder: where the files of a tokenizer of the hub lie.
+        folder: where the files of `hub` and `sticky-eos` lie.
+        words: entries of the model's table of words, for `sticky-eos`.
+
+    Raises:
+        CheckpointError: the files of a tokenizer cannot be used.
     """
-    if name == "hub":
-        files = ("tokenizer.json", "tokenizer_config.json")
+    if name in FILES:
+        files = FILES[name]
         if not all((Path(folder) / file).is_file() for file in files):
-            return MissingTokenizer(str(source), context_length)
+            return MissingTokenizer(str(source), context_length, files)
+        if name == "sticky-eos":
+            return StickyEosTokenizer(Path(folder) / files[0], context_length, words)
         return HFTokenizer(folder, context_length, tokenizer_mode=mode, **(options or {}))
     if name == "open_clip":
         return SimpleTokenizer(context_length=context_length, **(options or {}))

@@ -53,9 +53,9 @@ def from_jax(
         raise CheckpointError(f"not a complete JAX ViT: the weight {error} is missing") from error
 
 
-def num_heads(tensors: Mapping[str, Tensor]) -> int:
+def num_heads(tensors: Mapping[str, Tensor], prefix: str = BLOCK) -> int:
     """The number of heads, which is an axis of the attention kernels."""
-    return int(tensors[f"{BLOCK}0/{ATTENTION}/query/kernel"].shape[1])
+    return int(tensors[f"{prefix}0/{ATTENTION}/query/kernel"].shape[1])
 
 
 def _convert(tensors: Mapping[str, Tensor], grid: tuple[int, int] | None) -> dict[str, Tensor]:
@@ -69,9 +69,23 @@ def _convert(tensors: Mapping[str, Tensor], grid: tuple[int, int] | None) -> dic
         "norm.bias": tensors["Transformer/encoder_norm/bias"],
     }
     named |= _resnet(tensors)
-    depth = len({key.split("/")[1] for key in tensors if key.startswith(BLOCK)})
+    named |= encoder_blocks(tensors, BLOCK)
+    return {key: value.contiguous() for key, value in named.items()}
+
+
+def encoder_blocks(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """An encoder's blocks under timm's names, `blocks.N`.
+
+    Args:
+        prefix: what the blocks' names begin with, before their numbers.
+
+    Raises:
+        KeyError: a weight is missing.
+    """
+    named: dict[str, Tensor] = {}
+    depth = len({key[len(prefix) :].split("/")[0] for key in tensors if key.startswith(prefix)})
     for number in range(depth):
-        block, name = f"{BLOCK}{number}", f"blocks.{number}"
+        block, name = f"{prefix}{number}", f"blocks.{number}"
         for ours, theirs in (("norm1", "LayerNorm_0"), ("norm2", "LayerNorm_2")):
             named[f"{name}.{ours}.weight"] = tensors[f"{block}/{theirs}/scale"]
             named[f"{name}.{ours}.bias"] = tensors[f"{block}/{theirs}/bias"]
@@ -86,7 +100,7 @@ def _convert(tensors: Mapping[str, Tensor], grid: tuple[int, int] | None) -> dic
         named[f"{name}.attn.qkv.bias"] = torch.cat(biases)
         named[f"{name}.attn.proj.weight"] = tensors[f"{attention}/out/kernel"].flatten(0, 1).T
         named[f"{name}.attn.proj.bias"] = tensors[f"{attention}/out/bias"]
-    return {key: value.contiguous() for key, value in named.items()}
+    return named
 
 
 def resnet_arguments(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:

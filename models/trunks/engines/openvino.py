@@ -22,7 +22,7 @@ import openvino
 import torch
 from torch import Tensor, nn
 
-from models.errors import EngineError
+from models.errors import EngineError, InputError
 from models.trunks.devices import Placement, Precision
 from models.trunks.engines.base import Engine, Pass, PassKey, PassSource
 from models.trunks.engines.comparison import compare, run_both
@@ -227,7 +227,7 @@ def _examples(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[tuple[Tenso
         shorter = batch[:, : batch.shape[1] // 2 + 1].contiguous()
         try:
             module(shorter)
-        except RuntimeError:  # texts of one length only
+        except (RuntimeError, InputError):  # texts of one length only
             return examples
         examples.append((shorter,))
     return examples

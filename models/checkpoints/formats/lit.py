@@ -1,0 +1,166 @@
+"""LiT with a text transformer (arXiv 2111.07991, github.com/google-research/vision_transformer).
+
+`LiT-L16S.npz` and `LiT-L16Ti.npz`: a JAX ViT under `img/`, a text transformer under `txt/`, and the
+logarithm `t` of the temperature. Token ids are those of SentencePiece, cut and padded with `</s>`
+to one length; texts need `tokenizer.json` beside the file, converted from its SentencePiece model.
+The towers with a BERT (LiT-B16B, LiT-L16L) are not supported.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from models.checkpoints.checkpoint import Checkpoint
+from models.checkpoints.containers import Container
+from models.checkpoints.families.jax import (
+    POSITIONS,
+    encoder_blocks,
+    from_jax,
+    in_old_names,
+    num_heads,
+)
+from models.checkpoints.families.known import Known
+from models.checkpoints.families.towers import LIBRARY, tower_states
+from models.checkpoints.families.vit import split_prefix, vit_arguments
+from models.errors import CheckpointError
+from models.inputs.transforms import Preprocess
+
+NAME = "lit"
+HALF = (0.5, 0.5, 0.5)
+PREPROCESS = Preprocess(
+    crop_mode="squash", crop_pct=1.0, interpolation="bilinear", mean=HALF, std=HALF
+)
+# Positions that open_clip's transformer can read the embedding from.
+POOLINGS = ("last", "first")
+# Older flax numbers modules of all classes together.
+MODULE = re.compile(r"^(Embed|Encoder)_\d+/")
+BLOCK = "Encoder/encoderblock_"
+IN_BLOCK = (
+    r"encoderblock_\d+/(LayerNorm_[02]/(scale|bias)|MlpBlock_3/Dense_[01]/(kernel|bias)|"
+    r"MultiHeadDotProductAttention_1/(query|key|value|out)/(kernel|bias))"
+)
+NORM = "encoder_norm/(scale|bias)"
+IMAGE_KEYS = re.compile(
+    rf"cls|(embedding|head)/(kernel|bias)|{POSITIONS}|Transformer/({NORM}|{IN_BLOCK})"
+)
+TEXT_KEYS = re.compile(
+    rf"Embed/embedding|pos_embedding|head/(kernel|bias)|Encoder/({NORM}|{IN_BLOCK})"
+)
+# From timm's names to those of open_clip's transformer.
+TEXT_NAMES = (
+    ("blocks.", "transformer.resblocks."),
+    (".norm1.", ".ln_1."),
+    (".norm2.", ".ln_2."),
+    (".attn.qkv.", ".attn.in_proj_"),
+    (".attn.proj.", ".attn.out_proj."),
+    (".mlp.fc1.", ".mlp.c_fc."),
+    (".mlp.fc2.", ".mlp.c_proj."),
+)
+
+
+def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
+    keys = in_old_names(container.tensors).keys()
+    if f"img/{POSITIONS}" in keys and any(key.startswith("txt/") for key in keys):
+        return "a JAX ViT under img/, and a text tower under txt/"
+    return None
+
+
+def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
+    """`arguments`: `pool_type`, the token that a text's embedding is read from: `last`, as in LiT,
+    or `first`.
+
+    Raises:
+        CheckpointError: the text tower is not a transformer as published.
+    """
+    tensors = in_old_names(container.tensors)
+    img, _ = split_prefix(tensors, "img/")
+    txt, _ = split_prefix(tensors, "txt/")
+    txt = {MODULE.sub(r"\1/", key): value for key, value in txt.items()}
+    if any(key.startswith("BertEncoder") for key in txt):
+        raise CheckpointError(
+            f"{container.path}: its text tower is a BERT, which is not supported for LiT; "
+            "LiT-L16S and LiT-L16Ti have a text transformer"
+        )
+    left = [key for key in tensors if not key.startswith(("img/", "txt/")) and key != "t"]
+    left += [f"img/{key}" for key in img if not IMAGE_KEYS.fullmatch(key)]
+    left += [f"txt/{key}" for key in txt if not TEXT_KEYS.fullmatch(key)]
+    if left:
+        raise CheckpointError(f"{container.path}: left over: {', '.join(left[:10])}")
+    known = Known(arguments)
+    pooling = known.get("pool_type", "last")
+    if pooling not in POOLINGS:
+        raise CheckpointError(f"pool_type is {pooling!r}; set one of {', '.join(POOLINGS)}")
+    vision = from_jax(img)
+    try:
+        text = _text_state(txt)
+        scale = tensors["t"]
+        text_heads = num_heads(txt, BLOCK)
+        if "head/kernel" in img:
+            vision["head.weight"] = img["head/kernel"].T.contiguous()
+            vision["head.bias"] = img["head/bias"]
+    except KeyError as error:
+        raise CheckpointError(
+            f"{container.path}: not a complete LiT: the weight {error} is missing"
+        ) from error
+    image: dict[str, Any] = {
+        **vit_arguments(vision, {"num_heads": num_heads(img)}),
+        "act_layer": "gelu_tanh",
+    }
+    if "cls_token" not in vision:
+        image |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    length, width = text["positional_embedding"].shape
+    words, dimensions = len(text["token_embedding.weight"]), len(text["text_projection.bias"])
+    if dimensions != (image["num_classes"] or image["embed_dim"]):
+        raise CheckpointError(
+            f"{container.path}: embeddings of texts have {dimensions} dimensions, those of images "
+            f"{image['num_classes'] or image['embed_dim']}"
+        )
+    size = image["img_size"]
+    return Checkpoint(
+        format=NAME,
+        architecture=f"LiT with a ViT of width {image['embed_dim']}",
+        library=LIBRARY,
+        arguments={
+            "image": {"architecture": "lit-vit", "positions": "fixed", **image},
+            "text": {
+                "architecture": "lit-text",
+                "pool_type": pooling,
+                "context_length": length,
+                "vocab_size": words,
+                "width": width,
+                "heads": text_heads,
+                "layers": len({key.split(".")[2] for key in text if ".resblocks." in key}),
+                "mlp_ratio": len(text["transformer.resblocks.0.mlp.c_fc.bias"]) / width,
+                "output_dim": dimensions,
+            },
+            "tokenizer": {
+                "name": "sticky-eos",
+                "source": f"a SentencePiece model of {words} words",
+                "words": words,
+                "folder": str(container.path.parent.absolute()),
+            },
+        },
+        state_dict=tower_states(vision, text, scale),
+        preprocess=replace(PREPROCESS, input_size=(size, size)),
+        assumed=known.assumed,
+    )
+
+
+def _text_state(txt: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The text tower under the names of open_clip's `TextTransformer`."""
+    state = {
+        "token_embedding.weight": txt["Embed/embedding"],
+        "positional_embedding": txt["pos_embedding"][0],
+        "ln_final.weight": txt["Encoder/encoder_norm/scale"],
+        "ln_final.bias": txt["Encoder/encoder_norm/bias"],
+        "text_projection.weight": txt["head/kernel"].T,
+        "text_projection.bias": txt["head/bias"],
+    }
+    for key, value in encoder_blocks(txt, BLOCK).items():
+        for theirs, ours in TEXT_NAMES:
+            key = key.replace(theirs, ours)
+        state[key] = value
+    return {key: value.contiguous() for key, value in state.items()}
