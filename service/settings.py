@@ -67,10 +67,11 @@ class Settings(BaseSettings):
     decode_threads: int = Field(
         0, ge=0, description="Threads that decode images; 0 for one per core, at least 2."
     )
-    decoders: Literal["processes", "threads"] = Field(
-        "processes",
+    decoders: Literal["auto", "processes", "threads"] = Field(
+        "auto",
         description="Where images are decoded: in processes, which are killed over a bad image, or "
-        "in threads of the worker.",
+        "in threads of the worker. `auto`: JPEG files in threads if their header says that they "
+        "are quick to decode, other files in processes.",
     )
     decode_cpu_s: float = Field(
         5, gt=0, description="Seconds of processor time to decode an image in a process."

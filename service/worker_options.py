@@ -19,7 +19,7 @@ class WorkerOptions:
     threads: int = 0
     streams: int = 0
     decode_threads: int = 0
-    decoders: str = "processes"
+    decoders: str = "auto"
     decode_cpu_s: float = 5.0
     max_batch_size: int = 0
     max_queue_size: int = 256

@@ -18,7 +18,7 @@ from models.inputs.types import modality_of
 from models.model import Model
 from models.registry import Registry
 from service.clients import client
-from service.decoding.pool import ImageDecoder, ProcessDecoder, ThreadDecoder
+from service.decoding.pool import create_decoder
 from service.errors import (
     DeadlineExceededError,
     QueueFullError,
@@ -65,10 +65,8 @@ class LocalBackend:
         self._pool = ThreadPoolExecutor(
             self.options.decode_threads + 1, "decode", initializer=partial(use_threads, 1)
         )
-        self.decoder: ImageDecoder = (
-            ThreadDecoder(self._limits)
-            if self.options.decoders == "threads"
-            else ProcessDecoder(self._limits, self.options.decode_cpu_s, metrics)
+        self.decoder = create_decoder(
+            self.options.decoders, self._limits, self.options.decode_cpu_s, metrics
         )
         self._loader = Loader()
         folder = Path(options.heads_folder or registry.store.root / "heads")

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from models.errors import ImageTooLargeError, InputError
 from models.inputs.images import ImageLimits, decode_image, decode_reduced
 from service.decoding import process as process_module
-from service.decoding.pool import ProcessDecoder
+from service.decoding.pool import MixedDecoder, ProcessDecoder, ThreadDecoder
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.conftest import encode, running, wait_until
@@ -176,8 +176,23 @@ def test_the_processes_never_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-def test_processes_are_the_default() -> None:
-    assert Settings().decoders == "processes"
+def test_quick_jpegs_are_decoded_in_threads_and_everything_else_in_processes(
+    metrics: Metrics, jpegs: dict[str, bytes], photos: dict[str, Image.Image]
+) -> None:
+    processes = ProcessDecoder(LIMITS, CPU_S, metrics)
+    decoder = MixedDecoder(ThreadDecoder(LIMITS), processes)
+    assert Settings().decoders == "auto"
+    with decoder.decoded(jpegs["coffee"], None) as image:
+        assert np.array_equal(np.array(image), np.array(decode_image(jpegs["coffee"])))
+    assert not processes.pids()
+    with (
+        pytest.raises(InputError, match="processor time"),
+        decoder.decoded(endless_jpeg(), None),
+    ):
+        pass
+    with decoder.decoded(encode(photos["coffee"], "PNG"), None):
+        assert processes.pids()
+    decoder.close()
 
 
 def test_bad_images_at_once_cost_the_others_nothing(
