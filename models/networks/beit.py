@@ -59,7 +59,7 @@ class Beit(beit.Beit):  # type: ignore[misc]
     ) -> list[Tensor]:
         """The tokens (B, 1 + N, D) after each of the first `count` blocks (all), before the norm;
         with none of them the embedded tokens."""
-        x = torch.cat([self.cls_token.expand(len(patches_BND), -1, -1), patches_BND], 1)
+        x = torch.cat([self.cls_token.expand(patches_BND.shape[0], -1, -1), patches_BND], 1)
         if (table := self.positions(grid)) is not None:
             x = x + table
         shared = None if self.rel_pos_bias is None else self.rel_pos_bias()

@@ -51,7 +51,7 @@ class LinearDepth(nn.Module):
         threads: at 80 m the last bits of float32 are more than 1e-5."""
         weight, bias = self.conv_depth.weight.flatten(1), self.conv_depth.bias
         assert bias is not None
-        batch, columns = len(x), x.flatten(2)
+        batch, columns = x.shape[0], x.flatten(2)
         biases = bias[None, :, None].expand(batch, -1, columns.shape[2])
         products = torch.baddbmm(biases, weight.expand(batch, -1, -1), columns)
         return torch.unflatten(products, 2, tuple(x.shape[2:]))

@@ -262,7 +262,7 @@ class MsClipImage(nn.Module):
         parts = self.transformer
         stem, *blocks = parts.resblocks
         grid = stem(pixels_BCHW).flatten(2).transpose(1, 2)
-        first = self.class_embedding.expand(len(grid), 1, -1)
+        first = self.class_embedding.expand(grid.shape[0], 1, -1)
         x = self.ln_pre(torch.cat([first, grid], 1) + self.positional_embedding)
         branch = pixels_BCHW
         for number, block in enumerate(blocks, 1):

@@ -114,7 +114,7 @@ class MultiscaleVit(nn.Module):
             )
         x = cells.flatten(2).transpose(1, 2)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
         if self.positions != "none":
             for _ in range(self.repeats):
                 x = x + self._positions()

@@ -227,14 +227,14 @@ class Vit(VisionTransformer):  # type: ignore[misc]
             grid = (x.shape[1], x.shape[2])
             x = x.flatten(1, 2)
         named = (self.cls_token, self.dist_token)
-        tokens = [token.expand(len(x), -1, -1) for token in named if token is not None]
+        tokens = [token.expand(x.shape[0], -1, -1) for token in named if token is not None]
         if self._positioned:
             x = torch.cat([*tokens, x], 1) + self.positions(grid)
         else:
             x = torch.cat([*tokens, x + self.positions(grid)], 1)
         if self.reg_token is None:
             return x
-        registers = self.reg_token.expand(len(x), -1, -1)
+        registers = self.reg_token.expand(x.shape[0], -1, -1)
         return torch.cat([x[:, : len(tokens)], registers, x[:, len(tokens) :]], 1)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:

@@ -224,7 +224,7 @@ class TilePixels(nn.Module):
 
     def forward(self, x_BTD: Tensor, style: Tensor, noise: Sequence[Tensor | None]) -> Tensor:
         style = self.style(x_BTD.flatten(0, 1))
-        x = self.places().expand(len(style), -1, -1, -1)
+        x = self.places().expand(style.shape[0], -1, -1, -1)
         for conv, each in zip(self.convs, noise, strict=True):
             x = conv(x, style, each)
         tiles = self.to_rgb(x, style).unflatten(0, (x_BTD.shape[0], self.side, self.side))
@@ -286,7 +286,7 @@ class VitGan(nn.Module):
         """Images (B, 3, size, size). `noise` is empty, or one tensor per layer, images along the
         first axis."""
         style = self.style(latent_BD)
-        x = self.places().flatten(2).transpose(1, 2).expand(len(style), -1, -1)
+        x = self.places().flatten(2).transpose(1, 2).expand(style.shape[0], -1, -1)
         for block in self.blocks:
             x = block(x, style)
         each: Sequence[Tensor | None] = noise or [None] * len(self.noise_shapes)

@@ -38,7 +38,7 @@ class MaskTransformer(nn.Module):
         [x] = maps
         size, count = x.shape[2:], self.cls_emb.shape[1]
         tokens = self.proj_dec(x.flatten(2).transpose(1, 2))
-        tokens = torch.cat([tokens, self.cls_emb.expand(len(x), -1, -1)], 1)
+        tokens = torch.cat([tokens, self.cls_emb.expand(x.shape[0], -1, -1)], 1)
         tokens = self.decoder_norm(self.blocks(tokens))
         patches = normalize(tokens[:, :-count] @ self.proj_patch, dim=-1)
         classes = normalize(tokens[:, -count:] @ self.proj_classes, dim=-1)
