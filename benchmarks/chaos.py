@@ -123,6 +123,8 @@ def main() -> None:
     arguments = parser.parse_args()
     flags = ["--workers", str(WORKERS), "--processes", str(GATEWAYS)]
     flags += ["--catalog", arguments.catalog]
+    # All photos are decoded in processes, so that these have work when they are killed.
+    os.environ["VITRAIL_DECODERS"] = "processes"
     port = free_port()
     print(_row(COLUMNS), flush=True)
     with demo_server(port, arguments.model, *flags) as server:

@@ -102,12 +102,19 @@ class TextTrunk(Trunk):
         return super().collate(rows, pin_memory=pin_memory)
 
     def blank(self) -> Tensor:
-        return self.tokenize("a " * self.preprocess.context_length)  # the longest, for warm-up
+        # the longest, for warm-up
+        return self._tokens("a " * self.preprocess.context_length, 0)
 
     def samples(self, count: int) -> list[Tensor]:
-        return [
-            self.tokenize(f"a photo of {number} cats, taken outside") for number in range(count)
-        ]
+        texts = (f"a photo of {number} cats, taken outside" for number in range(count))
+        return [self._tokens(text, number) for number, text in enumerate(texts)]
+
+    def _tokens(self, text: str, substitute: int) -> Tensor:
+        """The token ids (T,) of a text; without a tokenizer, T times a substitute."""
+        try:
+            return self.tokenize(text)
+        except InputError:
+            return torch.full((self.preprocess.context_length,), substitute)
 
 
 class OpenClipText(TextTrunk):

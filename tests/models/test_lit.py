@@ -39,6 +39,8 @@ def test_texts_need_a_tokenizer_and_token_ids_do_not(tmp_path: Path) -> None:
     model = load_checkpoint(path)
     with pytest.raises(InputError, match=r"token ids alone.* Put its tokenizer\.json beside"):
         model.embed_texts(["a cat"])
+    assert model.text is not None
+    assert model.text.blank().shape == (16,)  # so that it can be warmed up and served
     with pytest.raises(InputError, match="15 token ids; this model takes 16"):
         model.run(token_ids=golden["token_ids"][:, :15])
     write_tokenizer(tmp_path)
