@@ -119,7 +119,7 @@ def decode_head(content: bytes) -> HeadFile:
     """
     try:
         size = int.from_bytes(content[:8], "little")
-        if size > MAX_METADATA_BYTES:
+        if MAX_METADATA_BYTES < size < len(content):
             raise CheckpointError(
                 f"the head's metadata has {size} bytes; the limit is {MAX_METADATA_BYTES}"
             )

@@ -1,6 +1,7 @@
 """EsViT's CvT (arXiv 2106.09785): its network's arguments from the shapes."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -28,8 +29,8 @@ def cvt_checkpoint(
 
     Args:
         arguments: by stage, as in upstream's configurations, `num_heads` (channels / 64),
-            `window_size` (7), `patch_stride` (4, 2, 2, 2) and `patch_padding` (2, 1, 1, 1). Those
-            that are assumed are the published network's.
+            `window_size` (7), `patch_stride` (4, 2, 2, 2) and `patch_padding` (2, 1, 1, 1), and
+            `img_size` in pixels (224). Those that are assumed are the published network's.
         dropped: keys that only training used.
 
     Raises:
@@ -87,7 +88,7 @@ def cvt_checkpoint(
             "num_classes": 0 if head is None else head.shape[0],
         },
         state_dict={key: value for key, value in tensors.items() if not key.endswith(INDEX)},
-        preprocess=preprocess or Preprocess(),
+        preprocess=replace(preprocess or Preprocess(), input_size=known.image_size()),
         dropped=(*dropped, *(key for key in tensors if key.endswith(INDEX))),
         assumed=known.assumed,
     )
