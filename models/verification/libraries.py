@@ -15,13 +15,14 @@ import numpy as np
 import timm
 import torch
 from open_clip import image_transform
-from open_clip.model import build_model_from_openai_state_dict
+from open_clip.model import CLIP, CustomTextCLIP
 from PIL import Image
 from timm.data import create_transform
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.checkpoints.checkpoint import Checkpoint
+from models.checkpoints.containers import open_container
 from models.heads.classify import Classify
 from models.heads.embed import Embed
 from models.inputs.transforms import Preprocess
@@ -54,8 +55,8 @@ def libraries_of(model: Model, checkpoint: Checkpoint, path: Path) -> Iterator[L
     plain_vit = checkpoint.architecture == "vit" and not checkpoint.arguments.get("conv_stem")
     if checkpoint.library == "timm" or plain_vit:
         yield _timm(model, checkpoint, path)
-    elif checkpoint.library == "openai-clip":
-        yield _open_clip(checkpoint)
+    elif _has_open_clip_towers(checkpoint):
+        yield _open_clip(checkpoint, path)
     else:
         yield Library(f"no library has {checkpoint.architecture}: not compared with one")
 
@@ -136,13 +137,23 @@ def _plain_embedding(model: Model) -> bool:
     )
 
 
-def _open_clip(checkpoint: Checkpoint) -> Library:
-    state = {key: value.float() for key, value in checkpoint.state_dict.items()}
-    quick_gelu = bool(checkpoint.arguments.get("quick_gelu", True))
-    network = build_model_from_openai_state_dict(
-        dict(state), quick_gelu=quick_gelu, cast_dtype=torch.float32
-    ).float()
-    network.load_state_dict(state)  # without the rounding to half precision
+def _has_open_clip_towers(checkpoint: Checkpoint) -> bool:
+    """Whether open_clip itself builds both towers from the configuration."""
+    image, text = (checkpoint.arguments.get(name, {}) for name in ("image", "text"))
+    architectures = image.get("architecture"), text.get("architecture")
+    own = "timm_model_kwargs" in image.get("config", {}) or checkpoint.heads
+    return architectures == ("open-clip-image", "open-clip-text") and not own
+
+
+def _open_clip(checkpoint: Checkpoint, path: Path) -> Library:
+    image, text = checkpoint.arguments["image"], checkpoint.arguments["text"]
+    tensors = open_container(path).tensors
+    kind = CustomTextCLIP if any(key.startswith("text.") for key in tensors) else CLIP
+    network: Any = kind(
+        image["embed_dim"], image["config"], text["config"], quick_gelu=image["quick_gelu"]
+    )
+    own = network.state_dict().keys()
+    network.load_state_dict({key: value.float() for key, value in tensors.items() if key in own})
     network = network.eval()
     spec = checkpoint.preprocess or Preprocess()
     transform: Any = image_transform(spec.input_size, is_train=False, mean=spec.mean, std=spec.std)
@@ -151,7 +162,9 @@ def _open_clip(checkpoint: Checkpoint) -> Library:
     def run(image: Image.Image) -> Outputs:
         return _rows({"embedding": network.encode_image(transform(image)[None])})
 
-    return Library(f"open_clip {version('open_clip_torch')}, with the converted weights", run)
+    return Library(
+        f"open_clip {version('open_clip_torch')}, which gets the file's own weights", run
+    )
 
 
 def _rows(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
