@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 import time
+from contextlib import suppress
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
@@ -104,8 +105,9 @@ class BufferedHandler(logging.StreamHandler[Any]):
         with self._writing:
             lines, self._lines = self._lines, []
             if lines:
-                self.stream.write("".join(lines))
-                self.stream.flush()
+                with suppress(ValueError):  # the stream is closed, as at the end of a process
+                    self.stream.write("".join(lines))
+                    self.stream.flush()
 
     def _write_on(self) -> None:
         while True:

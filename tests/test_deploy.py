@@ -238,7 +238,7 @@ def test_the_images_copy_what_they_need_and_run_as_nobody_special() -> None:
             assert f"!{source}\n" in ignored
     stages = re.split(r"\nFROM ", text)
     for stage in (next(s for s in stages if "AS gateway" in s), stages[-1]):
-        assert "USER vitrail" in stage
+        assert "USER 10001:10001" in stage
         assert "HEALTHCHECK" in stage
     assert "ARG TORCH_INDEX_URL" in text
     assert "torch" not in next(s for s in stages if "AS build-gateway" in s)
