@@ -1,5 +1,7 @@
 """The work that a JPEG file is to decode, by its markers."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -54,5 +56,5 @@ def test_files_without_a_plain_header_have_no_known_work(data: bytes) -> None:
 @pytest.mark.parametrize(
     "options", [{}, {"progressive": True}, {"optimize": True}, {"quality": 100}]
 )
-def test_common_files_have_known_work(mode: str, options: dict[str, object]) -> None:
+def test_common_files_have_known_work(mode: str, options: dict[str, Any]) -> None:
     assert pixel_scans(encode(PHOTO.convert(mode), **options)) is not None

@@ -145,8 +145,7 @@ def test_requests_beyond_the_limit_get_503_and_health_is_reported(server: Runnin
 
 
 def test_the_bytes_of_all_requests_are_bounded(tiny_catalog: Path, jpegs: dict[str, bytes]) -> None:
-    limits = {"max_request_bytes": 2**20, "max_bytes_in_flight": 2**20}
-    with running(tiny_catalog, **limits) as server:
+    with running(tiny_catalog, max_request_bytes=2**20, max_bytes_in_flight=2**20) as server:
         server.wait_ready()
         half = b"%x\r\n%s\r\n" % (600_000, bytes(600_000))
 
