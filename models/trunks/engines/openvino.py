@@ -10,6 +10,7 @@ import hashlib
 import logging
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -201,6 +202,10 @@ def plan_fields(plan: Any) -> dict[str, Any]:
     return {name: getattr(plan, name) for name in plan.__dataclass_fields__}
 
 
+# torch.jit.trace keeps the module that it traces in a global of the process.
+_TRACING = threading.Lock()
+
+
 def _convert(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     """The pass as an OpenVINO model that has the names of its outputs in its `NAMES`."""
     flat = FlatModule(module)
@@ -209,7 +214,8 @@ def _convert(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
         with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
             inputs = tuple(tensor.clone() for tensor in inputs)
             warnings.simplefilter("ignore")  # of tracing: the comparison with eager decides
-            model = openvino.convert_model(flat, example_input=inputs)
+            with _TRACING:
+                model = openvino.convert_model(flat, example_input=inputs)
     except Exception as error:  # the converter raises errors of many kinds
         raise EngineError(f"openvino cannot convert it: {_first_line(error)}") from error
     model.set_rt_info(",".join(flat.names), NAMES)
