@@ -28,7 +28,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """Pixels in the shared memory, or why there are none.
+    """The answer to a job: where the pixels are in the shared memory, or an error.
 
     Args:
         error: what is wrong with the image; the other fields are then meaningless.

@@ -112,7 +112,7 @@ def test_what_would_be_late_is_refused_before_its_body_is_read(
     wait_until(lambda: waiting(server) == 7)
     rejected = server.metric("vitrail_requests_total", outcome="rejected")
     for headers in ("X-Timeout-Ms: 500\r\n", ""):
-        if not headers:  # then for want of a place
+        if not headers:  # refused because the queue is full
             others += send(pool, server, jpegs["coffee"], 1)
             wait_until(lambda: waiting(server) == 8)
         answer = only_headers(server, headers)

@@ -164,7 +164,7 @@ async def _store(request: Request) -> VectorStore:
 async def _get(store: VectorStore, name: str) -> tuple[Collection, int]:
     try:
         return await store.get(check_name(name))
-    except InvalidInputError as error:  # there is none of such a name
+    except InvalidInputError as error:  # no collection can have this name
         raise NotFoundError(f"no collection {name!r}", field="name") from error
 
 
