@@ -72,7 +72,7 @@ class Pipeline:
             async with until(claim.deadline):
                 await run.start()
         except TimeoutError:
-            pass
+            run.expire()
         finally:
             run.end()
         return run.results()

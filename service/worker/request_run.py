@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -51,8 +51,8 @@ class Shared:
 class RequestRun:
     """A request whose places in the queues are reserved.
 
-    `start`, `end` and `results` are called on the event loop. Inputs are decoded in the pool's
-    threads, and their results come from the lanes' threads.
+    `start`, `expire`, `end` and `results` are called on the event loop. Inputs are decoded in the
+    pool's threads, and their results come from the lanes' threads.
     """
 
     def __init__(
@@ -81,6 +81,13 @@ class RequestRun:
         if self._missing:
             self.shared.admission.decoding.add(self._source)
             await self._done
+
+    def expire(self) -> None:
+        """Let the deadline be now: an event loop's timer may end some milliseconds before it, and
+        what is dropped then counts as expired all the same."""
+        self._claim = replace(self._claim, deadline=time.monotonic())
+        for entry in self._entries:
+            entry.deadline = self._claim.deadline
 
     def end(self) -> None:
         """Drop the inputs that have no result yet."""

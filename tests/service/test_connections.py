@@ -150,12 +150,13 @@ def test_the_bytes_of_all_requests_are_bounded(tiny_catalog: Path, jpegs: dict[s
         half = b"%x\r\n%s\r\n" % (600_000, bytes(600_000))
 
         def refused() -> bool:
-            answer = server.client.post("/classify", content=bytes(600_000))
+            # a new connection each time: if the server reads it second, it is the one refused
+            with connect(server) as client:
+                client.sendall(CHUNKED + b"\r\n" + half)
+                answer = server.client.post("/classify", content=bytes(600_000))
             return answer.status_code == 503 and answer.headers["Retry-After"] == "1"
 
-        with connect(server) as client:
-            client.sendall(CHUNKED + b"\r\n" + half)
-            wait_until(refused)
+        wait_until(refused)
 
         def accepted() -> bool:
             return server.client.post("/classify", content=jpegs["rocket"]).status_code == 200
