@@ -10,6 +10,7 @@ from models.errors import CatalogError, ModelNotFoundError
 from models.tasks.table import tasks
 
 BUILT_IN = Path(__file__).with_name("catalogs")
+DEVICE_KINDS = frozenset({"cpu", "cuda"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +47,14 @@ class TrunkEntry:
     engine: str | None = None
     # How images are resized: `exact` or `fast`.
     transform: str | None = None
-    max_batch_size: int | None = None
+    # Images in a pass: a number, or one by kind of device (`{cpu = 4}`).
+    max_batch_size: int | Mapping[str, int] | None = None
     max_queue_delay_ms: float | None = None
+
+    def batch_cap(self, device: str) -> int | None:
+        """The most images in a pass on a kind of device (`cpu`, `cuda`); None: the default."""
+        cap = self.max_batch_size
+        return cap.get(device) if isinstance(cap, Mapping) else cap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +195,15 @@ def _trunk(path: Path, name: str, table: Mapping[str, Any]) -> TrunkEntry:
     tolerance = entry.tolerance
     if tolerance is not None and not _is_positive(tolerance):
         raise CatalogError(f"catalog {path}: {name}: tolerance must be a number above 0")
+    caps = entry.max_batch_size
+    by_kind = caps if isinstance(caps, Mapping) else {"cpu": caps}
+    if by_kind.keys() - DEVICE_KINDS or not all(
+        cap is None or (type(cap) is int and cap > 0) for cap in by_kind.values()
+    ):
+        raise CatalogError(
+            f"catalog {path}: {name}: max_batch_size must be a number above 0, or one by kind of "
+            f"device ({', '.join(sorted(DEVICE_KINDS))})"
+        )
     return entry
 
 

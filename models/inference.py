@@ -22,6 +22,7 @@ from models.inputs.images import ImageLimits, ReducedImage, decode_image, decode
 from models.inputs.tiling import View
 from models.inputs.types import Input
 from models.trunks.base import Trunk
+from models.trunks.device_errors import is_cuda_error, is_out_of_memory
 from models.trunks.devices import one_thread
 from models.trunks.features import FeatureRequest, merge
 from models.trunks.output import TrunkOutput
@@ -122,7 +123,7 @@ def run_pass(
 
     Returns:
         For each row, for each of its calls, the head's arrays, or the exception that the head
-        raised. A trunk's exception, and running out of memory, are raised.
+        raised. A trunk's exception, and errors of the device, are raised.
     """
     places: dict[HeadCall, list[tuple[int, int]]] = defaultdict(list)
     for row, row_calls in enumerate(calls):
@@ -147,9 +148,9 @@ def _run_head(call: HeadCall, output: TrunkOutput, count: int) -> Sequence[Row |
             tensors = call.head.forward(output, **dict(call.options))
         arrays = {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()}
         return [{name: array[row] for name, array in arrays.items()} for row in range(count)]
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error) or is_cuda_error(error):  # not the head's fault
+            raise
         return [error] * count
 
 

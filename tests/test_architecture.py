@@ -106,7 +106,9 @@ def test_the_sides_do_not_know_each_other() -> None:
         assert {name for name in names if not name.startswith(allowed or ("none",))} == set()
 
 
-@pytest.mark.parametrize("name", ["scheduler", "batch_queue", "turns", "places", "costs"])
+@pytest.mark.parametrize(
+    "name", ["scheduler", "batch_queue", "batch_limit", "turns", "places", "costs"]
+)
 def test_the_policy_knows_no_threads_clocks_or_tensors(name: str) -> None:
     names = set(imports(ROOT / f"service/worker/{name}.py"))
     assert not names & {"threading", "asyncio", "time", "torch", "numpy"}

@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 from prometheus_client.multiprocess import mark_process_dead
 
+from service.exit_status import DEVICE_LOST, MISCONFIGURED
 from service.processes.heartbeat import Watch
 from service.rpc.health import check_health
 
@@ -28,9 +29,6 @@ class Child:
 
     It is restarted, with back-off, after it exits and after its heartbeats end (`heartbeat.py`).
     """
-
-    # The exit status of commands that cannot start with their settings.
-    MISCONFIGURED = 2
 
     def __init__(
         self,
@@ -72,12 +70,13 @@ class Child:
             lived_s = time.monotonic() - started
             if self._stopping.is_set():
                 return status
-            if status == self.MISCONFIGURED and not was_stable:
+            if status == MISCONFIGURED and not was_stable:
                 return status
             if self._restarting:
                 self._restarting = False
                 continue
-            was_stable = was_stable or lived_s > STABLE_S
+            # A worker that had a device has shown that its settings are right.
+            was_stable = was_stable or lived_s > STABLE_S or status == DEVICE_LOST
             backoff_s = FIRST_BACKOFF_S if lived_s > STABLE_S else backoff_s
             logger.error(
                 "%s exited with status %d after %.1f s; restarting in %.1f s",

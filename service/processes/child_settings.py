@@ -20,15 +20,17 @@ def count_gpus() -> int:
 
 
 def worker_settings(settings: Settings, index: int, count: int, gpus: int) -> Settings:
-    """The settings of one of `count` local workers: a GPU if there is one, otherwise an equal
-    share of the cores. A device or numbers of threads in the settings take precedence."""
+    """The settings of one of `count` local workers: an equal share of the cores, which decode
+    images also for GPUs, and a GPU if there is one. A device or numbers of threads in the settings
+    take precedence."""
     cores = max(1, usable_cores() // count)
-    share: dict[str, Any] = {"metrics_port": 0}
+    share: dict[str, Any] = {
+        "metrics_port": 0,
+        "threads": settings.threads or cores,
+        "decode_threads": settings.decode_threads or cores,
+    }
     if gpus and settings.device == "auto":
         share["device"] = f"cuda:{index % gpus}"
-    else:
-        share["threads"] = settings.threads or cores
-        share["decode_threads"] = settings.decode_threads or cores
     return Settings(**{**_explicit(settings), **share})
 
 

@@ -8,6 +8,7 @@ import socket
 import tempfile
 from pathlib import Path
 
+from service.exit_status import MISCONFIGURED
 from service.processes.child import Child
 from service.processes.child_settings import (
     child_environment,
@@ -118,8 +119,8 @@ class _Supervisor:
 
     async def _keep(self, child: Child) -> None:
         """Keep a child running. If it cannot start with its settings, stop everything."""
-        if await child.keep() == Child.MISCONFIGURED:
-            self._status = Child.MISCONFIGURED
+        if await child.keep() == MISCONFIGURED:
+            self._status = MISCONFIGURED
             self._stop.set()
 
     async def _roll(self) -> None:

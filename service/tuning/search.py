@@ -47,13 +47,14 @@ class TuneRequest:
     def baseline(self) -> Candidate:
         """Eager float32, with the defaults of the catalog and the machine."""
         entry = self.catalog.trunks[self.catalog.models[self.model].trunk]
-        options = WorkerOptions().resolve(resolve_device(self.device).type)
+        device = resolve_device(self.device).type
+        options = WorkerOptions().resolve(device)
         return Candidate(
             engine="eager",
             precision="float32",
             transform="exact",
             streams=options.streams,
-            max_batch_size=entry.max_batch_size or options.max_batch_size,
+            max_batch_size=entry.batch_cap(device) or options.max_batch_size,
         )
 
 

@@ -68,7 +68,7 @@ class LocalBackend:
         self.decoder = create_decoder(
             self.options.decoders, self._limits, self.options.decode_cpu_s, metrics
         )
-        self._loader = Loader()
+        self._loader = Loader(registry.device)
         folder = Path(options.heads_folder or registry.store.root / "heads")
         self._fit_jobs = FitJobs(registry, folder, self.batcher, self._limits, metrics)
         self.heads = HeadStore(registry, folder, self._fit_jobs, self._loader.run)

@@ -3,9 +3,10 @@
 import math
 from collections import deque
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
+from service.worker.batch_limit import BatchLimit
 from service.worker.costs import BatchCosts
 from service.worker.places import Places
 from service.worker.turns import Waiting
@@ -48,6 +49,7 @@ class BatchQueue:
     """The images that wait for one trunk.
 
     Args:
+        max_batch_size: the most images in a batch, while memory suffices.
         capacity: the most images that are admitted but not yet running.
         max_delay_s: how long a partial batch waits for more images while the device is idle.
         gathering_lanes: the lanes for which a CPU's batches gather images while decoding takes all
@@ -55,10 +57,12 @@ class BatchQueue:
     """
 
     name: str
-    max_batch_size: int
+    max_batch_size: InitVar[int]
     capacity: int
     max_delay_s: float = 0.0
     gathering_lanes: int = 0
+    # The most images in a batch now.
+    limit: BatchLimit = field(init=False)
     costs: BatchCosts = field(default_factory=BatchCosts)
     places: Places = field(init=False)
     decoded: Waiting[Entry] = field(default_factory=Waiting)
@@ -67,7 +71,8 @@ class BatchQueue:
     # the scheduler's queues that are not empty, by name
     _waiting: "dict[str, BatchQueue]" = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, max_batch_size: int) -> None:
+        self.limit = BatchLimit(max_batch_size)
         self.places = Places(self.capacity)
 
     def __len__(self) -> int:
@@ -149,7 +154,7 @@ class BatchQueue:
         That is at once, unless `max_delay_s` is set or the cores are taken by decoding.
         """
         gathers = self._gathers()
-        if not (self.max_delay_s or gathers) or len(self) >= self.max_batch_size:
+        if not (self.max_delay_s or gathers) or len(self) >= self.limit.value:
             return -math.inf
         return self.oldest() + max(self.max_delay_s, GATHER_S if gathers else 0.0)
 

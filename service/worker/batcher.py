@@ -166,7 +166,7 @@ class Batcher:
             known = [(queues[name], count) for name, count in counts.items() if name in queues]
             own, longest = 0.0, 0.0
             for queue, count in known:
-                size = min(queue.max_batch_size, max(count, len(queue) // self._scheduler.lanes))
+                size = min(queue.limit.value, max(count, len(queue) // self._scheduler.lanes))
                 own += count * queue.costs.per_image(size)
                 longest = max(longest, queue.batch_seconds(size))
             now = self._clock()

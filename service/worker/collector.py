@@ -24,7 +24,7 @@ class BackendCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from self._queues()
         yield from self._models()
-        if torch.cuda.is_available():
+        if self._backend.registry.device.type == "cuda":
             yield from self._gpu()
 
     def _queues(self) -> Iterator[Metric]:
@@ -75,13 +75,30 @@ class BackendCollector(Collector):
         yield from (state, memory, load)
 
     def _gpu(self) -> Iterator[Metric]:
-        gpu = GaugeMetricFamily(
-            "vitrail_gpu_memory_bytes", "GPU memory held by torch.", labels=("kind",)
-        )
         device = self._backend.registry.device
-        gpu.add_metric(("allocated",), torch.cuda.memory_allocated(device))
-        gpu.add_metric(("reserved",), torch.cuda.memory_reserved(device))
-        yield gpu
+        memory = GaugeMetricFamily(
+            "vitrail_gpu_memory_bytes",
+            "GPU memory: `total`, `used` by all processes, and of this one's torch `allocated` to "
+            "tensors, its `peak`, and `reserved` with what it keeps for later tensors.",
+            labels=("kind",),
+        )
+        free, total = torch.cuda.mem_get_info(device)
+        stats = torch.cuda.memory_stats(device)
+        memory.add_metric(("total",), total)
+        memory.add_metric(("used",), total - free)
+        memory.add_metric(("allocated",), stats.get("allocated_bytes.all.current", 0))
+        memory.add_metric(("peak",), stats.get("allocated_bytes.all.peak", 0))
+        memory.add_metric(("reserved",), stats.get("reserved_bytes.all.current", 0))
+        yield memory
+        events = GaugeMetricFamily(
+            "vitrail_gpu_allocator_events",
+            "How often torch's allocator freed its cache to find memory (`retries`), and found "
+            "none (`ooms`), since the process started.",
+            labels=("kind",),
+        )
+        events.add_metric(("retries",), stats.get("num_alloc_retries", 0))
+        events.add_metric(("ooms",), stats.get("num_ooms", 0))
+        yield events
 
 
 SHARE_INTERVAL_S = 1.0

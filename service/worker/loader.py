@@ -8,13 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
+import torch
+
 from models.errors import ModelsError
+from models.trunks.device_errors import is_lost
 from service.errors import (
     InsufficientStorageError,
     ServiceError,
     UnavailableError,
     from_library,
 )
+from service.worker.device_loss import exit_for_restart
 from service.worker.runner import use_threads
 
 logger = logging.getLogger(__name__)
@@ -27,7 +31,8 @@ T = TypeVar("T")
 class Loader:
     """Runs changes of the registry off the event loop, one after another."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         single_threaded = partial(use_threads, 1)
         self._pool = ThreadPoolExecutor(1, "loader", initializer=single_threaded)
 
@@ -46,6 +51,8 @@ class Loader:
         except (ServiceError, asyncio.CancelledError):
             raise
         except Exception as error:
+            if is_lost(error, self._device):
+                exit_for_restart(error)
             if isinstance(error, OSError) and error.errno in DISK_FULL:
                 logger.error("%s: %s", function.__name__, error)
                 raise InsufficientStorageError("the server's disk is full") from error

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from models.inference import HeadCall, Row, run_pass
 from models.trunks.base import Trunk
+from models.trunks.device_errors import is_lost, is_out_of_memory
 from models.trunks.devices import one_thread
 from service.metrics import Metrics
 from service.worker.batch_queue import BatchQueue
+from service.worker.device_loss import exit_for_restart
 from service.worker.scheduler import Batch
 
 logger = logging.getLogger(__name__)
@@ -137,26 +139,33 @@ class Runner:
     def _run_safely(self, queue: BatchQueue, items: list[Item]) -> list[list[Row | Exception]]:
         """Run items, and retry if the trunk fails, so that only the item at fault fails.
 
-        If memory runs out, the batch is halved, and so are later ones. After any other error the
-        items run one by one.
+        If memory runs out, the batch is halved, and so are later ones for a while. After any other
+        error the items run one by one. A lost device ends the process.
         """
         try:
-            return self._run(items)
-        except torch.OutOfMemoryError as error:
-            self._metrics.trunk_failures.labels(self.name).inc()
-            torch.cuda.empty_cache()
-            if len(items) == 1:
-                return [[error] * max(1, len(items[0].calls))]
-            half = len(items) // 2
-            queue.max_batch_size = max(1, min(queue.max_batch_size, half))
-            logger.warning("%s: out of memory; batches now hold %d", self.name, half)
-            return self._run_safely(queue, items[:half]) + self._run_safely(queue, items[half:])
+            results = self._run(items)
         except Exception as error:
-            self._metrics.trunk_failures.labels(self.name).inc()
-            if len(items) == 1:
-                return [[error] * max(1, len(items[0].calls))]
-            logger.warning("%s: a batch failed, retrying one by one", self.name, exc_info=error)
-            return [self._run_safely(queue, [item])[0] for item in items]
+            failure = error
+        else:
+            queue.limit.ran(len(items))
+            return results
+        self._metrics.trunk_failures.labels(self.name).inc()
+        if is_lost(failure, self.trunk.placement.device):
+            exit_for_restart(failure)
+        out_of_memory = is_out_of_memory(failure)
+        if out_of_memory:
+            # Its frames hold the batch's tensors, whose memory the retry needs.
+            failure.__traceback__ = failure.__context__ = None
+            torch.cuda.empty_cache()
+            queue.limit.ran_out(len(items))
+        if len(items) == 1:
+            return [[failure] * max(1, len(items[0].calls))]
+        if out_of_memory:
+            half = len(items) // 2
+            logger.warning("%s: out of memory; batches now hold %d", self.name, queue.limit.value)
+            return self._run_safely(queue, items[:half]) + self._run_safely(queue, items[half:])
+        logger.warning("%s: a batch failed, retrying one by one", self.name, exc_info=failure)
+        return [self._run_safely(queue, [item])[0] for item in items]
 
     def _run(self, items: Sequence[Item]) -> list[list[Row | Exception]]:
         """Run items, in one pass for each input size. Those that the trunk's engine leaves to

@@ -77,7 +77,7 @@ class Scheduler:
                 break
             share = math.ceil(len(queue) / self.lanes) if self.cpu else len(queue)
             self._take_turn(queue.next_client())
-            entries, died = queue.take(min(share, queue.max_batch_size), now)
+            entries, died = queue.take(min(share, queue.limit.value), now)
             dead += died
             if entries:
                 batch = Batch(queue, entries, now, wide)
@@ -114,7 +114,7 @@ class Scheduler:
         for queue in self.queues.values():
             if not queue.admitted:
                 continue
-            cost = queue.costs.per_image(min(queue.admitted, queue.max_batch_size))
+            cost = queue.costs.per_image(min(queue.admitted, queue.limit.value))
             holders = (
                 (queue.decoded.interactive.counts, queue.decoded.bulk.counts)
                 if decoded
@@ -160,5 +160,5 @@ class Scheduler:
 
 
 def _admitted_seconds(queue: BatchQueue) -> float:
-    size = min(queue.admitted, queue.max_batch_size)
+    size = min(queue.admitted, queue.limit.value)
     return queue.admitted * queue.costs.per_image(size) if size else 0.0

@@ -25,9 +25,12 @@ class ServedTrunks:
         self._metrics = metrics
         self.runners: dict[str, Runner] = {}
         self._users: dict[str, set[str]] = {name: set() for name in registry.catalog.trunks}
-        self._threads = Threads(lane=options.lane_threads, wide=options.threads)
+        on_cpu = registry.device.type == "cpu"
+        # A GPU's lanes start kernels, for which further threads do nothing.
+        lane_threads = options.lane_threads if on_cpu else 1
+        self._threads = Threads(lane=lane_threads, wide=options.threads)
         # If each lane has several threads, a wide batch would need a pool of threads of its own.
-        cpu = registry.device.type == "cpu" and self._threads.lane == 1
+        cpu = on_cpu and lane_threads == 1
         scheduler = Scheduler(lanes=options.streams, cpu=cpu)
         self.batcher = Batcher(scheduler, execute=self._execute, drop=self._drop)
         self.prober = Prober(
@@ -82,7 +85,7 @@ class ServedTrunks:
         self.runners[name] = Runner(name, trunk, self._threads, self._metrics)
         self.batcher.add_queue(queue)
         try:
-            self.prober.warm_up(name, min(queue.max_batch_size, queue.capacity))
+            self.prober.warm_up(name, min(queue.limit.value, queue.capacity))
         except CheckpointError:
             self._drop_trunk(name)
             raise
@@ -92,7 +95,7 @@ class ServedTrunks:
         delay_ms = entry.max_queue_delay_ms
         return BatchQueue(
             name,
-            max_batch_size=entry.max_batch_size or options.max_batch_size,
+            max_batch_size=entry.batch_cap(self._registry.device.type) or options.max_batch_size,
             capacity=options.max_queue_size,
             max_delay_s=(options.max_queue_delay_ms if delay_ms is None else delay_ms) / 1e3,
         )

@@ -48,6 +48,8 @@ def test_first_model_of_a_task_is_its_default_and_all_start(tmp_path: Path) -> N
         ('startup = ["z"]\n' + GOOD, "no model z"),
         ('[trunks.t]\nsource = "file:t"\ntolerance = 0\n', "t: tolerance must be a number above 0"),
         ('[trunks.t]\nsource = "file:t"\ntolerance = "1"\n', "t: tolerance must be a number"),
+        ('[trunks.t]\nsource = "file:t"\nmax_batch_size = {tpu = 4}\n', "cpu, cuda"),
+        ('[trunks.t]\nsource = "file:t"\nmax_batch_size = {cpu = 0}\n', "above 0"),
         ('[trunks.t]\nsource = "file:t"\nprecision = "int8"\ndtype = "float32"\n', "set one"),
     ],
 )
@@ -59,6 +61,13 @@ def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:
 def test_dtype_is_the_other_name_of_precision(tmp_path: Path) -> None:
     path = write(tmp_path, '[trunks.t]\nsource = "file:t"\ndtype = "bfloat16"\n')
     assert load_catalog(path).trunks["t"].precision == "bfloat16"
+
+
+def test_batches_may_have_a_limit_by_kind_of_device(tmp_path: Path) -> None:
+    for value, caps in (("8", (8, 8)), ("{cpu = 4}", (4, None))):
+        path = write(tmp_path, f'[trunks.t]\nsource = "file:t"\nmax_batch_size = {value}\n')
+        trunk = load_catalog(path).trunks["t"]
+        assert (trunk.batch_cap("cpu"), trunk.batch_cap("cuda")) == caps
 
 
 def test_unknown_catalogs_and_models_are_told_with_what_there_is(tmp_path: Path) -> None:

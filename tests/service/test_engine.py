@@ -150,7 +150,7 @@ def test_out_of_memory_halves_the_batch_and_lowers_the_cap(
         tap.gate.set()
         answer = asked.result().json()
     assert all("predictions" in entry for entry in answer["results"])
-    assert server.backend.batcher._scheduler.queues["tiny"].max_batch_size == 1
+    assert server.backend.batcher._scheduler.queues["tiny"].limit.value == 1
 
 
 def test_a_failing_head_fails_its_own_rows(

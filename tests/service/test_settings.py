@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from service.processes.child_settings import child_environment
+from service.processes.child_settings import child_environment, worker_settings
 from service.settings import Settings
 from service.worker_options import WorkerOptions, usable_cores
 
@@ -42,3 +42,11 @@ def test_defaults_fit_the_machine() -> None:
     assert cpu.streams * cpu.lane_threads <= max(cpu.threads, cpu.streams)
     assert WorkerOptions().resolve("cuda").streams == 2
     assert WorkerOptions(streams=3, max_batch_size=5).resolve("cpu").max_batch_size == 5
+
+
+def test_local_workers_share_the_cores_whatever_their_device() -> None:
+    cores = max(1, usable_cores() // 2)
+    for gpus, device in ((0, "auto"), (2, "cuda:1")):
+        share = worker_settings(Settings(), 1, 2, gpus)
+        assert (share.threads, share.decode_threads, share.device) == (cores, cores, device)
+    assert worker_settings(Settings(decode_threads=5), 0, 2, 2).decode_threads == 5

@@ -1,0 +1,61 @@
+"""Errors of a GPU, in contrast to those of an input: too little memory, and a device that is lost.
+
+After some errors every later CUDA call of the process fails, whatever it is for: the context is
+poisoned, or the GPU has gone. Only a new process can use the device again.
+"""
+
+import torch
+
+# What torch writes before CUDA's and its libraries' own words.
+CUDA = ("CUDA error", "CUDA driver error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error")
+# CUDA's words for errors that stay, from `cudaGetErrorString`. A call after one of these may hang,
+# so they are known by name.
+# https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html
+LASTING = (
+    "an illegal memory access was encountered",
+    "an illegal instruction was encountered",
+    "device-side assert triggered",
+    "unspecified launch failure",
+    "the launch timed out and was terminated",
+    "misaligned address",
+    "hardware stack error",
+    "invalid program counter",
+    "operation not supported on global/shared address space",
+    "uncorrectable ECC error encountered",
+    "uncorrectable NVLink error detected",
+    "context is destroyed",
+    "driver shutting down",
+    "all CUDA-capable devices are busy or unavailable",
+    "CUDA-capable device(s) is/are busy or unavailable",
+    "no CUDA-capable device is detected",
+    "unknown error",
+)
+
+
+def is_cuda_error(error: BaseException) -> bool:
+    """Whether CUDA or one of its libraries has reported this error."""
+    return isinstance(error, RuntimeError) and any(name in str(error) for name in CUDA)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device's memory ran out: in torch's allocator, or in CUDA itself."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    return is_cuda_error(error) and any(word in str(error) for word in words)
+
+
+def is_lost(error: BaseException, device: torch.device) -> bool:
+    """Whether this process can no longer use the device. Other errors of CUDA than the LASTING ones
+    are such if the device then fails to finish its work."""
+    if not is_cuda_error(error) or is_out_of_memory(error):
+        return False
+    if any(words in str(error) for words in LASTING):
+        return True
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
