@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from service.errors import UnavailableError
+from service.garbage import leave_out_old_objects
 from service.gateway.disconnect import disconnect
 from service.gateway.ports import separate_listeners
 from service.settings import Settings
@@ -75,6 +76,7 @@ def run_server(app: FastAPI, settings: Settings, listener: socket.socket | None 
     if listener is None and listeners:
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    leave_out_old_objects()
     with contextlib.suppress(KeyboardInterrupt):
         server.run(None if listener is None else [listener, *listeners])
 

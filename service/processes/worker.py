@@ -15,6 +15,7 @@ from prometheus_client import (
 from models.catalog import load_catalog
 from models.registry import Registry
 from models.trunks.devices import resolve_device
+from service.garbage import leave_out_old_objects
 from service.keys import Keys
 from service.loop_lag import measuring_lag
 from service.metrics import Metrics
@@ -69,6 +70,7 @@ async def _serve(settings: Settings, address: str, heartbeat: int | None) -> Non
             WithTritonNames(metrics.registry) if settings.triton_metrics else metrics.registry
         )
         start_http_server(settings.metrics_port, settings.host, exported)
+    leave_out_old_objects()
     await backend.start()
     sharing = None
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:

@@ -25,6 +25,7 @@ from service.errors import (
     ServiceError,
     from_library,
 )
+from service.garbage import look_at_all_objects
 from service.limits import check_answer_size
 from service.metrics import Metrics
 from service.types import Call, Health, ImageResult, InferRequest, InferResult
@@ -80,7 +81,7 @@ class LocalBackend:
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
         registry.on_load = self._on_load
-        registry.on_unload = self.trunks.retire
+        registry.on_unload = self._on_unload
 
     # -- Backend ---------------------------------------------------------------------------
 
@@ -103,6 +104,7 @@ class LocalBackend:
         self._pool.shutdown()
         self.decoder.close()
         self._loader.close()
+        look_at_all_objects()  # a program that starts another backend wants the memory back
 
     def check_headers(self, model: str | None, *, bulk: bool, deadline: float) -> None:
         trunks = self.trunks.names_of(model)
@@ -232,6 +234,10 @@ class LocalBackend:
         head = model.heads[model.task]
         if isinstance(head, Prompted) and head.labels:
             self._prompts.prepare(model, head.labels, head.templates)
+
+    def _on_unload(self, model: Model) -> None:
+        self.trunks.retire(model)
+        look_at_all_objects()
 
     def _spawn(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
