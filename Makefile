@@ -7,7 +7,7 @@ OUT ?= .
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help serve test nightly check format docs proto bench chaos bench-rivals clean
+.PHONY: help serve test nightly check format docs screenshots proto bench chaos bench-rivals clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -48,6 +48,9 @@ format: $(VENV)/dev.stamp ## Format, and fix what ruff can fix
 
 docs: $(VENV)/docs.stamp ## Build the documentation into site/
 	$(BIN)/python -m mkdocs build --strict --quiet
+
+screenshots: $(VENV)/dev.stamp ## Take the screenshots of the page for the documentation
+	VITRAIL_SCREENSHOTS=docs/images $(BIN)/python -m pytest tests/test_playground.py
 
 proto: $(VENV)/dev.stamp ## Generate service/stubs from proto/
 	$(BIN)/python -m grpc_tools.protoc \

@@ -27,9 +27,11 @@ from playwright.sync_api import Browser, sync_playwright
 from prometheus_client import CollectorRegistry, generate_latest
 from safetensors.torch import save_file
 
+import models
 from models import Registry
 from models.checkpoints.store import Store
 from models.errors import SourceError
+from models.networks.masked import MaskedDecoder
 from service.gateway.app import create_app
 from service.gateway.server import create_server
 from service.keys import Keys
@@ -339,18 +341,46 @@ def demo_server(demo: Registry) -> Iterator[str]:
         yield url
 
 
+MASKED = """
+[trunks.tiny-mae]
+source = "file:tiny-mae.pth"
+arguments = {num_heads = 2, decoder_num_heads = 2}
+
+[models.tiny-mae]
+trunk = "tiny-mae"
+task = "reconstruct"
+"""
+
+
+def save_masked_autoencoder(path: Path) -> None:
+    """A tiny MAE with random weights, in the layout of its authors."""
+    torch.manual_seed(0)
+    encoder = timm.models.vision_transformer.VisionTransformer(
+        img_size=64, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=0
+    )
+    decoder = MaskedDecoder(width=64, dim=32, depth=1, heads=2, patches=64, pixels=8 * 8 * 3)
+    torch.save({"model": encoder.state_dict() | decoder.state_dict()}, path)
+
+
 @pytest.fixture(scope="session")
 def own_demo(demo: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A client, with the admin key `admin`, of a demo with heads and collections of its own."""
+    """A client, with the admin key `admin`, of a demo with heads and collections of its own, and a
+    masked autoencoder."""
     folder = tmp_path_factory.mktemp("state")
     stores: dict[str, Any] = {
         "heads_folder": str(folder / "heads"),
         "collections": str(folder / "collections"),
     }
+    for file in ("demo.toml", "stamps.safetensors"):
+        shutil.copy(Path(models.__file__).parent / "catalogs" / file, folder)
+    with (folder / "demo.toml").open("a") as catalog:
+        catalog.write(MASKED)
+    save_masked_autoencoder(folder / "tiny-mae.pth")
     settings = Settings(device="cpu", admin_keys=("admin",), **stores)
     metrics = Metrics(CollectorRegistry())
-    registry = Registry.from_catalog("demo", device="cpu")
+    registry = Registry.from_catalog(folder / "demo.toml", device="cpu")
     backend = LocalBackend(registry, settings.worker_options, metrics)
+    metrics.registry.register(BackendCollector(backend))
     with serving(create_app(settings, backend, metrics), settings) as (_, client):
         client.headers["X-API-Key"] = "admin"
         wait_until(lambda: client.get("/readyz").status_code == 200, 120)

@@ -1,15 +1,20 @@
 """The page at `/`, in a real browser, against the real demo."""
 
+import io
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
+from playwright.sync_api import Browser, Locator, Page, expect
 
 from tests.service.test_heads import tinted
 
-TIMEOUT_MS = 60_000
+TIMEOUT_MS = 20_000
 
 
 @pytest.fixture
@@ -38,32 +43,136 @@ def folder(tmp_path: Path, jpegs: dict[str, bytes]) -> Path:
     return tmp_path
 
 
+def choose(page: Page, task: str, model: str, file: Path | None = None) -> Locator:
+    """Ask a model about a file, or about the one before; the answer of the model."""
+    page.get_by_role("tab", name=task, exact=True).click()
+    page.get_by_label("Model", exact=True).first.select_option(model)
+    if file is not None:
+        page.get_by_label("Photo or clip").set_input_files(file)
+    answer = page.get_by_role("article").filter(has=page.get_by_role("heading", name=model))
+    expect(answer).to_have_count(1)
+    return answer
+
+
+def shoot(page: Page, name: str) -> None:
+    """Save what the page shows for the docs, if `make screenshots` asks for it."""
+    if folder := os.environ.get("VITRAIL_SCREENSHOTS"):
+        with Image.open(io.BytesIO(page.screenshot(full_page=True))) as shown:
+            shown.convert("RGB").save(Path(folder) / f"page-{name}.webp", quality=80)
+
+
+def pixels(canvas: Locator) -> str:
+    """What a canvas shows."""
+    content: str = canvas.evaluate("canvas => canvas.toDataURL()")
+    return content
+
+
 @pytest.mark.weights
 def test_a_photo_is_classified_and_the_request_shown(page: Page, folder: Path) -> None:
-    model = page.get_by_label("Model", exact=True).first
-    model.select_option("classify: efficientnet-lite0")
-    page.get_by_label("Photo or clip").set_input_files(folder / "coffee.jpg")
-    expect(page.locator("#answer .bar").first).to_contain_text("espresso")
-    expect(page.locator("#timing")).to_contain_text("compute")
-    code = page.locator("#snippets pre")
+    answer = choose(page, "Classify", "efficientnet-lite0", folder / "coffee.jpg")
+    expect(answer.locator(".bar").first).to_contain_text("espresso")
+    expect(answer.locator(".timing")).to_contain_text("compute")
+    code = answer.locator(".snippets pre")
     expect(code).to_contain_text("image=@coffee.jpg")
     expect(code).to_contain_text("model=efficientnet-lite0")
     page.get_by_role("button", name="Python").click()
     expect(code).to_contain_text("httpx.post")
-    model.select_option("segment: dinov2-focus")
-    expect(page.get_by_role("img", name="mask")).to_be_visible()
-    expect(page.get_by_label("Threshold")).to_be_visible()
+
+
+@pytest.mark.weights
+def test_two_models_answer_side_by_side(page: Page, folder: Path) -> None:
+    choose(page, "Classify", "efficientnet-lite0", folder / "coffee.jpg")
+    page.get_by_label("Model to compare with").select_option("stamps")
+    answers = page.get_by_role("article")
+    expect(answers).to_have_count(2)
+    expect(answers.nth(0).locator(".bar").first).to_contain_text("espresso")
+    expect(answers.nth(1).get_by_role("heading")).to_have_text("stamps")
+    expect(answers.nth(1).locator(".bar").first).to_be_visible()
+    shoot(page, "compare")
+    boxes = [answers.nth(number).bounding_box() for number in (0, 1)]
+    assert boxes[0] is not None
+    assert boxes[1] is not None
+    assert boxes[0]["y"] == boxes[1]["y"]
+
+
+@pytest.mark.weights
+def test_a_mask_has_classes_opacity_and_a_threshold(page: Page, folder: Path) -> None:
+    answer = choose(page, "Segment", "dinov2-focus", folder / "astronaut.jpg")
+    mask = answer.get_by_role("img", name="mask of")
+    before = pixels(mask)
+    shoot(page, "segment")
+    answer.get_by_role("checkbox", name="foreground").uncheck()
+    hidden = pixels(mask)
+    assert hidden != before
+    answer.get_by_role("checkbox", name="background").check()
+    assert pixels(mask) not in (before, hidden)
+    answer.get_by_role("checkbox", name="foreground").check()
+    answer.get_by_role("checkbox", name="background").uncheck()
+    assert pixels(mask) == before
+    answer.get_by_label("Opacity").fill("0.2")
+    assert mask.evaluate("canvas => getComputedStyle(canvas).opacity") == "0.2"
+    with page.expect_response("**/segment"):
+        page.get_by_label("Threshold").fill("0.95")
+    expect(answer.locator(".snippets pre")).to_contain_text("threshold=0.95")
+    assert pixels(mask) != before  # switches and opacity stay as they are
+
+
+@pytest.mark.weights
+def test_attention_is_shown_for_each_head(page: Page, folder: Path) -> None:
+    answer = choose(page, "Attention", "dinov2-focus", folder / "astronaut.jpg")
+    heads = answer.locator(".heads button")
+    expect(heads).to_have_count(7)  # six and their mean
+    assert len({pixels(heads.nth(number).locator("canvas")) for number in range(7)}) == 7
+    shoot(page, "attention")
+    heads.nth(3).click()
+    expect(heads.nth(3)).to_have_attribute("aria-pressed", "true")
+
+
+@pytest.mark.weights
+def test_a_clicked_patch_shows_similar_patches(page: Page, folder: Path) -> None:
+    halves = Image.new("RGB", (448, 448), (200, 30, 30))
+    halves.paste((20, 40, 200), (224, 0, 448, 448))
+    halves.save(folder / "halves.png")
+    answer = choose(page, "Similar patches", "efficientnet-lite0-embed", folder / "halves.png")
+    canvas, said = answer.locator("canvas"), answer.locator(".nearest")
+    expect(said).to_contain_text("Row 4, column 4 of 7 x 7")
+    box = canvas.bounding_box()
+    assert box is not None
+    canvas.click(position={"x": box["width"] * 0.95, "y": box["height"] * 0.5})
+    expect(said).to_contain_text("Row 4, column 7 of 7 x 7")
+    nearest = re.findall(r"row \d+, column (\d+)", said.inner_text())
+    assert len(nearest) == 5
+    assert all(int(column) >= 5 for column in nearest)  # the blue half
+    before = pixels(canvas)
+    canvas.press("ArrowLeft")
+    expect(said).to_contain_text("Row 4, column 6")
+    assert pixels(canvas) != before
+    answer = choose(page, "Similar patches", "dinov2-focus-embed", folder / "astronaut.jpg")
+    expect(answer.locator(".nearest")).to_contain_text("of 16 x 16")
+    shoot(page, "patches")
+
+
+@pytest.mark.weights
+def test_hidden_patches_are_predicted_for_a_share_and_a_seed(page: Page, folder: Path) -> None:
+    answer = choose(page, "Reconstruct", "tiny-mae", folder / "coffee.jpg")
+    seen = answer.get_by_role("img", name="seen")
+    pictures = [seen.get_attribute("src")]
+    for label, value, field in (("Hidden share", "0.9", "mask_ratio=0.9"), ("Seed", "7", "seed=7")):
+        page.get_by_label(label).fill(value)
+        expect(answer.locator(".snippets pre")).to_contain_text(field)
+        pictures.append(seen.get_attribute("src"))
+    assert len(set(pictures)) == 3
 
 
 @pytest.mark.weights
 def test_labels_are_scored_while_they_are_typed(page: Page) -> None:
-    page.get_by_label("Model", exact=True).first.select_option("zero-shot: lite0-minilm")
     page.get_by_role("button", name="Sample photo").click()
+    answer = choose(page, "Zero-shot", "lite0-minilm")
     page.get_by_label("Labels").fill("an astronaut, a cup of coffee")
-    expect(page.locator("#answer .bar")).to_have_count(2)
+    expect(answer.locator(".bar")).to_have_count(2)
     page.get_by_label("Labels").fill("an astronaut, a cup of coffee, <b>a cat</b>")
-    expect(page.locator("#answer .bar")).to_have_count(3)
-    expect(page.locator("#answer")).to_contain_text("<b>a cat</b>")  # as text
+    expect(answer.locator(".bar")).to_have_count(3)
+    expect(answer).to_contain_text("<b>a cat</b>")  # as text
 
 
 @pytest.mark.weights
@@ -81,6 +190,8 @@ def test_classes_of_ones_own_are_fitted_and_tried(page: Page, tmp_path: Path) ->
     expect(page.get_by_role("img", name="How accuracy grew")).to_be_visible()
     page.get_by_label("Photo to try").set_input_files(tmp_path / "blue-1.png")
     expect(page.locator("#fitted .bar").first).to_contain_text("blue")
+    expect(page.locator("#fit-request pre")).to_contain_text("label=red")
+    shoot(page, "classes")
 
 
 @pytest.mark.weights
@@ -92,6 +203,8 @@ def test_photos_are_indexed_and_found_by_words_and_by_a_photo(page: Page, folder
     page.get_by_label("Words to search for").fill("a cup of coffee")
     page.locator("#query").get_by_role("button", name="Search", exact=True).click()
     expect(page.locator("#hits figcaption").first).to_contain_text("coffee.jpg")
+    expect(page.locator("#search-request pre")).to_contain_text('"text":"a cup of coffee"')
+    shoot(page, "search")
     page.get_by_label("Photo to search by").set_input_files(folder / "rocket.jpg")
     expect(page.locator("#hits figcaption").first).to_contain_text("rocket.jpg 1.000")
     expect(page.locator("#hits img")).to_have_count(4)
@@ -99,7 +212,7 @@ def test_photos_are_indexed_and_found_by_words_and_by_a_photo(page: Page, folder
 
 @pytest.mark.weights
 def test_models_are_unloaded_and_loaded_by_keyboard(page: Page) -> None:
-    page.get_by_role("tab", name="Try").focus()
+    page.get_by_role("tab", name="Try", exact=True).focus()
     page.keyboard.press("ArrowLeft")  # the last tab
     page.get_by_role("button", name="Unload stamps").click()
     page.get_by_role("button", name="Load stamps", exact=True).click()
@@ -107,3 +220,55 @@ def test_models_are_unloaded_and_loaded_by_keyboard(page: Page) -> None:
     page.get_by_label("API key").fill("wrong")
     page.get_by_role("button", name="Unload stamps").click()
     expect(page.locator("#models-error")).to_contain_text("403")
+
+
+@pytest.mark.weights
+def test_what_the_server_does_is_shown_live(page: Page, own_demo: httpx.Client) -> None:
+    page.get_by_role("tab", name="Models").click()
+    requests = page.locator("#live [data-name='requests a second'] dd")
+    expect(requests).to_have_text("0")
+    expect(page.locator("#live dt")).to_have_count(5)
+    sample = own_demo.get("/sample.jpg").content
+    headers = {"Content-Type": "image/jpeg"}
+    assert own_demo.post("/classify", content=sample, headers=headers).is_success
+    expect(requests).not_to_have_text("0")
+    shoot(page, "models")
+    button = page.get_by_role("button", name="Unload stamps")
+    button.focus()
+    with page.expect_response("**/metrics"):
+        pass
+    expect(button).to_be_focused()  # a row keeps the focus while the table is drawn again
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize("look", ["light", "dark", "phone"])
+def test_axe_finds_nothing(page: Page, folder: Path, look: str) -> None:
+    page.emulate_media(color_scheme="dark" if look == "dark" else "light")
+    if look == "phone":
+        page.set_viewport_size({"width": 360, "height": 740})
+    found = []
+
+    def check(place: str) -> None:
+        results = Axe().run(page)
+        found.extend(
+            f"{place}: {each['id']}: {each['nodes']}" for each in results.response["violations"]
+        )
+        if look == "phone":
+            wide = page.evaluate("document.documentElement.scrollWidth > innerWidth")
+            assert not wide, f"{place} scrolls sideways"
+
+    page.get_by_label("Photo or clip").set_input_files(folder / "coffee.jpg")
+    for task, model in (
+        ("Classify", "efficientnet-lite0"),
+        ("Segment", "dinov2-focus"),
+        ("Attention", "dinov2-focus"),
+        ("Similar patches", "dinov2-focus-embed"),
+        ("Reconstruct", "tiny-mae"),
+        ("Embed", "efficientnet-lite0-embed"),
+    ):
+        choose(page, task, model)
+        check(task)
+    for tab in ("Classes of your own", "Search", "Models"):
+        page.get_by_role("tab", name=tab).click()
+        check(tab)
+    assert found == []

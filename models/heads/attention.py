@@ -62,9 +62,10 @@ class Attention(Head):
         head: int | None = None,
         image: Image.Image | None = None,
     ) -> dict[str, np.ndarray]:
-        """`size` (2,) width and height, `heads` and `grid` (2,) of the maps, and the `output`:
-        bytes of a PNG of the image's size (`overlay` on the `image`, or `map` alone, white where
-        attention is highest), or `npy`, the maps (heads, h, w) float32.
+        """`size` (2,) width and height, `heads` and `grid` (2,) of the maps, the `region` (4,) of
+        the image that they cover (see `Preprocess.region`), and the `output`: bytes of a PNG of the
+        image's size (`overlay` on the `image`, or `map` alone, white where attention is highest),
+        or `npy`, the maps (heads, h, w) float32.
 
         Args:
             head: one head instead of their mean; in `npy` instead of all.
@@ -84,6 +85,7 @@ class Attention(Head):
             "size": np.array(size),
             "heads": np.array(len(row["attention"])),
             "grid": np.array(row["attention"].shape[1:]),
+            "region": np.array(self.trunk.preprocess.region(*size)),
             output: drawn,
         }
 

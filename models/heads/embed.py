@@ -10,6 +10,7 @@ from models.checkpoints.checkpoint import HeadState
 from models.errors import InputError
 from models.heads.base import Head
 from models.heads.tokens import (
+    GRID,
     asks_tokens,
     check_tokens,
     token_request,
@@ -173,12 +174,19 @@ class Embed(Head):
         truncate: bool = False,
     ) -> dict[str, np.ndarray]:
         """`embedding` (D,) float32: its first `dimensions`, then of unit length if `normalize`; or
-        `tokens` (T, D), or `tokens.N` for each layer, each of unit length if `normalize`.
+        `tokens` (T, D), or `tokens.N` for each layer, each of unit length if `normalize`. With the
+        `grid` (2,) of patches comes the `region` (4,) that they cover, see `Preprocess.region`.
 
         `truncate` has been considered by `check`.
         """
         if "embedding" not in row:
-            return {name: unit_length(row[name]) if normalize else row[name] for name in row}
+            grid = {GRID: row[GRID]} if GRID in row else {}
+            tokens = {name: row[name] for name in row if name != GRID}
+            if normalize:
+                tokens = {name: unit_length(array) for name, array in tokens.items()}
+            if grid:
+                grid["region"] = np.array(self.trunk.preprocess.region(*size))
+            return tokens | grid
         embedding = row["embedding"]
         if dimensions is not None:
             if dimensions > len(embedding):

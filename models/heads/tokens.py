@@ -1,9 +1,11 @@
 """The form `tokens` of the task `embed`: vectors of patches, of the last output or of blocks."""
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from models.errors import InputError
@@ -12,6 +14,7 @@ from models.trunks.features import FeatureRequest
 from models.trunks.output import TrunkOutput
 
 TOKENS = "tokens"
+GRID = "grid"
 # Options that make one vector of an input, so that they do not apply to its tokens.
 POOLED = ("pooling", "dimensions")
 
@@ -50,7 +53,8 @@ def token_request(trunk: Trunk, options: Mapping[str, Any]) -> FeatureRequest:
 
 
 def token_tensors(output: TrunkOutput, layers: Sequence[int], prefix: bool) -> dict[str, Tensor]:
-    """`tokens` (B, T, D), or `tokens.N` for each of `layers`.
+    """`tokens` (B, T, D), or `tokens.N` for each of `layers`. If the tokens are one image's patches
+    and no others, with their `grid` (B, 2): rows and columns.
 
     Args:
         layers: blocks, or stages of a ConvNeXt, counted from 0. Their outputs are before the final
@@ -60,7 +64,10 @@ def token_tensors(output: TrunkOutput, layers: Sequence[int], prefix: bool) -> d
     skip = 0 if prefix else output.prefix
     if not layers:
         last = output.tokens_BTD if output.tower_tokens is None else output.tower_tokens
-        return {TOKENS: _sequence(last, skip)}
+        tokens = _sequence(last, skip)
+        grid = torch.tensor(output.grid).expand(len(tokens), 2)
+        # a clip's tokens are those of several frames
+        return {TOKENS: tokens} | ({GRID: grid} if tokens.shape[1] == prod(output.grid) else {})
     return {f"{TOKENS}.{number}": _sequence(output.layers[number], skip) for number in layers}
 
 

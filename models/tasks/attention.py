@@ -25,8 +25,8 @@ class AttentionOptions(Options):
 
 def _render(arrays: Arrays) -> dict[str, Any]:
     [drawn] = [arrays[name] for name in ("overlay", "map", "npy") if name in arrays]
-    heads, grid = int(arrays["heads"]), arrays["grid"].tolist()
-    return {**image_size(arrays), "heads": heads, "grid": grid, "attention": to_base64(drawn)}
+    places = {name: arrays[name].tolist() for name in ("heads", "grid", "region")}
+    return {**image_size(arrays), **places, "attention": to_base64(drawn)}
 
 
 def _line(entry: Mapping[str, Any]) -> str:

@@ -14,6 +14,9 @@ from models.tasks.rendering import npy
 MAX_TEXTS = 2048
 MAX_LAYERS = 64
 TOKENS = "tokens"
+# Where an image's tokens are: rows and columns of patches, and the part of the image that these
+# cover (left, top, right, bottom in its pixels).
+PLACES = ("grid", "region")
 
 Encoding = Literal["float", "base64", "int8", "binary"]
 Layer = Annotated[int, Field(ge=0, le=999)]
@@ -41,7 +44,9 @@ class EmbedOptions(Options):
         False, description="Cut to `dimensions` even if the model was not trained for it."
     )
     output: Literal["embedding", "tokens"] = Field(
-        "embedding", description="tokens: a vector for each patch instead of one for the input."
+        "embedding",
+        description="tokens: a vector for each patch, row by row, instead of one for the input; "
+        "`grid` and `region` say where the patches are.",
     )
     layers: list[Layer] | None = Field(
         None,
@@ -107,11 +112,17 @@ def _render(arrays: Arrays, *, encoding: str | Sequence[str] = "float") -> dict[
     if "embedding" in arrays:
         return {"embedding": _encode(arrays["embedding"], encoding)}
     if TOKENS in arrays:
-        return {TOKENS: _encode(arrays[TOKENS], encoding)}
+        places = {name: arrays[name].tolist() for name in PLACES if name in arrays}
+        return {TOKENS: _encode(arrays[TOKENS], encoding), **places}
     by_layer = {
         name.removeprefix(f"{TOKENS}."): _encode(array, encoding) for name, array in arrays.items()
     }
     return {TOKENS: by_layer}
+
+
+def _vectors(arrays: Arrays) -> list[np.ndarray]:
+    """An input's arrays without those that say where the vectors are."""
+    return [array for name, array in arrays.items() if name not in PLACES]
 
 
 def _encode(vectors: np.ndarray, encoding: str | Sequence[str]) -> Encoded | dict[str, Encoded]:
@@ -139,7 +150,7 @@ def _line(entry: Mapping[str, Any]) -> str:
 def _to_npy(rows: Sequence[Arrays], *, encoding: str | Sequence[str] = "float") -> bytes | None:
     """One array of all inputs: (N, D), of tokens (N, T, D), of tokens of layers (N, L, T, D). None
     if layers have tokens of different sizes, or for several encodings."""
-    inputs = [list(arrays.values()) for arrays in rows]
+    inputs = [_vectors(arrays) for arrays in rows]
     names = [encoding] if isinstance(encoding, str) else encoding
     if len(names) > 1 or len({array.shape for arrays in inputs for array in arrays}) > 1:
         return None
@@ -151,7 +162,7 @@ def _to_npy(rows: Sequence[Arrays], *, encoding: str | Sequence[str] = "float") 
 def _members(arrays: Arrays | None) -> dict[str, Any]:
     if arrays is None:
         return {"dimensions": None}
-    widths = {array.shape[-1] for array in arrays.values()}
+    widths = {array.shape[-1] for array in _vectors(arrays)}
     return {"dimensions": widths.pop() if len(widths) == 1 else None}
 
 

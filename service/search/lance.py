@@ -16,7 +16,7 @@ from typing import Any
 import lancedb
 import numpy as np
 import pyarrow as pa
-from lancedb.index import BTree, IvfPq
+from lancedb.index import BTree, IvfFlat, IvfRq
 
 from service.errors import NotFoundError
 from service.search.collection import Collection, Hit, Item, Metadata, canonical
@@ -34,6 +34,8 @@ KEEP_VERSIONS = timedelta(minutes=10)
 # exactly after the index has found them.
 PROBES = 48
 REFINE = 12
+# Of vectors with fewer dimensions, one bit each says too little.
+FEWEST_BITS = 128
 
 
 class LanceStore:
@@ -43,6 +45,7 @@ class LanceStore:
         self._db = connection
         self._writes: dict[str, int] = {}
         self._maintained: dict[str, asyncio.Task[None]] = {}
+        self._maintaining = asyncio.Lock()  # one at a time: it takes all cores
 
     @classmethod
     async def open(cls, folder: Path) -> "LanceStore":
@@ -141,17 +144,20 @@ class LanceStore:
     async def maintain(self, name: str) -> None:
         """Join small files, remove old versions, and build or extend the index."""
         try:
-            table = await self._table(name)
-            await table.optimize(cleanup_older_than=KEEP_VERSIONS)
-            if await table.count_rows() < INDEXED_FROM:
-                return
-            indexed = {name for index in await table.list_indices() for name in index.columns}
-            if "vector" not in indexed:
-                await table.create_index("vector", config=IvfPq(distance_type="cosine"))
-            if "id" not in indexed:  # a write looks for the ids that it replaces
-                await table.create_index("id", config=BTree())
+            async with self._maintaining:
+                await self._maintain(await self._table(name))
         except Exception:  # it is tried again after more writes; searches are exact until then
             logger.exception("maintenance of the collection %s failed", name)
+
+    async def _maintain(self, table: Any) -> None:
+        await table.optimize(cleanup_older_than=KEEP_VERSIONS)
+        if await table.count_rows() < INDEXED_FROM:
+            return
+        indexed = {name for index in await table.list_indices() for name in index.columns}
+        if "vector" not in indexed:
+            await table.create_index("vector", config=_index(await table.schema()))
+        if "id" not in indexed:  # a write looks for the ids that it replaces
+            await table.create_index("id", config=BTree())
 
 
 def _schema(collection: Collection) -> pa.Schema:
@@ -162,6 +168,15 @@ def _schema(collection: Collection) -> pa.Schema:
         pa.field("tags", pa.list_(pa.string())),
     ]
     return pa.schema(fields, metadata={KEY: json.dumps(asdict(collection)).encode()})
+
+
+def _index(schema: pa.Schema) -> IvfRq | IvfFlat:
+    """The index of vectors: RaBitQ's one bit for each dimension (arXiv 2405.12497), which needs a
+    multiple of eight and is coarse for few; else the vectors themselves."""
+    dimensions = schema.field("vector").type.list_size
+    if dimensions % 8 == 0 and dimensions >= FEWEST_BITS:
+        return IvfRq(distance_type="cosine")
+    return IvfFlat(distance_type="cosine")
 
 
 def _rows(items: Sequence[Item], schema: pa.Schema) -> pa.Table:

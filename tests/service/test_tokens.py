@@ -105,6 +105,20 @@ def test_layers_come_by_number(
     assert close(one["tokens"]["3"], expected[1])
 
 
+def test_grid_and_region_say_where_the_patches_are(
+    server: Running, photos: dict[str, Image.Image]
+) -> None:
+    entry = embed(server, lossless(photos["chelsea"]))["results"][0]  # 451 x 300
+    rows, columns = entry["grid"]
+    assert rows == columns
+    assert rows * columns == len(entry["tokens"])
+    left, top, right, bottom = entry["region"]  # a square in the middle
+    assert right - left == pytest.approx(bottom - top)
+    assert (left + right, top + bottom) == pytest.approx((451, 300))
+    assert 0 <= top < bottom <= 300
+    assert "grid" not in embed(server, lossless(photos["chelsea"]), "layers=1")["results"][0]
+
+
 def test_encodings_are_those_of_embeddings_and_several_come_by_name(
     server: Running, jpegs: dict[str, bytes]
 ) -> None:
@@ -193,7 +207,7 @@ def test_tokens_share_a_pass_with_other_tasks(tiny_catalog: Path, jpegs: dict[st
             before = server.metric("vitrail_batch_size_count", trunk="tiny")
             response = VisionStub(channel).Predict(request)
         names = [[tensor.name for tensor in out.tensors] for out in response.results[0].outputs]
-        assert names[:3] == [["embedding"], ["tokens"], ["tokens.1"]]
+        assert names[:3] == [["embedding"], ["tokens", "grid", "region"], ["tokens.1"]]
         assert server.metric("vitrail_batch_size_count", trunk="tiny") == before + 1
 
 

@@ -1,5 +1,6 @@
 // The tab that fits classes to piles of photos and tries them.
-import { bars, fill, make, picture, server, showError, takeFiles } from "./shared.js";
+import { bars, fill, get, make, picture, server, showError, takeFiles } from "./shared.js";
+import { SHOWN_FILES, showSnippets } from "./snippets.js";
 
 const panel = document.getElementById("classes"), form = panel.querySelector("form");
 const piles = document.getElementById("piles"), fitted = document.getElementById("fitted");
@@ -32,13 +33,17 @@ function addPile() {
 
 async function fit() {
   const name = form.elements.name.value, body = new FormData();
-  for (const [key, value] of Object.entries({ name, trunk: form.trunk.value, kind: form.kind.value, replace: true }))
-    body.append(key, value);
-  for (const [pile, files] of contents)
-    for (const file of files) {
-      body.append("image", file);
-      body.append("label", pile.querySelector("input").value.trim());
-    }
+  const fields = Object.entries({ name, trunk: form.trunk.value, kind: form.kind.value, replace: true });
+  const files = [...contents.values()].flat();
+  const labels = [...contents].flatMap(([pile, own]) => own.map(() => ["label", pile.querySelector("input").value.trim()]));
+  for (const [field, value] of [...fields, ...labels]) body.append(field, value);
+  for (const file of files) body.append("image", file);
+  showSnippets(document.getElementById("fit-request"), {
+    path: "/heads",
+    fields: [...fields, ...labels.slice(0, SHOWN_FILES)],
+    files: files.map((file) => ["image", file.name]),
+    call: 'send("POST", "/heads", { body: form }) // a FormData with these fields',
+  });
   fitted.replaceChildren();
   progress.textContent = "sending the photos";
   try {
@@ -65,9 +70,8 @@ async function watch(name) {
 }
 
 async function showFitted(name) {
-  const key = document.getElementById("key").value, headers = key ? { Authorization: `Bearer ${key}` } : {};
-  const curve = await fetch(`heads/${encodeURIComponent(name)}/curve.png`, { headers });
-  if (curve.ok) picture(await curve.blob(), "How accuracy grew while it was fitted", make("figure", "", fitted));
+  const curve = await get(`heads/${encodeURIComponent(name)}/curve.png`).catch(() => null); // some have none
+  if (curve) picture(await curve.blob(), "How accuracy grew while it was fitted", make("figure", "", fitted));
   const attempt = make("div", "", fitted, { className: "pile" });
   make("input", "", attempt, { type: "file", accept: "image/*", ariaLabel: "Photo to try" });
   make("p", "Drop a photo here to try the classes.", attempt);

@@ -1,19 +1,30 @@
 // The tab that shows the models' state, and loads and unloads them.
+import { refresh } from "./live.js";
 import { make, server, showError } from "./shared.js";
 
 const panel = document.getElementById("models"), rows = panel.querySelector("tbody");
 const problem = document.getElementById("models-error");
-const REFRESH_MS = 3000;
-let timer = 0;
+const REFRESH_MS = 2000;
+let timer = 0, shown = "";
 
 export async function show() {
   clearTimeout(timer);
+  refresh();
   try {
-    rows.replaceChildren(...(await server().models()).map(row));
+    const models = await server().models(), described = JSON.stringify(models);
+    if (described !== shown) draw(models);
+    shown = described;
   } catch (error) {
     showError(error, problem);
   }
   if (!panel.hidden) timer = setTimeout(() => panel.hidden || show(), REFRESH_MS);
+}
+
+/** Draw all rows; a button keeps the focus. */
+function draw(models) {
+  const focused = rows.contains(document.activeElement) ? document.activeElement.dataset.model : null;
+  rows.replaceChildren(...models.map(row));
+  rows.querySelector(`[data-model="${CSS.escape(focused ?? "")}"]`)?.focus();
 }
 
 function row(model) {
@@ -23,6 +34,7 @@ function row(model) {
   if (model.reason) line.title = model.reason;
   const loaded = model.state === "ready";
   const button = make("button", loaded ? "Unload" : "Load", make("td", "", line), { type: "button" });
+  button.dataset.model = model.name;
   button.setAttribute("aria-label", `${button.textContent} ${model.name}`);
   button.addEventListener("click", async () => {
     button.disabled = true;
@@ -32,6 +44,7 @@ function row(model) {
     } catch (error) {
       showError(error, problem);
     }
+    shown = ""; // the button is enabled again
     show();
   });
   return line;

@@ -1,5 +1,6 @@
 // The tab that adds photos to a collection and searches them.
 import { fill, make, picture, server, showError, takeFiles } from "./shared.js";
+import { showSnippets } from "./snippets.js";
 
 const about = document.getElementById("collection"), query = document.getElementById("query");
 const indexed = document.getElementById("indexed"), hits = document.getElementById("hits");
@@ -42,6 +43,7 @@ async function find(what) {
   const name = about.elements.name.value;
   try {
     const found = await server().search(name, { ...what, k: HITS });
+    showRequest(name, what);
     hits.replaceChildren();
     if (!found.length) make("p", "nothing found", hits);
     for (const { id, score } of found) {
@@ -52,6 +54,14 @@ async function find(what) {
   } catch (error) {
     showError(error, hits);
   }
+}
+
+function showRequest(name, { image, ...query }) {
+  const path = `/collections/${name}/search`, files = image ? [["image", image.name]] : [];
+  const given = { ...query, k: HITS };
+  const call = `search("${name}", ${image ? `{ image: file, k: ${HITS} }` : JSON.stringify(given)})`;
+  const sent = image ? { fields: Object.entries(given), files } : { json: given };
+  showSnippets(document.getElementById("search-request"), { path, call, ...sent });
 }
 
 takeFiles(about.querySelector(".drop"), add);

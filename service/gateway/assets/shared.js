@@ -1,7 +1,15 @@
 // What the tabs share: the client, elements, and dropping of files.
 import { Vitrail } from "./vitrail.js";
 
-export const server = () => new Vitrail("", { key: document.getElementById("key").value });
+export const key = () => document.getElementById("key").value;
+export const server = () => new Vitrail("", { key: key() });
+
+/** A GET of what is not JSON; throws if it is refused. */
+export async function get(path) {
+  const response = await fetch(path, { headers: key() ? { Authorization: `Bearer ${key()}` } : {} });
+  if (!response.ok) throw new Error(`${path}: ${response.status} ${response.statusText}`);
+  return response;
+}
 
 /** A new element. Its text is never read as HTML: labels and errors are other people's words. */
 export function make(tag, text = "", parent = null, properties = {}) {
@@ -40,6 +48,29 @@ export function bars(predictions, parent) {
     make("b", label, line);
     make("span", `${(score * 100).toFixed(1)} %`, line);
   }
+}
+
+/** Tabs that are clicked, or chosen with the arrow keys; `open` gets the chosen one. */
+export function tablist(parent, open) {
+  const tabs = [...parent.querySelectorAll("[role=tab]")];
+  const select = (tab) => {
+    for (const other of tabs) {
+      other.ariaSelected = String(other === tab);
+      other.tabIndex = other === tab ? 0 : -1;
+    }
+    open(tab);
+  };
+  for (const [place, tab] of tabs.entries()) {
+    tab.addEventListener("click", () => select(tab));
+    tab.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (!step) return;
+      const next = tabs[(place + step + tabs.length) % tabs.length];
+      next.focus();
+      select(next);
+    });
+  }
+  return select;
 }
 
 /** Fill a select with options, keeping what was selected. */

@@ -1,29 +1,49 @@
 // The same request as curl, Python and JavaScript.
-import { make } from "./shared.js";
+import { key, make } from "./shared.js";
 
+export const SHOWN_FILES = 4; // more are left out
 const quoted = (text) => `'${String(text).replaceAll("'", "'\\''")}'`;
-const python = (value) => value === true ? "True" : value === false ? "False" : JSON.stringify(value);
 
-/** Texts by language: `task` with `options` for a file of that name, or for none. */
-export function snippets(origin, task, options, file) {
-  const given = Object.entries(options);
-  const fields = given.flatMap(([name, value]) => [value].flat().map((item) => ` -F ${quoted(`${name}=${item}`)}`));
-  const body = `{${given.map(([name, value]) => `"${name}": ${python(value)}`).join(", ")}}`;
+/** A value as Python writes it. */
+function python(value) {
+  if (value === true || value === false) return value ? "True" : "False";
+  if (value === null || value === undefined) return "None";
+  if (Array.isArray(value)) return `[${value.map(python).join(", ")}]`;
+  if (typeof value !== "object") return JSON.stringify(value);
+  return `{${Object.entries(value).map(([name, item]) => `${JSON.stringify(name)}: ${python(item)}`).join(", ")}}`;
+}
+
+/**
+ * Texts by language of a POST request.
+ * @param {{ path: string, fields?: [string, any][], files?: [string, string][], json?: object, call: string }} request
+ *   `fields` and `files` (field and file name) of a form, or `json`; `call` of the JavaScript client
+ */
+export function snippets({ path, fields = [], files = [], json, call }) {
+  const url = location.origin + path, few = files.slice(0, SHOWN_FILES);
+  const others = files.length > SHOWN_FILES ? ` # and ${files.length - SHOWN_FILES} more files` : "";
+  const flat = fields.flatMap(([name, value]) => [value].flat().map((item) => [name, item]));
+  const parts = [...few.map(([name, file]) => [name, `@${file}`]), ...flat].map(([name, value]) => ` -F ${quoted(`${name}=${value}`)}`);
+  const curlKey = key() ? ` -H "Authorization: Bearer $VITRAIL_KEY"` : "";
+  const pythonKey = key() ? `, headers={"Authorization": f"Bearer {key}"}` : "";
+  const body = json ? ` --json ${quoted(JSON.stringify(json))}` : parts.join("");
+  const names = new Map();
+  for (const [name, value] of flat) names.set(name, [...(names.get(name) ?? []), value]);
+  const data = Object.fromEntries([...names].map(([name, values]) => [name, values.length > 1 ? values : values[0]]));
+  const opened = few.map(([name, file]) => `(${JSON.stringify(name)}, open(${JSON.stringify(file)}, "rb"))`).join(", ");
+  const sent = json ? `json=${python(json)}` : few.length ? `files=[${opened}], data=${python(data)}` : `json=${python(data)}`;
+  const keyed = key() ? `, { key }` : "";
   return {
-    curl: `curl${file ? ` -F ${quoted(`image=@${file}`)}` : ""}${fields.join("")} ${origin}/${task}`,
-    Python: file
-      ? `import httpx\n\nfiles = {"image": open(${JSON.stringify(file)}, "rb")}\n` +
-        `answer = httpx.post("${origin}/${task}", files=files, data=${body}).json()`
-      : `import httpx\n\nanswer = httpx.post("${origin}/${task}", json=${body}).json()`,
-    JavaScript: `import { Vitrail } from "${origin}/assets/vitrail.js";\n\n` +
-      `const [entry] = await new Vitrail("${origin}").task("${task}", [${file ? "file" : ""}], ${JSON.stringify(options)});`,
+    curl: `curl${curlKey}${body} ${url}${others}`,
+    Python: `import httpx\n\nanswer = httpx.post("${url}", ${sent}${pythonKey}).json()${others}`,
+    JavaScript: `import { Vitrail } from "${location.origin}/assets/vitrail.js";\n\n` +
+      `const answer = await new Vitrail("${location.origin}"${keyed}).${call};${others.replace("#", "//")}`,
   };
 }
 
 /** Show them, one language at a time. */
-export function showSnippets(parent, texts) {
-  const code = make("pre", "", null, { tabIndex: 0 });
-  const buttons = Object.entries(texts).map(([language, text]) => {
+export function showSnippets(parent, request) {
+  const code = make("pre", "", null, { tabIndex: 0, role: "region", ariaLabel: "The request as code" });
+  const buttons = Object.entries(snippets(request)).map(([language, text]) => {
     const button = make("button", language, null, { type: "button" });
     button.addEventListener("click", () => {
       for (const other of buttons) other.setAttribute("aria-pressed", other === button);
@@ -33,7 +53,7 @@ export function showSnippets(parent, texts) {
   });
   const copy = make("button", "Copy", null, { type: "button" });
   copy.addEventListener("click", () => navigator.clipboard?.writeText(code.textContent));
+  parent.className = "snippets";
   parent.replaceChildren(...buttons, copy, code);
-  parent.hidden = false;
   buttons[0].click();
 }

@@ -1,80 +1,112 @@
-// The tab that asks a model about a photo.
-import { bars, fill, make, picture, server, showError, takeFiles } from "./shared.js";
-import { showSnippets, snippets } from "./snippets.js";
+// The tab that asks a model, or two side by side, about a photo.
+import { drawAnswer, drawTiming } from "./answers.js";
+import { decode } from "./canvas.js";
+import { fill, make, picture, server, showError, takeFiles, tablist } from "./shared.js";
+import { showSnippets } from "./snippets.js";
 
 const panel = document.getElementById("try"), form = panel.querySelector("form");
-const answer = document.getElementById("answer"), timing = document.getElementById("timing");
-const SHOWN = ["attention", "reconstruct", "depth"]; // beside each model's own task
+const answers = document.getElementById("answers"), preview = document.getElementById("preview");
+const tasks = document.getElementById("tasks");
 const WAIT_MS = 250;
-let file = null, asked = 0, timer = 0;
+const PATCHES = "patches"; // a task of the page's own: `embed` with the patches' tokens
+const NAMES = { "zero-shot": "Zero-shot", [PATCHES]: "Similar patches" };
+const ORDER = ["classify", "zero-shot", "segment", "attention", PATCHES, "reconstruct", "depth", "embed", "generate"];
+const FIXED = {
+  segment: { output: "mask" },
+  attention: { output: "npy" },
+  [PATCHES]: { output: "tokens", encoding: "base64" },
+};
+let models = [], task = "", file = null, photo = null, asked = 0, timer = 0;
 
 export async function show() {
-  const options = [];
   try {
-    for (const model of await server().models())
-      if (model.state === "ready")
-        for (const task of model.tasks.filter((task) => task === model.task || SHOWN.includes(task)))
-          options.push([`${task}: ${model.name}`, `${task} ${model.name}`]);
+    models = (await server().models()).filter((model) => model.state === "ready");
   } catch (error) {
-    showError(error, answer);
+    return showError(error, answers);
   }
-  fill(form.model, options);
+  const offered = new Set(models.flatMap((model) => model.tasks));
+  if (models.some((model) => takes(model, PATCHES))) offered.add(PATCHES);
+  const place = (name) => (ORDER.indexOf(name) + ORDER.length + 1) % (ORDER.length + 1); // others come last
+  const names = [...offered].sort((one, other) => place(one) - place(other));
+  if (!names.includes(task)) task = names[0] ?? "";
+  tasks.replaceChildren(...names.map((name) => make("button", title(name), null, {
+    type: "button", role: "tab", value: name, ariaSelected: String(name === task), tabIndex: name === task ? 0 : -1,
+  })));
+  for (const tab of tasks.children) tab.setAttribute("aria-controls", "ask");
+  tablist(tasks, (tab) => choose(tab.value));
   showOptions();
 }
 
-const selected = () => form.model.value.split(" ");
+const title = (name) => NAMES[name] ?? name[0].toUpperCase() + name.slice(1);
+const route = () => (task === PATCHES ? "embed" : task);
+const isDrawn = () => task === "generate"; // from noise instead of a photo
 
-function showOptions() {
-  const [task] = selected();
-  form.labels.hidden = !["zero-shot", "segment"].includes(task);
-  panel.querySelector(".threshold").hidden = task !== "segment";
+function takes(model, name) {
+  if (name === PATCHES) name = "embed";
+  return model.tasks.includes(name) && (name !== "embed" || Boolean(model.modalities?.includes("image")));
 }
 
-function options(task, model) {
+function choose(name) {
+  task = name;
+  answers.replaceChildren();
+  showOptions();
+  if (file || isDrawn()) ask();
+}
+
+function showOptions() {
+  const able = models.filter((model) => takes(model, task));
+  // those whose own task it is, and the server's default, first
+  const rank = (model) => 2 * !model.default_for.includes(route()) + (model.task !== route());
+  able.sort((one, other) => rank(one) - rank(other));
+  const options = able.map((model) => [model.name, model.name]);
+  fill(form.model, options);
+  fill(form.other, [["nothing else", ""], ...options]);
+  for (const element of panel.querySelectorAll("[data-tasks]"))
+    element.hidden = !element.dataset.tasks.split(" ").includes(task);
+}
+
+function optionsFor(model) {
   const labels = form.labels.value.split(",").map((label) => label.trim()).filter(Boolean);
-  return {
-    model,
-    ...(task === "segment" ? { output: "overlay", threshold: Number(form.threshold.value) } : {}),
-    ...(labels.length && !form.labels.hidden ? { labels } : {}),
-  };
+  const given = { model, ...FIXED[task] };
+  if (labels.length && !form.labels.hidden) given.labels = labels;
+  // a slider that was not moved leaves the model's own value
+  for (const control of [form.threshold, form.mask_ratio, form.seed])
+    if (!control.closest("[data-tasks]").hidden && control.dataset.moved) given[control.name] = Number(control.value);
+  return given;
 }
 
 async function ask() {
-  const [task, model] = selected(), current = ++asked;
-  const draws = task === "generate";
+  clearTimeout(timer);
   if (!task) return;
-  if (!file && !draws) return showError(new Error("Choose a photo first."), answer);
-  const given = options(task, model);
-  showSnippets(document.getElementById("snippets"), snippets(location.origin, task, given, draws ? "" : file.name));
-  try {
-    const body = new FormData();
-    if (!draws) body.append(file.type.startsWith("video/") ? "video" : "image", file);
-    for (const [name, value] of Object.entries({ ...given, timing: true }))
-      for (const item of [value].flat()) body.append(name, item);
-    const reply = await server().send("POST", `/${task}`, { body });
-    if (current === asked) draw(reply, draws);
-  } catch (error) {
-    if (current === asked) showError(error, answer);
-  }
+  if (!file && !isDrawn()) return showError(new Error("Choose a photo first."), answers);
+  const current = ++asked, names = [form.model.value, form.other.value].filter(Boolean);
+  preview.hidden = isDrawn() || [...Object.keys(FIXED)].includes(task); // those are drawn on the photo
+  const articles = await Promise.all(names.map((model) => askOne(model, current)));
+  if (current === asked) answers.replaceChildren(...articles);
 }
 
-function draw(reply, draws) {
-  const figure = make("figure"), column = make("div"), [result] = reply.results;
-  answer.replaceChildren(figure, column);
-  if (!draws && file.type.startsWith("image/")) picture(file, "Your photo", figure);
-  if (result.error) return make("p", result.error.detail, column, { className: "error" });
-  for (const name of ["mask", "attention", "depth", "image", "seen", "drawn", "pasted"])
-    if (typeof result[name] === "string") picture(`data:image/png;base64,${result[name]}`, name, figure);
-  bars(result.predictions ?? [], column);
-  if (Array.isArray(result.embedding)) {
-    const numbers = result.embedding.map((value) => value.toFixed(4)).join(" ");
-    make("pre", `${reply.dimensions} dimensions\n${numbers}`, column, { tabIndex: 0 });
+/** The article with one model's answer. */
+async function askOne(model, current) {
+  const article = make("article"), given = optionsFor(model), files = isDrawn() ? [] : [file];
+  make("h2", model, article);
+  try {
+    const body = new FormData();
+    for (const one of files) body.append(one.type.startsWith("video/") ? "video" : "image", one);
+    for (const [name, value] of Object.entries({ ...given, timing: true }))
+      for (const item of [value].flat()) body.append(name, item);
+    const began = performance.now();
+    const reply = await server().send("POST", `/${route()}`, { body });
+    const waited = performance.now() - began;
+    if (current !== asked) return article;
+    drawAnswer(task, reply, photo, article);
+    drawTiming(reply.timing, waited, article);
+  } catch (error) {
+    make("p", error.message, article, { className: "error" });
   }
-  const pixels = result.width * result.height;
-  for (const found of result.classes ?? [])
-    make("p", `${found.label}: ${((100 * found.pixels) / pixels).toFixed(1)} %`, column);
-  const { decode, queue, compute, total } = reply.timing;
-  timing.textContent = `decode ${decode} ms, queue ${queue} ms, compute ${compute} ms, in all ${total} ms`;
+  const sent = files.map((one) => ["image", one.name]);
+  const call = `task("${route()}", [${files.length ? "file" : ""}], ${JSON.stringify(given)})`;
+  showSnippets(make("div", "", article), { path: `/${route()}`, fields: Object.entries(given), files: sent, call });
+  return article;
 }
 
 function soon() {
@@ -82,8 +114,12 @@ function soon() {
   timer = setTimeout(ask, WAIT_MS);
 }
 
-function take([first]) {
+async function take([first]) {
   file = first;
+  photo = file.type.startsWith("image/") ? await decode(file) : null;
+  preview.replaceChildren();
+  if (photo) picture(file, "Your photo", preview);
+  else make("p", file.name, preview);
   ask();
 }
 
@@ -96,12 +132,16 @@ form.sample.addEventListener("click", async () => {
   const content = await (await fetch("sample.jpg")).blob();
   take([new File([content], "sample.jpg", { type: "image/jpeg" })]);
 });
-form.model.addEventListener("change", () => {
-  showOptions();
-  if (file) ask();
-});
-for (const control of [form.labels, form.threshold])
-  control.addEventListener("input", () => file && soon());
+for (const select of [form.model, form.other])
+  select.addEventListener("change", () => {
+    for (const control of [form.threshold, form.mask_ratio]) delete control.dataset.moved;
+    if (file || isDrawn()) ask();
+  });
+for (const control of [form.labels, form.threshold, form.mask_ratio, form.seed])
+  control.addEventListener("input", () => {
+    control.dataset.moved = "yes";
+    if (file) soon();
+  });
 form.addEventListener("submit", (event) => {
   event.preventDefault();
   ask();
