@@ -76,25 +76,29 @@ class _Connection(asyncio.Protocol):
     def __init__(self, port: int) -> None:
         self._port = port
         self._transport: asyncio.WriteTransport | None = None
-        self._answered: asyncio.Future[tuple[int, bytes]] | None = None
+        self._answered: asyncio.Future[tuple[int, bytes]]
 
     async def open(self) -> None:
         await asyncio.get_running_loop().create_connection(lambda: self, "127.0.0.1", self._port)
 
     async def send(self, request: bytes) -> tuple[int, bytes]:
         """The status and body of the response; status 0 if the connection was lost."""
-        try:
-            if self._transport is None:
+        if self._transport is not None:
+            self._expect_answer()
+        else:
+            try:
                 await self.open()
-        except OSError:
-            await asyncio.sleep(RECONNECT_S)
-            return 0, b""
+            except OSError:
+                await asyncio.sleep(RECONNECT_S)
+                return 0, b""
+        if self._transport is not None:  # else it was answered and closed at once
+            self._transport.write(request)
+        return await self._answered
+
+    def _expect_answer(self) -> None:
         self._answered = asyncio.get_running_loop().create_future()
         self._parser = httptools.HttpResponseParser(self)
         self._body = b""
-        assert self._transport is not None
-        self._transport.write(request)
-        return await self._answered
 
     def close(self) -> None:
         if self._transport is not None:
@@ -102,6 +106,7 @@ class _Connection(asyncio.Protocol):
             self._transport = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._expect_answer()  # a full server answers before there is a request
         self._transport = cast("asyncio.WriteTransport", transport)
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -120,7 +125,7 @@ class _Connection(asyncio.Protocol):
         self._answer(self._parser.get_status_code())
 
     def _answer(self, status: int) -> None:
-        if self._answered and not self._answered.done():
+        if not self._answered.done():
             self._answered.set_result((status, self._body))
 
 

@@ -1,6 +1,7 @@
 """Vitrail's service. A request passes through these files, from top to bottom:
 
 gateway/app.py               the ASGI application: middleware, routes, lifespan
+gateway/entrance.py          refused by its headers? then nothing else is done for it
 gateway/rest/task_routes.py  one route per task: parse, send, render
 gateway/rest/body.py         deadline, priority, body and parameters -> InferRequest
 gateway/dispatch.py          InferRequest -> backend, cancelled if the client disconnects

@@ -9,6 +9,7 @@ from service.backend import Backend
 from service.gateway import pages
 from service.gateway.collections import routes as collection_routes
 from service.gateway.dialects import cohere, immich, pooling, tei
+from service.gateway.entrance import Entrance
 from service.gateway.error_responses import document_errors
 from service.gateway.fetch import ImageFetcher
 from service.gateway.middleware import RequestContext
@@ -65,8 +66,6 @@ def create_app(
     app.state.metrics = metrics
     app.state.fetcher = ImageFetcher(settings)
     app.state.collections = StoreOpener(settings.collections)
-    app.add_middleware(SeparatePorts, settings=settings)
-    app.add_middleware(RequestContext)
     install_handlers(app)
     modules = (
         task_routes,
@@ -84,6 +83,11 @@ def create_app(
     )
     for module in modules:
         app.include_router(module.router)
+    # the last one is the outermost
+    routes = [route for module in modules for route in module.router.routes]
+    app.add_middleware(Entrance, routes=routes)
+    app.add_middleware(SeparatePorts, settings=settings)
+    app.add_middleware(RequestContext)
     app.mount("/assets", pages.assets)
     document_errors(app)
     return app

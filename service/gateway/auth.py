@@ -12,29 +12,29 @@ from service.keys import Keys
 
 async def require_key(request: Request) -> None:
     """Require a key with the scope `infer`, if keys are configured."""
-    _authorize(request, "infer")
+    authorize(request, "infer")
 
 
 async def require_head_key(request: Request) -> None:
     """Require the scope `heads`, if keys are configured. The call is audited."""
     request.scope["state"]["audited"] = True
-    _authorize(request, "heads")
+    authorize(request, "heads")
 
 
 async def require_collection_key(request: Request) -> None:
     """Require the scope `collections`, if keys are configured."""
-    _authorize(request, "collections")
+    authorize(request, "collections")
 
 
 async def require_admin_key(request: Request) -> None:
     """Require the scope `admin`, which is off without keys. The call is audited."""
     request.scope["state"]["audited"] = True
-    _authorize(request, "admin")
+    authorize(request, "admin")
 
 
 async def require_metrics_key(request: Request) -> None:
     """Require the scope `metrics`, if there is a file of keys."""
-    _authorize(request, "metrics")
+    authorize(request, "metrics")
 
 
 def count_images(request: Request, images: int) -> None:
@@ -47,9 +47,17 @@ def count_images(request: Request, images: int) -> None:
     keys.count_images(request.scope["state"].get("key"), images)
 
 
-def _authorize(request: Request, scope: Scope) -> None:
+def authorize(request: Request, scope: Scope) -> None:
+    """Check the caller's key, once: `Entrance` does it before the route's dependency.
+
+    Raises:
+        ServiceError: the key does not permit the call, or its quota is used up.
+    """
+    state = request.scope["state"]
+    if state.get("authorized") == scope:
+        return
     keys: Keys = request.app.state.keys
     headers = request.headers
     key = keys.authorize(scope, headers.get("x-api-key"), headers.get("authorization"))
-    request.scope["state"]["key"] = key
+    state["key"], state["authorized"] = key, scope
     client.set(identify(key, request.client.host if request.client else ""))

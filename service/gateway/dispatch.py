@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
-from fastapi import Request
+from starlette.requests import Request
 
 from service.accounting import Account, counted
 from service.backend import Backend
@@ -35,19 +35,6 @@ async def infer(request: Request, infer_request: InferRequest, account: Account)
         result = await send(request.app.state.backend, infer_request, settings.max_images)
     account.answered(result)
     return result
-
-
-def check_headers(request: Request, model: str | None, *, bulk: bool, deadline: float) -> None:
-    """Refuse a request before its body is read, if it would be refused whatever it holds.
-
-    Args:
-        model: None if the headers do not tell it.
-
-    Raises:
-        ServiceError: it would be late, or there is no place.
-    """
-    backend: Backend = request.app.state.backend
-    backend.check_headers(model, bulk=bulk, deadline=deadline)
 
 
 async def send(backend: Backend, infer_request: InferRequest, chunk_size: int) -> InferResult:

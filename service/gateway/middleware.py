@@ -35,8 +35,8 @@ class RequestContext:
             return
         current = choose_request_id(Headers(scope=scope).get("x-request-id", ""))
         request_id.set(current)
-        started = time.monotonic()
-        scope.setdefault("state", {})["started"] = started
+        # with the request's first byte, where the server tells
+        started: float = scope.setdefault("state", {}).setdefault("started", time.monotonic())
         status = 499  # logged if the client leaves before the response starts
 
         async def send_with_id(message: Message) -> None:

@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import sys
+import time
 from typing import Any
 
 import uvicorn
@@ -128,6 +129,7 @@ class ImpatientProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope["state"]["started"] = time.monotonic()
         self._in_message, self._in_body, self._has_begun = True, False, True
         self._start_timer(self.header_timeout_s)
 

@@ -17,6 +17,7 @@ from service.errors import (
     LOADING_RETRY_AFTER_S,
     DeadlineExceededError,
     NotFoundError,
+    QueueFullError,
     ServiceError,
     UnavailableError,
 )
@@ -70,7 +71,20 @@ class RemoteBackend:
         await asyncio.gather(*(worker.close() for worker in self._workers.values()))
 
     def check_headers(self, model: str | None, *, bulk: bool, deadline: float) -> None:
-        """Workers refuse by themselves; a gateway does not know their queues."""
+        remaining_s = deadline - time.monotonic()
+        if remaining_s <= 0:
+            raise DeadlineExceededError("the deadline passed before the body was read")
+        refusal = None
+        for worker in self._workers.values():
+            for trunk in worker.trunks_of(model) if worker.up else ():
+                refusal = worker.refusals.find(trunk, bulk=bulk, remaining_s=remaining_s)
+                if refusal is None:
+                    return
+        if refusal is not None:
+            raise QueueFullError(
+                f"another request was refused just now: {refusal.detail}",
+                retry_after_s=refusal.retry_after_s,
+            )
 
     async def infer(self, request: InferRequest) -> InferResult:
         calls = [self._with_model(call) for call in request.calls]
@@ -205,7 +219,7 @@ class RemoteBackend:
             equal = [worker for worker, places in able.items() if len(places) == most]
             # workers that lost the request or keep failing only if there are no others
             chosen = min(
-                equal, key=lambda w: (w in avoid, w.ejected, w.outstanding, random.random())
+                equal, key=lambda w: (w in avoid, bool(w.ejected), w.outstanding, random.random())
             )
             parts.append((chosen, able[chosen]))
             left = [i for i in left if i not in able[chosen]]

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import time
+from collections.abc import Set
 from typing import Any
 
 import grpc
@@ -14,12 +15,15 @@ from service.errors import (
     DeadlineExceededError,
     InternalError,
     PayloadTooLargeError,
+    QueueFullError,
     UnavailableError,
 )
 from service.keys import WORKER_TOKEN, worker_token
 from service.logs import request_id
 from service.remote.connection import Connection
+from service.remote.ejection import Ejection
 from service.remote.metrics import RemoteMetrics
+from service.remote.refusals import Refusals
 from service.rpc.context import CLIENT_KEY, ERROR_KEY, GATEWAY_KEY
 from service.rpc.wire import from_error, from_response, to_request
 from service.settings import Settings
@@ -32,9 +36,7 @@ logger = logging.getLogger(__name__)
 PROBE_INTERVAL_S = 1.0
 PROBE_TIMEOUT_S = 5.0
 DOWN_INTERVAL_S = 0.25
-EJECTION_S = 5.0
-MAX_EJECTION_S = 60.0
-FAILURES_TO_EJECT = 3
+CLOSE_GRACE_S = 60.0
 # The worker responds at the deadline with what is done by then. This is for the response to arrive.
 RESPONSE_MARGIN_S = 1.0
 
@@ -51,6 +53,8 @@ class Worker:
         outstanding: images sent and not yet answered.
         models: the worker's models by name, as of the last probe. They are kept while it is down.
         health: the worker's health, as of the last probe.
+        ejected: true if its last requests all failed, so that others are preferred for a while.
+        refusals: what it has refused just now.
     """
 
     def __init__(
@@ -70,9 +74,9 @@ class Worker:
         self.outstanding = 0
         self.models: dict[str, ModelDescription] = {}
         self.health = Health(live=True, ready=False, reasons=("not reached yet",))
-        self._failures = 0
-        self._ejections = 0
-        self._ejected_until = 0.0
+        self._trunks: frozenset[str] = frozenset()
+        self.ejected = Ejection(address)
+        self.refusals = Refusals()
         self._closed = False
         self._metrics = metrics
         self._token = worker_token(settings)
@@ -85,10 +89,11 @@ class Worker:
         """Whether the worker is up, and the model was ready at the last probe."""
         return self.up and model in self.models and self.models[model].is_ready
 
-    @property
-    def ejected(self) -> bool:
-        """Whether its last requests all failed, so that others are preferred for a while."""
-        return time.monotonic() < self._ejected_until
+    def trunks_of(self, model: str | None) -> Set[str]:
+        """The trunks that a request for a model may need; for any ready model if it is None."""
+        if model is None:
+            return self._trunks
+        return _trunks_of(self.models[model]) if self.has_ready(model) else frozenset()
 
     async def infer(self, request: InferRequest) -> InferResult:
         """Run a request on this worker.
@@ -111,10 +116,13 @@ class Worker:
                 )
             )
         except grpc.aio.AioRpcError as error:
-            raise self._translate(error) from error
+            translated = self._translate(error)
+            if isinstance(translated, QueueFullError):
+                self.refusals.add(request, self.models, remaining_s, translated)
+            raise translated from error
         finally:
             self._add_outstanding(-images)
-        self._update_ejection(result)
+        self.ejected.update(result)
         return result
 
     async def load(self, model: str) -> None:
@@ -167,7 +175,7 @@ class Worker:
         self._prober.cancel()
         self._closed = True
         self._metrics.remove_worker(self.address)
-        await self._connection.close(0 if self.outstanding == 0 else MAX_EJECTION_S)
+        await self._connection.close(0 if self.outstanding == 0 else CLOSE_GRACE_S)
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
         metadata = (
@@ -234,22 +242,6 @@ class Worker:
         if not self._closed:
             self._metrics.up.labels(self.address).set(up)
 
-    def _update_ejection(self, result: InferResult) -> None:
-        """Eject the worker if it fails every image of several requests in a row.
-
-        It is always idle then, and would otherwise get all requests.
-        """
-        failed = [image for image in result.images if isinstance(image.error, InternalError)]
-        if not failed or len(failed) < len(result.images):
-            self._failures = self._ejections = 0
-            return
-        self._failures += 1
-        if self._failures >= FAILURES_TO_EJECT and not self.ejected:
-            ejection_s = min(EJECTION_S * 2**self._ejections, MAX_EJECTION_S)
-            self._ejected_until = time.monotonic() + ejection_s
-            self._ejections += 1
-            logger.warning("worker %s keeps failing; ejected for %.0f s", self.address, ejection_s)
-
     async def _probe(self) -> None:
         """Refresh at intervals, and at once after a failed call."""
         while True:
@@ -290,7 +282,13 @@ class Worker:
             model.name: ModelDescription.from_json(json.loads(model.description_json))
             for model in response.models
         }
+        ready = [model for model in self.models.values() if model.is_ready]
+        self._trunks = frozenset[str]().union(*map(_trunks_of, ready))
         self.health = Health(
             live=response.live, ready=response.ready, reasons=tuple(response.reasons)
         )
         self._set_up(True)
+
+
+def _trunks_of(model: ModelDescription) -> frozenset[str]:
+    return frozenset(filter(None, (model.trunk, model.text_trunk)))

@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 import grpc
 
+from service.accounting import counted
 from service.audit import audit, key_field
 from service.backend import Backend
 from service.clients import client, identify
@@ -87,6 +88,7 @@ async def handle_call(
     method: str,
     *,
     scope: Scope = "infer",
+    task: str | None = None,
 ) -> AsyncIterator[Caller]:
     """Check the API key and receive the message, which is empty before. Abort the call with the
     status of any error in the block.
@@ -96,6 +98,8 @@ async def handle_call(
     Args:
         method: the name in the access log.
         scope: what the caller's key must permit. Calls of `heads` and `admin` are audited.
+        task: of a call that asks a model, the name under which it is counted. It is refused before
+            its message is received if it would be refused whatever that holds.
     """
     started = time.monotonic()
     metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
@@ -113,9 +117,12 @@ async def handle_call(
         client.set(_client(key, metadata if is_gateway else {}, context.peer()))
         remaining_s = context.time_remaining()
         grpc_deadline = math.inf if remaining_s is None else started + remaining_s
+        caller = Caller(is_gateway, started, grpc_deadline, key)
+        if task is not None:
+            _check_admission(deps, caller, task)
         with deps.budget.request() as share:
             await begin.get()(share)
-            yield Caller(is_gateway, started, grpc_deadline, key)
+            yield caller
         status = "OK"
     except ServiceError as error:
         status = error.grpc
@@ -140,6 +147,18 @@ async def handle_call(
         )
         if scope in ("heads", "admin"):
             audit(f"gRPC {method}", status=status, client=context.peer(), key=key)
+
+
+def _check_admission(deps: Deps, caller: Caller, task: str) -> None:
+    """Check whether any image could be admitted. The message may have a timeout and a priority of
+    its own, but no later deadline than the call's, and no priority over interactive calls."""
+    try:
+        deps.backend.check_headers(None, bulk=False, deadline=caller.grpc_deadline)
+    except ServiceError:
+        if not caller.is_gateway:
+            with counted(deps.metrics, deps.backend.knows, task, caller.started):
+                raise
+        raise
 
 
 def _client(key: ApiKey | None, metadata: Mapping[str, str], peer: str) -> str:

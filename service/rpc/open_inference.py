@@ -87,7 +87,7 @@ class OpenInference(GRPCInferenceServiceServicer):
         self, request: pb.ModelInferRequest, context: Context
     ) -> pb.ModelInferResponse:
         deps = self._deps
-        async with handle_call(deps, context, "ModelInfer") as caller:
+        async with handle_call(deps, context, "ModelInfer", task="open-inference") as caller:
             knows = deps.backend.knows
             with counted(deps.metrics, knows, "open-inference", caller.started) as account:
                 account.models = [request.model_name]

@@ -34,7 +34,7 @@ class Vision(HeadCalls):
     """The servicer. The method of a task is `Infer` with the task's name."""
 
     async def Infer(self, request: pb.InferRequest, context: Context) -> pb.TaskResponse:
-        async with handle_call(self._deps, context, "Infer") as caller:
+        async with handle_call(self._deps, context, "Infer", task="infer") as caller:
             return await self._infer_task(request.task, request, caller)
 
     async def Classify(self, request: pb.TaskRequest, context: Context) -> pb.TaskResponse:
@@ -59,7 +59,7 @@ class Vision(HeadCalls):
         return await self._run_task("generate", request, context)
 
     async def Predict(self, request: pb.PredictRequest, context: Context) -> pb.PredictResponse:
-        async with handle_call(self._deps, context, "Predict") as caller:
+        async with handle_call(self._deps, context, "Predict", task="predict") as caller:
             if not 1 <= len(request.calls) <= MAX_MODELS:
                 raise InvalidInputError(
                     f"{len(request.calls)} calls; there can be 1 to {MAX_MODELS}", field="calls"
@@ -129,7 +129,7 @@ class Vision(HeadCalls):
     async def _run_task(
         self, task: str, request: OneModelRequest, context: Context
     ) -> pb.TaskResponse:
-        async with handle_call(self._deps, context, task) as caller:
+        async with handle_call(self._deps, context, task, task=task) as caller:
             return await self._infer_task(task, request, caller)
 
     async def _infer_task(

@@ -2,16 +2,19 @@
 the service from the others. The only lane is held, so that queues stay as they are."""
 
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import pytest
 import torch
 
+from service.remote.refusals import Refusals
 from service.worker.batch_queue import BatchQueue
 from service.worker.costs import BatchCosts
 from tests.conftest import Running, running, wait_until
@@ -22,7 +25,12 @@ PASS_S = 0.1
 
 @pytest.fixture(scope="module", params=["in one process", "gateway and worker apart"])
 def server(tiny_catalog: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
-    options: dict[str, Any] = {"max_queue_size": 8, "max_batch_size": 1, "streams": 1}
+    options: dict[str, Any] = {
+        "models": "tiny,tiny-embed",
+        "max_queue_size": 8,
+        "max_batch_size": 1,
+        "streams": 1,
+    }
     with running(
         tiny_catalog, apart="apart" in request.param, api_keys="one,two,three", **options
     ) as started:
@@ -101,37 +109,124 @@ def test_what_would_be_late_is_refused_at_once_and_not_decoded(
     assert [future.result().status_code for future in [held, *others]] == [200] * 8
 
 
-def test_what_would_be_late_is_refused_before_its_body_is_read(
-    server: Running, tap: Tap, pool: ThreadPoolExecutor, jpegs: dict[str, bytes]
+@pytest.fixture
+def remembered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A gateway apart remembers refusals as long as a test."""
+    for limit in ("SHARE", "MAX_S"):
+        monkeypatch.setattr(f"service.remote.refusals.{limit}", 600)
+    add = Refusals.add
+    used: list[Refusals] = []
+
+    def noted(self: Refusals, *arguments: Any) -> None:
+        used.append(self)
+        add(self, *arguments)
+
+    monkeypatch.setattr(Refusals, "add", noted)
+    yield
+    for each in used:
+        each._latest.clear()
+
+
+# Each with its content type; those of bodies that may name a model are refused if all models are.
+ENTRANCES = {
+    "/classify?model=tiny": "image/jpeg",
+    "/classify": "multipart/form-data",
+    "/embed": "application/json",
+    "/predict": "application/json",
+    "/v2/models/tiny/infer": "application/octet-stream",
+    "/v2/models/tiny/versions/1/infer": "application/json",
+    "/v1/embeddings": "application/json",
+    "/embeddings": "application/json",
+    "/tei/embed": "application/json",
+    "/tei/rerank": "application/json",
+    "/cohere/v2/embed": "application/json",
+    "/immich/predict": "multipart/form-data",
+    "/pooling": "application/json",
+}
+
+
+def test_what_would_be_refused_is_refused_before_its_body_is_read(
+    server: Running,
+    tap: Tap,
+    pool: ThreadPoolExecutor,
+    jpegs: dict[str, bytes],
+    remembered: None,
 ) -> None:
-    if server.worker_metrics is not None:
-        pytest.skip("a gateway apart does not know its workers' queues")
     slow(server, tap, jpegs["coffee"])
     held = hold(server, tap, pool, jpegs["coffee"])
     others = send(pool, server, jpegs["coffee"], 7)
     wait_until(lambda: waiting(server) == 7)
-    rejected = server.metric("vitrail_requests_total", outcome="rejected")
-    for headers in ("X-Timeout-Ms: 500\r\n", ""):
-        if not headers:  # refused because the queue is full
-            others += send(pool, server, jpegs["coffee"], 1)
-            wait_until(lambda: waiting(server) == 8)
-        answer = only_headers(server, headers)
-        assert answer.startswith(b"HTTP/1.1 429 ")
-        assert b"retry-after: " in answer.lower()
-    assert server.metric("vitrail_requests_total", outcome="rejected") == rejected + 2
+    assert post(
+        server, "/classify", jpegs["coffee"], headers={"X-Timeout-Ms": "500"}
+    ).status_code == 429  # fmt: skip
+    only_headers_suffice(server, "X-Timeout-Ms: 500\r\n")
+    others += send(pool, server, jpegs["coffee"], 1)
+    wait_until(lambda: waiting(server) == 8)
+    assert post(server, "/classify", jpegs["coffee"]).status_code == 429  # now the queue is full
+    only_headers_suffice(server, "")
+    for timeout_s in (0.5, None):
+        with pytest.raises(grpc.RpcError) as refused:
+            call_without_message(server, timeout_s)
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     tap.gate.set()
     assert [future.result().status_code for future in [held, *others]] == [200] * 9
 
 
-def only_headers(server: Running, headers: str) -> bytes:
+def only_headers_suffice(server: Running, headers: str) -> None:
+    """Every entrance refuses a request whose body is never sent, and counts it."""
+
+    def counted() -> tuple[float, float]:
+        name = "vitrail_requests_total"
+        of_model = server.metric(name, task="classify", model="tiny", outcome="rejected")
+        return server.metric(name, outcome="rejected"), of_model
+
+    total, of_model = counted()
+    for path, content_type in ENTRANCES.items():
+        answer = only_headers(server, path, f"{headers}Content-Type: {content_type}\r\n")
+        assert answer.startswith(b"HTTP/1.1 429 "), path
+        assert b"retry-after: " in answer.lower()
+    assert counted() == (total + len(ENTRANCES), of_model + 1)
+
+
+def only_headers(server: Running, path: str, headers: str) -> bytes:
     """The answer to a request whose body is never sent."""
     port = httpx.URL(server.url).port
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(
-            f"POST /classify?model=tiny HTTP/1.1\r\nHost: x\r\nX-API-Key: one\r\n{headers}"
-            "Content-Type: image/jpeg\r\nContent-Length: 100000\r\n\r\n".encode()
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nX-API-Key: one\r\n{headers}"
+            "Content-Length: 100000\r\n\r\n".encode()
         )
         return connection.recv(4096)
+
+
+def call_without_message(server: Running, timeout_s: float | None) -> None:
+    """A gRPC call whose message is never sent."""
+    with grpc.insecure_channel(server.grpc) as channel:
+        call = channel.stream_unary("/vitrail.v1.Vision/Classify")
+        never = threading.Event()
+
+        def messages() -> Iterator[bytes]:
+            never.wait(30)
+            yield b""
+
+        try:
+            call(messages(), metadata=(("x-api-key", "one"),), timeout=timeout_s)
+        finally:
+            never.set()
+
+
+def test_what_is_streamed_as_ndjson_waits_for_its_place(
+    server: Running, tap: Tap, pool: ThreadPoolExecutor, jpegs: dict[str, bytes]
+) -> None:
+    held = hold(server, tap, pool, jpegs["coffee"])
+    others = send(pool, server, jpegs["coffee"], 8)
+    wait_until(lambda: waiting(server) == 8)
+    [patient] = send(pool, server, jpegs["coffee"], 1, Accept="application/x-ndjson")
+    time.sleep(0.1)
+    assert not patient.done()
+    tap.gate.set()
+    assert patient.result().status_code == 200
+    assert [future.result().status_code for future in [held, *others]] == [200] * 9
 
 
 def test_the_newest_that_can_still_make_it_go_before_the_oldest_that_cannot(

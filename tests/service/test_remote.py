@@ -197,7 +197,7 @@ def test_the_least_busy_worker_is_asked(
 def test_a_worker_that_only_fails_is_left_alone_and_let_back(
     tiny_catalog: Path, jpegs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.remote.worker.EJECTION_S", 1.0)
+    monkeypatch.setattr("service.remote.ejection.EJECTION_S", 1.0)
     with ExitStack() as stack:
         one, sick = stack.enter_context(worker_thread(tiny_catalog))
         two, well = stack.enter_context(worker_thread(tiny_catalog))

@@ -12,6 +12,7 @@ from service.errors import InvalidInputError
 from service.gateway import dispatch
 from service.gateway.auth import require_key
 from service.gateway.embedding import EmbeddingInput, embed_inputs, embeddings, image_input
+from service.gateway.entrance import refused_early
 from service.gateway.rest.body import read_body
 from service.gateway.rest.examples import PHOTO, json_body
 from service.logs import request_id
@@ -47,6 +48,7 @@ _EMBED = json_body(
 
 
 @router.post("/v2/embed", openapi_extra=_EMBED)
+@refused_early("embed")
 async def embed(request: Request) -> JSONResponse:
     """Embed `texts`, `images` or `inputs` of one text or image each, in one or several types."""
     with dispatch.count_request(request, "embed") as account:

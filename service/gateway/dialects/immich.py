@@ -20,6 +20,7 @@ from service.errors import BadRequestError, InvalidInputError, UnsupportedMediaT
 from service.gateway import dispatch
 from service.gateway.auth import require_key
 from service.gateway.embedding import embeddings
+from service.gateway.entrance import refused_early
 from service.gateway.rest.body import parse_form, read_body
 from service.parameters import validated_call
 from service.types import InferRequest
@@ -57,6 +58,7 @@ async def ping() -> str:
 
 
 @router.post("/predict", openapi_extra=_FORM)
+@refused_early("embed")
 async def predict(request: Request) -> JSONResponse:
     """Embed an image or a text for Immich's search. Faces and text in images are not recognized."""
     deadline = dispatch.read_deadline(request)

@@ -13,6 +13,7 @@ from models.tasks.embed import encode_embedding
 from service.gateway import dispatch
 from service.gateway.auth import require_key
 from service.gateway.embedding import embed_inputs, embeddings
+from service.gateway.entrance import refused_early
 from service.gateway.openai.inputs import EmbeddingsRequest, parse_inputs
 from service.gateway.rest.body import read_body
 from service.gateway.rest.examples import EMBEDDINGS, json_body
@@ -24,6 +25,7 @@ router = APIRouter(tags=["dialects"], dependencies=[Depends(require_key)])
 
 
 @router.post("/pooling", openapi_extra=json_body(EMBEDDINGS, EmbeddingsRequest.model_json_schema()))
+@refused_early("embed")
 async def pooling(request: Request) -> JSONResponse:
     """Embed texts and images, in vLLM's form."""
     with dispatch.count_request(request, "embed") as account:

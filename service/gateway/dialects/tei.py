@@ -15,6 +15,7 @@ from service.errors import InvalidInputError
 from service.gateway import dispatch
 from service.gateway.auth import require_key
 from service.gateway.embedding import embed_inputs, embeddings, image_or_text
+from service.gateway.entrance import refused_early
 from service.gateway.rest.body import read_body
 from service.gateway.rest.examples import PHOTO, json_body
 from service.parameters import validate
@@ -52,6 +53,7 @@ _RERANK = json_body(
 
 
 @router.post("/embed", openapi_extra=_EMBED)
+@refused_early("embed")
 async def embed(request: Request) -> JSONResponse:
     """Embed texts and images: a list of vectors."""
     with dispatch.count_request(request, "embed") as account:
@@ -66,6 +68,7 @@ async def embed(request: Request) -> JSONResponse:
 
 
 @router.post("/rerank", openapi_extra=_RERANK)
+@refused_early("embed")
 async def rerank(request: Request) -> JSONResponse:
     """Order texts and images by their similarity to the query, best first. The scores are cosine
     similarities of embeddings, with and without `raw_scores`."""

@@ -8,6 +8,7 @@ from fastapi.responses import JSONResponse
 from service.backend import Backend
 from service.gateway import dispatch
 from service.gateway.auth import require_admin_key, require_key
+from service.gateway.entrance import refused_early
 from service.gateway.open_inference.codec import (
     parse_index_request,
     parse_infer_request,
@@ -76,6 +77,7 @@ async def model_ready(request: Request, name: ModelName, version: str = "") -> R
     dependencies=keyed,
     openapi_extra=json_body(OPEN_INFERENCE),
 )
+@refused_early("open-inference")
 async def infer(request: Request, name: ModelName, version: str = "") -> Response:
     """Run a model. Inputs: `image` (BYTES, encoded images) or `pixel_values` (FP32)."""
     with dispatch.count_request(request, "open-inference") as account:
@@ -83,7 +85,6 @@ async def infer(request: Request, name: ModelName, version: str = "") -> Respons
         deadline, bulk = dispatch.read_deadline(request), dispatch.read_priority(request)
         check_version(version)
         model = await _backend(request).model(name)
-        dispatch.check_headers(request, name, bulk=bulk, deadline=deadline)
         parsed = await parse_infer_request(request.headers, await read_body(request))
         if parsed.timeout_ms is not None:
             deadline = dispatch.deadline_after(request, parsed.timeout_ms)

@@ -14,6 +14,7 @@ from service.gateway import dispatch
 from service.gateway.auth import require_key
 from service.gateway.embedding import embed_inputs
 from service.gateway.embedding import embeddings as embeddings_of
+from service.gateway.entrance import refused_early
 from service.gateway.openai.inputs import EmbeddingsRequest, parse_inputs
 from service.gateway.rest.body import read_body
 from service.gateway.rest.examples import EMBEDDINGS, ModelName, json_body
@@ -41,6 +42,7 @@ async def get_model(request: Request, name: ModelName) -> dict[str, Any]:
 
 @router.post("/v1/embeddings", openapi_extra=_BODY)
 @router.post("/embeddings", openapi_extra=_BODY)
+@refused_early("embed")
 async def embeddings(request: Request) -> JSONResponse:
     """Embed texts and images. `input`: strings, `data:` URIs of images (and URLs with
     `modality: image`), or objects `{"text"}` and `{"image"}`; or `messages` with one text or image.

@@ -21,7 +21,7 @@ from service.errors import (
     ServiceError,
     UnsupportedMediaTypeError,
 )
-from service.gateway.dispatch import check_headers, read_deadline, read_priority
+from service.gateway.dispatch import read_deadline, read_priority
 from service.gateway.fetch import Fetch, ImageFetcher
 from service.limits import Share, check_input_count
 from service.parameters import Parameters, TaskParameters, list_fields, validate
@@ -46,21 +46,14 @@ class _Body:
     fields: dict[str, Any]
 
 
-async def read_request(
-    request: Request, parameters: type[P], *, patient: bool = False
-) -> tuple[P, InferRequest]:
+async def read_request(request: Request, parameters: type[P]) -> tuple[P, InferRequest]:
     """Parse and validate a whole request: its headers first, then its body and query.
-
-    Args:
-        patient: read the body even if the request would be refused now.
 
     Raises:
         ServiceError: malformed, over a limit, too slow, or with invalid parameters.
         ClientDisconnect: the client disconnected before the end of the body.
     """
     deadline, bulk = read_deadline(request), read_priority(request)
-    if not patient:
-        check_headers(request, _model_in_headers(request), bulk=bulk, deadline=deadline)
     lists = list_fields(parameters)
     body = await _read_body(request, lists, deadline)
     fields = _accepted_form(request, parameters)
@@ -80,13 +73,6 @@ async def read_request(
         deadline=deadline,
         bulk=bulk,
     )
-
-
-def _model_in_headers(request: Request) -> str | None:
-    """The model that the query names, unless a body's field could name another one."""
-    if not request.headers.get("content-type", "").startswith("image/"):
-        return None
-    return request.query_params.get("model")
 
 
 def _accepted_form(request: Request, parameters: type[Parameters]) -> dict[str, Any]:

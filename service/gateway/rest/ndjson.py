@@ -17,13 +17,13 @@ from service.backend import Backend
 from service.errors import QueueFullError, ServiceError
 from service.gateway import dispatch
 from service.gateway.auth import count_images
+from service.gateway.entrance import NDJSON
 from service.gateway.problems import describe
 from service.gateway.rest.body import read_request
 from service.gateway.rest.responses import digests, first_output
 from service.parameters import TaskParameters, task_parameters
 from service.types import ImageResult, InferRequest, InferResult
 
-NDJSON = "application/x-ndjson"
 IN_FLIGHT = 32
 
 Answers = Sequence["asyncio.Task[InferResult]"]
@@ -38,9 +38,7 @@ async def stream_task(request: Request, task: Task) -> StreamingResponse:
     backend: Backend = request.app.state.backend
     with ExitStack() as stack:
         account = stack.enter_context(dispatch.count_request(request, task.name))
-        parameters, infer_request = await read_request(
-            request, task_parameters(task.name), patient=True
-        )
+        parameters, infer_request = await read_request(request, task_parameters(task.name))
         account.requested(infer_request)
         count_images(request, len(infer_request.inputs))
         room = asyncio.Semaphore(IN_FLIGHT)

@@ -8,9 +8,10 @@ from models.tasks.base import Task
 from models.tasks.table import tasks
 from service.gateway import dispatch
 from service.gateway.auth import require_key
+from service.gateway.entrance import NDJSON, refused_early
 from service.gateway.rest.body import read_request
 from service.gateway.rest.examples import PREDICT
-from service.gateway.rest.ndjson import NDJSON, stream_task
+from service.gateway.rest.ndjson import stream_task
 from service.gateway.rest.openapi import image_body, task_body, task_description
 from service.gateway.rest.responses import predict_response, task_response
 from service.parameters import PredictParameters, task_parameters
@@ -24,7 +25,7 @@ def _endpoint(task: Task) -> Callable[[Request], Awaitable[Response]]:
             return await stream_task(request, task)
         return await _answer_task(request, task)
 
-    return endpoint
+    return refused_early(task.name)(endpoint)
 
 
 async def _answer_task(request: Request, task: Task) -> Response:
@@ -47,6 +48,7 @@ for _task in tasks().values():
 
 
 @router.post("/predict", openapi_extra=image_body(PredictParameters, PREDICT, videos=True))
+@refused_early("predict")
 async def predict(request: Request) -> Response:
     """Run several models on the same images. Models on one trunk share a pass."""
     with dispatch.count_request(request, "predict") as account:
