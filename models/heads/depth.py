@@ -14,6 +14,7 @@ from models.heads.base import Head
 from models.heads.segment import reduced
 from models.heads.semantic import tokens_to_map
 from models.networks.depth_decoders import create_depth_decoder
+from models.networks.dpt import with_class_token
 from models.reference_outputs import Parts
 from models.segmentation.decoders.layers import resize
 from models.segmentation.windows import Windows
@@ -69,7 +70,8 @@ class Depth(Head):
         """`depth` (B, 1, h, w) in metres."""
         layers = [output.layers[n] for n in self.layers]
         levels = [
-            (tokens_to_map(layer[:, output.prefix :], output.grid), layer[:, 0]) for layer in layers
+            with_class_token(tokens_to_map(layer[:, output.prefix :], output.grid), layer[:, 0])
+            for layer in layers
         ]
         return {"depth": self.network(levels)}
 

@@ -11,6 +11,7 @@ from models.checkpoints.checkpoint import HeadState
 from models.checkpoints.strict import check_strictly, load_strictly
 from models.errors import CheckpointError, InputError
 from models.heads.segment import Segment
+from models.networks.dpt import with_class_token
 from models.reference_outputs import Parts, image_outputs
 from models.segmentation.decoders import class_count, create_decoder
 from models.segmentation.decoders.layers import resize
@@ -30,6 +31,7 @@ class Semantic(Segment):
         layers: blocks (of a ViT) or stages (of a hierarchical trunk) that the decoder reads,
             counted from 0 or back from -1.
         normed: whether they pass through the trunk's final norm: all, none, or a list of those.
+        class_tokens: whether maps have the class token's channels behind each patch's (false).
         windows: the fields of `Windows`, if images are cut into windows instead of being resized
             by the trunk's transform.
         run_whole: whether `Model.run` takes an input whole, where servers cut windows. Logits are
@@ -67,6 +69,9 @@ class Semantic(Segment):
         normed = normed if isinstance(normed, list | tuple) else self.layers if normed else []
         self.normed = frozenset(int(n) % depth for n in normed)
         self.run_whole = bool(settings.get("run_whole", False))
+        self.class_tokens = bool(settings.get("class_tokens", False))
+        if self.class_tokens and not trunk.num_prefix_tokens:
+            raise CheckpointError("the decoder reads class tokens, which the trunk does not have")
         try:
             # Without memory first: the settings are believed once the shapes agree with the file.
             with torch.device("meta"):
@@ -102,10 +107,13 @@ class Semantic(Segment):
             self.trunk.norm(output.layers[n]) if n in self.normed else output.layers[n]
             for n in self.layers
         ]
-        return [
+        maps = [
             layer if layer.dim() == 4 else tokens_to_map(layer[:, output.prefix :], output.grid)
             for layer in layers
         ]
+        if not self.class_tokens:
+            return maps
+        return [with_class_token(x, layer[:, 0]) for x, layer in zip(maps, layers, strict=True)]
 
     def forward(self, output: TrunkOutput) -> dict[str, Tensor]:
         """`logits` (B, K, h, w)."""

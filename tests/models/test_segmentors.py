@@ -23,9 +23,11 @@ from models.errors import CheckpointError, InputError
 from models.heads.depth import Depth
 from models.networks.beit import Beit
 from models.networks.depth_decoders import create_depth_decoder
+from models.networks.dpt import with_class_token
 from models.networks.padded_swin import PaddedSwin
 from models.networks.vit import RULES, Vit
 from models.segmentation.decoders import create_decoder
+from models.segmentation.decoders.dpt import DptHead
 from models.segmentation.decoders.segmenter import MaskTransformer
 from models.segmentation.windows import Windows
 from tests.models.test_fixtures import fixture, folder_of
@@ -95,8 +97,8 @@ def test_both_runners_containers_say_the_same(tmp_path: Path) -> None:
     [
         (lambda c: c["model"]["decode_head"].update(align_corners=True), "align_corners is True"),
         (
-            lambda c: c["model"]["decode_head"].update(type="PSPHead"),
-            "PSPHead; supported",
+            lambda c: c["model"]["decode_head"].update(type="ASPPHead"),
+            "ASPPHead; supported",
         ),
         (lambda c: c["model"]["decode_head"].update(act_cfg={"type": "GELU"}), "act_cfg is 'GELU'"),
         (lambda c: c["model"]["decode_head"].update(in_index=[0, 9]), "there are 4 levels"),
@@ -106,6 +108,17 @@ def test_both_runners_containers_say_the_same(tmp_path: Path) -> None:
         (lambda c: c["model"]["test_cfg"].update(mode="slide"), "does not say test_cfg.crop_size"),
         (lambda c: c["model"].pop("test_cfg"), "does not say test_cfg.mode"),
         (lambda c: c.update(test_pipeline=[{"type": "Pad", "size": 9}]), "test pipeline has Pad"),
+        (lambda c: c["model"].update(type="CascadeEncoderDecoder"), "is a CascadeEncoderDecoder"),
+        (
+            lambda c: c["model"]["decode_head"].update(norm_cfg={"type": "BN", "eps": 1e-3}),
+            r"norm_cfg\.eps is 0\.001",
+        ),
+        (
+            lambda c: c.update(
+                data_preprocessor={"mean": [1, 1, 1], "test_cfg": {"size_divisor": 32}}
+            ),
+            "pads images",
+        ),
     ],
 )
 def test_what_is_not_known_or_not_supported_is_refused(
@@ -131,6 +144,41 @@ def test_blocks_that_a_decoder_reads_are_not_guessed(tmp_path: Path) -> None:
     assert found["backbone.norm_cfg.eps"] == 1e-6
     assert found["decode_head.pool_scales"] == (1, 2, 3, 6)
     assert found["scale"] == [2048, 512]
+
+
+def test_views_that_would_be_averaged_are_assumed_to_be_one(tmp_path: Path) -> None:
+    step = {"type": "MultiScaleFlipAug", "img_scale": (256, 64), "img_ratios": [0.5, 1.0],
+            "flip": True, "transforms": [{"type": "Resize", "keep_ratio": True}]}  # fmt: skip
+    path = rewritten("seg_setr_naive", lambda config: config.update(test_pipeline=[step]), tmp_path)
+    assumed = read_checkpoint(path, {}).assumed
+    assert (assumed["img_ratios"], assumed["flip"]) == ([1.0], False)
+
+
+def test_a_dpt_head_reads_class_tokens_of_the_backbone(tmp_path: Path) -> None:
+    """And the head says how, where no weight does."""
+    loaded = content("seg_setr_naive")
+    config = model_of(loaded)
+    config["model"]["backbone"]["output_cls_token"] = True
+    state = {k: v for k, v in loaded["state_dict"].items() if k.startswith("backbone.")}
+    head = DptHead(48, [4, 4, 4, 4], 8, 5, "ignore", norm=True)
+    state |= {f"decode_head.{key}": value for key, value in head.state_dict().items()}
+    for readout, message in (("ignore", ""), ("sum", "readout is 'sum'")):
+        config["model"]["decode_head"] = {"type": "DPTHead", "in_index": [0, 1, 2, 3],
+                                          "readout_type": readout}  # fmt: skip
+        text = "\n".join(f"{k} = {pprint.pformat(v)}" for k, v in config.items())
+        torch.save({"meta": {"config": text}, "state_dict": state}, tmp_path / "dpt.pth")
+        if message:
+            with pytest.raises(CheckpointError, match=message):
+                load_checkpoint(tmp_path / "dpt.pth")
+            continue
+        model = load_checkpoint(tmp_path / "dpt.pth")
+        pixels = torch.randn(1, 3, 64, 64)
+        assert model.run(pixels)["mask_logits_lowres"].shape == (1, 5, 32, 32)
+    config["model"]["backbone"]["output_cls_token"] = False
+    text = "\n".join(f"{k} = {pprint.pformat(v)}" for k, v in config.items())
+    torch.save({"meta": {"config": text}, "state_dict": state}, tmp_path / "dpt.pth")
+    with pytest.raises(CheckpointError, match="output_cls_token is False"):
+        load_checkpoint(tmp_path / "dpt.pth")
 
 
 def test_the_resizing_of_test_pipelines_is_read() -> None:
@@ -401,7 +449,7 @@ def test_a_dpt_head_reads_four_blocks_and_their_class_tokens(tmp_path: Path) -> 
         levels = trunk.get_intermediate_layers(
             whole, n=[0, 1, 2, 3], reshape=True, return_prefix_tokens=True, norm=False
         )
-        expected = decoder([(patches, tokens[:, 0]) for patches, tokens in levels])
+        expected = decoder([with_class_token(maps, tokens[:, 0]) for maps, tokens in levels])
         expected = nn.functional.interpolate(expected, size=(60, 75), mode="bilinear")
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 

@@ -12,6 +12,7 @@ from models.checkpoints.containers import Container
 from models.checkpoints.families.configuration import read_configuration
 from models.errors import CheckpointError
 
+SEGMENTOR = "EncoderDecoder"
 TABLES = ("backbone", "neck", "decode_head", "test_cfg")
 # (longer, shorter) side that images are resized to fit in, of most configurations.
 SCALE = (2048, 512)
@@ -85,6 +86,16 @@ class Table:
                 f"{self.name}.{key} is {value!r}; supported: {', '.join(map(repr, supported))}"
             )
 
+    def only_eps(self, key: str, supported: float) -> None:
+        """Refuse a norm's table with another epsilon; none is its code's default.
+
+        Raises:
+            CheckpointError: another epsilon.
+        """
+        norm = self.values.get(key)
+        if isinstance(norm, Mapping) and norm.get("eps", supported) != supported:
+            raise CheckpointError(f"{self.name}.{key}.eps is {norm['eps']}; supported: {supported}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segmentor:
@@ -123,13 +134,15 @@ def read_segmentor(container: Container, arguments: Mapping[str, Any]) -> Segmen
     config = read_configuration(str(meta.get("config") or meta.get("cfg") or ""))
     model = config.get("model")
     tables = {**(model if isinstance(model, Mapping) else {})}
+    if (kind := tables.get("type", SEGMENTOR)) != SEGMENTOR:
+        raise CheckpointError(f"the model is a {kind}; supported: {SEGMENTOR}")
     tables |= {n: arguments[n] for n in TABLES if isinstance(arguments.get(n), Mapping)}
     data = meta.get("dataset_meta")
     data = data if isinstance(data, Mapping) else {}
     labels = data.get("classes") or meta.get("CLASSES")
     norm = _normalization(config)
     scale, keep_ratio = _scale(config)
-    assumed: dict[str, Any] = {}
+    assumed: dict[str, Any] = _single_view(config)
     return Segmentor(
         **{name: Table(name, tables.get(name), assumed) for name in TABLES},
         scale=scale,
@@ -160,11 +173,23 @@ def _steps(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
             return
 
 
+def _single_view(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What is assumed where the test pipeline averages several scales or flips: neither."""
+    assumed: dict[str, Any] = {}
+    for step in _steps(config):
+        ratios = step.get("img_ratios")
+        if isinstance(ratios, Sequence) and list(ratios) != [1.0]:
+            assumed["img_ratios"] = [1.0]
+        if str(step.get("type", "")).endswith("MultiScaleFlipAug") and step.get("flip"):
+            assumed["flip"] = False
+    return assumed
+
+
 def _normalization(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The table with `mean` and `std`; empty if there is none.
 
     Raises:
-        CheckpointError: the network takes its channels in OpenCV's order.
+        CheckpointError: the network takes its channels in OpenCV's order, or images are padded.
     """
     model = config.get("model")
     candidates: list[Any] = [
@@ -174,6 +199,9 @@ def _normalization(config: Mapping[str, Any]) -> Mapping[str, Any]:
         *(step for step in _steps(config) if step.get("type") == "Normalize"),
     ]
     table = next((c for c in candidates if isinstance(c, Mapping) and c.get("mean")), {})
+    padded = table.get("test_cfg")
+    if isinstance(padded, Mapping) and (padded.get("size") or padded.get("size_divisor")):
+        raise CheckpointError("data_preprocessor.test_cfg pads images, which is not supported")
     if table.get("to_rgb") is False or table.get("bgr_to_rgb") is False:
         raise CheckpointError("the configuration has images in BGR; only RGB is supported")
     return table

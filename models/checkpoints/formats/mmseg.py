@@ -61,6 +61,12 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     }
     head = in_segmenters_names(head)
     settings |= decoder_settings(config, head, len(backbone.layers))
+    reads_tokens = "readout" in settings
+    config.backbone.only("output_cls_token", reads_tokens)
+    if reads_tokens:
+        if not backbone.arguments.get("class_token"):
+            raise CheckpointError("decode_head is a DPTHead, which reads a plain ViT's class token")
+        settings |= {"class_tokens": True, "inputs": [2 * dim for dim in backbone.dims]}
     size = backbone.arguments.get("img_size", min(config.scale or SCALE))
     return Checkpoint(
         format=NAME,
@@ -113,8 +119,11 @@ def decoder_settings(
     neck.only("add_extra_convs", False)
     for each in (table, neck):
         norm = each.find("norm_cfg")
-        if isinstance(norm, Mapping) and norm.get("type") not in (None, "BN", "SyncBN", "LN"):
+        if not isinstance(norm, Mapping) or norm.get("type") == "LN":
+            continue
+        if norm.get("type") not in (None, "BN", "SyncBN"):
             raise CheckpointError(f"{each.name}.norm_cfg is {norm['type']}; supported: BN, SyncBN")
+        each.only_eps("norm_cfg", 1e-5)
     if class_count(tensors) == 1:
         raise CheckpointError(
             "decode_head has one output with a threshold; only classes are supported"
@@ -129,7 +138,7 @@ def decoder_settings(
         settings["neck_norm_eps"] = _eps(neck, "norm_layer", 1e-6)
         usual = "{type = 'ReLU'} of SETR as published, or false"
         settings["neck_activates"] = neck.require("act_cfg", usual, False) is not False
-    if "fpn_bottleneck.conv.weight" in head:
+    if "psp_modules.0.1.conv.weight" in head:
         settings["pool_scales"] = [int(n) for n in table.get("pool_scales", (1, 2, 3, 6))]
     if any(key.startswith("scale_heads.") for key in head):
         settings["strides"] = [int(n) for n in table.get("feature_strides", [4, 8, 16, 32])]
@@ -137,6 +146,8 @@ def decoder_settings(
         usual = "4 of SETR's naive and MLA heads, 2 of PUP's"
         settings["up_scale"] = float(table.require("up_scale", usual, 4))
         settings["norm_eps"] = _eps(table, "norm_layer", 1e-6)
+    if "reassemble_blocks.projects.0.conv.weight" in head:
+        settings["readout"] = _readout(table, head)
     if "cls_emb" in head:
         dim = head["cls_emb"].shape[-1]
         settings["num_heads"] = int(table.require("num_heads", f"{max(1, dim // 64)}"))
@@ -148,6 +159,14 @@ def decoder_settings(
         _in_index(table, levels) if is_known or not every else list(range(levels))
     )
     return settings
+
+
+def _readout(table: Table, head: Mapping[str, Tensor]) -> str:
+    """How class tokens reach patches."""
+    table.only("expand_channels", False)
+    if "reassemble_blocks.readout_projects.0.0.weight" in head:
+        return "project"
+    return str(table.require("readout_type", "'ignore' or 'add'", "ignore"))
 
 
 def _in_index(table: Table, levels: int) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.segmentation.decoders import fcn, fpn, segmenter, setr, uper
+from models.segmentation.decoders import dpt, fcn, fpn, segmenter, setr, uper
 from models.segmentation.decoders.necks import (
     BeitNeck,
     LevelNorms,
@@ -19,7 +19,7 @@ from models.segmentation.decoders.necks import (
     create_neck,
 )
 
-HEADS: tuple[Any, ...] = (uper, fpn, setr, segmenter, fcn)
+HEADS: tuple[Any, ...] = (uper, fpn, setr, segmenter, dpt, fcn)
 HEAD_TYPES = tuple(name for module in HEADS for name in module.TYPES)
 HEAD = "decode_head."
 # Most maps that a decoder reads, and channels of one.

@@ -31,6 +31,7 @@ def convert(tensors: Mapping[str, Tensor], table: Table, by_mmseg: bool) -> Back
     relative positions."""
     table.only("patch_norm", False)
     table.only("act_cfg", "GELU")
+    table.only("num_fcs", 2)
     unused = [k for k in tensors if k.endswith(INDEX)]
     if not by_mmseg:  # a norm in authors' files is of pre-training
         unused += [k for k in tensors if k.startswith("norm.")]

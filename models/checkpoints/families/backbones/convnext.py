@@ -19,8 +19,13 @@ def matches(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def convert(tensors: Mapping[str, Tensor], table: Table, by_mmseg: bool) -> Backbone:
-    """Everything is in the shapes."""
+    """Everything is in the shapes.
+
+    Raises:
+        CheckpointError: layer norms have another epsilon than all that are published.
+    """
     table.only("gap_before_final_norm", False)
+    table.only_eps("norm_cfg", 1e-6)
     table.only("act_cfg", "GELU")
     levels = {f"levels.{k}": v for k, v in tensors.items() if k.startswith("norm")}
     state: dict[str, Tensor] = {}

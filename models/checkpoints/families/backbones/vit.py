@@ -30,8 +30,10 @@ def matches(tensors: Mapping[str, Tensor]) -> bool:
 def convert(tensors: Mapping[str, Tensor], table: Table, by_mmseg: bool) -> Backbone:
     """`table`: `num_heads`, `out_indices`, `img_size`, `norm_cfg`; mmsegmentation's also
     `interpolate_mode` (bicubic) and `with_cls_token` (true)."""
-    for name in ("patch_norm", "pre_norm", "output_cls_token", "out_origin"):
+    for name in ("patch_norm", "pre_norm", "out_origin"):
         table.only(name, False)
+    table.only("patch_pad", "corner")
+    table.only("num_fcs", 2)
     table.only("act_cfg", "GELU")
     state = {key: value for key, value in tensors.items() if not key.startswith("fpn")}
     dim, _, _, patch = state["patch_embed.proj.weight"].shape
