@@ -38,8 +38,11 @@ def created(state: dict[str, Tensor], settings: dict[str, Any]) -> nn.Module:
 
 def convolved(state: dict[str, Tensor], name: str, x: Tensor, padding: int = 0) -> Tensor:
     """A convolution, its batch norm, and a ReLU."""
-    norm = [state[f"{name}.bn.{n}"] for n in ("running_mean", "running_var", "weight", "bias")]
-    return relu(batch_norm(conv2d(x, state[f"{name}.conv.weight"], padding=padding), *norm))
+    mean, variance, weight, bias = (
+        state[f"{name}.bn.{n}"] for n in ("running_mean", "running_var", "weight", "bias")
+    )
+    x = conv2d(x, state[f"{name}.conv.weight"], padding=padding)
+    return relu(batch_norm(x, mean, variance, weight, bias))
 
 
 def conv_state(name: str, outputs: int, inputs: int, size: int) -> dict[str, Tensor]:
@@ -88,7 +91,7 @@ DPT_NAMES = (
 
 @pytest.mark.parametrize("readout", ["project", "add", "ignore"])
 @pytest.mark.parametrize("norm", [True, False])
-def test_a_dpt_head_fuses_as_transformers_does(readout: str, norm: bool) -> None:
+def test_a_dpt_head_fuses_as_transformers_does(readout: Any, norm: bool) -> None:
     config = DPTConfig(
         hidden_size=12, neck_hidden_sizes=[4, 6, 8, 10], fusion_hidden_size=5,
         readout_type=readout, use_batch_norm_in_fusion_residual=norm,
@@ -113,15 +116,16 @@ def test_a_dpt_head_fuses_as_transformers_does(readout: str, norm: bool) -> None
     blocks = [torch.randn(2, 1 + 3 * 4, 12) for _ in range(4)]
     settings = {"inputs": [24] * 4, "readout": readout}
     maps = [
-        with_class_token(x[:, 1:].transpose(1, 2).unflatten(2, (3, 4)), x[:, 0]) for x in blocks
+        with_class_token(torch.unflatten(x[:, 1:].transpose(1, 2), 2, (3, 4)), x[:, 0])
+        for x in blocks
     ]
     with torch.no_grad():
         fused = neck(blocks, 3, 4)[-1]
         if norm:
             projected = convolved(last, "project", fused, 1)
         else:
-            projected = relu(conv2d(fused, *(last[f"project.conv.{n}"] for n in ("weight", "bias")),
-                                    padding=1))  # fmt: skip
+            weight, bias = last["project.conv.weight"], last["project.conv.bias"]
+            projected = relu(conv2d(fused, weight, bias, padding=1))
         expected = conv2d(projected, last["conv_seg.weight"], last["conv_seg.bias"])
         found = created(state | last, settings)(maps)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

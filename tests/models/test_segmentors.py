@@ -61,7 +61,7 @@ def rewritten(name: str, change: Change, tmp_path: Path) -> Path:
 def randomize(module: nn.Module) -> nn.Module:
     """Random weights of every kind, for networks without those of a checkpoint."""
     for parameter in module.parameters():
-        scale = 0.3 if parameter.dim() < 2 else parameter[0].numel() ** -0.5
+        scale = 0.3 if parameter.dim() < 2 else max(1, parameter[0].numel()) ** -0.5
         nn.init.normal_(parameter, std=scale)
     return module.eval()
 

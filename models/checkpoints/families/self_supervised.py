@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
-from models.checkpoints.families import cvt, resnet, swin, vit, xcit
+from models.checkpoints.families import cvt, resnet, swin, vil, vit, xcit
 from models.checkpoints.families.cait import CAIT, cait_checkpoint
 from models.checkpoints.families.known import Known
 from models.errors import CheckpointError
@@ -29,6 +29,7 @@ def backbone_kind(tensors: Mapping[str, Tensor]) -> str | None:
         (xcit.MARK, "XCiT"),
         (swin.MARK, "Swin"),
         (cvt.MARK, "CvT"),
+        (vil.MARK, "ViL"),
     ):
         if mark in keys:
             return kind
@@ -77,7 +78,9 @@ def backbone_checkpoint(
             return swin.swin_checkpoint(name, tensors, arguments, img_size=img_size, **shared)
         case "CvT":
             return cvt.cvt_checkpoint(name, tensors, arguments, **shared)
+        case "ViL":
+            return vil.vil_checkpoint(name, tensors, arguments, **shared)
     keys = ", ".join(list(tensors)[:5])
     raise CheckpointError(
-        f"not a whole ViT, CaiT, ResNet, XCiT, Swin or CvT; its keys begin with {keys}"
+        f"not a whole ViT, CaiT, ResNet, XCiT, Swin, CvT or ViL; its keys begin with {keys}"
     )

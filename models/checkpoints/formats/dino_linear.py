@@ -3,8 +3,8 @@
 The file holds the classifier alone; the backbone is a companion file. Its input are, of a ViT, the
 class tokens of the last four blocks or, if it takes twice the backbone's channels, the last class
 token interleaved with the mean of the patch tokens; of a ResNet or XCiT their pooled output.
-EsViT's (arXiv 2106.09785) have the same layout, and read the means of a Swin's or CvT's last
-blocks.
+EsViT's (arXiv 2106.09785) have the same layout, and read the means of a Swin's, CvT's or
+ViL's last blocks (of a ViL global tokens where it has them).
 """
 
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     companion = open_companion(container, arguments, "backbone", BACKBONES)
     inner, _ = split_prefix(companion.tensors, "backbone.")
     kept, dropped = split_prefix(inner or companion.tensors, "", drop=HEADS)
-    if backbone_kind(kept) not in ("ViT", "ResNet", "XCiT", "Swin", "CvT"):
+    if backbone_kind(kept) not in ("ViT", "ResNet", "XCiT", "Swin", "CvT", "ViL"):
         raise CheckpointError(f"{companion.path}: not a backbone as DINO or EsViT publishes it")
     backbone = backbone_checkpoint(NAME, kept, arguments, dropped=dropped)
     weight, bias = container.tensors["linear.weight"], container.tensors["linear.bias"]
@@ -57,6 +57,7 @@ def _features(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The head's settings for a classifier of `count` features, and what is assumed."""
     built = backbone.arguments
+    depths = built.get("depths", ())
     match backbone.architecture:
         case "vit":
             return _class_tokens(built["embed_dim"], count, arguments)
@@ -64,11 +65,14 @@ def _features(
             widths = [built["embed_dim"] * 2**stage for stage in range(len(built["depths"]))]
         case "cvt":
             widths = built["dims"]
+        case "vil":
+            widths = [stage["dim"] for stage in built["stages"]]
+            depths = [stage["depth"] for stage in built["stages"]]
         case "xcit":
             return _pooled(built["embed_dim"], count)
         case _:
             return _pooled(4 * built["channels"][-1], count)
-    widths = [w for w, depth in zip(widths, built["depths"], strict=True) for _ in range(depth)]
+    widths = [w for w, depth in zip(widths, depths, strict=True) for _ in range(depth)]
     for blocks in range(1, len(widths) + 1):
         if sum(widths[-blocks:]) == count:
             return {"last_blocks": blocks}, {}

@@ -1,7 +1,7 @@
 """EsViT's full checkpoint (arXiv 2106.09785, github.com/microsoft/esvit).
 
-Student and teacher, each a Swin or CvT with its projection heads at the same level. The teacher is
-served; `weights="student"` selects the student.
+Student and teacher, each a Swin, CvT or ViL with its projection heads at the same level. The
+teacher is served; `weights="student"` selects the student.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     teacher = container.sets.get("teacher", {})
     if "student" not in container.sets or "head.last_layer.weight_v" not in teacher:
         return None
-    if (kind := backbone_kind(teacher)) in ("Swin", "CvT"):
+    if (kind := backbone_kind(teacher)) in ("Swin", "CvT", "ViL"):
         return f"student and teacher, each a {kind} with its heads beside it"
     return None
 
