@@ -25,7 +25,6 @@ from models.trunks.base import Trunk
 from models.trunks.device_errors import is_cuda_error, is_out_of_memory
 from models.trunks.devices import one_thread
 from models.trunks.features import FeatureRequest, merge
-from models.trunks.output import TrunkOutput
 
 # What a head's `forward` returned for one row of a batch: float32 arrays by name.
 Row = Mapping[str, np.ndarray]
@@ -111,19 +110,56 @@ def prepare_pieces(item: Any, trunk: Trunk, view: View | None, limits: ImageLimi
     return view.cut(item)
 
 
+class StartedPass:
+    """A pass whose heads have been started. On a GPU their outputs may not be computed yet.
+
+    Attributes:
+        tensors: the heads' outputs on the device, float32, in no order that matters outside.
+    """
+
+    def __init__(self, calls: Sequence[Sequence[HeadCall]]) -> None:
+        self.tensors: list[Tensor] = []
+        self._results: list[list[Row | Exception]] = [[{}] * len(row_calls) for row_calls in calls]
+        # Each call's rows, as (row of the batch, position in it), and its outputs' names.
+        self._outputs: list[tuple[Sequence[tuple[int, int]], Sequence[str]]] = []
+
+    def add(self, at: Sequence[tuple[int, int]], outputs: Mapping[str, Tensor]) -> None:
+        """Add a head's outputs for these rows."""
+        tensors = [tensor.float() for tensor in outputs.values()]
+        if any(len(tensor) < len(at) for tensor in tensors):
+            raise ValueError(f"a head returned fewer than {len(at)} rows")
+        self.tensors += tensors
+        self._outputs.append((at, list(outputs)))
+
+    def fail(self, at: Sequence[tuple[int, int]], error: Exception) -> None:
+        """Note that a head has failed for these rows."""
+        for row, position in at:
+            self._results[row][position] = error
+
+    def results(self, copies: Sequence[Tensor]) -> list[list[Row | Exception]]:
+        """For each row, for each of its calls, the head's arrays, or the exception that it raised.
+
+        Args:
+            copies: `tensors` on the host.
+        """
+        remaining = iter(copies)
+        for at, names in self._outputs:
+            arrays = {name: next(remaining).numpy() for name in names}
+            for number, (row, position) in enumerate(at):
+                self._results[row][position] = {name: arrays[name][number] for name in names}
+        return self._results
+
+
 @torch.inference_mode()
-def run_pass(
-    trunk: Trunk, batch: Tensor, calls: Sequence[Sequence[HeadCall]]
-) -> list[list[Row | Exception]]:
-    """Run the trunk once, then each head on the rows that call it.
+def start_pass(trunk: Trunk, batch: Tensor, calls: Sequence[Sequence[HeadCall]]) -> StartedPass:
+    """Start the trunk once, then each head on the rows that call it.
 
     Args:
         batch: as `trunk.collate` returns it.
         calls: for each row of the batch its head calls.
 
-    Returns:
-        For each row, for each of its calls, the head's arrays, or the exception that the head
-        raised. A trunk's exception, and errors of the device, are raised.
+    Raises:
+        Exception: what the trunk raises, and errors of the device.
     """
     places: dict[HeadCall, list[tuple[int, int]]] = defaultdict(list)
     for row, row_calls in enumerate(calls):
@@ -132,26 +168,32 @@ def run_pass(
     output = trunk.forward(
         batch, merge((call.request, [row for row, _ in at]) for call, at in places.items())
     )
-    results: list[list[Row | Exception]] = [[{}] * len(row_calls) for row_calls in calls]
+    started = StartedPass(calls)
     for call, at in places.items():
-        rows = _run_head(call, output.rows([row for row, _ in at]), len(at))
-        for (row, position), result in zip(at, rows, strict=True):
-            results[row][position] = result
-    if not places:  # a probe: wait for the device, so that a failure shows here
-        output.features.flatten()[:1].cpu()
-    return results
+        rows = output.rows([row for row, _ in at])
+        try:
+            with nullcontext() if call.head.forward_is_slow else one_thread():
+                outputs = call.head.forward(rows, **dict(call.options))
+            started.add(at, outputs)
+        except Exception as error:
+            if is_out_of_memory(error) or is_cuda_error(error):  # not the head's fault
+                raise
+            started.fail(at, error)
+    if not places:  # a probe: something to wait for, so that a failure of the device shows
+        started.tensors.append(output.features.flatten()[:1].float())
+    return started
 
 
-def _run_head(call: HeadCall, output: TrunkOutput, count: int) -> Sequence[Row | Exception]:
-    try:
-        with nullcontext() if call.head.forward_is_slow else one_thread():
-            tensors = call.head.forward(output, **dict(call.options))
-        arrays = {name: tensor.float().cpu().numpy() for name, tensor in tensors.items()}
-        return [{name: array[row] for name, array in arrays.items()} for row in range(count)]
-    except Exception as error:
-        if is_out_of_memory(error) or is_cuda_error(error):  # not the head's fault
-            raise
-        return [error] * count
+def run_pass(
+    trunk: Trunk, batch: Tensor, calls: Sequence[Sequence[HeadCall]]
+) -> list[list[Row | Exception]]:
+    """Run the trunk once, then each head on the rows that call it; see `start_pass`.
+
+    Returns:
+        For each row, for each of its calls, the head's arrays, or the exception that it raised.
+    """
+    started = start_pass(trunk, batch, calls)
+    return started.results([tensor.cpu() for tensor in started.tensors])
 
 
 def run_rows(trunk: Trunk, batch: Tensor, call: HeadCall) -> list[Row]:

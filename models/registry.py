@@ -22,6 +22,7 @@ from models.model import Model
 from models.placements import Placements
 from models.slot import Slot
 from models.trunks.devices import Placement, resolve_device, resolve_precision
+from models.trunks.transfers import finish_writes
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class Registry:
             slot.state, slot.reason = State.LOADING, ""
             started = time.monotonic()
             try:
-                model = self._assembly.build(slot.entry)
+                model = self._build(slot.entry)
                 if self.on_load:
                     self.on_load(model)
             except BaseException as error:
@@ -150,7 +151,7 @@ class Registry:
         if old is not None and old.model is not None:
             if old.entry.trunk != entry.trunk:
                 raise CatalogError(f"{entry.name} uses {old.entry.trunk!r}; remove it first")
-            slot.model, slot.state = self._assembly.build(entry), State.READY
+            slot.model, slot.state = self._build(entry), State.READY
             slot.format, slot.load_seconds = old.format, old.load_seconds
         self._slots[entry.name] = slot
         self.catalog = replace(self.catalog, models={**self.catalog.models, entry.name: entry})
@@ -247,6 +248,11 @@ class Registry:
         for task, name in names.items():
             defaults.setdefault(name, []).append(task)
         return defaults
+
+    def _build(self, entry: ModelEntry) -> Model:
+        model = self._assembly.build(entry)
+        finish_writes(self.device)
+        return model
 
     def _slot(self, name: str) -> Slot:
         entry = self.catalog.model(name)

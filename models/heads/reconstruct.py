@@ -29,6 +29,7 @@ from models.trunks.base import Trunk
 from models.trunks.features import FeatureRequest
 from models.trunks.masked import MaskedTrunk
 from models.trunks.output import TrunkOutput
+from models.trunks.transfers import to_device
 
 PATCH_CHANNELS = 3
 
@@ -62,6 +63,11 @@ class Reconstruct(Head):
         self.mask_ratio = float(state.settings.get("mask_ratio", 0.75))
         self.by_patch = bool(state.settings.get("by_patch", False))
         self.network = trunk.placement.apply(create_decoder(state))
+        spec, placement = trunk.preprocess, trunk.placement
+        self._mean, self._std = (
+            torch.tensor(values).view(3, 1, 1).to(placement.device, placement.dtype)
+            for values in (spec.mean, spec.std)
+        )
 
     @classmethod
     def create(cls, trunk: Trunk, labels: Sequence[str], state: HeadState | None) -> Self:
@@ -93,7 +99,8 @@ class Reconstruct(Head):
         pixels = output.pixels
         assert pixels is not None
         count = output.grid[0] * output.grid[1]
-        noise = torch.rand(count, generator=torch.Generator().manual_seed(seed)).to(pixels)
+        noise = torch.rand(count, generator=torch.Generator().manual_seed(seed))
+        noise = to_device(noise.to(pixels.dtype), pixels.device)
         visible = self.encode(pixels, noise.expand(len(pixels), -1), mask_ratio)
         images, drawn = self._scale(pixels), self._scale(self.draw(visible, pixels))
         hidden = visible.mask.reshape(-1, 1, *output.grid)
@@ -128,9 +135,7 @@ class Reconstruct(Head):
 
     def _scale(self, pixels: Tensor) -> Tensor:
         """Normalised pixels to 0..1."""
-        spec = self.trunk.preprocess
-        mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
-        return (pixels * std + mean).clamp(0, 1)
+        return (pixels * self._std + self._mean).clamp(0, 1)
 
     def finish(self, row: Mapping[str, np.ndarray], size: tuple[int, int]) -> dict[str, np.ndarray]:
         """`size` (2,) width and height of the PNGs `drawn` and `pasted`; `seen` is a PNG of the

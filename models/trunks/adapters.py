@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from models.errors import CheckpointError
+from models.trunks.transfers import index_tensor
 
 # A layer's matrices: A (R, I), and B (O, R) with the scale multiplied in.
 Pair = tuple[Tensor, Tensor]
@@ -57,6 +58,7 @@ class AdapterBatch:
     def __init__(self, requests: AdapterRows, size: int) -> None:
         self._requests = requests
         self._size = size
+        self._indices: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def add(self, name: str, x: Tensor, y: Tensor) -> Tensor | None:
         """A layer's output with its adapters' updates added; None if no row has one for it.
@@ -77,17 +79,25 @@ class AdapterBatch:
         if len(used) == 1 and len(used[0][1]) == self._size:
             [(down_RI, up_OR)] = [pair for pair, _ in used]
             return y + (x.to(down_RI.dtype) @ down_RI.T @ up_OR.T).to(y.dtype)
-        rows = [row for _, own in used for row in own]
-        which = [number for number, (_, own) in enumerate(used) for _ in own]
         downs_KRI, ups_KOR = _stack([pair for pair, _ in used])
-        places = [row * parts + part for row in rows for part in range(parts)]
-        index = torch.tensor(places, device=x.device)
-        owner = torch.tensor(which, device=x.device).repeat_interleave(parts)
+        index, owner = self._places([own for _, own in used], parts, x.device)
         x_BMI = x[index].to(downs_KRI.dtype).flatten(1, -2) if x.dim() > 2 else x[index][:, None]
         low_BMR = torch.bmm(x_BMI.to(downs_KRI.dtype), downs_KRI[owner].transpose(1, 2))
         update_BMO = torch.bmm(low_BMR, ups_KOR[owner].transpose(1, 2))
-        update = update_BMO.reshape(len(places), *y.shape[1:]).to(y.dtype)
+        update = update_BMO.reshape(len(index), *y.shape[1:]).to(y.dtype)
         return y.index_add(0, index, update)
+
+    def _places(
+        self, rows: Sequence[Sequence[int]], parts: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """The places of the parts of these rows, and which adapter each is for: the same in most
+        layers, so they are sent to the device once."""
+        key = tuple(tuple(own) for own in rows), parts
+        if key not in self._indices:
+            places = [row * parts + n for own in rows for row in own for n in range(parts)]
+            owners = [number for number, own in enumerate(rows) for _ in range(len(own) * parts)]
+            self._indices[key] = index_tensor(places, device), index_tensor(owners, device)
+        return self._indices[key]
 
 
 class AdapterHooks:

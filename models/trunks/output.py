@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from models.trunks.query_tokens import QuerySet
+from models.trunks.transfers import index_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +76,17 @@ class TrunkOutput:
         """
         if list(index) == list(range(self.features.shape[0])):
             return self
-        index = list(index)
+        rows = index_tensor(list(index), self.features.device)
         return replace(
             self,
-            features=self.features[index],
-            layers={number: layer[index] for number, layer in self.layers.items()},
-            attention={number: maps[index] for number, maps in self.attention.items()},
-            cls_attention={number: maps[index] for number, maps in self.cls_attention.items()},
-            keys_values=[(keys[index], values[index]) for keys, values in self.keys_values],
-            pixels=None if self.pixels is None else self.pixels[index],
-            dense=None if self.dense is None else self.dense[index],
-            tower_tokens=None if self.tower_tokens is None else self.tower_tokens[index],
+            features=self.features[rows],
+            layers={number: layer[rows] for number, layer in self.layers.items()},
+            attention={number: maps[rows] for number, maps in self.attention.items()},
+            cls_attention={number: maps[rows] for number, maps in self.cls_attention.items()},
+            keys_values=[(keys[rows], values[rows]) for keys, values in self.keys_values],
+            pixels=None if self.pixels is None else self.pixels[rows],
+            dense=None if self.dense is None else self.dense[rows],
+            tower_tokens=None if self.tower_tokens is None else self.tower_tokens[rows],
         )
 
 

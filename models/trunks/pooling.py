@@ -1,8 +1,8 @@
 """Poolings of patch tokens (B, T, D) to (B, D)."""
 
+import math
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from models.errors import CheckpointError
@@ -28,7 +28,7 @@ def ggem(patches_BTD: Tensor, exponents_G: Tensor) -> Tensor:
         raise CheckpointError(f"{len(exponents_G)} groups do not divide {dim} channels")
     p_D = exponents_G.repeat_interleave(dim // len(exponents_G))
     logs = patches_BTD.float().clamp(min=GEM_EPS).log() * p_D
-    mean = logs.logsumexp(1) - torch.log(torch.tensor(float(tokens), device=logs.device))
+    mean = logs.logsumexp(1) - math.log(tokens)
     return (mean / p_D).exp()
 
 

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from models.trunks.transfers import finish_writes, index_tensor
+
 FIRST_CAPACITY = 64
 
 
@@ -60,7 +62,7 @@ class QueryBank:
             assert self.tensors is not None
             for bank, tokens in zip(self.tensors, (raw_LTD, projected_LThd), strict=True):
                 bank[:, slots.start : slots.stop] = tokens
-        _finish_writes(raw_LTD.device)
+        finish_writes(raw_LTD.device)
         queries = QuerySet(slots, raw_LTD.nbytes + projected_LThd.nbytes)
         weakref.finalize(queries, self._released.append, slots).atexit = False
         return queries
@@ -88,7 +90,7 @@ class QueryBank:
         if self.tensors is not None:
             for target, source in zip(larger, self.tensors, strict=True):
                 target[:, :old] = source
-            _finish_writes(raw_LTD.device)
+            finish_writes(raw_LTD.device)
         self.tensors = (larger[0], larger[1])
         self._free = _joined([*self._free, range(old, new)])
 
@@ -153,6 +155,11 @@ class QueryBatch:
         its slots (R, S), both int64."""
         assert bank.tensors is not None
         tensors = list(bank.tensors)
+        if self._device.type == "cuda":
+            # The bank may grow and free them before this pass has ended.
+            stream = torch.cuda.current_stream(self._device)
+            for tensor in tensors:
+                tensor.record_stream(stream)
         for (rows, slots), whole in zip(self.groups, self.whole, strict=True):
             tensors += [] if whole else [self._indices(rows)]
             tensors.append(self._indices(slots))
@@ -170,7 +177,7 @@ class QueryBatch:
         return split
 
     def _indices(self, values: Any) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+        return index_tensor(values, self._device)
 
 
 class QueryPass:
@@ -256,12 +263,6 @@ def finish_block(block: Any, raw: Tensor, context: Tensor) -> Tensor:
     x = raw + block.ls1(attention.proj(attention.norm(context)))
     finished: Tensor = x + block.ls2(block.mlp(block.norm2(x)))
     return finished
-
-
-def _finish_writes(device: torch.device) -> None:
-    """Wait until a bank is written: passes read it on CUDA streams of their own."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _joined(ranges: Sequence[range]) -> list[range]:

@@ -1,7 +1,6 @@
 """Runs a batch on the device: the trunk once, then each head on its rows."""
 
 import logging
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -11,12 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.inference import HeadCall, Row, run_pass
+from models.inference import HeadCall, Row, start_pass
 from models.trunks.base import Trunk
 from models.trunks.device_errors import is_lost, is_out_of_memory
 from models.trunks.devices import one_thread
 from service.metrics import Metrics
 from service.worker.batch_queue import BatchQueue
+from service.worker.device import Device
 from service.worker.device_loss import exit_for_restart
 from service.worker.scheduler import Batch
 
@@ -104,12 +104,14 @@ def use_threads(count: int) -> None:
 class Runner:
     """Runs the passes of one trunk. Called from the lanes' threads."""
 
-    def __init__(self, name: str, trunk: Trunk, threads: Threads, metrics: Metrics) -> None:
+    def __init__(
+        self, name: str, trunk: Trunk, device: Device, threads: Threads, metrics: Metrics
+    ) -> None:
         self.name = name
         self.trunk = trunk
+        self._device = device
         self._threads = threads
         self._metrics = metrics
-        self._local = threading.local()
         # When a pass last succeeded, in `time.monotonic` seconds.
         self.last_passed = time.monotonic()
 
@@ -188,19 +190,11 @@ class Runner:
         return self.trunk.splits_adapters and any(adapters)
 
     def _run_pass(self, items: Sequence[Item]) -> list[list[Row | Exception]]:
-        on_gpu = self.trunk.placement.device.type == "cuda"
-        with self._stream():
-            with one_thread():
-                # Pinned, so that the copy to a GPU overlaps the other stream's computation.
-                batch = self.trunk.collate([item.prepared for item in items], pin_memory=on_gpu)
-            results = run_pass(self.trunk, batch, [item.calls for item in items])
+        with one_thread():
+            batch = self.trunk.collate(
+                [item.prepared for item in items], pin_memory=self._device.pins_memory
+            )
+        calls = [item.calls for item in items]
+        results = self._device.run(batch, lambda moved: start_pass(self.trunk, moved, calls))
         self.last_passed = time.monotonic()
         return results
-
-    def _stream(self) -> torch.cuda.StreamContext:
-        """This thread's own CUDA stream; on a CPU a context that does nothing."""
-        if self.trunk.placement.device.type == "cuda" and not hasattr(self._local, "stream"):
-            self._local.stream = torch.cuda.Stream(  # type: ignore[no-untyped-call]
-                self.trunk.placement.device
-            )
-        return torch.cuda.stream(getattr(self._local, "stream", None))

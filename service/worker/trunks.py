@@ -10,6 +10,7 @@ from service.errors import DeadlineExceededError
 from service.metrics import Metrics
 from service.worker.batch_queue import BatchQueue, Entry
 from service.worker.batcher import Batcher
+from service.worker.device import create_device
 from service.worker.prober import Prober
 from service.worker.runner import Runner, Threads
 from service.worker.scheduler import Batch, Scheduler
@@ -25,6 +26,7 @@ class ServedTrunks:
         self._metrics = metrics
         self.runners: dict[str, Runner] = {}
         self._users: dict[str, set[str]] = {name: set() for name in registry.catalog.trunks}
+        self._device = create_device(registry.device)
         on_cpu = registry.device.type == "cpu"
         # A GPU's lanes start kernels, for which further threads do nothing.
         lane_threads = options.lane_threads if on_cpu else 1
@@ -82,7 +84,7 @@ class ServedTrunks:
 
     def _start(self, name: str, trunk: Trunk) -> None:
         queue = self._queue(name)
-        self.runners[name] = Runner(name, trunk, self._threads, self._metrics)
+        self.runners[name] = Runner(name, trunk, self._device, self._threads, self._metrics)
         self.batcher.add_queue(queue)
         try:
             self.prober.warm_up(name, min(queue.limit.value, queue.capacity))

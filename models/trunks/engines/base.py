@@ -18,6 +18,7 @@ from models.errors import EngineError
 from models.trunks.devices import DTYPES, Placement
 from models.trunks.engines.report import EngineReport
 from models.trunks.features import PassPlan
+from models.trunks.transfers import finish_writes
 
 # Input tensors to named output tensors.
 Pass = Callable[..., Mapping[str, Tensor]]
@@ -108,9 +109,9 @@ class Engine:
         if (built := self._passes.get(key)) is None:
             with self._lock:
                 if (built := self._passes.get(key)) is None:
-                    built = self._passes[key] = self.build(
-                        key, self.source.create_pass(plan), inputs
-                    )
+                    built = self.build(key, self.source.create_pass(plan), inputs)
+                    finish_writes(self.placement.device)
+                    self._passes[key] = built
         return built
 
     def key(self, plan: PassPlan, inputs: tuple[Tensor, ...]) -> PassKey:
