@@ -26,8 +26,11 @@ SOME = ("clip", "convnext_v2", "dino", "scale_mae", "vqt")
 OTHERS = ("vitgan", "vitgan_inr")
 
 
-class NoWaiting(TorchDispatchMode):
+class NoWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Fails on copies from the host that would wait for them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
