@@ -30,6 +30,7 @@ from models.trunks.base import Trunk
 from service.metrics import Metrics
 from service.worker.batch_queue import BatchQueue, Entry
 from service.worker.batcher import Batcher
+from service.worker.device import create_device
 from service.worker.runner import Item, Runner, Threads
 from service.worker.scheduler import Scheduler
 from service.worker_options import WorkerOptions
@@ -49,7 +50,10 @@ class Bench:
         metrics = Metrics(CollectorRegistry())
         self.trunk = trunk
         names = ["shared", *map(str, range(count))]
-        self._runners = {name: Runner(name, trunk, threads, metrics) for name in names}
+        self._runners = {
+            name: Runner(name, trunk, create_device(trunk.placement.device), threads, metrics)
+            for name in names
+        }
         self._batcher = Batcher(
             Scheduler(lanes=options.streams),
             execute=lambda b: self._runners[b.queue.name].execute(b),

@@ -45,7 +45,7 @@ def unpacked(copies: Sequence[Tensor], shapes: Sequence[torch.Size]) -> list[Ten
     is_small = [shape.numel() <= PACKED_NUMBERS for shape in shapes]
     remaining = iter(copies)
     sizes = [shape.numel() for shape, small in zip(shapes, is_small, strict=True) if small]
-    flat = iter(next(remaining).split(sizes) if sizes else ())
+    flat = iter(torch.split(next(remaining), sizes) if sizes else ())
     return [
         next(flat).view(shape) if small else next(remaining)
         for shape, small in zip(shapes, is_small, strict=True)

@@ -109,7 +109,8 @@ class CudaStreams:
                 tensor.record_stream(stream)
                 host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 copies.append(host.copy_(tensor, non_blocking=True))
-            done = torch.cuda.Event(blocking=True)  # the waiting thread sleeps
+            # the waiting thread sleeps
+            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             done.record(stream)
         return copies, done
 
