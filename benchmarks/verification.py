@@ -29,7 +29,7 @@ HEADER = """\
 
 
 def main() -> None:
-    """Verify, and write the page."""
+    """Verify, and write the page. The exit status is 1 if a model differs or fails."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="folders of fixtures")
     arguments = parser.parse_args()
@@ -41,6 +41,7 @@ def main() -> None:
     table = f"`{command}` made this table.\n\n{HEADER}" + "\n".join(rows) + "\n"
     page = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(TABLE.sub(lambda _: table, page), encoding="utf-8")
+    sys.exit(any("**" in row for row in rows))
 
 
 def _rows(folders: list[Path]) -> Iterator[str]:
@@ -67,9 +68,17 @@ def _compare(name: str, load: Callable[[], Target]) -> Iterator[str]:
             yield _row(name, target.served.trunk.engine.report().name, comparison)
             name = ""
     except ModelsError as error:
-        first = str(error).splitlines()[0].replace("|", "/")
-        first = first.rpartition("/")[2] if first.startswith("/") else first
-        yield f"| {name} | | | | | | refused: {first[:120]} |"
+        yield f"| {name} | | | | | | refused: {_first_line(error)} |"
+    except Exception as error:  # one that fails is a row, and not the end of the others
+        kind = type(error).__name__
+        yield f"| {name} | | | | | | **failed**: {kind}: {_first_line(error)} |"
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of a message, without the folder that it begins with."""
+    first = (str(error).splitlines() or [""])[0].replace("|", "/")
+    first = first.rpartition("/")[2] if first.startswith("/") else first
+    return first[:120]
 
 
 def _row(name: str, engine: str, comparison: Comparison) -> str:
