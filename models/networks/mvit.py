@@ -28,6 +28,7 @@ class MultiscaleVit(nn.Module):
         stem: `kernel_size`, `stride` and `padding` of the stem's convolution.
         positions: `joint` or `separate` tables of absolute positions, or `none`.
         repeats: how often they are added; upstream adds fixed ones twice.
+        norm: whether there is a last norm.
         mean_pooling: pool before the last norm, over patches alone.
         fuse: how both streams of a reversible network are joined at the end; None for others.
         resized: take clips of other sizes than the relative positions are for.
@@ -45,6 +46,7 @@ class MultiscaleVit(nn.Module):
         positions: str,
         repeats: int,
         norm_stem: bool,
+        norm: bool = True,
         mean_pooling: bool,
         fuse: str | None,
         **attention: Any,
@@ -85,8 +87,10 @@ class MultiscaleVit(nn.Module):
             self.rev_backbone = Layers(layers)
             self.fuse = Fusion(fuse, 2 * width)
             width = 2 * width if "concat" in fuse else width
-        self.norm = LayerNorm(width)
-        self.head = nn.ModuleDict({"projection": nn.Linear(width, num_classes)})
+        self.norm = LayerNorm(width) if norm else nn.Identity()
+        self.head = nn.ModuleDict()
+        if num_classes:
+            self.head["projection"] = nn.Linear(width, num_classes)
 
     def _positions(self) -> Tensor:
         if self.positions == "joint":
@@ -138,7 +142,7 @@ class MultiscaleVit(nn.Module):
             x = self.norm(x[:, self.num_prefix_tokens :].mean(1))
         else:
             x = x[:, 0] if self.num_prefix_tokens else x.mean(1)
-        result: Tensor = x if pre_logits else self.head["projection"](x)
+        result: Tensor = x if pre_logits or not self.num_classes else self.head["projection"](x)
         return result
 
 

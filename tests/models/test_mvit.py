@@ -1,16 +1,19 @@
 """MViT beyond its fixtures: other sizes, configurations and channel orders."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from timm import create_model
 from torch.nn.functional import interpolate
 
 from models import load_checkpoint
 from models.checkpoints.containers import open_container
 from models.checkpoints.formats import mvit
+from models.checkpoints.loading import read_checkpoint
 from models.errors import CheckpointError, InputError
 from models.inputs.transforms import Normalize
 from models.networks.pooling_attention import relative
@@ -88,3 +91,60 @@ def test_configurations_of_other_networks_are_refused(
     torch.save(content | {"cfg": yaml.safe_dump(config)}, tmp_path / "changed.pyth")
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(tmp_path / "changed.pyth")
+
+
+def without_its_head(tmp_path: Path, **changes: Any) -> tuple[Path, dict[str, Any]]:
+    """A fine-tuned MaskFeat as pre-training saves it, and the file it was made of."""
+    path = folder_of("mvit_maskfeat_finetuned") / "checkpoint.pyth"
+    content: dict[str, Any] = torch.load(path, weights_only=False)
+    kept = {k: v for k, v in content["model_state"].items() if not k.startswith(("norm.", "head."))}
+    more = {
+        "mask_token": torch.zeros(1, 1, 24),
+        "pred_head.projections.0.weight": torch.zeros(3, 96),
+        "hogs.0.weight_x": torch.zeros(3, 1, 3, 3),
+    }
+    pretrained = {**content, "model_state": kept | more, **changes}
+    torch.save(pretrained, tmp_path / "pretrained.pyth")
+    return tmp_path / "pretrained.pyth", content
+
+
+def test_maskfeat_is_an_encoder_without_norm_and_head(tmp_path: Path) -> None:
+    path, _ = without_its_head(tmp_path)
+    checkpoint = read_checkpoint(path, {})
+    assert checkpoint.assumed == {"MVIT.USE_MEAN_POOLING": True}
+    assert set(checkpoint.dropped) == {
+        "mask_token",
+        "pred_head.projections.0.weight",
+        "hogs.0.weight_x",
+    }
+    model, finetuned = load_checkpoint(path), fixture("mvit_maskfeat_finetuned")[0]
+    assert model.task == "embed"
+    clip = torch.randn(2, 3, 4, 32, 32)
+    tokens = model.run(clip)["tokens"]
+    assert torch.equal(tokens, finetuned.run(clip)["tokens"])
+    assert torch.allclose(model.run(clip)["embedding"], tokens[:, 1:].mean(1))
+
+
+def test_a_vit_is_an_mvit_that_does_not_pool(tmp_path: Path) -> None:
+    """As MaskFeat's and MAE's ViTs and Rev-ViT are stored; their configuration is needed."""
+    network = create_model("vit_tiny_patch16_224", img_size=32, embed_dim=48, depth=2, num_heads=4,
+                           num_classes=5).eval()  # fmt: skip
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    state = {
+        key.replace("head.", "head.projection."): value
+        for key, value in network.state_dict().items()
+    }
+    config = {"MVIT": {"EMBED_DIM": 48, "NUM_HEADS": 4, "DEPTH": 2, "PATCH_KERNEL": [16, 16],
+                       "PATCH_STRIDE": [16, 16], "PATCH_PADDING": [0, 0], "PATCH_2D": True},
+              "DATA": {"TRAIN_CROP_SIZE": 32}}  # fmt: skip
+    torch.save({"epoch": 1, "model_state": state, "cfg": yaml.safe_dump(config)}, tmp_path / "a.p")
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        expected = network(pixels)
+    assert torch.allclose(
+        load_checkpoint(tmp_path / "a.p").run(pixels)["logits"], expected, atol=1e-5
+    )
+    torch.save({"epoch": 1, "model_state": state}, tmp_path / "b.p")
+    with pytest.raises(CheckpointError, match="no configuration"):
+        load_checkpoint(tmp_path / "b.p")

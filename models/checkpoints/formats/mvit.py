@@ -1,11 +1,13 @@
 """MViT v1 and v2 (arXiv 2104.11227, 2112.01526) of images and clips, in SlowFast's container.
 
 Weights are under `model_state`, the configuration is YAML text under `cfg`. Also reversible MViTs,
-and those fine-tuned from MaskFeat (arXiv 2112.09133). Upstream is
-github.com/facebookresearch/SlowFast, and github.com/facebookresearch/mvit, which is for images
-alone, has other defaults and writes sizes of two numbers.
+ViTs, which are MViTs that do not pool, and those of MaskFeat (arXiv 2112.09133) and MAE (arXiv
+2205.09113), pre-trained or fine-tuned. Upstream is github.com/facebookresearch/SlowFast, and
+github.com/facebookresearch/mvit, which is for images alone, has other defaults and writes sizes of
+two numbers.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
+from models.checkpoints.families.mvit import REVERSIBLE, plain_blocks, reversible_blocks
 from models.errors import CheckpointError
 from models.inputs.transforms import ChannelOrder, ClipPreprocess, Preprocess
 from models.networks import OWN
@@ -23,14 +26,18 @@ from models.reference_outputs import ReferenceRun
 
 NAME = "mvit"
 VIDEO_MEAN, VIDEO_STD = (0.45, 0.45, 0.45), (0.225, 0.225, 0.225)
-REVERSIBLE = "rev_backbone.layers."
+BLOCK = re.compile(r"blocks\.0\.attn\.(pool_|qkv\.|q\.)")
+# What only pre-training uses: MaskFeat's and MAE's predictions of masked patches.
+PRETRAINING = ("mask_token", "pred_head.", "hogs.", "decoder_embed.", "decoder_pos_embed",
+               "dec_pos_embed_")  # fmt: skip
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     if container.wrapper != "model_state":
         return None
-    if any(key.startswith("blocks.0.attn.pool_") for key in container.tensors):
-        return "blocks that pool, under model_state"
+    keys = container.tensors.keys()
+    if "patch_embed.proj.weight" in keys and any(BLOCK.match(key) for key in keys):
+        return "blocks of an MViT, under model_state"
     if any(key.startswith(f"{REVERSIBLE}0.F.attn.") for key in container.tensors):
         return "layers of a reversible MViT, under model_state"
     return None
@@ -43,7 +50,8 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         CheckpointError: there is no configuration, or it is of another network.
     """
     config = _config(container, arguments)
-    tensors = _named(container.tensors)
+    dropped = tuple(key for key in container.tensors if key.startswith(PRETRAINING))
+    tensors = _named({k: v for k, v in container.tensors.items() if k not in dropped})
     mvit, data = config["MVIT"], config.get("DATA", {})
     if mvit.get("NORM", "layernorm") != "layernorm":
         raise CheckpointError(f"{container.path}: MVIT.NORM must be layernorm, as upstream has it")
@@ -79,13 +87,21 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     }
     if reversible:
         options["res_path"] = mvit.get("REV", {}).get("RES_PATH", "conv")
-        blocks = _reversible_blocks(mvit, tensors)
+        blocks = reversible_blocks(mvit, tensors)
     else:
         options["widen_in_attention"] = widened = _widens_in_attention(tensors, planar, mvit)
-        blocks = _blocks(mvit, widened)
+        blocks = plain_blocks(mvit, widened)
+        if dropped:  # pre-training has no blocks after those that it predicts from
+            numbers = {key.split(".")[1] for key in tensors if key.startswith("blocks.")}
+            blocks = blocks[: len(numbers)]
     positions = "joint" if "pos_embed" in tensors else "none"
     positions = "separate" if "pos_embed_spatial" in tensors else positions
     fixed = bool(mvit.get("USE_FIXED_SINCOS_POS", False))
+    assumed = _assumed(config, {"RESIDUAL_POOLING": residual})
+    has_norm, pooling = "norm.weight" in tensors, bool(mvit.get("USE_MEAN_POOLING", False))
+    if not has_norm:  # of MaskFeat, which fine-tunes with the mean
+        pooling = assumed["MVIT.USE_MEAN_POOLING"] = True
+    head = tensors.get("head.projection.weight")
     fuse = mvit.get("REV", {}).get("RESPATH_FUSE", "concat") if reversible else None
     return Checkpoint(
         format=NAME,
@@ -97,18 +113,20 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             ],
             "blocks": blocks,
             "stem": stem,
-            "num_classes": tensors["head.projection.weight"].shape[0],
+            "num_classes": 0 if head is None else head.shape[0],
             "cls_token": "cls_token" in tensors,
             "positions": positions,
             "repeats": 2 if fixed else 1,
             "norm_stem": "norm_stem.weight" in tensors,
-            "mean_pooling": bool(mvit.get("USE_MEAN_POOLING", False)),
+            "norm": has_norm,
+            "mean_pooling": pooling,
             "fuse": fuse,
             **options,
         },
         state_dict=tensors,
         preprocess=_preprocess(data, side, None if image else frames),
-        assumed=_assumed(config, {"RESIDUAL_POOLING": residual}),
+        dropped=dropped,
+        assumed=assumed,
     )
 
 
@@ -184,98 +202,6 @@ def _stem(sizes: Sequence[int], one: int) -> list[int]:
     """Sizes in time, height and width; `one` frame's for those of images."""
     plain = [int(size) for size in sizes]
     return [one, *plain] if len(plain) == 2 else plain
-
-
-def _multipliers(pairs: Any, depth: int) -> list[float]:
-    """A factor per block, from pairs of block and factor; 1 for the others."""
-    factors = [1.0] * (depth + 1)
-    for block, factor in pairs or ():
-        factors[int(block)] = float(factor)
-    return factors
-
-
-def _rounded(width: int, factor: float, divisor: int) -> int:
-    """Upstream's width times a factor, as a multiple of `divisor`."""
-    scaled = width * factor
-    result = max(divisor, int(scaled + divisor / 2) // divisor * divisor)
-    return int(result + divisor if result < 0.9 * scaled else result)
-
-
-def _three(sizes: Sequence[int]) -> list[int]:
-    """Sizes in time, height and width, from those or from height and width alone."""
-    plain = [int(size) for size in sizes]
-    return [1, *plain] if len(plain) == 2 else plain
-
-
-def _pools(mvit: Mapping[str, Any], depth: int) -> list[dict[str, list[int]]]:
-    """Kernels and strides of each block."""
-    strides_q = {int(s[0]): _three(s[1:]) for s in mvit.get("POOL_Q_STRIDE") or ()}
-    strides_kv = {int(s[0]): _three(s[1:]) for s in mvit.get("POOL_KV_STRIDE") or ()}
-    if mvit.get("POOL_KV_STRIDE_ADAPTIVE"):
-        current = _three(mvit["POOL_KV_STRIDE_ADAPTIVE"])
-        for number in range(depth):
-            for axis, stride in enumerate(strides_q.get(number, ())):
-                current[axis] = max(current[axis] // stride, 1)
-            strides_kv[number] = list(current)
-    stated = mvit.get("POOL_KVQ_KERNEL")
-    planar = all(len(s) < 4 for s in mvit.get("POOL_Q_STRIDE") or ())
-
-    def kernel(stride: list[int]) -> list[int]:
-        if stated:
-            return _three(stated)
-        if planar and stride:
-            return [1, 3, 3]  # that repository's default
-        return [step + 1 if step > 1 else step for step in stride]
-
-    return [
-        {
-            "kernel_q": kernel(strides_q.get(number, [])) if number in strides_q else [],
-            "kernel_kv": kernel(strides_kv.get(number, [])) if number in strides_kv else [],
-            "stride_q": strides_q.get(number, []),
-            "stride_kv": strides_kv.get(number, []),
-        }
-        for number in range(depth)
-    ]
-
-
-def _blocks(mvit: Mapping[str, Any], widen_in_attention: bool) -> list[dict[str, Any]]:
-    """Arguments of each `Block`."""
-    depth = int(mvit.get("DEPTH", 16))
-    dims, heads = (_multipliers(mvit.get(key), depth) for key in ("DIM_MUL", "HEAD_MUL"))
-    stem = dim = int(mvit.get("EMBED_DIM", 96))
-    count = int(mvit.get("NUM_HEADS", 1))
-    blocks = []
-    for number, pool in enumerate(_pools(mvit, depth)):
-        count = _rounded(count, heads[number], 1)
-        ahead = number if widen_in_attention else number + 1
-        width = _rounded(dim, dims[ahead], _rounded(count, heads[ahead], 1))
-        sizes = {"dim": dim, "dim_out": width, "num_heads": count, "stem_dim": stem}
-        blocks.append({**sizes, **pool})
-        dim = width
-    return blocks
-
-
-def _reversible_blocks(
-    mvit: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> list[dict[str, Any]]:
-    """Arguments of each `ReversibleLayer`. Widths are those of the weights."""
-    depth = int(mvit.get("DEPTH", 16))
-    heads = _multipliers(mvit.get("HEAD_MUL"), depth)
-    stem, count = int(mvit.get("EMBED_DIM", 96)), int(mvit.get("NUM_HEADS", 1))
-    rev = mvit.get("REV", {})
-    buffered = {int(number) for number in rev.get("BUFFER_LAYERS") or ()}
-    blocks = []
-    for number, pool in enumerate(_pools(mvit, depth)):
-        count = _rounded(count, heads[number], 1)
-        sizes = {
-            "dim": tensors[f"{REVERSIBLE}{number}.F.norm.weight"].shape[0],
-            "dim_out": tensors[f"{REVERSIBLE}{number}.F.attn.proj.weight"].shape[0],
-            "num_heads": count,
-            "stem_dim": stem,
-            "fusion": rev.get("PRE_Q_FUSION", "avg") if number in buffered else None,
-        }
-        blocks.append({**sizes, **pool})
-    return blocks
 
 
 def _widens_in_attention(
