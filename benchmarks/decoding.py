@@ -14,6 +14,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from timm.data import create_transform as create_timm_transform
 from torch import Tensor
 
 from benchmarks.photos import SIZES, encode, photos
@@ -45,8 +46,11 @@ def main() -> None:
 
 
 def by_pillow(spec: Preprocess) -> Decoder:
-    """Pillow's decoder, and the exact transform."""
-    transform = create_transform(spec)
+    """Pillow's decoder, and timm's transform, which resizes with Pillow."""
+    transform = create_timm_transform(
+        (3, *spec.input_size), interpolation=spec.interpolation, crop_pct=spec.crop_pct,
+        normalize=False,
+    )  # fmt: skip
 
     def work(data: bytes) -> Tensor:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))

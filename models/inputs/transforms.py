@@ -21,7 +21,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, resolve_model_data_config
 from timm.data import create_transform as create_timm_transform
 
 from models.errors import CatalogError
-from models.inputs.fast_transform import INTERPOLATIONS, OVERSAMPLING, create_fast_transform
+from models.inputs.crop_transform import INTERPOLATIONS, OVERSAMPLING, create_crop_transform
 from models.inputs.images import cut_sliver
 from models.inputs.letterbox import create_letterbox_transform, letterbox
 
@@ -220,12 +220,15 @@ def create_transform(spec: Preprocess) -> Transform:
     Raises:
         CatalogError: `fast` with a crop mode or interpolation that it does not have.
     """
-    if spec.transform == "fast":
-        transform = _fast_transform(spec)
-    elif spec.crop_mode == "letterbox":
+    has_crop = spec.crop_mode != "letterbox" and spec.interpolation in INTERPOLATIONS
+    if spec.transform == "fast" and not has_crop:
+        raise CatalogError(
+            f"the fast transform has no {spec.crop_mode} with {spec.interpolation}; it has center, "
+            f"squash and border with {' and '.join(INTERPOLATIONS)}"
+        )
+    if spec.crop_mode == "letterbox":
         return create_letterbox_transform(spec.input_size)
-    else:
-        transform = _timm_transform(spec)
+    transform = _crop_transform(spec) if has_crop else _timm_transform(spec)
     if (max_ratio := MAX_ASPECT_RATIO.get(spec.crop_mode)) is None:
         return transform
     return lambda image: transform(cut_sliver(image, max_ratio))
@@ -262,8 +265,7 @@ class Normalize(torch.nn.Module):
 
 
 def _timm_transform(spec: Preprocess) -> Transform:
-    # Resizes more than the crop keeps. Pillow's `resize(box=...)` would not, but its pixels differ:
-    # the box is in single precision, and the order of both passes depends on the output's size.
+    """timm's own transform, which resizes more than the crop keeps."""
     transform = create_timm_transform(
         input_size=(3, *spec.input_size),
         is_training=False,
@@ -275,15 +277,10 @@ def _timm_transform(spec: Preprocess) -> Transform:
     return cast("Transform", transform)
 
 
-def _fast_transform(spec: Preprocess) -> Transform:
-    if spec.crop_mode == "letterbox" or spec.interpolation not in INTERPOLATIONS:
-        raise CatalogError(
-            f"the fast transform has no {spec.crop_mode} with {spec.interpolation}; it has center, "
-            f"squash and border with {' and '.join(INTERPOLATIONS)}"
-        )
+def _crop_transform(spec: Preprocess) -> Transform:
     # what timm's transform pads with; see `_timm_transform`
     mean = IMAGENET_DEFAULT_MEAN if spec.crop_mode == "border" else (0.0, 0.0, 0.0)
     red, green, blue = (round(255 * value) for value in mean)
-    return create_fast_transform(
+    return create_crop_transform(
         spec.input_size, spec.interpolation, (red, green, blue), spec.resized
     )
