@@ -101,6 +101,7 @@ def test_the_sides_do_not_know_each_other() -> None:
         ("open_inference", ()),
         ("decoding", ()),
         ("remote", ("service.remote",)),
+        ("ray", ("service.remote.merging", "service.remote.descriptions")),
     ):
         names = {name for name in imported(f"service/{folder}") if name.startswith(sides)}
         assert {name for name in names if not name.startswith(allowed or ("none",))} == set()

@@ -13,6 +13,7 @@ from service.cli import (
     health,
     keys,
     models,
+    ray,
     retrieval,
     serve,
     tune,
@@ -48,6 +49,7 @@ app.command("demo")(demo.demo)
 app.command("doctor")(doctor.doctor)
 app.command("fit")(fit.fit)
 app.command("tune")(tune.tune)
+app.command("ray")(ray.ray)
 models.app.command("verify")(verify.verify)
 app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")

@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+from collections.abc import Collection
+from dataclasses import replace
 
 import uvloop
 from prometheus_client import (
@@ -27,11 +29,18 @@ from service.worker.backend import LocalBackend
 from service.worker.collector import BackendCollector, share_gauges
 
 
-def create_backend(settings: Settings) -> tuple[LocalBackend, Metrics]:
-    """A backend for the settings' catalog, and the metrics of this process."""
+def create_backend(
+    settings: Settings, only: Collection[str] | None = None
+) -> tuple[LocalBackend, Metrics]:
+    """A backend for the settings' catalog, and the metrics of this process.
+
+    Args:
+        only: the models that may be loaded at start; None for all.
+    """
     catalog = load_catalog(settings.catalog)
-    for name in settings.models:
-        catalog.model(name)
+    startup = [catalog.model(name).name for name in settings.models] or catalog.startup
+    chosen = tuple(name for name in startup if only is None or name in only)
+    catalog = replace(catalog, startup=chosen)
     options = settings.worker_options.resolve(resolve_device(settings.device).type)
     registry = Registry(
         catalog,
@@ -43,7 +52,7 @@ def create_backend(settings: Settings) -> tuple[LocalBackend, Metrics]:
         streams=options.streams,
     )
     metrics = Metrics(CollectorRegistry())
-    backend = LocalBackend(registry, settings.worker_options, metrics)
+    backend = LocalBackend(registry, replace(settings.worker_options, startup=()), metrics)
     ProcessCollector(registry=metrics.registry)
     PlatformCollector(registry=metrics.registry)
     metrics.registry.register(BackendCollector(backend))

@@ -31,6 +31,8 @@ MESSAGE_OVERHEAD_BYTES = 1024 * 1024
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+# The health service's name for Kubernetes' liveness probe.
+LIVENESS = "liveness"
 
 SERVICES = (
     vision_pb2.DESCRIPTOR.services_by_name["Vision"].full_name,
@@ -42,7 +44,7 @@ class RpcServer:
     """Serves a backend on one address until stopped.
 
     Health (grpc.health.v1) is reported for the server (""), for both services, and for every model
-    by its name.
+    by its name; LIVENESS is serving unless only a restart can help.
     """
 
     def __init__(
@@ -138,8 +140,8 @@ class RpcServer:
             await asyncio.sleep(HEALTH_INTERVAL_S)
 
     async def _report_once(self) -> None:
-        ready = self._backend.health().ready
-        current = dict.fromkeys(("", *SERVICES), ready)
+        health = self._backend.health()
+        current = dict.fromkeys(("", *SERVICES), health.ready) | {LIVENESS: health.live}
         current |= {model.name: model.is_ready for model in await self._backend.models()}
         current |= dict.fromkeys(self._reported.keys() - current, False)  # deleted heads
         for name, serving in current.items():

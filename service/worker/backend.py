@@ -58,7 +58,7 @@ class LocalBackend:
         self.registry = registry
         self.options = options.resolve(registry.device.type)
         self._metrics = metrics
-        self._startup = options.startup or registry.catalog.startup
+        self.startup = options.startup or registry.catalog.startup
         self._limits = options.image_limits
         self.trunks = ServedTrunks(registry, self.options, metrics)
         self.batcher = self.trunks.batcher
@@ -88,7 +88,7 @@ class LocalBackend:
     async def start(self) -> None:
         self.decoder.start()
         self.batcher.start()
-        for name in self._startup:
+        for name in self.startup:
             self.registry.catalog.model(name)
             self._spawn(self._load_quietly(name))
         self._spawn(self.heads.run())
@@ -134,7 +134,7 @@ class LocalBackend:
         failure = self.trunks.prober.failures.get(description.trunk)
         return replace(
             description,
-            startup=description.name in self._startup,
+            startup=description.name in self.startup,
             reason=failure or description.reason,
         )
 
@@ -158,7 +158,7 @@ class LocalBackend:
         waiting = ["draining before exit"] if self._closing else []
         waiting += [
             f"model {name} is {state}"
-            for name in self._startup
+            for name in self.startup
             if (state := self.registry.state(name)) is not State.READY
         ]
         waiting += [] if self.heads.settled else ["the folder of heads has not been read yet"]

@@ -291,7 +291,8 @@ def test_health_is_told_for_the_server_and_every_model(
     channel: grpc.Channel, server: Running
 ) -> None:
     stub: Any = health_pb2_grpc.HealthStub(channel)
-    for name in ("", "tiny", "conv", "vitrail.v1.Vision", "inference.GRPCInferenceService"):
+    services = ("vitrail.v1.Vision", "inference.GRPCInferenceService")
+    for name in ("", "liveness", "tiny", "conv", *services):
         request = health_pb2.HealthCheckRequest(service=name)
         wait_until(lambda request=request: stub.Check(request).status == 1)  # type: ignore[misc]
     with pytest.raises(grpc.RpcError) as caught:

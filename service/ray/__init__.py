@@ -1,0 +1,1 @@
+"""Workers as deployments of Ray Serve, as one backend."""

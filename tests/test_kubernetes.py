@@ -1,0 +1,301 @@
+"""What can be proven of the Helm chart and the KServe runtime without a cluster: Helm renders the
+chart, schemas and policies hold, and containers' commands and environments run as processes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import helm_python as helm
+import httpx
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from service.rpc.health import check_health
+from tests.conftest import answers, free_port, wait_until
+from tests.test_deploy import dockerfile_environment
+
+ROOT = Path(__file__).parents[1]
+CHART = ROOT / "deploy/helm/vitrail"
+SCHEMAS = ROOT.parent / "shared/schemas"
+KSERVE = sorted((ROOT / "deploy/kserve").glob("*.yaml"))
+# Values that each turn on what the others leave out.
+EVERYTHING: dict[str, Any] = {
+    "modelImage": "models:1",
+    "catalogs": {"own.toml": "[trunks]"},
+    "gateway": {"maxReplicas": 4, "env": {"VITRAIL_LOG_LEVEL": "debug"}},
+    "workers": {"cpu": {"maxReplicas": 4}},
+    "ingress": {"enabled": True},
+    "monitoring": {"enabled": True},
+}
+VALUES: dict[str, dict[str, Any]] = {
+    "cpu": {},
+    "everything": EVERYTHING,
+    **{
+        path.stem: yaml.safe_load(path.read_text())
+        for path in sorted((ROOT / "deploy/helm/values").glob("*.yaml"))
+    },
+}
+
+
+def rendered(name: str) -> list[dict[str, Any]]:
+    """The manifests that Helm makes of the chart with these values."""
+    with helm.Chart.load(str(CHART)) as chart:
+        files = chart.render(VALUES[name], name="demo", namespace="prod")
+    texts = [text for path, text in files.items() if path.endswith(".yaml")]
+    return [item for text in texts for item in yaml.safe_load_all(text) if item]
+
+
+def one(manifests: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
+    [found] = [m for m in manifests if (m["kind"], m["metadata"]["name"]) == (kind, name)]
+    return found
+
+
+def validate(manifest: dict[str, Any]) -> None:
+    """Check a manifest against its schema: Kubernetes' own, or its custom resource's."""
+    group, _, version = manifest["apiVersion"].rpartition("/")
+    if group.count(".") == 0 or group.endswith(".k8s.io"):
+        kubernetes_validate.validate(manifest, "1.33", strict=True)
+        return
+    path = SCHEMAS / f"{group}_{version}_{manifest['kind']}.json"
+    if not path.exists():
+        pytest.skip(f"the schema is not here (shared/schemas/{path.name})")
+    jsonschema.validate(manifest, closed(json.loads(path.read_text())))
+
+
+def closed(schema: Any) -> Any:
+    """The schema without unknown members, which the API server would drop silently, and without
+    patterns that only Go understands."""
+    if isinstance(schema, list):
+        return [closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    inner = {
+        key: closed(value)
+        for key, value in schema.items()
+        if key != "pattern" or "(?i)" not in value
+    }
+    is_open = schema.get("x-kubernetes-preserve-unknown-fields")
+    if (
+        isinstance(schema.get("properties"), dict)
+        and schema.get("type") == "object"
+        and not is_open
+    ):
+        inner.setdefault("additionalProperties", False)
+    return inner
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_the_chart_renders_to_valid_manifests(name: str) -> None:
+    manifests = rendered(name)
+    names = [(manifest["kind"], manifest["metadata"]["name"]) for manifest in manifests]
+    assert len(set(names)) == len(names)
+    for manifest in manifests:
+        validate(manifest)
+
+
+@pytest.mark.parametrize("path", KSERVE, ids=lambda path: str(path.stem))
+def test_kserves_manifests_are_valid(path: Path) -> None:
+    for manifest in yaml.safe_load_all(path.read_text()):
+        validate(manifest)
+
+
+def test_a_wrong_manifest_is_found() -> None:
+    manifest = one(rendered("cpu"), "Deployment", "demo-gateway")
+    manifest["spec"]["template"]["spec"]["containers"][0]["readynessProbe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        validate(manifest)
+    if SCHEMAS.exists():
+        scaled = one(rendered("gpu"), "ScaledObject", "demo-worker-gpu")
+        scaled["spec"]["maxReplicas"] = 3
+        with pytest.raises(jsonschema.ValidationError):
+            validate(scaled)
+
+
+def test_helm_finds_nothing_wrong_with_the_chart() -> None:
+    found = helm.lint(str(CHART))
+    assert found["errors"] == []
+    assert [m["error"] for m in found["messages"]] == ["icon is recommended"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"workers": {"cpu": {"replica": 2}}},
+        {"workers": {"cpu": {"gpus": -1}}},
+        {"workers": {"Not A Name": {}}},
+        {"gateway": {"replicas": 0}},
+        {"sekret": "keys"},
+        {"drainSeconds": "60"},
+    ],
+)
+def test_wrong_values_are_refused(values: dict[str, Any]) -> None:
+    with helm.Chart.load(str(CHART)) as chart, pytest.raises(helm.HelmError):
+        chart.render(values, name="demo", namespace="prod")
+
+
+def pods() -> Iterator[tuple[str, dict[str, Any], Mapping[str, str]]]:
+    """Each pod of the rendered charts and of the KServe runtime, with its labels."""
+    for name in VALUES:
+        for manifest in rendered(name):
+            if manifest["kind"] == "Deployment":
+                template = manifest["spec"]["template"]
+                yield (
+                    f"{name} {manifest['metadata']['name']}",
+                    template["spec"],
+                    template["metadata"]["labels"],
+                )
+
+
+PODS = {name: (spec, labels) for name, spec, labels in pods()}
+
+
+@pytest.mark.parametrize("name", PODS)
+def test_pods_keep_to_the_restricted_standard(name: str) -> None:
+    """Kubernetes' Pod Security Standard `restricted`, and a read-only root."""
+    spec, _ = PODS[name]
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert spec["securityContext"]["runAsUser"] == 10001
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert spec["automountServiceAccountToken"] is False
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys()
+    kinds = {"emptyDir", "configMap", "persistentVolumeClaim", "image"}
+    assert all(volume.keys() & kinds for volume in spec["volumes"])
+    [container] = spec["containers"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "privileged": False,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert container["resources"]["limits"]["memory"]
+    assert {"startupProbe", "livenessProbe", "readinessProbe"} <= container.keys()
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in spec["volumes"]}
+    # preStop sleeps 5 s, then the process may take all of its drain time
+    [drain] = [e["value"] for e in container["env"] if e["name"] == "VITRAIL_DRAIN_TIMEOUT_S"]
+    assert spec["terminationGracePeriodSeconds"] > 5 + int(drain)
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_selectors_find_their_pods(name: str) -> None:
+    manifests = rendered(name)
+    labels = [
+        m["spec"]["template"]["metadata"]["labels"] for m in manifests if m["kind"] == "Deployment"
+    ]
+    for manifest in manifests:
+        spec = manifest.get("spec", {})
+        match manifest["kind"]:
+            case "Service":
+                selector = spec["selector"]
+            case "PodDisruptionBudget" | "Deployment":
+                selector = spec["selector"]["matchLabels"]
+            case "NetworkPolicy":
+                selector = spec["podSelector"]["matchLabels"]
+            case _:
+                continue
+        assert any(selector.items() <= pod.items() for pod in labels), manifest["metadata"]["name"]
+    [monitors] = [[m for m in manifests if m["kind"] == "ServiceMonitor"]]
+    services = [m for m in manifests if m["kind"] == "Service"]
+    for monitor in monitors:
+        wanted = monitor["spec"]["selector"]["matchLabels"]
+        [service] = [s for s in services if wanted.items() <= s["metadata"]["labels"].items()]
+        [endpoint] = monitor["spec"]["endpoints"]
+        assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
+
+
+def test_workers_are_reached_by_gateways_and_prometheus_only() -> None:
+    manifests = rendered("gpu")
+    deny = one(manifests, "NetworkPolicy", "demo-default-deny")["spec"]
+    assert (deny["policyTypes"], deny.get("ingress")) == (["Ingress"], None)
+    grpc, metrics = one(manifests, "NetworkPolicy", "demo-workers")["spec"]["ingress"]
+    [peer] = grpc["from"]
+    assert peer["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "gateway"
+    assert grpc["ports"] == [{"port": 8001}]
+    assert metrics["ports"] == [{"port": 8002}]
+
+
+def test_gpus_and_offline_are_as_the_values_say() -> None:
+    gpu = one(rendered("gpu"), "Deployment", "demo-worker-gpu")["spec"]["template"]["spec"]
+    assert gpu["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert {"name": "VITRAIL_DEVICE", "value": "cuda"} in gpu["containers"][0]["env"]
+    offline = one(rendered("offline"), "Deployment", "demo-worker-cpu")["spec"]["template"]["spec"]
+    assert {"name": "HF_HUB_OFFLINE", "value": "1"} in offline["containers"][0]["env"]
+    [store] = [v for v in offline["volumes"] if v["name"] == "store"]
+    assert store["persistentVolumeClaim"] == {"claimName": "vitrail-checkpoints", "readOnly": True}
+
+
+# -- the containers' commands as processes -----------------------------------------------------
+
+
+@contextmanager
+def container_process(
+    manifests: list[dict[str, Any]], name: str, store: Path, **changes: str
+) -> Iterator[dict[str, Any]]:
+    """A deployment's container as a process, but for its addresses; yields the container.
+
+    Args:
+        changes: of environment variables in upper case, and of arguments.
+    """
+    spec = one(manifests, "Deployment", name)["spec"]["template"]["spec"]
+    [container] = spec["containers"]
+    environment = {**os.environ, **dockerfile_environment(), "VITRAIL_HOST": "127.0.0.1"}
+    environment |= {item["name"]: item["value"] for item in container["env"]}
+    environment |= {"VITRAIL_STORE": str(store)}
+    environment |= {key: value for key, value in changes.items() if key.isupper()}
+    command = [changes.get(part, part) for part in container["args"]]
+    with subprocess.Popen(
+        [sys.executable, "-m", "service.cli", *command], env=environment, stderr=subprocess.DEVNULL
+    ) as started:
+        try:
+            yield container
+        finally:
+            started.terminate()
+
+
+def ask_http(probe: dict[str, Any], address: str) -> bool:
+    """Whether an HTTP probe succeeds, asked as kubelet does."""
+    return answers(f"http://{address}{probe['httpGet']['path']}")
+
+
+def ask_grpc(probe: dict[str, Any], address: str) -> bool:
+    """Whether a gRPC probe succeeds."""
+    try:
+        return check_health(address, probe["grpc"].get("service", ""))
+    except Exception:  # not listening yet
+        return False
+
+
+def test_containers_start_and_their_probes_are_answered(
+    tiny_catalog: Path, tmp_path: Path, jpegs: dict[str, bytes]
+) -> None:
+    manifests = rendered("cpu")
+    ports = [str(free_port()) for _ in range(3)]
+    gateway, worker, metrics = (f"127.0.0.1:{port}" for port in ports)
+    discovery = {"dns:///demo-workers:8001": worker, "VITRAIL_PORT": ports[0]}
+    with container_process(manifests, "demo-gateway", tmp_path, **discovery) as front:
+        wait_until(lambda: ask_http(front["startupProbe"], gateway))
+        assert ask_http(front["livenessProbe"], gateway)
+        assert not ask_http(front["readinessProbe"], gateway)  # it has no worker
+        own = {
+            "VITRAIL_GRPC_PORT": ports[1],
+            "VITRAIL_METRICS_PORT": ports[2],
+            "VITRAIL_CATALOG": str(tiny_catalog),
+        }
+        with container_process(manifests, "demo-worker-cpu", tmp_path, **own) as back:
+            wait_until(lambda: ask_grpc(back["startupProbe"], worker))
+            assert ask_grpc(back["livenessProbe"], worker)
+            assert ask_grpc(back["readinessProbe"], worker)
+            wait_until(lambda: ask_http(front["readinessProbe"], gateway))
+            answer = httpx.post(f"http://{gateway}/classify", content=jpegs["coffee"])
+            assert answer.status_code == 200
+            query = one(rendered("gpu"), "ScaledObject", "demo-worker-gpu")
+            text = query["spec"]["triggers"][0]["metadata"]["query"]
+            series = text.removeprefix("sum(").partition("{")[0]
+            assert f"\n{series} " in httpx.get(f"http://{metrics}/metrics").text
