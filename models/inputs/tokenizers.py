@@ -18,7 +18,12 @@ from models.errors import CheckpointError, InputError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 # The files beside a checkpoint that tokenizers are read from.
-FILES = {"hub": ("tokenizer.json", "tokenizer_config.json"), "sticky-eos": ("tokenizer.json",)}
+OWN_FILE = ("tokenizer.json",)
+FILES = {
+    "hub": ("tokenizer.json", "tokenizer_config.json"),
+    "sticky-eos": OWN_FILE,
+    "leading-cls": OWN_FILE,
+}
 _WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
@@ -46,17 +51,21 @@ class CuttingTokenizer(OpenAITokenizer):
         return result
 
 
-class StickyEosTokenizer:
-    """A `tokenizer.json` as LiT uses its SentencePiece model (arXiv 2111.07991): a text's first
-    tokens, then `</s>` up to `context_length`, at least once. The names of tokens that were added
+class FileTokenizer:
+    """A `tokenizer.json` whose special tokens are added here. The names of tokens that were added
     to the model's, such as T5's `<extra_id_0>`, are ordinary text.
 
     Args:
         words: the entries of the model's table of words.
 
+    Attributes:
+        special: the token that texts need besides their own.
+
     Raises:
-        CheckpointError: not a readable tokenizer, without `</s>`, or with ids beyond the table.
+        CheckpointError: not a readable tokenizer, without `special`, or with ids beyond the table.
     """
+
+    special = ""
 
     def __init__(self, path: Path, context_length: int, words: int) -> None:
         self.context_length = context_length
@@ -67,24 +76,50 @@ class StickyEosTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True
-        eos = self._tokenizer.token_to_id("</s>")
-        if eos is None:
-            raise CheckpointError(f"{path}: this tokenizer has no token </s>, which ends texts")
-        self._eos = eos
+        number = self._tokenizer.token_to_id(self.special)
+        if number is None:
+            raise CheckpointError(f"{path}: this tokenizer has no token {self.special}")
+        self._special = number
         added = self._tokenizer.get_added_tokens_decoder()
-        used = {eos, *self._tokenizer.get_vocab(with_added_tokens=False).values()}
+        used = {number, *self._tokenizer.get_vocab(with_added_tokens=False).values()}
         used |= {number for number, token in added.items() if not token.special}
         if max(used) >= words:
             raise CheckpointError(
                 f"{path}: this tokenizer has ids up to {max(used)}, the model {words} words"
             )
 
+    def _encoded(self, text: str) -> Tensor:
+        """The ids of a text's first tokens, one fewer than `context_length`."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return torch.tensor(ids[: self.context_length - 1], dtype=torch.long)
+
+
+class StickyEosTokenizer(FileTokenizer):
+    """As LiT uses its SentencePiece model (arXiv 2111.07991): a text's first tokens, then `</s>` up
+    to `context_length`, at least once."""
+
+    special = "</s>"
+
     def __call__(self, texts: list[str]) -> Tensor:
-        result = torch.full((len(texts), self.context_length), self._eos)
+        result = torch.full((len(texts), self.context_length), self._special)
         for row, text in zip(result, texts, strict=True):
-            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-            ids = ids[: self.context_length - 1]
-            row[: len(ids)] = torch.tensor(ids)
+            ids = self._encoded(text)
+            row[: len(ids)] = ids
+        return result
+
+
+class LeadingClsTokenizer(FileTokenizer):
+    """As LiT uses BERT's words (arXiv 2111.07991): `[CLS]`, a text's first tokens without an end,
+    then zeros up to `context_length`."""
+
+    special = "[CLS]"
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        result = torch.zeros(len(texts), self.context_length, dtype=torch.long)
+        result[:, 0] = self._special
+        for row, text in zip(result, texts, strict=True):
+            ids = self._encoded(text)
+            row[1 : 1 + len(ids)] = ids
         return result
 
 
@@ -117,12 +152,13 @@ def create_tokenizer(
     """The tokenizer of a two-tower checkpoint: texts to int64 ids (N, context_length).
 
     Args:
-        name: `openai`, `cutting`, `open_clip`, `hub` for one of transformers', or `sticky-eos`.
+        name: `openai`, `cutting`, `open_clip`, `hub` for one of transformers', `sticky-eos` or
+            `leading-cls`.
         source: the hub's name of it, or what it is.
         mode: `tokenizer_mode` of open_clip's configuration.
         options: `tokenizer_kwargs` of open_clip's configuration.
-        folder: where the files of `hub` and `sticky-eos` lie.
-        words: entries of the model's table of words, for `sticky-eos`.
+        folder: where the files of the last three lie.
+        words: entries of the model's table of words, for the last two.
 
     Raises:
         CheckpointError: the files of a tokenizer cannot be used.
@@ -131,8 +167,9 @@ def create_tokenizer(
         files = FILES[name]
         if not all((Path(folder) / file).is_file() for file in files):
             return MissingTokenizer(str(source), context_length, files)
-        if name == "sticky-eos":
-            return StickyEosTokenizer(Path(folder) / files[0], context_length, words)
+        if name != "hub":
+            kind = {"sticky-eos": StickyEosTokenizer, "leading-cls": LeadingClsTokenizer}[name]
+            return kind(Path(folder) / files[0], context_length, words)
         return HFTokenizer(folder, context_length, tokenizer_mode=mode, **(options or {}))
     if name == "open_clip":
         return SimpleTokenizer(context_length=context_length, **(options or {}))

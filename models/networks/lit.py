@@ -9,6 +9,7 @@ from typing import Any
 from open_clip.transformer import LayerNorm, TextTransformer
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from transformers import BertConfig, BertModel
 
 from models.errors import InputError
 from models.networks.vit import Vit
@@ -55,4 +56,24 @@ class LitText(TextTransformer):  # type: ignore[misc]
         return normalize(super().forward(text), dim=-1)
 
 
-NETWORKS = {"lit-text": LitText, "lit-vit": LitVit}
+class LitBert(nn.Module):
+    """A BERT, whose class token is projected. Id 0 is padding, which is not attended to.
+
+    Args:
+        sizes: arguments of transformers' `BertConfig`.
+    """
+
+    def __init__(self, *, output_dim: int, **sizes: Any) -> None:
+        super().__init__()
+        # flax's GELU is approximated by tanh
+        config = BertConfig(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-12, **sizes)
+        self.bert: Any = BertModel(config, add_pooling_layer=False)
+        self.head = nn.Linear(int(config.hidden_size), output_dim)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Token ids (B, T) to embeddings (B, D), of unit length."""
+        hidden = self.bert(input_ids=text, attention_mask=(text != 0).long()).last_hidden_state
+        return normalize(self.head(hidden[:, 0]), dim=-1)
+
+
+NETWORKS = {"lit-bert": LitBert, "lit-text": LitText, "lit-vit": LitVit}

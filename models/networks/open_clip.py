@@ -1,11 +1,11 @@
 """The towers of open_clip's models (github.com/mlfoundations/open_clip), by its configurations.
 
-Towers in timm and BERTs are built here: open_clip has no way to state their sizes, and fetches the
-configurations of BERTs from the hub.
+Towers in timm and in transformers are built here: open_clip has no way to state their sizes, and
+fetches the configurations of the latter from the hub.
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,16 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg, _build_text_tower, _buil
 from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer
 from timm.layers import AttentionPool2d, Mlp, RotAttentionPool2d
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    M2M100Config,
+    MT5Config,
+    RobertaConfig,
+    RobertaModel,
+)
+from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
+from transformers.models.mt5.modeling_mt5 import MT5Stack
 
 
 class TimmTower(nn.Module):
@@ -86,11 +95,11 @@ def image_tower(*, embed_dim: int, quick_gelu: bool, config: Mapping[str, Any]) 
     )
 
 
-class BertTower(nn.Module):
-    """A BERT or RoBERTa and a projection, with the names of open_clip's `HFTextEncoder`.
+class HfTower(nn.Module):
+    """An encoder of transformers and a projection, with the names of open_clip's `HFTextEncoder`.
 
     Args:
-        kind: `bert` or `roberta`.
+        kind: a key of `ENCODERS`.
         pooler: `hf_pooler_type` of the configuration.
         hidden: channels of the projection's hidden layer; 0 for a linear projection, None for none.
         sizes: arguments of transformers' configuration.
@@ -100,12 +109,9 @@ class BertTower(nn.Module):
         self, *, kind: str, embed_dim: int, pooler: str, hidden: int | None, **sizes: Any
     ) -> None:
         super().__init__()
-        config_class, network = {
-            "bert": (BertConfig, BertModel),
-            "roberta": (RobertaConfig, RobertaModel),
-        }[kind]
-        config = config_class(**sizes)
-        self.transformer: Any = network(config, add_pooling_layer=pooler == "cls_pooler")
+        config_class, create = ENCODERS[kind]
+        config: Any = config_class(**sizes)
+        self.transformer: Any = create(config, pooler == "cls_pooler")
         self.pooler = _POOLERS[pooler]()
         self.padding = int(config.pad_token_id)
         width = int(config.hidden_size)
@@ -121,6 +127,15 @@ class BertTower(nn.Module):
         pooled = self.pooler(self.transformer(input_ids=ids, attention_mask=mask), mask)
         embedding: Tensor = self.proj(pooled)
         return embedding
+
+
+# By kind the configuration, and the encoder of one, with a pooling layer where there is a choice.
+ENCODERS: dict[str, tuple[Any, Callable[[Any, bool], nn.Module]]] = {
+    "bert": (BertConfig, lambda config, pools: BertModel(config, add_pooling_layer=pools)),
+    "roberta": (RobertaConfig, lambda config, pools: RobertaModel(config, add_pooling_layer=pools)),
+    "mt5": (MT5Config, lambda config, pools: MT5Stack(config)),
+    "m2m_100": (M2M100Config, lambda config, pools: M2M100Encoder(config)),
+}
 
 
 def clip_text(*, norm_eps: float = 1e-5, quick_gelu: bool = True, **sizes: Any) -> nn.Module:
@@ -142,5 +157,5 @@ NETWORKS = {
     "clip-text": clip_text,
     "open-clip-image": image_tower,
     "open-clip-text": text_tower,
-    "open-clip-bert": BertTower,
+    "open-clip-hf": HfTower,
 }

@@ -1,5 +1,6 @@
 """LiT: its tokenizer, older names, and what is not LiT as published."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel
 
 from models import load_checkpoint
 from models.checkpoints.loading import read_checkpoint
 from models.errors import CheckpointError, InputError
+from models.inputs.tokenizers import create_tokenizer
 from tests.models.test_fixtures import folder_of
 
 
@@ -113,7 +116,7 @@ def test_the_token_that_is_read_is_assumed_or_stated(tmp_path: Path) -> None:
     [
         (lambda c: c | {"b": c["t"]}, "left over: b"),
         (lambda c: c | {"txt/MAPHead_0/probe": c["t"]}, "left over: txt/MAPHead_0/probe"),
-        (lambda c: c | {"txt/BertEncoder_0/x": c["t"]}, "text tower is a BERT"),
+        (lambda c: c | {"txt/BertEncoder_0/x": c["t"]}, "left over: txt/Embed"),
         (lambda c: {k: v for k, v in c.items() if k != "t"}, "the weight 't' is missing"),
         (lambda c: c | {"txt/head/kernel": c["txt/head/kernel"][:, :40],
                         "txt/head/bias": c["txt/head/bias"][:40]}, "have 40 dimensions"),
@@ -122,3 +125,77 @@ def test_the_token_that_is_read_is_assumed_or_stated(tmp_path: Path) -> None:
 def test_what_is_not_lit_as_published_is_refused(change: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(rewritten(tmp_path, change))
+
+
+def flaxformers(network: BertModel, head: torch.nn.Linear, *, axes: bool) -> dict[str, Any]:
+    """A BERT under flaxformer's names; with `axes` heads have one of their own."""
+    heads = network.config.num_attention_heads
+    content: dict[str, Any] = {}
+    for key, tensor in network.state_dict().items():
+        value = tensor.numpy()
+        for theirs, ours in FLAXFORMERS:
+            key = re.sub(theirs, ours, key)
+        if key.endswith("/weight") and "layer_norm" in key:
+            key = key.replace("/weight", "/scale")
+        elif key.endswith("/weight") and "embedder" not in key:
+            key, value = key.replace("/weight", "/kernel"), value.T
+            if axes and re.search("/(query|key|value)/", key):
+                value = value.reshape(len(value), heads, -1)
+            elif axes and "attention_block/dense_layer" in key:
+                value = value.reshape(heads, -1, value.shape[1])
+        content[f"txt/BertEncoder_0/{key}"] = value
+    kernel, bias = head.weight.detach().numpy().T, head.bias.detach().numpy()
+    return content | {"txt/head/kernel": kernel, "txt/head/bias": bias}
+
+
+FLAXFORMERS = (
+    (r"^embeddings\.word_embeddings\.weight", "embedder/embedders_token_ids/embedding"),
+    (r"^embeddings\.position_embeddings\.weight", "embedder/embedders_position_ids/embedding"),
+    (r"^embeddings\.token_type_embeddings\.weight", "embedder/embedders_segment_ids/embedding"),
+    (r"^embeddings\.LayerNorm\.", "layer_norm/"),
+    (r"^encoder\.layer\.(\d+)\.", r"encoder_block/layer_sequence/layers_\1/"),
+    (r"attention\.self\.(\w+)\.", r"attention_block/attention_layer/\1/"),
+    (r"attention\.output\.dense\.", "attention_block/dense_layer/"),
+    (r"attention\.output\.LayerNorm\.", "attention_block/layer_norm/"),
+    (r"intermediate\.dense\.", "mlp_block/mlp/dense_layer/"),
+    (r"output\.dense\.", "mlp_block/dense_layer/"),
+    (r"output\.LayerNorm\.", "mlp_block/layer_norm/"),
+)
+
+
+@pytest.mark.parametrize("axes", [False, True])
+def test_the_text_tower_may_be_a_bert(axes: bool, tmp_path: Path) -> None:
+    """As those of LiT-B16B and LiT-L16L, with flax's approximate GELU."""
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=50, hidden_size=36, num_hidden_layers=2, num_attention_heads=3,
+                        intermediate_size=64, max_position_embeddings=20,
+                        hidden_act="gelu_new")  # fmt: skip
+    network: Any = BertModel(config, add_pooling_layer=False).eval()
+    head = torch.nn.Linear(36, 48)
+    for parameter in (*network.parameters(), *head.parameters()):
+        torch.nn.init.normal_(parameter, std=0.3)
+    text = flaxformers(network, head, axes=axes)
+    path = rewritten(
+        tmp_path, lambda c: {k: v for k, v in c.items() if not k.startswith("txt/")} | text
+    )
+    with pytest.raises(CheckpointError, match="set text_num_heads"):
+        load_checkpoint(path)
+    model = load_checkpoint(path, {"text_num_heads": 3})
+    ids = torch.tensor([[2, 5, 9, 0, 0], [2, 7, 4, 1, 3]])
+    with torch.no_grad():
+        hidden = network(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state[:, 0]
+        expected = torch.nn.functional.normalize(head(hidden), dim=-1)
+    found = model.run(token_ids=ids)["text_embedding"]
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert read_checkpoint(path, {"text_num_heads": 3}).assumed == {"max_len": 16}
+    with pytest.raises(InputError, match=r"BERT's of 50 words"):
+        model.embed_texts(["a cat"])
+
+
+def test_texts_of_a_bert_begin_with_its_class_token(tmp_path: Path) -> None:
+    words = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[UNK]": 3, "a": 4, "cat": 5}
+    tokenizer: Any = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    create = create_tokenizer("leading-cls", 4, folder=str(tmp_path), words=6)
+    assert create(["a cat", "cat " * 9, ""]).tolist() == [[1, 4, 5, 0], [1, 5, 5, 5], [1, 0, 0, 0]]

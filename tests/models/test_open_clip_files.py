@@ -11,7 +11,15 @@ from open_clip.coca_model import CoCa
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CLIP, CustomTextCLIP, build_model_from_openai_state_dict
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, PreTrainedTokenizerFast, RobertaConfig
+from transformers import (
+    BertConfig,
+    M2M100Config,
+    M2M100Model,
+    MT5Config,
+    MT5EncoderModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+)
 
 from models import load_checkpoint
 from models.errors import CheckpointError, InputError
@@ -115,6 +123,51 @@ def test_timm_towers_take_sizes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "config", "pooler"),
+    [
+        (
+            "google/mt5-base",
+            MT5Config(vocab_size=99, d_model=48, d_kv=8, d_ff=64, num_layers=2, num_heads=4),
+            "mean_pooler",
+        ),
+        (
+            "facebook/nllb-200-distilled-600M",
+            M2M100Config(vocab_size=99, d_model=48, encoder_layers=2, encoder_ffn_dim=64,
+                         encoder_attention_heads=4),
+            "cls_pooler",
+        ),
+    ],
+)  # fmt: skip
+def test_texts_may_have_the_encoder_of_a_translator(
+    name: str, config: Any, pooler: str, tmp_path: Path
+) -> None:
+    sizes = {"vocab_size": 99, "hidden_size": 48, "num_hidden_layers": 1, "intermediate_size": 8}
+    text = HFTextEncoder(name, 24, config=BertConfig(**sizes), pooler_type=pooler,
+                         proj_type="linear")  # fmt: skip
+    whole: Any = {"mt5": MT5EncoderModel, "m2m_100": M2M100Model}[config.model_type]
+    text.transformer, text.config = whole(config).encoder, config
+    network: Any = created({"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT,
+                            "custom_text": True})  # fmt: skip
+    for parameter in text.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    network.text = text.eval()
+    torch.save(network.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    arguments: dict[str, Any] = {
+        "embed_dim": 24,
+        "vision_cfg": VISION,
+        "text_cfg": {"hf_model_name": name, "hf_tokenizer_name": name, "hf_pooler_type": pooler},
+    }
+    path = tmp_path / "open_clip_pytorch_model.bin"
+    if "nllb" in name:
+        with pytest.raises(CheckpointError, match="num_attention_heads"):
+            load_checkpoint(path, arguments)
+        arguments["text_cfg"]["hf_model_kwargs"] = {"num_attention_heads": 4}
+    check(path, arguments, network)
+    with pytest.raises(InputError, match="token ids alone"):
+        load_checkpoint(path, arguments).embed_texts(["a cat"])
+
+
+@pytest.mark.parametrize(
     ("name", "pooler", "proj"),
     [
         ("roberta-base", "mean_pooler", "mlp"),
@@ -214,7 +267,7 @@ def test_openais_files_are_known_by_their_settings(vision: dict[str, Any], tmp_p
         ({"vision_cfg": VISION | {"layers": 3}}, "missing: transformer"),
         ({"vision_cfg": VISION | {"head_width": 20}}, "cannot be built"),
         ({"preprocess_cfg": {"resize_mode": "stretch"}}, "resize_mode is 'stretch'"),
-        ({"text_cfg": {"hf_model_name": "google/mt5-base"}}, "google/mt5-base are not supported"),
+        ({"text_cfg": {"hf_model_name": "gpt2"}}, "text towers of gpt2 are not supported"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(

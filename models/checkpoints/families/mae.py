@@ -66,6 +66,18 @@ def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     }
 
 
+def decoder_assumed(
+    heads: Mapping[str, HeadState], container: Container, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Those of the decoder's settings that neither the script nor the arguments state."""
+    if "decoder" not in heads:
+        return {}
+    settings, config = heads["decoder"].settings, {**container.script, **arguments}
+    named = {"decoder_num_heads": "num_heads", "norm_pix_loss": "by_patch",
+             "mask_ratio": "mask_ratio"}  # fmt: skip
+    return {name: settings[key] for name, key in named.items() if name not in config}
+
+
 def without_decoder(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The encoder's tensors, and the keys of all others."""
     kept = {key: value for key, value in tensors.items() if key.startswith(ENCODER)}

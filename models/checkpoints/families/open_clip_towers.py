@@ -7,6 +7,7 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
+from models.checkpoints.families.hf_text import hf_arguments
 from models.checkpoints.families.open_clip import OPENAI_SETTINGS, Configuration
 from models.checkpoints.families.towers import LIBRARY
 from models.errors import CheckpointError
@@ -15,8 +16,6 @@ from models.errors import CheckpointError
 TEXT = ("text_projection", "positional_embedding", "token_embedding.", "transformer.", "ln_final.")
 DECODER = "text_decoder."  # of CoCa, for captions
 POSITION_IDS = "text.transformer.embeddings.position_ids"  # a constant of older BERTs
-# Of the published BERTs and RoBERTas heads have 64 channels.
-PUBLISHED_WIDTHS = (768, 1024)
 # CLIP's own tokenizer, and the options that it has.
 CLIP_WORDS = 49408
 CLIP_OPTIONS = {"clean", "reduction_mask", "additional_special_tokens"}
@@ -40,7 +39,7 @@ def convert_towers(name: str, container: Container, config: Configuration) -> Ch
     shared = {"embed_dim": config.model["embed_dim"], "quick_gelu": config.quick_gelu}
     assumed = dict(config.assumed)
     if language.get("hf_model_name"):
-        text, heads = _bert(container, state, language, shared["embed_dim"])
+        text, heads = hf_arguments(container, state, language, shared["embed_dim"])
         assumed |= heads
     else:
         text = {"architecture": "open-clip-text", **shared, "config": dict(language)}
@@ -75,51 +74,3 @@ def _tokenizer(container: Container, config: Mapping[str, Any]) -> dict[str, Any
         "options": options,
         "folder": str(container.path.parent.absolute()),
     }
-
-
-def _bert(
-    container: Container, state: Mapping[str, Tensor], config: Mapping[str, Any], embed_dim: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of `BertTower`, from the shapes and the configuration, and what is assumed."""
-    name = str(config["hf_model_name"])
-    kind = "roberta" if "roberta" in name.lower() else "bert"
-    if "bert" not in name.lower():
-        raise CheckpointError(f"{container.path}: text towers of {name} are not supported")
-    tables = "text.transformer.embeddings.{}_embeddings.weight"
-    words, width = state[tables.format("word")].shape
-    stated: dict[str, Any] = {}
-    for key, value in config.items():
-        if key.startswith("hf_") and isinstance(value, Mapping):
-            stated |= value
-    if "num_attention_heads" not in stated and width not in PUBLISHED_WIDTHS:
-        raise CheckpointError(
-            f"{container.path}: the number of heads of {width} channels is not known; set "
-            f"text_cfg.hf_model_kwargs.num_attention_heads, such as {max(1, width // 64)}"
-        )
-    heads = stated.get("num_attention_heads", width // 64)
-    layers = {key.split(".")[4] for key in state if key.startswith("text.transformer.encoder.")}
-    intermediate = "text.transformer.encoder.layer.0.intermediate.dense.weight"
-    hidden = None
-    if "text.proj.weight" in state:
-        hidden = 0
-    elif "text.proj.0.weight" in state:
-        hidden = state["text.proj.0.weight"].shape[0]
-    default = "mean_pooler" if kind == "roberta" else "cls_pooler"
-    arguments = {
-        "architecture": "open-clip-bert",
-        "kind": kind,
-        "embed_dim": embed_dim,
-        "pooler": config.get("hf_pooler_type", default),
-        "hidden": hidden,
-        "vocab_size": words,
-        "hidden_size": width,
-        "num_hidden_layers": len(layers),
-        "num_attention_heads": heads,
-        "intermediate_size": state[intermediate].shape[0],
-        "max_position_embeddings": state[tables.format("position")].shape[0],
-        "type_vocab_size": state[tables.format("token_type")].shape[0],
-        "layer_norm_eps": stated.get("layer_norm_eps", 1e-5 if kind == "roberta" else 1e-12),
-        "pad_token_id": stated.get("pad_token_id", 1 if kind == "roberta" else 0),
-        "hidden_act": stated.get("hidden_act", "gelu"),
-    }
-    return arguments, {} if "num_attention_heads" in stated else {"num_attention_heads": heads}

@@ -1,9 +1,9 @@
-"""LiT with a text transformer (arXiv 2111.07991, github.com/google-research/vision_transformer).
+"""LiT (arXiv 2111.07991, github.com/google-research/vision_transformer).
 
-`LiT-L16S.npz` and `LiT-L16Ti.npz`: a JAX ViT under `img/`, a text transformer under `txt/`, and the
-logarithm `t` of the temperature. Token ids are those of SentencePiece, cut and padded with `</s>`
-to one length; texts need `tokenizer.json` beside the file, converted from its SentencePiece model.
-The towers with a BERT (LiT-B16B, LiT-L16L) are not supported.
+A JAX ViT under `img/`, a text tower under `txt/`, and the logarithm `t` of the temperature. Texts
+need `tokenizer.json` beside the file, converted from upstream's vocabulary. The tower of
+`LiT-L16S.npz` and `LiT-L16Ti.npz` is a transformer whose token ids are SentencePiece's, cut and
+padded with `</s>` to one length; that of `LiT-B16B.npz` and `LiT-L16L.npz` is a BERT.
 """
 
 import re
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
+from models.checkpoints.families.flax_bert import bert_sizes, bert_state
 from models.checkpoints.families.jax import (
     POSITIONS,
     encoder_blocks,
@@ -36,7 +37,9 @@ PREPROCESS = Preprocess(
 # Positions that open_clip's transformer can read the embedding from.
 POOLINGS = ("last", "first")
 # Older flax numbers modules of all classes together.
-MODULE = re.compile(r"^(Embed|Encoder)_\d+/")
+MODULE = re.compile(r"^(Embed|Encoder|BertEncoder)_\d+/")
+BERT = "BertEncoder/"
+BERT_KEYS = re.compile(rf"head/(kernel|bias)|{BERT}.*")
 BLOCK = "Encoder/encoderblock_"
 IN_BLOCK = (
     r"encoderblock_\d+/(LayerNorm_[02]/(scale|bias)|MlpBlock_3/Dense_[01]/(kernel|bias)|"
@@ -69,35 +72,30 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `pool_type`, the token that a text's embedding is read from: `last`, as in LiT,
-    or `first`.
+    """`arguments`: of a text transformer `pool_type`, the token that an embedding is read from:
+    `last`, as in LiT, or `first`; of a BERT `max_len`, the tokens of a text (16), and
+    `text_num_heads` (as published).
 
     Raises:
-        CheckpointError: the text tower is not a transformer as published.
+        CheckpointError: a tower is not as published.
     """
     tensors = in_old_names(container.tensors)
     img, _ = split_prefix(tensors, "img/")
     txt, _ = split_prefix(tensors, "txt/")
     txt = {MODULE.sub(r"\1/", key): value for key, value in txt.items()}
-    if any(key.startswith("BertEncoder") for key in txt):
-        raise CheckpointError(
-            f"{container.path}: its text tower is a BERT, which is not supported for LiT; "
-            "LiT-L16S and LiT-L16Ti have a text transformer"
-        )
     left = [key for key in tensors if not key.startswith(("img/", "txt/")) and key != "t"]
     left += [f"img/{key}" for key in img if not IMAGE_KEYS.fullmatch(key)]
-    left += [f"txt/{key}" for key in txt if not TEXT_KEYS.fullmatch(key)]
+    is_bert = any(key.startswith(BERT) for key in txt)
+    text_keys = BERT_KEYS if is_bert else TEXT_KEYS
+    left += [f"txt/{key}" for key in txt if not text_keys.fullmatch(key)]
     if left:
         raise CheckpointError(f"{container.path}: left over: {', '.join(left[:10])}")
     known = Known(arguments)
-    pooling = known.get("pool_type", "last")
-    if pooling not in POOLINGS:
-        raise CheckpointError(f"pool_type is {pooling!r}; set one of {', '.join(POOLINGS)}")
     vision = from_jax(img)
     try:
-        text = _text_state(txt)
+        read = _bert if is_bert else _transformer
+        text, language, tokenizer = read(txt, known, arguments)
         scale = tensors["t"]
-        text_heads = num_heads(txt, BLOCK)
         if "head/kernel" in img:
             vision["head.weight"] = img["head/kernel"].T.contiguous()
             vision["head.bias"] = img["head/bias"]
@@ -111,8 +109,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     }
     if "cls_token" not in vision:
         image |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
-    length, width = text["positional_embedding"].shape
-    words, dimensions = len(text["token_embedding.weight"]), len(text["text_projection.bias"])
+    dimensions = language["output_dim"]
     if dimensions != (image["num_classes"] or image["embed_dim"]):
         raise CheckpointError(
             f"{container.path}: embeddings of texts have {dimensions} dimensions, those of images "
@@ -125,27 +122,61 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         library=LIBRARY,
         arguments={
             "image": {"architecture": "lit-vit", "positions": "fixed", **image},
-            "text": {
-                "architecture": "lit-text",
-                "pool_type": pooling,
-                "context_length": length,
-                "vocab_size": words,
-                "width": width,
-                "heads": text_heads,
-                "layers": len({key.split(".")[2] for key in text if ".resblocks." in key}),
-                "mlp_ratio": len(text["transformer.resblocks.0.mlp.c_fc.bias"]) / width,
-                "output_dim": dimensions,
-            },
-            "tokenizer": {
-                "name": "sticky-eos",
-                "source": f"a SentencePiece model of {words} words",
-                "words": words,
-                "folder": str(container.path.parent.absolute()),
-            },
+            "text": language,
+            "tokenizer": {**tokenizer, "folder": str(container.path.parent.absolute())},
         },
         state_dict=tower_states(vision, text, scale),
         preprocess=replace(PREPROCESS, input_size=(size, size)),
         assumed=known.assumed,
+    )
+
+
+Tower = tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]
+
+
+def _transformer(txt: Mapping[str, Tensor], known: Known, arguments: Mapping[str, Any]) -> Tower:
+    """The weights of a text transformer, its arguments, and those of its tokenizer."""
+    pooling = known.get("pool_type", "last")
+    if pooling not in POOLINGS:
+        raise CheckpointError(f"pool_type is {pooling!r}; set one of {', '.join(POOLINGS)}")
+    text = _text_state(txt)
+    length, width = text["positional_embedding"].shape
+    words = len(text["token_embedding.weight"])
+    language = {
+        "architecture": "lit-text",
+        "pool_type": pooling,
+        "context_length": length,
+        "vocab_size": words,
+        "width": width,
+        "heads": num_heads(txt, BLOCK),
+        "layers": len({key.split(".")[2] for key in text if ".resblocks." in key}),
+        "mlp_ratio": len(text["transformer.resblocks.0.mlp.c_fc.bias"]) / width,
+        "output_dim": len(text["text_projection.bias"]),
+    }
+    source = f"a SentencePiece model of {words} words"
+    return text, language, {"name": "sticky-eos", "source": source, "words": words}
+
+
+def _bert(txt: Mapping[str, Tensor], known: Known, arguments: Mapping[str, Any]) -> Tower:
+    """The weights of a BERT, its arguments, and those of its tokenizer."""
+    inner, _ = split_prefix(txt, BERT)
+    state = bert_state(inner)
+    sizes = bert_sizes(state, arguments)
+    known.get("text_num_heads", sizes["num_attention_heads"])
+    head = txt["head/kernel"]
+    text = {f"bert.{key}": value for key, value in state.items()}
+    text |= {"head.weight": head.T.contiguous(), "head.bias": txt["head/bias"]}
+    language = {"architecture": "lit-bert", "output_dim": head.shape[1], **sizes}
+    words = sizes["vocab_size"]
+    return (
+        text,
+        language,
+        {
+            "name": "leading-cls",
+            "context_length": int(known.get("max_len", 16)),
+            "source": f"BERT's of {words} words",
+            "words": words,
+        },
     )
 
 

@@ -12,6 +12,7 @@ from models.checkpoints.containers import Container
 from models.checkpoints.families.mae import (
     DECODER,
     ENCODER,
+    decoder_assumed,
     decoder_state,
     outputs,
     request,
@@ -40,5 +41,11 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     kept, dropped = without_decoder(container.tensors)
     heads = decoder_state(container, arguments)
     return vit_checkpoint(
-        NAME, kept, arguments, positions="bicubic", heads=heads, dropped=() if heads else dropped
+        NAME,
+        kept,
+        arguments,
+        positions="bicubic",
+        heads=heads,
+        dropped=() if heads else dropped,
+        assumed=decoder_assumed(heads, container, arguments),
     )

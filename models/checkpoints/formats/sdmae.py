@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
-from models.checkpoints.families.mae import DECODER, decoder_state, request
+from models.checkpoints.families.mae import DECODER, decoder_assumed, decoder_state, request
 from models.checkpoints.families.mae import outputs as mae_outputs
 from models.checkpoints.families.vit import split_prefix, vit_checkpoint
 from models.heads.linear import create_classifier
@@ -40,7 +40,15 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     }
     heads["location"] = HeadState(location)
     dropped = tuple(key for key in others if not key.startswith((*DECODER, "locality.")))
-    return vit_checkpoint(NAME, kept, arguments, positions="bicubic", heads=heads, dropped=dropped)
+    return vit_checkpoint(
+        NAME,
+        kept,
+        arguments,
+        positions="bicubic",
+        heads=heads,
+        dropped=dropped,
+        assumed=decoder_assumed(heads, container, arguments),
+    )
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
-from models.checkpoints.families.mae import decoder_state, request, without_decoder
+from models.checkpoints.families.mae import decoder_assumed, decoder_state, request, without_decoder
 from models.checkpoints.families.mae import outputs as mae_outputs
 from models.checkpoints.families.vit import MARKS, vit_checkpoint
 from models.reference_outputs import ReferenceRun
@@ -41,7 +41,10 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         settings["activations"] = {"2": "relu"}
     classifier = {f"classifier.{key}": value for key, value in head.items()}
     heads = decoder_state(container, arguments) | {"linear": HeadState(classifier, settings)}
-    return vit_checkpoint(NAME, kept, arguments, positions="bicubic", heads=heads)
+    assumed = decoder_assumed(heads, container, arguments)
+    if "global_pool" not in {**script, **arguments}:
+        assumed["global_pool"] = False
+    return vit_checkpoint(NAME, kept, arguments, positions="bicubic", heads=heads, assumed=assumed)
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:

@@ -39,9 +39,14 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     if "finetune_num_heads" in config:
         config["num_heads"] = config["finetune_num_heads"]
     dim = container.tensors["cls_token"].shape[-1]
-    relations = HeadState({}, {"heads": int(config.get("last_heads", 16 if dim == 768 else 12))})
+    last = int(config.get("last_heads", 16 if dim == 768 else 12))
     return vit_checkpoint(
-        NAME, container.tensors, config, positions="bicubic", heads={"relations": relations}
+        NAME,
+        container.tensors,
+        config,
+        positions="bicubic",
+        heads={"relations": HeadState({}, {"heads": last})},
+        assumed={} if "last_heads" in config else {"last_heads": last},
     )
 
 
