@@ -170,7 +170,8 @@ def test_the_text_tower_may_be_a_bert(axes: bool, tmp_path: Path) -> None:
     config = BertConfig(vocab_size=50, hidden_size=36, num_hidden_layers=2, num_attention_heads=3,
                         intermediate_size=64, max_position_embeddings=20,
                         hidden_act="gelu_new")  # fmt: skip
-    network: Any = BertModel(config, add_pooling_layer=False).eval()
+    network: Any = BertModel(config, add_pooling_layer=False)
+    network.eval()
     head = torch.nn.Linear(36, 48)
     for parameter in (*network.parameters(), *head.parameters()):
         torch.nn.init.normal_(parameter, std=0.3)

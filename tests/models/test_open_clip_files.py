@@ -141,7 +141,7 @@ def test_timm_towers_take_sizes(tmp_path: Path) -> None:
 def test_texts_may_have_the_encoder_of_a_translator(
     name: str, config: Any, pooler: str, tmp_path: Path
 ) -> None:
-    sizes = {"vocab_size": 99, "hidden_size": 48, "num_hidden_layers": 1, "intermediate_size": 8}
+    sizes: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 1}
     text = HFTextEncoder(name, 24, config=BertConfig(**sizes), pooler_type=pooler,
                          proj_type="linear")  # fmt: skip
     whole: Any = {"mt5": MT5EncoderModel, "m2m_100": M2M100Model}[config.model_type]
