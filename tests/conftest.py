@@ -1,6 +1,7 @@
 """Shared parts: real photos, a tiny catalog with random weights, and servers on loopback."""
 
 import asyncio
+import faulthandler
 import io
 import os
 import shutil
@@ -48,6 +49,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["VITRAIL_GRPC_PORT"] = "0"  # any free one, unless a test says which
 # Answers are compared with eager's; tests/models/test_engines.py is about the others.
 os.environ["VITRAIL_ENGINE"] = "eager"
+
+# The process should end soon after its last test.
+EXIT_S = 120
+
+
+def pytest_unconfigure() -> None:
+    """If something keeps the process from ending, print what all threads do, and fail."""
+    faulthandler.dump_traceback_later(EXIT_S, exit=True, file=sys.__stderr__)
+
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
 

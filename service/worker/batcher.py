@@ -42,7 +42,7 @@ class Batcher:
         self._lock = threading.Lock()
         self._wake_lane = [threading.Condition(self._lock) for _ in range(scheduler.lanes)]
         self._idle: set[int] = set()
-        self._closing = False
+        self._closing = self._closed = False
         self._threads = [
             threading.Thread(target=self._run_lane, args=(lane,), name=f"lane-{lane}", daemon=True)
             for lane in range(scheduler.lanes)
@@ -60,14 +60,16 @@ class Batcher:
                 condition.notify()
         for thread in self._threads:
             thread.join()
+        self._closed = True
 
     def add_queue(self, queue: BatchQueue) -> None:
         with self._lock:
             self._scheduler.add(queue)
 
     def remove_queue(self, name: str) -> None:
-        """Remove a queue; waits until it is empty and none of its batches is running."""
-        while not self._removed(name):
+        """Remove a queue; waits until it is empty and none of its batches is running. After
+        `close` nothing empties it any more, so it is left as it is."""
+        while not self._removed(name) and not self._closed:
             time.sleep(0.02)
 
     def _removed(self, name: str) -> bool:

@@ -128,6 +128,17 @@ def test_a_queue_is_removed_only_when_it_is_empty(batcher: Batcher, device: Fake
         batcher.admit("q", 1)
 
 
+def test_a_queue_that_closing_leaves_with_images_to_decode_is_not_waited_for(
+    batcher: Batcher,
+) -> None:
+    batcher.admit("q", 1)
+    remover = threading.Thread(target=batcher.remove_queue, args=("q",), daemon=True)
+    remover.start()
+    batcher.close()
+    remover.join(10)
+    assert not remover.is_alive()
+
+
 def test_a_stuck_device_is_noticed(device: FakeDevice) -> None:
     now = [100.0]
     made = Batcher(
