@@ -54,7 +54,10 @@ def _entries(name: str) -> list[str]:
     return lines
 
 
-@pytest.fixture(scope="module", params=["in one process", "gateway and worker apart"])
+APART = pytest.param("gateway and worker apart", marks=pytest.mark.nightly)
+
+
+@pytest.fixture(scope="module", params=["in one process", APART])
 def server(
     tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Iterator[Running]:
