@@ -1,7 +1,7 @@
 """The interface between gateway and workers. The gateway does not know where the models are."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from models.description import HeadDescription, ModelDescription
 from service.types import FitRequest, HeadUpload, Health, InferRequest, InferResult
@@ -71,6 +71,9 @@ class Backend(Protocol):
 
     def knows(self, model: str) -> bool:
         """Whether the catalog has a model of that name. Does not wait."""
+
+    def state(self) -> dict[str, Any]:
+        """What waits and what runs now, as JSON for people. Does not wait."""
 
     def health(self) -> Health:
         """Whether the worker side is alive and ready."""

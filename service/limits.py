@@ -1,7 +1,9 @@
 """Limits of requests, the same for every protocol."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, Literal
 
 from service.errors import PayloadTooLargeError, UnavailableError
 from service.settings import Settings
@@ -12,6 +14,9 @@ MAX_ANSWER_VALUES = 2**21
 MAX_TIMEOUT_MS = 24 * 3600 * 1000.0
 
 RETRY_AFTER_S = 1.0
+
+Protocol = Literal["http", "grpc"]
+PROTOCOLS: tuple[Protocol, ...] = ("http", "grpc")
 
 
 def check_input_count(settings: Settings, count: int) -> None:
@@ -45,19 +50,20 @@ class Budget:
     Used on the event loop alone.
 
     Attributes:
-        requests: requests in flight.
+        requests: requests in flight; `by_protocol` by the entrance they came by.
         bytes: what was received for them: bodies, messages, and images fetched by URL.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.requests = 0
+        self.by_protocol: Counter[Protocol] = Counter()
         self.bytes = 0
         self._max_requests = settings.max_requests_in_flight
         self._max_bytes = max(settings.max_bytes_in_flight, settings.max_request_bytes)
         self._max_request_bytes = settings.max_request_bytes
 
     @contextmanager
-    def request(self) -> Iterator["Share"]:
+    def request(self, protocol: Protocol) -> Iterator["Share"]:
         """A request's share, given back when the block ends.
 
         Raises:
@@ -70,11 +76,23 @@ class Budget:
             )
         share = Share(self)
         self.requests += 1
+        self.by_protocol[protocol] += 1
         try:
             yield share
         finally:
             self.requests -= 1
+            self.by_protocol[protocol] -= 1
             self.bytes -= share.bytes
+
+    def state(self) -> dict[str, Any]:
+        """What is in flight and the limits, for people."""
+        return {
+            "requests": self.requests,
+            "by_protocol": {protocol: self.by_protocol[protocol] for protocol in PROTOCOLS},
+            "max_requests": self._max_requests,
+            "bytes": self.bytes,
+            "max_bytes": self._max_bytes,
+        }
 
     def check(self, share: "Share", size: int) -> None:
         """Check whether `size` more bytes of a request can be held. Raises as `Share.add`."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from prometheus_client import (
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
     disable_created_metrics,
     generate_latest,
@@ -101,6 +102,19 @@ class Metrics:
             "Seconds by which the event loop of a gateway or worker is late, twice a second.",
             buckets=SECONDS,
             registry=registry,
+        )
+        self.in_flight = Gauge(
+            "vitrail_requests_in_flight",
+            "Requests that are being received or answered, sampled twice a second.",
+            ("protocol",),
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self.bytes_in_flight = Gauge(
+            "vitrail_request_bytes_in_flight",
+            "Bytes received for them, sampled twice a second.",
+            registry=registry,
+            multiprocess_mode="livesum",
         )
         self.label_sets = Counter(
             "vitrail_label_sets",

@@ -18,9 +18,11 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry
 
 from models import Registry
 from models.checkpoints.store import default_store_path
+from service.metrics import Metrics
 from tests.conftest import answers, free_port, running, wait_until
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +61,12 @@ def test_every_alert_has_its_page() -> None:
     for rule in ALERTS["groups"][0]["rules"]:
         assert f"## {rule['alert']}\n" in runbook
         assert rule["annotations"]["runbook"] == f"docs/runbook.md#{rule['alert'].lower()}"
+
+
+def test_every_metric_is_on_the_dashboard() -> None:
+    shown = " ".join(t["expr"] for panel in DASHBOARD["panels"] for t in panel["targets"])
+    for family in Metrics(CollectorRegistry()).registry.collect():
+        assert family.name in shown
 
 
 def test_compose_has_no_passwords() -> None:

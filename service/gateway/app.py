@@ -20,8 +20,8 @@ from service.gateway.problems import install_handlers
 from service.gateway.rest import head_routes, model_routes, system_routes, task_routes
 from service.keys import Keys
 from service.limits import Budget
-from service.loop_lag import measuring_lag
 from service.metrics import Metrics
+from service.sampling import sampling
 from service.search.opening import StoreOpener
 from service.settings import Settings
 
@@ -46,7 +46,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await backend.start()
-        async with measuring_lag(metrics), beside or nullcontext():
+        async with sampling(metrics, app.state.budget), beside or nullcontext():
             yield
         await backend.close()
         await app.state.fetcher.close()

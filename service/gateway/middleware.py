@@ -76,7 +76,7 @@ class RequestContext:
         if scope["path"] in _QUIET or scope["path"].startswith("/v2/health/"):
             return self.app
         try:
-            scope["state"]["share"] = stack.enter_context(budget.request())
+            scope["state"]["share"] = stack.enter_context(budget.request("http"))
         except UnavailableError as error:
             return problem_response(error, scope["path"])
         return self.app

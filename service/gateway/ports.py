@@ -10,7 +10,7 @@ from service.errors import NotFoundError
 from service.gateway.problems import problem_response
 from service.settings import Settings
 
-_ADMIN = re.compile(r"/(v2/repository/)?models/[^/]+/(load|unload)/?")
+_ADMIN = re.compile(r"/(v2/repository/)?models/[^/]+/(load|unload)/?|/debug/queues/?")
 _METRICS = re.compile(r"/metrics/?")
 # On every port, for who checks it.
 _HEALTH = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")

@@ -19,10 +19,11 @@ from models.registry import Registry
 from models.trunks.devices import resolve_device
 from service.garbage import leave_out_old_objects
 from service.keys import Keys
-from service.loop_lag import measuring_lag
+from service.limits import Budget
 from service.metrics import Metrics
 from service.processes.heartbeat import beating
 from service.rpc.server import RpcServer
+from service.sampling import sampling
 from service.settings import Settings
 from service.triton_metrics import WithTritonNames
 from service.worker.backend import LocalBackend
@@ -72,7 +73,7 @@ async def _serve(settings: Settings, address: str, heartbeat: int | None) -> Non
     stopping = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    keys = Keys(settings, worker=True)
+    keys, budget = Keys(settings, worker=True), Budget(settings)
     backend, metrics = create_backend(settings)
     if settings.metrics_port:
         exported = (
@@ -84,8 +85,8 @@ async def _serve(settings: Settings, address: str, heartbeat: int | None) -> Non
     sharing = None
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         sharing = asyncio.create_task(share_gauges(BackendCollector(backend)))
-    async with beating(heartbeat, backend, loads=True), measuring_lag(metrics):
-        async with RpcServer(backend, settings, metrics, keys).serving(address):
+    async with beating(heartbeat, backend, loads=True), sampling(metrics, budget):
+        async with RpcServer(backend, settings, metrics, keys, budget).serving(address):
             await stopping.wait()
         await backend.close()
     if sharing is not None:

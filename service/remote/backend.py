@@ -21,7 +21,7 @@ from service.errors import (
     ServiceError,
     UnavailableError,
 )
-from service.remote.descriptions import best_description
+from service.remote.descriptions import best_description, worker_state
 from service.remote.discovery import Discovery
 from service.remote.heads import RemoteHeads
 from service.remote.merging import merge, run_all
@@ -121,6 +121,9 @@ class RemoteBackend:
 
     def knows(self, model: str) -> bool:
         return any(model in worker.models for worker in self._workers.values())
+
+    def state(self) -> dict[str, Any]:
+        return {"workers": {name: worker_state(worker) for name, worker in self._workers.items()}}
 
     def health(self) -> Health:
         """Ready while every start-up model is, somewhere; live while it can answer."""

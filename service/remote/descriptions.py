@@ -1,6 +1,7 @@
 """Which worker's description of a model a gateway shows, if workers differ."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from models.description import HeadDescription, ModelDescription
 from service.remote.worker import Worker
@@ -19,3 +20,14 @@ def closeness(model: HeadDescription) -> tuple[bool, int]:
     """A sort key, lowest for models that answer, highest for states of newer workers."""
     known = model.state in STATES
     return not model.is_ready, STATES.index(model.state) if known else len(STATES)
+
+
+def worker_state(worker: Worker) -> dict[str, Any]:
+    """What is known of a worker, as JSON for people."""
+    return {
+        "up": worker.up,
+        "ready": worker.health.ready,
+        "reasons": list(worker.health.reasons),
+        "outstanding_images": worker.outstanding,
+        "ejected": bool(worker.ejected),
+    }

@@ -120,7 +120,7 @@ async def handle_call(
         caller = Caller(is_gateway, started, grpc_deadline, key)
         if task is not None:
             _check_admission(deps, caller, task)
-        with deps.budget.request() as share:
+        with deps.budget.request("grpc") as share:
             await begin.get()(share)
             yield caller
         status = "OK"

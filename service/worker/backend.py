@@ -149,6 +149,9 @@ class LocalBackend:
     def knows(self, model: str) -> bool:
         return model in self.registry.catalog.models
 
+    def state(self) -> dict[str, Any]:
+        return self.batcher.state() | {"decoding": self._pipeline.admission.decoding.state()}
+
     def health(self) -> Health:
         dead = []
         if not self.batcher.alive():

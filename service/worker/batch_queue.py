@@ -83,6 +83,19 @@ class BatchQueue:
         """Images admitted but not yet running, including those being decoded."""
         return self.places.taken
 
+    def state(self) -> dict[str, Any]:
+        """Its images, by client, as JSON for people."""
+        return {
+            "capacity": self.capacity,
+            "admitted_images": self.admitted,
+            "decoded_images": len(self),
+            "late_images": len(self._late),
+            "admitted": {
+                "interactive": dict(self.places.interactive),
+                "bulk": dict(self.places.bulk),
+            },
+        }
+
     def watch(self, waiting: "dict[str, BatchQueue]") -> None:
         """Be in `waiting`, by name, while the queue is not empty."""
         self._waiting = waiting

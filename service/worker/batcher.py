@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from service.worker.batch_queue import BatchQueue, Entry
 from service.worker.scheduler import Batch, Scheduler
@@ -108,10 +109,16 @@ class Batcher:
 
     def put(self, name: str, entries: Sequence[Entry]) -> None:
         """Add the pieces of one input, for which one place was taken. The other pieces are in
-        memory already, so they take places beyond the queue's capacity if they must."""
+        memory already, so they take places beyond the queue's capacity if they must. A batcher that
+        is being closed drops them."""
         with self._lock:
             queue, now = self._scheduler.queues[name], self._clock()
             first = entries[0]
+            if self._closing:  # the lanes may have ended; a model may still be loading
+                queue.places.give_back(first.client, 1, bulk=first.bulk)
+                for entry in entries:
+                    self._drop(entry)
+                return
             queue.places.extend(first.client, len(entries) - 1, bulk=first.bulk)
             for entry in entries:
                 queue.put(entry, now)
@@ -145,6 +152,23 @@ class Batcher:
         """The number of batches that are running."""
         with self._lock:
             return len(self._scheduler.running)
+
+    def state(self) -> dict[str, Any]:
+        """What waits and what runs, as JSON for people. Seconds of queues are estimates."""
+        with self._lock:
+            now, scheduler = self._clock(), self._scheduler
+            return {
+                "seconds": scheduler.queue_seconds(),
+                "queues": {queue.name: queue.state() for queue in scheduler.queues.values()},
+                "running": [
+                    {
+                        "trunk": batch.queue.name,
+                        "images": len(batch.entries),
+                        "seconds": now - batch.started,
+                    }
+                    for batch in scheduler.running
+                ],
+            }
 
     def queue_seconds(self) -> float:
         """Estimated seconds until all images admitted now have been computed."""

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from typing import Any
 
 from service.worker.costs import moved
 from service.worker.turns import Waiting, work_ahead
@@ -91,6 +92,17 @@ class DecodeQueue:
     def depth(self) -> int:
         """The number of inputs that no thread has begun."""
         return self._depth
+
+    def state(self) -> dict[str, Any]:
+        """What waits and what runs, as JSON for people. Seconds are estimates."""
+        with self._lock:
+            interactive, bulk = self._backlog
+            return {
+                "waiting_inputs": self._depth,
+                "decoding_inputs": dict(self._busy),
+                "waiting_seconds": {"interactive": dict(interactive), "bulk": dict(bulk)},
+                "seconds_each": dict(self._seconds),
+            }
 
     def _put(self, source: Source) -> None:
         with self._lock:

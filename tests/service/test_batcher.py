@@ -117,6 +117,16 @@ def test_closing_runs_what_was_accepted(device: FakeDevice) -> None:
     assert sorted(device.finished) == list("abcdefgh")
 
 
+def test_what_comes_after_closing_is_dropped_and_not_waited_for(device: FakeDevice) -> None:
+    made = Batcher(Scheduler(lanes=1), execute=device.execute, drop=device.drop)
+    made.add_queue(BatchQueue("q", max_batch_size=2, capacity=99))
+    made.start()
+    made.close()
+    put(made, "late")
+    assert device.dropped == ["late"]
+    made.remove_queue("q")
+
+
 def test_a_queue_is_removed_only_when_it_is_empty(batcher: Batcher, device: FakeDevice) -> None:
     put(batcher, "a", "b")
     remover = threading.Thread(target=batcher.remove_queue, args=("q",))

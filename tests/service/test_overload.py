@@ -26,6 +26,7 @@ PASS_S = 0.1
 @pytest.fixture(scope="module", params=["in one process", "gateway and worker apart"])
 def server(tiny_catalog: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
     options: dict[str, Any] = {
+        "admin_keys": "boss",
         "models": "tiny,tiny-embed",
         "max_queue_size": 8,
         "max_batch_size": 1,
@@ -303,3 +304,33 @@ def test_the_place_of_a_request_is_given_back_however_it_ends(
     places = queue_of(server).places
     assert not places.interactive
     assert not places.bulk
+
+
+def test_admins_see_what_waits_and_metrics_what_is_in_flight(
+    server: Running, tap: Tap, pool: ThreadPoolExecutor, jpegs: dict[str, bytes]
+) -> None:
+    held = hold(server, tap, pool, jpegs["coffee"])
+    others = send(pool, server, jpegs["coffee"], 3, X_API_Key="two")
+    wait_until(lambda: len(queue_of(server)) == 3)
+    assert server.client.get("/debug/queues").status_code == 403  # a user's key
+    state = server.client.get("/debug/queues", headers={"X-API-Key": "boss"}).json()
+    assert state["budget"]["requests"] == 5  # with this one
+    assert state["budget"]["bytes"] >= 4 * len(jpegs["coffee"])
+    if server.worker_metrics is None:
+        tiny = state["queues"]["tiny"]
+        assert (tiny["admitted_images"], tiny["decoded_images"]) == (3, 3)
+        assert list(tiny["admitted"]["interactive"].values()) == [3]
+        assert [(run["trunk"], run["images"]) for run in state["running"]] == [("tiny", 1)]
+        assert state["decoding"]["waiting_inputs"] == 0
+    else:
+        [worker] = state["workers"].values()
+        assert (worker["up"], worker["outstanding_images"]) == (True, 4)
+
+    def in_flight() -> tuple[float, float]:
+        flying = server.metric("vitrail_requests_in_flight", protocol="http")
+        return flying, server.metric("vitrail_request_bytes_in_flight")
+
+    wait_until(lambda: in_flight()[0] == 4 and in_flight()[1] > 0)
+    tap.gate.set()
+    assert [future.result().status_code for future in [held, *others]] == [200] * 4
+    wait_until(lambda: in_flight() == (0, 0))

@@ -1,10 +1,12 @@
 """Health checks and metrics."""
 
+from typing import Any
+
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from service.gateway.auth import require_metrics_key
+from service.gateway.auth import require_admin_key, require_metrics_key
 from service.metrics import exposition
 from service.types import Health
 
@@ -33,6 +35,14 @@ async def readyz(request: Request) -> JSONResponse:
     return JSONResponse(
         {"status": status, "reasons": list(health.reasons)}, 200 if health.ready else 503
     )
+
+
+@router.get("/debug/queues", dependencies=[Depends(require_admin_key)])
+async def debug_queues(request: Request) -> dict[str, Any]:
+    """What is in flight, waits and runs in this process now, by trunk and client, with the limits;
+    of a gateway apart, what it knows of its workers. Needs an admin key."""
+    state = request.app.state
+    return {"budget": state.budget.state(), **state.backend.state()}
 
 
 @router.get("/metrics", response_class=Response, dependencies=[Depends(require_metrics_key)])
