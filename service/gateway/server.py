@@ -16,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from service.errors import UnavailableError
 from service.garbage import leave_out_old_objects
 from service.gateway.disconnect import disconnect
+from service.gateway.loop_turns import LoopTurns
 from service.gateway.ports import separate_listeners
 from service.settings import Settings
 from service.tls import server_context
@@ -51,6 +52,7 @@ def create_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
         header_timeout_s = settings.header_timeout_s
         body_timeout_s = settings.body_timeout_s
         max_connections = settings.max_connections
+        turns = LoopTurns()
 
     context = server_context(settings)
     config = uvicorn.Config(
@@ -101,6 +103,7 @@ class ImpatientProtocol(HttpToolsProtocol):
     header_timeout_s: float
     body_timeout_s: float
     max_connections: int
+    turns: LoopTurns
     _timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
     _header_bytes = 0
@@ -119,6 +122,7 @@ class ImpatientProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
+        self.turns.received(self.loop)
         is_idle = self.cycle is not None and self.cycle.response_complete
         self._has_begun = self._in_message
         super().data_received(data)
@@ -129,7 +133,7 @@ class ImpatientProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope["state"]["started"] = time.monotonic()
+        self.scope["state"]["started"] = time.monotonic() - self.turns.seconds()
         self._in_message, self._in_body, self._has_begun = True, False, True
         self._start_timer(self.header_timeout_s)
 

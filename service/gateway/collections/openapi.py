@@ -3,8 +3,8 @@
 from typing import Any
 
 from service.gateway.collections.bodies import FORM, JSON, CollectionParameters, QueryParameters
+from service.gateway.entrance import NDJSON
 from service.gateway.rest.examples import PHOTO, json_body
-from service.gateway.rest.ndjson import NDJSON
 
 _BINARY: dict[str, Any] = {"type": "string", "format": "binary"}
 _METADATA: dict[str, Any] = {"type": "object", "additionalProperties": True}

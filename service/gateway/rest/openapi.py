@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.tasks.base import Task
+from service.gateway.entrance import NDJSON
 from service.gateway.rest import examples
-from service.gateway.rest.ndjson import NDJSON
 from service.parameters import FitParameters, HeadParameters, Parameters, task_parameters
 
 _BINARY = {"type": "string", "format": "binary"}
