@@ -16,7 +16,7 @@ from models.checkpoints.families.towers import LIBRARY
 from models.checkpoints.formats import detect_format
 from models.checkpoints.sources import fetch, parse_source
 from models.checkpoints.store import Store
-from models.checkpoints.strict import load_strictly
+from models.checkpoints.strict import UNFIT, load_strictly
 from models.errors import CheckpointError, SourceError
 from models.inputs.transforms import (
     ClipPreprocess,
@@ -43,16 +43,6 @@ from models.trunks.video import VideoTrunk
 
 # What builds both towers of checkpoints that hold two, by `Checkpoint.library`.
 TOWERS = {LIBRARY: towers_of_two}
-# What building a network raises if shapes or arguments do not fit each other.
-UNFIT = (
-    AssertionError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 # Networks that need a trunk of their own.
 TRUNK_CLASSES: Mapping[type[nn.Module], type[TimmTrunk]] = {
     PatchConvNet: PatchConvNetTrunk,

@@ -6,6 +6,17 @@ from torch import Tensor, nn
 
 from models.errors import CheckpointError
 
+# What building a network or a head raises if shapes or arguments do not fit each other.
+UNFIT = (
+    AssertionError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 
 def load_strictly(network: nn.Module, state_dict: Mapping[str, Tensor], name: str) -> None:
     """Load a state dict after `check_strictly`, and raise as it does."""

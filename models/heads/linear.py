@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.checkpoints.checkpoint import HeadState
+from models.checkpoints.strict import UNFIT
 from models.errors import CheckpointError
 from models.heads.ranking import Ranking
 from models.trunks.base import Trunk
@@ -169,7 +170,7 @@ def _layer(state: dict[str, Tensor], norm_eps: float) -> nn.Module:
             outputs, inputs = state["weight"].shape
             layer = nn.Linear(inputs, outputs, bias="bias" in state)
         layer.load_state_dict(state)
-    except (RuntimeError, KeyError, ValueError) as error:
+    except UNFIT as error:
         raise CheckpointError(f"the head's classifier does not fit together: {error}") from error
     return layer
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from models.checkpoints.checkpoint import HeadState
+from models.checkpoints.strict import UNFIT
 from models.discovery import classes_of
 from models.errors import CatalogError, CheckpointError
 from models.heads.base import Head
@@ -37,7 +38,12 @@ def create_head(
     head = head_class(kind)
     if state is None and head.needs_state:
         raise CatalogError(f"the head {kind} needs a file that holds its weights")
-    return head.create(trunk, labels, state)
+    try:
+        return head.create(trunk, labels, state)
+    except UNFIT as error:
+        raise CheckpointError(
+            f"the head {kind} does not fit the checkpoint: {type(error).__name__}: {error}"
+        ) from error
 
 
 def head_state(kind: str, states: Mapping[str, HeadState]) -> HeadState | None:
@@ -72,6 +78,6 @@ def heads_of(trunk: Trunk, own: Head, states: Mapping[str, HeadState]) -> dict[s
     heads = {**own.companions(), own.task: own}
     for kind, head in head_classes().items():
         if head.task not in heads and head.comes_with(trunk, states):
-            heads[head.task] = head.create(trunk, (), head_state(kind, states))
+            heads[head.task] = create_head(kind, trunk, (), head_state(kind, states))
     order = sorted(heads, key=lambda task: (task != "embed", task != own.task))
     return {task: heads[task] for task in order}

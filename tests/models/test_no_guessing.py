@@ -157,3 +157,27 @@ def test_arguments_that_make_no_sense_are_refused(name: str, value: Any) -> None
     [path, *_] = files_of(folder)
     with pytest.raises(CheckpointError):
         load_checkpoint(path, hyperparameters(folder) | dict.fromkeys(names, value))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "change"),
+    [
+        ("supmae", "cls_head.1.running_mean", lambda key, value: {key: torch.tensor(1.0)}),
+        ("convnext_v2", "norm.bias", lambda key, value: {f"{key}.x": value}),
+        ("vitgan", "convs.2.conv.weight", lambda key, value: {key: torch.cat([value, value])}),
+    ],
+)
+def test_one_tensor_that_is_not_as_it_should_be_is_seen(
+    name: str, key: str, change: Any, tmp_path: Path
+) -> None:
+    """Of another shape or name, where its network would not tell."""
+    folder = GOLDENS / name
+    if not folder.is_dir():
+        pytest.skip(f"the fixture {name} is not here (shared/goldens)")
+    [path, *_] = files_of(folder)
+    container = open_container(path)
+    tensors = dict(container.tensors)
+    tensors |= change(key, tensors.pop(key))
+    torch.save({container.wrapper: tensors} if container.wrapper else tensors, tmp_path / path.name)
+    with pytest.raises(CheckpointError):
+        load_checkpoint(tmp_path / path.name, hyperparameters(folder))

@@ -101,9 +101,9 @@ def in_timms_names(key: str) -> str:
         case "stages":
             return renamed(f"stages.{parts[1]}.blocks." + ".".join(parts[2:]))
         case "norm":
-            return f"head.norm.{parts[1]}"
+            return ".".join(("head.norm", *parts[1:]))
         case "head":
-            return f"head.fc.{parts[1]}"
+            return ".".join(("head.fc", *parts[1:]))
     return key
 
 

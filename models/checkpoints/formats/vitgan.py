@@ -166,7 +166,7 @@ class _Weights:
 
     def modulated(self, target: str, source: str) -> None:
         """A modulated convolution, with its blur where it has one."""
-        weight = self.take(f"{source}.weight")[0]
+        [weight] = self.take(f"{source}.weight")
         self.state[f"{target}.weight"] = weight / weight[0].numel() ** 0.5
         self.linear(f"{target}.modulation", f"{source}.modulation", shift=1.0)
         if f"{source}.blur.kernel" in self.source:
