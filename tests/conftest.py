@@ -54,9 +54,16 @@ os.environ["VITRAIL_ENGINE"] = "eager"
 EXIT_S = 120
 
 
-def pytest_unconfigure() -> None:
-    """If something keeps the process from ending, print what all threads do, and fail."""
-    faulthandler.dump_traceback_later(EXIT_S, exit=True, file=sys.__stderr__)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """If something keeps the process from ending, print what all threads do, and end it with the
+    tests' own status."""
+
+    def end() -> None:
+        time.sleep(EXIT_S)
+        faulthandler.dump_traceback(file=sys.__stderr__)
+        os._exit(exitstatus)
+
+    session.config.add_cleanup(threading.Thread(target=end, daemon=True).start)
 
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
