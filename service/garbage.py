@@ -14,9 +14,10 @@ def leave_out_old_objects() -> None:
     """Let the collector look only at objects that are made from now on.
 
     Objects are still freed when nothing refers to them. Only cycles among the old ones stay, until
-    `look_at_all_objects`.
+    `look_at_all_objects`; those that are garbage already are freed now.
     """
     gc.set_threshold(YOUNG_OBJECTS)
+    gc.collect()
     gc.freeze()
 
 
