@@ -6,6 +6,7 @@ import typer
 
 from models.tasks.table import tasks
 from service.cli import (
+    bulk,
     collections,
     demo,
     doctor,
@@ -50,6 +51,7 @@ app.command("doctor")(doctor.doctor)
 app.command("fit")(fit.fit)
 app.command("tune")(tune.tune)
 app.command("ray")(ray.ray)
+app.command("bulk")(bulk.bulk)
 models.app.command("verify")(verify.verify)
 app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")

@@ -1,0 +1,1 @@
+"""Running a model over many images, to Parquet, on this machine or on a Ray cluster."""
