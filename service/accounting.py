@@ -60,6 +60,7 @@ def counted(
         metrics.requests.labels(task, label, outcome).inc()
         elapsed = time.monotonic() - started
         metrics.request_duration.labels(task, label, outcome).observe(elapsed)
+        metrics.statistics[label].add(elapsed, account.result, ok=outcome == "ok")
         if account.result is not None:
             _count_images(metrics, account.result)
 

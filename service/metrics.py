@@ -5,6 +5,7 @@ that are not in the catalog are counted as `unknown`.
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Callable
 
 from prometheus_client import (
@@ -17,6 +18,7 @@ from prometheus_client import (
 )
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from service.statistics import ModelStatistics
 from service.triton_metrics import WithTritonNames
 
 # Each counter and histogram would have a second series with the time of its creation.
@@ -44,6 +46,8 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         self._labels: set[str] = set()
+        # By label, of requests that named one model.
+        self.statistics: dict[str, ModelStatistics] = defaultdict(ModelStatistics)
         self.requests = Counter(
             "vitrail_requests",
             "Requests, by outcome.",
@@ -164,6 +168,7 @@ class Metrics:
         gone = {name for name in self._labels if not known(name)}
         self._labels -= gone
         for name in gone:
+            self.statistics.pop(name, None)
             for metric in (self.requests, self.request_duration, self.images):
                 metric.remove_by_labels({"model": name})
 

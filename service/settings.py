@@ -175,6 +175,11 @@ class Settings(BaseSettings):
     triton_metrics: bool = Field(
         False, description="Export metrics under Triton's names, too (nv_inference_...)."
     )
+    shared_memory: str = Field(
+        "",
+        description="What the keys of system shared memory that Triton's clients may register "
+        "begin with; if empty, shared memory is turned off.",
+    )
     slow_request_s: float = Field(
         0, ge=0, description="Seconds after which a request is logged as a warning; 0 for never."
     )

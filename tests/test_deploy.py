@@ -69,6 +69,18 @@ def test_every_metric_is_on_the_dashboard() -> None:
         assert family.name in shown
 
 
+def test_collections_survive_the_gateways_container() -> None:
+    gateway = COMPOSE["services"]["gateway"]
+    folder = filled(gateway["environment"]["VITRAIL_COLLECTIONS"])
+    [volume] = gateway["volumes"]
+    name, _, mounted = volume.partition(":")
+    assert name in COMPOSE["volumes"]
+    # the image makes this folder for the user; a volume elsewhere would be root's
+    assert mounted == "/var/lib/vitrail"
+    assert f"install -d -o vitrail {mounted}" in (ROOT / "Dockerfile").read_text()
+    assert folder.startswith(f"{mounted}/")
+
+
 def test_compose_has_no_passwords() -> None:
     for service in COMPOSE["services"].values():
         for variable, value in service.get("environment", {}).items():

@@ -246,7 +246,7 @@ def test_axe_finds_nothing(page: Page, folder: Path, look: str) -> None:
     page.emulate_media(color_scheme="dark" if look == "dark" else "light")
     if look == "phone":
         page.set_viewport_size({"width": 360, "height": 740})
-    found = []
+    found: list[str] = []
 
     def check(place: str) -> None:
         results = Axe().run(page)

@@ -13,6 +13,7 @@ from service.gateway.entrance import Entrance
 from service.gateway.error_responses import document_errors
 from service.gateway.fetch import ImageFetcher
 from service.gateway.middleware import RequestContext
+from service.gateway.open_inference import memory_routes
 from service.gateway.open_inference import routes as open_inference_routes
 from service.gateway.openai import routes as openai_routes
 from service.gateway.ports import SeparatePorts
@@ -21,6 +22,7 @@ from service.gateway.rest import head_routes, model_routes, system_routes, task_
 from service.keys import Keys
 from service.limits import Budget
 from service.metrics import Metrics
+from service.open_inference.shared_memory import SharedMemory
 from service.sampling import sampling
 from service.search.opening import StoreOpener
 from service.settings import Settings
@@ -33,6 +35,7 @@ def create_app(
     beside: AbstractAsyncContextManager[None] | None = None,
     keys: Keys | None = None,
     budget: Budget | None = None,
+    memory: SharedMemory | None = None,
 ) -> FastAPI:
     """The routes and middleware in front of a backend.
 
@@ -62,6 +65,7 @@ def create_app(
     app.state.settings = settings
     app.state.keys = keys or Keys(settings)
     app.state.budget = budget or Budget(settings)
+    app.state.memory = memory or SharedMemory(settings.shared_memory)
     app.state.backend = backend
     app.state.metrics = metrics
     app.state.fetcher = ImageFetcher(settings)
@@ -73,6 +77,7 @@ def create_app(
         head_routes,
         collection_routes,
         open_inference_routes,
+        memory_routes,
         openai_routes,
         tei,
         cohere,

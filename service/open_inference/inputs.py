@@ -1,10 +1,12 @@
 """Input tensors as the backend's inputs."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from models.inputs.types import Input, Latent, Seed, Video
 from service.errors import InvalidInputError
@@ -57,6 +59,8 @@ def to_inputs(tensors: Sequence[InputTensor], settings: Settings) -> list[Input]
         raise InvalidInputError(f"{tensor.name} has no elements", field=tensor.name)
     check_input_count(settings, tensor.shape[0] if tensor.shape else 1)
     match tensor.name:
+        case "image" if tensor.datatype == "UINT8":
+            return list(_bytes_of_images(tensor))
         case "image":
             return [_decoded(element) for element in _elements(tensor)]
         case "text":
@@ -127,6 +131,28 @@ def _decoded(value: Any) -> bytes:
     )
 
 
+def _bytes_of_images(tensor: InputTensor) -> list[bytes]:
+    """Images as UINT8: encoded ones [N, bytes], or RGB pixels [N, height, width, 3]."""
+    raw = tensor.raw if tensor.raw is not None else _packed(tensor, "iu", (0, 255))
+    array = from_bytes("image", "UINT8", tensor.shape, raw)
+    if array.ndim == 2:
+        return [row.tobytes() for row in array]
+    if array.ndim != 4 or array.shape[3] != 3:
+        raise InvalidInputError(
+            "image as UINT8 has shape [N, bytes] (encoded) or [N, height, width, 3] (RGB), not "
+            f"{list(tensor.shape)}",
+            field="image",
+        )
+    return [_as_bmp(pixels) for pixels in array]
+
+
+def _as_bmp(pixels: np.ndarray) -> bytes:
+    """RGB pixels (H, W, 3) as a BMP file, which loses nothing."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "BMP")
+    return buffer.getvalue()
+
+
 def _seeds(tensor: InputTensor) -> list[int]:
     if tensor.datatype != "INT64" or len(tensor.shape) != 1:
         raise InvalidInputError("seed is INT64 of shape [N]", field="seed")
@@ -150,11 +176,12 @@ def _numbers(tensor: InputTensor, shape: str, dimensions: int) -> np.ndarray:
     return check_finite(name, array.astype(np.float32, copy=False))
 
 
-def _packed(tensor: InputTensor, kinds: str) -> bytes:
+def _packed(tensor: InputTensor, kinds: str, limits: tuple[int, int] | None = None) -> bytes:
     """The values as bytes.
 
     Args:
         kinds: numpy's letters of the kinds of numbers that the values may be.
+        limits: the least and the largest value; None for any.
     """
     name = tensor.name
     if tensor.datatype == "BF16":
@@ -165,5 +192,7 @@ def _packed(tensor: InputTensor, kinds: str) -> bytes:
         raise InvalidInputError(f"{name}: data is nested unevenly", field=name) from error
     if array.dtype.kind not in kinds and array.size:
         raise InvalidInputError(f"{name}: not numbers of type {tensor.datatype}", field=name)
+    if limits and array.size and not limits[0] <= array.min() <= array.max() <= limits[1]:
+        raise InvalidInputError(f"{name}: values are not {tensor.datatype}", field=name)
     with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
         return array.astype(DTYPES[tensor.datatype]).tobytes()

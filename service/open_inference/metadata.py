@@ -1,6 +1,6 @@
 """The protocol's metadata of a server and its models."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -8,10 +8,21 @@ from models.description import ModelDescription, State
 from service.errors import NotFoundError
 from service.open_inference.inputs import FLOAT_TYPES
 from service.open_inference.outputs import outputs_of
+from service.statistics import ModelStatistics
 
 NAME = "vitrail"
 VERSION = "1"
-EXTENSIONS = ("classification", "binary_tensor_data", "model_repository")
+EXTENSIONS = (
+    "classification",
+    "binary_tensor_data",
+    "model_repository",
+    "model_configuration",
+    "statistics",
+    "system_shared_memory",
+)
+PLATFORM = "vitrail_torch"
+# The names of data types in configurations, where they differ from `TYPE_` and the protocol's.
+CONFIG_TYPES = {"BYTES": "TYPE_STRING"}
 
 
 def server_metadata() -> dict[str, Any]:
@@ -42,10 +53,50 @@ def model_metadata(model: ModelDescription) -> dict[str, Any]:
     return {
         "name": model.name,
         "versions": [VERSION],
-        "platform": "vitrail_torch",
+        "platform": PLATFORM,
         "inputs": _inputs(model),
         "outputs": outputs,
     }
+
+
+def model_config(model: ModelDescription, max_images: int) -> dict[str, Any]:
+    """`GET /v2/models/{name}/config`: Triton's model configuration, as far as it applies.
+
+    Args:
+        max_images: the most inputs of a request, which clients take for `max_batch_size`.
+    """
+    described = model_metadata(model)
+
+    def tensors(name: str) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": tensor["name"],
+                "data_type": CONFIG_TYPES.get(tensor["datatype"], f"TYPE_{tensor['datatype']}"),
+                "dims": tensor["shape"][1:] or [1],  # without the batch
+            }
+            for tensor in described[name]
+        ]
+
+    return {
+        "name": model.name,
+        "platform": PLATFORM,
+        "backend": NAME,
+        "max_batch_size": max_images,
+        "input": tensors("inputs"),
+        "output": tensors("outputs"),
+    }
+
+
+def model_statistics(
+    models: Sequence[ModelDescription], statistics: Mapping[str, ModelStatistics]
+) -> list[dict[str, Any]]:
+    """`model_stats` of `GET /v2/models/stats`: what each model has done since the start of the
+    process that was asked."""
+    return [
+        {"name": model.name, "version": VERSION}
+        | statistics.get(model.name, ModelStatistics()).to_json()
+        for model in models
+    ]
 
 
 def repository_index(models: Sequence[ModelDescription], ready_only: bool) -> list[dict[str, str]]:

@@ -11,6 +11,7 @@ from models.tasks.base import Output, Task
 from models.tasks.classify import DEFAULT_TOP_K
 from models.tasks.table import tasks
 from service.errors import InvalidInputError, PayloadTooLargeError, ServiceError
+from service.open_inference.shared_memory import Place
 from service.parameters import validated_call
 from service.types import Call, ImageResult, InferResult
 
@@ -31,6 +32,8 @@ class RequestedOutput:
     classification: int = 0
     # Whether REST returns it as binary data; None for the request's default.
     binary: bool | None = None
+    # Where it is written instead of into the response.
+    place: Place | None = None
 
 
 @dataclass(frozen=True, slots=True)

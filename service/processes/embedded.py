@@ -6,6 +6,7 @@ from service.gateway.app import create_app
 from service.gateway.server import check_free, run_server
 from service.keys import Keys
 from service.limits import Budget
+from service.open_inference.shared_memory import SharedMemory
 from service.processes.worker import create_backend
 from service.rpc.server import RpcServer
 from service.settings import Settings
@@ -14,9 +15,11 @@ from service.settings import Settings
 def create_embedded_app(settings: Settings) -> FastAPI:
     """The application with a backend in this process, and a gRPC server beside it."""
     keys, budget = Keys(settings), Budget(settings)
+    memory = SharedMemory(settings.shared_memory)
     backend, metrics = create_backend(settings)
-    rpc = RpcServer(backend, settings, metrics, keys, budget).serving(settings.rpc_address())
-    return create_app(settings, backend, metrics, rpc, keys, budget)
+    rpc = RpcServer(backend, settings, metrics, keys, budget, memory)
+    beside = rpc.serving(settings.rpc_address())
+    return create_app(settings, backend, metrics, beside, keys, budget, memory)
 
 
 def serve(settings: Settings) -> None:

@@ -12,6 +12,7 @@ from service.gateway.server import run_server
 from service.keys import Keys
 from service.limits import Budget
 from service.metrics import Metrics
+from service.open_inference.shared_memory import SharedMemory
 from service.processes.heartbeat import beating
 from service.remote.backend import RemoteBackend
 from service.remote.metrics import RemoteMetrics
@@ -34,17 +35,18 @@ def create_gateway_app(
     PlatformCollector(registry=metrics.registry)
     backend = RemoteBackend(settings, RemoteMetrics(metrics.registry))
     keys, budget = Keys(settings), Budget(settings)
+    memory = SharedMemory(settings.shared_memory)
 
     @asynccontextmanager
     async def beside() -> AsyncIterator[None]:
-        server = RpcServer(backend, settings, metrics, keys, budget)
+        server = RpcServer(backend, settings, metrics, keys, budget, memory)
         async with (
             beating(heartbeat, backend, loads=False),
             server.serving(rpc_address, shared=shared),
         ):
             yield
 
-    return create_app(settings, backend, metrics, beside(), keys, budget)
+    return create_app(settings, backend, metrics, beside(), keys, budget, memory)
 
 
 def serve(

@@ -22,6 +22,7 @@ from service.keys import WORKER_TOKEN, ApiKey, Keys
 from service.limits import MAX_TIMEOUT_MS, Budget
 from service.logs import access_level, choose_request_id, request_id
 from service.metrics import Metrics
+from service.open_inference.shared_memory import SharedMemory
 from service.rpc.reading import begin
 from service.rpc.wire import to_error
 from service.settings import Settings
@@ -47,6 +48,7 @@ class Deps:
     metrics: Metrics
     keys: Keys
     budget: Budget
+    memory: SharedMemory
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from google.protobuf.json_format import ParseDict
 
 from service.accounting import counted
 from service.errors import InvalidInputError
@@ -11,11 +12,14 @@ from service.open_inference.inputs import InputTensor, timeout_ms, to_inputs
 from service.open_inference.metadata import (
     VERSION,
     check_version,
+    model_config,
     model_metadata,
+    model_statistics,
     repository_index,
     server_metadata,
 )
 from service.open_inference.outputs import OutputSelection, RequestedOutput
+from service.open_inference.shared_memory import CUDA, SharedMemory, place_of
 from service.rpc.context import Context, Deps, handle_call
 from service.stubs import open_inference_pb2 as pb
 from service.stubs.open_inference_pb2_grpc import GRPCInferenceServiceServicer
@@ -83,6 +87,64 @@ class OpenInference(GRPCInferenceServiceServicer):
             await self._backend.unload(request.model_name)
             return pb.RepositoryModelUnloadResponse()
 
+    async def ModelConfig(
+        self, request: pb.ModelConfigRequest, context: Context
+    ) -> pb.ModelConfigResponse:
+        async with handle_call(self._deps, context, "ModelConfig"):
+            check_version(request.version)
+            model = await self._backend.model(request.name)
+            config = model_config(model, self._deps.settings.max_images)
+            return ParseDict({"config": config}, pb.ModelConfigResponse())
+
+    async def ModelStatistics(
+        self, request: pb.ModelStatisticsRequest, context: Context
+    ) -> pb.ModelStatisticsResponse:
+        async with handle_call(self._deps, context, "ModelStatistics"):
+            check_version(request.version)
+            backend = self._backend
+            models = [await backend.model(request.name)] if request.name else await backend.models()
+            statistics = model_statistics(models, self._deps.metrics.statistics)
+            return ParseDict({"model_stats": statistics}, pb.ModelStatisticsResponse())
+
+    async def SystemSharedMemoryStatus(
+        self, request: pb.SystemSharedMemoryStatusRequest, context: Context
+    ) -> pb.SystemSharedMemoryStatusResponse:
+        async with handle_call(self._deps, context, "SystemSharedMemoryStatus"):
+            regions = {item["name"]: item for item in self._deps.memory.status(request.name)}
+            return ParseDict({"regions": regions}, pb.SystemSharedMemoryStatusResponse())
+
+    async def SystemSharedMemoryRegister(
+        self, request: pb.SystemSharedMemoryRegisterRequest, context: Context
+    ) -> pb.SystemSharedMemoryRegisterResponse:
+        async with handle_call(self._deps, context, "SystemSharedMemoryRegister"):
+            self._deps.memory.register(request.name, request.key, request.offset, request.byte_size)
+            return pb.SystemSharedMemoryRegisterResponse()
+
+    async def SystemSharedMemoryUnregister(
+        self, request: pb.SystemSharedMemoryUnregisterRequest, context: Context
+    ) -> pb.SystemSharedMemoryUnregisterResponse:
+        async with handle_call(self._deps, context, "SystemSharedMemoryUnregister"):
+            self._deps.memory.unregister(request.name)
+            return pb.SystemSharedMemoryUnregisterResponse()
+
+    async def CudaSharedMemoryStatus(
+        self, request: pb.CudaSharedMemoryStatusRequest, context: Context
+    ) -> pb.CudaSharedMemoryStatusResponse:
+        async with handle_call(self._deps, context, "CudaSharedMemoryStatus"):
+            return pb.CudaSharedMemoryStatusResponse()
+
+    async def CudaSharedMemoryRegister(
+        self, request: pb.CudaSharedMemoryRegisterRequest, context: Context
+    ) -> pb.CudaSharedMemoryRegisterResponse:
+        async with handle_call(self._deps, context, "CudaSharedMemoryRegister"):
+            raise InvalidInputError(CUDA)
+
+    async def CudaSharedMemoryUnregister(
+        self, request: pb.CudaSharedMemoryUnregisterRequest, context: Context
+    ) -> pb.CudaSharedMemoryUnregisterResponse:
+        async with handle_call(self._deps, context, "CudaSharedMemoryUnregister"):
+            return pb.CudaSharedMemoryUnregisterResponse()
+
     async def ModelInfer(
         self, request: pb.ModelInferRequest, context: Context
     ) -> pb.ModelInferResponse:
@@ -98,40 +160,59 @@ class OpenInference(GRPCInferenceServiceServicer):
                 account.deadline = caller.deadline(deps.settings, timeout)
                 outputs = [_requested(output) for output in request.outputs]
                 selection = OutputSelection(model, outputs, options)
-                inputs = to_inputs(_tensors(request), deps.settings)
+                inputs = to_inputs(self._tensors(request), deps.settings)
                 deps.keys.count_images(caller.key, len(inputs))
                 result = await deps.backend.infer(
                     InferRequest(inputs=inputs, calls=selection.calls, deadline=account.deadline)
                 )
                 account.answered(result)
-                return _response(request, selection.requested, selection.collect(result))
+                arrays = selection.collect(result)
+                return _response(request, selection.requested, arrays, deps.memory)
 
-
-def _tensors(request: pb.ModelInferRequest) -> list[InputTensor]:
-    raw = list(request.raw_input_contents)
-    if raw and len(raw) != len(request.inputs):
-        raise InvalidInputError(
-            f"{len(raw)} raw_input_contents for {len(request.inputs)} inputs", field="inputs"
-        )
-    return [
-        InputTensor(
-            name=tensor.name,
-            datatype=tensor.datatype,
-            shape=list(tensor.shape),
-            raw=raw[position] if raw else None,
-            values=tensor.contents.bytes_contents
-            or tensor.contents.fp32_contents
-            or tensor.contents.int64_contents,
-        )
-        for position, tensor in enumerate(request.inputs)
-    ]
+    def _tensors(self, request: pb.ModelInferRequest) -> list[InputTensor]:
+        """The inputs, with their contents: those in shared memory, the raw ones in order, or
+        values."""
+        raw = iter(request.raw_input_contents)
+        tensors = []
+        for tensor in request.inputs:
+            content: bytes | None
+            if (place := place_of(_values(tensor.parameters))) is not None:
+                content = self._deps.memory.read(place, self._deps.settings.max_request_bytes)
+            else:
+                content = next(raw, None) if request.raw_input_contents else None
+                if content is None and request.raw_input_contents:
+                    raise InvalidInputError(
+                        f"{len(request.raw_input_contents)} raw_input_contents for "
+                        f"{len(request.inputs)} inputs",
+                        field="inputs",
+                    )
+            values = tensor.contents
+            tensors.append(
+                InputTensor(
+                    name=tensor.name,
+                    datatype=tensor.datatype,
+                    shape=list(tensor.shape),
+                    raw=content,
+                    values=values.bytes_contents
+                    or values.fp32_contents
+                    or values.int64_contents
+                    or values.uint_contents,
+                )
+            )
+        if next(raw, None) is not None:
+            raise InvalidInputError(
+                f"more raw_input_contents than inputs: {len(request.raw_input_contents)}",
+                field="inputs",
+            )
+        return tensors
 
 
 def _requested(output: pb.ModelInferRequest.InferRequestedOutputTensor) -> RequestedOutput:
     count = _values(output.parameters).get("classification", 0)
     if not isinstance(count, int):
         raise InvalidInputError("classification is a positive number", field="outputs")
-    return RequestedOutput(output.name, classification=count)
+    place = place_of(_values(output.parameters))
+    return RequestedOutput(output.name, classification=count, place=place)
 
 
 def _values(parameters: Mapping[str, pb.InferParameter]) -> dict[str, Any]:
@@ -143,17 +224,35 @@ def _values(parameters: Mapping[str, pb.InferParameter]) -> dict[str, Any]:
 
 
 def _response(
-    request: pb.ModelInferRequest, outputs: Sequence[RequestedOutput], arrays: list[np.ndarray]
+    request: pb.ModelInferRequest,
+    outputs: Sequence[RequestedOutput],
+    arrays: list[np.ndarray],
+    memory: SharedMemory,
 ) -> pb.ModelInferResponse:
+    contents = [to_bytes(array) for array in arrays]
+    parameters: list[dict[str, pb.InferParameter]] = []
+    for number, output in enumerate(outputs):
+        parameters.append({})
+        if output.place is not None:
+            memory.write(output.place, contents[number])
+            parameters[-1] = {
+                "shared_memory_region": pb.InferParameter(string_param=output.place.region),
+                "shared_memory_offset": pb.InferParameter(int64_param=output.place.offset),
+                "shared_memory_byte_size": pb.InferParameter(int64_param=len(contents[number])),
+            }
+            contents[number] = b""  # there is one for each output
     return pb.ModelInferResponse(
         model_name=request.model_name,
         model_version=VERSION,
         id=request.id,
         outputs=[
             pb.ModelInferResponse.InferOutputTensor(
-                name=output.name, datatype=datatype_of(array), shape=array.shape
+                name=output.name,
+                datatype=datatype_of(array),
+                shape=array.shape,
+                parameters=given,
             )
-            for output, array in zip(outputs, arrays, strict=True)
+            for output, array, given in zip(outputs, arrays, parameters, strict=True)
         ],
-        raw_output_contents=[to_bytes(array) for array in arrays],
+        raw_output_contents=contents,
     )

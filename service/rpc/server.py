@@ -13,6 +13,7 @@ from service.backend import Backend
 from service.keys import Keys
 from service.limits import Budget
 from service.metrics import Metrics
+from service.open_inference.shared_memory import SharedMemory
 from service.rpc.context import Deps
 from service.rpc.open_inference import OpenInference
 from service.rpc.reading import MessageReader
@@ -54,13 +55,19 @@ class RpcServer:
         metrics: Metrics,
         keys: Keys | None = None,
         budget: Budget | None = None,
+        memory: SharedMemory | None = None,
     ) -> None:
         self._backend = backend
         self._health = health.aio.HealthServicer()
         self._reported: dict[str, bool] = {}
         self._reporter: asyncio.Task[None] | None = None
         self._deps = Deps(
-            backend, settings, metrics, keys or Keys(settings), budget or Budget(settings)
+            backend,
+            settings,
+            metrics,
+            keys or Keys(settings),
+            budget or Budget(settings),
+            memory or SharedMemory(settings.shared_memory),
         )
 
     async def start(self, address: str, *, shared: bool = False) -> int:

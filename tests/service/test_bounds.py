@@ -20,6 +20,7 @@ from service.errors import ServiceError
 from service.gateway.open_inference.codec import parse_infer_request
 from service.gateway.rest.body import parse_form
 from service.open_inference.inputs import InputTensor, to_inputs
+from service.open_inference.shared_memory import SharedMemory
 from service.payloads import MAX_JSON_MARKS, decode_base64, parse_json_object
 from service.settings import Settings
 from service.stubs import open_inference_pb2 as oip
@@ -265,9 +266,12 @@ def test_any_inference_request_is_read_or_refused(
 ) -> None:
     head = json.dumps({"inputs": inputs, "parameters": parameters}).encode()
     headers = Headers({"inference-header-content-length": str(len(head))})
+    shared = SharedMemory("")
 
     def read() -> None:
-        parsed = asyncio.run(parse_infer_request(headers, head + binary))
+        parsed = asyncio.run(
+            parse_infer_request(headers, head + binary, partial(shared.read, limit=100))
+        )
         to_inputs(parsed.inputs, Settings())
 
     tolerate(read)

@@ -20,6 +20,8 @@ from models.inputs.images import decode_image
 from models.inputs.transforms import Normalize
 from tests.conftest import Running, running
 
+# Closed ones stay: their destructor fails in another thread, such as a server's.
+CLIENTS: list[Any] = []
 INFER = "/v2/models/tiny/infer"
 
 ATTENTION = ["size", "overlay", "map", "npy"]
@@ -37,6 +39,7 @@ def client(server: Running) -> Iterator[Any]:
     opened = triton.InferenceServerClient(server.url.removeprefix("http://"))
     yield opened
     opened.close()
+    CLIENTS.append(opened)
 
 
 @pytest.fixture(scope="module")

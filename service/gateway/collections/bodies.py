@@ -22,7 +22,8 @@ from service.errors import (
 from service.gateway.dispatch import read_deadline
 from service.gateway.entrance import NDJSON
 from service.gateway.fetch import Fetch
-from service.gateway.rest.body import MAX_FIELDS, collect, load_image, parse_form, read_body
+from service.gateway.rest.body import MAX_FIELDS, collect, load_image, parse_form
+from service.gateway.rest.content import read_body
 from service.limits import check_input_count
 from service.parameters import validate
 from service.payloads import check_json, parse_json, parse_json_object

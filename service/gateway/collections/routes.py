@@ -28,7 +28,7 @@ from service.gateway.collections.bodies import (
 )
 from service.gateway.collections.openapi import ADD, CREATE, SEARCH
 from service.gateway.problems import describe
-from service.gateway.rest.body import read_body
+from service.gateway.rest.content import read_body
 from service.gateway.rest.examples import PHOTO
 from service.parameters import validate, validated_call
 from service.payloads import decode_base64, parse_json_object

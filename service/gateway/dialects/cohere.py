@@ -13,7 +13,7 @@ from service.gateway import dispatch
 from service.gateway.auth import require_key
 from service.gateway.embedding import EmbeddingInput, embed_inputs, embeddings, image_input
 from service.gateway.entrance import refused_early
-from service.gateway.rest.body import read_body
+from service.gateway.rest.content import read_body
 from service.gateway.rest.examples import PHOTO, json_body
 from service.logs import request_id
 from service.parameters import validate

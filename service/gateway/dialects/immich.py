@@ -21,7 +21,8 @@ from service.gateway import dispatch
 from service.gateway.auth import require_key
 from service.gateway.embedding import embeddings
 from service.gateway.entrance import refused_early
-from service.gateway.rest.body import parse_form, read_body
+from service.gateway.rest.body import parse_form
+from service.gateway.rest.content import read_body
 from service.parameters import validated_call
 from service.types import InferRequest
 

@@ -15,7 +15,7 @@ from service.gateway.auth import require_key
 from service.gateway.embedding import embed_inputs, embeddings
 from service.gateway.entrance import refused_early
 from service.gateway.openai.inputs import EmbeddingsRequest, parse_inputs
-from service.gateway.rest.body import read_body
+from service.gateway.rest.content import read_body
 from service.gateway.rest.examples import EMBEDDINGS, json_body
 from service.logs import request_id
 from service.parameters import validate

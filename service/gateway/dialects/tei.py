@@ -16,7 +16,7 @@ from service.gateway import dispatch
 from service.gateway.auth import require_key
 from service.gateway.embedding import embed_inputs, embeddings, image_or_text
 from service.gateway.entrance import refused_early
-from service.gateway.rest.body import read_body
+from service.gateway.rest.content import read_body
 from service.gateway.rest.examples import PHOTO, json_body
 from service.parameters import validate
 from service.payloads import parse_json_object

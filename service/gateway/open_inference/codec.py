@@ -5,7 +5,7 @@ https://github.com/triton-inference-server/server/blob/main/docs/protocol/extens
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -19,6 +19,7 @@ from service.errors import BadRequestError, InvalidInputError
 from service.open_inference.inputs import InputTensor, timeout_ms
 from service.open_inference.metadata import VERSION
 from service.open_inference.outputs import MAX_OUTPUTS, RequestedOutput
+from service.open_inference.shared_memory import Place, place_of
 from service.parameters import validate
 from service.payloads import parse_json_object
 from service.tensors import MAX_DIMENSIONS, datatype_of, pack, to_bytes
@@ -26,6 +27,7 @@ from service.tensors import MAX_DIMENSIONS, datatype_of, pack, to_bytes
 HEADER_LENGTH = "inference-header-content-length"
 
 Parameters = dict[str, Any]
+Read = Callable[[Place], bytes]
 
 
 class _Input(BaseModel):
@@ -52,6 +54,14 @@ class _IndexRequest(BaseModel):
     ready: bool = False
 
 
+class RegionRequest(BaseModel):
+    """A region of shared memory: bytes of the object `key`."""
+
+    key: str
+    offset: int = 0
+    byte_size: int
+
+
 @dataclass(frozen=True, slots=True)
 class InferenceRequest:
     """A parsed request.
@@ -72,8 +82,11 @@ class InferenceRequest:
     binary: bool
 
 
-async def parse_infer_request(headers: Headers, content: bytes) -> InferenceRequest:
+async def parse_infer_request(headers: Headers, content: bytes, read: Read) -> InferenceRequest:
     """Parse a body. A header length of 0 means that the whole body is one encoded image.
+
+    Args:
+        read: reads an input from shared memory.
 
     Raises:
         ServiceError: not JSON, not the protocol's form, or with binary parts of a wrong size.
@@ -95,12 +108,17 @@ async def parse_infer_request(headers: Headers, content: bytes) -> InferenceRequ
         raise InvalidInputError("binary_data_output is a boolean", field="binary_data_output")
     return InferenceRequest(
         parsed.id,
-        _inputs(parsed.inputs, memoryview(content)[length:]),
+        _inputs(parsed.inputs, memoryview(content)[length:], read),
         [_requested(output) for output in parsed.outputs],
         options,
         timeout,
         binary,
     )
+
+
+async def parse_region(content: bytes) -> RegionRequest:
+    """The body that registers a region of shared memory."""
+    return validate(RegionRequest, await parse_json_object(content))
 
 
 async def parse_index_request(content: bytes) -> bool:
@@ -113,8 +131,13 @@ def write_infer_response(
     request: InferenceRequest,
     outputs: Sequence[RequestedOutput],
     arrays: Sequence[np.ndarray],
+    write: Callable[[Place, bytes], None],
 ) -> Response:
-    """The response: JSON, followed by the outputs that were requested as binary."""
+    """The response: JSON, followed by the outputs that were requested as binary.
+
+    Args:
+        write: writes an output to shared memory.
+    """
     described: list[dict[str, Any]] = []
     binary: list[bytes] = []
     for output, array in zip(outputs, arrays, strict=True):
@@ -123,7 +146,15 @@ def write_infer_response(
             "datatype": datatype_of(array),
             "shape": list(array.shape),
         }
-        if request.binary if output.binary is None else output.binary:
+        if output.place is not None:
+            content = to_bytes(array)
+            write(output.place, content)
+            entry["parameters"] = {
+                "shared_memory_region": output.place.region,
+                "shared_memory_offset": output.place.offset,
+                "shared_memory_byte_size": len(content),
+            }
+        elif request.binary if output.binary is None else output.binary:
             binary.append(to_bytes(array))
             entry["parameters"] = {"binary_data_size": len(binary[-1])}
         else:
@@ -142,7 +173,7 @@ def write_infer_response(
     )
 
 
-def _inputs(inputs: Sequence[_Input], binary: memoryview) -> list[InputTensor]:
+def _inputs(inputs: Sequence[_Input], binary: memoryview, read: Read) -> list[InputTensor]:
     tensors, position = [], 0
     for item in inputs:
         raw = None
@@ -156,6 +187,8 @@ def _inputs(inputs: Sequence[_Input], binary: memoryview) -> list[InputTensor]:
                 )
             raw = bytes(binary[position : position + size])
             position += size
+        elif (place := place_of(item.parameters)) is not None:
+            raw = read(place)
         elif item.data is None:
             raise InvalidInputError(f"{item.name} has neither data nor binary_data_size")
         values = _flat(item.data or [])
@@ -178,7 +211,9 @@ def _requested(output: _Output) -> RequestedOutput:
         raise InvalidInputError(
             "classification is a number, binary_data a boolean", field="outputs"
         )
-    return RequestedOutput(output.name, classification=count, binary=binary)
+    return RequestedOutput(
+        output.name, classification=count, binary=binary, place=place_of(output.parameters)
+    )
 
 
 def _flat(values: list[Any]) -> list[Any]:

@@ -1,10 +1,13 @@
 """The Open Inference Protocol over REST, with its binary tensor extension."""
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
+from models.description import ModelDescription
 from service.backend import Backend
 from service.gateway import dispatch
 from service.gateway.auth import require_admin_key, require_key
@@ -14,16 +17,24 @@ from service.gateway.open_inference.codec import (
     parse_infer_request,
     write_infer_response,
 )
-from service.gateway.rest.body import read_body
+from service.gateway.open_inference.compression import compressed
+from service.gateway.open_inference.memory_routes import memory_of
+from service.gateway.rest.content import read_body
 from service.gateway.rest.examples import INDEX, OPEN_INFERENCE, ModelName, json_body
+from service.limits import Share
+from service.metrics import Metrics
 from service.open_inference.inputs import to_inputs
 from service.open_inference.metadata import (
     check_version,
+    model_config,
     model_metadata,
+    model_statistics,
     repository_index,
     server_metadata,
 )
 from service.open_inference.outputs import OutputSelection
+from service.open_inference.shared_memory import Place
+from service.settings import Settings
 from service.types import InferRequest
 
 router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
@@ -34,6 +45,19 @@ admin = [Depends(require_admin_key)]
 def _backend(request: Request) -> Backend:
     backend: Backend = request.app.state.backend
     return backend
+
+
+def _read(request: Request, place: Place) -> bytes:
+    """An input in shared memory, which counts towards the request's bytes."""
+    settings: Settings = request.app.state.settings
+    share: Share = request.scope["state"]["share"]
+    share.add(place.byte_size)
+    return memory_of(request).read(place, settings.max_request_bytes)
+
+
+def _statistics(request: Request, models: Sequence[ModelDescription]) -> dict[str, Any]:
+    metrics: Metrics = request.app.state.metrics
+    return {"model_stats": model_statistics(models, metrics.statistics)}
 
 
 @router.get("")
@@ -52,6 +76,12 @@ async def live(request: Request) -> Response:
 async def ready(request: Request) -> Response:
     """200 when every start-up model is ready."""
     return Response(status_code=200 if _backend(request).health().ready else 503)
+
+
+@router.get("/models/stats", dependencies=keyed)
+async def all_statistics(request: Request) -> dict[str, Any]:
+    """What every model has done since this process started."""
+    return _statistics(request, await _backend(request).models())
 
 
 @router.get("/models/{name}", dependencies=keyed)
@@ -85,7 +115,9 @@ async def infer(request: Request, name: ModelName, version: str = "") -> Respons
         deadline, bulk = dispatch.read_deadline(request), dispatch.read_priority(request)
         check_version(version)
         model = await _backend(request).model(name)
-        parsed = await parse_infer_request(request.headers, await read_body(request))
+        parsed = await parse_infer_request(
+            request.headers, await read_body(request), partial(_read, request)
+        )
         if parsed.timeout_ms is not None:
             deadline = dispatch.deadline_after(request, parsed.timeout_ms)
         selection = OutputSelection(model, parsed.outputs, parsed.options)
@@ -95,7 +127,27 @@ async def infer(request: Request, name: ModelName, version: str = "") -> Respons
         )
         result = await dispatch.infer(request, infer_request, account)
         arrays = selection.collect(result)
-        return write_infer_response(name, parsed, selection.requested, arrays)
+        response = write_infer_response(
+            name, parsed, selection.requested, arrays, memory_of(request).write
+        )
+        return await compressed(response, request.headers.get("accept-encoding", ""))
+
+
+@router.get("/models/{name}/stats", dependencies=keyed)
+@router.get("/models/{name}/versions/{version}/stats", dependencies=keyed)
+async def statistics(request: Request, name: ModelName, version: str = "") -> dict[str, Any]:
+    """What a model has done since this process started: requests, passes, nanoseconds."""
+    check_version(version)
+    return _statistics(request, [await _backend(request).model(name)])
+
+
+@router.get("/models/{name}/config", dependencies=keyed)
+@router.get("/models/{name}/versions/{version}/config", dependencies=keyed)
+async def config(request: Request, name: ModelName, version: str = "") -> dict[str, Any]:
+    """A model's configuration, as far as Triton's applies."""
+    check_version(version)
+    settings: Settings = request.app.state.settings
+    return model_config(await _backend(request).model(name), settings.max_images)
 
 
 @router.post("/repository/index", dependencies=keyed, openapi_extra=json_body(INDEX))

@@ -16,7 +16,7 @@ from service.gateway.embedding import embed_inputs
 from service.gateway.embedding import embeddings as embeddings_of
 from service.gateway.entrance import refused_early
 from service.gateway.openai.inputs import EmbeddingsRequest, parse_inputs
-from service.gateway.rest.body import read_body
+from service.gateway.rest.content import read_body
 from service.gateway.rest.examples import EMBEDDINGS, ModelName, json_body
 from service.parameters import validate
 from service.payloads import parse_json_object

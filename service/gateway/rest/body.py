@@ -17,13 +17,13 @@ from service.errors import (
     BadRequestError,
     InvalidInputError,
     PayloadTooLargeError,
-    RequestTimeoutError,
     ServiceError,
     UnsupportedMediaTypeError,
 )
 from service.gateway.dispatch import read_deadline, read_priority
 from service.gateway.fetch import Fetch, ImageFetcher
-from service.limits import Share, check_input_count
+from service.gateway.rest.content import PIECE_BYTES, read_body
+from service.limits import check_input_count
 from service.parameters import Parameters, TaskParameters, list_fields, validate
 from service.payloads import decode_base64_apart, parse_json_object
 from service.settings import Settings
@@ -34,8 +34,6 @@ P = TypeVar("P", bound=Parameters)
 MAX_FIELDS = 2000
 MAX_FIELD_BYTES = 64 * 1024
 MAX_URLENCODED_BYTES = 4 * 2**20
-# The event loop runs between pieces of a body.
-PIECE_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,34 +82,6 @@ def _accepted_form(request: Request, parameters: type[Parameters]) -> dict[str, 
         if body.form is not None and body.media_type in accept:
             return {"output": body.form}
     return {}
-
-
-async def read_body(request: Request) -> bytes:
-    """The whole body.
-
-    Raises:
-        PayloadTooLargeError: as soon as it is known to be larger than the limit.
-        RequestTimeoutError: it did not arrive in time.
-        UnavailableError: the bodies of all requests are too large together.
-        ClientDisconnect: the client disconnected.
-    """
-    settings: Settings = request.app.state.settings
-    limit = settings.max_request_bytes
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
-        raise PayloadTooLargeError(f"the body has {declared} bytes; the limit is {limit}")
-    share: Share = request.scope["state"]["share"]
-    chunks: list[bytes] = []
-    try:
-        async with asyncio.timeout(settings.body_timeout_s):
-            async for chunk in request.stream():
-                share.add(len(chunk))
-                chunks.append(chunk)
-    except TimeoutError as error:
-        raise RequestTimeoutError(
-            f"the body did not arrive within {settings.body_timeout_s:g} s"
-        ) from error
-    return b"".join(chunks)
 
 
 async def parse_form(

@@ -11,7 +11,8 @@ from fastapi import Request
 from starlette.datastructures import Headers, UploadFile
 
 from service.errors import BadRequestError, InvalidInputError, UnsupportedMediaTypeError
-from service.gateway.rest.body import collect, parse_form, read_body
+from service.gateway.rest.body import collect, parse_form
+from service.gateway.rest.content import read_body
 from service.payloads import decode_base64, parse_json_object
 
 MAX_PARTS = 10_000

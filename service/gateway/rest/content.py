@@ -1,0 +1,74 @@
+"""A request's whole body as bytes: within its limits, in time, and without compression."""
+
+import asyncio
+import zlib
+
+from fastapi import Request
+
+from service.errors import (
+    BadRequestError,
+    PayloadTooLargeError,
+    RequestTimeoutError,
+    UnsupportedMediaTypeError,
+)
+from service.limits import Share
+from service.settings import Settings
+
+ENCODINGS = ("gzip", "deflate")
+# The event loop runs between pieces of a body.
+PIECE_BYTES = 2**20
+
+
+async def read_body(request: Request) -> bytes:
+    """The whole body, without its `Content-Encoding`: gzip or deflate.
+
+    Raises:
+        UnsupportedMediaTypeError: another encoding.
+        BadRequestError: it is not encoded so.
+        PayloadTooLargeError: as soon as it is known to be larger than the limit.
+        RequestTimeoutError: it did not arrive in time.
+        UnavailableError: the bodies of all requests are too large together.
+        ClientDisconnect: the client disconnected.
+    """
+    settings: Settings = request.app.state.settings
+    limit = settings.max_request_bytes
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit:
+        raise PayloadTooLargeError(f"the body has {declared} bytes; the limit is {limit}")
+    share: Share = request.scope["state"]["share"]
+    chunks: list[bytes] = []
+    try:
+        async with asyncio.timeout(settings.body_timeout_s):
+            async for chunk in request.stream():
+                share.add(len(chunk))
+                chunks.append(chunk)
+    except TimeoutError as error:
+        raise RequestTimeoutError(
+            f"the body did not arrive within {settings.body_timeout_s:g} s"
+        ) from error
+    content = b"".join(chunks)
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding == "identity":
+        return content
+    if encoding not in ENCODINGS:
+        raise UnsupportedMediaTypeError(f"Content-Encoding {encoding!r}; send gzip or deflate")
+    return await _inflate(content, share)
+
+
+async def _inflate(content: bytes, share: Share) -> bytes:
+    """A compressed body's content, of which each piece is counted before the next one is made."""
+    decoder = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # gzip's header, or zlib's
+    pieces: list[bytes] = []
+    try:
+        while not decoder.eof and (
+            piece := await asyncio.to_thread(
+                decoder.decompress, decoder.unconsumed_tail if pieces else content, PIECE_BYTES
+            )
+        ):
+            share.add(len(piece))
+            pieces.append(piece)
+    except zlib.error as error:
+        raise BadRequestError("the body is not gzip or deflate, as its header says") from error
+    if not decoder.eof or decoder.unused_data:
+        raise BadRequestError("the compressed body is cut short, or something follows it")
+    return b"".join(pieces)

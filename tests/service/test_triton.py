@@ -1,0 +1,248 @@
+"""Triton's extensions with tritonclient: configuration, statistics, UINT8, compression and shared
+memory, over HTTP and gRPC."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tritonclient import http as triton
+from tritonclient.utils import InferenceServerException
+
+from service.errors import InvalidInputError, PayloadTooLargeError
+from service.open_inference.shared_memory import Place, SharedMemory
+from tests.conftest import Running, running
+from tests.service import triton_shared_memory
+from tests.test_architecture import ROOT
+
+PREFIX = f"vitrail_test_{os.getpid()}"
+# Closed ones stay: their destructor fails in another thread, such as a server's.
+CLIENTS: list[Any] = []
+
+
+@pytest.fixture(scope="module")
+def server(tiny_catalog: Path) -> Iterator[Running]:
+    with running(tiny_catalog, shared_memory=PREFIX) as started:
+        started.wait_ready()
+        yield started
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[Any]:
+    opened = triton.InferenceServerClient(server.url.removeprefix("http://"))
+    yield opened
+    opened.close()
+    CLIENTS.append(opened)
+
+
+@pytest.fixture(scope="module")
+def embedding(server: Running, jpegs: dict[str, bytes]) -> Any:
+    """What our own route answers for chelsea."""
+    answer = server.client.post("/embed?model=tiny-embed", content=jpegs["chelsea"])
+    return answer.json()["results"][0]["embedding"]
+
+
+@pytest.fixture
+def region() -> Iterator[tuple[str, Any]]:
+    """The key of 128 KiB of shared memory, and its handle."""
+    shared, key = triton_shared_memory.load(), f"/{PREFIX}_region"
+    handle = shared.create_shared_memory_region("region", key, 2**17)
+    yield key, handle
+    shared.destroy_shared_memory_region(handle)
+
+
+def uint8(array: np.ndarray) -> Any:
+    tensor = triton.InferInput("image", array.shape, "UINT8")
+    tensor.set_data_from_numpy(array)
+    return tensor
+
+
+def encoded(image: bytes) -> np.ndarray:
+    return np.frombuffer(image, np.uint8)[None]
+
+
+def test_a_configuration_names_batches_types_and_sizes(client: Any, server: Running) -> None:
+    config = client.get_model_config("tiny")
+    size = list(server.backend.registry.get("tiny").trunk.preprocess.input_size)
+    assert config["max_batch_size"] == 64
+    assert config["input"] == [
+        {"name": "image", "data_type": "TYPE_STRING", "dims": [1]},
+        {"name": "pixel_values", "data_type": "TYPE_FP32", "dims": [3, *size]},
+    ]
+    assert {"name": "score", "data_type": "TYPE_FP32", "dims": [-1]} in config["output"]
+
+
+def test_statistics_count_requests_images_and_failures(
+    client: Any, jpegs: dict[str, bytes]
+) -> None:
+    def read() -> Any:
+        [entry] = client.get_inference_statistics("conv")["model_stats"]
+        return entry
+
+    before = read()
+    assert before["inference_count"] == before["last_inference"] == 0
+    image = uint8(encoded(jpegs["coffee"]))
+    for _ in range(3):
+        client.infer("conv", [image])
+    with pytest.raises(InferenceServerException):
+        client.infer("conv", [uint8(np.zeros((1, 8), np.uint8))])
+    after = read()
+    assert after["inference_count"] == after["execution_count"] == 3
+    assert after["last_inference"] > 0
+    stages = after["inference_stats"]
+    assert (stages["success"]["count"], stages["fail"]["count"]) == (3, 1)
+    parts = [stages[name]["ns"] for name in ("queue", "compute_input", "compute_infer")]
+    assert 0 < sum(parts) <= stages["success"]["ns"]
+    assert [entry["batch_size"] for entry in after["batch_stats"]] == [1]
+    names = {entry["name"] for entry in client.get_inference_statistics()["model_stats"]}
+    assert names == {"tiny", "tiny-embed", "conv"}
+
+
+def test_uint8_holds_encoded_images_or_pixels(
+    client: Any, embedding: Any, jpegs: dict[str, bytes], photos: dict[str, Image.Image]
+) -> None:
+    one = client.infer("tiny-embed", [uint8(encoded(jpegs["chelsea"]))]).as_numpy("embedding")
+    assert np.allclose(one[0], embedding, atol=1e-6)
+    pixels = np.stack([np.asarray(photos["chelsea"])] * 2)
+    both = client.infer("tiny-embed", [uint8(pixels)]).as_numpy("embedding")
+    assert both.shape == (2, len(embedding))
+    assert np.allclose(both[1], embedding, atol=0.05)  # without JPEG's losses
+    with pytest.raises(InferenceServerException, match="height, width, 3"):
+        client.infer("tiny-embed", [uint8(pixels[..., :2])])
+
+
+@pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
+def test_bodies_are_compressed_both_ways(
+    client: Any, embedding: Any, jpegs: dict[str, bytes], algorithm: str
+) -> None:
+    tensor = triton.InferInput("image", [8], "BYTES")
+    tensor.set_data_from_numpy(np.array([jpegs["chelsea"]] * 8, dtype=object))
+    answer = client.infer(
+        "tiny-embed",
+        [tensor],
+        request_compression_algorithm=algorithm,
+        response_compression_algorithm=algorithm,
+    )
+    assert np.allclose(answer.as_numpy("embedding")[7], embedding, atol=1e-6)
+
+
+def test_responses_are_compressed_only_for_those_that_accept_it(
+    server: Running, jpegs: dict[str, bytes]
+) -> None:
+    def encoding(accepted: str) -> str | None:
+        headers = {"Inference-Header-Content-Length": "0", "Accept-Encoding": accepted}
+        url = "/v2/models/tiny-embed/infer"
+        answer = server.client.post(url, content=jpegs["chelsea"], headers=headers)
+        assert answer.json()["model_name"] == "tiny-embed"
+        found: str | None = answer.headers.get("content-encoding")
+        return found
+
+    assert encoding("br, gzip") == "gzip"
+    assert encoding("deflate") == "deflate"
+    assert encoding("identity") is None
+    assert encoding("gzip;q=0") is None
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding", "status"),
+    [
+        (b"not compressed", "gzip", 400),
+        (gzip.compress(b"{}")[:-4], "gzip", 400),
+        (gzip.compress(b"{}") * 2, "gzip", 400),
+        (zlib.compress(bytes(100 * 2**20)), "deflate", 413),
+        (b"{}", "br", 415),
+    ],
+)
+def test_what_cannot_be_inflated_is_refused(
+    server: Running, content: bytes, encoding: str, status: int
+) -> None:
+    headers = {"Content-Encoding": encoding, "Content-Type": "application/json"}
+    assert server.client.post("/classify", content=content, headers=headers).status_code == status
+
+
+def test_tensors_come_and_go_in_shared_memory(
+    client: Any, embedding: Any, jpegs: dict[str, bytes], region: tuple[str, Any]
+) -> None:
+    shared, (key, handle) = triton_shared_memory.load(), region
+    image = encoded(jpegs["chelsea"])
+    start = 2**16  # the output's place
+    assert image.nbytes <= start
+    shared.set_shared_memory_region(handle, [image])
+    client.register_system_shared_memory("photos", key, 2**17)
+    [entry] = client.get_system_shared_memory_status()
+    assert entry["name"] == "photos"
+    there = triton.InferInput("image", image.shape, "UINT8")
+    there.set_shared_memory("photos", image.nbytes)
+    wanted = triton.InferRequestedOutput("embedding")
+    wanted.set_shared_memory("photos", 4096, offset=start)
+    answer = client.infer("tiny-embed", [there], outputs=[wanted])
+    described = answer.get_output("embedding")
+    assert described["parameters"]["shared_memory_region"] == "photos"
+    read = shared.get_contents_as_numpy(handle, np.float32, [2**15])[2**14 :]
+    assert np.allclose(read[: len(embedding)], embedding, atol=1e-6)
+    wanted.set_shared_memory("photos", 8, offset=start)
+    with pytest.raises(InferenceServerException, match="shared memory has 8"):
+        client.infer("tiny-embed", [there], outputs=[wanted])
+    there.set_shared_memory("photos", 2**17, offset=1)
+    with pytest.raises(InferenceServerException, match="not inside"):
+        client.infer("tiny-embed", [there])
+    client.unregister_system_shared_memory("photos")
+    with pytest.raises(InferenceServerException, match="no shared memory region"):
+        client.infer("tiny-embed", [there])
+    with pytest.raises(InferenceServerException, match="CUDA"):
+        client.register_cuda_shared_memory("gpu", b"aGFuZGxl", 0, 64)
+    client.unregister_cuda_shared_memory()
+
+
+def test_only_memory_under_the_settings_prefix_is_registered(region: tuple[str, Any]) -> None:
+    key, _ = region
+    with pytest.raises(InvalidInputError, match="turned off"):
+        SharedMemory("").register("a", key, 0, 64)
+    memory = SharedMemory(PREFIX)
+    for other in ("/elsewhere", f"/../{PREFIX}", f"/{PREFIX}/../passwd", ""):
+        with pytest.raises(InvalidInputError, match="begin with"):
+            memory.register("a", other, 0, 64)
+    with pytest.raises(InvalidInputError, match="cannot be opened"):
+        memory.register("a", f"/{PREFIX}_none", 0, 64)
+    with pytest.raises(InvalidInputError, match="fewer than"):
+        memory.register("a", key, 1, 2**17)
+    memory.register("a", key, 0, 2**17)
+    with pytest.raises(PayloadTooLargeError):
+        memory.read(Place("a", 1024), 1023)
+    os.truncate(f"/dev/shm{key}", 100)  # a mapping would end the process here
+    with pytest.raises(InvalidInputError, match="fewer than"):
+        memory.read(Place("a", 1024), 2**20)
+    with pytest.raises(InvalidInputError, match="fewer than"):
+        memory.write(Place("a", 1024), bytes(1024))
+    assert os.stat(f"/dev/shm{key}").st_size == 100
+    os.truncate(f"/dev/shm{key}", 2**17)
+
+
+def test_tritonclient_uses_the_extensions_over_grpc(
+    server: Running, embedding: Any, jpegs: dict[str, bytes], tmp_path: Path
+) -> None:
+    path = tmp_path / "chelsea.jpg"
+    path.write_bytes(jpegs["chelsea"])
+    arguments = [server.grpc, str(path), f"/{PREFIX}_grpc"]
+    command = [sys.executable, "-m", "tests.service.triton_grpc_extensions", *arguments]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    assert ran.returncode == 0, ran.stderr.decode()
+    seen = json.loads(ran.stdout)
+    assert np.allclose(seen["embedding"][0], embedding, atol=1e-6)
+    assert np.allclose(seen["shared"][0], embedding, atol=1e-6)
+    assert len(seen["beside"]) == 3
+    assert seen["regions"] == ["in", "out"]
+    assert seen["after"] == []
+    assert "not supported" in seen["cuda"]
+    assert seen["config"]["max_batch_size"] == 64
+    assert seen["config"]["input"][0]["data_type"] == "TYPE_STRING"
+    [entry] = seen["statistics"]["model_stats"]
+    assert int(entry["inference_count"]) >= 2
