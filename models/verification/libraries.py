@@ -29,6 +29,11 @@ from models.inputs.transforms import Preprocess
 from models.model import Model
 from models.verification.comparison import Outputs
 
+# Of Vitrail's own ViT: parts that timm's class does not have, and options that change nothing where
+# an image has the size that the network was trained at.
+OWN_PARTS = ("conv_stem", "gated", "resnet", "distilled")
+OWN_OPTIONS = ("positions", "norm_eps", "padding", "whole_patches")
+
 
 @dataclass(frozen=True, slots=True)
 class Library:
@@ -52,7 +57,8 @@ def libraries_of(model: Model, checkpoint: Checkpoint, path: Path) -> Iterator[L
         checkpoint: the file as Vitrail has read it.
         path: the file.
     """
-    plain_vit = checkpoint.architecture == "vit" and not checkpoint.arguments.get("conv_stem")
+    others = any(checkpoint.arguments.get(name) for name in OWN_PARTS)
+    plain_vit = checkpoint.architecture == "vit" and not others
     if checkpoint.library == "timm" or plain_vit:
         yield _timm(model, checkpoint, path)
     elif _has_open_clip_towers(checkpoint):
@@ -72,6 +78,8 @@ def _timm(model: Model, checkpoint: Checkpoint, path: Path) -> Library:
         return Library(f"{name}: not compared; the heads are Vitrail's")
     if not isinstance(spec, Preprocess) or spec.crop_mode == "letterbox":
         return Library(f"{name}: not compared; it has no such transform")
+    if _side(checkpoint.arguments.get("img_size")) not in (None, tuple(spec.input_size)):
+        return Library(f"{name}: not compared; it resizes positions by a rule of its own")
     try:
         network = _read_by_timm(checkpoint, path)
         name += ", which reads the file itself"
@@ -101,6 +109,11 @@ def _timm(model: Model, checkpoint: Checkpoint, path: Path) -> Library:
     return Library(name, run)
 
 
+def _side(size: Any) -> tuple[int, int] | None:
+    """(height, width) of an argument `img_size`."""
+    return None if size is None else (size, size) if isinstance(size, int) else tuple(size)
+
+
 def _read_by_timm(checkpoint: Checkpoint, path: Path) -> Any:
     """The network, loaded strictly by timm's own conversion of the file."""
     overlay = {
@@ -120,7 +133,7 @@ def _built_by_timm(checkpoint: Checkpoint) -> Any:
     """timm's network without weights; for Vitrail's own ViT the class that it derives from."""
     if checkpoint.library == "timm":
         return timm.create_model(checkpoint.architecture, **checkpoint.arguments)
-    own = {"positions", "conv_stem", "norm_eps"}  # that timm's class does not have
+    own = {*OWN_PARTS, *OWN_OPTIONS}
     arguments = {key: value for key, value in checkpoint.arguments.items() if key not in own}
     norm_layer = partial(nn.LayerNorm, eps=checkpoint.arguments.get("norm_eps", 1e-6))
     return VisionTransformer(**arguments, norm_layer=norm_layer)

@@ -108,7 +108,7 @@ def _compare_texts(served: Model, eager: Model, tolerance: float | None) -> Comp
     name = "eager float32, of texts"
     try:
         expected = text_outputs_of(eager)
-    except EngineError as error:  # of cut-down checkpoints, whose texts no engine can run
+    except (EngineError, InputError) as error:  # the tokenizer is another's, or not here
         return Comparison(f"{name}: not compared; {error}", {}, 0, tolerance)
     assert served.text is not None
     settle(served.text)

@@ -1,6 +1,7 @@
 """`vitrail models verify`: what it compares, and when it fails."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from models.verification.targets import ServedAs, Target, catalog_target, file_t
 from models.verification.verify import read_photos, verify
 from service.cli import app
 from tests.conftest import encode
+from tests.models.test_fixtures import folder_of
 
 EAGER = ServedAs(device="cpu", engine="eager")
 
@@ -120,3 +122,35 @@ def test_targets_are_loaded_apart(tiny_catalog: Path) -> None:
     path = tiny_catalog.parent / "tiny.safetensors"
     same = load_checkpoint(path, {"architecture": "test_vit"})
     assert same.digest == target.served.digest
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("dinov2", "timm .*with the converted weights"),
+        ("seg_setr_naive", "timm .*with the converted weights"),
+        ("vit_hybrid", "no library has vit: not compared"),
+    ],
+)
+def test_vits_with_options_of_ours_are_timms_where_they_change_nothing(
+    name: str, reference: str
+) -> None:
+    folder = folder_of(name)
+    settings = json.loads((folder / "meta.json").read_text())["hyperparameters"]
+    [path] = folder.glob("checkpoint.*")
+    target = file_target(path, settings, EAGER)
+    [library] = target.libraries
+    assert re.search(reference, library.name)
+    photos = read_photos(None)[:1]
+    assert all(c.passed or not c.errors for c in
+               verify(target.served, target.eager, target.libraries, photos))  # fmt: skip
+
+
+def test_texts_without_their_tokenizer_are_not_compared() -> None:
+    folder = folder_of("open_clip_siglip")
+    settings = json.loads((folder / "meta.json").read_text())["hyperparameters"]
+    [path] = folder.glob("checkpoint.*")
+    target = file_target(path, settings, EAGER)
+    images, texts = verify(target.served, target.eager, (), read_photos(None)[:1])
+    assert images.passed
+    assert "of texts: not compared; this model takes token ids alone" in texts.reference
