@@ -44,7 +44,7 @@ class Placements:
             precision=precision,
             tolerance=entry.tolerance,
             calibration=calibration,
-            channels_last=bool(entry.channels_last),
+            channels_last=entry.channels_last,
             engine=entry.engine or self._defaults.engine,
             transform=resolve_transform(entry.transform or self._defaults.transform),
         )

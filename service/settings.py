@@ -51,6 +51,11 @@ class Settings(BaseSettings):
         description="Precision of trunks, unless the catalog sets one; auto: float32 on CPUs, "
         "bfloat16 on GPUs that have it. VITRAIL_DTYPE is its other name.",
     )
+    tf32: bool = Field(
+        False,
+        description="Let products of float32 numbers on GPUs round them to TF32, which has 10 "
+        "bits; digests differ then.",
+    )
     engine: str = Field(
         "auto", description="Engine that runs trunks' passes, unless the catalog sets one."
     )

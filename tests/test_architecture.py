@@ -150,7 +150,7 @@ def test_the_settings_are_these() -> None:
         "max_queue_delay_ms", "max_queue_size", "max_request_bytes", "max_requests_in_flight",
         "metrics_port",
         "models", "port", "precision", "probe_interval_s", "shared_memory", "slow_request_s",
-        "streams", "stuck_after_s", "threads",
+        "streams", "stuck_after_s", "tf32", "threads",
         "tls_cert", "tls_client_ca", "tls_key", "transform", "triton_metrics", "url_allow_private",
         "url_hosts", "url_timeout_s", "worker_ca", "worker_cert", "worker_key", "worker_token",
         "workers",

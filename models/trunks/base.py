@@ -71,7 +71,7 @@ class Trunk:
         self.architecture = architecture
         self.preprocess = preprocess
         engine = engine_class(placement.engine)
-        self.placement = engine.place(placement)
+        self.placement = engine.place(placement).for_network(network)
         self.digest = state_digest(network.state_dict())
         self.network: Any = self.placement.apply(network)
         self.identity = f"{architecture} {self.digest} {preprocess.digest}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -21,6 +21,8 @@ DTYPES: dict[Precision, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+# A network with as many convolutions is one of convolutions: a ViT's patches take one.
+MIN_CONVOLUTIONS = 9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +38,10 @@ class Placement:
     tolerance: float | None = None
     # The images that int8 is calibrated on.
     calibration: CalibrationSet | None = None
-    # The memory layout that convolutions prefer on CPUs.
-    channels_last: bool = False
+    # The memory layout that convolutions prefer; None: on GPUs, for networks of convolutions.
+    channels_last: bool | None = None
+    # Whether float32 products on GPUs round their factors to TF32, 10 bits instead of 23.
+    tf32: bool = False
     # The name of the engine that runs passes, see `models/trunks/engines`.
     engine: str = "eager"
     # How images are resized, see `models/inputs/transforms.py`.
@@ -49,8 +53,19 @@ class Placement:
     # A folder where engines keep what they have built; None: nowhere.
     cache: Path | None = None
 
+    def for_network(self, network: nn.Module) -> "Placement":
+        """The placement with a memory layout for this network, if it has none."""
+        if self.channels_last is not None:
+            return self
+        convolutions = sum(isinstance(module, nn.Conv2d) for module in network.modules())
+        suits = self.device.type == "cuda" and convolutions >= MIN_CONVOLUTIONS
+        return replace(self, channels_last=suits)
+
     def apply(self, network: nn.Module) -> nn.Module:
         """Move a network to the device and freeze it for inference."""
+        if self.device.type == "cuda":  # settings of the whole process; torch's own differ
+            torch.backends.cuda.matmul.allow_tf32 = self.tf32
+            torch.backends.cudnn.allow_tf32 = self.tf32
         network = network.eval().requires_grad_(False).to(self.device, self.dtype)
         return network.to(memory_format=self.memory_format)
 
@@ -61,12 +76,13 @@ class Placement:
     @property
     def precision_key(self) -> str:
         """What decides the outputs besides weights and inputs: empty for float32, otherwise the
-        precision, and for int8 the calibration set's digest."""
-        if self.precision == "float32":
-            return ""
-        if self.precision != "int8" or self.calibration is None:
-            return self.precision
-        return f"int8 {self.calibration.digest}"
+        precision, for int8 the calibration set's digest, and whether TF32 is used."""
+        keys = [] if self.precision == "float32" else [str(self.precision)]
+        if self.precision == "int8" and self.calibration is not None:
+            keys.append(self.calibration.digest)
+        if self.tf32 and self.device.type == "cuda":
+            keys.append("tf32")
+        return " ".join(keys)
 
 
 def resolve_device(device: str) -> torch.device:

@@ -49,6 +49,7 @@ def create_backend(
         precision=settings.precision,
         engine=settings.engine,
         transform=settings.transform,
+        tf32=settings.tf32,
         threads=options.threads,
         streams=options.streams,
     )

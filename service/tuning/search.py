@@ -25,6 +25,7 @@ LONE_REQUESTS = 5
 # A smaller gain than this is within the noise of a busy machine.
 MIN_GAIN = 1.03
 CAPS = (4, 16, 32)
+SLOW_ON_CPUS = ("compile",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +162,8 @@ class Search:
         # On a CPU without bfloat16, `auto` would take eager, which is slow there.
         on_cpu = placement.device.type == "cpu"
         name = "openvino" if on_cpu and candidate.engine == "auto" else candidate.engine
+        if on_cpu and name in SLOW_ON_CPUS:
+            return "it takes a minute to build each pass, and gains little on CPUs"
         try:
             if candidate.precision != "int8":  # whose calibration images the registry reads
                 engine_class(name).place(placement)

@@ -37,12 +37,12 @@ class Prober:
         self.failures: dict[str, str] = {}
 
     def warm_up(self, name: str, largest: int) -> None:
-        """Run a batch of one, then one of `largest`, which allocates the memory that batches need.
+        """Run batches of up to `largest`, which allocates the memory that batches need.
 
         Raises:
             CheckpointError: a pass failed.
         """
-        for size in (1, largest):
+        for size in self._runners[name].trunk.engine.warm_up_sizes(largest):
             blanks = [self._runners[name].blank_item() for _ in range(size)]
             self._batcher.admit(name, size)
             for item, _ in blanks:

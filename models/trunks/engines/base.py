@@ -129,6 +129,11 @@ class Engine:
         """
         raise NotImplementedError
 
+    def warm_up_sizes(self, largest: int) -> Sequence[int]:
+        """Batch sizes to run before serving, up to the largest one that will be served: those that
+        need preparation, and the largest, whose memory is allocated then."""
+        return [1, largest]
+
     def report(self) -> EngineReport:
         """What runs the trunk's passes now."""
         return EngineReport(self.name)

@@ -1,0 +1,97 @@
+"""A pass as programs of fixed shapes, one for each bucket of batch sizes."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.trunks.engines.buckets import bucket_of
+from models.trunks.features import PassPlan
+
+# Runs on the inputs' present contents, and returns tensors that the next run overwrites.
+Program = Callable[[], Mapping[str, Tensor]]
+# Makes a program for these input tensors, which are its own.
+Capture = Callable[[tuple[Tensor, ...]], Program]
+
+
+@dataclass(slots=True)
+class _Bucket:
+    inputs: tuple[Tensor, ...]
+    program: Program
+
+
+def row_inputs(plan: PassPlan) -> tuple[int, ...] | None:
+    """Which inputs of a pass have a row for each row of the batch; None if the rows of its query
+    tokens are grouped, so that padding does not fit. Others are the trunk's bank of query tokens.
+    """
+    if not plan.query_groups:
+        return (0,)
+    return (0, 3) if plan.query_groups == (True,) else None
+
+
+class BucketedPass:
+    """Called from any thread. Rows are padded with those of earlier batches, whose outputs are cut
+    off: no row of a pass depends on another one."""
+
+    def __init__(self, capture: Capture, rows: Sequence[int]) -> None:
+        """
+        Args:
+            rows: `row_inputs`. The other inputs are used where they are; a program is captured
+                again when they have moved.
+        """
+        self._capture = capture
+        self._rows = rows
+        self._buckets: dict[tuple[int, ...], _Bucket] = {}
+        self._lock = threading.Lock()
+        # The end of the last run on a GPU, which the next one waits for if its stream is another.
+        self._ran: torch.cuda.Event | None = None
+
+    def __call__(self, *inputs: Tensor) -> Mapping[str, Tensor]:
+        size = len(inputs[0])
+        with self._lock:
+            bucket = self._bucket(inputs)
+            on_gpu = inputs[0].is_cuda
+            if self._ran is not None:
+                torch.cuda.current_stream(inputs[0].device).wait_event(self._ran)
+            for number in self._rows:
+                bucket.inputs[number][:size].copy_(inputs[number], non_blocking=True)
+            outputs = bucket.program()
+            padded = len(bucket.inputs[0])
+            cut = {name: _cut(name, tensor, size, padded) for name, tensor in outputs.items()}
+            if on_gpu:
+                self._ran = torch.cuda.current_stream(inputs[0].device).record_event()
+        return cut
+
+    def _bucket(self, inputs: tuple[Tensor, ...]) -> _Bucket:
+        fixed = {number for number in range(len(inputs)) if number not in self._rows}
+        places = tuple(inputs[number].data_ptr() for number in sorted(fixed))
+        shapes = (tuple(inputs[number].shape[1:]) for number in self._rows)
+        key = (bucket_of(len(inputs[0])), *(n for shape in shapes for n in shape), *places)
+        if key not in self._buckets:
+            moved = [old for old in self._buckets if old[len(old) - len(places) :] != places]
+            for old in moved:
+                del self._buckets[old]
+            own = tuple(
+                tensor if number in fixed else _padded(tensor, key[0])
+                for number, tensor in enumerate(inputs)
+            )
+            self._buckets[key] = _Bucket(own, self._capture(own))
+        return self._buckets[key]
+
+
+@torch.inference_mode(False)  # so that they can be written to in any mode
+def _padded(tensor: Tensor, rows: int) -> Tensor:
+    """Zeros like a tensor, in its memory layout, with so many rows."""
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        batch, channels, height, width = rows, *tensor.shape[1:]
+        return tensor.new_zeros(batch, height, width, channels).permute(0, 3, 1, 2)
+    return tensor.new_zeros(rows, *tensor.shape[1:])
+
+
+def _cut(name: str, output: Tensor, size: int, padded: int) -> Tensor:
+    """A copy of the outputs of the first `size` rows."""
+    if name == "queries":  # (L, N, D), N the tokens of all rows
+        return output[:, : output.shape[1] // padded * size].clone()
+    return output[:size].clone()

@@ -1,0 +1,84 @@
+"""What engines share that build each pass, and run eagerly what they cannot build."""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from models.errors import EngineError
+from models.trunks.engines.base import Engine, Pass, PassKey, PassSource, pass_key
+from models.trunks.engines.comparison import compare, run_both
+from models.trunks.engines.eager import Eager
+from models.trunks.engines.report import Agreement, EngineReport
+from models.trunks.features import PassPlan
+
+logger = logging.getLogger(__name__)
+
+FLOAT32_TOLERANCE = 1e-5
+# More kinds of passes than these run eagerly: each one takes memory, and time to build.
+MAX_PASSES = 8
+
+
+class BuiltEngine(Engine):
+    """A subclass has `build_pass`. A pass that cannot be built, or whose outputs differ from those
+    of eager in the same precision by more than the tolerance (1e-5 of the largest value in
+    float32), runs eagerly, with the reason in the report."""
+
+    max_padded_queries = 64
+
+    def __init__(self, source: PassSource) -> None:
+        super().__init__(source)
+        self._eager = Eager(source)
+        self._agreements: dict[PassKey, Agreement] = {}
+        self._reasons: dict[PassKey, str] = {}
+
+    def build_pass(self, plan: PassPlan, module: nn.Module, inputs: tuple[Tensor, ...]) -> Pass:
+        """A module's pass, built.
+
+        Raises:
+            Exception: it cannot be built.
+        """
+        raise NotImplementedError
+
+    def build(self, key: PassKey, module: nn.Module, inputs: tuple[Tensor, ...]) -> Pass:
+        try:
+            if len(self._agreements) >= MAX_PASSES:
+                raise EngineError(f"{MAX_PASSES} kinds of passes are built already")
+            if inputs[0].dim() == 2:
+                raise EngineError("texts have many lengths")
+            with torch.inference_mode():
+                built = self.build_pass(key[0], module, inputs)
+                self._agreements[key] = self._compare(built, module, inputs)
+        except Exception as error:  # compilers raise errors of many kinds
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            logger.warning("%s runs a pass eagerly: %s", self.name, reason)
+            self._reasons[key] = reason
+            return self._eager.build(key, module, inputs)
+        return built
+
+    def _compare(self, built: Pass, module: nn.Module, inputs: tuple[Tensor, ...]) -> Agreement:
+        agreement = compare(self.source, run_both(module, built, [inputs]))
+        tolerance = self.placement.tolerance
+        if tolerance is None and self.placement.precision == "float32":
+            tolerance = FLOAT32_TOLERANCE
+        if tolerance is not None and agreement.largest_error > tolerance:
+            raise EngineError(
+                f"its outputs differ from eager by {agreement.largest_error:.1e} of the largest "
+                f"value; the tolerance is {tolerance:.0e}"
+            )
+        return agreement
+
+    def run(self, plan: PassPlan, inputs: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
+        """Run a pass; eagerly if it was not built before (`prepare`), so that no request waits for
+        a compiler."""
+        built = self._passes.get(pass_key(plan, inputs))
+        return self._eager.run(plan, inputs) if built is None else built(*inputs)
+
+    def report(self) -> EngineReport:
+        reason = next(iter(self._reasons.values()), "")
+        agreements: Sequence[Agreement] = list(self._agreements.values())
+        if not agreements:
+            return EngineReport(Eager.name, reason=reason or f"{self.name} has built no pass yet")
+        worst = max(agreements, key=lambda each: each.largest_error)
+        return EngineReport(self.name, worst, reason)

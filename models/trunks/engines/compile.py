@@ -1,0 +1,33 @@
+"""torch.compile (TorchInductor). On GPUs the compiled pass is captured in CUDA graphs.
+https://docs.pytorch.org/docs/stable/torch.compiler.html
+"""
+
+import torch
+from torch import Tensor, nn
+
+from models.trunks.engines.base import Pass, PassSource
+from models.trunks.engines.bucketed_pass import row_inputs
+from models.trunks.engines.buckets import buckets
+from models.trunks.engines.built import BuiltEngine
+from models.trunks.engines.cuda_graph import GraphCapture, graphed
+from models.trunks.features import PassPlan
+
+
+class Compile(BuiltEngine):
+    name = "compile"
+
+    def __init__(self, source: PassSource) -> None:
+        super().__init__(source)
+        self._graphs = GraphCapture(self.placement.device)
+
+    def build_pass(self, plan: PassPlan, module: nn.Module, inputs: tuple[Tensor, ...]) -> Pass:
+        # One program for all batch sizes but 1, which the compiler treats as a size of its own.
+        for number in row_inputs(plan) or ():
+            if len(inputs[number]) > 1:
+                torch._dynamo.mark_dynamic(inputs[number], 0)
+        compiled: Pass = torch.compile(module, fullgraph=True)
+        compiled(*inputs)
+        return graphed(plan, compiled, self._graphs) if inputs[0].is_cuda else compiled
+
+    def warm_up_sizes(self, largest: int) -> list[int]:
+        return buckets(largest) if self.placement.device.type == "cuda" else [1, largest]

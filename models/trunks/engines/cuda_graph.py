@@ -1,0 +1,84 @@
+"""CUDA graphs: a pass's kernels are recorded once for each bucket of batch sizes, and started by
+one call. Small networks, whose kernels take less time than starting them, gain most.
+https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.errors import EngineError
+from models.trunks.compute_stream import compute_stream
+from models.trunks.devices import Placement
+from models.trunks.engines.base import Pass, PassSource
+from models.trunks.engines.bucketed_pass import BucketedPass, Program, row_inputs
+from models.trunks.engines.buckets import buckets
+from models.trunks.engines.built import BuiltEngine
+from models.trunks.features import PassPlan
+
+# Runs before the capture, in which libraries choose algorithms and allocate workspaces.
+WARM_UPS = 3
+
+
+class CudaGraph(BuiltEngine):
+    name = "cuda-graph"
+
+    def __init__(self, source: PassSource) -> None:
+        super().__init__(source)
+        self._graphs = GraphCapture(self.placement.device)
+
+    @classmethod
+    def place(cls, placement: Placement) -> Placement:
+        if placement.device.type != "cuda":
+            raise EngineError(f"{cls.name} runs on NVIDIA GPUs, not on {placement.device.type}")
+        return super().place(placement)
+
+    def build_pass(self, plan: PassPlan, module: nn.Module, inputs: tuple[Tensor, ...]) -> Pass:
+        return graphed(plan, module, self._graphs)
+
+    def warm_up_sizes(self, largest: int) -> list[int]:
+        return buckets(largest)
+
+
+class GraphCapture:
+    """Captures passes of one trunk. Its graphs share their memory: each is replayed on its own, and
+    its outputs are copied before the next one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = None
+
+    def __call__(
+        self, run: Callable[..., Mapping[str, Tensor]], inputs: tuple[Tensor, ...]
+    ) -> Program:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        # No other thread starts kernels meanwhile.
+        with compute_stream(self._device).use(), torch.inference_mode():
+            for _ in range(WARM_UPS):
+                run(*inputs)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads go on copying batches.
+            with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+                outputs = run(*inputs)
+
+        def program() -> Mapping[str, Tensor]:
+            graph.replay()
+            return outputs
+
+        return program
+
+
+def graphed(
+    plan: PassPlan, run: Callable[..., Mapping[str, Tensor]], capture: GraphCapture
+) -> BucketedPass:
+    """A pass as graphs.
+
+    Raises:
+        EngineError: its rows cannot be padded.
+    """
+    if (rows := row_inputs(plan)) is None:
+        raise EngineError("the rows have different numbers of query tokens")
+    return BucketedPass(lambda inputs: capture(run, inputs), rows)

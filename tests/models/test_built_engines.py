@@ -1,0 +1,189 @@
+"""Engines that build passes: buckets, padding by rows, and what runs eagerly instead. CUDA graphs
+themselves need a GPU: `benchmarks/gpu.py --part fixtures` runs them."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.errors import EngineError
+from models.model import Model
+from models.trunks.devices import Placement
+from models.trunks.engines.base import Pass
+from models.trunks.engines.bucketed_pass import BucketedPass, Program, row_inputs
+from models.trunks.engines.buckets import bucket_of, buckets
+from models.trunks.engines.built import BuiltEngine
+from models.trunks.engines.compile import Compile
+from models.trunks.engines.cuda_graph import CudaGraph, graphed
+from models.trunks.features import BatchRequest, FeatureRequest, PassPlan, merge
+from tests.models.test_fixtures import fixture
+
+
+class Bucketed(BuiltEngine):
+    """Programs that run the module on their own inputs, as a graph does."""
+
+    name = "bucketed"
+
+    def build_pass(self, plan: PassPlan, module: nn.Module, inputs: tuple[Tensor, ...]) -> Pass:
+        self.sizes: list[int] = []
+
+        def capture(own: tuple[Tensor, ...]) -> Program:
+            self.sizes.append(len(own[0]))
+            outputs = {name: tensor.clone() for name, tensor in module(*own).items()}
+
+            @torch.inference_mode()
+            def program() -> Mapping[str, Tensor]:
+                for name, tensor in module(*own).items():
+                    outputs[name].copy_(tensor)  # the same memory each time
+                return outputs
+
+            return program
+
+        rows = row_inputs(plan)
+        assert rows is not None
+        return BucketedPass(capture, rows)
+
+
+class Wrong(BuiltEngine):
+    name = "wrong"
+
+    def build_pass(self, plan: PassPlan, module: nn.Module, inputs: tuple[Tensor, ...]) -> Pass:
+        return lambda *tensors: {key: 1.001 * value for key, value in module(*tensors).items()}
+
+
+class Broken(BuiltEngine):
+    name = "broken"
+
+    def build_pass(self, plan: PassPlan, module: nn.Module, inputs: tuple[Tensor, ...]) -> Pass:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+
+@pytest.fixture(scope="module")
+def vqt() -> Model:
+    return fixture("vqt")[0]
+
+
+def with_engine(model: Model, engine: type[BuiltEngine]) -> BuiltEngine:
+    trunk = model.trunk
+    trunk.engine = made = engine(trunk)
+    return made
+
+
+def test_buckets_waste_little() -> None:
+    assert buckets(32) == [1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32]
+    assert buckets(70)[-3:] == [56, 64, 80]
+    for size in range(1, 600):
+        assert size <= bucket_of(size) == bucket_of(bucket_of(size))
+        assert size < 4 or size >= 0.69 * bucket_of(size)
+
+
+@pytest.mark.parametrize("queries", [False, True])
+def test_padded_passes_have_the_outputs_of_plain_ones(vqt: Model, queries: bool) -> None:
+    trunk, head = vqt.trunk, vqt.heads["classify"]
+    eager = trunk.engine
+    request = head.request if queries else FeatureRequest(layers=frozenset({0}))
+    photos = torch.randint(256, (5, 3, *trunk.preprocess.input_size), dtype=torch.uint8)
+    plans = [(size, merge([(request, range(size))])) for size in (2, 1, 5, 3, 5)]
+    expected = [trunk.forward(photos[:size], plan) for size, plan in plans]
+    try:
+        engine = with_engine(vqt, Bucketed)
+        trunk.build(merge([(request, range(2))]))
+        kept = [trunk.forward(photos[:size], plan) for size, plan in plans]
+        assert isinstance(engine, Bucketed)
+        assert engine.report().name == "bucketed"
+        assert engine.sizes == [2, 1, 6, 3]  # each bucket once
+    finally:
+        trunk.engine = eager
+    for one, other in zip(expected, kept, strict=True):
+        torch.testing.assert_close(one.features, other.features)
+        if queries:
+            [own], [padded] = one.queries.values(), other.queries.values()
+            torch.testing.assert_close(own, padded)
+        else:
+            torch.testing.assert_close(one.layers[0], other.layers[0])
+
+
+def test_a_bank_that_has_moved_is_captured_again() -> None:
+    captured = []
+
+    def capture(own: tuple[Tensor, ...]) -> Program:
+        captured.append(own)
+        return lambda: {"sum": own[0] + own[1]}
+
+    run = BucketedPass(capture, rows=(0,))
+    bank = torch.ones(2)
+    rows = torch.arange(6.0).view(3, 2)
+    torch.testing.assert_close(run(rows, bank)["sum"], rows + 1)
+    bank.fill_(5)  # its contents may change where it is
+    torch.testing.assert_close(run(rows, bank)["sum"], rows + 5)
+    assert len(captured) == 1
+    torch.testing.assert_close(run(rows, torch.zeros(2))["sum"], rows)
+    assert len(captured) == 2
+    assert len(run._buckets) == 1
+
+
+@pytest.mark.parametrize(
+    ("engine", "reason"), [(Wrong, "1.0e-03"), (Broken, "operation not permitted")]
+)
+def test_what_cannot_be_built_or_differs_runs_eagerly(
+    vqt: Model, engine: type[BuiltEngine], reason: str
+) -> None:
+    trunk, eager = vqt.trunk, vqt.trunk.engine
+    photos = torch.randint(256, (2, 3, *trunk.preprocess.input_size), dtype=torch.uint8)
+    expected = trunk.forward(photos).features
+    try:
+        made = with_engine(vqt, engine)
+        trunk.build(BatchRequest())
+        assert torch.equal(trunk.forward(photos).features, expected)
+        report = made.report()
+        assert (report.name, report.agreement) == ("eager", None)
+        assert reason in report.reason
+        assert "and more" not in report.reason
+    finally:
+        trunk.engine = eager
+
+
+def test_rows_with_different_numbers_of_query_tokens_are_not_padded() -> None:
+    assert row_inputs(PassPlan(query_groups=(False, False))) is None
+    with pytest.raises(EngineError, match="different numbers"):
+        graphed(PassPlan(query_groups=(False,)), lambda *inputs: {}, None)  # type: ignore[arg-type]
+
+
+def test_cuda_graphs_are_refused_on_a_cpu() -> None:
+    with pytest.raises(EngineError, match="not on cpu"):
+        CudaGraph.place(Placement())
+
+
+def test_tf32_shows_in_the_digest_of_a_gpu_alone() -> None:
+    gpu = Placement(device=torch.device("cuda"), tf32=True)
+    assert gpu.precision_key == "tf32"
+    assert replace(gpu, precision="bfloat16").precision_key == "bfloat16 tf32"
+    assert Placement(tf32=True).precision_key == ""
+    assert replace(gpu, tf32=False).precision_key == ""
+
+
+def test_networks_of_convolutions_have_channels_last_on_gpus() -> None:
+    gpu = Placement(device=torch.device("cuda"))
+    convolutions = nn.Sequential(*(nn.Conv2d(1, 1, 1) for _ in range(9)))
+    assert gpu.for_network(convolutions).memory_format == torch.channels_last
+    assert gpu.for_network(nn.Conv2d(1, 1, 1)).memory_format == torch.contiguous_format
+    assert Placement().for_network(convolutions).memory_format == torch.contiguous_format
+    rows = replace(gpu, channels_last=False).for_network(convolutions)
+    assert rows.memory_format == torch.contiguous_format
+
+
+@pytest.mark.nightly
+def test_compiled_passes_agree_with_eager() -> None:
+    model = fixture("dino")[0]
+    trunk = model.trunk
+    photos = torch.randint(256, (5, 3, *trunk.preprocess.input_size), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = trunk.forward(photos).features
+        engine = with_engine(model, Compile)
+        trunk.build(BatchRequest())
+        for size in (5, 1, 3):
+            found = trunk.forward(photos[:size]).features
+            torch.testing.assert_close(found, expected[:size], atol=1e-5, rtol=0)
+    assert engine.report().name == "compile", engine.report().reason
