@@ -1,17 +1,20 @@
 """What engines share that build each pass, and run eagerly what they cannot build."""
 
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from models.errors import EngineError
+from models.trunks.engines.auto import in_background
 from models.trunks.engines.base import Engine, Pass, PassKey, PassSource, pass_key
 from models.trunks.engines.comparison import compare, run_both
 from models.trunks.engines.eager import Eager
 from models.trunks.engines.report import Agreement, EngineReport
 from models.trunks.features import PassPlan
+from models.trunks.transfers import finish_writes
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,8 @@ class BuiltEngine(Engine):
         self._eager = Eager(source)
         self._agreements: dict[PassKey, Agreement] = {}
         self._reasons: dict[PassKey, str] = {}
+        self._asked: set[PassKey] = set()
+        self._asking = threading.Lock()
 
     def build_pass(self, plan: PassPlan, module: nn.Module, inputs: tuple[Tensor, ...]) -> Pass:
         """A module's pass, built.
@@ -43,8 +48,6 @@ class BuiltEngine(Engine):
 
     def build(self, key: PassKey, module: nn.Module, inputs: tuple[Tensor, ...]) -> Pass:
         try:
-            if len(self._agreements) >= MAX_PASSES:
-                raise EngineError(f"{MAX_PASSES} kinds of passes are built already")
             if inputs[0].dim() == 2:
                 raise EngineError("texts have many lengths")
             with torch.inference_mode():
@@ -70,10 +73,23 @@ class BuiltEngine(Engine):
         return agreement
 
     def run(self, plan: PassPlan, inputs: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
-        """Run a pass; eagerly if it was not built before (`prepare`), so that no request waits for
-        a compiler."""
-        built = self._passes.get(pass_key(plan, inputs))
-        return self._eager.run(plan, inputs) if built is None else built(*inputs)
+        """Run a pass; eagerly until it is built, in the background unless `prepare` has done so."""
+        key = pass_key(plan, inputs)
+        if (built := self._passes.get(key)) is not None:
+            return built(*inputs)
+        if self._is_new(key):
+            copies = tuple(tensor.clone() for tensor in inputs)
+            finish_writes(self.placement.device)
+            in_background(lambda: self.prepare(plan, copies))
+        return self._eager.run(plan, inputs)
+
+    def _is_new(self, key: PassKey) -> bool:
+        """Whether nobody has asked for this pass before. Beyond MAX_PASSES none is new."""
+        with self._asking:
+            if key in self._asked or len(self._asked) >= MAX_PASSES:
+                return False
+            self._asked.add(key)
+            return True
 
     def report(self) -> EngineReport:
         reason = next(iter(self._reasons.values()), "")
