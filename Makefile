@@ -71,6 +71,9 @@ bench: $(VENV)/dev.stamp ## Run the benchmarks
 	$(BIN)/python -m benchmarks.decoding
 	$(BIN)/python -m benchmarks.overload
 
+bench-gpu: $(VENV)/dev.stamp ## Measure and check everything on a GPU, in parts that can be resumed
+	$(BIN)/python -m benchmarks.gpu
+
 chaos: $(VENV)/dev.stamp ## Kill and stop processes under load, and count what is lost
 	$(BIN)/python -m benchmarks.chaos
 

@@ -202,7 +202,8 @@ def plan_fields(plan: Any) -> dict[str, Any]:
     return {name: getattr(plan, name) for name in plan.__dataclass_fields__}
 
 
-# torch.jit.trace keeps the module that it traces in a global of the process.
+# torch.jit.trace keeps the module that it traces in a global of the process, as Python does with
+# the filters of warnings.
 _TRACING = threading.Lock()
 
 
@@ -211,11 +212,10 @@ def _convert(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     flat = FlatModule(module)
     try:
         # inference tensors cannot be traced
-        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+        with _TRACING, torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
             inputs = tuple(tensor.clone() for tensor in inputs)
             warnings.simplefilter("ignore")  # of tracing: the comparison with eager decides
-            with _TRACING:
-                model = openvino.convert_model(flat, example_input=inputs)
+            model = openvino.convert_model(flat, example_input=inputs)
     except Exception as error:  # the converter raises errors of many kinds
         raise EngineError(f"openvino cannot convert it: {_first_line(error)}") from error
     model.set_rt_info(",".join(flat.names), NAMES)
