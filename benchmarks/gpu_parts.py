@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.gpu_models import Options, Served, load_trunk, served
-from benchmarks.heads import Bench, random_head
+from benchmarks.heads import Bench, Requests, random_head
 from benchmarks.load import percentile
 from benchmarks.photos import jpegs
 from models import load_checkpoint
@@ -30,7 +30,7 @@ from models.inputs.images import DEFAULT_LIMITS
 from models.model import Model
 from models.trunks.base import Trunk
 from models.trunks.compute_stream import compute_stream
-from models.trunks.devices import DTYPES, Placement
+from models.trunks.devices import Placement, resolve_precision
 from models.trunks.engines.registry import engine_class
 from models.trunks.features import LAST_OUTPUT
 from service.errors import ServiceError
@@ -293,7 +293,8 @@ def _rate(options: Options, run: Callable[[], object], batch: int) -> float:
 @torch.inference_mode()
 def _durations(options: Options, run: Callable[[], object]) -> list[float]:
     """Seconds of single runs, each until the device has done it."""
-    durations, end = [], time.perf_counter() + options.seconds
+    durations: list[float] = []
+    end = time.perf_counter() + options.seconds
     while not durations or time.perf_counter() < end:
         started = time.perf_counter()
         run()
@@ -339,6 +340,7 @@ async def _busy_share(
     """The share of the time in which a kernel runs, from a profiler's trace."""
     if not options.is_gpu:
         return None
+    from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -350,7 +352,7 @@ async def _busy_share(
     spans = sorted(
         (event.time_range.start, event.time_range.end)
         for event in profiler.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        if event.device_type == DeviceType.CUDA
     )
     busy, reached = 0.0, 0.0
     for start, end in spans:
@@ -400,7 +402,9 @@ def _heads(options: Options, network: str, engine: str, trunk: Trunk) -> Rows:
     images = 4 * max(options.batches)
     one = 0.0
     for count in counts:
-        asked = [("shared", [random.Random(n).choice(calls[:count])]) for n in range(images)]
+        asked: Requests = [
+            ("shared", [random.Random(n).choice(calls[:count])]) for n in range(images)
+        ]
         rates = [bench.run(asked) for _ in range(2 if options.quick else 6)][1:]
         rate = statistics.median(rates)
         one = one or rate
@@ -414,8 +418,10 @@ def _fixture_error(options: Options, folder: Path, precision: str, engine: str) 
     golden = load_file(folder / "golden.safetensors")
     placement = engine_class(engine).place(
         Placement(
-            device=options.device, precision=precision, dtype=DTYPES[precision], engine=engine
-        )  # type: ignore[arg-type,index]
+            device=options.device,
+            precision=resolve_precision(precision, options.device),
+            engine=engine,
+        )
     )
     path = next(iter(sorted(folder.glob("checkpoint.*"))), None)
     inputs = {name: golden[name] for name in INPUTS if name in golden}
