@@ -14,8 +14,8 @@ from service.worker.turns import Waiting
 # While decoding takes all cores of a CPU, a batch waits for this many images a lane, but never
 # longer than this. A pass costs less per image the more images it holds (4 are half as expensive
 # each as 1 for a small network), and the cores lose nothing meanwhile.
-GATHER_IMAGES = 4
-GATHER_S = 0.025
+GATHER_IMAGES = 8
+GATHER_S = 0.05
 
 
 @dataclass(slots=True, eq=False)
