@@ -50,11 +50,15 @@ def test_another_network_in_the_same_place_fails(tiny_catalog: Path) -> None:
     assert all(comparison.errors["logits"] > 1e-5 for comparison in comparisons)
 
 
-def test_the_transform_is_part_of_what_is_compared(tiny_catalog: Path) -> None:
+def test_the_transform_is_part_of_what_is_compared(
+    tiny_catalog: Path, photos: dict[str, Image.Image]
+) -> None:
+    """The fast one decodes large JPEGs at a reduced size."""
+    large = [encode(photos["coffee"].resize((2400, 1600)))]
     target = catalog_target("tiny", str(tiny_catalog), replace(EAGER, transform="fast"))
-    exact, *_ = verify(target.served, target.eager, (), read_photos(None), tolerance=1e-5)
+    exact, *_ = verify(target.served, target.eager, (), large, tolerance=1e-5)
     assert not exact.passed
-    loose, *_ = verify(target.served, target.eager, (), read_photos(None))
+    loose, *_ = verify(target.served, target.eager, (), large)
     assert loose.tolerance is None
     assert loose.passed
 
