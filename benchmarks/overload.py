@@ -6,11 +6,14 @@ Prints a row for each: goodput (answers in time) as a share of the capacity, the
 answered, and what became of the rest. `--full` takes five minutes for each row instead of 8 s.
 
 The load generator is a process on the same machine. Its own processor time, which the server then
-lacks, is in the column `load`.
+lacks, is in the column `load`; `others` is what the machine's other processes took, which should be
+next to nothing. All are in cores.
 """
 
 import argparse
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from benchmarks.bodies import image_or_form
 from benchmarks.load import Load, build_requests, percentile
@@ -23,7 +26,7 @@ CAPACITY_S = 10.0
 FULL_S = 300.0
 COLUMNS = (
     "offered", "deadline", "goodput", "of capacity", "p50", "p99", "200", "429", "504", "other",
-    "unanswered", "load", "memory",
+    "unanswered", "load", "server", "others", "memory",
 )  # fmt: skip
 
 
@@ -47,9 +50,20 @@ def main() -> None:
                 f"X-Timeout-Ms: {1000 * deadline:g}\r\n",
             )
             for factor in numbers(arguments.factors):
+                before, busy_s = server.usage(), machine_cpu_s()
                 load = generator.open(server.port, requests, factor * rate, seconds)
-                memory = server.usage().resident_bytes
-                print(row(cells(load, factor, deadline, rate, seconds, memory)), flush=True)
+                after, busy_s = server.usage(), machine_cpu_s() - busy_s
+                server_s = after.cpu_s - before.cpu_s
+                print(
+                    row(
+                        (
+                            *cells(load, factor, deadline, rate, seconds),
+                            *cores(load, server_s, busy_s, seconds),
+                            f"{after.resident_bytes / 2**20:.0f} MiB",
+                        )
+                    ),
+                    flush=True,
+                )
 
 
 def capacity(generator: LoadProcess, server: Server, model: str) -> float:
@@ -61,14 +75,11 @@ def capacity(generator: LoadProcess, server: Server, model: str) -> float:
     return generator.closed(server.port, requests, CONNECTIONS, CAPACITY_S).rate
 
 
-def cells(
-    load: Load, factor: float, deadline: float, rate: float, seconds: float, memory: int
-) -> Iterator[str]:
+def cells(load: Load, factor: float, deadline: float, rate: float, seconds: float) -> Iterator[str]:
     """One row of the table.
 
     Args:
         rate: the capacity, in photos a second.
-        memory: the server's resident bytes.
     """
     in_time = sum(latency <= deadline for latency in load.latencies)
     goodput = in_time / max(seconds, load.span)
@@ -83,8 +94,22 @@ def cells(
         yield str(statuses[status])
     yield str(statuses.total() - sum(statuses[status] for status in (0, 200, 429, 504)))
     yield str(statuses[0])
-    yield f"{load.cpu_s / max(seconds, load.span):.2f} cores"
-    yield f"{memory / 2**20:.0f} MiB"
+
+
+def cores(load: Load, server_s: float, busy_s: float, seconds: float) -> Iterator[str]:
+    """The cores that the load generator, the server and all other processes took.
+
+    Args:
+        server_s, busy_s: seconds of processor time of the server, and of the whole machine.
+    """
+    for cpu_s in (load.cpu_s, server_s, busy_s - server_s - load.cpu_s):
+        yield f"{cpu_s / max(seconds, load.span):.2f}"
+
+
+def machine_cpu_s() -> float:
+    """Seconds of processor time that all processes have taken since the machine started."""
+    user, nice, system = Path("/proc/stat").read_text().split()[1:4]
+    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def row(values: Sequence[str] | Iterator[str]) -> str:

@@ -42,6 +42,9 @@ class Backend(Protocol):
     async def start(self) -> None:
         """Start loading the start-up models; returns without waiting for them."""
 
+    def drain(self) -> None:
+        """Report that it is not ready from now on, and serve as before."""
+
     async def close(self) -> None:
         """Answer the accepted requests, then stop."""
 

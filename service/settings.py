@@ -102,7 +102,10 @@ class Settings(BaseSettings):
         2048, ge=1, description="Most requests in flight; beyond it, requests get 503."
     )
     max_connections: int = Field(
-        2048, ge=1, description="Most connections over HTTP; beyond it, they get 503."
+        2048,
+        ge=1,
+        description="Most connections over HTTP, beyond which they get 503, and over gRPC, beyond "
+        "which they are closed.",
     )
     max_images: int = Field(64, ge=1, description="Most images in a request.")
     max_image_bytes: int = Field(20 * 2**20, ge=1, description="Most bytes of an encoded image.")
@@ -117,6 +120,12 @@ class Settings(BaseSettings):
     )
     drain_timeout_s: float = Field(
         60, gt=0, description="Seconds that accepted requests have to finish after SIGTERM."
+    )
+    drain_delay_s: float = Field(
+        0,
+        ge=0,
+        description="Seconds after SIGTERM in which the process reports that it is not ready and "
+        "still accepts requests, so that load balancers turn away before it stops listening.",
     )
     probe_interval_s: float = Field(
         30, gt=0, description="Seconds without a pass after which a trunk is probed."
@@ -213,6 +222,11 @@ class Settings(BaseSettings):
     @classmethod
     def _empty_is_none(cls, value: object) -> object:
         return value or None
+
+    @property
+    def stop_timeout_s(self) -> float:
+        """Seconds from SIGTERM until the accepted requests are finished."""
+        return self.drain_delay_s + self.drain_timeout_s
 
     @property
     def own_metrics_port(self) -> int:

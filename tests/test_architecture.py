@@ -143,7 +143,8 @@ def test_the_settings_are_these() -> None:
     assert sorted(Settings.model_fields) == [
         "admin_keys", "admin_port", "api_keys", "body_timeout_s", "catalog", "collections",
         "decode_cpu_s",
-        "decode_threads", "decoders", "default_timeout_ms", "device", "drain_timeout_s", "engine",
+        "decode_threads", "decoders", "default_timeout_ms", "device", "drain_delay_s",
+        "drain_timeout_s", "engine",
         "grpc_port", "header_timeout_s", "heads_folder", "host", "keys_file", "label_cache_bytes",
         "log_level", "max_batch_size", "max_bytes_in_flight", "max_connections",
         "max_image_bytes", "max_image_pixels", "max_image_side", "max_images",

@@ -186,4 +186,4 @@ def serve_embedded(settings: Settings) -> None:
 def _end_with_parent(settings: Settings) -> None:
     from service.processes.parent_watch import end_with_parent
 
-    end_with_parent(settings.drain_timeout_s)
+    end_with_parent(settings.stop_timeout_s)

@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from service.backend import Backend
 from service.errors import UnavailableError
 from service.garbage import leave_out_old_objects
 from service.gateway.disconnect import disconnect
@@ -25,6 +26,7 @@ from service.tls import server_context
 MAX_HEADER_BYTES = 64 * 1024
 # Time for the answer that a body was too slow, before its connection is closed.
 ANSWER_MARGIN_S = 2.0
+POLL_S = 0.1
 
 _TOO_MANY = json.dumps(
     {
@@ -41,7 +43,7 @@ _TOO_MANY_CONNECTIONS = (
 )
 
 
-def create_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
+def create_server(app: FastAPI, settings: Settings) -> "DrainingServer":
     """A server that finishes its accepted requests on SIGINT or SIGTERM.
 
     Raises:
@@ -67,7 +69,7 @@ def create_server(app: FastAPI, settings: Settings) -> uvicorn.Server:
         timeout_keep_alive=75,  # longer than load balancers', so that they close first
         timeout_graceful_shutdown=int(settings.drain_timeout_s),
     )
-    return uvicorn.Server(config)
+    return DrainingServer(config, app.state.backend, settings.drain_delay_s)
 
 
 def run_server(app: FastAPI, settings: Settings, listener: socket.socket | None = None) -> None:
@@ -88,6 +90,23 @@ def check_free(host: str, port: int) -> None:
     """Raise OSError if the port is taken, so that a process fails before it starts anything."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     socket.create_server((host, port), family=family).close()
+
+
+class DrainingServer(uvicorn.Server):
+    """Reports that it is not ready for a while before it stops listening."""
+
+    def __init__(self, config: uvicorn.Config, backend: Backend, delay_s: float) -> None:
+        super().__init__(config)
+        self._backend = backend
+        self._delay_s = delay_s
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._backend.drain()
+        began = time.monotonic()
+        # uvicorn sets a flag at the second signal
+        while time.monotonic() < began + self._delay_s and not self.force_exit:  # noqa: ASYNC110
+            await asyncio.sleep(min(POLL_S, self._delay_s))
+        await super().shutdown(sockets)
 
 
 class ImpatientProtocol(HttpToolsProtocol):

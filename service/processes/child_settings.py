@@ -26,6 +26,7 @@ def worker_settings(settings: Settings, index: int, count: int, gpus: int) -> Se
     cores = max(1, usable_cores() // count)
     share: dict[str, Any] = {
         "metrics_port": 0,
+        "drain_delay_s": 0.0,  # its gateways send its requests elsewhere
         "threads": settings.threads or cores,
         "decode_threads": settings.decode_threads or cores,
     }

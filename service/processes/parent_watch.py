@@ -6,18 +6,18 @@ import sys
 import threading
 import time
 
-# Seconds beyond the drain timeout after which the process is ended by force.
+# Seconds beyond the time to drain after which the process is ended by force.
 GRACE_S = 10
 
 
-def end_with_parent(drain_timeout_s: float) -> None:
+def end_with_parent(stop_timeout_s: float) -> None:
     """Drain and exit once standard input is closed, whose other end the supervisor holds."""
 
     def watch() -> None:
         while os.read(stdin, 1024):
             pass
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(drain_timeout_s + GRACE_S)
+        time.sleep(stop_timeout_s + GRACE_S)
         os._exit(1)
 
     stdin = sys.stdin.fileno()

@@ -109,7 +109,7 @@ class _Supervisor:
         rolling = asyncio.create_task(self._roll())
         await self._stop.wait()
         rolling.cancel()
-        drain_s = self._settings.drain_timeout_s
+        drain_s = self._settings.stop_timeout_s
         await asyncio.gather(
             *(gateway.stop(drain_s + WORKER_GRACE_S) for gateway in self._gateways)
         )

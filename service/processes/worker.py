@@ -89,6 +89,8 @@ async def _serve(settings: Settings, address: str, heartbeat: int | None) -> Non
     async with beating(heartbeat, backend, loads=True), sampling(metrics, budget):
         async with RpcServer(backend, settings, metrics, keys, budget).serving(address):
             await stopping.wait()
+            backend.drain()
+            await asyncio.sleep(settings.drain_delay_s)
         await backend.close()
     if sharing is not None:
         sharing.cancel()

@@ -17,7 +17,6 @@ from service.errors import (
     LOADING_RETRY_AFTER_S,
     DeadlineExceededError,
     NotFoundError,
-    QueueFullError,
     ServiceError,
     UnavailableError,
 )
@@ -64,8 +63,11 @@ class RemoteBackend:
         if self._discovery.changes:
             self._spawn(self._keep_discovering())
 
-    async def close(self) -> None:
+    def drain(self) -> None:
         self._closing = True
+
+    async def close(self) -> None:
+        self.drain()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*(worker.close() for worker in self._workers.values()))
@@ -74,17 +76,14 @@ class RemoteBackend:
         remaining_s = deadline - time.monotonic()
         if remaining_s <= 0:
             raise DeadlineExceededError("the deadline passed before the body was read")
-        refusal = None
-        for worker in self._workers.values():
-            for trunk in worker.trunks_of(model) if worker.up else ():
-                refusal = worker.refusals.find(trunk, bulk=bulk, remaining_s=remaining_s)
-                if refusal is None:
-                    return
-        if refusal is not None:
-            raise QueueFullError(
-                f"another request was refused just now: {refusal.detail}",
-                retry_after_s=refusal.retry_after_s,
-            )
+        refusals = [
+            worker.refusals.find(trunk, bulk=bulk, remaining_s=remaining_s)
+            for worker in self._workers.values()
+            if worker.up
+            for trunk in worker.trunks_of(model)
+        ]
+        if refusals and all(refusals):
+            raise refusals[-1]  # type: ignore[misc]
 
     async def infer(self, request: InferRequest) -> InferResult:
         calls = [self._with_model(call) for call in request.calls]

@@ -63,4 +63,7 @@ class Refusals:
         until, refused_s, error = self._latest.get((trunk, client.get(), bulk), (0.0, 0.0, None))
         if error is None or remaining_s > refused_s * SLACK or self._clock() >= until:
             return None
-        return error
+        return QueueFullError(
+            f"another image was refused just now: {error.detail}",
+            retry_after_s=error.retry_after_s,
+        )

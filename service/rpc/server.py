@@ -93,6 +93,7 @@ class RpcServer:
                     settings.max_request_bytes + MESSAGE_OVERHEAD_BYTES,
                 ),
                 ("grpc.max_send_message_length", -1),
+                ("grpc.max_allowed_incoming_connections", settings.max_connections),
                 ("grpc.so_reuseport", int(shared)),
                 # allow pings as frequent as the gateway's, by which both ends detect a dead peer
                 ("grpc.keepalive_permit_without_calls", 1),

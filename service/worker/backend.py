@@ -94,8 +94,11 @@ class LocalBackend:
         self._spawn(self.heads.run())
         self._spawn(self.trunks.prober.run())
 
-    async def close(self) -> None:
+    def drain(self) -> None:
         self._closing = True
+
+    async def close(self) -> None:
+        self.drain()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

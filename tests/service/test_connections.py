@@ -3,12 +3,17 @@
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+import grpc
 import httpx
 import pytest
 
+from service.gateway.server import DrainingServer, create_server
 from tests.conftest import Running, running, wait_until
+from tests.service.test_engine import post
 
 CHUNKED = b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
 GET = b"GET /v2 HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -162,3 +167,39 @@ def test_the_bytes_of_all_requests_are_bounded(tiny_catalog: Path, jpegs: dict[s
             return server.client.post("/classify", content=jpegs["rocket"]).status_code == 200
 
         wait_until(accepted)
+
+
+def test_readiness_falls_before_listening_ends(
+    tiny_catalog: Path, jpegs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[DrainingServer] = []
+
+    def create(*arguments: Any) -> DrainingServer:
+        made.append(create_server(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr("tests.conftest.create_server", create)
+    with running(tiny_catalog, drain_delay_s=600) as server:
+        server.wait_ready()
+        made[0].should_exit = True
+        wait_until(lambda: server.client.get("/readyz").status_code == 503)
+        assert httpx.get(f"{server.url}/healthz").status_code == 200  # a new connection
+        assert post(server, "/classify", jpegs["coffee"]).status_code == 200
+        made[0]._delay_s = 0
+
+
+def test_grpc_connections_beyond_the_limit_are_closed(tiny_catalog: Path) -> None:
+    with running(tiny_catalog, max_connections=2) as server, ExitStack() as stack:
+
+        def connects(timeout_s: float) -> bool:
+            options = (("grpc.use_local_subchannel_pool", 1),)
+            channel = stack.enter_context(grpc.insecure_channel(server.grpc, options))
+            try:
+                grpc.channel_ready_future(channel).result(timeout=timeout_s)
+            except grpc.FutureTimeoutError:
+                return False
+            return True
+
+        assert connects(30)
+        assert connects(30)
+        assert not connects(0.5)
