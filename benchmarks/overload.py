@@ -11,14 +11,13 @@ next to nothing. All are in cores.
 """
 
 import argparse
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from benchmarks.bodies import image_or_form
 from benchmarks.load import Load, build_requests, percentile
 from benchmarks.load_process import LoadProcess
 from benchmarks.photos import jpegs
+from benchmarks.processes import machine_cpu_s
 from benchmarks.servers import Server, demo_server, free_port
 
 CONNECTIONS = 32
@@ -104,12 +103,6 @@ def cores(load: Load, server_s: float, busy_s: float, seconds: float) -> Iterato
     """
     for cpu_s in (load.cpu_s, server_s, busy_s - server_s - load.cpu_s):
         yield f"{cpu_s / max(seconds, load.span):.2f}"
-
-
-def machine_cpu_s() -> float:
-    """Seconds of processor time that all processes have taken since the machine started."""
-    user, nice, system = Path("/proc/stat").read_text().split()[1:4]
-    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def row(values: Sequence[str] | Iterator[str]) -> str:
