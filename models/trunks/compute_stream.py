@@ -18,12 +18,13 @@ class ComputeStream:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._lock = threading.RLock()
+        # Held while one thread starts kernels.
+        self.lock = threading.RLock()
 
     @contextmanager
     def use(self) -> Iterator[torch.cuda.Stream]:
         """A context whose kernels are started on the stream, with no other thread's among them."""
-        with self._lock, torch.cuda.stream(self._stream):
+        with self.lock, torch.cuda.stream(self._stream):
             yield self._stream
 
 

@@ -2,7 +2,9 @@
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,16 +37,22 @@ class BucketedPass:
     """Called from any thread. Rows are padded with those of earlier batches, whose outputs are cut
     off: no row of a pass depends on another one."""
 
-    def __init__(self, capture: Capture, rows: Sequence[int]) -> None:
+    def __init__(
+        self,
+        capture: Capture,
+        rows: Sequence[int],
+        lock: AbstractContextManager[Any] | None = None,
+    ) -> None:
         """
         Args:
             rows: `row_inputs`. The other inputs are used where they are; a program is captured
                 again when they have moved.
+            lock: held during a call; None: a lock of its own.
         """
         self._capture = capture
         self._rows = rows
         self._buckets: dict[tuple[int, ...], _Bucket] = {}
-        self._lock = threading.Lock()
+        self._lock = lock or threading.Lock()
         # The end of the last run on a GPU, which the next one waits for if its stream is another.
         self._ran: torch.cuda.Event | None = None
 

@@ -47,7 +47,7 @@ class GraphCapture:
     its outputs are copied before the next one."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._pool: Any = None
 
     def __call__(
@@ -56,7 +56,7 @@ class GraphCapture:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         # No other thread starts kernels meanwhile.
-        with compute_stream(self._device).use(), torch.inference_mode():
+        with compute_stream(self.device).use(), torch.inference_mode():
             for _ in range(WARM_UPS):
                 run(*inputs)
             graph = torch.cuda.CUDAGraph()
@@ -81,4 +81,6 @@ def graphed(
     """
     if (rows := row_inputs(plan)) is None:
         raise EngineError("the rows have different numbers of query tokens")
-    return BucketedPass(lambda inputs: capture(run, inputs), rows)
+    # A lane that calls it holds the stream's lock already, and a capture takes it.
+    lock = compute_stream(capture.device).lock
+    return BucketedPass(lambda inputs: capture(run, inputs), rows, lock)
