@@ -173,11 +173,13 @@ class OpenInference(GRPCInferenceServiceServicer):
         """The inputs, with their contents: those in shared memory, the raw ones in order, or
         values."""
         raw = iter(request.raw_input_contents)
+        left = self._deps.settings.max_request_bytes  # for all inputs in shared memory together
         tensors = []
         for tensor in request.inputs:
             content: bytes | None
             if (place := place_of(_values(tensor.parameters))) is not None:
-                content = self._deps.memory.read(place, self._deps.settings.max_request_bytes)
+                content = self._deps.memory.read(place, left)
+                left -= place.byte_size
             else:
                 content = next(raw, None) if request.raw_input_contents else None
                 if content is None and request.raw_input_contents:
