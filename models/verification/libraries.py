@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import open_container
+from models.checkpoints.families.open_clip import MODES
 from models.heads.classify import Classify
 from models.heads.embed import Embed
 from models.inputs.transforms import Preprocess
@@ -162,14 +163,21 @@ def _open_clip(checkpoint: Checkpoint, path: Path) -> Library:
     image, text = checkpoint.arguments["image"], checkpoint.arguments["text"]
     tensors = open_container(path).tensors
     kind = CustomTextCLIP if any(key.startswith("text.") for key in tensors) else CLIP
-    network: Any = kind(
-        image["embed_dim"], image["config"], text["config"], quick_gelu=image["quick_gelu"]
-    )
+    config = {**image["config"], "output_tokens": False}  # CoCa's, of which only one is compared
+    network: Any = kind(image["embed_dim"], config, text["config"], quick_gelu=image["quick_gelu"])
     own = network.state_dict().keys()
     network.load_state_dict({key: value.float() for key, value in tensors.items() if key in own})
     network = network.eval()
     spec = checkpoint.preprocess or Preprocess()
-    transform: Any = image_transform(spec.input_size, is_train=False, mean=spec.mean, std=spec.std)
+    modes = {ours: theirs for theirs, ours in MODES.items()}
+    transform: Any = image_transform(
+        spec.input_size,
+        is_train=False,
+        mean=spec.mean,
+        std=spec.std,
+        resize_mode=modes[spec.crop_mode],
+        interpolation=spec.interpolation,
+    )
 
     @torch.inference_mode()
     def run(image: Image.Image) -> Outputs:
