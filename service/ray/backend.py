@@ -37,8 +37,11 @@ class RayBackend:
     async def start(self) -> None:
         self._tasks = [asyncio.create_task(_keep_refreshing(group)) for group in self._groups]
 
-    async def close(self) -> None:
+    def drain(self) -> None:
         self._closing = True
+
+    async def close(self) -> None:
+        self.drain()
         for task in self._tasks:
             task.cancel()
 
@@ -77,6 +80,20 @@ class RayBackend:
 
     def knows(self, model: str) -> bool:
         return model in self._catalog.models or any(model in group.models for group in self._groups)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "groups": {
+                group.name: {
+                    snapshot.replica: {
+                        "ready": snapshot.health.ready,
+                        "reasons": list(snapshot.health.reasons),
+                    }
+                    for snapshot in group.snapshots
+                }
+                for group in self._groups
+            }
+        }
 
     def health(self) -> Health:
         """Ready while every group's replicas are; live while the gateway can answer."""

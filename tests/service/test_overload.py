@@ -203,7 +203,7 @@ def only_headers(server: Running, path: str, headers: str) -> bytes:
 def call_without_message(server: Running, timeout_s: float | None) -> None:
     """A gRPC call whose message is never sent."""
     with grpc.insecure_channel(server.grpc) as channel:
-        call = channel.stream_unary("/vitrail.v1.Vision/Classify")
+        call: Any = channel.stream_unary("/vitrail.v1.Vision/Classify")
         never = threading.Event()
 
         def messages() -> Iterator[bytes]:

@@ -130,6 +130,13 @@ def test_models_load_and_unload(tiny: Running, jpegs: dict[str, bytes]) -> None:
     assert tiny.client.post("/models/none/load").status_code == 404
 
 
+def test_admins_see_the_replicas(tiny: Running) -> None:
+    answer = tiny.client.get("/debug/queues", headers={"X-API-Key": "admin"})
+    groups = answer.json()["groups"]
+    assert groups
+    assert all(replica["ready"] for group in groups.values() for replica in group.values())
+
+
 def test_a_deadline_is_kept(tiny: Running, jpegs: dict[str, bytes]) -> None:
     late = {"X-Timeout-Ms": "0.01"}
     answer = tiny.client.post("/classify", content=jpegs["coffee"], headers=late)
