@@ -54,7 +54,8 @@ def by_pillow(spec: Preprocess) -> Decoder:
 
     def work(data: bytes) -> Tensor:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-        return transform(image.convert("RGB"))
+        pixels: Tensor = transform(image.convert("RGB"))
+        return pixels
 
     return work
 

@@ -60,7 +60,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
     def end() -> None:
         time.sleep(EXIT_S)
-        faulthandler.dump_traceback(file=sys.__stderr__)
+        faulthandler.dump_traceback(2)  # standard error
         os._exit(exitstatus)
 
     session.config.add_cleanup(threading.Thread(target=end, daemon=True).start)

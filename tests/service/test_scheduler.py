@@ -205,13 +205,15 @@ def test_a_batch_gathers_while_decoding_takes_all_cores() -> None:
     q = queue(max_batch_size=2 * GATHER_IMAGES)
     policy = scheduler(q, lanes=2, cpu=True)
     q.places.take("", 2 * GATHER_IMAGES + 2, bulk=False)  # more will be decoded
-    first, *rest = (Entry(number, number) for number in range(2 * GATHER_IMAGES))
+    first, *rest = (Entry(str(n), n) for n in range(2 * GATHER_IMAGES))
     q.put(first, 1.0)
     assert take(policy, now=1.0) == []
     assert policy.next_due() == pytest.approx(1.0 + GATHER_S)
     for entry in rest:
         q.put(entry, 1.001)
-    assert take(policy, now=1.001) == list(range(GATHER_IMAGES)), "that many a lane are enough"
+    assert take(policy, now=1.001) == [str(n) for n in range(GATHER_IMAGES)], (
+        "that many a lane are enough"
+    )
 
 
 def test_a_batch_that_gathers_waits_briefly_and_only_while_others_are_being_decoded() -> None:
