@@ -106,6 +106,17 @@ def test_files_and_folders_named_in_pages_exist(page: Path) -> None:
 
 
 @pytest.mark.weights
+def test_the_calls_for_those_who_come_from_elsewhere_are_answered(
+    demo_server: str, folder: Path
+) -> None:
+    called = [command for command, _ in commands(ROOT / "docs/guides/coming-from.md", "curl")]
+    assert len(called) == 10
+    for command in called:
+        line = command.replace(DEMO_URL, demo_server)
+        run([*shlex.split(line), "--silent", "--fail-with-body"], folder)
+
+
+@pytest.mark.weights
 def test_the_readmes_calls_are_answered_as_it_shows(demo_server: str, folder: Path) -> None:
     ran = 0
     for command, shown in commands(README, "curl"):
