@@ -5,6 +5,7 @@ weights and in their authors' containers, and nothing has memory.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ HEADS = {"head.last_layer.weight_v": (4, 4)}
 TWO_HEADS = {**HEADS, "head.last_layer2.weight_v": (4, 4)}
 
 
-def zeros(shapes: dict[str, tuple[int, ...]]) -> State:
+def zeros(shapes: Mapping[str, tuple[int, ...]]) -> State:
     return {name: torch.zeros(shape, device="meta") for name, shape in shapes.items()}
 
 

@@ -36,7 +36,7 @@ def hf_arguments(
     sizes = {"mt5": _mt5, "m2m_100": _m2m}.get(kind, _bert)(state, stated, kind)
     assumed = {}
     if kind != "mt5":  # whose tables of relative positions tell
-        width = sizes.get("hidden_size", sizes.get("d_model"))
+        width: int = sizes["d_model" if kind == "m2m_100" else "hidden_size"]
         heads = stated.get("num_attention_heads", HEADS[kind].get(width))
         if heads is None:
             raise CheckpointError(
