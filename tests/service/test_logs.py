@@ -18,8 +18,10 @@ from service.logs import (
     access_level,
     choose_request_id,
 )
-from service.loop_lag import measuring_lag
+from service.limits import Budget
 from service.metrics import Metrics
+from service.sampling import sampling
+from service.settings import Settings
 from tests.conftest import wait_until
 
 
@@ -100,11 +102,11 @@ def test_slow_requests_are_warnings() -> None:
 
 
 def test_the_lag_of_a_blocked_loop_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.loop_lag.INTERVAL_S", 0.01)
+    monkeypatch.setattr("service.sampling.INTERVAL_S", 0.01)
     metrics = Metrics(CollectorRegistry())
 
     async def block() -> None:
-        async with measuring_lag(metrics):
+        async with sampling(metrics, Budget(Settings())):
             await asyncio.sleep(0)
             asyncio.get_running_loop().call_soon(time.sleep, 0.2)
             await asyncio.sleep(0.05)
