@@ -11,6 +11,7 @@ import time
 import pytest
 from prometheus_client import CollectorRegistry
 
+from service.limits import Budget
 from service.logs import (
     BufferedHandler,
     JsonFormatter,
@@ -18,7 +19,6 @@ from service.logs import (
     access_level,
     choose_request_id,
 )
-from service.limits import Budget
 from service.metrics import Metrics
 from service.sampling import sampling
 from service.settings import Settings
