@@ -21,7 +21,7 @@ from models.heads.vqt import Vqt
 from models.inputs.transforms import Preprocess
 from models.trunks.devices import Placement
 from models.trunks.engines import openvino as openvino_engine
-from models.trunks.engines.auto import TRIALS, Auto, _Choice
+from models.trunks.engines.auto import WINS, Auto, _Choice
 from models.trunks.engines.compiled_pass import CompiledPass
 from models.trunks.features import LAST_OUTPUT, FeatureRequest, merge
 from models.trunks.timm import TimmTrunk
@@ -177,7 +177,7 @@ def test_auto_takes_over_once_it_is_built_and_says_so() -> None:
     trunk.build(LAST_OUTPUT)
     [choice] = trunk.engine._choices.values()  # type: ignore[attr-defined]
     wait_for(lambda: choice.candidate is not None or bool(choice.reason))
-    for _ in range(TRIALS + 2):
+    for _ in range(2 * WINS):
         with torch.inference_mode():
             assert_close(trunk.forward(batch).features, expected)
     assert choice.chosen or choice.reason == "openvino is slower"
@@ -195,7 +195,7 @@ def test_a_few_slow_trials_do_not_decide(usual: float, is_chosen: bool) -> None:
     assert isinstance(engine, Auto)
     choice = _Choice(candidate=dict)
     slow = [(9.0, 1.0), (9.0, 1.0)] if is_chosen else [(0.1, 1.0), (0.1, 1.0)]
-    for candidate_s, eager_s in [(50.0, 1.0), *slow, *[(usual, 1.0)] * (TRIALS - len(slow))]:
+    for candidate_s, eager_s in [(50.0, 1.0), *slow, *[(usual, 1.0)] * WINS]:
         assert not choice.chosen
         assert choice.candidate
         engine._count(choice, candidate_s, eager_s)

@@ -10,7 +10,6 @@ import atexit
 import contextlib
 import logging
 import queue
-import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -36,8 +35,8 @@ from models.trunks.features import PassPlan
 
 logger = logging.getLogger(__name__)
 
-# Trials that count. The median of their ratios decides, so that a busy moment does not.
-TRIALS = 9
+# The engine that is faster in so many trials is chosen, so that a busy moment does not decide.
+WINS = 5
 # Images of many sizes would each need a graph of their own.
 MAX_PASSES = 8
 # How long an exit waits for the pass that is being built.
@@ -50,8 +49,8 @@ class _Choice:
 
     # The other engine's pass, once it is built.
     candidate: Pass | None = None
-    # The candidate's time over eager's, for each batch that both ran.
-    ratios: list[float] = field(default_factory=list)
+    # Whether the candidate was faster than eager, for each batch that both ran.
+    wins: list[bool] = field(default_factory=list)
     # Whether the candidate is used from now on.
     chosen: bool = False
     # Why the pass stays with eager.
@@ -174,10 +173,11 @@ class Auto(Engine):
         with self._lock:
             if choice.candidate is None or choice.chosen:  # decided by another lane
                 return
-            choice.ratios.append(candidate_s / eager_s)
-            if len(choice.ratios) <= TRIALS:
+            choice.wins.append(candidate_s <= eager_s)
+            won = sum(choice.wins[1:])
+            if max(won, len(choice.wins) - 1 - won) < WINS:
                 return
-            choice.chosen = statistics.median(choice.ratios[1:]) <= 1
+            choice.chosen = won == WINS
         if not choice.chosen:
             self._give_up(choice, f"{self._other.name} is slower")
 
