@@ -15,7 +15,7 @@ from typing import Any
 
 from service.errors import ConflictError, InvalidInputError, NotFoundError, PayloadTooLargeError
 
-FOLDER = Path("/dev/shm")
+FOLDER = Path("/dev/shm")  # nosec B108: where the system keeps shared memory
 MAX_REGIONS = 1024
 CUDA = "CUDA shared memory is not supported; use system shared memory, or send the tensors"
 
