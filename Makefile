@@ -7,7 +7,7 @@ OUT ?= .
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help serve test nightly check format docs screenshots proto bench chaos bench-rivals clean
+.PHONY: help serve test nightly check format docs screenshots proto bench bench-gpu chaos bench-rivals clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14

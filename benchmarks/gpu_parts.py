@@ -185,6 +185,7 @@ def recovery(options: Options) -> Rows:
             item = np.zeros((3, *server.trunk.preprocess.input_size), np.float32)
             calls = [Call(network, None)]
             torch.cuda.empty_cache()
+            before = queue.limit.value
             free, _ = torch.cuda.mem_get_info()
             taken = torch.empty(max(0, free - 2**28), dtype=torch.uint8, device=options.device)
             await server.run([item], [calls], options.clients, options.seconds)
@@ -193,7 +194,7 @@ def recovery(options: Options) -> Rows:
             torch.cuda.empty_cache()
             await server.run([item], [calls], options.clients, 10 * options.seconds)
             return {"network": network, "shrunk_to": shrunk, "grown_to": queue.limit.value,
-                    "holds": queue.limit.value >= shrunk}  # fmt: skip
+                    "holds": shrunk < before and shrunk < queue.limit.value}  # fmt: skip
 
     yield asyncio.run(measure(options.networks[0]))
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from models.description import State
 from service.bulk.job import Job, Results
-from service.bulk.shards import Shard, read_shard
+from service.bulk.shards import Shard, SourceFormatError, read_shard
 from service.errors import InvalidInputError, ServiceError, UnavailableError
 from service.processes.worker import create_backend
 from service.settings import Settings
@@ -87,15 +87,18 @@ class ShardRunner:
                 places.release()
 
         chunks = _chunks(read_shard(shard))
-        async with asyncio.TaskGroup() as group:
-            while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
-                for name, content in chunk:
-                    if content is None:
-                        unreadable.add(len(names))
-                    names.append(name)
-                await places.acquire()
-                images = [content for _, content in chunk if content is not None]
-                pending.append(group.create_task(infer(images)))
+        try:
+            async with asyncio.TaskGroup() as group:
+                while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+                    for name, content in chunk:
+                        if content is None:
+                            unreadable.add(len(names))
+                        names.append(name)
+                    await places.acquire()
+                    images = [content for _, content in chunk if content is not None]
+                    pending.append(group.create_task(infer(images)))
+        except* (SourceFormatError, ServiceError) as errors:
+            raise errors.exceptions[0] from None
         done = [task.result() for task in pending]
         computed = iter([image for result in done for image in result.images])
         missing = InvalidInputError("the image cannot be read")

@@ -21,7 +21,7 @@ def ray(
     models: Models = None,
     log_level: LogLevel = None,
     replicas: Annotated[
-        int, typer.Option(min=0, help="Fewest replicas of each group of trunks.")
+        int, typer.Option(min=1, help="Fewest replicas of each group of trunks.")
     ] = 1,
     max_replicas: Annotated[
         int | None, typer.Option(min=1, help="Most; they are added by the waiting work.")

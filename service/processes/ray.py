@@ -22,6 +22,7 @@ from service.gateway.server import check_free, run_server
 from service.keys import Keys
 from service.limits import Budget
 from service.metrics import Metrics
+from service.open_inference.shared_memory import SharedMemory
 from service.processes.ray_replica import Replica
 from service.ray.backend import RayBackend
 from service.ray.group import Group
@@ -42,7 +43,7 @@ class Placement:
     """What each deployment gets.
 
     Args:
-        replicas: the fewest replicas; 0 to stop a deployment that nobody asks.
+        replicas: the fewest replicas.
         max_replicas: the most; they are added by the seconds of work that wait.
         cpus: cores of a replica.
         gpus: GPUs of a replica, a fraction for replicas that share one.
@@ -90,8 +91,10 @@ def create_ray_app(settings: Settings, placement: Placement) -> Any:
     PlatformCollector(registry=metrics.registry)
     backend = RayBackend(catalog, deploy(settings, trunk_groups(catalog), placement), find_state)
     keys, budget = Keys(settings), Budget(settings)
-    rpc = RpcServer(backend, settings, metrics, keys, budget).serving(settings.rpc_address())
-    return create_app(settings, backend, metrics, rpc, keys, budget)
+    memory = SharedMemory(settings.shared_memory)
+    rpc = RpcServer(backend, settings, metrics, keys, budget, memory)
+    beside = rpc.serving(settings.rpc_address())
+    return create_app(settings, backend, metrics, beside, keys, budget, memory)
 
 
 def deploy(settings: Settings, groups: Sequence[TrunkGroup], placement: Placement) -> list[Group]:

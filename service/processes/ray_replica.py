@@ -90,8 +90,7 @@ class Replica:
         heads = await self._backend.heads.all()
         names = self._models | {head.name for head in heads}
         models = [model for model in await self._backend.models() if model.name in names]
-        seconds = self._backend.batcher.queue_seconds()
-        return Snapshot(self._name, models, heads, self._backend.health(), seconds)
+        return Snapshot(self._name, models, heads, self._backend.health())
 
     async def load(self, caller: Caller, name: str) -> ModelDescription | ServiceError:
         """Load a model."""

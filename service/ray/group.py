@@ -55,16 +55,12 @@ class Group:
     async def infer(self, request: InferRequest) -> InferResult:
         """Run a request on the replica that Ray Serve chooses, and once more if it is lost.
 
-        While there is no replica, the request waits for one until its deadline, so that a
-        deployment can be scaled to zero.
+        While there is no replica, the request waits for one until its deadline.
 
         Raises:
             ServiceError: the replica's own error, the deadline passed, or two replicas were lost.
         """
-        if not self.started:
-            raise UnavailableError(
-                f"trunk {self.name!r} is loading", retry_after_s=LOADING_RETRY_AFTER_S
-            )
+        self._check_started()
         for _ in range(ATTEMPTS):
             remaining_s = request.deadline - time.monotonic()
             if remaining_s <= 0:
@@ -88,14 +84,19 @@ class Group:
                 response.cancel()  # does nothing to one that is done
         raise UnavailableError("two replicas were lost during the request", retry_after_s=1)
 
+    def _check_started(self) -> None:
+        if not self.started:
+            raise UnavailableError(
+                f"trunk {self.name!r} is loading", retry_after_s=LOADING_RETRY_AFTER_S
+            )
+
     async def one(self, method: str, *arguments: Any) -> Any:
         """Call a method of one replica.
 
         Raises:
             ServiceError: the replica's own error, or there is none.
         """
-        if not self.started:
-            raise UnavailableError(f"trunk {self.name!r} is loading", retry_after_s=2)
+        self._check_started()
         try:
             return raise_error(await getattr(self._handle, method).remote(caller(), *arguments))
         except RayError as error:
@@ -107,8 +108,7 @@ class Group:
         Returns:
             Results, and the errors that replicas returned. Replicas that are lost are left out.
         """
-        if not self.started:
-            raise UnavailableError(f"trunk {self.name!r} is loading", retry_after_s=2)
+        self._check_started()
         broadcast = self._handle.broadcast(method, caller(), *arguments)
         results = await broadcast.results_async(return_exceptions=True)
         await self.refresh()
@@ -147,7 +147,7 @@ class Group:
     def _head(self, heads: Sequence[HeadDescription]) -> HeadDescription:
         head = min(heads, key=closeness)
         if head.is_ready and len(heads) < len(self.snapshots):
-            return _on_its_way(head)
+            return replace(head, state="loading")
         return head
 
 
@@ -165,7 +165,3 @@ def raise_error(result: Any) -> Any:
 
 def _is_lost(result: Any) -> bool:
     return isinstance(result, BaseException) and not isinstance(result, ServiceError)
-
-
-def _on_its_way(head: HeadDescription) -> HeadDescription:
-    return replace(head, state="loading")

@@ -35,11 +35,9 @@ class Snapshot:
     Args:
         replica: its name, unique in the cluster.
         models: those of the catalog that it may be asked for, and heads.
-        queue_seconds: estimated seconds to compute what it has admitted.
     """
 
     replica: str
     models: Sequence[ModelDescription]
     heads: Sequence[HeadDescription]
     health: Health
-    queue_seconds: float

@@ -74,9 +74,9 @@ def with_engine(model: Model, engine: type[BuiltEngine]) -> BuiltEngine:
 def test_buckets_waste_little() -> None:
     assert buckets(32) == [1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 32]
     assert buckets(70)[-3:] == [56, 64, 80]
-    for size in range(1, 600):
+    for size in range(1, 512):
         assert size <= bucket_of(size) == bucket_of(bucket_of(size))
-        assert size < 4 or size >= 0.69 * bucket_of(size)
+        assert size < 4 or size >= 0.75 * bucket_of(size)
 
 
 @pytest.mark.parametrize("queries", [False, True])

@@ -15,7 +15,7 @@ from models import Registry
 from models.checkpoints.store import Store
 from service.bulk.job import Job, Results
 from service.bulk.runner import ShardRunner
-from service.bulk.shards import Shard, list_shards, read_shard
+from service.bulk.shards import Shard, SourceFormatError, list_shards, read_shard
 from service.cli import app
 from service.settings import Settings
 
@@ -155,6 +155,13 @@ def test_wrong_use_is_told(tiny_catalog: Path, folder: Path, tmp_path: Path) -> 
     assert not output.exists()
 
 
+def test_a_table_without_images_is_told(tiny_catalog: Path, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"number": [1, 2]}), tmp_path / "numbers.parquet")
+    result = bulk(tiny_catalog, "classify", tmp_path / "numbers.parquet", tmp_path / "out")
+    assert result.exit_code == 2, result.output
+    assert "image" in result.output
+
+
 def test_results_of_two_versions_of_a_model_are_told_apart(
     tiny_catalog: Path, folder: Path, tmp_path: Path
 ) -> None:
@@ -171,5 +178,5 @@ def test_results_of_two_versions_of_a_model_are_told_apart(
     table = pq.read_table(part)
     changed = {**table.schema.metadata, b"model_digest": b"sha256:other"}
     pq.write_table(table.replace_schema_metadata(changed), part)
-    again = bulk(tiny_catalog, "embed", folder, tmp_path / "out", "--shard-size", "4")
-    assert again.exit_code == 2
+    with pytest.raises(SourceFormatError, match="versions of"):
+        results.check_digests()
