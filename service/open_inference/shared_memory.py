@@ -17,6 +17,7 @@ from service.errors import ConflictError, InvalidInputError, NotFoundError, Payl
 
 FOLDER = Path("/dev/shm")  # nosec B108: where the system keeps shared memory
 MAX_REGIONS = 1024
+MAX_NAME = 256  # characters
 CUDA = "CUDA shared memory is not supported; use system shared memory, or send the tensors"
 
 
@@ -66,7 +67,7 @@ class SharedMemory:
         Args:
             prefix: what the keys that clients may register begin with; if empty, they may none.
         """
-        self._prefix = prefix
+        self._prefix = prefix.removeprefix("/")
         self._regions: dict[str, Region] = {}
 
     def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
@@ -88,8 +89,11 @@ class SharedMemory:
             raise ConflictError(f"a region {name!r} is registered", field="name")
         if len(self._regions) >= MAX_REGIONS:
             raise PayloadTooLargeError(f"{MAX_REGIONS} regions are registered; unregister some")
-        if not name or offset < 0 or byte_size < 1:
-            raise InvalidInputError("a region has a name, an offset and a size", field="byte_size")
+        if not 0 < len(name) <= MAX_NAME or offset < 0 or byte_size < 1:
+            raise InvalidInputError(
+                f"a region has a name of up to {MAX_NAME} characters, an offset and a size",
+                field="byte_size",
+            )
         region = Region(name, plain, offset, byte_size)
         descriptor = _open(region, os.O_RDWR)
         try:
@@ -155,9 +159,15 @@ class SharedMemory:
         try:
             start = region.offset + place.offset
             _check_end(descriptor, region, start + len(content))  # writing would extend it
-            os.pwrite(descriptor, content, start)
+            written = os.pwrite(descriptor, content, start)
+        except OSError as error:
+            raise InvalidInputError(
+                f"the region {region.name!r} cannot be written: {error.strerror}"
+            ) from error
         finally:
             os.close(descriptor)
+        if written != len(content):
+            raise InvalidInputError(f"the region {region.name!r} has no memory for the output")
 
     def _get(self, name: str) -> Region:
         if name not in self._regions:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from models.description import HeadDescription
-from service.errors import NotFoundError, ServiceError
+from service.errors import NotFoundError, ServiceError, UnavailableError
 from service.ray.group import Group, raise_error
 from service.ray.head_file import trunk_of
 from service.types import FitRequest, HeadUpload
@@ -40,7 +40,7 @@ class RayHeads:
 
     async def delete(self, name: str) -> None:
         group = self._group_of(name)
-        results = await group.every("delete_head", name)
+        results = _answers(await group.every("delete_head", name))
         missing = [result for result in results if isinstance(result, NotFoundError)]
         errors = [result for result in results if isinstance(result, ServiceError)]
         if len(missing) == len(results) or len(missing) < len(errors):
@@ -62,6 +62,11 @@ class RayHeads:
 
 def _first(results: Sequence[Any]) -> Any:
     """The first result, unless a replica returned an error."""
+    return raise_error(_answers(results)[0])
+
+
+def _answers(results: Sequence[Any]) -> Sequence[Any]:
+    """The results of replicas; raises `UnavailableError` if there are none."""
     if not results:
-        raise NotFoundError("no replica answered")
-    return raise_error(results[0])
+        raise UnavailableError("no replica answered", retry_after_s=1)
+    return results

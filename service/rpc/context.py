@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote
 
@@ -19,7 +19,7 @@ from service.clients import client, identify
 from service.errors import InternalError, InvalidInputError, PermissionDeniedError, ServiceError
 from service.key_file import Scope
 from service.keys import WORKER_TOKEN, ApiKey, Keys
-from service.limits import MAX_TIMEOUT_MS, Budget
+from service.limits import MAX_TIMEOUT_MS, Budget, Share
 from service.logs import access_level, choose_request_id, request_id
 from service.metrics import Metrics
 from service.open_inference.shared_memory import SharedMemory
@@ -60,6 +60,8 @@ class Caller:
     # Infinite if the call has none.
     grpc_deadline: float
     key: ApiKey | None = None
+    # What the request holds of the budget, once its message has been received.
+    share: Share | None = None
 
     def deadline(self, settings: Settings, timeout_ms: float) -> float:
         """The earlier one of the request's deadline and the gRPC deadline.
@@ -124,7 +126,7 @@ async def handle_call(
             _check_admission(deps, caller, task)
         with deps.budget.request("grpc") as share:
             await begin.get()(share)
-            yield caller
+            yield replace(caller, share=share)
         status = "OK"
     except ServiceError as error:
         status = error.grpc

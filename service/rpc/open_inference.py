@@ -8,6 +8,7 @@ from google.protobuf.json_format import ParseDict
 
 from service.accounting import counted
 from service.errors import InvalidInputError
+from service.limits import Share
 from service.open_inference.inputs import InputTensor, timeout_ms, to_inputs
 from service.open_inference.metadata import (
     VERSION,
@@ -160,7 +161,7 @@ class OpenInference(GRPCInferenceServiceServicer):
                 account.deadline = caller.deadline(deps.settings, timeout)
                 outputs = [_requested(output) for output in request.outputs]
                 selection = OutputSelection(model, outputs, options)
-                inputs = to_inputs(self._tensors(request), deps.settings)
+                inputs = to_inputs(self._tensors(request, caller.share), deps.settings)
                 deps.keys.count_images(caller.key, len(inputs))
                 result = await deps.backend.infer(
                     InferRequest(inputs=inputs, calls=selection.calls, deadline=account.deadline)
@@ -169,15 +170,17 @@ class OpenInference(GRPCInferenceServiceServicer):
                 arrays = selection.collect(result)
                 return _response(request, selection.requested, arrays, deps.memory)
 
-    def _tensors(self, request: pb.ModelInferRequest) -> list[InputTensor]:
-        """The inputs, with their contents: those in shared memory, the raw ones in order, or
-        values."""
+    def _tensors(self, request: pb.ModelInferRequest, share: Share | None) -> list[InputTensor]:
+        """The inputs, with their contents: those in shared memory, which count as bytes of the
+        request, the raw ones in order, or values."""
         raw = iter(request.raw_input_contents)
         left = self._deps.settings.max_request_bytes  # for all inputs in shared memory together
         tensors = []
         for tensor in request.inputs:
             content: bytes | None
             if (place := place_of(_values(tensor.parameters))) is not None:
+                if share is not None:
+                    share.add(place.byte_size)
                 content = self._deps.memory.read(place, left)
                 left -= place.byte_size
             else:

@@ -25,7 +25,7 @@ from service.errors import (
     ServiceError,
     from_library,
 )
-from service.garbage import look_at_all_objects
+from service.garbage import leave_out_old_objects, look_at_all_objects
 from service.limits import check_answer_size
 from service.metrics import Metrics
 from service.types import Call, Health, ImageResult, InferRequest, InferResult
@@ -81,7 +81,7 @@ class LocalBackend:
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
         registry.on_load = self._on_load
-        registry.on_unload = self._on_unload
+        registry.on_unload = self.trunks.retire
 
     # -- Backend ---------------------------------------------------------------------------
 
@@ -142,11 +142,11 @@ class LocalBackend:
         )
 
     async def load(self, name: str) -> ModelDescription:
-        await self._loader.run(self.registry.load, name)
+        await self._loader.run(self._load, name)
         return await self.model(name)
 
     async def unload(self, name: str) -> ModelDescription:
-        await self._loader.run(self.registry.unload, name)
+        await self._loader.run(self._unload, name)
         return await self.model(name)
 
     def knows(self, model: str) -> bool:
@@ -241,9 +241,18 @@ class LocalBackend:
         if isinstance(head, Prompted) and head.labels:
             self._prompts.prepare(model, head.labels, head.templates)
 
-    def _on_unload(self, model: Model) -> None:
-        self.trunks.retire(model)
+    def _load(self, name: str) -> None:
+        try:
+            self.registry.load(name)
+        finally:
+            leave_out_old_objects()
+
+    def _unload(self, name: str) -> None:
         look_at_all_objects()
+        try:
+            self.registry.unload(name)
+        finally:
+            leave_out_old_objects()
 
     def _spawn(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -252,6 +261,6 @@ class LocalBackend:
 
     async def _load_quietly(self, name: str) -> None:
         try:
-            await self._loader.run(self.registry.load, name)
+            await self._loader.run(self._load, name)
         except ServiceError as error:
             logger.error("model %s did not load: %s", name, error.detail)

@@ -18,7 +18,6 @@ from service.errors import (
     UnavailableError,
     from_library,
 )
-from service.garbage import leave_out_old_objects
 from service.worker.device_loss import exit_for_restart
 from service.worker.runner import use_threads
 
@@ -59,8 +58,6 @@ class Loader:
                 raise InsufficientStorageError("the server's disk is full") from error
             logger.exception("%s%s failed", function.__name__, arguments[:1])
             raise UnavailableError("the model could not be loaded or unloaded") from error
-        finally:
-            leave_out_old_objects()
 
     def close(self) -> None:
         """Cancel what has not started. Does not wait for what is running."""

@@ -129,7 +129,9 @@ class RequestRun:
             entries = self._decode(position, item, plan)
         except Exception as error:
             self._release(plan)
-            self.deliver(position, ImageResult(error=_as_service_error(error)))
+            # without its frames, which refer to the input, and to the error by its result
+            failure = _as_service_error(error).with_traceback(None)
+            self.deliver(position, ImageResult(error=failure))
         else:
             self._put(plan, entries)
 
