@@ -71,7 +71,7 @@ def statuses(path: str, method: str, operation: dict[str, Any]) -> set[int]:
         found |= {404, 409}
     if path in ("/healthz", "/readyz") or path.endswith(("/live", "/ready")):
         found.add(503)
-    if path == "/metrics":
+    if path in ("/metrics", "/debug/queues"):
         found |= {*KEY}
     return found
 

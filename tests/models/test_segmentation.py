@@ -312,6 +312,7 @@ def test_a_decoder_cannot_pool_to_any_size() -> None:
     names = {
         "decode_head.conv_seg.weight": torch.randn(5, 4, 1, 1),
         "decode_head.fpn_bottleneck.conv.weight": torch.randn(4, 8, 3, 3),
+        "decode_head.psp_modules.0.1.conv.weight": torch.randn(4, 8, 3, 3),
     }
     with pytest.raises(ValueError, match="pool_scales"):
         create_decoder(names, {"inputs": [4, 4], "pool_scales": [10**6]})
