@@ -115,7 +115,7 @@ def catalog(name: str) -> str:
 def grpc_methods(proto: str) -> str:
     """Every method of a .proto file's service, with the comment above it."""
     text = (ROOT / "proto" / proto).read_text(encoding="utf-8")
-    pattern = r"((?:^  //.*\n)*)^  rpc (\w+)\((.*?)\) returns \((.*?)\);"
+    pattern = r"((?:^  //.*\n)*)^  rpc (\w+)\((.*?)\)\s+returns \((.*?)\);"
     rows = [
         (_code(name), _code(request), _code(response), comment.replace("//", ""))
         for comment, name, request, response in re.findall(pattern, text, re.MULTILINE)
