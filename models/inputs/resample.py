@@ -47,7 +47,7 @@ class Taps:
         return slice(int(self.first[0]), int(self.first[-1] + self.counts[-1]))
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)  # at most 300 KB each
 def taps(
     length: int, resized: int, window: tuple[int, int], interpolation: str, covered: float
 ) -> Taps:
@@ -98,7 +98,7 @@ def _weigh_columns(pixels_HWC: np.ndarray, columns: Taps) -> np.ndarray:
 
 
 def _weigh(pixels: np.ndarray, sums: Taps) -> np.ndarray:
-    """Weighted sums of rows: (R, M, C) uint8 to (len(sums), M, C)."""
+    """Weighted sums of rows: (R, M, C) uint8 to (len(sums.first), M, C)."""
     count, across, channels = len(sums.first), *pixels.shape[1:]
     result = np.empty((count, across * channels), np.uint8)
     source = pixels.reshape(len(pixels), -1)

@@ -66,7 +66,7 @@ def _first(results: Sequence[Any]) -> Any:
 
 
 def _answers(results: Sequence[Any]) -> Sequence[Any]:
-    """The results of replicas; raises `UnavailableError` if there are none."""
+    """The results of replicas. Raises `UnavailableError` if no replica answered."""
     if not results:
         raise UnavailableError("no replica answered", retry_after_s=1)
     return results

@@ -53,7 +53,7 @@ async def cuda_regions() -> list[dict[str, Any]]:
 
 @router.post("/cudasharedmemory/unregister", response_class=Response)
 async def unregister_cuda() -> Response:
-    """Forget all regions of CUDA shared memory, of which there are none."""
+    """Forget all regions of CUDA shared memory: none can be registered."""
     return Response()
 
 
