@@ -28,8 +28,8 @@ $(VENV)/docs.stamp: $(VENV)/dev.stamp
 serve: $(VENV)/serve.stamp ## Serve the demo on http://HOST:PORT, gRPC on GRPC_PORT
 	$(BIN)/vitrail serve --host $(HOST) --port $(PORT) --grpc-port $(GRPC_PORT)
 
-test: $(VENV)/dev.stamp ## Run the tests
-	$(BIN)/python -m pytest
+test: $(VENV)/dev.stamp ## Run the tests, two files at a time
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 nightly: $(VENV)/dev.stamp ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m nightly

@@ -335,9 +335,10 @@ def process(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[by
 
 def free_port() -> int:
     """A port that nobody listens on, of those that the kernel does not give to connections: such a
-    one could be taken before the caller listens."""
+    one could be taken before the caller listens. Drawn by the system, since tests that run beside
+    each other may have seeded `random` alike."""
     while True:
-        port = random.randrange(20_000, 30_000)
+        port = random.SystemRandom().randrange(20_000, 30_000)
         with socket.socket() as listener, suppress(OSError):
             listener.bind(("127.0.0.1", port))
             return port
