@@ -4,27 +4,39 @@ https://github.com/triton-inference-server/server/blob/main/docs/protocol/extens
 
 Regions are read and written as files, not mapped: a client that shortens one gets an error, where a
 mapping would end the process.
+
+A region belongs to the API key that registered it. Other keys can neither use, list nor unregister
+it, and cannot register its memory. Without keys all callers are one owner.
 """
 
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from service.errors import ConflictError, InvalidInputError, NotFoundError, PayloadTooLargeError
+from service.keys import ApiKey
 
 FOLDER = Path("/dev/shm")  # nosec B108: where the system keeps shared memory
 MAX_REGIONS = 1024
+# Of one owner.
+MAX_OWN_REGIONS = 128
+MAX_OWN_BYTES = 4 * 2**30
 MAX_NAME = 256  # characters
 CUDA = "CUDA shared memory is not supported; use system shared memory, or send the tensors"
 
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A part of a shared memory object, as a client registered it."""
+    """A part of a shared memory object, as a client registered it.
 
+    Args:
+        owner: the id of an API key; empty for callers without one.
+    """
+
+    owner: str
     name: str
     key: str
     offset: int
@@ -67,56 +79,69 @@ class SharedMemory:
         Args:
             prefix: what the keys that clients may register begin with; if empty, they may none.
         """
-        self._prefix = prefix.removeprefix("/")
-        self._regions: dict[str, Region] = {}
+        self.prefix = prefix.removeprefix("/")
+        self.regions: dict[tuple[str, str], Region] = {}  # by owner and name
+
+    def of(self, key: ApiKey | None) -> "OwnedMemory":
+        """The regions as the owner of an API key sees them; None for callers without one."""
+        return OwnedMemory(self, key)
+
+
+class OwnedMemory:
+    """One owner's regions."""
+
+    def __init__(self, memory: SharedMemory, key: ApiKey | None) -> None:
+        self._memory = memory
+        self._owner = "" if key is None else key.id
+        self._is_admin = key is not None and key.permits("admin")
 
     def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
         """Register a region.
 
         Raises:
-            ServiceError: not allowed, too many, the name is taken, or there is no such memory.
+            ServiceError: not allowed, too many regions or bytes, the name is taken, the memory is
+                another owner's, or there is no such memory.
         """
-        if not self._prefix:
+        memory = self._memory
+        if not memory.prefix:
             raise InvalidInputError(
                 "shared memory is turned off; VITRAIL_SHARED_MEMORY says which keys clients may use"
             )
         plain = key.removeprefix("/")
-        if not plain.startswith(self._prefix) or "/" in plain or "\0" in plain:
+        if not plain.startswith(memory.prefix) or "/" in plain or "\0" in plain:
             raise InvalidInputError(
-                f"the key {key!r} does not begin with {self._prefix!r}", field="key"
+                f"the key {key!r} does not begin with {memory.prefix!r}", field="key"
             )
-        if name in self._regions:
-            raise ConflictError(f"a region {name!r} is registered", field="name")
-        if len(self._regions) >= MAX_REGIONS:
-            raise PayloadTooLargeError(f"{MAX_REGIONS} regions are registered; unregister some")
         if not 0 < len(name) <= MAX_NAME or offset < 0 or byte_size < 1:
             raise InvalidInputError(
                 f"a region has a name of up to {MAX_NAME} characters, an offset and a size",
                 field="byte_size",
             )
-        region = Region(name, plain, offset, byte_size)
+        region = Region(self._owner, name, plain, offset, byte_size)
+        self._check_room(region)
         descriptor = _open(region, os.O_RDWR)
         try:
             _check_end(descriptor, region, offset + byte_size)
         finally:
             os.close(descriptor)
-        self._regions[name] = region
+        memory.regions[self._owner, name] = region
 
     def unregister(self, name: str = "") -> None:
-        """Forget a region, or all of them."""
-        if name:
-            self._regions.pop(name, None)
-        else:
-            self._regions.clear()
+        """Forget a region, or all of the owner's. An admin's key also names those of others."""
+        for region in self._find(name) if name else self._own():
+            del self._memory.regions[region.owner, region.name]
 
-    def status(self, name: str = "") -> list[dict[str, Any]]:
-        """Every region, or one.
+    def status(self, name: str = "") -> list[Region]:
+        """The owner's regions, or those of that name. An admin's key sees those of others, too.
 
         Raises:
             NotFoundError: no region has that name.
         """
-        regions = [self._get(name)] if name else list(self._regions.values())
-        return [asdict(region) for region in regions]
+        if not name:
+            return list(self._memory.regions.values()) if self._is_admin else self._own()
+        if not (found := self._find(name)):
+            raise _unknown(name)
+        return found
 
     def read(self, place: Place, limit: int) -> bytes:
         """The bytes at a place.
@@ -170,9 +195,46 @@ class SharedMemory:
             raise InvalidInputError(f"the region {region.name!r} has no memory for the output")
 
     def _get(self, name: str) -> Region:
-        if name not in self._regions:
-            raise NotFoundError(f"no shared memory region {name!r} is registered", field="name")
-        return self._regions[name]
+        if (region := self._memory.regions.get((self._owner, name))) is None:
+            raise _unknown(name)
+        return region
+
+    def _own(self) -> list[Region]:
+        return [each for each in self._memory.regions.values() if each.owner == self._owner]
+
+    def _find(self, name: str) -> list[Region]:
+        """The owner's region of that name. If there is none, an admin's key finds others'."""
+        named = [region for region in self._memory.regions.values() if region.name == name]
+        own = [region for region in named if region.owner == self._owner]
+        return own or (named if self._is_admin else [])
+
+    def _check_room(self, new: Region) -> None:
+        """
+        Raises:
+            ConflictError, PayloadTooLargeError: the region cannot be added to those that exist.
+        """
+        regions = self._memory.regions
+        if (self._owner, new.name) in regions:
+            raise ConflictError(f"a region {new.name!r} is registered", field="name")
+        if any(each.key == new.key and each.owner != self._owner for each in regions.values()):
+            raise ConflictError(
+                f"the shared memory {new.key!r} is registered by another API key", field="key"
+            )
+        own = self._own()
+        if len(own) >= MAX_OWN_REGIONS or len(regions) >= MAX_REGIONS:
+            raise PayloadTooLargeError(
+                f"{len(own)} regions are registered with this API key and {len(regions)} "
+                f"altogether; the limits are {MAX_OWN_REGIONS} and {MAX_REGIONS}. Unregister some"
+            )
+        if (size := new.byte_size + sum(each.byte_size for each in own)) > MAX_OWN_BYTES:
+            raise PayloadTooLargeError(
+                f"the regions of this API key would have {size} bytes; the limit is "
+                f"{MAX_OWN_BYTES}. Unregister some"
+            )
+
+
+def _unknown(name: str) -> NotFoundError:
+    return NotFoundError(f"no shared memory region {name!r} is registered", field="name")
 
 
 def _open(region: Region, flags: int) -> int:

@@ -20,7 +20,7 @@ from service.open_inference.metadata import (
     server_metadata,
 )
 from service.open_inference.outputs import OutputSelection, RequestedOutput
-from service.open_inference.shared_memory import CUDA, SharedMemory, place_of
+from service.open_inference.shared_memory import CUDA, OwnedMemory, Region, place_of
 from service.rpc.context import Context, Deps, handle_call
 from service.stubs import open_inference_pb2 as pb
 from service.stubs.open_inference_pb2_grpc import GRPCInferenceServiceServicer
@@ -110,22 +110,26 @@ class OpenInference(GRPCInferenceServiceServicer):
     async def SystemSharedMemoryStatus(
         self, request: pb.SystemSharedMemoryStatusRequest, context: Context
     ) -> pb.SystemSharedMemoryStatusResponse:
-        async with handle_call(self._deps, context, "SystemSharedMemoryStatus"):
-            regions = {item["name"]: item for item in self._deps.memory.status(request.name)}
-            return ParseDict({"regions": regions}, pb.SystemSharedMemoryStatusResponse())
+        async with handle_call(self._deps, context, "SystemSharedMemoryStatus") as caller:
+            found = self._deps.memory.of(caller.key).status(request.name)
+            return pb.SystemSharedMemoryStatusResponse(
+                regions=_by_name(found, "" if caller.key is None else caller.key.id)
+            )
 
     async def SystemSharedMemoryRegister(
         self, request: pb.SystemSharedMemoryRegisterRequest, context: Context
     ) -> pb.SystemSharedMemoryRegisterResponse:
-        async with handle_call(self._deps, context, "SystemSharedMemoryRegister"):
-            self._deps.memory.register(request.name, request.key, request.offset, request.byte_size)
+        async with handle_call(self._deps, context, "SystemSharedMemoryRegister") as caller:
+            self._deps.memory.of(caller.key).register(
+                request.name, request.key, request.offset, request.byte_size
+            )
             return pb.SystemSharedMemoryRegisterResponse()
 
     async def SystemSharedMemoryUnregister(
         self, request: pb.SystemSharedMemoryUnregisterRequest, context: Context
     ) -> pb.SystemSharedMemoryUnregisterResponse:
-        async with handle_call(self._deps, context, "SystemSharedMemoryUnregister"):
-            self._deps.memory.unregister(request.name)
+        async with handle_call(self._deps, context, "SystemSharedMemoryUnregister") as caller:
+            self._deps.memory.of(caller.key).unregister(request.name)
             return pb.SystemSharedMemoryUnregisterResponse()
 
     async def CudaSharedMemoryStatus(
@@ -161,16 +165,19 @@ class OpenInference(GRPCInferenceServiceServicer):
                 account.deadline = caller.deadline(deps.settings, timeout)
                 outputs = [_requested(output) for output in request.outputs]
                 selection = OutputSelection(model, outputs, options)
-                inputs = to_inputs(self._tensors(request, caller.share), deps.settings)
+                memory = deps.memory.of(caller.key)
+                inputs = to_inputs(self._tensors(request, memory, caller.share), deps.settings)
                 deps.keys.count_images(caller.key, len(inputs))
                 result = await deps.backend.infer(
                     InferRequest(inputs=inputs, calls=selection.calls, deadline=account.deadline)
                 )
                 account.answered(result)
                 arrays = selection.collect(result)
-                return _response(request, selection.requested, arrays, deps.memory)
+                return _response(request, selection.requested, arrays, memory)
 
-    def _tensors(self, request: pb.ModelInferRequest, share: Share | None) -> list[InputTensor]:
+    def _tensors(
+        self, request: pb.ModelInferRequest, memory: OwnedMemory, share: Share | None
+    ) -> list[InputTensor]:
         """The inputs, with their contents: those in shared memory, which count as bytes of the
         request, the raw ones in order, or values."""
         raw = iter(request.raw_input_contents)
@@ -181,7 +188,7 @@ class OpenInference(GRPCInferenceServiceServicer):
             if (place := place_of(_values(tensor.parameters))) is not None:
                 if share is not None:
                     share.add(place.byte_size)
-                content = self._deps.memory.read(place, left)
+                content = memory.read(place, left)
                 left -= place.byte_size
             else:
                 content = next(raw, None) if request.raw_input_contents else None
@@ -220,6 +227,20 @@ def _requested(output: pb.ModelInferRequest.InferRequestedOutputTensor) -> Reque
     return RequestedOutput(output.name, classification=count, place=place)
 
 
+def _by_name(
+    regions: Sequence[Region], owner: str
+) -> dict[str, pb.SystemSharedMemoryStatusResponse.RegionStatus]:
+    """Regions by name; those of other owners, whose names may be the same, by OWNER/NAME."""
+    return {
+        region.name
+        if region.owner == owner
+        else f"{region.owner}/{region.name}": pb.SystemSharedMemoryStatusResponse.RegionStatus(
+            name=region.name, key=region.key, offset=region.offset, byte_size=region.byte_size
+        )
+        for region in regions
+    }
+
+
 def _values(parameters: Mapping[str, pb.InferParameter]) -> dict[str, Any]:
     return {
         name: getattr(value, choice)
@@ -232,7 +253,7 @@ def _response(
     request: pb.ModelInferRequest,
     outputs: Sequence[RequestedOutput],
     arrays: list[np.ndarray],
-    memory: SharedMemory,
+    memory: OwnedMemory,
 ) -> pb.ModelInferResponse:
     contents = [to_bytes(array) for array in arrays]
     parameters: list[dict[str, pb.InferParameter]] = []

@@ -266,7 +266,7 @@ def test_any_inference_request_is_read_or_refused(
 ) -> None:
     head = json.dumps({"inputs": inputs, "parameters": parameters}).encode()
     headers = Headers({"inference-header-content-length": str(len(head))})
-    shared = SharedMemory("")
+    shared = SharedMemory("").of(None)
 
     def read() -> None:
         parsed = asyncio.run(

@@ -11,14 +11,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from PIL import Image
 from tritonclient import http as triton
 from tritonclient.utils import InferenceServerException
 
-from service.errors import InvalidInputError, PayloadTooLargeError
-from service.open_inference.shared_memory import Place, SharedMemory
+from service.errors import (
+    ConflictError,
+    InvalidInputError,
+    NotFoundError,
+    PayloadTooLargeError,
+)
+from service.key_file import Scope
+from service.keys import ApiKey
+from service.open_inference.shared_memory import (
+    MAX_OWN_BYTES,
+    MAX_OWN_REGIONS,
+    Place,
+    SharedMemory,
+)
+from service.stubs import open_inference_pb2 as oip
+from service.stubs.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from tests.conftest import Running, running
 from tests.service import triton_shared_memory
 from tests.test_architecture import ROOT
@@ -205,8 +220,8 @@ def test_tensors_come_and_go_in_shared_memory(
 def test_only_memory_under_the_settings_prefix_is_registered(region: tuple[str, Any]) -> None:
     key, _ = region
     with pytest.raises(InvalidInputError, match="turned off"):
-        SharedMemory("").register("a", key, 0, 64)
-    memory = SharedMemory(PREFIX)
+        SharedMemory("").of(None).register("a", key, 0, 64)
+    memory = SharedMemory(PREFIX).of(None)
     for other in ("/elsewhere", f"/../{PREFIX}", f"/{PREFIX}/../passwd", ""):
         with pytest.raises(InvalidInputError, match="begin with"):
             memory.register("a", other, 0, 64)
@@ -224,6 +239,99 @@ def test_only_memory_under_the_settings_prefix_is_registered(region: tuple[str, 
         memory.write(Place("a", 1024), bytes(1024))
     assert os.stat(f"/dev/shm{key}").st_size == 100
     os.truncate(f"/dev/shm{key}", 2**17)
+
+
+def api_key(name: str, *scopes: Scope) -> ApiKey:
+    return ApiKey(name, frozenset(scopes or ("infer",)))
+
+
+def test_a_region_is_its_owners_alone(region: tuple[str, Any]) -> None:
+    key, _ = region
+    memory = SharedMemory(PREFIX)
+    own, other = memory.of(api_key("own")), memory.of(api_key("other"))
+    own.register("a", key, 0, 2**17)
+    for use in (
+        lambda: other.read(Place("a", 64), 64),
+        lambda: other.write(Place("a", 64), bytes(64)),
+        lambda: other.status("a"),
+    ):
+        with pytest.raises(NotFoundError):
+            use()
+    with pytest.raises(ConflictError, match="another API key"):
+        other.register("b", key, 0, 64)
+    other.unregister("a")
+    other.unregister()
+    assert other.status() == []
+    assert [found.owner for found in own.status()] == ["own"]
+    admin = memory.of(api_key("root", "admin"))
+    assert [found.name for found in admin.status()] == ["a"]
+    admin.unregister()  # its own
+    assert own.status("a")
+    admin.unregister("a")
+    assert own.status() == []
+    other.register("a", key, 0, 64)
+
+
+def test_an_owners_regions_are_bounded(region: tuple[str, Any]) -> None:
+    key, _ = region
+    memory = SharedMemory(PREFIX)
+    own = memory.of(api_key("own"))
+    with pytest.raises(PayloadTooLargeError, match=str(MAX_OWN_BYTES)):
+        own.register("large", key, 0, MAX_OWN_BYTES + 1)
+    for number in range(MAX_OWN_REGIONS):
+        own.register(str(number), key, 0, 64)
+    with pytest.raises(PayloadTooLargeError, match=f"{MAX_OWN_REGIONS} regions"):
+        own.register("more", key, 0, 64)
+    own.unregister("0")
+    own.register("more", key, 0, 64)
+
+
+def test_regions_are_owned_over_rest_and_grpc(
+    tiny_catalog: Path, region: tuple[str, Any], jpegs: dict[str, bytes]
+) -> None:
+    key, _ = region
+    keys = {"api_keys": ("first", "second"), "admin_keys": ("root",)}
+    body = {"key": key, "offset": 0, "byte_size": 2**17}
+    wanted = {"shared_memory_region": "a", "shared_memory_byte_size": 4096}
+    inference = {
+        "inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "parameters": wanted}]
+    }
+    with running(tiny_catalog, shared_memory=PREFIX, **keys) as server:
+
+        def ask(user: str, method: str, path: str, **given: Any) -> Any:
+            headers = {"X-API-Key": user}
+            return server.client.request(method, f"/v2/{path}", headers=headers, **given)
+
+        server.wait_ready()
+        regions = "systemsharedmemory"
+        assert ask("first", "POST", f"{regions}/region/a/register", json=body).is_success
+        assert ask("second", "POST", f"{regions}/unregister").is_success
+        assert ask("second", "GET", f"{regions}/status").json() == []
+        infer = ask("second", "POST", "models/tiny/infer", json=inference)
+        assert (infer.status_code, "no shared memory region" in infer.text) == (404, True)
+        [entry] = ask("root", "GET", f"{regions}/status").json()
+        assert (entry["name"], entry["owner"]) == ("a", "api-key-1")
+        with grpc.insecure_channel(server.grpc) as channel:
+            stub: Any = GRPCInferenceServiceStub(channel)
+
+            def listed(user: str) -> list[str]:
+                request = oip.SystemSharedMemoryStatusRequest()
+                found = stub.SystemSharedMemoryStatus(request, metadata=[("x-api-key", user)])
+                return list(found.regions)
+
+            register = oip.SystemSharedMemoryRegisterRequest(
+                name="a", key=f"{key}_none", byte_size=64
+            )
+            with pytest.raises(grpc.RpcError, match="cannot be opened"):
+                stub.SystemSharedMemoryRegister(register, metadata=[("x-api-key", "second")])
+            register.key = key
+            stub.SystemSharedMemoryRegister(register, metadata=[("x-api-key", "second")])
+            assert [listed(user) for user in ("first", "second", "root")] == [
+                [], ["a"], ["api-key-2/a"]
+            ]  # fmt: skip
+            forget = oip.SystemSharedMemoryUnregisterRequest()
+            stub.SystemSharedMemoryUnregister(forget, metadata=[("x-api-key", "first")])
+            assert listed("second") == ["a"]
 
 
 def test_tritonclient_uses_the_extensions_over_grpc(

@@ -3,6 +3,7 @@
 They are not in the OpenAPI document: only Triton's clients use them, with memory of this machine.
 """
 
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -11,22 +12,22 @@ from service.errors import InvalidInputError
 from service.gateway.auth import require_key
 from service.gateway.open_inference.codec import parse_region
 from service.gateway.rest.content import read_body
-from service.open_inference.shared_memory import CUDA, SharedMemory
+from service.open_inference.shared_memory import CUDA, OwnedMemory, SharedMemory
 
 router = APIRouter(prefix="/v2", include_in_schema=False, dependencies=[Depends(require_key)])
 
 
-def memory_of(request: Request) -> SharedMemory:
-    """The regions that are registered with this process."""
+def memory_of(request: Request) -> OwnedMemory:
+    """The regions that the caller's key has registered with this process."""
     memory: SharedMemory = request.app.state.memory
-    return memory
+    return memory.of(request.scope["state"].get("key"))
 
 
 @router.get("/systemsharedmemory/status")
 @router.get("/systemsharedmemory/region/{region}/status")
 async def regions(request: Request, region: str = "") -> list[dict[str, Any]]:
     """List the regions of system shared memory that are registered, or describe one."""
-    return memory_of(request).status(region)
+    return [asdict(found) for found in memory_of(request).status(region)]
 
 
 @router.post("/systemsharedmemory/region/{region}/register", response_class=Response)
