@@ -74,7 +74,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
     precisions = "bfloat16,float16,float32" if device.type == "cuda" else "float32"
     return Options(
         folder=arguments.folder,
-        device=torch.device(device.type, device.index or 0) if device.type == "cuda" else device,
+        device=device,
         networks=tuple((arguments.networks or networks).split(",")),
         engines=tuple((arguments.engines or engines).split(",")),
         precisions=tuple((arguments.precisions or precisions).split(",")),

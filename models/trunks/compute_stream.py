@@ -6,11 +6,12 @@ would end later, at the same time.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 
 import torch
+from torch import Tensor
 
 
 class ComputeStream:
@@ -26,6 +27,22 @@ class ComputeStream:
         """A context whose kernels are started on the stream, with no other thread's among them."""
         with self.lock, torch.cuda.stream(self._stream):
             yield self._stream
+
+    def run(
+        self, function: Callable[..., Mapping[str, Tensor]], inputs: tuple[Tensor, ...]
+    ) -> Mapping[str, Tensor]:
+        """Call a function on the stream from any other one: it runs after what that one has been
+        given so far, and what that one is given later runs after it."""
+        callers = torch.cuda.current_stream(self._stream.device)
+        with self.use() as stream:
+            if callers == stream:
+                return function(*inputs)
+            stream.wait_stream(callers)
+            outputs = function(*inputs)
+        callers.wait_stream(stream)
+        for tensor in outputs.values():
+            tensor.record_stream(callers)  # its memory belongs to the other stream
+        return outputs
 
 
 @cache

@@ -6,6 +6,8 @@ poisoned, or the GPU has gone. Only a new process can use the device again.
 
 import torch
 
+from models.trunks.compute_stream import compute_stream
+
 # What torch writes before CUDA's and its libraries' own words.
 CUDA = ("CUDA error", "CUDA driver error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error")
 # CUDA's words for errors that stay, from `cudaGetErrorString`. A call after one of these may hang,
@@ -38,11 +40,16 @@ def is_cuda_error(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device's memory ran out: in torch's allocator, or in CUDA itself."""
+    """Whether the device's memory ran out: in torch's allocator, or in CUDA itself. The capture of
+    a graph in which that happens ends with an error of its own, whose context it is."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
+    if not is_cuda_error(error):
+        return False
     words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-    return is_cuda_error(error) and any(word in str(error) for word in words)
+    if any(word in str(error) for word in words):
+        return True
+    return error.__context__ is not None and is_out_of_memory(error.__context__)
 
 
 def is_lost(error: BaseException, device: torch.device) -> bool:
@@ -55,7 +62,9 @@ def is_lost(error: BaseException, device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     try:
-        torch.cuda.synchronize(device)
+        # A graph that another thread captures meanwhile would fail, and so would this call.
+        with compute_stream(device).lock:
+            torch.cuda.synchronize(device)
     except RuntimeError:
         return True
     return False

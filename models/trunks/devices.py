@@ -87,19 +87,22 @@ class Placement:
 
 def resolve_device(device: str) -> torch.device:
     """`cpu`, `cuda` or `cuda:N` as a device; `auto` is the first GPU if there is one, else the CPU.
+    A GPU always has its number, so that one GPU is one device.
 
     Raises:
         CatalogError: an unknown device, or a GPU where torch sees none.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         resolved = torch.device(device)
     except RuntimeError as error:
         raise CatalogError(f"unknown device {device!r}") from error
-    if resolved.type == "cuda" and not torch.cuda.is_available():
+    if resolved.type != "cuda":
+        return resolved
+    if not torch.cuda.is_available():
         raise CatalogError(f"device {device!r} needs a GPU, and torch sees none")
-    return resolved
+    return torch.device("cuda", resolved.index or 0)
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
@@ -109,7 +112,10 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
         CatalogError: an unknown precision.
     """
     if name == "auto":
-        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        # older GPUs emulate it, slowly
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(
+            including_emulation=False
+        )
         return "bfloat16" if has_bfloat16 else "float32"
     for precision in PRECISIONS:
         if name == precision:

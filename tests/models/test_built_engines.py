@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.errors import EngineError
 from models.model import Model
-from models.trunks.devices import Placement
+from models.trunks.devices import Placement, resolve_device, resolve_precision
 from models.trunks.engines.base import Pass
 from models.trunks.engines.bucketed_pass import BucketedPass, Program, row_inputs
 from models.trunks.engines.buckets import bucket_of, buckets
@@ -154,6 +154,18 @@ def test_rows_with_different_numbers_of_query_tokens_are_not_padded() -> None:
 def test_cuda_graphs_are_refused_on_a_cpu() -> None:
     with pytest.raises(EngineError, match="not on cpu"):
         CudaGraph.place(Placement())
+
+
+def test_a_gpu_is_one_device_and_has_bfloat16_only_in_hardware(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    numbers = [resolve_device(name).index for name in ("auto", "cuda", "cuda:0", "cuda:1")]
+    assert numbers == [0, 0, 0, 1]
+    assert resolve_precision("auto", torch.device("cuda", 0)) == "float32"
 
 
 def test_tf32_shows_in_the_digest_of_a_gpu_alone() -> None:

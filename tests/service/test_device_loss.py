@@ -62,6 +62,17 @@ def test_errors_of_the_device_are_told_from_those_of_an_input(
     assert is_out_of_memory(error) is out_of_memory
 
 
+def test_memory_that_runs_out_in_a_capture_is_told_by_its_context() -> None:
+    ended = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    assert not is_out_of_memory(ended)
+    ended.__context__ = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    assert is_out_of_memory(ended)
+    assert not is_lost(ended, CPU)
+    other = RuntimeError("of another kind")
+    other.__context__ = ended.__context__
+    assert not is_out_of_memory(other)
+
+
 def test_the_batch_limit_recovers_and_waits_longer_each_time_that_memory_runs_out() -> None:
     limit = BatchLimit(64)
     limit.ran(64)

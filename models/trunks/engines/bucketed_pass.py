@@ -2,9 +2,7 @@
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,40 +35,26 @@ class BucketedPass:
     """Called from any thread. Rows are padded with those of earlier batches, whose outputs are cut
     off: no row of a pass depends on another one."""
 
-    def __init__(
-        self,
-        capture: Capture,
-        rows: Sequence[int],
-        lock: AbstractContextManager[Any] | None = None,
-    ) -> None:
+    def __init__(self, capture: Capture, rows: Sequence[int]) -> None:
         """
         Args:
             rows: `row_inputs`. The other inputs are used where they are; a program is captured
                 again when they have moved.
-            lock: held during a call; None: a lock of its own.
         """
         self._capture = capture
         self._rows = rows
         self._buckets: dict[tuple[int, ...], _Bucket] = {}
-        self._lock = lock or threading.Lock()
-        # The end of the last run on a GPU, which the next one waits for if its stream is another.
-        self._ran: torch.cuda.Event | None = None
+        self._lock = threading.Lock()
 
     def __call__(self, *inputs: Tensor) -> Mapping[str, Tensor]:
         size = len(inputs[0])
         with self._lock:
             bucket = self._bucket(inputs)
-            on_gpu = inputs[0].is_cuda
-            if self._ran is not None:
-                torch.cuda.current_stream(inputs[0].device).wait_event(self._ran)
             for number in self._rows:
                 bucket.inputs[number][:size].copy_(inputs[number], non_blocking=True)
             outputs = bucket.program()
             padded = len(bucket.inputs[0])
-            cut = {name: _cut(name, tensor, size, padded) for name, tensor in outputs.items()}
-            if on_gpu:
-                self._ran = torch.cuda.current_stream(inputs[0].device).record_event()
-        return cut
+            return {name: _cut(name, tensor, size, padded) for name, tensor in outputs.items()}
 
     def _bucket(self, inputs: tuple[Tensor, ...]) -> _Bucket:
         fixed = {number for number in range(len(inputs)) if number not in self._rows}

@@ -43,8 +43,8 @@ class CudaGraph(BuiltEngine):
 
 
 class GraphCapture:
-    """Captures passes of one trunk. Its graphs share their memory: each is replayed on its own, and
-    its outputs are copied before the next one."""
+    """Captures passes of one trunk. Its graphs share their memory: all are replayed on the compute
+    stream, one after another, and the outputs of each are copied there before the next one."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -73,7 +73,7 @@ class GraphCapture:
 
 def graphed(
     plan: PassPlan, run: Callable[..., Mapping[str, Tensor]], capture: GraphCapture
-) -> BucketedPass:
+) -> Pass:
     """A pass as graphs.
 
     Raises:
@@ -81,6 +81,6 @@ def graphed(
     """
     if (rows := row_inputs(plan)) is None:
         raise EngineError("the rows have different numbers of query tokens")
-    # A lane that calls it holds the stream's lock already, and a capture takes it.
-    lock = compute_stream(capture.device).lock
-    return BucketedPass(lambda inputs: capture(run, inputs), rows, lock)
+    bucketed = BucketedPass(lambda inputs: capture(run, inputs), rows)
+    # Callers other than lanes (comparisons with eager, the library) have streams of their own.
+    return lambda *inputs: compute_stream(capture.device).run(bucketed, inputs)
