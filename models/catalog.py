@@ -4,13 +4,16 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from models.errors import CatalogError, ModelNotFoundError
 from models.tasks.table import tasks
 
 BUILT_IN = Path(__file__).with_name("catalogs")
 DEVICE_KINDS = frozenset({"cpu", "cuda"})
+Dimensions = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +82,7 @@ class ModelEntry:
     join: str | None = None
     head: str | None = None
     labels: str | list[str] | None = None
-    dimensions: tuple[int, ...] = ()
+    dimensions: Dimensions = ()
     description: str = ""
     licence: str = "unknown"
     parameters: str = ""
@@ -151,9 +154,29 @@ def load_catalog(name_or_path: str | Path) -> Catalog:
         raise CatalogError(
             f"catalog {name_or_path}: no such file or built-in catalog; built-in: {built_in}"
         ) from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CatalogError(f"catalog {path}: {error}") from error
     return _parse(path, content)
+
+
+class _Content(TypedDict, total=False):
+    trunks: dict[str, dict[str, Any]]
+    models: dict[str, dict[str, Any]]
+    defaults: dict[str, str]
+    startup: list[str]
+
+
+def _check_type(path: Path, name: str, hint: Any, value: Any) -> None:
+    """
+    Raises:
+        CatalogError: the value is not of that type.
+    """
+    try:
+        TypeAdapter(hint).validate_python(value, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, (name, *first["loc"])))
+        raise CatalogError(f"catalog {path}: {place}: {first['msg'].lower()}") from error
 
 
 def _parse(path: Path, content: dict[str, Any]) -> Catalog:
@@ -162,6 +185,8 @@ def _parse(path: Path, content: dict[str, Any]) -> Catalog:
             f"catalog {path}: unknown table {', '.join(sorted(unknown))}; known are "
             "trunks, models, defaults, startup"
         )
+    for key, value in content.items():
+        _check_type(path, key, get_type_hints(_Content)[key], value)
     trunks = {n: _trunk(path, n, table) for n, table in content.get("trunks", {}).items()}
     models = {n: _entry(ModelEntry, path, n, t) for n, t in content.get("models", {}).items()}
     for model in models.values():
@@ -228,4 +253,13 @@ def _entry(entry_class: type[Entry], path: Path, name: str, table: Mapping[str, 
         )
     if missing := required - table.keys():
         raise CatalogError(f"catalog {path}: {name}: {', '.join(sorted(missing))} is missing")
+    for key, value in table.items():
+        hint = get_type_hints(entry_class)[key]
+        # TOML has lists where entries have tuples
+        _check_type(
+            path,
+            f"{name}.{key}",
+            hint,
+            tuple(value) if hint == Dimensions and isinstance(value, list) else value,
+        )
     return entry_class(name=name, **table)

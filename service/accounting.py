@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from starlette.requests import ClientDisconnect
 
+from service import tracing
 from service.errors import ServiceError
 from service.metrics import Metrics
 from service.types import InferRequest, InferResult
@@ -59,7 +60,8 @@ def counted(
         label = _label(metrics, account.models, known)
         metrics.requests.labels(task, label, outcome).inc()
         elapsed = time.monotonic() - started
-        metrics.request_duration.labels(task, label, outcome).observe(elapsed)
+        duration = metrics.request_duration.labels(task, label, outcome)
+        duration.observe(elapsed, tracing.exemplar(tracing.current()))
         metrics.statistics[label].add(elapsed, account.result, ok=outcome == "ok")
         if account.result is not None:
             _count_images(metrics, account.result)

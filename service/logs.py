@@ -13,6 +13,8 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 
+from service import tracing
+
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 
 # Printable ASCII without spaces: cannot forge log lines or headers.
@@ -53,6 +55,7 @@ class JsonFormatter(logging.Formatter):
         }
         if current := request_id.get():
             line["request_id"] = current
+        line |= tracing.exemplar(tracing.current()) or {}
         line |= {k: v for k, v in record.__dict__.items() if k not in _STANDARD}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from prometheus_client import (
+    CONTENT_TYPE_LATEST,
     CollectorRegistry,
     Counter,
     Gauge,
@@ -17,7 +18,9 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.openmetrics import exposition as openmetrics
 
+from service import tracing
 from service.statistics import ModelStatistics
 from service.triton_metrics import WithTritonNames
 
@@ -180,14 +183,26 @@ class Metrics:
         return model
 
 
-def exposition(registry: CollectorRegistry, *, triton: bool = False) -> bytes:
-    """The metrics in Prometheus' text format: of this process, or of all processes that share
-    PROMETHEUS_MULTIPROC_DIR.
+def exposition(
+    registry: CollectorRegistry, accept: str = "", *, triton: bool = False
+) -> tuple[bytes, str]:
+    """The metrics of this process, or of all processes that share PROMETHEUS_MULTIPROC_DIR.
+
+    They are in Prometheus' text format. Where traces are on they are in OpenMetrics' if that is
+    accepted, since only that has exemplars.
 
     Args:
-        triton: also under Triton's names.
+        accept: the `Accept` header.
+        triton: also under Triton's names, which OpenMetrics would change.
+
+    Returns:
+        The metrics, and their media type.
     """
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-    return generate_latest(WithTritonNames(registry) if triton else registry)
+    if triton:
+        return generate_latest(WithTritonNames(registry)), CONTENT_TYPE_LATEST
+    if tracing.is_on() and "application/openmetrics-text" in accept:
+        return openmetrics.generate_latest(registry), openmetrics.CONTENT_TYPE_LATEST
+    return generate_latest(registry), CONTENT_TYPE_LATEST

@@ -117,4 +117,7 @@ def _decoded(data: bytes, name: str, limits: ImageLimits) -> Iterator[Any]:
 def _stream(container: Any) -> Any:
     if not container.streams.video:
         raise InputError("the file holds no video", field="video")
-    return container.streams.video[0]
+    stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise InputError("the video's codec is not known", field="video")
+    return stream

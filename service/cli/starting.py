@@ -36,9 +36,10 @@ def read_settings(flags: Mapping[str, Any]) -> Settings:
 def report_errors() -> Iterator[None]:
     """Report errors that the user can fix, in one line each, and exit with status 2."""
     from models.errors import ModelsError
+    from service.tracing import TracingError
 
     try:
         yield
-    except (ModelsError, OSError) as error:
+    except (ModelsError, OSError, TracingError) as error:
         typer.echo(f"vitrail: {error}", err=True)
         sys.exit(2)

@@ -3,17 +3,22 @@
 import logging
 import time
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service import tracing
 from service.audit import audit, key_field
 from service.errors import UnavailableError
 from service.gateway.problems import internal_problem, problem_response
 from service.gateway.security_headers import add_security_headers
 from service.limits import Budget
 from service.logs import access_level, choose_request_id, request_id
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 logger = logging.getLogger("vitrail.access")
 
@@ -33,8 +38,10 @@ class RequestContext:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        current = choose_request_id(Headers(scope=scope).get("x-request-id", ""))
+        headers = Headers(scope=scope)
+        current = choose_request_id(headers.get("x-request-id", ""))
         request_id.set(current)
+        span = None if scope["path"] in _QUIET else _start_span(scope, headers, current)
         # with the request's first byte, where the server tells
         started: float = scope.setdefault("state", {}).setdefault("started", time.monotonic())
         status = 499  # logged if the client leaves before the response starts
@@ -43,9 +50,9 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = current
-                add_security_headers(headers, encrypted=scope["scheme"] == "https")
+                sent = MutableHeaders(scope=message)
+                sent["X-Request-ID"] = current
+                add_security_headers(sent, encrypted=scope["scheme"] == "https")
             await send(message)
 
         try:
@@ -65,6 +72,7 @@ class RequestContext:
             logger.log(
                 level, action, extra={"status": status, "duration_s": duration_s, **key_field(key)}
             )
+            _end_span(span, scope, status)
             if scope["state"].get("audited"):
                 client = ":".join(map(str, scope["client"] or ()))
                 audit(action, status=status, client=client, key=key)
@@ -80,3 +88,28 @@ class RequestContext:
         except UnavailableError as error:
             return problem_response(error, scope["path"])
         return self.app
+
+
+def _start_span(scope: Scope, headers: Headers, current: str) -> "Span | None":
+    if not tracing.is_on():
+        return None
+    attributes = {
+        "http.request.method": scope["method"],
+        "url.path": scope["path"],
+        "url.scheme": scope["scheme"],
+        "vitrail.request_id": current,
+    }
+    return tracing.start_request(scope["method"], headers, attributes)
+
+
+def _end_span(span: "Span | None", scope: Scope, status: int) -> None:
+    if span is None:
+        return
+    attributes: dict[str, str | int] = {"http.response.status_code": status}
+    name = scope["method"]
+    if route := getattr(scope.get("route"), "path", ""):  # refused before it was routed
+        attributes["http.route"] = route
+        name = f"{name} {route}"
+    if failed := status >= 500:
+        attributes["error.type"] = str(status)
+    tracing.end_request(span, name=name, failed=failed, attributes=attributes)

@@ -10,6 +10,7 @@ from service.open_inference.shared_memory import SharedMemory
 from service.processes.worker import create_backend
 from service.rpc.server import RpcServer
 from service.settings import Settings
+from service.tracing import configure_tracing
 
 
 def create_embedded_app(settings: Settings) -> FastAPI:
@@ -24,6 +25,7 @@ def create_embedded_app(settings: Settings) -> FastAPI:
 
 def serve(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM, then answer the accepted requests and return."""
+    configure_tracing("vitrail")
     app = create_embedded_app(settings)
     check_free(settings.host, settings.grpc_port)
     run_server(app, settings)

@@ -18,6 +18,7 @@ from service.remote.backend import RemoteBackend
 from service.remote.metrics import RemoteMetrics
 from service.rpc.server import RpcServer
 from service.settings import Settings
+from service.tracing import configure_tracing
 
 
 def create_gateway_app(
@@ -63,6 +64,7 @@ def serve(
         listener: a listening socket, inherited from the supervisor.
         heartbeat: the supervisor's pipe, see `heartbeat.py`.
     """
+    configure_tracing("vitrail-gateway")
     shared = listener is not None
     app = create_gateway_app(settings, rpc_address, shared=shared, heartbeat=heartbeat)
     run_server(app, settings, listener)

@@ -25,6 +25,7 @@ from service.processes.heartbeat import beating
 from service.rpc.server import RpcServer
 from service.sampling import sampling
 from service.settings import Settings
+from service.tracing import configure_tracing
 from service.triton_metrics import WithTritonNames
 from service.worker.backend import LocalBackend
 from service.worker.collector import BackendCollector, share_gauges
@@ -67,6 +68,7 @@ def serve(settings: Settings, address: str, *, heartbeat: int | None = None) -> 
     Args:
         heartbeat: the supervisor's pipe, see `heartbeat.py`.
     """
+    configure_tracing("vitrail-worker")
     uvloop.run(_serve(settings, address, heartbeat))
 
 

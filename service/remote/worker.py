@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 
 from models.description import HeadDescription, ModelDescription, head_from_json
+from service import tracing
 from service.clients import client
 from service.errors import (
     DeadlineExceededError,
@@ -108,13 +109,14 @@ class Worker:
         images = max(1, len(request.inputs))
         self._add_outstanding(images)
         try:
-            result = from_response(
-                await self._connection.stub.Predict(
-                    to_request(request, remaining_s),
-                    timeout=remaining_s + RESPONSE_MARGIN_S,
-                    metadata=self._metadata(),
+            with tracing.calling("Predict", {"server.address": self.address}):
+                result = from_response(
+                    await self._connection.stub.Predict(
+                        to_request(request, remaining_s),
+                        timeout=remaining_s + RESPONSE_MARGIN_S,
+                        metadata=self._metadata(),
+                    )
                 )
-            )
         except grpc.aio.AioRpcError as error:
             translated = self._translate(error)
             if isinstance(translated, QueueFullError):
@@ -182,6 +184,7 @@ class Worker:
             (GATEWAY_KEY, "1"),
             ("x-request-id", request_id.get() or "gateway"),
             (CLIENT_KEY, client.get() or "gateway"),
+            *tracing.carrier().items(),
         )
         return metadata if self._token is None else (*metadata, (WORKER_TOKEN, self._token))
 

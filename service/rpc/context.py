@@ -7,11 +7,12 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import grpc
 
+from service import tracing
 from service.accounting import counted
 from service.audit import audit, key_field
 from service.backend import Backend
@@ -27,6 +28,9 @@ from service.rpc.reading import begin
 from service.rpc.wire import to_error
 from service.settings import Settings
 
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
 logger = logging.getLogger("vitrail.access")
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -37,6 +41,8 @@ ERROR_KEY = "vitrail-error-bin"
 GATEWAY_KEY = "vitrail-gateway"
 # The metadata key of the client on whose behalf a gateway calls.
 CLIENT_KEY = "vitrail-client"
+# Statuses that are the server's fault.
+_SERVER_FAULTS = ("INTERNAL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNKNOWN")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +115,7 @@ async def handle_call(
     metadata = {key: str(value) for key, value in context.invocation_metadata() or ()}
     sent_id = metadata.get("x-request-id", "")
     request_id.set(choose_request_id(sent_id))
+    span = _start_span(method, metadata)
     token = metadata.get(WORKER_TOKEN)
     is_gateway = GATEWAY_KEY in metadata and deps.keys.is_gateway(token)
     status, key = "CANCELLED", None
@@ -149,8 +156,22 @@ async def handle_call(
             method,
             extra={"status": status, "duration_s": duration_s, **key_field(key)},
         )
+        failed = status in _SERVER_FAULTS
+        tracing.end_request(span, failed=failed, attributes={"rpc.response.status_code": status})
         if scope in ("heads", "admin"):
             audit(f"gRPC {method}", status=status, client=context.peer(), key=key)
+
+
+def _start_span(method: str, metadata: Mapping[str, str]) -> "Span | None":
+    """The call's span. The probes of gateways, which come every second, have none."""
+    if not tracing.is_on() or (method == "ListModels" and GATEWAY_KEY in metadata):
+        return None
+    attributes = {
+        "rpc.system.name": "grpc",
+        "rpc.method": method,
+        "vitrail.request_id": request_id.get(),
+    }
+    return tracing.start_request(f"gRPC {method}", metadata, attributes)
 
 
 def _check_admission(deps: Deps, caller: Caller, task: str) -> None:

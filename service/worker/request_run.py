@@ -5,11 +5,12 @@ of a batch, not for each step of each input.
 """
 
 import asyncio
+import contextvars
 import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from typing import Any
 from models.errors import ModelsError
 from models.inputs.images import ImageLimits
 from models.inputs.types import Input, modality_of
+from service import tracing
 from service.decoding.pool import ImageDecoder
 from service.errors import DeadlineExceededError, InternalError, ServiceError, from_library
 from service.metrics import Metrics
@@ -64,11 +66,13 @@ class RequestRun:
     ) -> None:
         self.shared = shared
         self.is_ended = False
+        self.trace = tracing.current()
+        self._context = contextvars.copy_context()
         self._plans = plans
         self._claim = claim
         self._source = Source(
             claim.client, claim.bulk, modality_of(inputs[0]) if inputs else "",
-            self._decode_next, len(inputs),
+            partial(self.within, self._decode_next), len(inputs),
         )  # fmt: skip
         self._undecoded = deque(enumerate(inputs))
         self._entries: list[Entry] = []
@@ -110,6 +114,10 @@ class RequestRun:
         """Hand in an input's result. May be called from any thread; only the first one counts."""
         self.shared.outbox.post(self._arrive, position, result)
 
+    def within(self, work: Callable[[], None]) -> None:
+        """Do work of this request in a thread, with the request's id in what it logs."""
+        self._context.copy().run(work)
+
     def _arrive(self, position: int, result: ImageResult) -> None:
         if self._results[position] is None:
             self._results[position] = result
@@ -142,7 +150,9 @@ class RequestRun:
         started = time.monotonic()
         shared = self.shared
         prepared, size = prepare_all(item, plan.passes, shared.limits, shared.decoder)
-        decode_s = time.monotonic() - started
+        ended = time.monotonic()
+        decode_s = ended - started
+        tracing.add_stage("decode", self.trace, started, ended)
         self.shared.admission.decoding.measured(kind, decode_s)
         decoded = Decoded(item, size, decode_s)
         running = _RunningInput(self, position, plan, decoded, [len(each) for each in prepared])
@@ -152,14 +162,17 @@ class RequestRun:
             groups.append(
                 [
                     Entry(
-                        Item(trunk_pass.name, piece, calls, partial(running.done, number, place)),
+                        Item(
+                            trunk_pass.name, piece, calls, partial(running.done, number, place),
+                            self.trace,
+                        ),
                         self, self._claim.bulk, self._claim.deadline, self._claim.client,
                     )
                     for place, piece in enumerate(pieces)
                 ]
             )  # fmt: skip
             duration = self.shared.metrics.stage_duration.labels("decode", trunk_pass.name)
-            duration.observe(decode_s)
+            duration.observe(decode_s, tracing.exemplar(self.trace))
         return groups
 
     def _put(self, plan: ExecutionPlan, groups: Sequence[Sequence[Entry]]) -> None:
@@ -214,18 +227,19 @@ class _RunningInput:
         if next(self._ended) < self._total or self._run.is_ended:
             return
         if is_slow(self._plan):
-            self._run.shared.pool.submit(self._finish)
+            self._run.shared.pool.submit(self._run.within, self._finish)
         else:
-            self._finish()
+            self._run.within(self._finish)
 
     def _finish(self) -> None:
-        shared = self._run.shared
+        shared, started = self._run.shared, time.monotonic()
         try:
             result = finish_input(
                 self._plan, self._results, self._decoded, shared.limits, shared.metrics
             )
         except Exception as error:
             result = ImageResult(error=_as_service_error(error))
+        tracing.add_stage("postprocess", self._run.trace, started, time.monotonic())
         self._run.deliver(self._position, result)
 
 

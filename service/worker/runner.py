@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,11 +15,15 @@ from models.inference import HeadCall, Row, start_pass
 from models.trunks.base import Trunk
 from models.trunks.device_errors import is_lost, is_out_of_memory
 from models.trunks.devices import one_thread
+from service import tracing
 from service.metrics import Metrics
 from service.worker.batch_queue import BatchQueue
 from service.worker.device import Device
 from service.worker.device_loss import exit_for_restart
 from service.worker.scheduler import Batch
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import SpanContext
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +52,14 @@ class Item:
         calls: the heads; none for probes and warm-ups.
         done: called with the result, or with the error of an item that was dropped from its queue.
             It is called in a lane's thread, must be quick, and must not raise.
+        trace: the span of its request, if that is recorded.
     """
 
     trunk: str
     prepared: Tensor
     calls: Sequence[HeadCall]
     done: "Done"
+    trace: "SpanContext | None" = None
 
     @classmethod
     def awaited(
@@ -120,7 +127,8 @@ class Runner:
         use_threads(self._threads.wide if batch.wide else self._threads.lane)
         started = time.monotonic()
         results = self._run_safely(batch.queue, [entry.payload for entry in batch.entries])
-        compute_s = time.monotonic() - started
+        ended = time.monotonic()
+        compute_s = ended - started
         size = len(batch.entries)
         # Probes and warm-ups have no calls and are not counted.
         counted = [entry for entry in batch.entries if entry.payload.calls]
@@ -128,8 +136,12 @@ class Runner:
             self._metrics.batch_size.labels(self.name).observe(size)
         for entry in counted:
             queue_s = batch.started - entry.enqueued
-            self._metrics.stage_duration.labels("queue", self.name).observe(queue_s)
-            self._metrics.stage_duration.labels("compute", self.name).observe(compute_s)
+            exemplar = tracing.exemplar(entry.payload.trace)
+            self._metrics.stage_duration.labels("queue", self.name).observe(queue_s, exemplar)
+            self._metrics.stage_duration.labels("compute", self.name).observe(compute_s, exemplar)
+        if tracing.is_on():
+            waited = [(e.payload.trace, e.enqueued) for e in counted if e.payload.trace]
+            tracing.add_batch(self.name, size, waited, started, ended)
         for entry, rows in zip(batch.entries, results, strict=True):
             queue_s = batch.started - entry.enqueued
             entry.payload.done(ItemResult(rows, queue_s, compute_s, size))

@@ -47,10 +47,20 @@ def test_first_model_of_a_task_is_its_default_and_all_start(tmp_path: Path) -> N
         (GOOD.replace('trunk = "t"', 'trunk = "u"', 1), "no trunk 'u'"),
         ('startup = ["z"]\n' + GOOD, "no model z"),
         ('[trunks.t]\nsource = "file:t"\ntolerance = 0\n', "t: tolerance must be a number above 0"),
-        ('[trunks.t]\nsource = "file:t"\ntolerance = "1"\n', "t: tolerance must be a number"),
+        (
+            '[trunks.t]\nsource = "file:t"\ntolerance = "1"\n',
+            "t.tolerance: input should be a valid number",
+        ),
         ('[trunks.t]\nsource = "file:t"\nmax_batch_size = {tpu = 4}\n', "cpu, cuda"),
         ('[trunks.t]\nsource = "file:t"\nmax_batch_size = {cpu = 0}\n', "above 0"),
         ('[trunks.t]\nsource = "file:t"\nprecision = "int8"\ndtype = "float32"\n', "set one"),
+        ("trunks = 1\n", "trunks: input should be a valid dictionary"),
+        ("models = {a = 1}\n", "models.a: input should be a valid dictionary"),
+        ("startup = [[]]\n", "startup.0: input should be a valid string"),
+        ("[defaults]\nembed = {}\n" + GOOD, "defaults.embed: input should be a valid string"),
+        (GOOD + "labels = [1]\n", "labels"),
+        (GOOD + "dimensions = 3\n", "c.dimensions: input should be a valid tuple"),
+        ('[trunks.t]\nsource = "file:t"\narguments = 1\n', "t.arguments: input should be"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, text: str, message: str) -> None:

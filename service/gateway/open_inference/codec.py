@@ -5,6 +5,7 @@ https://github.com/triton-inference-server/server/blob/main/docs/protocol/extens
 
 import base64
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -25,6 +26,7 @@ from service.payloads import parse_json_object
 from service.tensors import MAX_DIMENSIONS, datatype_of, pack, to_bytes
 
 HEADER_LENGTH = "inference-header-content-length"
+_LENGTH = re.compile("[0-9]{1,18}")
 
 Parameters = dict[str, Any]
 Read = Callable[[Place], bytes]
@@ -92,7 +94,7 @@ async def parse_infer_request(headers: Headers, content: bytes, read: Read) -> I
         ServiceError: not JSON, not the protocol's form, or with binary parts of a wrong size.
     """
     header = headers.get(HEADER_LENGTH)
-    if header is not None and (not header.isdigit() or int(header) > len(content)):
+    if header is not None and (not _LENGTH.fullmatch(header) or int(header) > len(content)):
         raise BadRequestError(
             f"Inference-Header-Content-Length is {header!r}; the body has {len(content)} bytes"
         )

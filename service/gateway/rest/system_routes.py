@@ -4,7 +4,6 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
-from prometheus_client import CONTENT_TYPE_LATEST
 
 from service.gateway.auth import require_admin_key, require_metrics_key
 from service.metrics import exposition
@@ -47,10 +46,13 @@ async def debug_queues(request: Request) -> dict[str, Any]:
 
 @router.get("/metrics", response_class=Response, dependencies=[Depends(require_metrics_key)])
 async def metrics(request: Request) -> Response:
-    """Metrics in Prometheus' text format."""
+    """Metrics in Prometheus' text format, or where traces are on in OpenMetrics' if that is
+    accepted."""
     state = request.app.state
     state.metrics.prune(state.backend.knows)
-    return Response(
-        exposition(state.metrics.registry, triton=state.settings.triton_metrics),
-        headers={"Content-Type": CONTENT_TYPE_LATEST},
+    content, media_type = exposition(
+        state.metrics.registry,
+        request.headers.get("accept", ""),
+        triton=state.settings.triton_metrics,
     )
+    return Response(content, headers={"Content-Type": media_type})
