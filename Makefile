@@ -7,7 +7,7 @@ OUT ?= .
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help serve test nightly check format docs screenshots proto bench bench-gpu chaos bench-rivals clean
+.PHONY: help serve test nightly check format docs screenshots proto bench bench-gpu chaos fuzz bench-rivals clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -76,6 +76,9 @@ bench-gpu: $(VENV)/dev.stamp ## Measure and check everything on a GPU, in parts 
 
 chaos: $(VENV)/dev.stamp ## Kill and stop processes under load, and count what is lost
 	$(BIN)/python -m benchmarks.chaos
+
+fuzz: $(VENV)/dev.stamp ## Try 100,000 hostile inputs of each kind, in parts that can be resumed
+	$(BIN)/python -m tests.fuzzing
 
 bench-rivals: $(VENV)/dev.stamp ## Install rival servers and compare with them
 	$(BIN)/python -m benchmarks.rivals install

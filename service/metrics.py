@@ -204,5 +204,6 @@ def exposition(
     if triton:
         return generate_latest(WithTritonNames(registry)), CONTENT_TYPE_LATEST
     if tracing.is_on() and "application/openmetrics-text" in accept:
-        return openmetrics.generate_latest(registry), openmetrics.CONTENT_TYPE_LATEST
+        content: bytes = openmetrics.generate_latest(registry)  # type: ignore[no-untyped-call]
+        return content, openmetrics.CONTENT_TYPE_LATEST
     return generate_latest(registry), CONTENT_TYPE_LATEST

@@ -113,7 +113,8 @@ class OtlpTracer:
         ended: float,
     ) -> None:
         """Record a batch and the stages of its traced inputs."""
-        clock, attributes = _clock(), {"vitrail.trunk": trunk, "vitrail.batch_size": size}
+        attributes: Mapping[str, Any] = {"vitrail.trunk": trunk, "vitrail.batch_size": size}
+        clock = _clock()
         requests = {request.span_id: request for request, _ in waited}
         batch = self._batches.start_span(
             "batch", Context(), attributes=attributes,

@@ -175,13 +175,18 @@ def _try_parser(name: str, inputs: int, state: State) -> None:
     for part in _parts(progress, inputs):
         with tempfile.NamedTemporaryFile() as place:
             try:
-                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                with ProcessPoolExecutor(1, get_context("spawn"), _be_quiet) as pool:
                     tried = pool.submit(try_numbers, name, part, Path(place.name)).result()
             except BrokenProcessPool:
                 number = int(Path(place.name).read_text() or part.start)
                 tried = Counter(), [f"{number} ended the process"]
         _add(progress, part, *tried)
         state.save()
+
+
+def _be_quiet() -> None:
+    logging.disable()
+    warnings.simplefilter("ignore")
 
 
 def try_numbers(
@@ -195,8 +200,6 @@ def try_numbers(
     Returns:
         How many had each outcome, and what raised an error that is no refusal.
     """
-    logging.disable()
-    warnings.simplefilter("ignore")
     attempt: Callable[[int], None] = PARSERS[name]
     outcomes: Counter[str] = Counter()
     failures = []

@@ -180,7 +180,7 @@ def hostile_inference(number: int) -> tuple[dict[str, str], bytes]:
     if random.random() < 0.4:
         body = mutate_value(random, body)
     head = to_json(body)
-    lengths = (str(len(head)),) * 12 + HEADERS["Inference-Header-Content-Length"]
+    lengths = (*[str(len(head))] * 12, *HEADERS["Inference-Header-Content-Length"])
     headers = {"inference-header-content-length": random.choice(lengths)}
     return ({} if random.random() < 0.2 else headers), head + binary
 

@@ -122,27 +122,26 @@ def _lying(random: Random) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
-@cache
-def _bombs() -> tuple[bytes, ...]:
-    """Small files of many pixels, up to the limit and beyond it."""
-    bombs = []
-    for size in ((7000, 7000), (16_384, 3000), (8000, 8000)):
-        for mode, format_name in (("L", "PNG"), ("L", "GIF"), ("1", "TIFF")):
-            options = {"compression": "tiff_lzw"} if format_name == "TIFF" else {}
-            buffer = io.BytesIO()
-            Image.new(mode, size).save(buffer, format_name, **options)
-            bombs.append(buffer.getvalue())
-    text = b"zTXtk\0\0" + zlib.compress(bytes(50 * 2**20))
-    profile = b"iCCPp\0\0" + zlib.compress(bytes(50 * 2**20))
-    png = io.BytesIO()
-    Image.new("L", (8, 8)).save(png, "PNG")
-    for chunk in (text, profile):
-        bombs.append(_with_chunk(png.getvalue(), chunk))
-    return tuple(bombs)
+BOMB_SIZES = ((7000, 7000), (16_384, 3000), (8000, 8000))
 
 
 def _bomb(random: Random) -> bytes:
-    return random.choice(_bombs())
+    """A small file of many pixels, up to the limit and beyond it, or of much text."""
+    return _bomb_of(
+        random.choice(("PNG", "GIF", "TIFF", "text", "profile")), random.choice(BOMB_SIZES)
+    )
+
+
+@cache
+def _bomb_of(kind: str, size: tuple[int, int]) -> bytes:
+    buffer = io.BytesIO()
+    if kind in ("text", "profile"):
+        Image.new("L", (8, 8)).save(buffer, "PNG")
+        name = b"zTXtk\0\0" if kind == "text" else b"iCCPp\0\0"
+        return _with_chunk(buffer.getvalue(), name + zlib.compress(bytes(50 * 2**20)))
+    options = {"compression": "tiff_lzw"} if kind == "TIFF" else {}
+    Image.new("1" if kind == "TIFF" else "L", size).save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def _with_chunk(png: bytes, chunk: bytes) -> bytes:

@@ -4,6 +4,7 @@ import asyncio
 import io
 import tempfile
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -29,12 +30,14 @@ from service.payloads import parse_json
 from service.rpc.reading import parse
 from service.search.collection import check_metadata
 from service.settings import Settings
+from service.stubs.open_inference_pb2 import ModelInferRequest
 from tests.fuzzing import bodies, files, images
 from tests.fuzzing.mutations import mutate_value, to_json
 
 LIMITS = ImageLimits(max_pixels=1_000_000)
 CLIP = ClipPreprocess(input_size=(32, 32), frames=4, sampling_rate=4)
 MAX_ARCHIVE_BYTES = 2**24
+MAX_REGION_BYTES = 2**20
 METADATA = {"year": 1992, "name": "a", "score": 0.5, "is_good": True, "none": None}
 OK = "ok"
 
@@ -104,10 +107,12 @@ def try_keys(data: bytes) -> None:
 
 def try_inference(headers: dict[str, str], data: bytes) -> None:
     settings = Settings()
-    read = SharedMemory(settings.shared_memory).read
+    memory = SharedMemory(settings.shared_memory)
     # As the server reads headers, which is Latin-1.
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
-    request = _run(parse_infer_request(Headers(raw=raw), data, read))
+    request = _run(
+        parse_infer_request(Headers(raw=raw), data, partial(memory.read, limit=MAX_REGION_BYTES))
+    )
     to_inputs(request.inputs, settings)
 
 
@@ -162,7 +167,7 @@ BYTES: dict[str, tuple[Callable[[int], bytes], Callable[[bytes], None]]] = {
     ),
     "gRPC messages": (
         lambda n: bodies.hostile_message(n)[1],
-        lambda data: try_message(bodies.oip.ModelInferRequest, data),
+        lambda data: try_message(ModelInferRequest, data),
     ),
     "forms": (lambda n: bodies.hostile_form(Random(n), ["image", "model"]), try_form),
     "JSON": (lambda n: to_json(mutate_value(Random(n), METADATA)), try_json),

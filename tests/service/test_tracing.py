@@ -239,7 +239,8 @@ def test_histograms_have_exemplars_that_lead_to_traces(
     ):
         response = httpx.get(url, headers=accept)
         assert response.headers["content-type"].startswith("application/openmetrics-text")
-        families = {family.name: family for family in text_string_to_metric_families(response.text)}
+        parsed: Any = text_string_to_metric_families(response.text)  # type: ignore[no-untyped-call]
+        families = {family.name: family for family in parsed}
         found = [sample.exemplar for sample in families[name].samples if sample.exemplar]
         assert found
         assert all(re.fullmatch("[0-9a-f]{32}", each.labels["trace_id"]) for each in found)

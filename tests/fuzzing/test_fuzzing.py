@@ -1,0 +1,57 @@
+"""Some of the hostile inputs that `make fuzz` tries: all are answered, or refused."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import running
+from tests.fuzzing.__main__ import try_numbers
+from tests.fuzzing.live import TOGETHER, Live, ServerFault
+from tests.fuzzing.targets import OK, PARSERS
+
+INPUTS = 100
+REQUESTS = 150
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's, about images that are damaged
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_hostile_inputs_are_parsed_or_refused(name: str) -> None:
+    outcomes, failures = try_numbers(name, range(INPUTS))
+    assert not failures
+    assert 0 < outcomes[OK] < INPUTS
+
+
+@pytest.fixture(scope="module")
+def live(tiny_catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    folder = tmp_path_factory.mktemp("fuzzed")
+    heads, collections = str(folder / "heads"), str(folder / "collections")
+    with running(tiny_catalog, heads_folder=heads, collections=collections) as server:
+        server.wait_ready()
+        client = Live(server.url)
+        yield client
+        client.close()
+
+
+def test_hostile_images_get_errors_of_their_own(live: Live) -> None:
+    outcomes: Counter[str] = Counter()
+    for start in range(0, 4 * TOGETHER, TOGETHER):
+        outcomes += live.try_images(range(start, start + TOGETHER))
+    assert outcomes.total() == 4 * TOGETHER
+    assert outcomes[OK]
+    assert outcomes["422"]
+
+
+def test_hostile_requests_get_problems(live: Live) -> None:
+    outcomes = Counter(live.try_request(number) for number in range(REQUESTS))
+    assert outcomes["422"]
+    assert outcomes["200"]
+
+
+def test_a_fault_of_the_server_is_found(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If parsing raised what is no refusal, fuzzing would tell."""
+    monkeypatch.setattr("service.gateway.rest.body.parse_json_object", None)
+    with pytest.raises(ServerFault, match="500"):
+        Counter(live.try_request(number) for number in range(REQUESTS))
