@@ -11,7 +11,6 @@ refusal.
 import argparse
 import json
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,18 +20,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-from benchmarks.servers import Server, demo_server, free_port
+from benchmarks.servers import Server, free_port
 from tests.fuzzing.live import TOGETHER, Live, ServerFault
 from tests.fuzzing.targets import BYTES, PARSERS, outcome_of
 
 PART = 1000
 CLIENTS = 4
-MODEL = "efficientnet-lite0"
 IMAGES, REQUESTS = "images", "requests"
 # The server decodes the same ones.
 KINDS = (IMAGES, REQUESTS, *(name for name in PARSERS if name != "images, decoded"))
@@ -70,7 +68,7 @@ class State:
 
     def save(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        content = json.dumps({name: asdict(each) for name, each in self.kinds.items()}, indent=1)
+        content = json.dumps({name: vars(each) for name, each in self.kinds.items()}, indent=1)
         temporary = self._path.with_suffix(".new")
         temporary.write_text(content)
         temporary.replace(self._path)
@@ -123,9 +121,15 @@ def _add(progress: Progress, part: range, outcomes: Counter[str], failures: Sequ
 @contextmanager
 def _server() -> Iterator[Server]:
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["VITRAIL_HEADS_FOLDER"] = f"{folder}/heads"
-        os.environ["VITRAIL_COLLECTIONS"] = f"{folder}/collections"
-        with demo_server(free_port(), MODEL) as server:
+        port, rpc_port = free_port(), free_port()
+        command = [sys.executable, "-m", "service.cli", "serve", "--log-level", "warning"]
+        command += ["--port", str(port), "--grpc-port", str(rpc_port)]
+        stores = {
+            "VITRAIL_HEADS_FOLDER": f"{folder}/heads",
+            "VITRAIL_COLLECTIONS": f"{folder}/collections",
+        }
+        log = Path(folder) / "server.log"
+        with Server(command, port, environment=stores, log=log) as server:
             yield server
 
 

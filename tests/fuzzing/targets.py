@@ -107,7 +107,7 @@ def try_keys(data: bytes) -> None:
 
 def try_inference(headers: dict[str, str], data: bytes) -> None:
     settings = Settings()
-    memory = SharedMemory(settings.shared_memory)
+    memory = SharedMemory(settings.shared_memory).of(None)
     # As the server reads headers, which is Latin-1.
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
     request = _run(
