@@ -1,7 +1,8 @@
 """All hostile inputs: `python -m tests.fuzzing`, or `make fuzz`.
 
 Images and requests go to `vitrail serve` over HTTP; clips, archives, heads, adapters, checkpoints,
-catalogs and bodies to their parsers. Then each parser is fuzzed by coverage. What is done is kept
+catalogs and bodies to their parsers. schemathesis compares answers with the OpenAPI document, and
+each parser is fuzzed by coverage. What is done is kept
 in `runs/fuzz.json` after each part, so that the next run goes on from there. Prints a row for each
 kind: the inputs, the refusals by status, the failures, and the server's memory. Exits with 1 if
 there was a failure: a status of 500 or more, an answer that does not come, or an error that is no
@@ -26,6 +27,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.servers import Server, free_port
+from tests.fuzzing.document import check_document
 from tests.fuzzing.live import TOGETHER, Live, ServerFault
 from tests.fuzzing.targets import BYTES, PARSERS, outcome_of
 
@@ -35,6 +37,9 @@ IMAGES, REQUESTS = "images", "requests"
 # The server decodes the same ones.
 KINDS = (IMAGES, REQUESTS, *(name for name in PARSERS if name != "images, decoded"))
 MAX_FAILURES = 20
+# What schemathesis has for each second of a parser's coverage, and its requests of an operation.
+SECONDS_OF_DOCUMENT = 10
+EXAMPLES_OF_DOCUMENT = 200
 MIB = 2**20
 
 
@@ -84,16 +89,22 @@ def main() -> None:
     state = State(arguments.state)
     kinds = arguments.kinds.split(",")
     print(_row(("kind", "inputs", "failures", "memory", "outcomes")), flush=True)
+    faults = ""
     if live := [name for name in kinds if name in (IMAGES, REQUESTS)]:
         with _server() as server:
             for name in live:
                 _try_live(server, name, arguments.inputs, state)
                 _report(name, state.of(name))
+            if arguments.seconds:
+                faults = _check_document(server, arguments.seconds)
     for name in kinds:
         if name in PARSERS:
             _try_parser(name, arguments.inputs, state)
             _report(name, state.of(name))
     failed = [name for name in kinds if state.of(name).failures]
+    if faults:
+        failed.append("document")
+        print(faults, flush=True)
     for name in kinds:
         for failure in state.of(name).failures:
             print(f"{name}: {failure}", flush=True)
@@ -150,6 +161,14 @@ def _try_live(server: Server, name: str, inputs: int, state: State) -> None:
             progress.memory = (progress.memory[0] or now, now)
             state.save()
     live.close()
+
+
+def _check_document(server: Server, seconds: int) -> str:
+    """The report of schemathesis; empty if it found nothing."""
+    url = f"http://127.0.0.1:{server.port}"
+    with tempfile.TemporaryDirectory() as folder:
+        seconds, examples = SECONDS_OF_DOCUMENT * seconds, EXAMPLES_OF_DOCUMENT
+        return check_document(url, Path(folder), seconds=seconds, examples=examples)
 
 
 def _images(live: Live, numbers: Sequence[int]) -> tuple[Counter[str], list[str]]:

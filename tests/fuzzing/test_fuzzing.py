@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import running
+from tests.conftest import Running, running
 from tests.fuzzing.__main__ import try_numbers
+from tests.fuzzing.document import check_document
 from tests.fuzzing.live import TOGETHER, Live, ServerFault
 from tests.fuzzing.targets import OK, PARSERS
 
@@ -25,14 +26,19 @@ def test_hostile_inputs_are_parsed_or_refused(name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def live(tiny_catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+def server(tiny_catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("fuzzed")
     heads, collections = str(folder / "heads"), str(folder / "collections")
     with running(tiny_catalog, heads_folder=heads, collections=collections) as server:
         server.wait_ready()
-        client = Live(server.url)
-        yield client
-        client.close()
+        yield server
+
+
+@pytest.fixture
+def live(server: Running) -> Iterator[Live]:
+    client = Live(server.url)
+    yield client
+    client.close()
 
 
 def test_hostile_images_get_errors_of_their_own(live: Live) -> None:
@@ -48,6 +54,19 @@ def test_hostile_requests_get_problems(live: Live) -> None:
     outcomes = Counter(live.try_request(number) for number in range(REQUESTS))
     assert outcomes["422"]
     assert outcomes["200"]
+
+
+def test_answers_are_as_the_document_says(server: Running, tmp_path: Path) -> None:
+    report = check_document(server.url, tmp_path, seconds=12, examples=2)
+    assert not report, report[-6000:]
+
+
+def test_an_answer_that_the_document_does_not_have_is_found(
+    server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.errors.InvalidInputError.status", 418)
+    report = check_document(server.url, tmp_path, seconds=60, examples=1)
+    assert "Undocumented" in report
 
 
 def test_a_fault_of_the_server_is_found(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,9 @@ Name = Annotated[str, PathParameter(examples=["photos"])]
 ImageId = Annotated[str, PathParameter(examples=["astronaut"])]
 
 
-@router.put("/collections/{name}", openapi_extra=CREATE)
+@router.put(
+    "/collections/{name}", openapi_extra=CREATE, responses={201: {"description": "Created."}}
+)
 async def create_collection(request: Request, response: Response, name: Name) -> dict[str, Any]:
     """Create a collection of images that `model` embeds: 201. If it exists with that model: 200."""
     deadline = dispatch.read_deadline(request)
