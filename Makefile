@@ -7,7 +7,7 @@ OUT ?= .
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help serve test nightly check format docs screenshots proto bench bench-gpu chaos fuzz bench-rivals clean
+.PHONY: help serve test nightly check format docs screenshots proto bench bench-gpu chaos fuzz sbom bench-rivals clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -41,6 +41,8 @@ check: $(VENV)/dev.stamp ## Lint, formatting, types, and known vulnerabilities
 	$(BIN)/mypy
 	$(BIN)/bandit --quiet --recursive --severity-level medium --configfile pyproject.toml service models
 	$(BIN)/python deploy/audit.py
+	@if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint --config deploy/hadolint.yaml Dockerfile; \
+	else echo "hadolint skipped: it has no wheel for this platform"; fi
 
 format: $(VENV)/dev.stamp ## Format, and fix what ruff can fix
 	$(BIN)/ruff format .
@@ -79,6 +81,11 @@ chaos: $(VENV)/dev.stamp ## Kill and stop processes under load, and count what i
 
 fuzz: $(VENV)/dev.stamp ## Try 100,000 hostile inputs of each kind, in parts that can be resumed
 	$(BIN)/python -m tests.fuzzing
+
+sbom: $(VENV)/dev.stamp ## Write the pinned packages as CycloneDX, to runs/sbom.json
+	@mkdir -p runs
+	$(BIN)/cyclonedx-py requirements constraints.txt --pyproject pyproject.toml --mc-type application \
+		--output-reproducible --of JSON -o runs/sbom.json
 
 bench-rivals: $(VENV)/dev.stamp ## Install rival servers and compare with them
 	$(BIN)/python -m benchmarks.rivals install

@@ -1,7 +1,7 @@
 """Traces: spans of requests and of their stages, by OpenTelemetry.
 
-Off, which is the default, OpenTelemetry is not imported, and a request costs some comparisons with
-None. `OTEL_TRACES_EXPORTER=otlp` turns it on.
+Off, which is the default, OpenTelemetry's SDK is not imported, and a request costs some comparisons
+with None. `OTEL_TRACES_EXPORTER=otlp` turns it on.
 """
 
 import os

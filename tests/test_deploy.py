@@ -56,6 +56,20 @@ def test_every_container_is_contained(name: str) -> None:
         assert port.startswith("127.0.0.1:") or name == "gateway"
 
 
+def test_hadolint_finds_no_fault() -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    if not hadolint.exists():
+        pytest.skip("hadolint has no wheel for this platform")
+    command = [
+        str(hadolint),
+        "--config",
+        str(ROOT / "deploy/hadolint.yaml"),
+        str(ROOT / "Dockerfile"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_every_alert_has_its_page() -> None:
     runbook = (ROOT / "docs/runbook.md").read_text()
     for rule in ALERTS["groups"][0]["rules"]:

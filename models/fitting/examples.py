@@ -20,7 +20,7 @@ MAX_MEMBERS = 100_000
 # What zipfile raises for damaged and unsupported archives.
 DAMAGED = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, EOFError,
-    OSError, ValueError, OverflowError, struct.error,
+    OSError, ValueError, OverflowError, IndexError, struct.error,
 )  # fmt: skip
 
 

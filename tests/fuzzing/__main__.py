@@ -11,13 +11,11 @@ refusal.
 
 import argparse
 import json
-import logging
 import subprocess
 import sys
 import tempfile
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -29,7 +27,7 @@ from pathlib import Path
 from benchmarks.servers import Server, free_port
 from tests.fuzzing.document import check_document
 from tests.fuzzing.live import TOGETHER, Live, ServerFault
-from tests.fuzzing.targets import BYTES, PARSERS, outcome_of
+from tests.fuzzing.targets import BYTES, PARSERS, be_quiet, try_numbers
 
 PART = 1000
 CLIENTS = 4
@@ -198,42 +196,13 @@ def _try_parser(name: str, inputs: int, state: State) -> None:
     for part in _parts(progress, inputs):
         with tempfile.NamedTemporaryFile() as place:
             try:
-                with ProcessPoolExecutor(1, get_context("spawn"), _be_quiet) as pool:
+                with ProcessPoolExecutor(1, get_context("spawn"), be_quiet) as pool:
                     tried = pool.submit(try_numbers, name, part, Path(place.name)).result()
             except BrokenProcessPool:
                 number = int(Path(place.name).read_text() or part.start)
                 tried = Counter(), [f"{number} ended the process"]
         _add(progress, part, *tried)
         state.save()
-
-
-def _be_quiet() -> None:
-    logging.disable()
-    warnings.simplefilter("ignore")
-
-
-def try_numbers(
-    name: str, numbers: Sequence[int], place: Path | None = None
-) -> tuple[Counter[str], list[str]]:
-    """Try inputs of a parser.
-
-    Args:
-        place: a file that always has the number of the current input.
-
-    Returns:
-        How many had each outcome, and what raised an error that is no refusal.
-    """
-    attempt: Callable[[int], None] = PARSERS[name]
-    outcomes: Counter[str] = Counter()
-    failures = []
-    for number in numbers:
-        if place is not None:
-            place.write_text(str(number))
-        try:
-            outcomes[outcome_of(partial(attempt, number))] += 1
-        except Exception as error:
-            failures.append(f"{number}: {type(error).__name__}: {str(error)[:200]}")
-    return outcomes, failures
 
 
 def _covered(name: str, arguments: argparse.Namespace) -> bool:

@@ -2,8 +2,11 @@
 
 import asyncio
 import io
+import logging
 import tempfile
-from collections.abc import Callable, Coroutine
+import warnings
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -172,3 +175,33 @@ BYTES: dict[str, tuple[Callable[[int], bytes], Callable[[bytes], None]]] = {
     "forms": (lambda n: bodies.hostile_form(Random(n), ["image", "model"]), try_form),
     "JSON": (lambda n: to_json(mutate_value(Random(n), METADATA)), try_json),
 }
+
+
+def be_quiet() -> None:
+    """Log nothing and warn of nothing, for all of this process."""
+    logging.disable()
+    warnings.simplefilter("ignore")
+
+
+def try_numbers(
+    name: str, numbers: Sequence[int], place: Path | None = None
+) -> tuple[Counter[str], list[str]]:
+    """Try inputs of a parser.
+
+    Args:
+        place: a file that always has the number of the current input.
+
+    Returns:
+        How many had each outcome, and what raised an error that is no refusal.
+    """
+    attempt: Callable[[int], None] = PARSERS[name]
+    outcomes: Counter[str] = Counter()
+    failures = []
+    for number in numbers:
+        if place is not None:
+            place.write_text(str(number))
+        try:
+            outcomes[outcome_of(partial(attempt, number))] += 1
+        except Exception as error:
+            failures.append(f"{number}: {type(error).__name__}: {str(error)[:200]}")
+    return outcomes, failures

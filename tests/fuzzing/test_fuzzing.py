@@ -1,5 +1,7 @@
 """Some of the hostile inputs that `make fuzz` tries: all are answered, or refused."""
 
+import io
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Running, running
-from tests.fuzzing.__main__ import try_numbers
 from tests.fuzzing.document import check_document
 from tests.fuzzing.live import TOGETHER, Live, ServerFault
-from tests.fuzzing.targets import OK, PARSERS
+from tests.fuzzing.targets import OK, PARSERS, outcome_of, try_archive, try_numbers
 
 INPUTS = 100
 REQUESTS = 150
@@ -23,6 +24,15 @@ def test_hostile_inputs_are_parsed_or_refused(name: str) -> None:
     outcomes, failures = try_numbers(name, range(INPUTS))
     assert not failures
     assert 0 < outcomes[OK] < INPUTS
+
+
+def test_an_archive_with_a_nameless_member_is_refused() -> None:
+    """zipfile cuts names at a zero byte; Python 3.11 raises IndexError if nothing is left."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("?", b"")
+    nameless = content.getvalue().replace(b"?", b"\0")
+    assert outcome_of(lambda: try_archive(nameless)) == "422"
 
 
 @pytest.fixture(scope="module")
