@@ -137,8 +137,10 @@ class Health:
         live: False if only a restart can help.
         ready: whether to send traffic.
         reasons: why it is not live or not ready.
+        draining: whether it will stop soon.
     """
 
     live: bool
     ready: bool
     reasons: Sequence[str] = ()
+    draining: bool = False

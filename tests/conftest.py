@@ -254,8 +254,10 @@ def running(catalog: Path, *, apart: bool = False, **overrides: Any) -> Iterator
     metrics.registry.register(BackendCollector(backend))
     if not apart:
         budget = Budget(settings)
-        rpc = RpcServer(backend, settings, metrics, budget=budget).serving(address)
-        app = create_app(settings, backend, metrics, rpc, budget=budget)
+        rpc = RpcServer(backend, settings, metrics, budget=budget)
+        app = create_app(
+            settings, backend, metrics, rpc.serving(address), budget=budget, stop_beside=rpc.stop
+        )
         with serving(app, settings) as (url, client):
             yield Running(url, client, backend, address)
         return

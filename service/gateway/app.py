@@ -1,6 +1,6 @@
 """The ASGI application."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 
 from fastapi import FastAPI
@@ -36,6 +36,7 @@ def create_app(
     keys: Keys | None = None,
     budget: Budget | None = None,
     memory: SharedMemory | None = None,
+    stop_beside: Callable[[float], Awaitable[None]] | None = None,
 ) -> FastAPI:
     """The routes and middleware in front of a backend.
 
@@ -44,6 +45,7 @@ def create_app(
     Args:
         beside: entered while the application runs: a gRPC server on the same backend.
         keys, budget: shared with that server, so that they hold for both together.
+        stop_beside: stops that server once its calls have ended, or after some seconds.
     """
 
     @asynccontextmanager
@@ -67,6 +69,7 @@ def create_app(
     app.state.budget = budget or Budget(settings)
     app.state.memory = memory or SharedMemory(settings.shared_memory)
     app.state.backend = backend
+    app.state.stop_beside = stop_beside
     app.state.metrics = metrics
     app.state.fetcher = ImageFetcher(settings)
     app.state.collections = StoreOpener(settings.collections)

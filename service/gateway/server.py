@@ -7,6 +7,8 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Awaitable, Callable
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -69,7 +71,7 @@ def create_server(app: FastAPI, settings: Settings) -> "DrainingServer":
         timeout_keep_alive=75,  # longer than load balancers', so that they close first
         timeout_graceful_shutdown=int(settings.drain_timeout_s),
     )
-    return DrainingServer(config, app.state.backend, settings.drain_delay_s)
+    return DrainingServer(config, app.state.backend, settings, app.state.stop_beside)
 
 
 def run_server(app: FastAPI, settings: Settings, listener: socket.socket | None = None) -> None:
@@ -93,20 +95,47 @@ def check_free(host: str, port: int) -> None:
 
 
 class DrainingServer(uvicorn.Server):
-    """Reports that it is not ready for a while before it stops listening."""
+    """Reports that it is not ready for a while before it stops listening. Then HTTP and gRPC finish
+    their accepted requests at the same time. A second signal ends the waiting for both."""
 
-    def __init__(self, config: uvicorn.Config, backend: Backend, delay_s: float) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        backend: Backend,
+        settings: Settings,
+        stop_beside: Callable[[float], Awaitable[None]] | None,
+    ) -> None:
         super().__init__(config)
         self._backend = backend
-        self._delay_s = delay_s
+        self._settings = settings
+        self._stop_beside = stop_beside
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit  # uvicorn does so for SIGINT alone
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._backend.drain()
-        began = time.monotonic()
-        # uvicorn sets a flag at the second signal
-        while time.monotonic() < began + self._delay_s and not self.force_exit:  # noqa: ASYNC110
-            await asyncio.sleep(min(POLL_S, self._delay_s))
-        await super().shutdown(sockets)
+        delay_s, began = self._settings.drain_delay_s, time.monotonic()
+        while time.monotonic() < began + delay_s and not self.force_exit:  # noqa: ASYNC110
+            await asyncio.sleep(min(POLL_S, delay_s))
+        beside = [asyncio.create_task(self._cut_at_second_signal())]
+        if self._stop_beside is not None:
+            beside.append(asyncio.ensure_future(self._stop_beside(self._settings.drain_timeout_s)))
+        try:
+            await super().shutdown(sockets)
+            await self.lifespan.shutdown()  # which uvicorn leaves out after a second signal
+        finally:
+            beside[0].cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
+
+    async def _cut_at_second_signal(self) -> None:
+        while not self.force_exit:  # noqa: ASYNC110
+            await asyncio.sleep(POLL_S)
+        for task in self.server_state.tasks:
+            task.cancel()
+        if self._stop_beside is not None:
+            await self._stop_beside(0)
 
 
 class ImpatientProtocol(HttpToolsProtocol):

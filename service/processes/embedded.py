@@ -20,7 +20,7 @@ def create_embedded_app(settings: Settings) -> FastAPI:
     backend, metrics = create_backend(settings)
     rpc = RpcServer(backend, settings, metrics, keys, budget, memory)
     beside = rpc.serving(settings.rpc_address())
-    return create_app(settings, backend, metrics, beside, keys, budget, memory)
+    return create_app(settings, backend, metrics, beside, keys, budget, memory, rpc.stop)
 
 
 def serve(settings: Settings) -> None:

@@ -37,17 +37,17 @@ def create_gateway_app(
     backend = RemoteBackend(settings, RemoteMetrics(metrics.registry))
     keys, budget = Keys(settings), Budget(settings)
     memory = SharedMemory(settings.shared_memory)
+    server = RpcServer(backend, settings, metrics, keys, budget, memory)
 
     @asynccontextmanager
     async def beside() -> AsyncIterator[None]:
-        server = RpcServer(backend, settings, metrics, keys, budget, memory)
         async with (
             beating(heartbeat, backend, loads=False),
             server.serving(rpc_address, shared=shared),
         ):
             yield
 
-    return create_app(settings, backend, metrics, beside(), keys, budget, memory)
+    return create_app(settings, backend, metrics, beside(), keys, budget, memory, server.stop)
 
 
 def serve(

@@ -94,7 +94,7 @@ def create_ray_app(settings: Settings, placement: Placement) -> Any:
     memory = SharedMemory(settings.shared_memory)
     rpc = RpcServer(backend, settings, metrics, keys, budget, memory)
     beside = rpc.serving(settings.rpc_address())
-    return create_app(settings, backend, metrics, beside, keys, budget, memory)
+    return create_app(settings, backend, metrics, beside, keys, budget, memory, rpc.stop)
 
 
 def deploy(settings: Settings, groups: Sequence[TrunkGroup], placement: Placement) -> list[Group]:

@@ -1,6 +1,7 @@
 """A process that owns a device and serves it over gRPC."""
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import Collection
@@ -73,9 +74,13 @@ def serve(settings: Settings, address: str, *, heartbeat: int | None = None) -> 
 
 
 async def _serve(settings: Settings, address: str, heartbeat: int | None) -> None:
-    stopping = asyncio.Event()
+    stopping, hurrying = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (hurrying if stopping.is_set() else stopping).set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
     keys, budget = Keys(settings, worker=True), Budget(settings)
     backend, metrics = create_backend(settings)
     if settings.metrics_port:
@@ -89,10 +94,21 @@ async def _serve(settings: Settings, address: str, heartbeat: int | None) -> Non
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         sharing = asyncio.create_task(share_gauges(BackendCollector(backend)))
     async with beating(heartbeat, backend, loads=True), sampling(metrics, budget):
-        async with RpcServer(backend, settings, metrics, keys, budget).serving(address):
+        server = RpcServer(backend, settings, metrics, keys, budget)
+        async with server.serving(address):
             await stopping.wait()
             backend.drain()
-            await asyncio.sleep(settings.drain_delay_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(settings.drain_delay_s):
+                    await hurrying.wait()
+            cutting = asyncio.create_task(_cut(server, hurrying))
+        cutting.cancel()
         await backend.close()
     if sharing is not None:
         sharing.cancel()
+
+
+async def _cut(server: RpcServer, hurrying: asyncio.Event) -> None:
+    """Stop without waiting for the accepted requests, at a second signal."""
+    await hurrying.wait()
+    await server.stop(0)

@@ -215,6 +215,8 @@ class RemoteBackend:
                 worker: [i for i in left if worker.has_ready(models[i])]
                 for worker in self._workers.values()
             }
+            if any(places for worker, places in able.items() if not worker.health.draining):
+                able = {w: places for w, places in able.items() if not w.health.draining}
             most = max((len(places) for places in able.values()), default=0)
             if most == 0:
                 raise self._not_ready(models[left[0]])

@@ -288,7 +288,10 @@ class Worker:
         ready = [model for model in self.models.values() if model.is_ready]
         self._trunks = frozenset[str]().union(*map(_trunks_of, ready))
         self.health = Health(
-            live=response.live, ready=response.ready, reasons=tuple(response.reasons)
+            live=response.live,
+            ready=response.ready,
+            reasons=tuple(response.reasons),
+            draining=response.draining,
         )
         self._set_up(True)
 

@@ -61,6 +61,7 @@ class RpcServer:
         self._health = health.aio.HealthServicer()
         self._reported: dict[str, bool] = {}
         self._reporter: asyncio.Task[None] | None = None
+        self._server: grpc.aio.Server | None = None
         self._deps = Deps(
             backend,
             settings,
@@ -85,7 +86,7 @@ class RpcServer:
         """
         settings = self._deps.settings
         credentials = server_credentials(settings)
-        self._server = grpc.aio.server(
+        self._server = server = grpc.aio.server(
             interceptors=[MessageReader(settings)],
             options=(
                 (
@@ -103,25 +104,28 @@ class RpcServer:
                 ("grpc.server_handshake_timeout_ms", int(settings.header_timeout_s * 1e3)),
             ),
         )
-        add_VisionServicer_to_server(Vision(self._deps), self._server)
-        add_GRPCInferenceServiceServicer_to_server(OpenInference(self._deps), self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        add_VisionServicer_to_server(Vision(self._deps), server)
+        add_GRPCInferenceServiceServicer_to_server(OpenInference(self._deps), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        reflection.enable_server_reflection(names, server)
         try:
             if credentials is None or address.startswith("unix:"):
-                port = self._server.add_insecure_port(address)
+                port = server.add_insecure_port(address)
             else:
-                port = self._server.add_secure_port(address, credentials)
+                port = server.add_secure_port(address, credentials)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: {error}") from error
-        await self._server.start()
+        await server.start()
         self._reporter = asyncio.create_task(self._report_health())
         logger.info("gRPC on %s", address, extra={"port": port})
         return port
 
     async def stop(self, grace_s: float) -> None:
-        """Refuse new calls, wait up to `grace_s` seconds for the accepted ones, and stop."""
+        """Refuse new calls, wait up to `grace_s` seconds for the accepted ones, and stop. A second
+        call shortens the wait of the first."""
+        if self._server is None:
+            return
         if self._reporter is not None:
             self._reporter.cancel()
         await self._health.enter_graceful_shutdown()

@@ -108,6 +108,7 @@ class Vision(HeadCalls):
                 live=health.live,
                 ready=health.ready,
                 reasons=health.reasons,
+                draining=health.draining,
             )
 
     async def LoadModel(

@@ -634,10 +634,13 @@ class ListModelsResponse(_message.Message):
     LIVE_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
     REASONS_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
     live: _builtins.bool
     """False if the server must be restarted."""
     ready: _builtins.bool
     """False until the start-up models are loaded, while draining, and if a trunk fails its probe."""
+    draining: _builtins.bool
+    """Whether the server will stop soon. It still answers."""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]: ...
     @_builtins.property
@@ -651,10 +654,11 @@ class ListModelsResponse(_message.Message):
         live: _builtins.bool = ...,
         ready: _builtins.bool = ...,
         reasons: _abc.Iterable[_builtins.str] | None = ...,
+        draining: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["live", b"live", "models", b"models", "ready", b"ready", "reasons", b"reasons"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "live", b"live", "models", b"models", "ready", b"ready", "reasons", b"reasons"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

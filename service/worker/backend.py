@@ -169,7 +169,12 @@ class LocalBackend:
         ]
         waiting += [] if self.heads.settled else ["the folder of heads has not been read yet"]
         waiting += [f"trunk {n}: {why}" for n, why in self.trunks.prober.failures.items()]
-        return Health(live=not dead, ready=not dead and not waiting, reasons=dead + waiting)
+        return Health(
+            live=not dead,
+            ready=not dead and not waiting,
+            reasons=dead + waiting,
+            draining=self._closing,
+        )
 
     def undecoded(self) -> int:
         """The number of inputs that wait to be decoded."""

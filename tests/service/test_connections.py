@@ -1,9 +1,11 @@
 """Connections and bodies in flight: what is slow is cut, what is too much is refused."""
 
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ import httpx
 import pytest
 
 from service.gateway.server import DrainingServer, create_server
+from service.stubs import open_inference_pb2 as oip
+from service.stubs.open_inference_pb2_grpc import GRPCInferenceServiceStub
+from service.stubs.vision_pb2_grpc import VisionStub
 from tests.conftest import Running, running, wait_until
 from tests.service.test_engine import post
 
@@ -169,23 +174,87 @@ def test_the_bytes_of_all_requests_are_bounded(tiny_catalog: Path, jpegs: dict[s
         wait_until(accepted)
 
 
-def test_readiness_falls_before_listening_ends(
-    tiny_catalog: Path, jpegs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[DrainingServer] = []
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[DrainingServer]:
+    """The servers that `running` makes."""
+    servers: list[DrainingServer] = []
 
     def create(*arguments: Any) -> DrainingServer:
-        made.append(create_server(*arguments))
-        return made[-1]
+        servers.append(create_server(*arguments))
+        return servers[-1]
 
     monkeypatch.setattr("tests.conftest.create_server", create)
+    return servers
+
+
+def test_readiness_falls_before_listening_ends(
+    tiny_catalog: Path, jpegs: dict[str, bytes], made: list[DrainingServer]
+) -> None:
     with running(tiny_catalog, drain_delay_s=600) as server:
         server.wait_ready()
         made[0].should_exit = True
         wait_until(lambda: server.client.get("/readyz").status_code == 503)
         assert httpx.get(f"{server.url}/healthz").status_code == 200  # a new connection
         assert post(server, "/classify", jpegs["coffee"]).status_code == 200
-        made[0]._delay_s = 0
+        made[0].handle_exit(signal.SIGTERM, None)
+
+
+@contextmanager
+def held(server: Running, body: int) -> Iterator[tuple[socket.socket, Any]]:
+    """A request over HTTP whose body is not sent yet, and a stream over gRPC that goes on."""
+    ends = threading.Event()
+
+    def forever() -> Iterator[Any]:
+        ends.wait()
+        yield from ()
+
+    with connect(server) as client, grpc.insecure_channel(server.grpc) as channel:
+        head = b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: image/jpeg\r\n"
+        client.sendall(head + b"Content-Length: %d\r\n\r\n" % body)
+        stub: Any = VisionStub(channel)
+        stream = stub.EmbedStream(forever())
+        wait_until(lambda: server.metric("vitrail_requests_in_flight") >= 2)
+        try:
+            yield client, stream
+        finally:
+            ends.set()
+
+
+def refuses(address: str) -> bool:
+    """Whether a gRPC server accepts no new connection."""
+    with grpc.insecure_channel(address) as channel:
+        try:
+            stub: Any = GRPCInferenceServiceStub(channel)
+            stub.ServerLive(oip.ServerLiveRequest(), timeout=5)
+        except grpc.RpcError as error:
+            return error.code() is grpc.StatusCode.UNAVAILABLE
+    return False
+
+
+def test_http_and_grpc_drain_at_the_same_time(
+    tiny_catalog: Path, jpegs: dict[str, bytes], made: list[DrainingServer]
+) -> None:
+    photo = jpegs["coffee"]
+    with running(tiny_catalog, drain_timeout_s=20) as server:
+        server.wait_ready()
+        with held(server, len(photo)) as (client, stream):
+            made[0].should_exit = True
+            wait_until(lambda: refuses(server.grpc), 10)
+            client.sendall(photo)  # HTTP has drained all along
+            assert client.recv(65536).startswith(b"HTTP/1.1 200")
+            stream.cancel()
+
+
+def test_a_second_signal_ends_the_waiting(tiny_catalog: Path, made: list[DrainingServer]) -> None:
+    with running(tiny_catalog, drain_timeout_s=100, body_timeout_s=100) as server:
+        server.wait_ready()
+        with held(server, 10) as (client, stream):
+            made[0].should_exit = True
+            wait_until(lambda: refuses(server.grpc), 10)
+            made[0].handle_exit(signal.SIGTERM, None)
+            client.settimeout(20)
+            assert is_closed(client)
+            wait_until(stream.done, 20)
 
 
 def test_grpc_connections_beyond_the_limit_are_closed(tiny_catalog: Path) -> None:

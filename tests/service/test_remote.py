@@ -136,6 +136,29 @@ def test_requests_go_to_whoever_has_the_model(tiny_catalog: Path, jpegs: dict[st
         assert client.post("/models/tiny-embed/load", headers=boss).status_code == 403
 
 
+def test_a_worker_that_drains_gets_no_new_requests(
+    tiny_catalog: Path, jpegs: dict[str, bytes]
+) -> None:
+    with ExitStack() as stack:
+        workers = [stack.enter_context(worker_thread(tiny_catalog, models="tiny")) for _ in "ab"]
+        (one, first), (two, _) = workers
+        _, client = stack.enter_context(gateway(Settings(), one, two))
+        wait_until(lambda: all(worker.health().ready for _, worker in workers))
+        wait_until(lambda: client.get("/readyz").json()["status"] == "ready")
+        first.drain()
+        wait_until(lambda: "draining" in client.get("/readyz").text)
+        asked: list[InferRequest] = []
+
+        async def infer(request: InferRequest) -> InferResult:
+            asked.append(request)
+            return await LocalBackend.infer(first, request)
+
+        first.infer = infer  # type: ignore[method-assign]
+        for _ in range(12):
+            assert post(client, "/classify?model=tiny", jpegs["coffee"]).status_code == 200
+        assert asked == []
+
+
 def test_models_load_everywhere_and_keys_are_passed_on(
     tiny_catalog: Path, jpegs: dict[str, bytes]
 ) -> None:

@@ -5,7 +5,7 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 
 {{- define "vitrail.pod" -}}
 automountServiceAccountToken: false
-terminationGracePeriodSeconds: {{ add .Values.drainSeconds 15 }}
+terminationGracePeriodSeconds: {{ add .Values.drainDelaySeconds .Values.drainSeconds 15 }}
 {{- with .Values.imagePullSecrets }}
 imagePullSecrets: {{- toYaml . | nindent 2 }}
 {{- end }}
@@ -25,9 +25,6 @@ securityContext:
   readOnlyRootFilesystem: true
   privileged: false
   capabilities: {drop: [ALL]}
-lifecycle:
-  # Until endpoints and gateways have stopped sending; then SIGTERM, and requests are finished.
-  preStop: {exec: {command: [sleep, "5"]}}
 {{- with .Values.secret }}
 envFrom:
   - secretRef: {name: {{ . }}}
