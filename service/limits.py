@@ -1,7 +1,8 @@
 """Limits of requests, the same for every protocol."""
 
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -13,7 +14,11 @@ MAX_ANSWER_VALUES = 2**21
 # Longer timeouts are shortened to a day: gRPC cannot express any length.
 MAX_TIMEOUT_MS = 24 * 3600 * 1000.0
 
+# Of a refusal by the budget, before anything is known and at most.
 RETRY_AFTER_S = 1.0
+MAX_RETRY_AFTER_S = 60.0
+# How much of the averages is kept when a request ends.
+KEPT = 0.95
 
 Protocol = Literal["http", "grpc"]
 PROTOCOLS: tuple[Protocol, ...] = ("http", "grpc")
@@ -51,16 +56,20 @@ class Budget:
 
     Attributes:
         requests: requests in flight; `by_protocol` by the entrance they came by.
-        bytes: what was received for them: bodies, messages, and images fetched by URL.
+        bytes: what was received for them, bodies, messages, and images fetched by URL; and what is
+            made of it.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self.requests = 0
         self.by_protocol: Counter[Protocol] = Counter()
         self.bytes = 0
         self._max_requests = settings.max_requests_in_flight
         self._max_bytes = max(settings.max_bytes_in_flight, settings.max_request_bytes)
         self._max_request_bytes = settings.max_request_bytes
+        self._clock = clock
+        # Moving sums over requests that have ended: their bytes, and these times their seconds.
+        self._ended_bytes = self._ended_byte_seconds = 0.0
 
     @contextmanager
     def request(self, protocol: Protocol) -> Iterator["Share"]:
@@ -74,7 +83,7 @@ class Budget:
                 f"{self.requests} requests are in flight, which is the limit",
                 retry_after_s=RETRY_AFTER_S,
             )
-        share = Share(self)
+        share, began = Share(self), self._clock()
         self.requests += 1
         self.by_protocol[protocol] += 1
         try:
@@ -82,7 +91,11 @@ class Budget:
         finally:
             self.requests -= 1
             self.by_protocol[protocol] -= 1
-            self.bytes -= share.bytes
+            held = share.bytes + share.made_bytes
+            self.bytes -= held
+            self._ended_bytes = KEPT * self._ended_bytes + held
+            held_byte_seconds = held * (self._clock() - began)
+            self._ended_byte_seconds = KEPT * self._ended_byte_seconds + held_byte_seconds
 
     def state(self) -> dict[str, Any]:
         """What is in flight and the limits, for people."""
@@ -100,11 +113,25 @@ class Budget:
             raise PayloadTooLargeError(
                 f"the request has more than {self._max_request_bytes} bytes, which is the limit"
             )
-        if self.bytes + size > self._max_bytes:
-            raise UnavailableError(
-                f"the requests in flight hold {self.bytes} bytes; the limit is {self._max_bytes}",
-                retry_after_s=RETRY_AFTER_S,
-            )
+        self.check_room(size)
+
+    def check_room(self, size: int) -> None:
+        """Check whether all requests together can hold `size` more bytes.
+
+        Raises:
+            UnavailableError: they cannot. A retry may succeed after as long as it takes to give
+                back so many bytes: bytes are held for a while that was measured, so a share of
+                them is given back in that share of the time.
+        """
+        excess = self.bytes + size - self._max_bytes
+        if excess <= 0:
+            return
+        held_s = self._ended_byte_seconds / self._ended_bytes if self._ended_bytes else 0.0
+        share = min(1.0, excess / self.bytes) if self.bytes else 1.0
+        raise UnavailableError(
+            f"the requests in flight hold {self.bytes} bytes; the limit is {self._max_bytes}",
+            retry_after_s=min(MAX_RETRY_AFTER_S, max(RETRY_AFTER_S, held_s * share)),
+        )
 
 
 class Share:
@@ -112,7 +139,19 @@ class Share:
 
     def __init__(self, budget: Budget) -> None:
         self.bytes = 0
+        self.made_bytes = 0
         self._budget = budget
+
+    def make(self, size: int) -> None:
+        """Count bytes that are about to be made of what was received. The limit of one request's
+        bytes is for what it sends, so they do not count towards it.
+
+        Raises:
+            UnavailableError: all requests together have too many.
+        """
+        self._budget.check_room(size)
+        self.made_bytes += size
+        self._budget.bytes += size
 
     def add(self, size: int) -> None:
         """Count bytes that were received for the request.

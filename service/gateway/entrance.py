@@ -6,6 +6,7 @@ cost little: it needs neither the framework's routing nor the body.
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -16,23 +17,39 @@ from service.errors import ServiceError
 from service.gateway import dispatch
 from service.gateway.auth import authorize
 from service.gateway.problems import problem_response
+from service.key_file import Scope as KeyScope
 
 NDJSON = "application/x-ndjson"
 
-_TASK = "vitrail_task"
+_MARK = "vitrail_refused_early"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def refused_early(task: str) -> Callable[[F], F]:
-    """Mark an endpoint that asks a model, so that `Entrance` checks its requests.
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """How an endpoint's requests are checked.
 
     Args:
         task: the name under which refused requests are counted.
+        scope: what the caller's key must permit.
+        in_path: whether the path names the model.
+        always: whether every request asks a model; else only one whose body is an image.
     """
 
+    task: str
+    scope: KeyScope
+    in_path: bool
+    always: bool
+
+
+def refused_early(
+    task: str, *, scope: KeyScope = "infer", in_path: bool = False, always: bool = True
+) -> Callable[[F], F]:
+    """Mark an endpoint that asks a model, so that `Entrance` checks its requests. See `_Mark`."""
+
     def mark(endpoint: F) -> F:
-        setattr(endpoint, _TASK, task)
+        setattr(endpoint, _MARK, _Mark(task, scope, in_path, always))
         return endpoint
 
     return mark
@@ -44,17 +61,17 @@ class Entrance:
 
     def __init__(self, app: ASGIApp, routes: Iterable[BaseRoute]) -> None:
         self._app = app
-        self._tasks: dict[str, str] = {}  # by path
-        self._patterns: list[tuple[re.Pattern[str], str]] = []  # of paths that name the model
+        self._marks: dict[str, _Mark] = {}  # by path
+        self._patterns: list[tuple[re.Pattern[str], _Mark]] = []  # of paths with a name in them
         for route in routes:
-            task = getattr(getattr(route, "endpoint", None), _TASK, None)
-            if task is None:
+            mark = getattr(getattr(route, "endpoint", None), _MARK, None)
+            if mark is None:
                 continue
             path: str = getattr(route, "path")  # noqa: B009
             if "{" in path:
-                self._patterns.append((getattr(route, "path_regex"), task))  # noqa: B009
+                self._patterns.append((getattr(route, "path_regex"), mark))  # noqa: B009
             else:
-                self._tasks[path] = task
+                self._marks[path] = mark
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "POST":
@@ -71,24 +88,27 @@ class Entrance:
             ServiceError: the request is refused.
         """
         path: str = scope["path"]
-        if (task := self._tasks.get(path)) is not None:
-            _check(Request(scope), task)
+        if (mark := self._marks.get(path)) is not None:
+            _check(Request(scope), mark)
             return
-        for pattern, task in self._patterns:
+        for pattern, mark in self._patterns:
             if found := pattern.match(path):
-                _check(Request(scope), task, found["name"])
+                _check(Request(scope), mark, found["name"] if mark.in_path else None)
 
 
-def _check(request: Request, task: str, name: str | None = None) -> None:
+def _check(request: Request, mark: _Mark, name: str | None = None) -> None:
     """
     Args:
         name: the model in the path.
     """
-    authorize(request, "infer")
+    authorize(request, mark.scope)
     headers = request.headers
-    model = name or request.query_params.get("model")
+    is_image = headers.get("content-type", "").startswith("image/")
+    if not mark.always and not is_image:
+        return
+    model = name or (request.query_params.get("model") if mark.scope == "infer" else None)
     # A field of a body can name another model than the query.
-    is_certain = name is not None or headers.get("content-type", "").startswith("image/")
+    is_certain = model is not None and (name is not None or is_image)
     try:
         deadline, bulk = dispatch.read_deadline(request), dispatch.read_priority(request)
         if NDJSON not in headers.get("accept", ""):
@@ -96,6 +116,6 @@ def _check(request: Request, task: str, name: str | None = None) -> None:
                 model if is_certain else None, bulk=bulk, deadline=deadline
             )
     except ServiceError:
-        with dispatch.count_request(request, task) as account:
+        with dispatch.count_request(request, mark.task) as account:
             account.models = [model or ""]
             raise

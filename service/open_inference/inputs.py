@@ -1,5 +1,6 @@
 """Input tensors as the backend's inputs."""
 
+import asyncio
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from models.inputs.types import Input, Latent, Seed, Video
-from service.errors import InvalidInputError
-from service.limits import check_input_count
+from service.errors import InvalidInputError, PayloadTooLargeError
+from service.limits import Share, check_input_count
 from service.payloads import decode_base64
 from service.settings import Settings
 from service.tensors import DTYPES, check_finite, element_count, from_bytes, unpack
@@ -39,6 +40,75 @@ class InputTensor:
     raw: bytes | None = None
     # The elements, row by row. Elements of BYTES are bytes, or base64 text.
     values: Sequence[Any] = ()
+
+
+BMP_HEADER_BYTES = 54
+# What is made on the event loop; more is made in a thread.
+LOOP_BYTES = 2**18
+
+
+async def read_inputs(
+    tensors: Sequence[InputTensor], settings: Settings, share: Share
+) -> list[Input]:
+    """The inputs of a request as `to_inputs` makes them, in a thread where there is much to make.
+
+    Args:
+        share: counts what is made, before it is made.
+
+    Raises:
+        InvalidInputError, PayloadTooLargeError: as `to_inputs`, or an image is over a limit.
+        UnavailableError: the requests in flight hold too many bytes.
+    """
+    size = sum(_made_bytes(tensor, settings) for tensor in tensors)
+    if not size:
+        return to_inputs(tensors, settings)
+    share.make(size)
+    if size <= LOOP_BYTES:
+        return to_inputs(tensors, settings)
+    return await asyncio.to_thread(to_inputs, tensors, settings)
+
+
+def _made_bytes(tensor: InputTensor, settings: Settings) -> int:
+    """The bytes of the copies that `to_inputs` makes of a tensor of numbers. It is 0 if the
+    contents do not fit the shape, which `to_inputs` refuses.
+
+    Raises:
+        InvalidInputError: the shape is malformed.
+        PayloadTooLargeError: an image is over a limit.
+    """
+    count = element_count(tensor.name, tensor.shape)
+    if tensor.datatype == "BYTES" or count != _given(tensor):
+        return 0
+    if tensor.name == "image" and tensor.datatype == "UINT8":
+        if len(tensor.shape) != 4:
+            return count
+        images, height, width, _ = tensor.shape
+        if (
+            max(height, width) > settings.max_image_side
+            or height * width > settings.max_image_pixels
+        ):
+            raise PayloadTooLargeError(
+                f"the images have {width}x{height} pixels; the limits are "
+                f"{settings.max_image_pixels} pixels and {settings.max_image_side} a side",
+                field="image",
+            )
+        bmp = BMP_HEADER_BYTES + height * (-(-3 * width // 4) * 4)  # rows are of whole words
+        if bmp > settings.max_image_bytes:
+            raise PayloadTooLargeError(
+                f"an image of {width}x{height} pixels takes {bmp} bytes; the limit is "
+                f"{settings.max_image_bytes}",
+                field="image",
+            )
+        return images * bmp
+    return 0 if tensor.datatype == "FP32" and tensor.raw is not None else 4 * count  # float32
+
+
+def _given(tensor: InputTensor) -> float:
+    """The number of elements that the contents of a tensor of numbers hold."""
+    if tensor.raw is None:
+        return len(tensor.values)
+    width = 2 if tensor.datatype == "BF16" else np.dtype(DTYPES.get(tensor.datatype, "u1")).itemsize
+    return len(tensor.raw) / width
 
 
 def to_inputs(tensors: Sequence[InputTensor], settings: Settings) -> list[Input]:

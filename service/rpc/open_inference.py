@@ -9,7 +9,7 @@ from google.protobuf.json_format import ParseDict
 from service.accounting import counted
 from service.errors import InvalidInputError
 from service.limits import Share
-from service.open_inference.inputs import InputTensor, timeout_ms, to_inputs
+from service.open_inference.inputs import InputTensor, read_inputs, timeout_ms
 from service.open_inference.metadata import (
     VERSION,
     check_version,
@@ -166,7 +166,9 @@ class OpenInference(GRPCInferenceServiceServicer):
                 outputs = [_requested(output) for output in request.outputs]
                 selection = OutputSelection(model, outputs, options)
                 memory = deps.memory.of(caller.key)
-                inputs = to_inputs(self._tensors(request, memory, caller.share), deps.settings)
+                assert caller.share is not None
+                tensors = self._tensors(request, memory, caller.share)
+                inputs = await read_inputs(tensors, deps.settings, caller.share)
                 deps.keys.count_images(caller.key, len(inputs))
                 result = await deps.backend.infer(
                     InferRequest(inputs=inputs, calls=selection.calls, deadline=account.deadline)
@@ -176,7 +178,7 @@ class OpenInference(GRPCInferenceServiceServicer):
                 return _response(request, selection.requested, arrays, memory)
 
     def _tensors(
-        self, request: pb.ModelInferRequest, memory: OwnedMemory, share: Share | None
+        self, request: pb.ModelInferRequest, memory: OwnedMemory, share: Share
     ) -> list[InputTensor]:
         """The inputs, with their contents: those in shared memory, which count as bytes of the
         request, the raw ones in order, or values."""
@@ -186,8 +188,7 @@ class OpenInference(GRPCInferenceServiceServicer):
         for tensor in request.inputs:
             content: bytes | None
             if (place := place_of(_values(tensor.parameters))) is not None:
-                if share is not None:
-                    share.add(place.byte_size)
+                share.add(place.byte_size)
                 content = memory.read(place, left)
                 left -= place.byte_size
             else:

@@ -110,6 +110,15 @@ class MessageReader(grpc.aio.ServerInterceptor):
             self._handlers[method] = self._wrap(method, handler)
         return self._handlers[method]
 
+    def _limit_sending(self) -> asyncio.TimerHandle:
+        """Cancel the current stream if the client has not read an answer in time: gRPC would wait
+        for ever, and the stream would keep its place and its bytes. (A unary call has given them
+        back by then; gRPC keeps its answer until the connection ends.)"""
+        call = asyncio.current_task()
+        assert call is not None
+        seconds = self.settings.body_timeout_s
+        return asyncio.get_running_loop().call_later(seconds, call.cancel)
+
     def _wrap(self, path: str, handler: Any) -> Any:
         service, method = path.strip("/").split("/")
         descriptor = Default().FindServiceByName(service).FindMethodByName(method)
@@ -128,13 +137,17 @@ class MessageReader(grpc.aio.ServerInterceptor):
             message = message_class()
             await _receive_open(requests, message, context, self.settings.body_timeout_s)
             async for response in handler.unary_stream(message, context):
+                timer = self._limit_sending()
                 yield response
+                timer.cancel()
 
         async def stream(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
             incoming = Incoming(self, requests, message_class())
             begin.set(incoming.start_stream)
             async for response in handler.stream_stream(incoming.messages(), context):
+                timer = self._limit_sending()
                 yield response
+                timer.cancel()
                 incoming.answered()
 
         if handler.unary_unary is not None:

@@ -2,6 +2,7 @@
 
 import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -13,8 +14,12 @@ import grpc
 import httpx
 import pytest
 
+from service.errors import UnavailableError
 from service.gateway.server import DrainingServer, create_server
+from service.limits import MAX_RETRY_AFTER_S, RETRY_AFTER_S, Budget
+from service.settings import Settings
 from service.stubs import open_inference_pb2 as oip
+from service.stubs import vision_pb2 as pb
 from service.stubs.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from service.stubs.vision_pb2_grpc import VisionStub
 from tests.conftest import Running, running, wait_until
@@ -172,6 +177,61 @@ def test_the_bytes_of_all_requests_are_bounded(tiny_catalog: Path, jpegs: dict[s
             return server.client.post("/classify", content=jpegs["rocket"]).status_code == 200
 
         wait_until(accepted)
+
+
+def frame(kind: int, flags: int, stream: int, content: bytes) -> bytes:
+    """A frame of HTTP/2 (RFC 9113)."""
+    return struct.pack(">I", len(content))[1:] + struct.pack(">BBI", kind, flags, stream) + content
+
+
+def test_a_stream_over_grpc_that_is_never_read_gives_back_its_place(server: Running) -> None:
+    headers = {
+        ":method": "POST",
+        ":scheme": "http",
+        ":path": "/vitrail.v1.Vision/EmbedStream",
+        ":authority": "localhost",
+        "te": "trailers",
+        "content-type": "application/grpc",
+        "x-api-key": "key",
+    }
+    block = b"".join(  # HPACK: literals that are not indexed
+        b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+        for name, value in headers.items()
+    )
+    request = pb.TaskRequest(images=[b"none"]).SerializeToString()
+    no_window = frame(4, 0, 0, struct.pack(">HI", 4, 0))  # nothing may be sent to this client
+    in_flight = "vitrail_requests_in_flight"
+    host, _, port = server.grpc.partition(":")
+    with socket.create_connection((host, int(port)), timeout=20) as client:
+        client.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + no_window + frame(1, 4, 1, block))
+        wait_until(lambda: server.metric(in_flight, protocol="grpc") == 1, 10)
+        client.sendall(frame(0, 0, 1, struct.pack(">xI", len(request)) + request))
+        wait_until(lambda: server.metric(in_flight, protocol="grpc") == 0, 10)
+
+
+def test_the_time_to_retry_is_that_of_giving_bytes_back() -> None:
+    now = 0.0
+    settings = Settings(max_bytes_in_flight=1000, max_request_bytes=1000)
+    budget = Budget(settings, lambda: now)
+
+    def retry_after(size: int) -> float:
+        with budget.request("http") as share, pytest.raises(UnavailableError) as refused:
+            share.add(size)
+        assert refused.value.retry_after_s is not None
+        return refused.value.retry_after_s
+
+    with budget.request("http") as share:
+        share.add(1000)
+        assert retry_after(100) == RETRY_AFTER_S  # nothing was measured yet
+        now = 20.0
+    with budget.request("http") as share:
+        share.add(1000)
+        assert retry_after(1000) == pytest.approx(20)
+        assert retry_after(250) == pytest.approx(5)
+        now = 1e6
+    with budget.request("http") as share:
+        share.add(1000)
+        assert retry_after(1000) == MAX_RETRY_AFTER_S
 
 
 @pytest.fixture

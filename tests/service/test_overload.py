@@ -143,6 +143,8 @@ ENTRANCES = {
     "/cohere/v2/embed": "application/json",
     "/immich/predict": "multipart/form-data",
     "/pooling": "application/json",
+    "/collections/photos/images": "image/jpeg",
+    "/collections/photos/search": "image/jpeg",
 }
 
 

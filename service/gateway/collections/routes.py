@@ -27,6 +27,7 @@ from service.gateway.collections.bodies import (
     read_query,
 )
 from service.gateway.collections.openapi import ADD, CREATE, SEARCH
+from service.gateway.entrance import refused_early
 from service.gateway.problems import describe
 from service.gateway.rest.content import read_body
 from service.gateway.rest.examples import PHOTO
@@ -102,6 +103,7 @@ async def delete_collection(request: Request, name: Name) -> None:
 
 
 @router.post("/collections/{name}/images", openapi_extra=ADD)
+@refused_early("embed", scope="collections", always=False)
 async def add_images(request: Request, name: Name) -> dict[str, Any]:
     """Embed images and add them: parts `image`, one raw image, JSON's `images`, or a line of NDJSON
     each. They may have an `id`, else it is made from the content, and `metadata`. One with an id
@@ -139,6 +141,7 @@ async def delete_image(request: Request, name: Name, image: ImageId) -> None:
 
 
 @router.post("/collections/{name}/search", openapi_extra=SEARCH)
+@refused_early("embed", scope="collections", always=False)
 async def search(request: Request, name: Name) -> dict[str, Any]:
     """Find the images nearest to one image, `text` or `vector`, by cosine similarity, best first.
     `filter` holds values that their metadata must have."""

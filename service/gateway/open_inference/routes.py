@@ -23,7 +23,7 @@ from service.gateway.rest.content import read_body
 from service.gateway.rest.examples import INDEX, OPEN_INFERENCE, ModelName, json_body
 from service.limits import Share
 from service.metrics import Metrics
-from service.open_inference.inputs import to_inputs
+from service.open_inference.inputs import read_inputs
 from service.open_inference.metadata import (
     check_version,
     model_config,
@@ -107,7 +107,7 @@ async def model_ready(request: Request, name: ModelName, version: str = "") -> R
     dependencies=keyed,
     openapi_extra=json_body(OPEN_INFERENCE),
 )
-@refused_early("open-inference")
+@refused_early("open-inference", in_path=True)
 async def infer(request: Request, name: ModelName, version: str = "") -> Response:
     """Run a model. Inputs: `image` (BYTES, encoded images) or `pixel_values` (FP32)."""
     with dispatch.count_request(request, "open-inference") as account:
@@ -121,7 +121,8 @@ async def infer(request: Request, name: ModelName, version: str = "") -> Respons
         if parsed.timeout_ms is not None:
             deadline = dispatch.deadline_after(request, parsed.timeout_ms)
         selection = OutputSelection(model, parsed.outputs, parsed.options)
-        inputs = to_inputs(parsed.inputs, request.app.state.settings)
+        share: Share = request.scope["state"]["share"]
+        inputs = await read_inputs(parsed.inputs, request.app.state.settings, share)
         infer_request = InferRequest(
             inputs=inputs, calls=selection.calls, deadline=deadline, bulk=bulk
         )
