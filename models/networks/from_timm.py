@@ -6,7 +6,7 @@ from typing import Any
 from timm.layers import get_act_layer
 from timm.models.cait import Cait
 from timm.models.convnext import ConvNeXt
-from timm.models.mlp_mixer import MlpMixer
+from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
 from timm.models.pit import PoolingVisionTransformer
 from timm.models.resnet import Bottleneck, ResNet
 from timm.models.tnt import TNT
@@ -23,6 +23,7 @@ NETWORKS = {
     "convnext": ConvNeXt,
     "mixer": create_mixer,
     "pit": PoolingVisionTransformer,
+    "resmlp": partial(MlpMixer, block_layer=ResBlock, norm_layer=Affine),
     "resnet": partial(ResNet, Bottleneck),
     "tnt": TNT,
     "xcit": Xcit,

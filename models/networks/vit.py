@@ -107,6 +107,12 @@ class ConvStem(Patches):
         self.proj = nn.Sequential(*layers, nn.Conv2d(inputs, final.out_channels, 1))
 
 
+def hybrid_stride(stages: int) -> int:
+    """Pixels of a cell of a ResNet's map: 4 after its stem, twice that after each further stage
+    than the first."""
+    return int(4 * 2 ** max(0, stages - 1))
+
+
 class HybridPatches(PatchEmbed):  # type: ignore[misc]
     """Google's hybrid embedding (arXiv 2010.11929): patches of a ResNet's map.
 
@@ -126,12 +132,12 @@ class HybridPatches(PatchEmbed):  # type: ignore[misc]
     ) -> None:
         """
         Args:
-            layers: bottlenecks by stage.
+            layers: bottlenecks by stage; none for the stem alone.
             width: channels of the ResNet's stem.
             patch_size: pixels, a multiple of the ResNet's stride.
         """
         channels = [width * 4 * 2**stage for stage in range(len(layers))]
-        kernel = patch_size // (4 * 2 ** (len(layers) - 1))
+        kernel = patch_size // hybrid_stride(len(layers))
         super().__init__(patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, **options)
         self.backbone = ResNetV2(
             layers=list(layers),
@@ -145,7 +151,7 @@ class HybridPatches(PatchEmbed):  # type: ignore[misc]
             norm_layer=partial(GroupNormAct, num_groups=32, eps=1e-6),
             conv_layer=partial(Conv2dSame, bias=False),
         )
-        self.proj = nn.Conv2d(channels[-1], embed_dim, kernel, stride=kernel)
+        self.proj = nn.Conv2d([width, *channels][-1], embed_dim, kernel, stride=kernel)
 
     def forward(self, x: Tensor) -> Tensor:
         patches: Tensor = self.proj(self.backbone(x)).permute(0, 2, 3, 1)

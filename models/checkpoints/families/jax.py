@@ -14,6 +14,12 @@ POSITIONS = "Transformer/posembed_input/pos_embedding"
 UNIT = re.compile(r"block(\d+)/unit(\d+)/(conv\d|conv_proj|gn\d|gn_proj)/")
 BLOCK = "Transformer/encoderblock_"
 ATTENTION = "MultiHeadDotProductAttention_1"
+# What an encoder has, in old names.
+ENCODER = (
+    r"encoder_norm/(scale|bias)|encoderblock_\d+/(LayerNorm_[02]/(scale|bias)|"
+    r"MlpBlock_3/Dense_[01]/(kernel|bias)|"
+    r"MultiHeadDotProductAttention_1/(query|key|value|out)/(kernel|bias))"
+)
 
 # Names of newer releases of upstream's code, and of the published files.
 LINEN = (

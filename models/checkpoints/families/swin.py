@@ -97,14 +97,15 @@ def swin_checkpoint(
 
 
 def block_outputs(run: ReferenceRun) -> dict[str, Tensor]:
-    """Those of a Swin; of other hierarchical networks all of them but `attention`."""
+    """Those of a Swin; of other hierarchical networks all of them but `attention`, of a ResNet
+    `feature_map` alone."""
     if isinstance(run.network, Swin):
         return swin_outputs(run)
-    return {
-        "tokens": run.output.tokens_BTD,
-        "feature_map": run.output.feature_map_BChw,
-        "linear_features": torch.cat(run.network.block_means(run.inputs["pixel_values"])[-4:], -1),
-    }
+    named = {"feature_map": run.output.feature_map_BChw}
+    if hasattr(run.network, "block_means"):
+        means = run.network.block_means(run.inputs["pixel_values"])
+        named |= {"tokens": run.output.tokens_BTD, "linear_features": torch.cat(means[-4:], -1)}
+    return named
 
 
 def swin_outputs(run: ReferenceRun) -> dict[str, Tensor]:

@@ -13,11 +13,12 @@ from models.checkpoints.families.heads import VIT, head_count
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
 from models.networks import OWN
+from models.networks.vit import hybrid_stride
 
 STEM = "patch_embed.proj.12.weight"
 PATCHES = "patch_embed.proj.weight"
 RESNET_STAGES = "patch_embed.backbone.stages."
-HYBRID = f"{RESNET_STAGES}0.blocks.0.conv1.weight"
+HYBRID = "patch_embed.backbone.stem.conv.weight"
 MARKS = {"cls_token", "pos_embed", PATCHES, "blocks.0.attn.qkv.weight"}
 
 
@@ -61,7 +62,7 @@ def vit_arguments(
         dim, _, _, patch = tensors["patch_embed.proj.weight"].shape
     if HYBRID in tensors:
         stages = {key.split(".")[3] for key in tensors if key.startswith(RESNET_STAGES)}
-        patch *= 4 * 2 ** (len(stages) - 1)
+        patch *= hybrid_stride(len(stages))
     tokens = sum(name in tensors for name in ("cls_token", "dist_token"))
     rows, positioned = tensors["pos_embed"].shape[1], tokens
     if rows != tokens + _side(rows - tokens) ** 2:  # DeiT III's table is of patches alone

@@ -1,7 +1,7 @@
 """EsViT's full checkpoint (arXiv 2106.09785, github.com/microsoft/esvit).
 
-Student and teacher, each a Swin, CvT or ViL with its projection heads at the same level. The
-teacher is served; `weights="student"` selects the student.
+Student and teacher, each a Swin, CvT or ViL with its projection heads at the same level, or a
+ResNet in two wrappers. The teacher is served; `weights="student"` selects the student.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from models.checkpoints.families.swin import block_outputs as outputs
 from models.checkpoints.families.vit import choose_weights, split_prefix
 
 NAME = "esvit"
+RESNET = "backbone.backbone."
 
 __all__ = ["NAME", "convert", "matches", "outputs"]
 
@@ -24,10 +25,13 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
         return None
     if (kind := backbone_kind(teacher)) in ("Swin", "CvT", "ViL"):
         return f"student and teacher, each a {kind} with its heads beside it"
+    if backbone_kind(split_prefix(teacher, RESNET)[0]) == "ResNet":
+        return "student and teacher, each a ResNet in two wrappers"
     return None
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     weights = choose_weights(container, arguments, "teacher")
-    kept, dropped = split_prefix(weights, "", drop=("head.", "head_dense."))
+    prefix = RESNET if any(key.startswith(RESNET) for key in weights) else ""
+    kept, dropped = split_prefix(weights, prefix, drop=("head.", "head_dense."))
     return backbone_checkpoint(NAME, kept, arguments, dropped=dropped)

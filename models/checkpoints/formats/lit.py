@@ -17,12 +17,13 @@ from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
 from models.checkpoints.families.flax_bert import bert_sizes, bert_state
 from models.checkpoints.families.jax import (
+    ENCODER,
     POSITIONS,
-    encoder_blocks,
     from_jax,
     in_old_names,
     num_heads,
 )
+from models.checkpoints.families.jax_text import TEXT_KEYS, text_transformer, without_numbers
 from models.checkpoints.families.known import Known
 from models.checkpoints.families.towers import LIBRARY, tower_states
 from models.checkpoints.families.vit import split_prefix, vit_arguments
@@ -34,34 +35,9 @@ HALF = (0.5, 0.5, 0.5)
 PREPROCESS = Preprocess(
     crop_mode="squash", crop_pct=1.0, interpolation="bilinear", mean=HALF, std=HALF
 )
-# Positions that open_clip's transformer can read the embedding from.
-POOLINGS = ("last", "first")
-# Older flax numbers modules of all classes together.
-MODULE = re.compile(r"^(Embed|Encoder|BertEncoder)_\d+/")
 BERT = "BertEncoder/"
 BERT_KEYS = re.compile(rf"head/(kernel|bias)|{BERT}.*")
-BLOCK = "Encoder/encoderblock_"
-IN_BLOCK = (
-    r"encoderblock_\d+/(LayerNorm_[02]/(scale|bias)|MlpBlock_3/Dense_[01]/(kernel|bias)|"
-    r"MultiHeadDotProductAttention_1/(query|key|value|out)/(kernel|bias))"
-)
-NORM = "encoder_norm/(scale|bias)"
-IMAGE_KEYS = re.compile(
-    rf"cls|(embedding|head)/(kernel|bias)|{POSITIONS}|Transformer/({NORM}|{IN_BLOCK})"
-)
-TEXT_KEYS = re.compile(
-    rf"Embed/embedding|pos_embedding|head/(kernel|bias)|Encoder/({NORM}|{IN_BLOCK})"
-)
-# From timm's names to those of open_clip's transformer.
-TEXT_NAMES = (
-    ("blocks.", "transformer.resblocks."),
-    (".norm1.", ".ln_1."),
-    (".norm2.", ".ln_2."),
-    (".attn.qkv.", ".attn.in_proj_"),
-    (".attn.proj.", ".attn.out_proj."),
-    (".mlp.fc1.", ".mlp.c_fc."),
-    (".mlp.fc2.", ".mlp.c_proj."),
-)
+IMAGE_KEYS = re.compile(rf"cls|(embedding|head)/(kernel|bias)|{POSITIONS}|Transformer/({ENCODER})")
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
@@ -82,7 +58,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     tensors = in_old_names(container.tensors)
     img, _ = split_prefix(tensors, "img/")
     txt, _ = split_prefix(tensors, "txt/")
-    txt = {MODULE.sub(r"\1/", key): value for key, value in txt.items()}
+    txt = without_numbers(txt)
     left = [key for key in tensors if not key.startswith(("img/", "txt/")) and key != "t"]
     left += [f"img/{key}" for key in img if not IMAGE_KEYS.fullmatch(key)]
     is_bert = any(key.startswith(BERT) for key in txt)
@@ -136,23 +112,8 @@ Tower = tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]
 
 def _transformer(txt: Mapping[str, Tensor], known: Known, arguments: Mapping[str, Any]) -> Tower:
     """The weights of a text transformer, its arguments, and those of its tokenizer."""
-    pooling = known.get("pool_type", "last")
-    if pooling not in POOLINGS:
-        raise CheckpointError(f"pool_type is {pooling!r}; set one of {', '.join(POOLINGS)}")
-    text = _text_state(txt)
-    length, width = text["positional_embedding"].shape
-    words = len(text["token_embedding.weight"])
-    language = {
-        "architecture": "lit-text",
-        "pool_type": pooling,
-        "context_length": length,
-        "vocab_size": words,
-        "width": width,
-        "heads": num_heads(txt, BLOCK),
-        "layers": len({key.split(".")[2] for key in text if ".resblocks." in key}),
-        "mlp_ratio": len(text["transformer.resblocks.0.mlp.c_fc.bias"]) / width,
-        "output_dim": len(text["text_projection.bias"]),
-    }
+    text, language = text_transformer(txt, known)
+    words = language["vocab_size"]
     source = f"a SentencePiece model of {words} words"
     return text, language, {"name": "sticky-eos", "source": source, "words": words}
 
@@ -178,20 +139,3 @@ def _bert(txt: Mapping[str, Tensor], known: Known, arguments: Mapping[str, Any])
             "words": words,
         },
     )
-
-
-def _text_state(txt: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The text tower under the names of open_clip's `TextTransformer`."""
-    state = {
-        "token_embedding.weight": txt["Embed/embedding"],
-        "positional_embedding": txt["pos_embedding"][0],
-        "ln_final.weight": txt["Encoder/encoder_norm/scale"],
-        "ln_final.bias": txt["Encoder/encoder_norm/bias"],
-        "text_projection.weight": txt["head/kernel"].T,
-        "text_projection.bias": txt["head/bias"],
-    }
-    for key, value in encoder_blocks(txt, BLOCK).items():
-        for theirs, ours in TEXT_NAMES:
-            key = key.replace(theirs, ours)
-        state[key] = value
-    return {key: value.contiguous() for key, value in state.items()}
