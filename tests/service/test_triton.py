@@ -175,6 +175,7 @@ def test_responses_are_compressed_only_for_those_that_accept_it(
         (zlib.compress(bytes(100 * 2**20)), "deflate", 413),
         (b"{}", "br", 415),
     ],
+    ids=["other", "cut off", "two members", "too large", "unknown"],
 )
 def test_what_cannot_be_inflated_is_refused(
     server: Running, content: bytes, encoding: str, status: int
