@@ -291,7 +291,7 @@ def test_regions_are_owned_over_rest_and_grpc(
     tiny_catalog: Path, region: tuple[str, Any], jpegs: dict[str, bytes]
 ) -> None:
     key, _ = region
-    keys = {"api_keys": ("first", "second"), "admin_keys": ("root",)}
+    keys: dict[str, Any] = {"api_keys": ("first", "second"), "admin_keys": ("root",)}
     body = {"key": key, "offset": 0, "byte_size": 2**17}
     wanted = {"shared_memory_region": "a", "shared_memory_byte_size": 4096}
     inference = {
