@@ -118,6 +118,20 @@ def test_a_mask_has_classes_opacity_and_a_threshold(page: Page, folder: Path) ->
 
 
 @pytest.mark.weights
+def test_labels_are_sent_to_models_that_take_them_alone(page: Page, folder: Path) -> None:
+    page.get_by_role("tab", name="Zero-shot").click()
+    page.get_by_label("Photo or clip").set_input_files(folder / "astronaut.jpg")
+    expect(page.locator("#answers")).to_have_text(
+        "Type labels, such as: a cat, a dog, a cup of coffee."
+    )
+    page.get_by_label("Labels").fill("a cat, a person")
+    expect(page.get_by_role("article").locator(".bar")).to_have_count(2)
+    answer = choose(page, "Segment", "dinov2-focus", folder / "astronaut.jpg")
+    expect(page.get_by_label("Labels")).to_be_hidden()
+    expect(answer.get_by_role("img", name="mask of")).to_be_visible()
+
+
+@pytest.mark.weights
 def test_attention_is_shown_for_each_head(page: Page, folder: Path) -> None:
     answer = choose(page, "Attention", "dinov2-focus", folder / "astronaut.jpg")
     heads = answer.locator(".heads button")
@@ -167,8 +181,9 @@ def test_hidden_patches_are_predicted_for_a_share_and_a_seed(page: Page, folder:
 @pytest.mark.weights
 def test_labels_are_scored_while_they_are_typed(page: Page) -> None:
     page.get_by_role("button", name="Sample photo").click()
-    answer = choose(page, "Zero-shot", "lite0-minilm")
+    page.get_by_role("tab", name="Zero-shot").click()
     page.get_by_label("Labels").fill("an astronaut, a cup of coffee")
+    answer = choose(page, "Zero-shot", "lite0-minilm")
     expect(answer.locator(".bar")).to_have_count(2)
     page.get_by_label("Labels").fill("an astronaut, a cup of coffee, <b>a cat</b>")
     expect(answer.locator(".bar")).to_have_count(3)

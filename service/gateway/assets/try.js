@@ -46,6 +46,12 @@ function takes(model, name) {
   return model.tasks.includes(name) && (name !== "embed" || Boolean(model.modalities?.includes("image")));
 }
 
+/** Whether labels are sent to a model: not to segmenters with classes of their own. */
+function isPrompted(name) {
+  const model = models.find((each) => each.name === name);
+  return task === "zero-shot" || (task === "segment" && Boolean(model?.modalities?.includes("text")));
+}
+
 function choose(name) {
   task = name;
   answers.replaceChildren();
@@ -63,12 +69,18 @@ function showOptions() {
   fill(form.other, [["nothing else", ""], ...options]);
   for (const element of panel.querySelectorAll("[data-tasks]"))
     element.hidden = !element.dataset.tasks.split(" ").includes(task);
+  showLabels();
 }
 
+function showLabels() {
+  form.labels.closest("label").hidden = ![form.model.value, form.other.value].some(isPrompted);
+}
+
+const labels = () => form.labels.value.split(",").map((label) => label.trim()).filter(Boolean);
+
 function optionsFor(model) {
-  const labels = form.labels.value.split(",").map((label) => label.trim()).filter(Boolean);
   const given = { model, ...FIXED[task] };
-  if (labels.length && !form.labels.hidden) given.labels = labels;
+  if (labels().length && isPrompted(model)) given.labels = labels();
   // a slider that was not moved leaves the model's own value
   for (const control of [form.threshold, form.mask_ratio, form.seed])
     if (!control.closest("[data-tasks]").hidden && control.dataset.moved) given[control.name] = Number(control.value);
@@ -80,6 +92,10 @@ async function ask() {
   if (!task) return;
   if (!file && !isDrawn()) return showError(new Error("Choose a photo first."), answers);
   const current = ++asked, names = [form.model.value, form.other.value].filter(Boolean);
+  if (task === "zero-shot" && !labels().length) {
+    answers.replaceChildren(make("p", "Type labels, such as: a cat, a dog, a cup of coffee."));
+    return form.labels.focus();
+  }
   preview.hidden = isDrawn() || [...Object.keys(FIXED)].includes(task); // those are drawn on the photo
   const articles = await Promise.all(names.map((model) => askOne(model, current)));
   if (current === asked) answers.replaceChildren(...articles);
@@ -135,6 +151,7 @@ form.sample.addEventListener("click", async () => {
 for (const select of [form.model, form.other])
   select.addEventListener("change", () => {
     for (const control of [form.threshold, form.mask_ratio]) delete control.dataset.moved;
+    showLabels();
     if (file || isDrawn()) ask();
   });
 for (const control of [form.labels, form.threshold, form.mask_ratio, form.seed])
