@@ -23,12 +23,26 @@ function addPile() {
   const pile = make("div", "", piles, { className: "pile" });
   make("input", "", pile, { value: `class ${number}`, ariaLabel: `Name of class ${number}` });
   make("input", "", pile, { type: "file", accept: "image/*", multiple: true, ariaLabel: `Photos of class ${number}` });
-  const shown = make("div", "", pile);
+  const shown = make("div", "Drop photos here.", pile);
   contents.set(pile, []);
   takeFiles(pile, (files) => {
     contents.get(pile).push(...files);
-    for (const file of files) picture(file, file.name, shown);
+    showPile(pile, shown);
   });
+}
+
+/** The photos of a pile; a click removes one. */
+function showPile(pile, shown) {
+  const own = contents.get(pile);
+  shown.replaceChildren(own.length ? "" : "Drop photos here.");
+  for (const file of own) {
+    const title = `Remove ${file.name}`, button = make("button", "", shown, { type: "button", title, className: "photo" });
+    picture(file, title, button);
+    button.addEventListener("click", () => {
+      own.splice(own.indexOf(file), 1);
+      showPile(pile, shown);
+    });
+  }
 }
 
 async function fit() {

@@ -23,8 +23,14 @@ export function picture(source, alt, parent) {
   return make("img", "", parent, { src: typeof source === "string" ? source : URL.createObjectURL(source), alt });
 }
 
+/** An error in words. The server's say how programs send a key, which is not how it is done here. */
+export function explain(error) {
+  const needsKey = [401, 403].includes(error.status);
+  return needsKey ? `${error.message} Here, keys go into the field at the top of the page.` : error.message;
+}
+
 export function showError(error, parent) {
-  parent.replaceChildren(make("p", error.message, null, { className: "error" }));
+  parent.replaceChildren(make("p", explain(error), null, { className: "error" }));
 }
 
 /** Call `take` with the files that are dropped on an element or chosen in its input. */

@@ -1,7 +1,7 @@
 // The tab that asks a model, or two side by side, about a photo.
 import { drawAnswer, drawTiming } from "./answers.js";
 import { decode } from "./canvas.js";
-import { fill, make, picture, server, showError, takeFiles, tablist } from "./shared.js";
+import { explain, fill, make, picture, server, showError, takeFiles, tablist } from "./shared.js";
 import { showSnippets } from "./snippets.js";
 
 const panel = document.getElementById("try"), form = panel.querySelector("form");
@@ -117,7 +117,7 @@ async function askOne(model, current) {
     drawAnswer(task, reply, photo, article);
     drawTiming(reply.timing, waited, article);
   } catch (error) {
-    make("p", error.message, article, { className: "error" });
+    make("p", explain(error), article, { className: "error" });
   }
   const sent = files.map((one) => ["image", one.name]);
   const call = `task("${route()}", [${files.length ? "file" : ""}], ${JSON.stringify(given)})`;
