@@ -2,10 +2,14 @@
 #
 #   docker build -t vitrail .
 #       The whole service. torch's default build runs on NVIDIA GPUs and on CPUs.
-#   docker build -t vitrail --build-arg TORCH_INDEX_URL=URL .
-#       The same with torch from another index. PyTorch's CPU-only builds are gigabytes smaller.
+#   docker build -t vitrail-cpu --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu .
+#       The same with PyTorch's CPU-only build of torch, which is gigabytes smaller.
+#   docker build -t vitrail-ray --build-arg EXTRAS=postgres,ray .
+#       The same with Ray, for deploy/ray/rayservice.yaml.
 #   docker build -t vitrail-gateway --target gateway .
 #       Only the gateway, without torch.
+#
+# `make images` builds them without a Docker engine.
 ARG PYTHON_VERSION=3.11
 
 FROM python:${PYTHON_VERSION}-slim AS base
@@ -17,18 +21,22 @@ ENV PATH=/opt/vitrail/bin:$PATH \
 ENTRYPOINT ["vitrail"]
 
 FROM python:${PYTHON_VERSION}-slim AS build
-ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-RUN python -m venv /opt/vitrail
+# pip is only in this stage: it installs into another environment, which is what is served.
+RUN python -m venv /opt/pip && python -m venv --without-pip /opt/vitrail
+ENV PATH=/opt/pip/bin:$PATH \
+    PIP_PYTHON=/opt/vitrail/bin/python \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
-COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY constraints.txt pyproject.toml README.md LICENSE deploy/remove-leftovers.sh ./
 
 FROM build AS build-gateway
 COPY deploy/gateway-requirements.txt ./
-RUN /opt/vitrail/bin/pip install -c constraints.txt -r gateway-requirements.txt
+RUN pip install -c constraints.txt -r gateway-requirements.txt
 COPY models models
 COPY service service
 COPY vitrail_client vitrail_client
-RUN /opt/vitrail/bin/pip install --no-deps .
+RUN pip install --no-deps . && sh remove-leftovers.sh
 
 FROM base AS gateway
 COPY --from=build-gateway /opt/vitrail /opt/vitrail
@@ -41,11 +49,12 @@ CMD ["gateway"]
 FROM build AS build-all
 ARG TORCH_INDEX_URL=
 RUN grep -E '^(torch|torchvision)==' constraints.txt > torch.txt \
- && /opt/vitrail/bin/pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} -r torch.txt
+ && pip install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} -r torch.txt
 COPY models models
 COPY service service
 COPY vitrail_client vitrail_client
-RUN /opt/vitrail/bin/pip install -c constraints.txt .
+ARG EXTRAS=postgres
+RUN pip install -c constraints.txt ".[$EXTRAS]" && sh remove-leftovers.sh
 
 FROM base
 # rasterio's wheel needs the system's libexpat.

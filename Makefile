@@ -7,7 +7,7 @@ OUT ?= .
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help serve test nightly check format docs screenshots proto bench bench-gpu chaos fuzz sbom bench-rivals clean
+.PHONY: help serve test nightly check format docs screenshots proto images bench bench-gpu chaos fuzz sbom bench-rivals clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -61,6 +61,10 @@ proto: $(VENV)/dev.stamp ## Generate service/stubs from proto/
 		--plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
 		--python_out=$(OUT) --grpc_python_out=$(OUT) --mypy_out=$(OUT) --mypy_grpc_out=$(OUT) \
 		service/stubs/vision.proto service/stubs/open_inference.proto
+
+images: ## Build the images with buildah; BASE=debian without a registry
+	deploy/images.sh gateway
+	deploy/images.sh service
 
 bench: $(VENV)/dev.stamp ## Run the benchmarks
 	$(BIN)/python -m benchmarks.comparison --servers vitrail --rounds 1 --seconds 4 --output runs/bench.json
