@@ -123,7 +123,9 @@ def contained(image: Image) -> None:
     user, *capabilities = output.splitlines()
     assert user == "10001"
     assert {line.split()[1] for line in capabilities} == {"0" * 16}
-    missing = "import importlib.util as i; print([n for n in ('pip', 'setuptools') if i.find_spec(n)])"
+    missing = (
+        "import importlib.util as i; print([n for n in ('pip', 'setuptools') if i.find_spec(n)])"
+    )
     assert image.ask("python", "-c", missing) == (0, "[]\n")
 
 
