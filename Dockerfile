@@ -5,7 +5,7 @@
 #   docker build -t vitrail-cpu --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu .
 #       The same with PyTorch's CPU-only build of torch, which is gigabytes smaller.
 #   docker build -t vitrail-ray --build-arg EXTRAS=postgres,ray .
-#       The same with Ray, for deploy/ray/rayservice.yaml.
+#       The same with Ray, for `vitrail ray`.
 #   docker build -t vitrail-gateway --target gateway .
 #       Only the gateway, without torch.
 #
