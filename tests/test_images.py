@@ -56,6 +56,7 @@ class Image:
         self.config: dict[str, Any] = inspected["Docker"]["config"]
         self.container = buildah("from", "--pull-never", name)
         self._root = buildah("mount", self.container)
+        catalogs.chmod(0o755)  # pytest's folders are for their owner alone
         self._catalogs = str(catalogs)
 
     @contextmanager
@@ -123,10 +124,8 @@ def contained(image: Image) -> None:
     user, *capabilities = output.splitlines()
     assert user == "10001"
     assert {line.split()[1] for line in capabilities} == {"0" * 16}
-    missing = (
-        "import importlib.util as i; print([n for n in ('pip', 'setuptools') if i.find_spec(n)])"
-    )
-    assert image.ask("python", "-c", missing) == (0, "[]\n")
+    missing = "import importlib.util as i; print(i.find_spec('pip'))"
+    assert image.ask("python", "-c", missing) == (0, "None\n")
 
 
 @pytest.mark.timeout(600)
