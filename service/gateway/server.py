@@ -22,6 +22,7 @@ from service.gateway.disconnect import disconnect
 from service.gateway.loop_turns import LoopTurns
 from service.gateway.ports import separate_listeners
 from service.settings import Settings
+from service.stop_signals import StopSignals
 from service.tls import server_context
 
 # Of the headers of a request, and of its trailers.
@@ -109,9 +110,10 @@ class DrainingServer(uvicorn.Server):
         self._backend = backend
         self._settings = settings
         self._stop_beside = stop_beside
+        self._signals = StopSignals()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.force_exit = self.should_exit  # uvicorn does so for SIGINT alone
+        self.force_exit = self._signals.is_second()  # uvicorn does so for SIGINT alone
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

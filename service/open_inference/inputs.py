@@ -69,16 +69,17 @@ async def read_inputs(
 
 
 def _made_bytes(tensor: InputTensor, settings: Settings) -> int:
-    """The bytes of the copies that `to_inputs` makes of a tensor of numbers. It is 0 if the
-    contents do not fit the shape, which `to_inputs` refuses.
+    """The bytes of the copies that `to_inputs` makes of a tensor of numbers. It is 0 if it has
+    no elements, or its contents do not fit the shape, which `to_inputs` refuses.
 
     Raises:
         InvalidInputError: the shape is malformed.
-        PayloadTooLargeError: an image is over a limit.
+        PayloadTooLargeError: an image is over a limit, or there are too many.
     """
     count = element_count(tensor.name, tensor.shape)
-    if tensor.datatype == "BYTES" or count != _given(tensor):
+    if not count or tensor.datatype == "BYTES" or count != _given(tensor):
         return 0
+    check_input_count(settings, tensor.shape[0] if tensor.shape else 1)
     if tensor.name == "image" and tensor.datatype == "UINT8":
         if len(tensor.shape) != 4:
             return count

@@ -138,16 +138,20 @@ class MessageReader(grpc.aio.ServerInterceptor):
             await _receive_open(requests, message, context, self.settings.body_timeout_s)
             async for response in handler.unary_stream(message, context):
                 timer = self._limit_sending()
-                yield response
-                timer.cancel()
+                try:
+                    yield response
+                finally:  # also when the client has gone
+                    timer.cancel()
 
         async def stream(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
             incoming = Incoming(self, requests, message_class())
             begin.set(incoming.start_stream)
             async for response in handler.stream_stream(incoming.messages(), context):
                 timer = self._limit_sending()
-                yield response
-                timer.cancel()
+                try:
+                    yield response
+                finally:  # also when the client has gone
+                    timer.cancel()
                 incoming.answered()
 
         if handler.unary_unary is not None:

@@ -18,6 +18,7 @@ from service.errors import UnavailableError
 from service.gateway.server import DrainingServer, create_server
 from service.limits import MAX_RETRY_AFTER_S, RETRY_AFTER_S, Budget
 from service.settings import Settings
+from service.stop_signals import SAME_STOP_S
 from service.stubs import open_inference_pb2 as oip
 from service.stubs import vision_pb2 as pb
 from service.stubs.open_inference_pb2_grpc import GRPCInferenceServiceStub
@@ -309,8 +310,11 @@ def test_a_second_signal_ends_the_waiting(tiny_catalog: Path, made: list[Drainin
     with running(tiny_catalog, drain_timeout_s=100, body_timeout_s=100) as server:
         server.wait_ready()
         with held(server, 10) as (client, stream):
-            made[0].should_exit = True
+            made[0].handle_exit(signal.SIGTERM, None)
+            made[0].handle_exit(signal.SIGTERM, None)  # of the same stop
             wait_until(lambda: refuses(server.grpc), 10)
+            time.sleep(SAME_STOP_S)
+            assert not made[0].force_exit
             made[0].handle_exit(signal.SIGTERM, None)
             client.settimeout(20)
             assert is_closed(client)

@@ -34,6 +34,8 @@ def test_pixels_are_counted_before_they_are_copied() -> None:
             read(pixels_of((1, 1, 1001, 3)), settings, share)
         with pytest.raises(PayloadTooLargeError, match="5054 bytes"):
             read(pixels_of((1, 50, 33, 3)), settings, share)
+        with pytest.raises(PayloadTooLargeError, match="1000 images"):
+            read(pixels_of((1000, 1, 1, 3)), settings, share)  # of 56,000 bytes as files
         assert budget.bytes == 7200
         with pytest.raises(UnavailableError):
             read(pixels_of((2, 30, 40, 3)), settings, share)
