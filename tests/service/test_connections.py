@@ -253,10 +253,11 @@ def test_readiness_falls_before_listening_ends(
 ) -> None:
     with running(tiny_catalog, drain_delay_s=600) as server:
         server.wait_ready()
-        made[0].should_exit = True
+        made[0].handle_exit(signal.SIGTERM, None)
         wait_until(lambda: server.client.get("/readyz").status_code == 503)
         assert httpx.get(f"{server.url}/healthz").status_code == 200  # a new connection
         assert post(server, "/classify", jpegs["coffee"]).status_code == 200
+        time.sleep(SAME_STOP_S)
         made[0].handle_exit(signal.SIGTERM, None)
 
 
