@@ -56,7 +56,9 @@ class Image:
         self.config: dict[str, Any] = inspected["Docker"]["config"]
         self.container = buildah("from", "--pull-never", name)
         self._root = buildah("mount", self.container)
-        catalogs.chmod(0o755)  # pytest's folders are for their owner alone
+        catalogs.chmod(0o755)  # pytest's folders, and safetensors' files, are for their owner alone
+        for path in catalogs.glob("*.*"):
+            path.chmod(0o644)
         self._catalogs = str(catalogs)
 
     @contextmanager
