@@ -22,7 +22,6 @@ from service.gateway.disconnect import disconnect
 from service.gateway.loop_turns import LoopTurns
 from service.gateway.ports import separate_listeners
 from service.settings import Settings
-from service.stop_signals import StopSignals
 from service.tls import server_context
 
 # Of the headers of a request, and of its trailers.
@@ -75,9 +74,20 @@ def create_server(app: FastAPI, settings: Settings) -> "DrainingServer":
     return DrainingServer(config, app.state.backend, settings, app.state.stop_beside)
 
 
-def run_server(app: FastAPI, settings: Settings, listener: socket.socket | None = None) -> None:
-    """Serve until SIGINT or SIGTERM, finish the accepted requests, and return."""
+def run_server(
+    app: FastAPI,
+    settings: Settings,
+    listener: socket.socket | None = None,
+    *,
+    supervised: bool = False,
+) -> None:
+    """Serve until SIGINT or SIGTERM, finish the accepted requests, and return.
+
+    Args:
+        supervised: see `DrainingServer.supervised`.
+    """
     server = create_server(app, settings)
+    server.supervised = supervised
     # uvicorn drains and then raises the signal again for the handler that was set before it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     listeners = list(separate_listeners(settings))
@@ -97,7 +107,12 @@ def check_free(host: str, port: int) -> None:
 
 class DrainingServer(uvicorn.Server):
     """Reports that it is not ready for a while before it stops listening. Then HTTP and gRPC finish
-    their accepted requests at the same time. A second signal ends the waiting for both."""
+    their accepted requests at the same time. A second signal ends the waiting for both.
+
+    Attributes:
+        supervised: leave a second signal to the supervisor, which kills its children then. One stop
+            may send them several: an init's, the supervisor's, and one when the supervisor ends.
+    """
 
     def __init__(
         self,
@@ -110,11 +125,12 @@ class DrainingServer(uvicorn.Server):
         self._backend = backend
         self._settings = settings
         self._stop_beside = stop_beside
-        self._signals = StopSignals()
+        self.supervised = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.force_exit = self._signals.is_second()  # uvicorn does so for SIGINT alone
+        is_second = self.should_exit
         super().handle_exit(sig, frame)
+        self.force_exit = is_second and not self.supervised  # uvicorn does so for SIGINT alone
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._backend.drain()

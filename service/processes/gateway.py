@@ -67,4 +67,4 @@ def serve(
     configure_tracing("vitrail-gateway")
     shared = listener is not None
     app = create_gateway_app(settings, rpc_address, shared=shared, heartbeat=heartbeat)
-    run_server(app, settings, listener)
+    run_server(app, settings, listener, supervised=heartbeat is not None)

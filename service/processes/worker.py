@@ -26,7 +26,6 @@ from service.processes.heartbeat import beating
 from service.rpc.server import RpcServer
 from service.sampling import sampling
 from service.settings import Settings
-from service.stop_signals import StopSignals
 from service.tracing import configure_tracing
 from service.triton_metrics import WithTritonNames
 from service.worker.backend import LocalBackend
@@ -75,10 +74,11 @@ def serve(settings: Settings, address: str, *, heartbeat: int | None = None) -> 
 
 
 async def _serve(settings: Settings, address: str, heartbeat: int | None) -> None:
-    stopping, hurrying, signals = asyncio.Event(), asyncio.Event(), StopSignals()
+    stopping, hurrying = asyncio.Event(), asyncio.Event()
 
     def on_signal() -> None:
-        (hurrying if signals.is_second() else stopping).set()
+        # A supervisor kills its workers at a second signal; one stop may send them several.
+        (hurrying if stopping.is_set() and heartbeat is None else stopping).set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)

@@ -18,7 +18,6 @@ from service.errors import UnavailableError
 from service.gateway.server import DrainingServer, create_server
 from service.limits import MAX_RETRY_AFTER_S, RETRY_AFTER_S, Budget
 from service.settings import Settings
-from service.stop_signals import SAME_STOP_S
 from service.stubs import open_inference_pb2 as oip
 from service.stubs import vision_pb2 as pb
 from service.stubs.open_inference_pb2_grpc import GRPCInferenceServiceStub
@@ -257,7 +256,6 @@ def test_readiness_falls_before_listening_ends(
         wait_until(lambda: server.client.get("/readyz").status_code == 503)
         assert httpx.get(f"{server.url}/healthz").status_code == 200  # a new connection
         assert post(server, "/classify", jpegs["coffee"]).status_code == 200
-        time.sleep(SAME_STOP_S)
         made[0].handle_exit(signal.SIGTERM, None)
 
 
@@ -312,10 +310,11 @@ def test_a_second_signal_ends_the_waiting(tiny_catalog: Path, made: list[Drainin
         server.wait_ready()
         with held(server, 10) as (client, stream):
             made[0].handle_exit(signal.SIGTERM, None)
-            made[0].handle_exit(signal.SIGTERM, None)  # of the same stop
             wait_until(lambda: refuses(server.grpc), 10)
-            time.sleep(SAME_STOP_S)
+            made[0].supervised = True  # the supervisor's next signal is of the same stop
+            made[0].handle_exit(signal.SIGTERM, None)
             assert not made[0].force_exit
+            made[0].supervised = False
             made[0].handle_exit(signal.SIGTERM, None)
             client.settimeout(20)
             assert is_closed(client)
