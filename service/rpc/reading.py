@@ -46,6 +46,7 @@ class Incoming:
         self._message = message
         self._share: Share | None = None
         self._unanswered: deque[int] = deque()
+        self._was_answered = asyncio.Event()
 
     async def receive(self, share: Share) -> None:
         """Receive a unary call's message, which the share counts.
@@ -69,10 +70,18 @@ class Incoming:
         self._share = share
 
     async def messages(self) -> AsyncIterator[Message]:
-        """A stream's messages, each counted until `answered`. Raises as `receive`."""
+        """A stream's messages, each counted until `answered`. Raises as `receive`.
+
+        All that are unanswered may hold as much as one request. What would be more waits, and so
+        does the client then, for nothing else of the stream is received.
+        """
+        max_bytes = self._reader.settings.max_request_bytes
         async for content in self._received:
             assert self._share is not None
             size = self._reader.counted(content)
+            while self._unanswered and self._share.bytes + size > max_bytes:
+                self._was_answered.clear()
+                await self._was_answered.wait()
             self._share.add(size)
             self._unanswered.append(size)
             message = type(self._message)()
@@ -83,6 +92,7 @@ class Incoming:
         """Give back what the oldest of a stream's messages holds."""
         if self._share is not None:
             self._share.remove(self._unanswered.popleft())
+            self._was_answered.set()
 
 
 # How `handle_call` begins to receive what a call sent.
