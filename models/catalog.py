@@ -3,6 +3,7 @@
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, get_type_hints
 
@@ -121,7 +122,7 @@ class Catalog:
         try:
             return self.models[name]
         except KeyError:
-            some = ", ".join(sorted(self.models)[:10])
+            some = ", ".join(sorted(islice(self.models, 10)))  # of maybe a hundred thousand
             raise ModelNotFoundError(f"no model {name!r} in the catalog; it has {some}") from None
 
     def default_model(self, task: str) -> ModelEntry:

@@ -4,8 +4,10 @@ import gc
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,10 @@ class Registry:
 
     `on_load` is called with a model that has been built but is not ready yet; a server warms it up
     there. `on_unload` is called with a model that is no longer ready, before its memory is freed.
+    `on_change` is called with the name of a model whose description has changed, or that was added
+    or removed.
+
+    There may be a hundred thousand heads, so only `describe_all` looks at every model.
     """
 
     def __init__(
@@ -51,8 +57,11 @@ class Registry:
         streams: int = 1,
         on_load: Hook | None = None,
         on_unload: Hook | None = None,
+        on_change: Callable[[str], None] | None = None,
     ) -> None:
-        self.catalog = catalog
+        # `add` and `remove` change this dictionary, which the catalog refers to.
+        self._models = dict(catalog.models)
+        self.catalog = replace(catalog, models=self._models)
         self.store = store or Store()
         self.device = resolve_device(device)
         defaults = Placement(
@@ -68,7 +77,18 @@ class Registry:
         self._placements = Placements(catalog, defaults)
         self.on_load = on_load
         self.on_unload = on_unload
-        self._slots = {name: Slot(entry) for name, entry in catalog.models.items()}
+        self.on_change = on_change
+        self._positions = count()
+        self._slots = {
+            name: Slot(entry, next(self._positions)) for name, entry in catalog.models.items()
+        }
+        # Protects the three below.
+        self._lock = threading.Lock()
+        self._states = Counter(slot.state for slot in self._slots.values())
+        # For each task the first loaded model that does it, in the catalog's order.
+        self._first: dict[str, Slot] = {}
+        # For each trunk the models that are loaded or loading.
+        self._users: defaultdict[str, set[str]] = defaultdict(set)
         self._trunks: dict[str, LoadedTrunk] = {}
         self._trunk_locks = {name: threading.Lock() for name in catalog.trunks}
         self._assembly = Assembly(catalog.path.parent, self.store, self.load_trunk)
@@ -107,19 +127,20 @@ class Registry:
                 return slot.model
             if self._slots.get(name) is not slot:
                 raise ModelNotFoundError(f"model {name!r} was removed meanwhile")
-            slot.state, slot.reason = State.LOADING, ""
+            self._set_state(slot, State.LOADING)
             started = time.monotonic()
             try:
                 model = self._build(slot.entry)
                 if self.on_load:
                     self.on_load(model)
             except BaseException as error:
-                slot.state, slot.reason = State.FAILED, str(error)
+                self._set_state(slot, State.FAILED, str(error))
                 self._drop_unused_trunks(slot.entry)
                 raise
             slot.load_seconds = time.monotonic() - started
             slot.format = self._trunks[slot.entry.trunk].format
-            slot.model, slot.state = model, State.READY
+            slot.model = model
+            self._set_state(slot, State.READY)
             logger.info("model %s loaded in %.1f s", name, slot.load_seconds)
             return model
 
@@ -128,7 +149,7 @@ class Registry:
         slot = self._slot(name)
         with slot.lock:
             model, slot.model = slot.model, None
-            slot.state, slot.reason = State.UNLOADED, ""
+            self._set_state(slot, State.UNLOADED)
             if model is not None and self.on_unload:
                 self.on_unload(model)
             del model  # so that its memory can be freed below
@@ -149,21 +170,30 @@ class Registry:
         if entry.trunk not in self.catalog.trunks:
             trunks = ", ".join(self.catalog.trunks)
             raise CatalogError(f"{entry.name}: no trunk {entry.trunk!r}; the catalog has {trunks}")
-        slot, old = Slot(entry), self._slots.get(entry.name)
+        old = self._slots.get(entry.name)
+        position = next(self._positions) if old is None else old.position
+        slot = Slot(entry, position)
         if old is not None and old.model is not None:
             if old.entry.trunk != entry.trunk:
                 raise CatalogError(f"{entry.name} uses {old.entry.trunk!r}; remove it first")
-            slot.model, slot.state = self._build(entry), State.READY
+            slot.model = self._build(entry)
             slot.format, slot.load_seconds = old.format, old.load_seconds
+        with self._lock:
+            if old is not None:
+                self._states[old.state] -= 1
+            self._states[slot.state] += 1
         self._slots[entry.name] = slot
-        self.catalog = replace(self.catalog, models={**self.catalog.models, entry.name: entry})
+        self._models[entry.name] = entry
+        self._set_state(slot, State.UNLOADED if slot.model is None else State.READY)
 
     def remove(self, name: str) -> None:
         """Unload a model, and remove its declaration."""
         self.unload(name)
-        self._slots.pop(name, None)
-        models = {other: entry for other, entry in self.catalog.models.items() if other != name}
-        self.catalog = replace(self.catalog, models=models)
+        if (slot := self._slots.pop(name, None)) is not None:
+            with self._lock:
+                self._states[slot.state] -= 1
+        self._models.pop(name, None)
+        self._changed(name)
 
     def default_model(self, task: str) -> ModelEntry:
         """The catalog's default model for a task, otherwise the first loaded model that does it.
@@ -171,11 +201,19 @@ class Registry:
         Raises:
             ModelNotFoundError: no model does the task.
         """
-        if task not in self.catalog.defaults:
-            for name, slot in list(self._slots.items()):
-                if slot.model is not None and task in slot.model.heads:
-                    return self.catalog.models[name]
+        first = self._first.get(task)
+        if task not in self.catalog.defaults and first is not None:
+            return first.entry
         return self.catalog.default_model(task)
+
+    def names(self, start: int = 0, count: int | None = None) -> list[str]:
+        """Names of models, in the catalog's order: `count` from place `start` on, or all."""
+        return list(islice(self._slots, start, None if count is None else start + count))
+
+    def states(self) -> Mapping[State, int]:
+        """The number of models in each state."""
+        with self._lock:
+            return Counter(self._states)
 
     def state(self, name: str) -> State:
         """The state of a model that is in the catalog."""
@@ -187,23 +225,19 @@ class Registry:
         Raises:
             ModelNotFoundError: not in the catalog.
         """
-        return self._describe(self._slot(name), self._defaults().get(name, ()))
+        return self._describe(self._slot(name))
 
     def describe_all(self) -> dict[str, ModelDescription]:
         """Every model's description by name, in the catalog's order."""
-        defaults = self._defaults()
-        return {
-            name: self._describe(slot, defaults.get(name, ()))
-            for name, slot in list(self._slots.items())
-        }
+        return {name: self._describe(slot) for name, slot in list(self._slots.items())}
 
-    def _describe(self, slot: Slot, default_for: Sequence[str]) -> ModelDescription:
+    def _describe(self, slot: Slot) -> ModelDescription:
         entry, trunk_entry = slot.entry, self.catalog.trunks[slot.entry.trunk]
         description = ModelDescription(
             name=entry.name,
             task=entry.task,
             tasks=tuple(dict.fromkeys((entry.task, "embed"))),
-            default_for=tuple(default_for),
+            default_for=self._default_for(entry.name),
             trunk=entry.trunk,
             text_trunk=entry.text,
             state=str(slot.state),
@@ -239,17 +273,52 @@ class Registry:
             load_seconds=round(slot.load_seconds, 3),
         )
 
-    def _defaults(self) -> dict[str, list[str]]:
-        """The tasks that each model is the default of, computed in one pass over all models."""
-        names = dict(self.catalog.defaults)
-        for name, slot in list(self._slots.items()):
-            if (model := slot.model) is not None:
-                for task in model.heads:
-                    names.setdefault(task, name)
-        defaults: dict[str, list[str]] = {}
-        for task, name in names.items():
-            defaults.setdefault(name, []).append(task)
-        return defaults
+    def _default_for(self, name: str) -> tuple[str, ...]:
+        """The tasks that a model is the default of."""
+        defaults = self.catalog.defaults
+        first = [task for task, slot in list(self._first.items()) if slot.entry.name == name]
+        return (
+            *(task for task, model in defaults.items() if model == name),
+            *(task for task in first if task not in defaults),
+        )
+
+    def _set_state(self, slot: Slot, state: State, reason: str = "") -> None:
+        """Note a slot's state, and what follows from it for trunks and for tasks' defaults."""
+        name, in_use = slot.entry.name, slot.model is not None or state is State.LOADING
+        changed = {name}
+        with self._lock:
+            self._states[slot.state] -= 1
+            self._states[state] += 1
+            slot.state, slot.reason = state, reason
+            for trunk in slot.entry.trunks:
+                (self._users[trunk].add if in_use else self._users[trunk].discard)(name)
+            changed |= self._update_first(slot)
+        for name in changed:
+            self._changed(name)
+
+    def _update_first(self, slot: Slot) -> set[str]:
+        """Update the tasks' first models. Returns the names of the models that were replaced."""
+        replaced = set()
+        does = () if slot.model is None else slot.model.heads
+        for task in does:
+            first = self._first.get(task)
+            if first is None or slot.position <= first.position:
+                self._first[task] = slot
+                replaced |= {first.entry.name} if first is not None else set()
+        own = [t for t, first in self._first.items() if first.entry.name == slot.entry.name]
+        for task in own:
+            if task in does:
+                continue
+            del self._first[task]
+            slots = list(self._slots.values())
+            if (other := next((each for each in slots if each.does(task)), None)) is not None:
+                self._first[task] = other
+                replaced.add(other.entry.name)
+        return replaced
+
+    def _changed(self, name: str) -> None:
+        if self.on_change:
+            self.on_change(name)
 
     def _build(self, entry: ModelEntry) -> Model:
         model = self._assembly.build(entry)
@@ -266,8 +335,7 @@ class Registry:
     def _drop_unused_trunks(self, entry: ModelEntry) -> None:
         for trunk in entry.trunks:
             with self._trunk_locks[trunk]:
-                unused = not any(slot.uses(trunk) for slot in list(self._slots.values()))
-                if unused and self._trunks.pop(trunk, None) is not None:
+                if not self._users[trunk] and self._trunks.pop(trunk, None) is not None:
                     gc.collect()  # a trunk, its engine and its hooks refer to each other
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

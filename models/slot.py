@@ -13,6 +13,8 @@ class Slot:
     """A catalog's model with its state. `lock` is held while it is loaded or unloaded."""
 
     entry: ModelEntry
+    # Its place in the catalog's order.
+    position: int
     state: State = State.UNLOADED
     # Why loading failed.
     reason: str = ""
@@ -22,7 +24,7 @@ class Slot:
     load_seconds: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def uses(self, trunk: str) -> bool:
-        """Whether the trunk of that name must stay loaded for this model."""
-        in_use = self.model is not None or self.state is State.LOADING
-        return in_use and trunk in self.entry.trunks
+    def does(self, task: str) -> bool:
+        """Whether the model is loaded and does the task."""
+        model = self.model
+        return model is not None and task in model.heads

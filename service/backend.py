@@ -4,7 +4,14 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from models.description import HeadDescription, ModelDescription
-from service.types import FitRequest, HeadUpload, Health, InferRequest, InferResult
+from service.types import (
+    FitRequest,
+    HeadUpload,
+    Health,
+    InferRequest,
+    InferResult,
+    ModelChanges,
+)
 
 # The files of a head, as `GET /heads/{name}/{part}` names them.
 PARTS = ("head.safetensors", "report.json", "curve.png", "confusion.png")
@@ -60,8 +67,12 @@ class Backend(Protocol):
     async def infer(self, request: InferRequest) -> InferResult:
         """Run the request's calls on its inputs. Cancelling drops the inputs that still wait."""
 
-    async def models(self) -> Sequence[ModelDescription]:
-        """Every model of the catalog."""
+    async def models(self, start: int = 0, count: int | None = None) -> Sequence[ModelDescription]:
+        """`count` models of the catalog from place `start` on, or all."""
+
+    async def changes(self, since: str) -> ModelChanges:
+        """What has changed in the models since a version that an earlier call returned. "" for all
+        models."""
 
     async def model(self, name: str) -> ModelDescription:
         """One model."""

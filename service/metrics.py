@@ -33,8 +33,8 @@ DROP_REASONS = ("expired", "cancelled")
 REFUSAL_REASONS = ("full", "late")
 DEATH_REASONS = ("time", "hung", "crash")
 
-# Most models with a label of their own. Heads can be created and deleted without end.
-MAX_MODELS = 5000
+# Most models with series of their own, some 60 each. There may be a hundred thousand heads.
+MAX_MODELS = 1000
 
 SECONDS = (
     0.001, 0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075, 0.1,
@@ -145,12 +145,12 @@ class Metrics:
 
     def add_model(self, model: str, trunk: str, tasks: tuple[str, ...]) -> None:
         """Create a model's series at zero, so that rates exist before its first request."""
+        label = self.label(model) if tasks else ""
         for task in tasks:
             for outcome in OUTCOMES:
-                self.requests.labels(task, model, outcome)
-                self.images.labels(task, model, outcome)
-            self.request_duration.labels(task, model, "ok")
-        self._labels.add(model)
+                self.requests.labels(task, label, outcome)
+                self.images.labels(task, label, outcome)
+            self.request_duration.labels(task, label, "ok")
         for stage in STAGES:
             self.stage_duration.labels(stage, trunk)
         for reason in DROP_REASONS:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from models.description import ModelDescription
 from models.inputs.types import Input
 from service.errors import ServiceError
 
@@ -138,9 +139,30 @@ class Health:
         ready: whether to send traffic.
         reasons: why it is not live or not ready.
         draining: whether it will stop soon.
+        loading: whether a model is being loaded.
     """
 
     live: bool
     ready: bool
     reasons: Sequence[str] = ()
     draining: bool = False
+    loading: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChanges:
+    """What has changed since a version of a backend's models.
+
+    Args:
+        version: what to ask with next time.
+        models: those that were added or have changed.
+        removed: the names of those that are gone.
+        reset: all that was known before is void: these are the first of all models.
+        more: there are further changes; ask again at once.
+    """
+
+    version: str
+    models: Sequence[ModelDescription]
+    removed: Sequence[str]
+    reset: bool = False
+    more: bool = False

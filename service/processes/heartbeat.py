@@ -11,7 +11,6 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from models.description import State
 from service.backend import Backend
 
 logger = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ async def _beat(file: int, backend: Backend, loads: bool) -> None:
     while True:
         health = backend.health()
         if health.live:
-            loading = loads and any(m.state == State.LOADING for m in await backend.models())
+            loading = loads and health.loading
             with contextlib.suppress(BlockingIOError):  # the supervisor is stopped itself
                 try:
                     os.write(file, LOADING_BEAT if loading else BEAT)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from models.catalog import Catalog
@@ -11,7 +12,7 @@ from models.description import ModelDescription
 from service.ray.group import Group, raise_error
 from service.ray.heads import RayHeads
 from service.remote.merging import merge, run_all
-from service.types import Call, Health, InferRequest, InferResult
+from service.types import Call, Health, InferRequest, InferResult, ModelChanges
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +62,15 @@ class RayBackend:
         )
         return merge(len(calls), list(parts.values()), results)
 
-    async def models(self) -> Sequence[ModelDescription]:
+    async def models(self, start: int = 0, count: int | None = None) -> Sequence[ModelDescription]:
         found = self._descriptions()
-        names = [name for name in self._catalog.models if name in found]
-        return [found[name] for name in [*names, *(found.keys() - set(names))]]
+        names = dict.fromkeys(name for name in self._catalog.models if name in found) | found
+        end = None if count is None else start + count
+        return [found[name] for name in islice(names, start, end)]
+
+    async def changes(self, since: str) -> ModelChanges:
+        """Always everything: replicas say what they have, not what has changed."""
+        return ModelChanges("", await self.models(), (), reset=True)
 
     async def model(self, name: str) -> ModelDescription:
         if (model := self._descriptions().get(name)) is not None:

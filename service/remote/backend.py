@@ -10,9 +10,11 @@ import random
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from itertools import chain, islice
 from typing import Any
 
 from models.description import ModelDescription, State
+from service.changes import ChangeLog, changes_since
 from service.errors import (
     LOADING_RETRY_AFTER_S,
     DeadlineExceededError,
@@ -28,7 +30,7 @@ from service.remote.metrics import RemoteMetrics
 from service.remote.worker import Worker, WorkerLostError
 from service.settings import Settings
 from service.tls import WorkerCredentials
-from service.types import Call, Health, InferRequest, InferResult
+from service.types import Call, Health, InferRequest, InferResult, ModelChanges
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class RemoteBackend:
         self._closing = False
         self._credentials = WorkerCredentials(settings)
         self._retrying = asyncio.Lock()
+        self._changes = ChangeLog()
         self.heads = RemoteHeads(lambda: self._workers.values())
 
     # -- Backend ---------------------------------------------------------------------------
@@ -76,14 +79,14 @@ class RemoteBackend:
         remaining_s = deadline - time.monotonic()
         if remaining_s <= 0:
             raise DeadlineExceededError("the deadline passed before the body was read")
-        refusals = [
-            worker.refusals.find(trunk, bulk=bulk, remaining_s=remaining_s)
-            for worker in self._workers.values()
-            if worker.up
-            for trunk in worker.trunks_of(model)
-        ]
-        if refusals and all(refusals):
-            raise refusals[-1]  # type: ignore[misc]
+        refusal = None
+        for worker in self._workers.values():
+            for trunk in worker.trunks_of(model) if worker.up else ():
+                refusal = worker.refusals.find(trunk, bulk=bulk, remaining_s=remaining_s)
+                if refusal is None:
+                    return
+        if refusal is not None:
+            raise refusal
 
     async def infer(self, request: InferRequest) -> InferResult:
         calls = [self._with_model(call) for call in request.calls]
@@ -101,8 +104,12 @@ class RemoteBackend:
         images = {n: i for group, r in pairs for n, i in zip(group, r.images, strict=True)}
         return InferResult(results[0].models, [images[n] for n in range(len(images))])
 
-    async def models(self) -> Sequence[ModelDescription]:
-        return [await self.model(name) for name in self._names()]
+    async def models(self, start: int = 0, count: int | None = None) -> Sequence[ModelDescription]:
+        names = self._names()[start : None if count is None else start + count]
+        return [await self.model(name) for name in names]
+
+    async def changes(self, since: str) -> ModelChanges:
+        return await changes_since(self._changes, since, self.model)
 
     async def model(self, name: str) -> ModelDescription:
         model = best_description(name, self._workers.values())
@@ -127,7 +134,7 @@ class RemoteBackend:
     def health(self) -> Health:
         """Ready while every start-up model is, somewhere; live while it can answer."""
         workers = list(self._workers.values())
-        startup = {name for w in workers for name, model in w.models.items() if model.startup}
+        startup = {name for w in workers for name in w.known.startup}
         missing = [name for name in startup if not any(w.has_ready(name) for w in workers)]
         reasons = [f"model {name} is ready on no worker" for name in sorted(missing)]
         if not any(worker.up for worker in workers):
@@ -234,9 +241,8 @@ class RemoteBackend:
         if call.model is not None:
             return call
         for worker in self._workers.values():
-            for name, model in worker.models.items():
-                if call.task in model.default_for:
-                    return replace(call, model=name)
+            if (name := worker.known.defaults.get(str(call.task))) is not None:
+                return replace(call, model=name)
         if not any(worker.models for worker in self._workers.values()):
             raise UnavailableError("no worker can be reached", retry_after_s=1)
         raise NotFoundError(f"no model in the catalog does the task {call.task!r}", field="model")
@@ -254,14 +260,16 @@ class RemoteBackend:
         )
 
     def _unknown(self, name: str) -> ServiceError:
-        names = sorted(self._names())
-        if not names:
+        some = ", ".join(sorted(islice(chain(*(w.models for w in self._workers.values())), 10)))
+        if not some:
             return UnavailableError("no worker can be reached", retry_after_s=1)
-        some = ", ".join(names[:10])
         return NotFoundError(f"no model {name!r} in the catalog; it has {some}", field="model")
 
     def _names(self) -> list[str]:
-        return list(dict.fromkeys(name for w in self._workers.values() for name in w.models))
+        return list(dict.fromkeys(chain(*(worker.models for worker in self._workers.values()))))
+
+    def _note_change(self, model: str) -> None:
+        self._changes.touch(model, removed=not self.knows(model))
 
     # -- workers ---------------------------------------------------------------------------
 
@@ -288,11 +296,15 @@ class RemoteBackend:
             if address not in self._workers:
                 name = self._discovery.names.get(address, "")
                 self._workers[address] = Worker(
-                    address, self._settings, self._metrics, self._credentials, name
-                )
+                    address, self._settings, self._metrics, self._credentials,
+                    self._note_change, name,
+                )  # fmt: skip
         for address in self._workers.keys() - addresses:
             logger.info("worker %s was removed", address)
-            self._spawn(self._workers.pop(address).close())
+            removed = self._workers.pop(address)
+            for name in removed.models:
+                self._note_change(name)
+            self._spawn(removed.close())
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(coroutine)

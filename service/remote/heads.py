@@ -24,15 +24,19 @@ class RemoteHeads:
         self._workers = workers
 
     async def all(self) -> Sequence[HeadDescription]:
-        heads = await asyncio.gather(*(worker.heads() for worker in self._reachable()))
+        return await self._find("")
+
+    async def _find(self, name: str) -> Sequence[HeadDescription]:
+        """All heads; with a name, at least that one if there is one."""
+        heads = await asyncio.gather(*(worker.heads(name) for worker in self._reachable()))
         best: dict[str, HeadDescription] = {}
         for head in (head for of_one in heads for head in of_one):
             best[head.name] = min(best.get(head.name, head), head, key=closeness)
         return list(best.values())
 
     async def get(self, name: str) -> HeadDescription:
-        for head in await self.all():
-            if head.name == name:
+        for head in await self._find(name):
+            if head.name == name:  # workers of earlier releases send all
                 if head.is_ready:  # so that requests for it are routed at once
                     await asyncio.gather(*(worker.learn() for worker in self._reachable()))
                 return head

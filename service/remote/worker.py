@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import grpc
@@ -24,6 +24,7 @@ from service.logs import request_id
 from service.remote.connection import Connection
 from service.remote.ejection import Ejection
 from service.remote.metrics import RemoteMetrics
+from service.remote.models import WorkerModels, trunks_of
 from service.remote.refusals import Refusals
 from service.rpc.context import CLIENT_KEY, ERROR_KEY, GATEWAY_KEY
 from service.rpc.wire import from_error, from_response, to_request
@@ -52,7 +53,7 @@ class Worker:
     Attributes:
         up: whether the last probe or call succeeded.
         outstanding: images sent and not yet answered.
-        models: the worker's models by name, as of the last probe. They are kept while it is down.
+        known: the worker's models, as of the last probe. They are kept while it is down.
         health: the worker's health, as of the last probe.
         ejected: true if its last requests all failed, so that others are preferred for a while.
         refusals: what it has refused just now.
@@ -64,18 +65,22 @@ class Worker:
         settings: Settings,
         metrics: RemoteMetrics,
         credentials: WorkerCredentials,
+        on_change: Callable[[str], None],
         name: str = "",
     ) -> None:
         """
         Args:
+            on_change: called with the name of each model of which something else is known now.
             name: the name that the worker's certificate must have; empty for that in the address.
         """
         self.address = address
         self.up = False
         self.outstanding = 0
-        self.models: dict[str, ModelDescription] = {}
+        self.known = WorkerModels(on_change)
+        self._on_change = on_change
+        self._version = ""
+        self._refreshing = asyncio.Lock()
         self.health = Health(live=True, ready=False, reasons=("not reached yet",))
-        self._trunks: frozenset[str] = frozenset()
         self.ejected = Ejection(address)
         self.refusals = Refusals()
         self._closed = False
@@ -86,6 +91,11 @@ class Worker:
         self._prober = asyncio.create_task(self._probe())
         metrics.add_worker(address)
 
+    @property
+    def models(self) -> Mapping[str, ModelDescription]:
+        """The worker's models by name."""
+        return self.known.by_name
+
     def has_ready(self, model: str) -> bool:
         """Whether the worker is up, and the model was ready at the last probe."""
         return self.up and model in self.models and self.models[model].is_ready
@@ -93,8 +103,8 @@ class Worker:
     def trunks_of(self, model: str | None) -> Set[str]:
         """The trunks that a request for a model may need; for any ready model if it is None."""
         if model is None:
-            return self._trunks
-        return _trunks_of(self.models[model]) if self.has_ready(model) else frozenset()
+            return self.known.trunks.keys()
+        return trunks_of(self.models[model]) if self.has_ready(model) else frozenset()
 
     async def infer(self, request: InferRequest) -> InferResult:
         """Run a request on this worker.
@@ -145,12 +155,13 @@ class Worker:
 
     def has_trunk(self, trunk: str) -> bool:
         """Whether a model on that trunk was ready at the last probe."""
-        return any(model.is_ready and model.trunk == trunk for model in self.models.values())
+        return trunk in self.known.trunks
 
-    async def heads(self) -> list[HeadDescription]:
-        """The worker's heads."""
+    async def heads(self, name: str = "") -> list[HeadDescription]:
+        """The worker's heads, or the one of that name if there is one."""
+        request = pb.ListHeadsRequest(name=name)
         response = await self._answer(
-            self._connection.stub.ListHeads(pb.ListHeadsRequest(), metadata=self._metadata())
+            self._connection.stub.ListHeads(request, metadata=self._metadata())
         )
         return [head_from_json(json.loads(head.description_json)) for head in response.heads]
 
@@ -276,17 +287,24 @@ class Worker:
         Raises:
             grpc.aio.AioRpcError: the worker cannot be reached.
         """
-        response = await self._connection.stub.ListModels(
-            pb.ListModelsRequest(), timeout=PROBE_TIMEOUT_S, metadata=self._metadata()
-        )
+        async with self._refreshing:
+            known, version, more = self.known, self._version, True
+            while more:
+                response = await self._connection.stub.ListModels(
+                    pb.ListModelsRequest(since=version),
+                    timeout=PROBE_TIMEOUT_S,
+                    metadata=self._metadata(),
+                )
+                # A worker of an earlier release always sends everything.
+                if response.reset or not response.version:
+                    known = WorkerModels(self._on_change)
+                models = [json.loads(model.description_json) for model in response.models]
+                known.apply(list(map(ModelDescription.from_json, models)), response.removed)
+                version, more = response.version, response.more
+            self._replace(known)
+            self._version = version
         if not self.up:
             logger.info("worker %s is up", self.address)
-        self.models = {
-            model.name: ModelDescription.from_json(json.loads(model.description_json))
-            for model in response.models
-        }
-        ready = [model for model in self.models.values() if model.is_ready]
-        self._trunks = frozenset[str]().union(*map(_trunks_of, ready))
         self.health = Health(
             live=response.live,
             ready=response.ready,
@@ -295,6 +313,9 @@ class Worker:
         )
         self._set_up(True)
 
-
-def _trunks_of(model: ModelDescription) -> frozenset[str]:
-    return frozenset(filter(None, (model.trunk, model.text_trunk)))
+    def _replace(self, known: WorkerModels) -> None:
+        if known is not self.known:
+            gone = self.known.by_name.keys() - known.by_name.keys()
+            self.known = known
+            for name in gone:
+                self._on_change(name)

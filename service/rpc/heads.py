@@ -1,5 +1,9 @@
 """The methods of the Vision service that list, add, fit and delete heads."""
 
+from collections.abc import Sequence
+
+from models.description import HeadDescription
+from service.errors import NotFoundError
 from service.parameters import FitParameters, validate
 from service.rpc.context import Context, Deps, handle_call
 from service.rpc.wire import from_options, to_model
@@ -18,8 +22,16 @@ class HeadCalls(VisionServicer):
         self, request: pb.ListHeadsRequest, context: Context
     ) -> pb.ListHeadsResponse:
         async with handle_call(self._deps, context, "ListHeads"):
-            heads = await self._deps.backend.heads.all()
+            heads = await self._heads(request.name)
             return pb.ListHeadsResponse(heads=[to_model(head) for head in heads])
+
+    async def _heads(self, name: str) -> Sequence[HeadDescription]:
+        if not name:
+            return await self._deps.backend.heads.all()
+        try:
+            return [await self._deps.backend.heads.get(name)]
+        except NotFoundError:
+            return []
 
     async def PutHead(self, request: pb.PutHeadRequest, context: Context) -> pb.PutHeadResponse:
         async with handle_call(self._deps, context, "PutHead", scope="heads"):

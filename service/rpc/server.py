@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import grpc
@@ -60,6 +60,11 @@ class RpcServer:
         self._backend = backend
         self._health = health.aio.HealthServicer()
         self._reported: dict[str, bool] = {}
+        # The models that are reported, as of a version of the backend's.
+        self._models: set[str] = set()
+        self._since = ""
+        # Those of them that an answer in parts has not named yet.
+        self._stale: set[str] = set()
         self._reporter: asyncio.Task[None] | None = None
         self._server: grpc.aio.Server | None = None
         self._deps = Deps(
@@ -153,10 +158,26 @@ class RpcServer:
 
     async def _report_once(self) -> None:
         health = self._backend.health()
-        current = dict.fromkeys(("", *SERVICES), health.ready) | {LIVENESS: health.live}
-        current |= {model.name: model.is_ready for model in await self._backend.models()}
-        current |= dict.fromkeys(self._reported.keys() - current, False)  # deleted heads
+        await self._report(dict.fromkeys(("", *SERVICES), health.ready) | {LIVENESS: health.live})
+        more = True
+        while more:
+            changes = await self._backend.changes(self._since)
+            if changes.reset:
+                self._stale |= self._models
+            current = dict.fromkeys(changes.removed, False)
+            current |= {model.name: model.is_ready for model in changes.models}
+            self._models |= current.keys()
+            self._models -= set(changes.removed)
+            self._stale -= current.keys()
+            if not changes.more:
+                current |= dict.fromkeys(self._stale, False)  # gone before the reset
+                self._models -= self._stale
+                self._stale = set()
+            await self._report(current)
+            self._since, more = changes.version, changes.more
+
+    async def _report(self, current: Mapping[str, bool]) -> None:
         for name, serving in current.items():
             if self._reported.get(name) is not serving:
                 await self._health.set(name, SERVING if serving else NOT_SERVING)
-        self._reported = current
+                self._reported[name] = serving

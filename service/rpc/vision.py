@@ -23,7 +23,7 @@ from service.rpc.wire import (
     to_task_response,
 )
 from service.stubs import vision_pb2 as pb
-from service.types import Call, InferRequest, InferResult
+from service.types import Call, InferRequest, InferResult, ModelChanges
 
 STREAM_IN_FLIGHT = 32
 
@@ -101,14 +101,22 @@ class Vision(HeadCalls):
         self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse:
         async with handle_call(self._deps, context, "ListModels"):
-            models = await self._deps.backend.models()
-            health = self._deps.backend.health()
+            backend = self._deps.backend
+            if request.HasField("since"):
+                changes = await backend.changes(request.since)
+            else:
+                changes = ModelChanges("", await backend.models(), (), reset=True)
+            health = backend.health()
             return pb.ListModelsResponse(
-                models=[to_model(model) for model in models],
+                models=[to_model(model) for model in changes.models],
                 live=health.live,
                 ready=health.ready,
                 reasons=health.reasons,
                 draining=health.draining,
+                version=changes.version,
+                removed=changes.removed,
+                reset=changes.reset,
+                more=changes.more,
             )
 
     async def LoadModel(

@@ -613,20 +613,29 @@ Global___FieldError: _TypeAlias = FieldError  # noqa: Y015
 class ListModelsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    SINCE_FIELD_NUMBER: _builtins.int
+    since: _builtins.str
+    """If present, only what has changed since then: the `version` of an earlier response, or empty
+    for all models in parts. If absent, all models in one response.
+    """
     def __init__(
         self,
+        *,
+        since: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_since", b"_since", "since", b"since"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_since", b"_since", "since", b"since"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__since: _TypeAlias = _typing.Literal["since"]  # noqa: Y015
+    _WhichOneofArgType__since: _TypeAlias = _typing.Literal["_since", b"_since"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__since) -> _WhichOneofReturnType__since | None: ...
 
 Global___ListModelsRequest: _TypeAlias = ListModelsRequest  # noqa: Y015
 
 @_typing.final
 class ListModelsResponse(_message.Message):
-    """All models of the catalog, and the server's health."""
+    """The models of the catalog, and the server's health."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -635,17 +644,31 @@ class ListModelsResponse(_message.Message):
     READY_FIELD_NUMBER: _builtins.int
     REASONS_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    RESET_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     live: _builtins.bool
     """False if the server must be restarted."""
     ready: _builtins.bool
     """False until the start-up models are loaded, while draining, and if a trunk fails its probe."""
     draining: _builtins.bool
     """Whether the server will stop soon. It still answers."""
+    version: _builtins.str
+    """Of a response to a request with `since`: what to ask with next time."""
+    reset: _builtins.bool
+    """All that was known before is void: `models` are the first of all models."""
+    more: _builtins.bool
+    """There are further changes. Ask again at once."""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]: ...
     @_builtins.property
     def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Why the server is not live or not ready."""
+
+    @_builtins.property
+    def removed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The names of models that are gone."""
 
     def __init__(
         self,
@@ -655,10 +678,14 @@ class ListModelsResponse(_message.Message):
         ready: _builtins.bool = ...,
         reasons: _abc.Iterable[_builtins.str] | None = ...,
         draining: _builtins.bool = ...,
+        version: _builtins.str = ...,
+        removed: _abc.Iterable[_builtins.str] | None = ...,
+        reset: _builtins.bool = ...,
+        more: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "live", b"live", "models", b"models", "ready", b"ready", "reasons", b"reasons"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "live", b"live", "models", b"models", "more", b"more", "ready", b"ready", "reasons", b"reasons", "removed", b"removed", "reset", b"reset", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -775,12 +802,17 @@ Global___UnloadModelResponse: _TypeAlias = UnloadModelResponse  # noqa: Y015
 class ListHeadsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    NAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Only the head of that name, if there is one. Empty for all heads."""
     def __init__(
         self,
+        *,
+        name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +18,12 @@ from models.heads.prompted import Prompted, with_class_embeddings
 from models.inputs.types import modality_of
 from models.model import Model
 from models.registry import Registry
+from service.changes import ChangeLog, changes_since
 from service.clients import client
 from service.decoding.pool import create_decoder
 from service.errors import (
     DeadlineExceededError,
+    NotFoundError,
     QueueFullError,
     ServiceError,
     from_library,
@@ -28,7 +31,7 @@ from service.errors import (
 from service.garbage import leave_out_old_objects, look_at_all_objects
 from service.limits import check_answer_size
 from service.metrics import Metrics
-from service.types import Call, Health, ImageResult, InferRequest, InferResult
+from service.types import Call, Health, ImageResult, InferRequest, InferResult, ModelChanges
 from service.worker.admission import Claim
 from service.worker.execution_plan import (
     ExecutionPlan,
@@ -49,6 +52,8 @@ logger = logging.getLogger(__name__)
 
 # The texts of a larger label set wait behind interactive requests.
 MAX_INTERACTIVE_TEXTS = 100
+# Models that are described before other requests get a turn.
+MODELS_AT_ONCE = 200
 
 
 class LocalBackend:
@@ -82,6 +87,10 @@ class LocalBackend:
         self._closing = False
         registry.on_load = self._on_load
         registry.on_unload = self.trunks.retire
+        self._changes = ChangeLog()
+        for name in registry.names():
+            self._changes.touch(name)
+        registry.on_change = self._note_change
 
     # -- Backend ---------------------------------------------------------------------------
 
@@ -123,8 +132,19 @@ class LocalBackend:
         first = next(iter(plans.values()))
         return InferResult([call.used for call in first.calls], results)
 
-    async def models(self) -> Sequence[ModelDescription]:
-        return [self._served(description) for description in self.registry.describe_all().values()]
+    async def models(self, start: int = 0, count: int | None = None) -> Sequence[ModelDescription]:
+        described = []
+        for place, name in enumerate(self.registry.names(start, count)):
+            with suppress(NotFoundError):  # removed meanwhile
+                described.append(await self.model(name))
+            if place % MODELS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+        return described
+
+    async def changes(self, since: str) -> ModelChanges:
+        for name in self.trunks.changed():
+            self._changes.touch(name)
+        return await changes_since(self._changes, since, self.model)
 
     async def model(self, name: str) -> ModelDescription:
         try:
@@ -174,6 +194,7 @@ class LocalBackend:
             ready=not dead and not waiting,
             reasons=dead + waiting,
             draining=self._closing,
+            loading=self.registry.states()[State.LOADING] > 0,
         )
 
     def undecoded(self) -> int:
@@ -245,6 +266,9 @@ class LocalBackend:
         head = model.heads[model.task]
         if isinstance(head, Prompted) and head.labels:
             self._prompts.prepare(model, head.labels, head.templates)
+
+    def _note_change(self, name: str) -> None:
+        self._changes.touch(name, removed=not self.knows(name))
 
     def _load(self, name: str) -> None:
         try:

@@ -10,6 +10,8 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from models.description import State
+from models.errors import ModelNotFoundError
+from service.metrics import MAX_MODELS
 from service.worker.backend import LocalBackend
 
 logger = logging.getLogger(__name__)
@@ -54,7 +56,9 @@ class BackendCollector(Collector):
 
     def _models(self) -> Iterator[Metric]:
         state = GaugeMetricFamily(
-            "vitrail_model_state", "1 for the state a model is in.", labels=("model", "state")
+            "vitrail_model_state",
+            f"1 for the state a model is in, for the first {MAX_MODELS} models.",
+            labels=("model", "state"),
         )
         memory = GaugeMetricFamily(
             "vitrail_model_memory_bytes",
@@ -66,13 +70,21 @@ class BackendCollector(Collector):
             "Duration of the last load, including the warm-up.",
             labels=("model",),
         )
-        for name, model in self._backend.registry.describe_all().items():
+        registry = self._backend.registry
+        models = GaugeMetricFamily("vitrail_models", "Models by state.", labels=("state",))
+        for each, count in registry.states().items():
+            models.add_metric((each,), count)
+        for name in registry.names(0, MAX_MODELS):
+            try:
+                model = registry.describe(name)
+            except ModelNotFoundError:  # removed meanwhile
+                continue
             for possible in State:
                 state.add_metric((name, possible), float(model.state == possible))
             if model.memory_bytes is not None and model.load_seconds is not None:
                 memory.add_metric((name, model.trunk), model.memory_bytes)
                 load.add_metric((name,), model.load_seconds)
-        yield from (state, memory, load)
+        yield from (models, state, memory, load)
 
     def _gpu(self) -> Iterator[Metric]:
         device = self._backend.registry.device

@@ -83,6 +83,10 @@ class FitJobs:
         """The heads that wait or are being fitted, and those whose fit failed."""
         return list(self._jobs)
 
+    def finished(self) -> Sequence[str]:
+        """The heads whose fit has ended, in success or not."""
+        return [name for name, job in list(self._jobs.items()) if job.finished]
+
     def is_busy(self, name: str) -> bool:
         """Whether a head of that name waits to be fitted, or is being fitted."""
         job = self._jobs.get(name)

@@ -2,9 +2,13 @@
 
 import asyncio
 import logging
+import os
 import re
 import shutil
+import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from service.errors import (
     InvalidInputError,
     NotFoundError,
 )
+from service.garbage import leave_out_old_objects
 from service.types import FitRequest, HeadUpload
 from service.worker.fit_jobs import FitJobs
 from service.worker.head_upload import check_fits, decode_upload
@@ -30,10 +35,19 @@ logger = logging.getLogger(__name__)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 SUFFIX = ".safetensors"
 INTERVAL_S = 1.0
-MAX_HEADS = 4096
+# Looking at all files of the folder takes at most this share of the time: 100,000 take a second.
+SCAN_SHARE = 0.02
+# How long changed heads are loaded at a time, so that other changes of the registry get a turn.
+SLICE_S = 0.25
+MAX_HEADS = 200_000
 # Most bytes of all heads' files, which are also in memory while their trunks are loaded.
 MAX_BYTES = 4 * 2**30
 
+# Heads that are described before other requests get a turn.
+HEADS_AT_ONCE = 500
+
+# Modification time in ns and size in bytes.
+Stamp = tuple[int, int]
 InLoader = Callable[..., Awaitable[Any]]
 
 
@@ -56,10 +70,18 @@ class HeadStore:
         self._fit_jobs = fit_jobs
         self._in_loader = in_loader
         self._catalog_models = frozenset(registry.catalog.models)
-        # Modification time in ns and size in bytes of each head's file, when it was last read.
-        self._stamps: dict[str, tuple[int, int]] = {}
-        # Declared heads whose trunk was not loaded yet.
-        self._unloaded: set[str] = set()
+        # Of each head's file, when it was last read.
+        self._stamps: dict[str, Stamp] = {}
+        # Bytes of all of these files.
+        self._bytes = 0
+        # Files that have changed since, not read yet.
+        self._pending: dict[str, None] = {}
+        # Whether heads have been loaded since the garbage collector was told.
+        self._has_loaded = False
+        # When the folder is read again, in `time.monotonic` seconds.
+        self._next_scan = 0.0
+        # Declared heads whose trunk was not loaded yet, by trunk.
+        self._unloaded: defaultdict[str, dict[str, None]] = defaultdict(dict)
         # Why a head's file cannot be served.
         self._failures: dict[str, str] = {}
         # True once the folder has been read.
@@ -69,7 +91,8 @@ class HeadStore:
         """Watch the folder until cancelled."""
         while True:
             try:
-                await self._in_loader(self._sync)
+                if await self._in_loader(self._sync):
+                    continue
                 self.settled = True
             except Exception:
                 logger.exception("the folder of heads cannot be read")
@@ -78,13 +101,16 @@ class HeadStore:
     # -- Heads -----------------------------------------------------------------------------
 
     async def all(self) -> Sequence[HeadDescription]:
-        served = self._registry.describe_all()
-        names = dict.fromkeys([*self._stamps, *self._fit_jobs.names()])
-        heads = [self._describe(name, served.get) for name in names]
-        return [head for head in heads if head is not None]
+        heads = []
+        for place, name in enumerate(dict.fromkeys([*self._stamps, *self._fit_jobs.names()])):
+            if (head := self._describe(name)) is not None:
+                heads.append(head)
+            if place % HEADS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+        return heads
 
     async def get(self, name: str) -> HeadDescription:
-        head = self._describe(name, self._describe_model)
+        head = self._describe(name)
         if head is None:
             raise NotFoundError(f"no head {name!r}", field="name")
         return head
@@ -125,7 +151,7 @@ class HeadStore:
         self._folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self._report(upload.name), ignore_errors=True)
         write_whole(self._path(upload.name), encode_head(head))
-        self._sync()
+        self._look(upload.name)
 
     def _check_name(self, name: str, trunk: str, may_replace: bool) -> None:
         if not NAME.fullmatch(name):
@@ -147,11 +173,11 @@ class HeadStore:
             )
         if self._fit_jobs.is_busy(name):
             raise ConflictError(f"a head {name!r} is already being fitted", field="name")
-        if len(self._stamps) >= MAX_HEADS:
+        if len(self._stamps) >= MAX_HEADS and name not in self._stamps:
             raise InsufficientStorageError(
                 f"the server has {MAX_HEADS} heads, the most it can have; delete some"
             )
-        if sum(size for _, size in self._stamps.values()) >= MAX_BYTES:
+        if self._bytes >= MAX_BYTES:
             raise InsufficientStorageError(
                 f"the server's heads have {MAX_BYTES} bytes, the most they can have; delete some"
             )
@@ -163,30 +189,72 @@ class HeadStore:
             raise NotFoundError(f"{name!r} is not a head{reason}", field="name")
         self._path(name).unlink(missing_ok=True)
         shutil.rmtree(self._report(name), ignore_errors=True)
-        self._sync()
+        self._look(name)
 
-    def _sync(self) -> None:
-        stamps = self._scan()
-        for name in self._stamps.keys() - stamps:
-            self._remove(name)
-        for name, stamp in stamps.items():
-            if self._stamps.get(name) != stamp:
-                self._stamps[name] = stamp
-                self._update(name)
-            elif name in self._unloaded:
-                self._load(name)
-        self._fit_jobs.poll()
+    def _sync(self) -> bool:
+        """Bring the registry closer to the folder. Returns whether more is to be done at once."""
+        if time.monotonic() >= self._next_scan:
+            started = time.monotonic()
+            self._scan()
+            self._fit_jobs.poll()
+            took = time.monotonic() - started
+            self._next_scan = started + max(INTERVAL_S, took / SCAN_SHARE)
+        for name in self._fit_jobs.finished():
+            self._look(name)
+        until = time.monotonic() + SLICE_S
+        while (more := self._step()) and time.monotonic() < until:
+            pass
+        if self._has_loaded:
+            leave_out_old_objects()
+            self._has_loaded = False
+        return more
 
-    def _scan(self) -> dict[str, tuple[int, int]]:
-        stamps = {}
-        for path in sorted(self._folder.glob(f"*{SUFFIX}")):
-            try:
-                status = path.stat()
-            except OSError:  # deleted meanwhile
-                continue
-            if NAME.fullmatch(path.stem):
-                stamps[path.stem] = (status.st_mtime_ns, status.st_size)
-        return stamps
+    def _step(self) -> bool:
+        """Bring one head up to date. Returns whether there was one."""
+        if self._pending:
+            self._look(next(iter(self._pending)))
+        elif (name := self._loadable()) is not None:
+            self._load(name)
+        else:
+            return False
+        return True
+
+    def _scan(self) -> None:
+        """Find the files that are new, changed or gone."""
+        found: dict[str, Stamp] = {}
+        with suppress(FileNotFoundError), os.scandir(self._folder) as files:
+            for file in files:
+                name = file.name.removesuffix(SUFFIX)
+                if name == file.name or not NAME.fullmatch(name):
+                    continue
+                with suppress(OSError):  # deleted meanwhile
+                    found[name] = _stamp(file.stat())
+        changed = {name for name, stamp in found.items() if self._stamps.get(name) != stamp}
+        changed |= self._stamps.keys() - found.keys()
+        self._pending |= dict.fromkeys(sorted(changed))
+
+    def _look(self, name: str) -> None:
+        """Serve a head's file as it is now."""
+        self._pending.pop(name, None)
+        try:
+            stamp = _stamp(self._path(name).stat())
+        except OSError:
+            if name in self._stamps:
+                self._remove(name)
+            return
+        if (old := self._stamps.get(name)) != stamp:
+            self._stamps[name] = stamp
+            self._bytes += stamp[1] - (old[1] if old else 0)
+            self._update(name)
+
+    def _loadable(self) -> str | None:
+        """Remove and return a head that waited for its trunk, which is loaded now."""
+        for trunk, names in self._unloaded.items():
+            if names and self._registry.loaded_trunk(trunk) is not None:
+                name = next(iter(names))
+                del names[name]
+                return name
+        return None
 
     def _update(self, name: str) -> None:
         """Declare the head of a new or changed file, and load it if its trunk is loaded."""
@@ -197,7 +265,6 @@ class HeadStore:
             logger.warning("head %s: %s", name, error)
         else:
             self._failures.pop(name, None)
-            self._unloaded.add(name)
             self._load(name)
         # Only now: a request between the two would find neither the job nor the head.
         self._fit_jobs.forget(name)
@@ -217,10 +284,12 @@ class HeadStore:
         )
 
     def _load(self, name: str) -> None:
-        entry = self._registry.catalog.model(name)
-        if self._registry.loaded_trunk(entry.trunk) is None:
+        """Load a head now, or once its trunk is loaded."""
+        trunk = self._registry.catalog.model(name).trunk
+        if self._registry.loaded_trunk(trunk) is None:
+            self._unloaded[trunk][name] = None
             return
-        self._unloaded.discard(name)
+        self._has_loaded = True
         try:
             self._registry.load(name)
         except ModelsError as error:
@@ -229,23 +298,21 @@ class HeadStore:
             logger.exception("head %s did not load", name)
 
     def _remove(self, name: str) -> None:
-        del self._stamps[name]
-        self._unloaded.discard(name)
+        self._bytes -= self._stamps.pop(name)[1]
         self._failures.pop(name, None)
         if name not in self._catalog_models and name in self._registry.catalog.models:
+            self._unloaded[self._registry.catalog.model(name).trunk].pop(name, None)
             self._registry.remove(name)
 
     # -- descriptions ----------------------------------------------------------------------
 
-    def _describe(
-        self, name: str, served: Callable[[str], ModelDescription | None]
-    ) -> HeadDescription | None:
+    def _describe(self, name: str) -> HeadDescription | None:
         """A head's description, or None if the head does not exist."""
         if (fitting := self._fit_jobs.describe(name)) is not None:
             return fitting
         if name in self._failures:
             return UnservedHead(name=name, state=State.FAILED, reason=self._failures[name])
-        return served(name) if name in self._stamps else None
+        return self._describe_model(name) if name in self._stamps else None
 
     def _describe_model(self, name: str) -> ModelDescription | None:
         try:
@@ -258,6 +325,10 @@ class HeadStore:
 
     def _report(self, name: str) -> Path:
         return self._folder / f"{name}.report"
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    return status.st_mtime_ns, status.st_size
 
 
 def _summary(head: HeadFile) -> str:

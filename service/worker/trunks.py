@@ -6,6 +6,7 @@ from models.errors import CheckpointError
 from models.model import Model
 from models.registry import Registry
 from models.trunks.base import Trunk
+from models.trunks.engines.report import EngineReport
 from service.errors import DeadlineExceededError
 from service.metrics import Metrics
 from service.worker.batch_queue import BatchQueue, Entry
@@ -26,6 +27,8 @@ class ServedTrunks:
         self._metrics = metrics
         self.runners: dict[str, Runner] = {}
         self._users: dict[str, set[str]] = {name: set() for name in registry.catalog.trunks}
+        # What descriptions say of each trunk that may change while it is loaded.
+        self._known: dict[str, tuple[EngineReport, int, str | None]] = {}
         self._device = create_device(registry.device)
         on_cpu = registry.device.type == "cpu"
         # A GPU's lanes start kernels, for which further threads do nothing.
@@ -75,6 +78,17 @@ class ServedTrunks:
         names = {entry.trunk, entry.text} if entry is not None else set()
         return [name for name in names if name in self.runners]
 
+    def changed(self) -> list[str]:
+        """The models on trunks whose engine or health has changed since the last call."""
+        changed: list[str] = []
+        for name, runner in list(self.runners.items()):
+            engine = runner.trunk.engine
+            known = engine.report(), engine.nbytes, self.prober.failures.get(name)
+            if self._known.get(name) != known:
+                self._known[name] = known
+                changed += list(self._users[name])
+        return changed
+
     def _trunks_of(self, model: Model) -> list[tuple[str, Trunk]]:
         entry = self._registry.catalog.model(model.name)
         trunks = [(entry.trunk, model.trunk)]
@@ -105,6 +119,7 @@ class ServedTrunks:
     def _drop_trunk(self, name: str) -> None:
         self.batcher.remove_queue(name)
         del self.runners[name]
+        self._known.pop(name, None)
         self.prober.failures.pop(name, None)
 
     # -- called from the lanes -------------------------------------------------------------
