@@ -1,4 +1,4 @@
-"""Which models have changed since someone last asked, so that nobody describes all of them again."""
+"""Which models have changed since someone last asked, so that nobody describes all again."""
 
 import secrets
 import threading
@@ -70,7 +70,9 @@ class ChangeLog:
             reset = number < self._forgotten
             if reset:
                 number, place = self._number, 0
-            return self._changed(number, limit) if place is None else self._all(number, place, limit)
+            return (
+                self._changed(number, limit) if place is None else self._all(number, place, limit)
+            )
 
     def _changed(self, number: int, limit: int) -> Difference:
         """The names that have changed since the change of that number."""

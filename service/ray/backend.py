@@ -64,7 +64,7 @@ class RayBackend:
 
     async def models(self, start: int = 0, count: int | None = None) -> Sequence[ModelDescription]:
         found = self._descriptions()
-        names = dict.fromkeys(name for name in self._catalog.models if name in found) | found
+        names = dict.fromkeys([*(n for n in self._catalog.models if n in found), *found])
         end = None if count is None else start + count
         return [found[name] for name in islice(names, start, end)]
 

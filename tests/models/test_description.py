@@ -3,14 +3,16 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from models import Registry
 from models.catalog import ModelEntry
-from models.description import ModelDescription, UnservedHead, head_from_json
+from models.description import ModelDescription, State, UnservedHead, head_from_json
 
 BEFORE_LOADING = [
     "name", "task", "tasks", "default_for", "trunk", "text_trunk", "state", "reason", "source",
@@ -120,21 +122,51 @@ def test_each_task_has_the_default_model_that_requests_get(registry: Registry) -
             assert registry.default_model(task).name == model.name
 
 
-def test_describing_all_models_reads_their_tasks_once(
-    registry: Registry, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for number in range(20):
+class OnlyLookups(dict[str, Any]):
+    """A dictionary whose keys and values cannot be listed."""
+
+    def __iter__(self) -> Iterator[str]:
+        raise AssertionError("looks at every model")
+
+    def keys(self) -> Any:
+        raise AssertionError("looks at every model")
+
+    values = items = copy = keys
+
+
+def test_work_on_one_model_looks_at_no_other(registry: Registry) -> None:
+    registry.load("tiny")
+    registry._slots = OnlyLookups(registry._slots)
+    registry._models = OnlyLookups(registry._models)
+    registry.catalog = replace(registry.catalog, models=registry._models)
+    for number in range(3):
         registry.add(ModelEntry(name=f"tiny-{number}", trunk="tiny", task="classify"))
         registry.load(f"tiny-{number}")
-    passes, defaults = [0], registry._defaults
+    assert registry.ready("tiny-1").name == "tiny-1"
+    assert registry.describe("tiny-1").is_ready
+    assert registry.default_model("attention").name == "tiny"
+    registry.remove("tiny-1")
+    assert registry.states()[State.READY] == 3
+    assert registry.states()[State.UNLOADED] == 2
+    with pytest.raises(AssertionError, match="every model"):
+        registry.describe_all()
 
-    def counted() -> dict[str, list[str]]:
-        passes[0] += 1
-        return defaults()
 
-    monkeypatch.setattr(registry, "_defaults", counted)
-    assert len(registry.describe_all()) >= 20
-    assert passes == [1]
+def test_the_next_model_becomes_a_tasks_default(registry: Registry) -> None:
+    registry.load("conv")
+    registry.load("tiny")  # before it in the catalog
+    changed: list[str] = []
+    registry.on_change = changed.append
+    first = registry.default_model("attention").name
+    assert first == "tiny"
+    assert "attention" in registry.describe(first).default_for
+    registry.load("tiny-embed")
+    changed.clear()
+    registry.unload("tiny")
+    assert registry.default_model("attention").name == "tiny-embed"
+    assert "attention" in registry.describe("tiny-embed").default_for
+    assert "attention" not in registry.describe("tiny").default_for
+    assert {"tiny", "tiny-embed"} <= set(changed)
 
 
 def test_descriptions_need_no_torch() -> None:

@@ -4,6 +4,7 @@ import base64
 import errno
 import io
 import json
+import math
 import os
 import threading
 import zipfile
@@ -190,6 +191,46 @@ def test_heads_come_and_go_under_traffic(
         finally:
             stop.set()
     assert set(statuses) == {200}
+
+
+def test_a_head_is_added_and_told_without_looking_at_the_others(
+    server: Running, make: Callable[..., HeadFile]
+) -> None:
+    server.backend.heads._next_scan = math.inf  # the folder is not read any more
+
+    def differences(since: str) -> tuple[list[str], list[str], str]:
+        with grpc.insecure_channel(server.grpc) as channel:
+            stub, version = VisionStub(channel), since
+            metadata = (("authorization", "Bearer admin"),)
+            answer = stub.ListModels(pb.ListModelsRequest(since=version), metadata=metadata)
+        assert not answer.more
+        return [model.name for model in answer.models], list(answer.removed), answer.version
+
+    everything, _, version = differences("")
+    assert everything == ["tiny", "tiny-embed", "conv"]
+    assert differences(version) == ([], [], version)
+    assert upload(server, "one", make()).json()["state"] == "ready"
+    told, _, version = differences(version)
+    assert told == ["one"]
+    assert server.client.get("/heads/one").json()["state"] == "ready"
+    assert server.client.delete("/heads/one").status_code == 204
+    assert differences(version)[:2] == ([], ["one"])
+
+
+def test_models_are_listed_in_parts(server: Running, make: Callable[..., HeadFile]) -> None:
+    for number in range(2):
+        assert upload(server, f"head-{number}", make(number)).status_code == 201
+    found: list[str] = []
+    start: int | None = 0
+    while start is not None:
+        answer = server.client.get("/models", params={"start": start, "count": 2}).json()
+        found += [model["name"] for model in answer["models"]]
+        start = answer.get("next")
+    assert found == ["tiny", "tiny-embed", "conv", "head-0", "head-1"]
+    whole = server.client.get("/models").json()
+    assert [model["name"] for model in whole["models"]] == found
+    assert "next" not in whole
+    assert server.client.get("/models", params={"count": 0}).status_code == 422
 
 
 def test_uploads_that_cannot_be_served_say_why(

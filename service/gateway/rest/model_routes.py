@@ -1,8 +1,8 @@
 """The models of the catalog: listed, described, loaded and unloaded."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 
 from service.backend import Backend
 from service.gateway.auth import require_admin_key, require_key
@@ -12,9 +12,18 @@ router = APIRouter(tags=["models"])
 
 
 @router.get("/models", dependencies=[Depends(require_key)])
-async def list_models(request: Request) -> dict[str, list[dict[str, Any]]]:
-    """List every model of the catalog, with its state."""
-    return {"models": [model.to_json() for model in await _backend(request).models()]}
+async def list_models(
+    request: Request,
+    start: Annotated[int, Query(ge=0, description="Leave out so many models.")] = 0,
+    count: Annotated[int | None, Query(ge=1, description="The most models; all if absent.")] = None,
+) -> dict[str, Any]:
+    """List the models of the catalog, with their states. With `count`, the answer has a member
+    `next` if there are more: the `start` of the following request."""
+    models = await _backend(request).models(start, None if count is None else count + 1)
+    answer: dict[str, Any] = {"models": [model.to_json() for model in models[:count]]}
+    if count is not None and len(models) > count:
+        answer["next"] = start + count
+    return answer
 
 
 @router.get("/models/{name}", dependencies=[Depends(require_key)])
