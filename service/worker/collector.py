@@ -57,7 +57,7 @@ class BackendCollector(Collector):
     def _models(self) -> Iterator[Metric]:
         state = GaugeMetricFamily(
             "vitrail_model_state",
-            f"1 for the state a model is in, for the first {MAX_MODELS} models.",
+            "1 for the state a model is in, for the first 1000 models.",
             labels=("model", "state"),
         )
         memory = GaugeMetricFamily(
