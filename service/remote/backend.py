@@ -260,7 +260,8 @@ class RemoteBackend:
         )
 
     def _unknown(self, name: str) -> ServiceError:
-        some = ", ".join(sorted(islice(chain(*(w.models for w in self._workers.values())), 10)))
+        names = chain.from_iterable(worker.models for worker in self._workers.values())
+        some = ", ".join(sorted(set(islice(names, 10))))
         if not some:
             return UnavailableError("no worker can be reached", retry_after_s=1)
         return NotFoundError(f"no model {name!r} in the catalog; it has {some}", field="model")
