@@ -4,10 +4,8 @@ import gc
 import logging
 import threading
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
-from itertools import count, islice
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,13 @@ from models.assembly import Assembly
 from models.catalog import Catalog, ModelEntry, load_catalog
 from models.checkpoints.loading import LoadedTrunk, load_trunk
 from models.checkpoints.store import Store
+from models.describing import describe
 from models.description import ModelDescription, State
 from models.errors import CatalogError, ModelNotFoundError, ModelNotReadyError
 from models.inputs.transforms import resolve_transform
 from models.model import Model
 from models.placements import Placements
-from models.slot import Slot
+from models.slots import Slot, Slots
 from models.trunks.devices import Placement, resolve_device, resolve_precision
 from models.trunks.transfers import finish_writes
 
@@ -59,9 +58,9 @@ class Registry:
         on_unload: Hook | None = None,
         on_change: Callable[[str], None] | None = None,
     ) -> None:
-        # `add` and `remove` change this dictionary, which the catalog refers to.
-        self._models = dict(catalog.models)
-        self.catalog = replace(catalog, models=self._models)
+        self._slots = Slots(catalog.models.values(), self._report)
+        # `add` and `remove` change its models.
+        self.catalog = replace(catalog, models=self._slots.entries)
         self.store = store or Store()
         self.device = resolve_device(device)
         defaults = Placement(
@@ -78,17 +77,6 @@ class Registry:
         self.on_load = on_load
         self.on_unload = on_unload
         self.on_change = on_change
-        self._positions = count()
-        self._slots = {
-            name: Slot(entry, next(self._positions)) for name, entry in catalog.models.items()
-        }
-        # Protects the three below.
-        self._lock = threading.Lock()
-        self._states = Counter(slot.state for slot in self._slots.values())
-        # For each task the first loaded model that does it, in the catalog's order.
-        self._first: dict[str, Slot] = {}
-        # For each trunk the models that are loaded or loading.
-        self._users: defaultdict[str, set[str]] = defaultdict(set)
         self._trunks: dict[str, LoadedTrunk] = {}
         self._trunk_locks = {name: threading.Lock() for name in catalog.trunks}
         self._assembly = Assembly(catalog.path.parent, self.store, self.load_trunk)
@@ -127,20 +115,20 @@ class Registry:
                 return slot.model
             if self._slots.get(name) is not slot:
                 raise ModelNotFoundError(f"model {name!r} was removed meanwhile")
-            self._set_state(slot, State.LOADING)
+            self._slots.set_state(slot, State.LOADING)
             started = time.monotonic()
             try:
                 model = self._build(slot.entry)
                 if self.on_load:
                     self.on_load(model)
             except BaseException as error:
-                self._set_state(slot, State.FAILED, str(error))
+                self._slots.set_state(slot, State.FAILED, str(error))
                 self._drop_unused_trunks(slot.entry)
                 raise
             slot.load_seconds = time.monotonic() - started
             slot.format = self._trunks[slot.entry.trunk].format
             slot.model = model
-            self._set_state(slot, State.READY)
+            self._slots.set_state(slot, State.READY)
             logger.info("model %s loaded in %.1f s", name, slot.load_seconds)
             return model
 
@@ -149,7 +137,7 @@ class Registry:
         slot = self._slot(name)
         with slot.lock:
             model, slot.model = slot.model, None
-            self._set_state(slot, State.UNLOADED)
+            self._slots.set_state(slot, State.UNLOADED)
             if model is not None and self.on_unload:
                 self.on_unload(model)
             del model  # so that its memory can be freed below
@@ -170,30 +158,19 @@ class Registry:
         if entry.trunk not in self.catalog.trunks:
             trunks = ", ".join(self.catalog.trunks)
             raise CatalogError(f"{entry.name}: no trunk {entry.trunk!r}; the catalog has {trunks}")
-        old = self._slots.get(entry.name)
-        position = next(self._positions) if old is None else old.position
-        slot = Slot(entry, position)
+        slot, old = Slot(entry), self._slots.get(entry.name)
         if old is not None and old.model is not None:
             if old.entry.trunk != entry.trunk:
                 raise CatalogError(f"{entry.name} uses {old.entry.trunk!r}; remove it first")
-            slot.model = self._build(entry)
+            slot.model, slot.state = self._build(entry), State.READY
             slot.format, slot.load_seconds = old.format, old.load_seconds
-        with self._lock:
-            if old is not None:
-                self._states[old.state] -= 1
-            self._states[slot.state] += 1
-        self._slots[entry.name] = slot
-        self._models[entry.name] = entry
-        self._set_state(slot, State.UNLOADED if slot.model is None else State.READY)
+        self._slots.put(slot)
 
     def remove(self, name: str) -> None:
         """Unload a model, and remove its declaration."""
+        slot = self._slot(name)
         self.unload(name)
-        if (slot := self._slots.pop(name, None)) is not None:
-            with self._lock:
-                self._states[slot.state] -= 1
-        self._models.pop(name, None)
-        self._changed(name)
+        self._slots.remove(slot)
 
     def default_model(self, task: str) -> ModelEntry:
         """The catalog's default model for a task, otherwise the first loaded model that does it.
@@ -201,19 +178,18 @@ class Registry:
         Raises:
             ModelNotFoundError: no model does the task.
         """
-        first = self._first.get(task)
+        first = self._slots.first(task)
         if task not in self.catalog.defaults and first is not None:
-            return first.entry
+            return first
         return self.catalog.default_model(task)
 
     def names(self, start: int = 0, count: int | None = None) -> list[str]:
         """Names of models, in the catalog's order: `count` from place `start` on, or all."""
-        return list(islice(self._slots, start, None if count is None else start + count))
+        return self._slots.names(start, count)
 
     def states(self) -> Mapping[State, int]:
         """The number of models in each state."""
-        with self._lock:
-            return Counter(self._states)
+        return self._slots.states()
 
     def state(self, name: str) -> State:
         """The state of a model that is in the catalog."""
@@ -229,94 +205,22 @@ class Registry:
 
     def describe_all(self) -> dict[str, ModelDescription]:
         """Every model's description by name, in the catalog's order."""
-        return {name: self._describe(slot) for name, slot in list(self._slots.items())}
+        slots = map(self._slots.get, self._slots.names())
+        return {slot.entry.name: self._describe(slot) for slot in slots if slot is not None}
 
     def _describe(self, slot: Slot) -> ModelDescription:
-        entry, trunk_entry = slot.entry, self.catalog.trunks[slot.entry.trunk]
-        description = ModelDescription(
-            name=entry.name,
-            task=entry.task,
-            tasks=tuple(dict.fromkeys((entry.task, "embed"))),
-            default_for=self._default_for(entry.name),
-            trunk=entry.trunk,
-            text_trunk=entry.text,
-            state=str(slot.state),
-            reason=slot.reason or None,
-            source=trunk_entry.source,
-            device=str(self.device),
-            dtype=self._placements.precision(trunk_entry),
-            licence=entry.licence,
-            description=entry.description,
-        )
-        if (model := slot.model) is None:
-            return description
-        trunk = model.trunk
-        engine, report = trunk.engine, trunk.engine.report()
-        return replace(
-            description,
-            tasks=tuple(model.tasks),
-            format=slot.format,
-            architecture=trunk.architecture,
-            engine=report.name,
-            precision=trunk.placement.precision,
-            transform=getattr(trunk.preprocess, "transform", "exact"),
-            agreement=report.to_json(),
-            engine_reason=report.reason or None,
-            memory_bytes=model.trunk_bytes + model.head_bytes + engine.nbytes,
-            head_bytes=model.head_bytes,
-            head=dict(model.about) or None,
-            preprocess=asdict(trunk.preprocess),
-            labels=len(getattr(model.heads[model.task], "labels", ())),
-            model_digest=model.digest,
-            preprocess_digest=trunk.preprocess.digest,
-            modalities=tuple(model.modalities),
-            load_seconds=round(slot.load_seconds, 3),
-        )
+        trunk = self.catalog.trunks[slot.entry.trunk]
+        precision = self._placements.precision(trunk)
+        default_for = self._default_for(slot.entry.name)
+        return describe(slot, trunk, default_for, str(self.device), precision)
 
-    def _default_for(self, name: str) -> tuple[str, ...]:
+    def _default_for(self, name: str) -> list[str]:
         """The tasks that a model is the default of."""
         defaults = self.catalog.defaults
-        first = [task for task, slot in list(self._first.items()) if slot.entry.name == name]
-        return (
-            *(task for task, model in defaults.items() if model == name),
-            *(task for task in first if task not in defaults),
-        )
+        first = [task for task in self._slots.first_for(name) if task not in defaults]
+        return [*(task for task, model in defaults.items() if model == name), *first]
 
-    def _set_state(self, slot: Slot, state: State, reason: str = "") -> None:
-        """Note a slot's state, and what follows from it for trunks and for tasks' defaults."""
-        name, in_use = slot.entry.name, slot.model is not None or state is State.LOADING
-        changed = {name}
-        with self._lock:
-            self._states[slot.state] -= 1
-            self._states[state] += 1
-            slot.state, slot.reason = state, reason
-            for trunk in slot.entry.trunks:
-                (self._users[trunk].add if in_use else self._users[trunk].discard)(name)
-            changed |= self._update_first(slot)
-        for name in changed:
-            self._changed(name)
-
-    def _update_first(self, slot: Slot) -> set[str]:
-        """Update the tasks' first models. Returns the names of the models that were replaced."""
-        replaced = set()
-        does = () if slot.model is None else slot.model.heads
-        for task in does:
-            first = self._first.get(task)
-            if first is None or slot.position <= first.position:
-                self._first[task] = slot
-                replaced |= {first.entry.name} if first is not None else set()
-        own = [t for t, first in self._first.items() if first.entry.name == slot.entry.name]
-        for task in own:
-            if task in does:
-                continue
-            del self._first[task]
-            slots = list(self._slots.values())
-            if (other := next((each for each in slots if each.does(task)), None)) is not None:
-                self._first[task] = other
-                replaced.add(other.entry.name)
-        return replaced
-
-    def _changed(self, name: str) -> None:
+    def _report(self, name: str) -> None:
         if self.on_change:
             self.on_change(name)
 
@@ -326,16 +230,15 @@ class Registry:
         return model
 
     def _slot(self, name: str) -> Slot:
-        entry = self.catalog.model(name)
-        try:
-            return self._slots[entry.name]
-        except KeyError as error:  # removed meanwhile
-            raise ModelNotFoundError(f"no model {name!r}") from error
+        self.catalog.model(name)
+        if (slot := self._slots.get(name)) is None:  # removed meanwhile
+            raise ModelNotFoundError(f"no model {name!r}")
+        return slot
 
     def _drop_unused_trunks(self, entry: ModelEntry) -> None:
         for trunk in entry.trunks:
             with self._trunk_locks[trunk]:
-                if not self._users[trunk] and self._trunks.pop(trunk, None) is not None:
+                if not self._slots.in_use(trunk) and self._trunks.pop(trunk, None) is not None:
                     gc.collect()  # a trunk, its engine and its hooks refer to each other
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

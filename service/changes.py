@@ -3,17 +3,17 @@
 import secrets
 import threading
 from bisect import bisect_right
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from operator import itemgetter
 
 from models.description import ModelDescription
-from service.errors import NotFoundError
+from service.describing import describe_each
 from service.types import ModelChanges
 
 # Models in one answer. More are fetched by asking again.
-PAGE = 1000
+PAGE = 500
 # Changes that are kept beyond two for each model.
 SPARE = 1024
 
@@ -128,21 +128,19 @@ class ChangeLog:
 
 
 async def changes_since(
-    log: ChangeLog, version: str, describe: Callable[[str], Awaitable[ModelDescription]]
+    log: ChangeLog, version: str, describe: Callable[[str], ModelDescription | None]
 ) -> ModelChanges:
     """The models that have changed since a version, as they are now.
 
     Args:
-        describe: raises NotFoundError for a name that is gone.
+        describe: returns None for a model that is gone.
     """
     difference = log.since(version)
-    models: list[ModelDescription] = []
-    removed: list[str] = []
-    for name in difference.names:
-        try:
-            models.append(await describe(name))
-        except NotFoundError:
-            removed.append(name)
+    described = await describe_each(difference.names, describe)
     return ModelChanges(
-        difference.version, models, removed, reset=difference.reset, more=difference.more
+        difference.version,
+        models=list(filter(None, described.values())),
+        removed=[name for name, model in described.items() if model is None],
+        reset=difference.reset,
+        more=difference.more,
     )

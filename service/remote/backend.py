@@ -5,41 +5,25 @@ that one that kills its workers takes no other request with it.
 """
 
 import asyncio
-import logging
-import random
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
-from models.description import ModelDescription, State
-from service.changes import ChangeLog, changes_since
-from service.errors import (
-    LOADING_RETRY_AFTER_S,
-    DeadlineExceededError,
-    NotFoundError,
-    ServiceError,
-    UnavailableError,
-)
-from service.remote.descriptions import best_description, worker_state
-from service.remote.discovery import Discovery
+from models.description import ModelDescription
+from service.changes import changes_since
+from service.describing import describe_each
+from service.errors import DeadlineExceededError, UnavailableError
+from service.remote.descriptions import worker_state
 from service.remote.heads import RemoteHeads
 from service.remote.merging import merge, run_all
 from service.remote.metrics import RemoteMetrics
+from service.remote.routing import TOO_LATE, Router
 from service.remote.worker import Worker, WorkerLostError
+from service.remote.workers import Workers
 from service.settings import Settings
-from service.tls import WorkerCredentials
-from service.types import Call, Health, InferRequest, InferResult, ModelChanges
-
-logger = logging.getLogger(__name__)
-
-RESOLVE_INTERVAL_S = 5.0
-# How long a new request waits for a worker while some of them cannot be reached.
-ROUTE_TIMEOUT_S = 1.0
-POLL_S = 0.02
-
-TOO_LATE = "the deadline passed before another worker was ready"
+from service.types import Health, InferRequest, InferResult, ModelChanges
 
 NO_WORKERS = frozenset[Worker]()
 
@@ -48,39 +32,31 @@ class RemoteBackend:
     """All workers that discovery finds, as one backend."""
 
     def __init__(self, settings: Settings, metrics: RemoteMetrics) -> None:
-        self._settings = settings
         self._metrics = metrics
-        self._discovery = Discovery(settings.workers)
-        self._workers: dict[str, Worker] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._workers = Workers(settings, metrics)
+        self._router = Router(self._workers)
         self._closing = False
-        self._credentials = WorkerCredentials(settings)
         self._retrying = asyncio.Lock()
-        self._changes = ChangeLog()
-        self.heads = RemoteHeads(lambda: self._workers.values())
+        self.heads = RemoteHeads(self._workers)
 
     # -- Backend ---------------------------------------------------------------------------
 
     async def start(self) -> None:
-        await self._discover()
-        if self._discovery.changes:
-            self._spawn(self._keep_discovering())
+        await self._workers.start()
 
     def drain(self) -> None:
         self._closing = True
 
     async def close(self) -> None:
         self.drain()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*(worker.close() for worker in self._workers.values()))
+        await self._workers.close()
 
     def check_headers(self, model: str | None, *, bulk: bool, deadline: float) -> None:
         remaining_s = deadline - time.monotonic()
         if remaining_s <= 0:
             raise DeadlineExceededError("the deadline passed before the body was read")
         refusal = None
-        for worker in self._workers.values():
+        for worker in self._workers:
             for trunk in worker.trunks_of(model) if worker.up else ():
                 refusal = worker.refusals.find(trunk, bulk=bulk, remaining_s=remaining_s)
                 if refusal is None:
@@ -89,7 +65,7 @@ class RemoteBackend:
             raise refusal
 
     async def infer(self, request: InferRequest) -> InferResult:
-        calls = [self._with_model(call) for call in request.calls]
+        calls = [self._router.with_model(call) for call in request.calls]
         request = replace(request, calls=calls)
         kinds = {type(item): None for item in request.inputs}
         if len(kinds) < 2:
@@ -105,16 +81,16 @@ class RemoteBackend:
         return InferResult(results[0].models, [images[n] for n in range(len(images))])
 
     async def models(self, start: int = 0, count: int | None = None) -> Sequence[ModelDescription]:
-        names = self._names()[start : None if count is None else start + count]
-        return [await self.model(name) for name in names]
+        end = None if count is None else start + count
+        names = islice(self._workers.names(), start, end)
+        return list(filter(None, (await describe_each(names, self._workers.describe)).values()))
 
     async def changes(self, since: str) -> ModelChanges:
-        return await changes_since(self._changes, since, self.model)
+        return await changes_since(self._workers.changes, since, self._workers.describe)
 
     async def model(self, name: str) -> ModelDescription:
-        model = best_description(name, self._workers.values())
-        if model is None:
-            raise self._unknown(name)
+        if (model := self._workers.describe(name)) is None:
+            raise self._router.unknown(name)
         return model
 
     async def load(self, name: str) -> ModelDescription:
@@ -126,14 +102,14 @@ class RemoteBackend:
         return await self.model(name)
 
     def knows(self, model: str) -> bool:
-        return any(model in worker.models for worker in self._workers.values())
+        return self._workers.knows(model)
 
     def state(self) -> dict[str, Any]:
-        return {"workers": {name: worker_state(worker) for name, worker in self._workers.items()}}
+        return {"workers": {worker.address: worker_state(worker) for worker in self._workers}}
 
     def health(self) -> Health:
         """Ready while every start-up model is, somewhere; live while it can answer."""
-        workers = list(self._workers.values())
+        workers = list(self._workers)
         startup = {name for w in workers for name in w.known.startup}
         missing = [name for name in startup if not any(w.has_ready(name) for w in workers)]
         reasons = [f"model {name} is ready on no worker" for name in sorted(missing)]
@@ -145,7 +121,7 @@ class RemoteBackend:
         reasons += [f"worker {w.address}: {why}" for w in workers for why in w.health.reasons]
         return Health(live=True, ready=ready, reasons=reasons)
 
-    # -- routing ---------------------------------------------------------------------------
+    # -- sending ---------------------------------------------------------------------------
 
     async def _infer(self, request: InferRequest, avoid: frozenset[Worker]) -> InferResult:
         """Run a request on the fewest workers that have its models ready.
@@ -153,7 +129,7 @@ class RemoteBackend:
         Args:
             avoid: workers that lost the request.
         """
-        parts = await self._route(request, avoid)
+        parts = await self._router.route(request, avoid)
         if len(parts) == 1:
             return await self._send(parts[0][0], request, avoid)
         results = await run_all(
@@ -186,128 +162,13 @@ class RemoteBackend:
         finally:
             self._retrying.release()
 
-    async def _route(
-        self, request: InferRequest, avoid: frozenset[Worker]
-    ) -> list[tuple[Worker, list[int]]]:
-        """The workers for a request, each with the positions of its calls.
-
-        A request that a worker lost waits for another one until its deadline, a new request for
-        ROUTE_TIMEOUT_S.
-
-        Raises:
-            ServiceError: no worker has a model ready in time.
-        """
-        until = request.deadline
-        if not avoid:
-            until = min(until, time.monotonic() + ROUTE_TIMEOUT_S)
-        while True:
-            try:
-                return self._choose([str(call.model) for call in request.calls], avoid)
-            except UnavailableError as error:
-                if time.monotonic() >= until:
-                    if avoid:
-                        raise DeadlineExceededError(TOO_LATE) from error
-                    raise
-                if not avoid and all(worker.up for worker in self._workers.values()):
-                    raise
-            await asyncio.sleep(POLL_S)
-
-    def _choose(
-        self, models: Sequence[str], avoid: frozenset[Worker]
-    ) -> list[tuple[Worker, list[int]]]:
-        left = list(range(len(models)))
-        parts: list[tuple[Worker, list[int]]] = []
-        while left or not parts:
-            able: dict[Worker, list[int]] = {
-                worker: [i for i in left if worker.has_ready(models[i])]
-                for worker in self._workers.values()
-            }
-            if any(places for worker, places in able.items() if not worker.health.draining):
-                able = {w: places for w, places in able.items() if not w.health.draining}
-            most = max((len(places) for places in able.values()), default=0)
-            if most == 0:
-                raise self._not_ready(models[left[0]])
-            equal = [worker for worker, places in able.items() if len(places) == most]
-            # workers that lost the request or keep failing only if there are no others
-            chosen = min(
-                equal, key=lambda w: (w in avoid, bool(w.ejected), w.outstanding, random.random())
-            )
-            parts.append((chosen, able[chosen]))
-            left = [i for i in left if i not in able[chosen]]
-        return parts
-
-    def _with_model(self, call: Call) -> Call:
-        """The call with its model's name, which is the task's default model if it has none."""
-        if call.model is not None:
-            return call
-        for worker in self._workers.values():
-            if (name := worker.known.defaults.get(str(call.task))) is not None:
-                return replace(call, model=name)
-        if not any(worker.models for worker in self._workers.values()):
-            raise UnavailableError("no worker can be reached", retry_after_s=1)
-        raise NotFoundError(f"no model in the catalog does the task {call.task!r}", field="model")
-
-    def _not_ready(self, name: str) -> ServiceError:
-        model = best_description(name, self._workers.values())
-        if model is None:
-            return self._unknown(name)
-        if model.state == State.READY:
-            reason = model.reason or "no worker that has it can be reached"
-            return UnavailableError(f"model {name!r}: {reason}", retry_after_s=1)
-        because = f": {model.reason}" if model.reason else ""
-        return UnavailableError(
-            f"model {name!r} is {model.state}{because}", retry_after_s=LOADING_RETRY_AFTER_S
-        )
-
-    def _unknown(self, name: str) -> ServiceError:
-        names = chain.from_iterable(worker.models for worker in self._workers.values())
-        some = ", ".join(sorted(set(islice(names, 10))))
-        if not some:
-            return UnavailableError("no worker can be reached", retry_after_s=1)
-        return NotFoundError(f"no model {name!r} in the catalog; it has {some}", field="model")
-
-    def _names(self) -> list[str]:
-        return list(dict.fromkeys(chain(*(worker.models for worker in self._workers.values()))))
-
-    def _note_change(self, model: str) -> None:
-        self._changes.touch(model, removed=not self.knows(model))
-
     # -- workers ---------------------------------------------------------------------------
 
     async def _everywhere(
         self, name: str, work: Callable[[Worker, str], Coroutine[Any, Any, None]]
     ) -> None:
         """Do `work` on every reachable worker whose catalog has the model."""
-        workers = [w for w in self._workers.values() if w.up and name in w.models]
+        workers = [w for w in self._workers if w.up and name in w.models]
         if not workers:
-            raise self._unknown(name) if not self.knows(name) else self._not_ready(name)
+            raise self._router.not_ready(name)
         await run_all(work(worker, name) for worker in workers)
-
-    async def _keep_discovering(self) -> None:
-        while True:
-            await asyncio.sleep(RESOLVE_INTERVAL_S)
-            try:
-                await self._discover()
-            except Exception:
-                logger.exception("discovering workers failed")
-
-    async def _discover(self) -> None:
-        addresses = await self._discovery.addresses()
-        for address in addresses:
-            if address not in self._workers:
-                name = self._discovery.names.get(address, "")
-                self._workers[address] = Worker(
-                    address, self._settings, self._metrics, self._credentials,
-                    self._note_change, name,
-                )  # fmt: skip
-        for address in self._workers.keys() - addresses:
-            logger.info("worker %s was removed", address)
-            removed = self._workers.pop(address)
-            for name in removed.models:
-                self._note_change(name)
-            self._spawn(removed.close())
-
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)

@@ -2,6 +2,11 @@
 
 import asyncio
 
+from service import tracing
+from service.clients import client
+from service.keys import WORKER_TOKEN
+from service.logs import request_id
+from service.rpc.context import CLIENT_KEY, GATEWAY_KEY
 from service.stubs.vision_pb2_grpc import VisionStub
 from service.tls import WorkerCredentials
 
@@ -29,14 +34,18 @@ class Connection:
         stub: the worker's methods, on the current channel.
     """
 
-    def __init__(self, address: str, name: str, credentials: WorkerCredentials) -> None:
+    def __init__(
+        self, address: str, name: str, credentials: WorkerCredentials, token: str | None
+    ) -> None:
         """
         Args:
             name: the name that the worker's certificate must have; empty for that in the address.
+            token: what tells the worker that its gateways are calling.
         """
         self._address = address
         self._name = name
         self._credentials = credentials
+        self._token = token
         self._closing: set[asyncio.Task[None]] = set()
         self._open()
 
@@ -48,6 +57,16 @@ class Connection:
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
             self._open()
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes along with a call: who asks, for which request."""
+        metadata = (
+            (GATEWAY_KEY, "1"),
+            ("x-request-id", request_id.get() or "gateway"),
+            (CLIENT_KEY, client.get() or "gateway"),
+            *tracing.carrier().items(),
+        )
+        return metadata if self._token is None else (*metadata, (WORKER_TOKEN, self._token))
 
     async def close(self, grace_s: float) -> None:
         """Wait up to `grace_s` seconds for the calls that are under way, and close."""

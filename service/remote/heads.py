@@ -1,7 +1,7 @@
 """Heads over all workers: uploads and deletions go to each worker, a fit to the least busy one."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from google.protobuf.json_format import ParseDict
 from google.protobuf.struct_pb2 import Struct
@@ -20,7 +20,7 @@ class RemoteHeads:
     Workers that share a folder of heads have the same ones. Others have those sent to them.
     """
 
-    def __init__(self, workers: Callable[[], Iterable[Worker]]) -> None:
+    def __init__(self, workers: Iterable[Worker]) -> None:
         self._workers = workers
 
     async def all(self) -> Sequence[HeadDescription]:
@@ -90,7 +90,7 @@ class RemoteHeads:
         raise error
 
     def _reachable(self) -> list[Worker]:
-        workers = [worker for worker in self._workers() if worker.up]
+        workers = [worker for worker in self._workers if worker.up]
         if not workers:
             raise UnavailableError("no worker can be reached", retry_after_s=1)
         return workers

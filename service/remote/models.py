@@ -1,7 +1,7 @@
 """The models of one worker, kept up to date by what it says has changed."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 from models.description import ModelDescription
 
@@ -16,25 +16,19 @@ class WorkerModels:
         trunks: the number of ready models on each trunk.
     """
 
-    def __init__(self, on_change: Callable[[str], None]) -> None:
-        """
-        Args:
-            on_change: called with the name of each model that is added, changed or removed.
-        """
+    def __init__(self) -> None:
         self.by_name: dict[str, ModelDescription] = {}
         self.startup: dict[str, None] = {}
         self.defaults: dict[str, str] = {}
         self.trunks: Counter[str] = Counter()
-        self._on_change = on_change
 
-    def apply(self, models: Sequence[ModelDescription], removed: Iterable[str]) -> None:
-        """Add or replace models, and remove others."""
+    def apply(self, models: Sequence[ModelDescription], removed: Sequence[str]) -> set[str]:
+        """Add or replace models, and remove others. Returns the names of all of them."""
         for model in models:
             self._forget(model.name)
         for name in removed:
             self._forget(name)
             self.by_name.pop(name, None)
-            self._on_change(name)
         for model in models:
             self.by_name[model.name] = model
             self.defaults |= dict.fromkeys(model.default_for, model.name)
@@ -42,7 +36,12 @@ class WorkerModels:
                 self.startup[model.name] = None
             if model.is_ready:
                 self.trunks.update(trunks_of(model))
-            self._on_change(model.name)
+        return {*(model.name for model in models), *removed}
+
+    def differences(self, other: "WorkerModels") -> set[str]:
+        """The names of models that only one of both has, or that differ."""
+        names = self.by_name.keys() | other.by_name.keys()
+        return {name for name in names if self.by_name.get(name) != other.by_name.get(name)}
 
     def _forget(self, name: str) -> None:
         """Forget what is known of a model, but its place among the others."""

@@ -11,7 +11,6 @@ import grpc
 
 from models.description import HeadDescription, ModelDescription, head_from_json
 from service import tracing
-from service.clients import client
 from service.errors import (
     DeadlineExceededError,
     InternalError,
@@ -19,14 +18,14 @@ from service.errors import (
     QueueFullError,
     UnavailableError,
 )
-from service.keys import WORKER_TOKEN, worker_token
-from service.logs import request_id
+from service.keys import worker_token
 from service.remote.connection import Connection
 from service.remote.ejection import Ejection
+from service.remote.following import Follower
 from service.remote.metrics import RemoteMetrics
 from service.remote.models import WorkerModels, trunks_of
 from service.remote.refusals import Refusals
-from service.rpc.context import CLIENT_KEY, ERROR_KEY, GATEWAY_KEY
+from service.rpc.context import ERROR_KEY
 from service.rpc.wire import from_error, from_response, to_request
 from service.settings import Settings
 from service.stubs import vision_pb2 as pb
@@ -53,7 +52,6 @@ class Worker:
     Attributes:
         up: whether the last probe or call succeeded.
         outstanding: images sent and not yet answered.
-        known: the worker's models, as of the last probe. They are kept while it is down.
         health: the worker's health, as of the last probe.
         ejected: true if its last requests all failed, so that others are preferred for a while.
         refusals: what it has refused just now.
@@ -76,20 +74,21 @@ class Worker:
         self.address = address
         self.up = False
         self.outstanding = 0
-        self.known = WorkerModels(on_change)
-        self._on_change = on_change
-        self._version = ""
-        self._refreshing = asyncio.Lock()
+        self._follower = Follower(self._list_models, on_change)
         self.health = Health(live=True, ready=False, reasons=("not reached yet",))
         self.ejected = Ejection(address)
         self.refusals = Refusals()
         self._closed = False
         self._metrics = metrics
-        self._token = worker_token(settings)
-        self._connection = Connection(address, name, credentials)
+        self._connection = Connection(address, name, credentials, worker_token(settings))
         self._probe_now = asyncio.Event()
         self._prober = asyncio.create_task(self._probe())
         metrics.add_worker(address)
+
+    @property
+    def known(self) -> WorkerModels:
+        """The worker's models, as of the last probe. They are kept while it is down."""
+        return self._follower.known
 
     @property
     def models(self) -> Mapping[str, ModelDescription]:
@@ -124,7 +123,7 @@ class Worker:
                     await self._connection.stub.Predict(
                         to_request(request, remaining_s),
                         timeout=remaining_s + RESPONSE_MARGIN_S,
-                        metadata=self._metadata(),
+                        metadata=self._connection.metadata(),
                     )
                 )
         except grpc.aio.AioRpcError as error:
@@ -139,19 +138,11 @@ class Worker:
 
     async def load(self, model: str) -> None:
         """Load a model."""
-        await self._admin(
-            self._connection.stub.LoadModel(
-                pb.LoadModelRequest(model=model), metadata=self._metadata()
-            )
-        )
+        await self._admin(self._connection.stub.LoadModel, pb.LoadModelRequest(model=model))
 
     async def unload(self, model: str) -> None:
         """Unload a model."""
-        await self._admin(
-            self._connection.stub.UnloadModel(
-                pb.UnloadModelRequest(model=model), metadata=self._metadata()
-            )
-        )
+        await self._admin(self._connection.stub.UnloadModel, pb.UnloadModelRequest(model=model))
 
     def has_trunk(self, trunk: str) -> bool:
         """Whether a model on that trunk was ready at the last probe."""
@@ -160,27 +151,24 @@ class Worker:
     async def heads(self, name: str = "") -> list[HeadDescription]:
         """The worker's heads, or the one of that name if there is one."""
         request = pb.ListHeadsRequest(name=name)
-        response = await self._answer(
-            self._connection.stub.ListHeads(request, metadata=self._metadata())
-        )
+        response = await self._answer(self._connection.stub.ListHeads, request)
         return [head_from_json(json.loads(head.description_json)) for head in response.heads]
 
     async def put_head(self, request: pb.PutHeadRequest) -> None:
         """Store a trained head and serve it."""
-        await self._admin(self._connection.stub.PutHead(request, metadata=self._metadata()))
+        await self._admin(self._connection.stub.PutHead, request)
 
     async def fit_head(self, request: pb.FitHeadRequest) -> None:
         """Start to fit a head."""
-        await self._admin(self._connection.stub.FitHead(request, metadata=self._metadata()))
+        await self._admin(self._connection.stub.FitHead, request)
 
     async def delete_head(self, request: pb.DeleteHeadRequest) -> None:
         """Delete a head, or cancel its fit."""
-        await self._admin(self._connection.stub.DeleteHead(request, metadata=self._metadata()))
+        await self._admin(self._connection.stub.DeleteHead, request)
 
     async def read_head(self, request: pb.ReadHeadRequest) -> bytes:
         """The content of a head's file."""
-        call = self._connection.stub.ReadHead(request, metadata=self._metadata())
-        content: bytes = (await self._answer(call)).content
+        content: bytes = (await self._answer(self._connection.stub.ReadHead, request)).content
         return content
 
     async def close(self) -> None:
@@ -189,15 +177,6 @@ class Worker:
         self._closed = True
         self._metrics.remove_worker(self.address)
         await self._connection.close(0 if self.outstanding == 0 else CLOSE_GRACE_S)
-
-    def _metadata(self) -> tuple[tuple[str, str], ...]:
-        metadata = (
-            (GATEWAY_KEY, "1"),
-            ("x-request-id", request_id.get() or "gateway"),
-            (CLIENT_KEY, client.get() or "gateway"),
-            *tracing.carrier().items(),
-        )
-        return metadata if self._token is None else (*metadata, (WORKER_TOKEN, self._token))
 
     def _add_outstanding(self, images: int) -> None:
         self.outstanding += images
@@ -215,13 +194,13 @@ class Worker:
         except grpc.aio.AioRpcError as error:
             raise UnavailableError("a worker was lost during the request") from error
 
-    async def _admin(self, call: Any) -> None:
-        await self._answer(call)
+    async def _admin(self, method: Any, request: Any) -> None:
+        await self._answer(method, request)
         await self.learn()
 
-    async def _answer(self, call: Any) -> Any:
+    async def _answer(self, method: Any, request: Any) -> Any:
         try:
-            return await call
+            return await method(request, metadata=self._connection.metadata())
         except grpc.aio.AioRpcError as error:
             try:
                 raise self._translate(error) from error
@@ -287,22 +266,7 @@ class Worker:
         Raises:
             grpc.aio.AioRpcError: the worker cannot be reached.
         """
-        async with self._refreshing:
-            known, version, more = self.known, self._version, True
-            while more:
-                response = await self._connection.stub.ListModels(
-                    pb.ListModelsRequest(since=version),
-                    timeout=PROBE_TIMEOUT_S,
-                    metadata=self._metadata(),
-                )
-                # A worker of an earlier release always sends everything.
-                if response.reset or not response.version:
-                    known = WorkerModels(self._on_change)
-                models = [json.loads(model.description_json) for model in response.models]
-                known.apply(list(map(ModelDescription.from_json, models)), response.removed)
-                version, more = response.version, response.more
-            self._replace(known)
-            self._version = version
+        response = await self._follower.refresh()
         if not self.up:
             logger.info("worker %s is up", self.address)
         self.health = Health(
@@ -313,9 +277,7 @@ class Worker:
         )
         self._set_up(True)
 
-    def _replace(self, known: WorkerModels) -> None:
-        if known is not self.known:
-            gone = self.known.by_name.keys() - known.by_name.keys()
-            self.known = known
-            for name in gone:
-                self._on_change(name)
+    async def _list_models(self, request: pb.ListModelsRequest) -> pb.ListModelsResponse:
+        return await self._connection.stub.ListModels(
+            request, timeout=PROBE_TIMEOUT_S, metadata=self._connection.metadata()
+        )

@@ -4,7 +4,6 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from models.description import ModelDescription, State
-from models.errors import ModelsError
+from models.errors import ModelNotFoundError, ModelsError
 from models.heads.prompted import Prompted, with_class_embeddings
 from models.inputs.types import modality_of
 from models.model import Model
@@ -21,9 +20,9 @@ from models.registry import Registry
 from service.changes import ChangeLog, changes_since
 from service.clients import client
 from service.decoding.pool import create_decoder
+from service.describing import describe_each
 from service.errors import (
     DeadlineExceededError,
-    NotFoundError,
     QueueFullError,
     ServiceError,
     from_library,
@@ -52,8 +51,6 @@ logger = logging.getLogger(__name__)
 
 # The texts of a larger label set wait behind interactive requests.
 MAX_INTERACTIVE_TEXTS = 100
-# Models that are described before other requests get a turn.
-MODELS_AT_ONCE = 200
 
 
 class LocalBackend:
@@ -133,24 +130,25 @@ class LocalBackend:
         return InferResult([call.used for call in first.calls], results)
 
     async def models(self, start: int = 0, count: int | None = None) -> Sequence[ModelDescription]:
-        described = []
-        for place, name in enumerate(self.registry.names(start, count)):
-            with suppress(NotFoundError):  # removed meanwhile
-                described.append(await self.model(name))
-            if place % MODELS_AT_ONCE == 0:
-                await asyncio.sleep(0)
-        return described
+        names = self.registry.names(start, count)
+        return list(filter(None, (await describe_each(names, self._describe)).values()))
 
     async def changes(self, since: str) -> ModelChanges:
         for name in self.trunks.changed():
             self._changes.touch(name)
-        return await changes_since(self._changes, since, self.model)
+        return await changes_since(self._changes, since, self._describe)
 
     async def model(self, name: str) -> ModelDescription:
         try:
             return self._served(self.registry.describe(name))
         except ModelsError as error:
             raise from_library(error) from error
+
+    def _describe(self, name: str) -> ModelDescription | None:
+        try:
+            return self._served(self.registry.describe(name))
+        except ModelNotFoundError:  # removed meanwhile
+            return None
 
     def _served(self, description: ModelDescription) -> ModelDescription:
         """The description, completed with what only the server knows."""

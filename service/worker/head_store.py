@@ -2,23 +2,20 @@
 
 import asyncio
 import logging
-import os
-import re
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from models.catalog import ModelEntry
 from models.description import HeadDescription, ModelDescription, State, UnservedHead
 from models.errors import CheckpointError, ModelNotFoundError, ModelsError
-from models.heads.files import HeadFile, encode_head, read_head, write_whole
+from models.heads.files import HeadFile, encode_head, read_head
 from models.heads.lora import LORA
 from models.registry import Registry
 from service.backend import PARTS
+from service.describing import describe_each
 from service.errors import (
     ConflictError,
     InsufficientStorageError,
@@ -28,26 +25,17 @@ from service.errors import (
 from service.garbage import leave_out_old_objects
 from service.types import FitRequest, HeadUpload
 from service.worker.fit_jobs import FitJobs
+from service.worker.head_folder import INTERVAL_S, NAME, Change, HeadFolder
 from service.worker.head_upload import check_fits, decode_upload
 
 logger = logging.getLogger(__name__)
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-SUFFIX = ".safetensors"
-INTERVAL_S = 1.0
-# Looking at all files of the folder takes at most this share of the time: 100,000 take a second.
-SCAN_SHARE = 0.02
 # How long changed heads are loaded at a time, so that other changes of the registry get a turn.
 SLICE_S = 0.25
 MAX_HEADS = 200_000
 # Most bytes of all heads' files, which are also in memory while their trunks are loaded.
 MAX_BYTES = 4 * 2**30
 
-# Heads that are described before other requests get a turn.
-HEADS_AT_ONCE = 500
-
-# Modification time in ns and size in bytes.
-Stamp = tuple[int, int]
 InLoader = Callable[..., Awaitable[Any]]
 
 
@@ -66,20 +54,12 @@ class HeadStore:
             in_loader: runs a function in the loader's thread.
         """
         self._registry = registry
-        self._folder = folder
+        self._folder = HeadFolder(folder)
         self._fit_jobs = fit_jobs
         self._in_loader = in_loader
         self._catalog_models = frozenset(registry.catalog.models)
-        # Of each head's file, when it was last read.
-        self._stamps: dict[str, Stamp] = {}
-        # Bytes of all of these files.
-        self._bytes = 0
-        # Files that have changed since, not read yet.
-        self._pending: dict[str, None] = {}
         # Whether heads have been loaded since the garbage collector was told.
         self._has_loaded = False
-        # When the folder is read again, in `time.monotonic` seconds.
-        self._next_scan = 0.0
         # Declared heads whose trunk was not loaded yet, by trunk.
         self._unloaded: defaultdict[str, dict[str, None]] = defaultdict(dict)
         # Why a head's file cannot be served.
@@ -101,13 +81,8 @@ class HeadStore:
     # -- Heads -----------------------------------------------------------------------------
 
     async def all(self) -> Sequence[HeadDescription]:
-        heads = []
-        for place, name in enumerate(dict.fromkeys([*self._stamps, *self._fit_jobs.names()])):
-            if (head := self._describe(name)) is not None:
-                heads.append(head)
-            if place % HEADS_AT_ONCE == 0:
-                await asyncio.sleep(0)
-        return heads
+        names = dict.fromkeys([*self._folder.names(), *self._fit_jobs.names()])
+        return list(filter(None, (await describe_each(names, self._describe)).values()))
 
     async def get(self, name: str) -> HeadDescription:
         head = self._describe(name)
@@ -133,7 +108,7 @@ class HeadStore:
     async def read(self, name: str, part: str) -> bytes:
         if part not in PARTS or not NAME.fullmatch(name):
             raise NotFoundError(f"a head has no file {part!r}; it has {', '.join(PARTS)}")
-        path = self._path(name) if part == PARTS[0] else self._report(name) / part
+        path = self._folder.file(name) if part == PARTS[0] else self._folder.report(name) / part
         try:
             return await asyncio.to_thread(path.read_bytes)
         except OSError as error:
@@ -148,9 +123,7 @@ class HeadStore:
             check_fits(head, self._registry)
         except CheckpointError as error:
             raise InvalidInputError(str(error), field="file") from error
-        self._folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(self._report(upload.name), ignore_errors=True)
-        write_whole(self._path(upload.name), encode_head(head))
+        self._folder.write(upload.name, encode_head(head))
         self._look(upload.name)
 
     def _check_name(self, name: str, trunk: str, may_replace: bool) -> None:
@@ -162,7 +135,7 @@ class HeadStore:
             )
         if name in self._catalog_models:
             raise ConflictError(f"the catalog already has a model {name!r}", field="name")
-        if self._path(name).exists() and not may_replace:
+        if self._folder.file(name).exists() and not may_replace:
             raise ConflictError(
                 f"a head {name!r} already exists; set replace=true, or delete it", field="name"
             )
@@ -173,32 +146,27 @@ class HeadStore:
             )
         if self._fit_jobs.is_busy(name):
             raise ConflictError(f"a head {name!r} is already being fitted", field="name")
-        if len(self._stamps) >= MAX_HEADS and name not in self._stamps:
+        if len(self._folder) >= MAX_HEADS and name not in self._folder:
             raise InsufficientStorageError(
                 f"the server has {MAX_HEADS} heads, the most it can have; delete some"
             )
-        if self._bytes >= MAX_BYTES:
+        if self._folder.nbytes >= MAX_BYTES:
             raise InsufficientStorageError(
                 f"the server's heads have {MAX_BYTES} bytes, the most they can have; delete some"
             )
 
     def _delete(self, name: str) -> None:
         cancelled = self._fit_jobs.cancel(name)
-        if name not in self._stamps and not cancelled:
+        if name not in self._folder and not cancelled:
             reason = " but a model of the catalog" if name in self._catalog_models else ""
             raise NotFoundError(f"{name!r} is not a head{reason}", field="name")
-        self._path(name).unlink(missing_ok=True)
-        shutil.rmtree(self._report(name), ignore_errors=True)
+        self._folder.delete(name)
         self._look(name)
 
     def _sync(self) -> bool:
         """Bring the registry closer to the folder. Returns whether more is to be done at once."""
-        if time.monotonic() >= self._next_scan:
-            started = time.monotonic()
-            self._scan()
+        if self._folder.scan():
             self._fit_jobs.poll()
-            took = time.monotonic() - started
-            self._next_scan = started + max(INTERVAL_S, took / SCAN_SHARE)
         for name in self._fit_jobs.finished():
             self._look(name)
         until = time.monotonic() + SLICE_S
@@ -211,41 +179,21 @@ class HeadStore:
 
     def _step(self) -> bool:
         """Bring one head up to date. Returns whether there was one."""
-        if self._pending:
-            self._look(next(iter(self._pending)))
+        if (name := self._folder.pending()) is not None:
+            self._look(name)
         elif (name := self._loadable()) is not None:
             self._load(name)
         else:
             return False
         return True
 
-    def _scan(self) -> None:
-        """Find the files that are new, changed or gone."""
-        found: dict[str, Stamp] = {}
-        with suppress(FileNotFoundError), os.scandir(self._folder) as files:
-            for file in files:
-                name = file.name.removesuffix(SUFFIX)
-                if name == file.name or not NAME.fullmatch(name):
-                    continue
-                with suppress(OSError):  # deleted meanwhile
-                    found[name] = _stamp(file.stat())
-        changed = {name for name, stamp in found.items() if self._stamps.get(name) != stamp}
-        changed |= self._stamps.keys() - found.keys()
-        self._pending |= dict.fromkeys(sorted(changed))
-
     def _look(self, name: str) -> None:
         """Serve a head's file as it is now."""
-        self._pending.pop(name, None)
-        try:
-            stamp = _stamp(self._path(name).stat())
-        except OSError:
-            if name in self._stamps:
+        match self._folder.look(name):
+            case Change.WRITTEN:
+                self._update(name)
+            case Change.DELETED:
                 self._remove(name)
-            return
-        if (old := self._stamps.get(name)) != stamp:
-            self._stamps[name] = stamp
-            self._bytes += stamp[1] - (old[1] if old else 0)
-            self._update(name)
 
     def _loadable(self) -> str | None:
         """Remove and return a head that waited for its trunk, which is loaded now."""
@@ -272,13 +220,13 @@ class HeadStore:
     def _declare(self, name: str) -> None:
         if name in self._catalog_models:
             raise CheckpointError("the catalog already has a model of that name")
-        head = read_head(self._path(name))
+        head = read_head(self._folder.file(name))
         self._registry.add(
             ModelEntry(
                 name=name,
                 trunk=head.trunk,
                 task=head.task,
-                head=f"file:{self._path(name).absolute()}",
+                head=f"file:{self._folder.file(name).absolute()}",
                 description=_summary(head),
             )
         )
@@ -298,7 +246,6 @@ class HeadStore:
             logger.exception("head %s did not load", name)
 
     def _remove(self, name: str) -> None:
-        self._bytes -= self._stamps.pop(name)[1]
         self._failures.pop(name, None)
         if name not in self._catalog_models and name in self._registry.catalog.models:
             self._unloaded[self._registry.catalog.model(name).trunk].pop(name, None)
@@ -312,23 +259,13 @@ class HeadStore:
             return fitting
         if name in self._failures:
             return UnservedHead(name=name, state=State.FAILED, reason=self._failures[name])
-        return self._describe_model(name) if name in self._stamps else None
+        return self._describe_model(name) if name in self._folder else None
 
     def _describe_model(self, name: str) -> ModelDescription | None:
         try:
             return self._registry.describe(name)
         except ModelNotFoundError:  # its file exists, but it is not or no longer declared
             return None
-
-    def _path(self, name: str) -> Path:
-        return self._folder / f"{name}{SUFFIX}"
-
-    def _report(self, name: str) -> Path:
-        return self._folder / f"{name}.report"
-
-
-def _stamp(status: os.stat_result) -> Stamp:
-    return status.st_mtime_ns, status.st_size
 
 
 def _summary(head: HeadFile) -> str:

@@ -136,9 +136,9 @@ class OnlyLookups(dict[str, Any]):
 
 def test_work_on_one_model_looks_at_no_other(registry: Registry) -> None:
     registry.load("tiny")
-    registry._slots = OnlyLookups(registry._slots)
-    registry._models = OnlyLookups(registry._models)
-    registry.catalog = replace(registry.catalog, models=registry._models)
+    slots = registry._slots
+    slots._by_name, slots.entries = OnlyLookups(slots._by_name), OnlyLookups(slots.entries)
+    registry.catalog = replace(registry.catalog, models=slots.entries)
     for number in range(3):
         registry.add(ModelEntry(name=f"tiny-{number}", trunk="tiny", task="classify"))
         registry.load(f"tiny-{number}")

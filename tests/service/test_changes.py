@@ -80,7 +80,7 @@ def test_a_follower_has_what_the_log_has_whatever_happens(monkeypatch: pytest.Mo
     monkeypatch.setattr(changes, "SPARE", 8)
     chance = random.Random(0)
     log, truth = ChangeLog(), dict[str, ModelDescription]()
-    known, version = WorkerModels(lambda name: None), ""
+    known, version = WorkerModels(), ""
     for _ in range(2000):
         name = str(chance.randrange(40))
         if name in truth and chance.random() < 0.4:
@@ -93,7 +93,7 @@ def test_a_follower_has_what_the_log_has_whatever_happens(monkeypatch: pytest.Mo
         if chance.random() < 0.2:
             part = log.since(version, limit=3)
             if part.reset:
-                known = WorkerModels(lambda name: None)
+                known = WorkerModels()
             known.apply(
                 [truth[name] for name in part.names if name in truth],
                 [name for name in part.names if name not in truth],
@@ -103,7 +103,7 @@ def test_a_follower_has_what_the_log_has_whatever_happens(monkeypatch: pytest.Mo
     while more:
         part = log.since(version, limit=3)
         if part.reset:
-            known = WorkerModels(lambda name: None)
+            known = WorkerModels()
         known.apply(
             [truth[name] for name in part.names if name in truth],
             [name for name in part.names if name not in truth],
@@ -116,7 +116,7 @@ def test_a_follower_has_what_the_log_has_whatever_happens(monkeypatch: pytest.Mo
 
 
 def test_the_default_of_a_task_moves_in_any_order() -> None:
-    known = WorkerModels(lambda name: None)
+    known = WorkerModels()
     known.apply([described("a", default_for=["classify"])], [])
     known.apply([described("b", default_for=["classify"]), described("a")], [])
     assert known.defaults == {"classify": "b"}

@@ -196,7 +196,7 @@ def test_heads_come_and_go_under_traffic(
 def test_a_head_is_added_and_told_without_looking_at_the_others(
     server: Running, make: Callable[..., HeadFile]
 ) -> None:
-    server.backend.heads._next_scan = math.inf  # the folder is not read any more
+    server.backend.heads._folder._next_scan = math.inf  # the folder is not read any more
 
     def differences(since: str) -> tuple[list[str], list[str], str]:
         with grpc.insecure_channel(server.grpc) as channel:
@@ -320,7 +320,7 @@ def test_a_full_disk_is_an_answer(
         assert upload(server, "late", make()).status_code == 507
         assert begin_fit(server, "later", tinted_zip()).status_code == 507
     assert upload(server, "late", make()).status_code == 201
-    assert not list(Path(server.backend.heads._folder).glob(".tmp-*"))
+    assert not list(server.backend.heads._folder.root.glob(".tmp-*"))
 
 
 def test_heads_have_a_bound_together(
@@ -361,7 +361,7 @@ def test_waiting_fits_have_a_bound_and_leave_nothing_behind(
         assert begin_fit(server, name, content.getvalue()).status_code == 202
         assert settle(server, name)["state"] == "failed"
     wait_until(lambda: server.client.get("/heads/three").status_code == 404)
-    assert not list(Path(server.backend.heads._folder).glob(".*.lock"))
+    assert not list(server.backend.heads._folder.root.glob(".*.lock"))
 
 
 def test_a_damaged_archive_is_the_clients_error(server: Running) -> None:

@@ -1,0 +1,111 @@
+"""Which worker runs a request: the least busy one that has its models ready."""
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from models.description import State
+from service.errors import (
+    LOADING_RETRY_AFTER_S,
+    DeadlineExceededError,
+    NotFoundError,
+    ServiceError,
+    UnavailableError,
+)
+from service.remote.worker import Worker
+from service.remote.workers import Workers
+from service.types import Call, InferRequest
+
+# How long a new request waits for a worker while some of them cannot be reached.
+ROUTE_TIMEOUT_S = 1.0
+POLL_S = 0.02
+
+TOO_LATE = "the deadline passed before another worker was ready"
+
+
+class Router:
+    """Chooses among a gateway's workers."""
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+
+    async def route(
+        self, request: InferRequest, avoid: frozenset[Worker]
+    ) -> list[tuple[Worker, list[int]]]:
+        """The workers for a request, each with the positions of its calls.
+
+        A request that a worker lost waits for another one until its deadline, a new request for
+        ROUTE_TIMEOUT_S.
+
+        Raises:
+            ServiceError: no worker has a model ready in time.
+        """
+        until = request.deadline
+        if not avoid:
+            until = min(until, time.monotonic() + ROUTE_TIMEOUT_S)
+        while True:
+            try:
+                return self._choose([str(call.model) for call in request.calls], avoid)
+            except UnavailableError as error:
+                if time.monotonic() >= until:
+                    if avoid:
+                        raise DeadlineExceededError(TOO_LATE) from error
+                    raise
+                if not avoid and all(worker.up for worker in self._workers):
+                    raise
+            await asyncio.sleep(POLL_S)
+
+    def _choose(
+        self, models: Sequence[str], avoid: frozenset[Worker]
+    ) -> list[tuple[Worker, list[int]]]:
+        left = list(range(len(models)))
+        parts: list[tuple[Worker, list[int]]] = []
+        while left or not parts:
+            able: dict[Worker, list[int]] = {
+                worker: [i for i in left if worker.has_ready(models[i])] for worker in self._workers
+            }
+            if any(places for worker, places in able.items() if not worker.health.draining):
+                able = {w: places for w, places in able.items() if not w.health.draining}
+            most = max((len(places) for places in able.values()), default=0)
+            if most == 0:
+                raise self.not_ready(models[left[0]])
+            equal = [worker for worker, places in able.items() if len(places) == most]
+            # workers that lost the request or keep failing only if there are no others
+            chosen = min(
+                equal, key=lambda w: (w in avoid, bool(w.ejected), w.outstanding, random.random())
+            )
+            parts.append((chosen, able[chosen]))
+            left = [i for i in left if i not in able[chosen]]
+        return parts
+
+    def with_model(self, call: Call) -> Call:
+        """The call with its model's name, which is the task's default model if it has none."""
+        if call.model is not None:
+            return call
+        if (name := self._workers.default_model(str(call.task))) is not None:
+            return replace(call, model=name)
+        if not any(worker.models for worker in self._workers):
+            raise UnavailableError("no worker can be reached", retry_after_s=1)
+        raise NotFoundError(f"no model in the catalog does the task {call.task!r}", field="model")
+
+    def not_ready(self, name: str) -> ServiceError:
+        """Why no worker can be asked for a model."""
+        model = self._workers.describe(name)
+        if model is None:
+            return self.unknown(name)
+        if model.state == State.READY:
+            reason = model.reason or "no worker that has it can be reached"
+            return UnavailableError(f"model {name!r}: {reason}", retry_after_s=1)
+        because = f": {model.reason}" if model.reason else ""
+        return UnavailableError(
+            f"model {name!r} is {model.state}{because}", retry_after_s=LOADING_RETRY_AFTER_S
+        )
+
+    def unknown(self, name: str) -> ServiceError:
+        """Why no worker is known to have a model of that name."""
+        some = ", ".join(self._workers.some_names())
+        if not some:
+            return UnavailableError("no worker can be reached", retry_after_s=1)
+        return NotFoundError(f"no model {name!r} in the catalog; it has {some}", field="model")

@@ -1,0 +1,108 @@
+"""The workers that discovery finds, and what is known over all of them."""
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Iterator
+from itertools import chain, islice
+from typing import Any
+
+from models.description import ModelDescription
+from service.changes import ChangeLog
+from service.remote.descriptions import best_description
+from service.remote.discovery import Discovery
+from service.remote.metrics import RemoteMetrics
+from service.remote.worker import Worker
+from service.settings import Settings
+from service.tls import WorkerCredentials
+
+logger = logging.getLogger(__name__)
+
+RESOLVE_INTERVAL_S = 5.0
+
+
+class Workers:
+    """A gateway's workers by address, each probed while discovery finds it.
+
+    Attributes:
+        changes: which models were added, changed or removed, on any worker.
+    """
+
+    def __init__(self, settings: Settings, metrics: RemoteMetrics) -> None:
+        self.changes = ChangeLog()
+        self._settings = settings
+        self._metrics = metrics
+        self._discovery = Discovery(settings.workers)
+        self._credentials = WorkerCredentials(settings)
+        self._by_address: dict[str, Worker] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self._by_address.values())
+
+    async def start(self) -> None:
+        """Find the workers, and go on looking for others where they can change."""
+        await self._discover()
+        if self._discovery.changes:
+            self._spawn(self._keep_discovering())
+
+    async def close(self) -> None:
+        """Close all workers after their outstanding requests."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*(worker.close() for worker in self))
+
+    def knows(self, model: str) -> bool:
+        """Whether any worker's catalog has the model."""
+        return any(model in worker.models for worker in self)
+
+    def names(self) -> Iterator[str]:
+        """The names of all models, each once."""
+        return iter(dict.fromkeys(self._all_names()))
+
+    def some_names(self) -> list[str]:
+        """Up to ten models' names, in alphabetical order."""
+        return sorted(set(islice(self._all_names(), 10)))
+
+    def describe(self, model: str) -> ModelDescription | None:
+        """A model's description by the worker where it is closest to answering."""
+        return best_description(model, self)
+
+    def default_model(self, task: str) -> str | None:
+        """The model that does a task by default, by the first worker that has one."""
+        names = (worker.known.defaults.get(task) for worker in self)
+        return next((name for name in names if name is not None), None)
+
+    def _all_names(self) -> Iterator[str]:
+        return chain.from_iterable(worker.models for worker in self)
+
+    def _note_change(self, model: str) -> None:
+        self.changes.touch(model, removed=not self.knows(model))
+
+    async def _keep_discovering(self) -> None:
+        while True:
+            await asyncio.sleep(RESOLVE_INTERVAL_S)
+            try:
+                await self._discover()
+            except Exception:
+                logger.exception("discovering workers failed")
+
+    async def _discover(self) -> None:
+        addresses = await self._discovery.addresses()
+        for address in addresses:
+            if address not in self._by_address:
+                name = self._discovery.names.get(address, "")
+                self._by_address[address] = Worker(
+                    address, self._settings, self._metrics, self._credentials,
+                    self._note_change, name,
+                )  # fmt: skip
+        for address in self._by_address.keys() - addresses:
+            logger.info("worker %s was removed", address)
+            removed = self._by_address.pop(address)
+            for name in removed.models:
+                self._note_change(name)
+            self._spawn(removed.close())
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
