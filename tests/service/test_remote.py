@@ -427,7 +427,7 @@ def test_workers_follow_the_dns_name(
     hosts: Callable[[str], int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("service.remote.backend.RESOLVE_INTERVAL_S", 0.1)
+    monkeypatch.setattr("service.remote.workers.RESOLVE_INTERVAL_S", 0.1)
     port = free_port()
     settings = Settings(catalog=str(tiny_catalog), device="cpu")
     with ExitStack() as stack:
