@@ -1,6 +1,7 @@
 """Many VQT heads on one trunk, compared with separate models and with the trunk alone.
 
     python -m benchmarks.heads [--model dinov2-focus-embed] [--heads 1,8,64,256] [--images 64]
+    python -m benchmarks.heads --engine openvino --ways mixed --heads 1,64,1000
 
 Heads have random weights and one query token per block, as published. The variants take turns for
 several rounds, all with the service's batcher and runner; figures are medians.
@@ -99,14 +100,18 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ways", default="mixed,all,apart")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--engine", default="eager")
     arguments = parser.parse_args()
     counts = [int(count) for count in arguments.heads.split(",")]
-    trunk = Registry.from_catalog("demo", device=arguments.device).get(arguments.model).trunk
+    catalog = Registry.from_catalog("demo", device=arguments.device, engine=arguments.engine)
+    trunk = catalog.get(arguments.model).trunk
     before = resident_bytes()
     heads = [random_head(trunk, seed) for seed in range(max(counts))]
     grown = resident_bytes() - before
-    bench = Bench(trunk, len(heads), arguments.batch)
+    ways = arguments.ways.split(",")
+    bench = Bench(trunk, len(heads) if "apart" in ways else 0, arguments.batch)
     images = arguments.images
 
     def mixed(count: int) -> Requests:
@@ -118,22 +123,23 @@ def main() -> None:
     def apart(count: int) -> Requests:
         return [(str(i), [heads[i]]) for i in random.choices(range(count), k=images)]
 
+    makers = {"mixed": mixed, "all": every, "apart": apart}
     variants: dict[str, Callable[[], Requests]] = {"trunk alone": lambda: [("shared", ())] * images}
     for count in counts:
-        variants[f"{count} mixed"] = partial(mixed, count)
-        variants[f"{count} all"] = partial(every, count)
-        variants[f"{count} apart"] = partial(apart, count)
+        for way in ways:
+            variants[f"{count} {way}"] = partial(makers[way], count)
     for requests in variants.values():
         bench.run(requests()[: arguments.batch])
     rates: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(arguments.rounds):
         for name, requests in variants.items():
             rates[name].append(bench.run(requests()))
-    print(f"{trunk.architecture}, batches of {arguments.batch}, {arguments.rounds} rounds: medians")
-    one = statistics.median(rates["1 mixed"])
+    print(f"{trunk.architecture}, {trunk.engine.report().name}, batches of {arguments.batch}, "
+          f"{arguments.rounds} rounds: medians")  # fmt: skip
+    one = statistics.median(rates[f"{counts[0]} {ways[0]}"])
     for name, values in rates.items():
         rate = statistics.median(values)
-        print(f"{name:>12}: {rate:8.1f} images/s, {one / rate:5.2f} times the time of one head")
+        print(f"{name:>12}: {rate:8.1f} images/s, {one / rate:5.2f} times the time of the first")
     trunk_bytes = trunk.nbytes
     head = heads[0].head
     assert isinstance(head, Vqt)

@@ -6,7 +6,7 @@ arrays = finish(head, [row for [row] in rows], options, image, limits)
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,9 +25,14 @@ from models.trunks.base import Trunk
 from models.trunks.device_errors import is_cuda_error, is_out_of_memory
 from models.trunks.devices import one_thread
 from models.trunks.features import FeatureRequest, merge
+from models.trunks.output import TrunkOutput
 
 # What a head's `forward` returned for one row of a batch: float32 arrays by name.
 Row = Mapping[str, np.ndarray]
+# A call's rows of a batch, each with the call's position among those of its row.
+Places = Sequence[tuple[int, int]]
+# Rows of heads that compute together, which bounds the memory of their features.
+MAX_TOGETHER = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,19 +174,72 @@ def start_pass(trunk: Trunk, batch: Tensor, calls: Sequence[Sequence[HeadCall]])
         batch, merge((call.request, [row for row, _ in at]) for call, at in places.items())
     )
     started = StartedPass(calls)
-    for call, at in places.items():
-        rows = output.rows([row for row, _ in at])
-        try:
-            with nullcontext() if call.head.forward_is_slow else one_thread():
-                outputs = call.head.forward(rows, **dict(call.options))
-            started.add(at, outputs)
-        except Exception as error:
-            if is_out_of_memory(error) or is_cuda_error(error):  # not the head's fault
-                raise
-            started.fail(at, error)
+    for group in _groups(places):
+        _start_heads(started, output, group)
     if not places:  # a probe: something to wait for, so that a failure of the device shows
         started.tensors.append(output.features.flatten()[:1].float())
     return started
+
+
+def _groups(places: Mapping[HeadCall, Places]) -> list[dict[HeadCall, Places]]:
+    """The calls of a batch, those together whose heads compute together. A new group begins after
+    MAX_TOGETHER rows."""
+    groups: dict[Hashable, dict[HeadCall, Places]] = {}
+    rows: dict[Hashable, int] = defaultdict(int)
+    for call, at in places.items():
+        key: Hashable = call
+        if call.head.shared is not None:
+            shared = (call.head.shared, call.options)
+            rows[shared] += len(at)
+            key = (shared, rows[shared] // MAX_TOGETHER)
+        groups.setdefault(key, {})[call] = at
+    return list(groups.values())
+
+
+def _start_heads(
+    started: StartedPass, output: TrunkOutput, places: Mapping[HeadCall, Places]
+) -> None:
+    """Start heads that compute together; one by one if that fails, so that only the head at fault
+    fails."""
+    if len(places) == 1:
+        [(call, at)] = places.items()
+        _start_head(started, output, call, at)
+        return
+    try:
+        outputs = _forward_together(output, places)
+    except Exception as error:
+        if is_out_of_memory(error) or is_cuda_error(error):  # not the heads' fault
+            raise
+        for call, at in places.items():
+            _start_head(started, output, call, at)
+    else:
+        for at, tensors in zip(places.values(), outputs, strict=True):
+            started.add(at, tensors)
+
+
+def _start_head(started: StartedPass, output: TrunkOutput, call: HeadCall, at: Places) -> None:
+    """Start a head on its rows, or note that it fails."""
+    rows = output.rows([row for row, _ in at])
+    try:
+        with nullcontext() if call.head.forward_is_slow else one_thread():
+            outputs = call.head.forward(rows, **dict(call.options))
+        started.add(at, outputs)
+    except Exception as error:
+        if is_out_of_memory(error) or is_cuda_error(error):  # not the head's fault
+            raise
+        started.fail(at, error)
+
+
+def _forward_together(
+    output: TrunkOutput, places: Mapping[HeadCall, Places]
+) -> list[dict[str, Tensor]]:
+    """The outputs of heads that compute together, each for its own rows."""
+    heads = [call.head for call in places]
+    distinct = sorted({row for at in places.values() for row, _ in at})
+    number = {row: position for position, row in enumerate(distinct)}
+    index = [[number[row] for row, _ in at] for at in places.values()]
+    with one_thread():
+        return heads[0].forward_together(heads, output.rows(distinct), index)
 
 
 def run_pass(

@@ -4,7 +4,7 @@ A head works in two steps. `forward` runs on the device for all rows of a batch 
 same thing. `finish` runs on the CPU for one input, with that caller's other options.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
@@ -18,6 +18,7 @@ from models.reference_outputs import Parts, image_outputs
 from models.trunks.adapters import Adapter
 from models.trunks.base import Trunk
 from models.trunks.features import NO_EXTRAS, FeatureRequest
+from models.trunks.output import TrunkOutput
 from models.trunks.weights import parameter_bytes, state_digest
 
 
@@ -112,6 +113,24 @@ class Head:
     @property
     def forward(self) -> Callable[..., dict[str, Tensor]]:
         """`forward(output, **options)`: named tensors for a batch, first dimension B."""
+        raise NotImplementedError
+
+    @property
+    def shared(self) -> Hashable:
+        """What this head computes as others do. Heads of a batch with equal values run in one call
+        of `forward_together`; None: alone."""
+        return None
+
+    @classmethod
+    def forward_together(
+        cls, heads: Sequence[Any], output: TrunkOutput, index: Sequence[Sequence[int]]
+    ) -> list[dict[str, Tensor]]:
+        """What `forward` of each head returns for its rows.
+
+        Args:
+            output: for all rows of the heads.
+            index: for each head its rows of `output`.
+        """
         raise NotImplementedError
 
     @property

@@ -5,7 +5,7 @@ without the mean of the last one's patch tokens, as in evaluations of self-super
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Self
 
 import torch
@@ -18,6 +18,7 @@ from models.heads.ranking import Ranking
 from models.trunks.base import Trunk
 from models.trunks.features import NO_EXTRAS, FeatureRequest
 from models.trunks.output import TrunkOutput
+from models.trunks.transfers import index_tensor
 from models.trunks.weights import state_digest
 
 CLASSIFIER = "classifier."
@@ -111,6 +112,22 @@ class Linear(Ranking):
     def forward(self, output: TrunkOutput) -> dict[str, Tensor]:
         assert self.network is not None
         return {"logits": self.network(self.features(output))}
+
+    @property
+    def shared(self) -> Hashable:
+        if self.last_blocks:  # read by a pass of their own
+            return None
+        return type(self), tuple(self.layers), self.mean
+
+    @classmethod
+    def forward_together(
+        cls, heads: Sequence[Self], output: TrunkOutput, index: Sequence[Sequence[int]]
+    ) -> list[dict[str, Tensor]]:
+        """One computation of the features, then each head's classifier."""
+        features = heads[0].features(output)
+        rows = index_tensor([row for rows in index for row in rows], features.device)
+        parts = features[rows].split([len(rows) for rows in index])
+        return [{"logits": head.network(part)} for head, part in zip(heads, parts, strict=True)]
 
 
 def check_has_blocks(trunk: Trunk) -> None:

@@ -4,7 +4,9 @@ The features are the trunk's pooled output and each block's query outputs, each 
 length. A classifier follows, on all features or on those that training has selected.
 """
 
+from collections.abc import Hashable, Sequence
 from functools import partial
+from typing import Self
 
 import torch
 from timm.models.vision_transformer import Block
@@ -17,6 +19,7 @@ from models.errors import CheckpointError
 from models.heads.linear import Linear, check_has_blocks, first_size
 from models.trunks.features import FeatureRequest
 from models.trunks.output import TrunkOutput
+from models.trunks.transfers import index_tensor
 
 ATTENDING = "attend."
 MAX_QUERIES = 256  # per block; each one costs a token in every pass
@@ -72,8 +75,31 @@ class Vqt(Linear):
             segments = torch.cat([pooled[:, None], queries.flatten(1, 2)], 1).float()
             combined: Tensor = self.attend(normalize(segments, dim=-1))[:, 0]
             return combined
-        features = vqt_features(pooled, queries, self.combine_LT, self.normalize)
+        return self._selected(vqt_features(pooled, queries, self.combine_LT, self.normalize))
+
+    def _selected(self, features: Tensor) -> Tensor:
         return features if self.indices is None else features[:, self.indices]
+
+    @property
+    def shared(self) -> Hashable:
+        if self.attend is not None or self.combine_LT is not None:
+            return None
+        return type(self), len(self.queries.slots), self.normalize
+
+    @classmethod
+    def forward_together(
+        cls, heads: Sequence[Self], output: TrunkOutput, index: Sequence[Sequence[int]]
+    ) -> list[dict[str, Tensor]]:
+        """One computation of the features, then each head's classifier."""
+        queries = output.queries.joined([head.queries for head in heads])
+        rows = index_tensor([row for rows in index for row in rows], queries.device)
+        pooled = heads[0].trunk.pool(output)[rows]
+        features = vqt_features(pooled, queries, None, heads[0].normalize)
+        parts = features.split([len(rows) for rows in index])
+        return [
+            {"logits": head.network(head._selected(part))}
+            for head, part in zip(heads, parts, strict=True)
+        ]
 
 
 def attending_block(state: HeadState, dim: int) -> nn.Module | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from models.trunks.query_tokens import QuerySet
+from models.trunks.query_tokens import QueryOutputs
 from models.trunks.transfers import index_tensor
 
 
@@ -27,8 +27,7 @@ class TrunkOutput:
         attention: attention probabilities of blocks by index, (B, heads, T, T).
         cls_attention: the first token's row of those alone, (B, heads, T).
         keys_values: keys and values of every block, (B, heads, T, d) each.
-        queries: for each head's query tokens their outputs (rows, L, T, D), for the rows that
-            requested them.
+        queries: for each head's query tokens their outputs, for the rows that requested them.
         pixels: the normalised input (B, 3, H, W).
         dense: an embedding of every patch (B, D, h, w), of a CLIP.
         tower_tokens: all tokens (B, T, W) of a tower whose `features` are its embedding, or its
@@ -45,7 +44,7 @@ class TrunkOutput:
     attention: Mapping[int, Tensor] = field(default_factory=dict)
     cls_attention: Mapping[int, Tensor] = field(default_factory=dict)
     keys_values: Sequence[tuple[Tensor, Tensor]] = ()
-    queries: Mapping[QuerySet, Tensor] = field(default_factory=dict)
+    queries: QueryOutputs = field(default_factory=QueryOutputs)
     pixels: Tensor | None = None
     dense: Tensor | None = None
     tower_tokens: Tensor | None = None

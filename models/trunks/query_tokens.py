@@ -14,7 +14,7 @@ K image tokens, D embedding, h attention heads, d channels per head.
 import threading
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -165,19 +165,52 @@ class QueryBatch:
             tensors.append(self._indices(slots))
         return tuple(tensors)
 
-    def split(self, outputs_LND: Tensor) -> dict[QuerySet, Tensor]:
-        """The outputs (rows, L, T, D) of each set, in the order of the rows that request it."""
-        split = {}
-        for queries, rows in self._requests:
-            count = len(queries.slots)
-            first = [self._starts[row] + self._offsets[queries, row] for row in rows]
-            places = self._indices([start + t for start in first for t in range(count)])
-            by_row = torch.unflatten(outputs_LND[:, places], 1, (len(rows), count))
-            split[queries] = by_row.transpose(0, 1)
-        return split
+    def split(self, outputs_LND: Tensor) -> "QueryOutputs":
+        """A pass's outputs of the query tokens, by set."""
+        firsts = {
+            queries: [self._starts[row] + self._offsets[queries, row] for row in rows]
+            for queries, rows in self._requests
+        }
+        return QueryOutputs(firsts, outputs_LND)
 
     def _indices(self, values: Any) -> Tensor:
         return index_tensor(values, self._device)
+
+
+class QueryOutputs(Mapping[QuerySet, Tensor]):
+    """The outputs of a batch's query tokens: for each set (R, L, T, D), for its R rows in the order
+    in which they were requested."""
+
+    def __init__(
+        self,
+        firsts: Mapping[QuerySet, Sequence[int]] | None = None,
+        outputs_LND: Tensor | None = None,
+    ) -> None:
+        """
+        Args:
+            firsts: for each set the place of its first token in each row.
+            outputs_LND: of all tokens.
+        """
+        self._firsts = firsts or {}
+        self._outputs_LND = outputs_LND
+
+    def __getitem__(self, queries: QuerySet) -> Tensor:
+        return self.joined([queries])
+
+    def __iter__(self) -> Iterator[QuerySet]:
+        return iter(self._firsts)
+
+    def __len__(self) -> int:
+        return len(self._firsts)
+
+    def joined(self, sets: Sequence[QuerySet]) -> Tensor:
+        """The rows of sets of equally many tokens, one set after another."""
+        assert self._outputs_LND is not None
+        count = len(sets[0].slots)
+        firsts = [first for queries in sets for first in self._firsts[queries]]
+        places = [first + t for first in firsts for t in range(count)]
+        chosen_LND = self._outputs_LND[:, index_tensor(places, self._outputs_LND.device)]
+        return torch.unflatten(chosen_LND, 1, (len(firsts), count)).transpose(0, 1)
 
 
 class QueryPass:

@@ -4,6 +4,7 @@ import threading
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -12,8 +13,10 @@ from torch.nn.functional import normalize
 
 from models.checkpoints.checkpoint import HeadState
 from models.errors import CheckpointError
+from models.heads.base import Head
 from models.heads.registry import create_head
-from models.heads.vqt import Vqt
+from models.heads.vqt import Vqt, vqt_features
+from models.inference import HeadCall, run_pass
 from models.inputs.transforms import preprocess_from_timm
 from models.trunks.devices import Placement
 from models.trunks.features import BatchRequest, merge
@@ -227,3 +230,65 @@ def test_a_linear_head_reads_no_block_that_is_not_there(layer: int) -> None:
     state = HeadState({"classifier.0.weight": torch.zeros(2, 24)}, {"layers": [layer]})
     with pytest.raises(CheckpointError, match=f"reads block {layer}; the trunk has 3"):
         create_head("linear", trunk, ("a", "b"), state)
+
+
+def linear_head(trunk: TimmTrunk, seed: int, **settings: Any) -> Head:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(3, 24, generator=generator)
+    return create_head(
+        "linear", trunk, tuple("abc"), HeadState({"classifier.0.weight": weight}, settings)
+    )
+
+
+def selecting_head(trunk: TimmTrunk, seed: int) -> Head:
+    tensors = {
+        "queries": torch.randn(3, 1, 24, generator=torch.Generator().manual_seed(seed)),
+        "indices": torch.arange(seed, seed + 8),
+        "classifier.0.weight": torch.randn(2, 8, generator=torch.Generator().manual_seed(seed)),
+    }
+    return create_head("vqt", trunk, ("a", "b"), HeadState(tensors))
+
+
+def test_mixed_heads_compute_their_features_together(
+    pixels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk = small_trunk(*KINDS["class token"])
+    heads = [
+        random_head(trunk, 1),
+        selecting_head(trunk, 2),
+        random_head(trunk, 3, classes=7),
+        random_head(trunk, 4, queries=2),
+        linear_head(trunk, 5),
+        linear_head(trunk, 6),
+        linear_head(trunk, 7, layers=[1]),
+    ]
+    calls = [[HeadCall(heads[(row + turn) % 7]) for turn in range(2 + row)] for row in range(5)]
+    computed: list[int] = []
+
+    def counting(pooled_BD: Tensor, *others: Any) -> Tensor:
+        computed.append(len(pooled_BD))
+        return vqt_features(pooled_BD, *others)
+
+    alone = [
+        [run_pass(trunk, pixels[row : row + 1], [[call]])[0][0] for call in row_calls]
+        for row, row_calls in enumerate(calls)
+    ]
+    monkeypatch.setattr("models.heads.vqt.vqt_features", counting)
+    together = run_pass(trunk, pixels, calls)
+    assert len(computed) == 2  # one query token, and two
+    for found, expected in zip(together, alone, strict=True):
+        for one, other in zip(found, expected, strict=True):
+            assert not isinstance(one, Exception)
+            assert not isinstance(other, Exception)
+            np.testing.assert_allclose(one["logits"], other["logits"], atol=1e-5)
+
+
+def test_a_head_that_fails_among_others_fails_alone(pixels: Tensor) -> None:
+    trunk = small_trunk(*KINDS["class token"])
+    good, bad = random_head(trunk, 1), random_head(trunk, 2)
+    bad.network = torch.nn.Linear(5, 4)
+    rows = run_pass(trunk, pixels[:2], [[HeadCall(good)], [HeadCall(bad), HeadCall(good)]])
+    assert isinstance(rows[1][0], RuntimeError)
+    for arrays in (rows[0][0], rows[1][1]):
+        assert not isinstance(arrays, Exception)
+        assert arrays["logits"].shape == (4,)
