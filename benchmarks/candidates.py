@@ -66,6 +66,8 @@ class Launcher:
         rivals: the folder of the rivals' environments.
         logs: a folder for the servers' output and working files.
         rival_batch: the most images in a rival's batch.
+        device: `cpu` or `cuda`.
+        engine: Vitrail's.
     """
 
     workload: Workload
@@ -73,6 +75,8 @@ class Launcher:
     rivals: Path
     logs: Path
     rival_batch: int
+    device: str = "cpu"
+    engine: str = "auto"
 
     def server(self, name: str, model: str) -> Server:
         """A server of the model, which is started by entering it.
@@ -108,6 +112,7 @@ class Launcher:
             "--catalog", str(self.workload.catalog),
             "--port", str(port), "--grpc-port", str(free_port()),
             "--transform", self.setting.transform, "--precision", self.setting.precision,
+            "--device", self.device, "--engine", self.engine,
         ]  # fmt: skip
 
     def _options(self, model: str, port: int, folder: Path) -> Options:
@@ -119,4 +124,6 @@ class Launcher:
             workers=len(os.sched_getaffinity(0)),
             max_batch=self.rival_batch,
             images=self.setting.images,
+            device=self.device,
+            precision="float32" if self.device == "cpu" else self.setting.precision,
         )

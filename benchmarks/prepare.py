@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--models", required=True)
     parser.add_argument("--photos", choices=SIZES, default="small")
     parser.add_argument("--transform", default="exact")
+    parser.add_argument("--convert", action=argparse.BooleanOptionalAction, default=True,
+                        help="convert the passes for OpenVINO")  # fmt: skip
     arguments = parser.parse_args()
     workload = Workload(arguments.folder.absolute(), arguments.photos)
     models = arguments.models.split(",")
@@ -54,7 +56,7 @@ def main() -> None:
         _write_expected(workload, model)
     entries = (ENTRY.format(model=name, weights=workload.weights(name)) for name in models)
     workload.catalog.write_text("".join(entries))
-    for model in models:
+    for model in models if arguments.convert else ():
         _convert(workload, model, arguments.transform)
 
 

@@ -22,8 +22,10 @@ class Classifier:
 
     def __init__(self, options: Options) -> None:
         self.max_batch = options.max_batch
+        self.device, self.dtype = options.device, getattr(torch, options.precision)
         self.network = timm.create_model(options.architecture).eval()
         self.network.load_state_dict(load_file(options.weights))
+        self.network.to(self.device, self.dtype)
         self.transform = create_transform(**resolve_model_data_config(self.network))
         names = ImageNetInfo("imagenet-1k")
         self.labels = [names.index_to_description(index) for index in range(1000)]
@@ -49,7 +51,8 @@ class Classifier:
     @torch.inference_mode()
     def forward(self, pixels: Sequence[Tensor]) -> Answer:
         """The five best classes of each prepared image, in one pass."""
-        top = self.network(torch.stack(list(pixels))).softmax(-1).topk(5)
+        batch = torch.stack(list(pixels)).to(self.device, self.dtype)
+        top = self.network(batch).float().softmax(-1).topk(5)
         return [
             [{"index": index, "label": self.labels[index], "score": round(score, 6)}
              for index, score in zip(*row, strict=True)]

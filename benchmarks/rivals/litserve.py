@@ -42,7 +42,7 @@ if __name__ == "__main__":
     options = Options.from_environment()
     api = Api(max_batch_size=options.max_requests, batch_timeout=options.wait_ms / 1e3)
     server = litserve.LitServer(
-        api, accelerator="cpu", devices=1, workers_per_device=options.workers, timeout=120,
+        api, accelerator=options.device, devices=1, workers_per_device=options.workers, timeout=120,
         fast_queue=True,
     )  # fmt: skip
     server.run(host="127.0.0.1", port=options.port, generate_client_file=False)

@@ -17,6 +17,8 @@ class Options:
         max_batch: images in a forward pass.
         wait_ms: how long a batch waits for further requests.
         images: images in a request.
+        device: `cpu` or `cuda`.
+        precision: a dtype of torch's.
     """
 
     architecture: str
@@ -27,6 +29,8 @@ class Options:
     max_batch: int = 4
     wait_ms: int = 5
     images: int = 1
+    device: str = "cpu"
+    precision: str = "float32"
 
     @property
     def max_requests(self) -> int:
@@ -50,6 +54,8 @@ class Options:
             max_batch=int(values["max_batch"]),
             wait_ms=int(values["wait_ms"]),
             images=int(values["images"]),
+            device=values["device"],
+            precision=values["precision"],
         )
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import load, main, report
+from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.bundle import load, report
 
 
 def test_a_part_is_measured_added_to_the_bundle_and_plotted(

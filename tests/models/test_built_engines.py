@@ -1,5 +1,5 @@
 """Engines that build passes: buckets, padding by rows, and what runs eagerly instead. CUDA graphs
-themselves need a GPU: `benchmarks/gpu.py --part fixtures` runs them."""
+themselves need a GPU: `python -m benchmarks.gpu --part fixtures` runs them."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -11,24 +11,19 @@ goes on where it was.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from matplotlib.figure import Figure
-
-from benchmarks.gpu_models import NETWORKS, Options
-from benchmarks.gpu_parts import BY_NETWORK, PARTS
-from benchmarks.machine import describe_machine
+from benchmarks.gpu.bundle import line, load, report, save
+from benchmarks.gpu.networks import NETWORKS
+from benchmarks.gpu.options import Options, Row
+from benchmarks.gpu.parts import BY_NETWORK, PARTS
 from models.trunks.devices import resolve_device
 
 PART_S = 480
-Bundle = dict[str, Any]
 
 
 def main() -> None:
@@ -43,7 +38,10 @@ def main() -> None:
     else:
         for name in names(options):
             if name not in load(path)["parts"]:
-                run_apart(name, path)
+                if options.quick:  # starting a process takes longer than a part does
+                    run_part(name, options, path)
+                else:
+                    run_apart(name, path)
     report(load(path), options.folder)
 
 
@@ -120,7 +118,7 @@ def run_part(name: str, options: Options, path: Path) -> None:
     done = {key: value["rows"] for key, value in bundle["parts"].items()}
     options = replace(options, done=done, networks=(network,) if network else options.networks)
     started = time.monotonic()
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     print(f"== {name}", flush=True)
     for row in PARTS[part](options):
         print("  " + line(row), flush=True)
@@ -128,75 +126,6 @@ def run_part(name: str, options: Options, path: Path) -> None:
         entry = {"rows": rows, "seconds": time.monotonic() - started, "arguments": sys.argv[1:]}
         bundle["parts"][name] = entry
         save(bundle, path)
-
-
-def load(path: Path) -> Bundle:
-    """The bundle so far."""
-    if path.is_file():
-        bundle: Bundle = json.loads(path.read_text())
-        return bundle
-    return {"machine": describe_machine() | describe_gpu(), "parts": {}}
-
-
-def save(bundle: Bundle, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(bundle, indent=1) + "\n")
-    temporary.replace(path)
-
-
-def describe_gpu() -> dict[str, object]:
-    """The GPU and its driver's CUDA."""
-    if not torch.cuda.is_available():
-        return {"gpu": None}
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "gpu": properties.name,
-        "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
-        "gpu_capability": f"{properties.major}.{properties.minor}",
-        "cuda": torch.version.cuda,
-    }
-
-
-def report(bundle: Bundle, folder: Path) -> None:
-    """Write `table.md`, and a plot for each part with rates."""
-    lines = [f"# {bundle['machine']['gpu'] or bundle['machine']['processor']}"]
-    for name, part in bundle["parts"].items():
-        lines += ["", f"## {name}", "", f"{part.get('failed', '')}".strip()]
-        lines += [f"- {line(row)}" for row in part["rows"]]
-        if rates := [row for row in part["rows"] if "images_per_s" in row]:
-            plot(name, rates).savefig(folder / f"{name.replace(':', '-')}.png")
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
-    broken = [f"{name}: {line(row)}" for name, part in bundle["parts"].items()
-              for row in part["rows"] if row.get("holds") is False or "failed" in row]  # fmt: skip
-    print(f"{folder / 'table.md'}: {len(broken)} rows do not hold")
-    for row in broken:
-        print(f"  {row}")
-
-
-def plot(name: str, rows: list[dict[str, Any]]) -> Figure:
-    """Images per second as bars."""
-    figure = Figure(figsize=(9, 1 + 0.3 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    kept = ("network", "engine", "precision", "batch", "heads", "decoders", "decoding")
-    labels = [" ".join(str(row[key]) for key in kept if key in row) for row in rows]
-    axes.barh(range(len(rows)), [row["images_per_s"] for row in rows])
-    axes.set_yticks(range(len(rows)), labels)
-    axes.invert_yaxis()
-    axes.set_xlabel("images/s")
-    axes.set_title(name)
-    return figure
-
-
-def line(row: dict[str, Any]) -> str:
-    """A row in words."""
-    return ", ".join(
-        f"{key} {_number(value)}" for key, value in row.items() if value not in ("", None)
-    )
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Measures and checks everything on a GPU, see `__main__.py`."""

@@ -1,0 +1,25 @@
+"""Forward only: what serving is compared with."""
+
+from functools import partial
+
+from benchmarks.gpu.networks import blank_batch, load_trunk
+from benchmarks.gpu.options import Options, Rows
+from benchmarks.gpu.timing import rate_of
+from models.errors import ModelsError
+
+
+def ceiling(options: Options) -> Rows:
+    """Forward only: images per second of one pass after another, with inputs on the device."""
+    for network, precision, engine in options.combinations():
+        row = {"network": network, "precision": precision, "engine": engine}
+        try:
+            trunk = load_trunk(options, network, engine, precision)
+        except ModelsError as error:
+            yield {**row, "refused": str(error)}
+            continue
+        report = trunk.engine.report()
+        for batch in options.batches:
+            pixels = blank_batch(trunk, batch).to(options.device)
+            rate = rate_of(options, partial(trunk.forward, pixels), batch)
+            yield {**row, "ran": report.name, "batch": batch, "images_per_s": rate,
+                   "reason": report.reason}  # fmt: skip
