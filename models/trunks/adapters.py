@@ -7,7 +7,6 @@ and applied by batched matrix products (as in Punica, arXiv 2310.18547, and S-Lo
 Shape suffixes: B rows, R rank, I inputs and O outputs of a layer, K adapters, M positions.
 """
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from models.errors import CheckpointError
+from models.trunks.per_thread import PerThread
 from models.trunks.transfers import index_tensor
 
 # A layer's matrices: A (R, I), and B (O, R) with the scale multiplied in.
@@ -111,7 +111,7 @@ class AdapterHooks:
         self.layers = {
             name: module for name, module in network.named_modules() if type(module) is nn.Linear
         }
-        self._local = threading.local()
+        self._local = PerThread()
         for name, layer in self.layers.items():
             # before the hooks that read a layer's output
             layer.register_forward_hook(partial(self._on_output, name), prepend=True)

@@ -76,11 +76,15 @@ class Placement:
     @property
     def precision_key(self) -> str:
         """What decides the outputs besides weights and inputs: empty for float32, otherwise the
-        precision, for int8 the calibration set's digest, and whether TF32 is used."""
+        precision, for int8 the calibration set's digest (on GPUs it has none), and whether TF32 is
+        used."""
         keys = [] if self.precision == "float32" else [str(self.precision)]
-        if self.precision == "int8" and self.calibration is not None:
+        is_gpu = self.device.type == "cuda"
+        if self.precision == "int8" and is_gpu:
+            keys.append("dynamic")
+        elif self.precision == "int8" and self.calibration is not None:
             keys.append(self.calibration.digest)
-        if self.tf32 and self.device.type == "cuda":
+        if self.tf32 and is_gpu:
             keys.append("tf32")
         return " ".join(keys)
 

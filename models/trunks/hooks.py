@@ -1,6 +1,5 @@
 """Forward hooks that capture intermediate features of a timm network, without changing them."""
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from models.networks.padded_swin import PaddedSwin
 from models.trunks.features import PassPlan
+from models.trunks.per_thread import PerThread
 from models.trunks.query_tokens import QueryPass, attention_map, keys_values
 
 
@@ -80,7 +80,7 @@ class BlockHooks:
     def __init__(self, network: Any) -> None:
         self.blocks = plain_blocks(network)
         self.layers = layer_modules(network)
-        self._local = threading.local()
+        self._local = PerThread()
         for number, block in enumerate(self.blocks):
             block.attn.qkv.register_forward_hook(partial(self._on_qkv, number))
         for number, layer in enumerate(self.layers):

@@ -15,9 +15,9 @@ class PixelInput(nn.Module):
     def __init__(self, preprocess: Preprocess, placement: Placement) -> None:
         super().__init__()
         self.normalize = Normalize(preprocess).to(placement.device)
-        self._placement = placement
+        self.dtype = placement.dtype
+        self._memory_format = placement.memory_format
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         pixels_BCHW = self.normalize(pixels_BCHW)
-        placement = self._placement
-        return pixels_BCHW.to(placement.dtype, memory_format=placement.memory_format)
+        return pixels_BCHW.to(self.dtype, memory_format=self._memory_format)

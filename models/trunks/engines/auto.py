@@ -76,6 +76,10 @@ class Auto(Engine):
 
     @classmethod
     def place(cls, placement: Placement) -> Placement:
+        if placement.device.type == "cuda" and placement.precision not in DTYPES:
+            raise EngineError(
+                f"auto does not compute in {placement.precision} on GPUs: set engine = 'compile'"
+            )
         try:
             return OpenVino.place(placement)
         except EngineError:

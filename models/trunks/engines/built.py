@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import EngineError
+from models.trunks.devices import DTYPES
 from models.trunks.engines.auto import in_background
 from models.trunks.engines.base import Engine, Pass, PassKey, PassSource, pass_key
 from models.trunks.engines.comparison import compare, run_both
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 FLOAT32_TOLERANCE = 1e-5
 # More kinds of passes than these run eagerly: each one takes memory, and time to build.
 MAX_PASSES = 8
+# Photos that a pass of a precision that eager does not have is compared on.
+PHOTOS = 8
 
 
 class BuiltEngine(Engine):
@@ -60,8 +63,23 @@ class BuiltEngine(Engine):
             return self._eager.build(key, module, inputs)
         return built
 
+    def prepare(self, plan: PassPlan, inputs: tuple[Tensor, ...]) -> None:
+        """Build a pass before its first use, in the caller's thread.
+
+        Raises:
+            EngineError: it cannot be built in a precision that eager does not have.
+        """
+        super().prepare(plan, inputs)
+        reason = self._reasons.get(self.key(plan, inputs))
+        if reason is not None and not self._eager_has_precision:
+            raise EngineError(reason)
+
+    @property
+    def _eager_has_precision(self) -> bool:
+        return self.placement.precision in DTYPES
+
     def _compare(self, built: Pass, module: nn.Module, inputs: tuple[Tensor, ...]) -> Agreement:
-        agreement = compare(self.source, run_both(module, built, [inputs]))
+        agreement = compare(self.source, run_both(module, built, self._examples(inputs)))
         tolerance = self.placement.tolerance
         if tolerance is None and self.placement.precision == "float32":
             tolerance = FLOAT32_TOLERANCE
@@ -72,6 +90,14 @@ class BuiltEngine(Engine):
             )
         return agreement
 
+    def _examples(self, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+        """What a pass is compared on: its inputs, and photos if it has a precision of its own."""
+        if self._eager_has_precision or len(inputs) > 1:
+            return [inputs]
+        like = inputs[0]
+        photos = self.source.collate([*self.source.samples(PHOTOS), like[0].cpu()])[:PHOTOS]
+        return [inputs, (photos.to(like.device),)]
+
     def run(self, plan: PassPlan, inputs: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
         """Run a pass; eagerly until it is built, in the background unless `prepare` has done so."""
         key = pass_key(plan, inputs)
@@ -80,7 +106,7 @@ class BuiltEngine(Engine):
         if self._is_new(key):
             copies = tuple(tensor.clone() for tensor in inputs)
             finish_writes(self.placement.device)
-            in_background(lambda: self.prepare(plan, copies))
+            in_background(lambda: self.get(plan, copies))
         return self._eager.run(plan, inputs)
 
     def _is_new(self, key: PassKey) -> bool:

@@ -2,9 +2,13 @@
 https://docs.pytorch.org/docs/stable/torch.compiler.html
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
+from models.trunks.devices import Placement
+from models.trunks.engines import gpu_quantization
 from models.trunks.engines.base import Pass, PassSource
 from models.trunks.engines.bucketed_pass import row_inputs
 from models.trunks.engines.buckets import buckets
@@ -20,11 +24,20 @@ class Compile(BuiltEngine):
         super().__init__(source)
         self._graphs = GraphCapture(self.placement.device)
 
+    @classmethod
+    def place(cls, placement: Placement) -> Placement:
+        if placement.precision not in gpu_quantization.CAPABILITIES:
+            return super().place(placement)
+        gpu_quantization.check(placement)
+        return replace(placement, dtype=torch.float32)  # the compiled pass alone is quantised
+
     def build_pass(self, plan: PassPlan, module: nn.Module, inputs: tuple[Tensor, ...]) -> Pass:
         # One program for all batch sizes but 1, which the compiler treats as a size of its own.
         for number in row_inputs(plan) or ():
             if len(inputs[number]) > 1:
                 torch._dynamo.mark_dynamic(inputs[number], 0)
+        if (precision := self.placement.precision) in gpu_quantization.CAPABILITIES:
+            module = gpu_quantization.QuantizedPass(module, precision)
         compiled: Pass = torch.compile(module, fullgraph=True)
         compiled(*inputs)
         return graphed(plan, compiled, self._graphs) if inputs[0].is_cuda else compiled
