@@ -1,5 +1,6 @@
 """Every setting, with its unit, bounds and meaning. Its environment variable is `VITRAIL_NAME`."""
 
+import os
 from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
@@ -149,6 +150,12 @@ class Settings(BaseSettings):
         "`collections` in the store.",
     )
 
+    image_folders: Names = Field(
+        (),
+        description="Folders of this machine whose images clients may add to collections; if "
+        "empty, folders are refused.",
+    )
+
     api_keys: Secrets = Field(
         (), description="Keys that may use the service; if empty, no key is needed."
     )
@@ -201,7 +208,15 @@ class Settings(BaseSettings):
         "info", description="Lowest level that is logged."
     )
 
-    @field_validator("models", "workers", "url_hosts", "api_keys", "admin_keys", mode="before")
+    @field_validator(
+        "models",
+        "workers",
+        "image_folders",
+        "url_hosts",
+        "api_keys",
+        "admin_keys",
+        mode="before",
+    )
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
@@ -237,6 +252,14 @@ class Settings(BaseSettings):
         """Where gRPC listens."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.grpc_port}"
+
+    @field_validator("image_folders")
+    @classmethod
+    def _check_folders(cls, folders: tuple[str, ...]) -> tuple[str, ...]:
+        for folder in folders:
+            if not os.path.isabs(folder):
+                raise ValueError(f"{folder!r} is not an absolute path")
+        return tuple(os.path.normpath(folder) for folder in folders)
 
     @field_validator("workers")
     @classmethod

@@ -88,9 +88,12 @@ class InferResult:
     models: Sequence[ModelUsed]
     images: Sequence[ImageResult]
 
-    def raise_if_all_failed(self) -> None:
+    def raise_if_all_failed(self, *, alone: bool = True) -> None:
         """Fail the whole request if its only input failed, or if all inputs failed for reasons
         that are not their fault.
+
+        Args:
+            alone: whether an only input that is at fault fails the request.
 
         Raises:
             ServiceError: the first input's error.
@@ -98,7 +101,9 @@ class InferResult:
         errors = [image.error for image in self.images if image.error is not None]
         if not errors or len(errors) < len(self.images):
             return
-        if len(errors) == 1 or all(error.status in WHOLE_REQUEST_STATUSES for error in errors):
+        if (alone and len(errors) == 1) or all(
+            error.status in WHOLE_REQUEST_STATUSES for error in errors
+        ):
             raise errors[0]
 
 

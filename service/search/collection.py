@@ -83,6 +83,13 @@ class VectorStore(Protocol):
     async def remove(self, name: str, image: str) -> bool:
         """Delete an image; False if there is none with that id."""
 
+    async def images(self, name: str, after: str, count: int) -> Mapping[str, Metadata]:
+        """The metadata of the first `count` images whose ids come after `after`, by id. The order
+        of ids is the store's own."""
+
+    async def find(self, name: str, ids: Sequence[str]) -> Mapping[str, Metadata]:
+        """The metadata of those of these images that are there, by id."""
+
     async def search(
         self, name: str, query: np.ndarray, count: int, where: Metadata
     ) -> Sequence[Hit]:

@@ -7,7 +7,7 @@ collection is. A write adds a version of the table, which is complete or absent 
 import asyncio
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +17,7 @@ import lancedb
 import numpy as np
 import pyarrow as pa
 from lancedb.index import BTree, IvfFlat, IvfRq
+from lancedb.query import ColumnOrdering
 
 from service.errors import NotFoundError
 from service.search.collection import Collection, Hit, Item, Metadata, canonical
@@ -24,6 +25,7 @@ from service.search.collection import Collection, Hit, Item, Metadata, canonical
 logger = logging.getLogger(__name__)
 
 KEY = b"vitrail"
+BY_ID = ColumnOrdering(column_name="id")
 # From so many images on, an index finds them; below, every vector is compared.
 INDEXED_FROM = 50_000
 # Writes between two runs of maintenance: each write leaves a small file and a version.
@@ -97,6 +99,19 @@ class LanceStore:
         self._written(name)
         return bool(result.num_deleted_rows)
 
+    async def images(self, name: str, after: str, count: int) -> Mapping[str, Metadata]:
+        table = await self._table(name)
+        query = table.query().select(["id", "metadata"]).order_by([BY_ID]).limit(count)
+        return await _metadata(query.where(f"id > {_quoted(after)}"))
+
+    async def find(self, name: str, ids: Sequence[str]) -> Mapping[str, Metadata]:
+        if not ids:
+            return {}
+        table = await self._table(name)
+        quoted = ", ".join(map(_quoted, ids))
+        query = table.query().select(["id", "metadata"]).where(f"id IN ({quoted})")
+        return await _metadata(query)
+
     async def search(
         self, name: str, query: np.ndarray, count: int, where: Metadata
     ) -> Sequence[Hit]:
@@ -158,6 +173,10 @@ class LanceStore:
             await table.create_index("vector", config=_index(await table.schema()))
         if "id" not in indexed:  # a write looks for the ids that it replaces
             await table.create_index("id", config=BTree())
+
+
+async def _metadata(query: Any) -> dict[str, Metadata]:
+    return {row["id"]: json.loads(row["metadata"]) for row in await query.to_list()}
 
 
 def _schema(collection: Collection) -> pa.Schema:

@@ -4,9 +4,9 @@ A table lists the collections; each has a table of its own, because an index nee
 length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
-from typing import Any
+from typing import Any, LiteralString
 
 import numpy as np
 from psycopg import AsyncConnection, errors, sql
@@ -136,6 +136,22 @@ class PostgresStore:
         try:
             async with self._pool.connection() as connection:
                 return bool((await connection.execute(statement, (image,))).rowcount)
+        except errors.UndefinedTable as error:
+            raise _missing(name) from error
+
+    async def images(self, name: str, after: str, count: int) -> Mapping[str, Metadata]:
+        return await self._metadata(name, "WHERE id > %s ORDER BY id LIMIT %s", after, count)
+
+    async def find(self, name: str, ids: Sequence[str]) -> Mapping[str, Metadata]:
+        return await self._metadata(name, "WHERE id = ANY(%s)", list(ids))
+
+    async def _metadata(
+        self, name: str, which: LiteralString, *values: object
+    ) -> Mapping[str, Metadata]:
+        statement = sql.SQL("SELECT id, metadata FROM {} " + which).format(_table(name))
+        try:
+            async with self._pool.connection() as connection:
+                return dict(await (await connection.execute(statement, values)).fetchall())
         except errors.UndefinedTable as error:
             raise _missing(name) from error
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import signal
 import warnings
 from collections.abc import Iterator
@@ -12,7 +13,11 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
+from service.errors import InvalidInputError
+from service.search.folders import ImageFolder
+from service.settings import Settings
 from tests.conftest import Running, answers, encode, free_port, process, running, wait_until
 from tests.service.test_gateway import problem
 
@@ -30,15 +35,24 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module", params=["lancedb", "postgres"])
 def server(
-    clip: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory, request: Any
+    clip: tuple[Path, Any],
+    served_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    request: Any,
 ) -> Iterator[Running]:
     if request.param == "postgres":
         location = request.getfixturevalue("postgres")
     else:
         location = str(tmp_path_factory.mktemp("collections"))
-    with running(clip[0], collections=location) as started:
+    with running(clip[0], collections=location, image_folders=str(served_folder)) as started:
         started.wait_ready()
         yield started
+
+
+@pytest.fixture(scope="module")
+def served_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of its own machine that the server may read."""
+    return tmp_path_factory.mktemp("served")
 
 
 @pytest.fixture
@@ -215,6 +229,112 @@ def test_lines_of_ndjson_fail_alone(
     assert all(400 <= result["error"]["status"] < 500 for result in results[80:])
     assert results[80]["id"] == "broken"
     assert server.client.get(photos_collection).json()["images"] == 84
+
+
+def test_images_are_listed_page_by_page(
+    server: Running, photos_collection: str, jpegs: dict[str, bytes]
+) -> None:
+    path = f"{photos_collection}/images"
+    first = server.client.get(path, params={"limit": 3}).json()
+    names = sorted(jpegs)
+    metadata = {"name": "astronaut", "space": True}
+    assert first["images"][0] == {"id": "astronaut", "metadata": metadata}
+    assert [image["id"] for image in first["images"]] == names[:3]
+    rest = server.client.get(path, params={"after": first["next"]}).json()
+    assert [image["id"] for image in rest["images"]] == names[3:]
+    assert rest["next"] is None
+    for query in ({"limit": "0"}, {"limit": "1001"}, {"after": "a\0"}, {"before": "a"}):
+        problem(server.client.get(path, params=query), 422)
+    problem(server.client.get("/collections/none/images"), 404)
+
+
+def test_a_folder_of_the_server_is_added_page_by_page(
+    server: Running, photos_collection: str, served_folder: Path, jpegs: dict[str, bytes]
+) -> None:
+    folder = served_folder / "trip"
+    paths = [folder / name for name in ("a/1.png", *(f"b{n:02}.png" for n in range(33)), "c/1.jpg")]
+    for number, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(Image.new("RGB", (8, 8), (number, 0, 0)), "PNG"))
+    paths[-1].write_bytes(b"no image")
+    (folder / "notes.txt").write_text("no image")
+
+    def add(**body: Any) -> Any:
+        answer = server.client.post(f"{photos_collection}/images", json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    first = add(folder=str(folder))
+    assert first["results"] == [{"id": str(path)} for path in paths[:32]]
+    assert first["next"] == str(paths[31])
+    rest = add(folder=str(folder), after=first["next"])
+    assert rest["results"][:2] == [{"id": str(path)} for path in paths[32:34]]
+    assert rest["results"][2]["id"] == str(paths[34])
+    assert rest["results"][2]["error"]["status"] == 422
+    assert rest["next"] is None
+    paths[3].write_bytes(jpegs["coffee"])
+    again = add(folder=str(folder))
+    assert [name for name in again["results"] if "unchanged" not in name] == [
+        {"id": str(paths[3])}, again["results"][-1],
+    ]  # fmt: skip
+    assert "error" in again["results"][-1]  # and it alone does not fail the request
+    query = {"image": entry(jpegs["coffee"]), "filter": {"folder": "trip"}, "k": 1}
+    [hit] = hits(server.client.post(f"{photos_collection}/search", json=query))
+    assert hit["id"] == str(paths[3])
+    assert hit["score"] == pytest.approx(1, abs=1e-5)
+
+
+def test_what_is_outside_the_servers_folders_is_not_read(
+    server: Running, photos_collection: str, served_folder: Path, tmp_path: Path, jpegs: Any
+) -> None:
+    secret = tmp_path / "secret.jpg"
+    secret.write_bytes(jpegs["coffee"])
+    linked = served_folder / "links"
+    linked.mkdir(exist_ok=True)
+    for name, target in (("file.jpg", secret), ("folder", tmp_path), ("loop", linked)):
+        (linked / name).unlink(missing_ok=True)
+        (linked / name).symlink_to(target)
+    if not (linked / "pipe.jpg").exists():
+        os.mkfifo(linked / "pipe.jpg")
+
+    def add(**body: Any) -> httpx.Response:
+        return server.client.post(f"{photos_collection}/images", json=body)
+
+    assert add(folder=str(linked)).json()["results"] == []
+    for folder in (tmp_path, "/", f"{served_folder}/../{tmp_path.name}", served_folder.name,
+                   f"{served_folder}x", f"{served_folder}/a\0b"):  # fmt: skip
+        problem(add(folder=str(folder)), 422)
+    for folder in (linked / "folder", linked / "loop", linked / "file.jpg", linked / "none"):
+        problem(add(folder=str(folder)), 404)
+    problem(add(folder=str(linked), after=str(secret)), 422)
+    problem(add(folder=str(linked), images=[]), 422)
+    problem(add(folder=7), 422)
+
+
+def test_a_folder_that_becomes_a_link_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    allowed, inner, secret = tmp_path / "allowed", tmp_path / "allowed/in", tmp_path / "secret"
+    for folder in (inner, secret):
+        folder.mkdir(parents=True)
+        (folder / "a.jpg").write_bytes(folder.name.encode())
+    folder_of = ImageFolder([str(allowed)], str(allowed))
+    [file] = folder_of.files(None, 10)
+    assert folder_of.read(file, 10) == b"in"
+    inner.rename(tmp_path / "moved")
+    inner.symlink_to(secret)
+    with pytest.raises(InvalidInputError, match="cannot be read"):
+        folder_of.read(file, 10)
+    inner.unlink()
+    inner.mkdir()
+    (inner / "a.jpg").symlink_to(secret / "a.jpg")
+    with pytest.raises(InvalidInputError, match="cannot be read"):
+        folder_of.read(file, 10)
+
+
+def test_folders_are_off_unless_a_setting_names_them() -> None:
+    with pytest.raises(InvalidInputError, match="off here"):
+        ImageFolder((), "/")
+    with pytest.raises(ValidationError, match="not an absolute path"):
+        Settings(image_folders=("photos",))
 
 
 @pytest.mark.parametrize(

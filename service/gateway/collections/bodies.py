@@ -27,9 +27,10 @@ from service.gateway.rest.content import read_body
 from service.limits import check_input_count
 from service.parameters import validate
 from service.payloads import check_json, parse_json, parse_json_object
-from service.search.collection import MAX_HITS, Metadata, check_id, check_metadata
+from service.search.collection import MAX_HITS, MAX_ID, Metadata, check_id, check_metadata
 
 MAX_LINES = 10_000
+MAX_LISTED = 1000
 
 JSON, FORM = "application/json", "multipart/form-data"
 
@@ -42,6 +43,26 @@ class CollectionParameters(BaseModel):
     model: str | None = Field(
         None, max_length=200, description="A model that embeds images; the catalog's default."
     )
+
+
+class FolderParameters(BaseModel):
+    """A folder of the server, in the place of `images`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    folder: str = Field(max_length=MAX_ID, description="In one of VITRAIL_IMAGE_FOLDERS.")
+    after: str | None = Field(
+        None, max_length=MAX_ID, description="The file after which to go on: an answer's `next`."
+    )
+
+
+class ListParameters(BaseModel):
+    """The query of `GET /collections/{name}/images`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    after: str = Field("", max_length=MAX_ID, description="The id after which to go on.")
+    limit: int = Field(MAX_LISTED, ge=1, le=MAX_LISTED, description="Most images.")
 
 
 class QueryParameters(BaseModel):
@@ -74,8 +95,20 @@ class Query:
     where: Metadata
 
 
-async def read_entries(request: Request) -> list[Entry]:
-    """The images of `POST /collections/{name}/images`.
+def read_list(request: Request) -> ListParameters:
+    """The query of `GET /collections/{name}/images`.
+
+    Raises:
+        InvalidInputError: malformed.
+    """
+    parameters = validate(ListParameters, collect(request.query_params.multi_items(), frozenset()))
+    if parameters.after:
+        check_id(parameters.after)
+    return parameters
+
+
+async def read_entries(request: Request) -> list[Entry] | FolderParameters:
+    """The images of `POST /collections/{name}/images`, or the folder that has them.
 
     Raises:
         ServiceError: malformed, over a limit, or too slow.
@@ -86,9 +119,13 @@ async def read_entries(request: Request) -> list[Entry]:
             entries = await _entries_of_form(request, content)
         case "application/json":
             fields = await parse_json_object(content)
+            if "folder" in fields:
+                return validate(FolderParameters, fields)
             images = fields.pop("images", None)
             if not isinstance(images, list) or fields:
-                raise InvalidInputError('send {"images": [...]} alone', field="images")
+                raise InvalidInputError(
+                    'send {"images": [...]} or {"folder": "..."} alone', field="images"
+                )
             check_input_count(request.app.state.settings, len(images))
             entries = await _entries_of_json(request, images)
         case media_type if media_type == NDJSON:

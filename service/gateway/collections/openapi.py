@@ -2,9 +2,17 @@
 
 from typing import Any
 
-from service.gateway.collections.bodies import FORM, JSON, CollectionParameters, QueryParameters
+from service.gateway.collections.bodies import (
+    FORM,
+    JSON,
+    CollectionParameters,
+    FolderParameters,
+    ListParameters,
+    QueryParameters,
+)
 from service.gateway.entrance import NDJSON
 from service.gateway.rest.examples import PHOTO, json_body
+from service.gateway.rest.openapi import query_parameters
 
 _BINARY: dict[str, Any] = {"type": "string", "format": "binary"}
 _METADATA: dict[str, Any] = {"type": "object", "additionalProperties": True}
@@ -19,7 +27,10 @@ _ENTRY: dict[str, Any] = {
 }
 _ENTRIES: dict[str, Any] = {
     "type": "object",
-    "properties": {"images": {"type": "array", "items": _ENTRY}},
+    "properties": {
+        "images": {"type": "array", "items": _ENTRY},
+        **FolderParameters.model_json_schema()["properties"],
+    },
 }
 _PARTS: dict[str, Any] = {
     "image": {"type": "array", "items": _BINARY},
@@ -36,6 +47,7 @@ def _body(example: dict[str, Any], **schemas: dict[str, Any]) -> dict[str, Any]:
 
 
 CREATE = json_body({"model": "lite0-minilm"}, CollectionParameters.model_json_schema())
+LIST = {"parameters": query_parameters(ListParameters.model_json_schema()["properties"])}
 ADD = _body(
     {"images": [{"base64": PHOTO, "id": "astronaut", "metadata": {"year": 1992}}]},
     **{

@@ -1,7 +1,5 @@
 """Collections as a resource: images are added, and found by image, text or vector."""
 
-import asyncio
-import time
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -9,13 +7,11 @@ import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi import Path as PathParameter
 
-from models.inputs.types import Input
 from service.errors import (
     ConflictError,
     InvalidInputError,
     NotFoundError,
     PayloadTooLargeError,
-    QueueFullError,
     ServiceError,
 )
 from service.gateway import dispatch
@@ -23,15 +19,25 @@ from service.gateway.auth import require_collection_key
 from service.gateway.collections.bodies import (
     CollectionParameters,
     Entry,
+    FolderParameters,
     read_entries,
+    read_list,
     read_query,
 )
-from service.gateway.collections.openapi import ADD, CREATE, SEARCH
+from service.gateway.collections.folder import read_page
+from service.gateway.collections.openapi import ADD, CREATE, LIST, SEARCH
+from service.gateway.collections.vectors import (
+    check_current,
+    check_digests,
+    embed,
+    unit_vector,
+    vector_of,
+)
 from service.gateway.entrance import refused_early
 from service.gateway.problems import describe
 from service.gateway.rest.content import read_body
 from service.gateway.rest.examples import PHOTO
-from service.parameters import validate, validated_call
+from service.parameters import validate
 from service.payloads import decode_base64, parse_json_object
 from service.search.collection import (
     MAX_COLLECTIONS,
@@ -42,7 +48,6 @@ from service.search.collection import (
     check_id,
     check_name,
 )
-from service.types import ImageResult, InferRequest, InferResult
 
 router = APIRouter(tags=["collections"], dependencies=[Depends(require_collection_key)])
 
@@ -61,8 +66,8 @@ async def create_collection(request: Request, response: Response, name: Name) ->
     store = await _store(request)
     check_name(name)
     example = decode_base64(PHOTO, "images")  # a model's digests and dimensions come with an answer
-    result = await _embed(request, parameters.model, [example], deadline)
-    used, vector = result.models[0], _vector(result.images[0])
+    result = await embed(request, parameters.model, [example], deadline)
+    used, vector = result.models[0], vector_of(result.images[0])
     wanted = Collection(
         name=name,
         model=used.name,
@@ -76,7 +81,7 @@ async def create_collection(request: Request, response: Response, name: Name) ->
     found, count = await store.get(name)
     if found.model != wanted.model:
         raise ConflictError(f"the collection {name!r} is there with the model {found.model}")
-    _check_digests(found, result)
+    check_digests(found, result)
     return found.to_json(count)
 
 
@@ -102,33 +107,45 @@ async def delete_collection(request: Request, name: Name) -> None:
     await store.delete(name)
 
 
+@router.get("/collections/{name}/images", openapi_extra=LIST)
+async def list_images(request: Request, name: Name) -> dict[str, Any]:
+    """List the images by id, each with its metadata; `next` is `after` of the next request."""
+    store = await _store(request)
+    await _get(store, name)
+    parameters = read_list(request)
+    found = await store.images(name, parameters.after, parameters.limit)
+    images = [{"id": image, "metadata": metadata} for image, metadata in found.items()]
+    more = len(images) == parameters.limit
+    return {"images": images, "next": images[-1]["id"] if more else None}
+
+
 @router.post("/collections/{name}/images", openapi_extra=ADD)
 @refused_early("embed", scope="collections", always=False)
 async def add_images(request: Request, name: Name) -> dict[str, Any]:
     """Embed images and add them: parts `image`, one raw image, JSON's `images`, or a line of NDJSON
     each. They may have an `id`, else it is made from the content, and `metadata`. One with an id
-    that is there replaces the other."""
+    that is there replaces the other.
+
+    JSON's `folder` adds the first new or changed images of a folder of the server, if it allows
+    that: their ids are the files' paths, and `next` is `after` of the next request."""
     deadline = dispatch.read_deadline(request)
     store = await _store(request)
     collection, count = await _get(store, name)
     entries = await read_entries(request)
-    if count + len(entries) > MAX_IMAGES:
-        raise PayloadTooLargeError(f"a collection holds at most {MAX_IMAGES} images")
-    inputs = [entry.image for entry in entries]
-    result = await _embed(request, collection.model, inputs, deadline, bulk=len(entries) > 1)
-    _check_digests(collection, result)
-    result.raise_if_all_failed()
-    items: dict[str, Item] = {}
-    results: list[dict[str, Any]] = []
-    for entry, image in zip(entries, result.images, strict=True):
-        try:
-            items[entry.id] = Item(entry.id, _vector(image), entry.metadata)
-            results.append({"id": entry.id})
-        except ServiceError as error:
-            results.append(_failed(entry, error))
-    if items:
-        await store.add(name, list(items.values()))
-    return {"model": collection.model, "results": results}
+    if not isinstance(entries, FolderParameters):
+        return {
+            "model": collection.model,
+            "results": await _add(request, store, collection, count, entries, deadline),
+        }
+    page = await read_page(request, store, name, entries)
+    new = [entry for _, entry in page.entries if entry is not None]
+    added = await _add(request, store, collection, count, new, deadline, alone=False) if new else []
+    in_order = iter(added)
+    results = [
+        {"id": path, "unchanged": True} if entry is None else next(in_order)
+        for path, entry in page.entries
+    ]
+    return {"model": collection.model, "results": results, "next": page.next}
 
 
 @router.delete("/collections/{name}/images/{image:path}", status_code=204)
@@ -150,12 +167,12 @@ async def search(request: Request, name: Name) -> dict[str, Any]:
     collection, _ = await _get(store, name)
     query = await read_query(request)
     if isinstance(query.by, np.ndarray):
-        await _check_current(request, collection)
-        vector = _unit(query.by, collection)
+        await check_current(request, collection)
+        vector = unit_vector(query.by, collection)
     else:
-        result = await _embed(request, collection.model, [query.by], deadline)
-        _check_digests(collection, result)
-        vector = _vector(result.images[0])
+        result = await embed(request, collection.model, [query.by], deadline)
+        check_digests(collection, result)
+        vector = vector_of(result.images[0])
     hits = await store.search(name, vector, query.count, query.where)
     found = [{"id": hit.id, "score": hit.score, "metadata": hit.metadata} for hit in hits]
     return {"model": collection.model, "hits": found}
@@ -173,88 +190,38 @@ async def _get(store: VectorStore, name: str) -> tuple[Collection, int]:
         raise NotFoundError(f"no collection {name!r}", field="name") from error
 
 
-async def _embed(
+async def _add(
     request: Request,
-    model: str | None,
-    inputs: Sequence[Input | ServiceError],
+    store: VectorStore,
+    collection: Collection,
+    count: int,
+    entries: Sequence[Entry],
     deadline: float,
     *,
-    bulk: bool = False,
-) -> InferResult:
-    """Embed inputs, a chunk at a time; bulk ones wait while the queue is full."""
-    size = request.app.state.settings.max_images
-    images: list[ImageResult] = []
-    with dispatch.count_request(request, "embed") as account:
-        for start in range(0, len(inputs), size):
-            chunk = InferRequest(
-                inputs=inputs[start : start + size],
-                calls=[validated_call(model, "embed", {})],
-                deadline=deadline,
-                bulk=bulk,
-            )
-            while True:
-                try:
-                    result = await dispatch.infer(request, chunk, account)
-                    break
-                except QueueFullError as error:
-                    wait_s = min(error.retry_after_s or 1, 1.0)
-                    if not bulk or time.monotonic() + wait_s >= deadline:
-                        raise
-                    await asyncio.sleep(wait_s)
-            images += result.images
-        result = InferResult(result.models, images)
-        account.answered(result)
-    return result
+    alone: bool = True,
+) -> list[dict[str, Any]]:
+    """Add images to a collection that has `count`; a result for each.
 
-
-def _vector(image: ImageResult) -> np.ndarray:
-    """An input's embedding.
-
-    Raises:
-        ServiceError: the input's error.
+    Args:
+        alone: as for `InferResult.raise_if_all_failed`.
     """
-    output = image.error or image.outputs[0]
-    if isinstance(output, ServiceError):
-        raise output
-    return output["embedding"]
-
-
-def _unit(vector: np.ndarray, collection: Collection) -> np.ndarray:
-    if vector.shape != (collection.dimensions,):
-        raise InvalidInputError(
-            f"the vector has {vector.size} numbers; the collection's have {collection.dimensions}",
-            field="vector",
-        )
-    length = float(np.linalg.norm(vector.astype(np.float64)))
-    if not 0 < length < float("inf"):
-        raise InvalidInputError("the vector has no direction", field="vector")
-    return (vector / length).astype(np.float32)
-
-
-def _check_digests(collection: Collection, result: InferResult) -> None:
-    """Check that an answer came from the version of the model that embedded the collection.
-
-    Raises:
-        ConflictError: it is another one.
-    """
-    _compare(collection, result.models[0].model_digest)
-
-
-async def _check_current(request: Request, collection: Collection) -> None:
-    """As `_check_digests`, for queries that need no answer of the model."""
-    model = await request.app.state.backend.model(collection.model)
-    if model.model_digest is not None:
-        _compare(collection, model.model_digest)
-
-
-def _compare(collection: Collection, model_digest: str) -> None:
-    # The model's digest covers its transform. An answer's preprocess_digest is that of its inputs,
-    # so texts and images have different ones.
-    if model_digest != collection.model_digest:
-        raise ConflictError(
-            f"another version of the model {collection.model} embedded the collection "
-            f"{collection.name!r} ({collection.model_digest[:19]}...); create it again"
-        )
+    if count + len(entries) > MAX_IMAGES:
+        raise PayloadTooLargeError(f"a collection holds at most {MAX_IMAGES} images")
+    inputs = [entry.image for entry in entries]
+    result = await embed(request, collection.model, inputs, deadline, bulk=len(entries) > 1)
+    check_digests(collection, result)
+    result.raise_if_all_failed(alone=alone)
+    items: dict[str, Item] = {}
+    results: list[dict[str, Any]] = []
+    for entry, image in zip(entries, result.images, strict=True):
+        try:
+            items[entry.id] = Item(entry.id, vector_of(image), entry.metadata)
+            results.append({"id": entry.id})
+        except ServiceError as error:
+            results.append(_failed(entry, error))
+    if items:
+        await store.add(collection.name, list(items.values()))
+    return results
 
 
 def _failed(entry: Entry, error: ServiceError) -> dict[str, Any]:

@@ -53,15 +53,6 @@ def image_body(
     schema = parameters.model_json_schema()
     fields: dict[str, Any] = schema["properties"]
     required = schema.get("required", [])
-    query = [
-        {
-            "name": name,
-            "in": "query",
-            "schema": field,
-            "description": field.get("description", ""),
-        }
-        for name, field in fields.items()
-    ]
     images = {"type": "array", "items": _IMAGE, "minItems": 1}
     form = {"image": {"type": "array", "items": _BINARY, "minItems": 1}, **fields}
     inputs = {"images": images}
@@ -86,7 +77,23 @@ def image_body(
         "image/*": {"schema": _BINARY},
         **({"video/*": {"schema": _BINARY}} if videos else {}),
     }
-    return {"parameters": query, "requestBody": {"required": True, "content": body}}
+    return {
+        "parameters": query_parameters(fields),
+        "requestBody": {"required": True, "content": body},
+    }
+
+
+def query_parameters(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Parameters of the query, from the properties of a model's schema."""
+    return [
+        {
+            "name": name,
+            "in": "query",
+            "schema": field,
+            "description": field.get("description", ""),
+        }
+        for name, field in fields.items()
+    ]
 
 
 def parameter_body(parameters: type[Parameters], example: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,163 @@
+"""Images in folders of this machine, found and read without following symbolic links.
+
+Each folder on the way is opened by its name in the one above it and refused if it is a link, so
+that nothing outside can be reached, not even while another process exchanges folders for links.
+"""
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import PurePosixPath
+
+from models.inputs.images import SUFFIXES
+from service.errors import InvalidInputError, NotFoundError, PayloadTooLargeError
+from service.search.collection import MAX_ID, Metadata
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+# Opening a named pipe would wait for its writer.
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """A file, and what tells whether it changed since: bytes, and milliseconds since 1970."""
+
+    path: str
+    size: int
+    modified_ms: int
+
+    @classmethod
+    def of(cls, path: str, status: os.stat_result) -> "ImageFile":
+        return cls(path, status.st_size, status.st_mtime_ns // 1_000_000)
+
+    @property
+    def metadata(self) -> dict[str, str | int]:
+        """What its image has in a collection."""
+        folder = PurePosixPath(self.path).parent.name
+        return {"folder": folder, "size": self.size, "modified_ms": self.modified_ms}
+
+    def is_unchanged(self, metadata: Metadata) -> bool:
+        """Whether an image with this metadata was made of the file as it is now."""
+        return all(metadata.get(name) == value for name, value in self.metadata.items())
+
+
+class ImageFolder:
+    """A folder, with those in it."""
+
+    def __init__(self, allowed: Sequence[str], folder: str) -> None:
+        """
+        Args:
+            allowed: folders in which it must be, or be one of them. These may be links.
+
+        Raises:
+            InvalidInputError: it is in none of them.
+        """
+        if not allowed:
+            raise InvalidInputError(
+                "folders of the server are off here; send the images themselves", field="folder"
+            )
+        self._path = PurePosixPath(folder)
+        for root in allowed:
+            inside = self._path.is_relative_to(root) and ".." not in self._path.parts
+            if inside and folder.isprintable():
+                self._root = root
+                return
+        raise InvalidInputError(
+            f"the folder {folder[:MAX_ID]!r} is not one that this server may read", field="folder"
+        )
+
+    def files(self, after: str | None, count: int) -> list[ImageFile]:
+        """The first image files, by the names of folders and files.
+
+        Links are left out, and files whose path cannot be an id: it is too long, or not printable.
+
+        Args:
+            after: the path after which they come; None for the first ones.
+
+        Raises:
+            InvalidInputError: `after` is not in the folder.
+            NotFoundError: there is no such folder.
+        """
+        passed: tuple[str, ...] = ()
+        if after is not None:
+            if not PurePosixPath(after).is_relative_to(self._path):
+                raise InvalidInputError("after is not in the folder", field="after")
+            passed = PurePosixPath(after).relative_to(self._path).parts
+        try:
+            folder = self._open(self._path)
+        except OSError as error:
+            raise NotFoundError(
+                f"no folder {str(self._path)!r}; links are not followed", field="folder"
+            ) from error
+        try:
+            return list(islice(_walk(folder, self._path, passed), count))
+        finally:
+            os.close(folder)
+
+    def read(self, file: ImageFile, limit: int) -> bytes:
+        """A file's content.
+
+        Raises:
+            InvalidInputError: it cannot be read, or is not a regular file.
+            PayloadTooLargeError: it has more than `limit` bytes.
+        """
+        path = PurePosixPath(file.path)
+        try:
+            folder = self._open(path.parent)
+            try:
+                opened = os.open(path.name, _FILE, dir_fd=folder)
+            finally:
+                os.close(folder)
+            with open(opened, "rb") as content:
+                if not stat.S_ISREG(os.fstat(opened).st_mode):
+                    raise InvalidInputError("not a regular file", field="folder")
+                found = content.read(limit + 1)
+        except OSError as error:
+            raise InvalidInputError(
+                f"the file cannot be read: {error.strerror}", field="folder"
+            ) from error
+        if len(found) > limit:
+            raise PayloadTooLargeError(f"the file has more than {limit} bytes, which is the limit")
+        return found
+
+    def _open(self, path: PurePosixPath) -> int:
+        """The descriptor of a folder below the allowed one."""
+        opened = os.open(self._root, _FOLDER)
+        for part in path.relative_to(self._root).parts:
+            try:
+                inner = os.open(part, _FOLDER | os.O_NOFOLLOW, dir_fd=opened)
+            finally:
+                os.close(opened)
+            opened = inner
+        return opened
+
+
+def _walk(folder: int, path: PurePosixPath, passed: tuple[str, ...]) -> Iterator[ImageFile]:
+    """Image files below an open folder.
+
+    Args:
+        passed: the parts of the path, relative to the folder, after which they come.
+    """
+    with os.scandir(folder) as listed:
+        entries = sorted(listed, key=lambda entry: entry.name)
+    for entry in entries:
+        inner, name = path / entry.name, entry.name
+        if passed and (name < passed[0] or (name,) == passed):
+            continue
+        if len(str(inner)) > MAX_ID or not name.isprintable():
+            continue
+        try:
+            if entry.is_dir(follow_symlinks=False):
+                below = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+                try:
+                    rest = passed[1:] if passed and name == passed[0] else ()
+                    yield from _walk(below, inner, rest)
+                finally:
+                    os.close(below)
+            elif inner.suffix.lower() in SUFFIXES and entry.is_file(follow_symlinks=False):
+                status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                yield ImageFile.of(str(inner), status)
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            continue  # it is gone by now, or may not be read
