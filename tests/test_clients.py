@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import json
+import re
 import shutil
 import subprocess
 import threading
@@ -13,13 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
+from prometheus_client import CollectorRegistry
 
 from models.tasks.table import get_task
+from service.gateway.app import create_app
+from service.metrics import Metrics
+from service.settings import Settings
 from tests.conftest import Running, running
 from tests.test_architecture import ROOT
-from vitrail_client import AsyncClient, Client, Image, VitrailError
-from vitrail_client.protocol import MAX_WAIT_S, wait_before_retry
+from vitrail_client import AsyncClient, Client, Image, VitrailError, calls
+from vitrail_client.call import Call
+from vitrail_client.protocol import MAX_WAIT_S, split, wait_before_retry
 
 JAVASCRIPT = ROOT / "service/gateway/assets/vitrail.js"
 
@@ -65,9 +72,11 @@ def use(client: Client, jpegs: dict[str, bytes], folder: Path) -> list[Any]:
     (folder / "rocket.jpg").write_bytes(jpegs["rocket"])
     images: list[Image] = [jpegs["coffee"], folder / "rocket.jpg", b"no image", jpegs["chelsea"]]
     answers: list[Any] = [
-        client.zero_shot(images, ["a cat", "a dog"]),
+        client.zero_shot(images[:3], ["a cat", "a dog"]),
         client.embed(images, dimensions=8, truncate=True),
         client.embed_texts(["a", "b", "c"], model="clip"),
+        client.task("zero-shot", images[:1], labels=["a cat"], top_k=None),
+        client.request("GET", "/models/clip")["name"],
         client.predict(images[:2], ["clip-named", "images"]),
         [model["name"] for model in client.models()],
         client.create_collection("things", model="clip")["images"],
@@ -79,6 +88,7 @@ def use(client: Client, jpegs: dict[str, bytes], folder: Path) -> list[Any]:
         [collection["images"] for collection in client.collections()],
     ]
     client.delete_collection("things")
+    answers[0][2]["error"].pop("request_id")
     return answers
 
 
@@ -102,12 +112,16 @@ def test_both_python_clients_batch_keep_the_order_and_agree(
     }  # fmt: skip
     with Client(server.url, **options) as client:
         answers = use(client, jpegs, tmp_path)
-    assert done[:2] == [(2, 4), (4, 4)]
-    scored, embedded, texts, predicted, models, empty, added, found, _, counts = answers
-    assert [("error" in entry) for entry in scored] == [False, False, True, False]
+    assert done[:4] == [(2, 3), (3, 3), (2, 4), (4, 4)]
+    scored, embedded, texts, alone, name, predicted, models, empty, added, found, _, counts = (
+        answers
+    )
+    assert [("error" in entry) for entry in scored] == [False, False, True]  # sent by itself
     assert scored[2]["error"]["status"] == 422
     assert len(embedded[0]["embedding"]) == 8
     assert len(texts) == 3
+    assert alone[0]["predictions"][0]["label"] == "a cat"
+    assert name == "clip"
     assert predicted[0]["outputs"].keys() == {"clip-named", "images"}
     assert "clip" in models
     assert empty == 0
@@ -124,10 +138,29 @@ def test_both_python_clients_batch_keep_the_order_and_agree(
 
 
 def test_errors_carry_the_servers_words(server: Running, jpegs: dict[str, bytes]) -> None:
-    with Client(server.url) as client, pytest.raises(VitrailError, match="no model 'none'") as info:
-        client.embed([jpegs["coffee"]], model="none")
-    assert info.value.status == 404
-    assert info.value.problem["request_id"]
+    async def embed() -> None:
+        async with AsyncClient(server.url) as client:
+            await client.embed([jpegs["coffee"]], model="none")
+
+    with Client(server.url) as client:
+        for ask in (
+            lambda: client.embed([jpegs["coffee"]], model="none"),
+            lambda: asyncio.run(embed()),
+        ):
+            with pytest.raises(VitrailError, match="no model 'none'") as info:
+                ask()
+            assert info.value.status == 404
+            assert info.value.problem["request_id"]
+
+
+def test_large_images_are_sent_in_smaller_batches() -> None:
+    sizes = [9, 9, 9, 30, 40, 1, 1]
+    batches = split([size * 2**20 for size in sizes], 3, lambda size: size)
+    assert [[size // 2**20 for size in batch] for batch in batches] == [
+        [9, 9, 9], [30], [40], [1, 1],
+    ]  # fmt: skip
+    assert [len(batch) for batch in split(range(7), 3, lambda _: 0)] == [3, 3, 1]
+    assert split([], 3, lambda _: 0) == []
 
 
 def test_a_busy_server_is_asked_again(busy: tuple[str, list[str]]) -> None:
@@ -155,22 +188,94 @@ def test_waiting_honours_retry_after() -> None:
     assert wait(formatdate(0)) == 0
 
 
-@pytest.mark.parametrize("task", ["classify", "zero-shot", "embed", "segment"])
-def test_the_methods_have_the_parameters_of_the_routes(server: Running, task: str) -> None:
-    """What both lack is rendered otherwise, belongs to one model, or is not for programs."""
-    left_out = {"timing", "texts", "encoding", "gsd"}
-    document = server.client.get("/openapi.json").json()
-    described = document["paths"][f"/{task}"]["post"]["parameters"]
-    names = {parameter["name"] for parameter in described} - left_out
-    for kind in (Client, AsyncClient):
-        method = inspect.signature(getattr(kind, task.replace("-", "_")))
-        taken = method.parameters.keys() - {"self", "images"}
-        assert taken <= names
-        assert names & (get_task(task).options.model_fields.keys() - left_out) <= taken | NEWER
+# A call of each method with every parameter; the same in JavaScript below.
+OPTIONS: dict[str, Any] = {
+    "classify": {"model": "m", "top_k": 3},
+    "zero_shot": {"labels": ["a"], "model": "m", "templates": ["{}"], "multi_label": True},
+    "embed": {
+        "model": "m", "pooling": "cls", "normalize": True, "dimensions": 8, "truncate": True,
+    },
+    "segment": {
+        "model": "m", "output": "png", "threshold": 0.5, "min_area": 1, "labels": ["a"],
+        "templates": ["{}"],
+    },
+}  # fmt: skip
+CALLS: dict[str, Call[Any]] = {
+    **{name: getattr(calls, name)([b"x"], **options) for name, options in OPTIONS.items()},
+    "embed_texts": calls.embed_texts(["a"], model="m", dimensions=8),
+    "predict": calls.predict([b"x"], ["m"]),
+    "task": calls.task("depth", [b"x"], model="m"),
+    "models": calls.models(),
+    "create_collection": calls.create_collection("c", model="m"),
+    "collections": calls.collections(),
+    "collection": calls.collection("c"),
+    "delete_collection": calls.delete_collection("c"),
+    "images": calls.images("c", after="a", limit=3),
+    "add_images": calls.add_images("c", [b"x"], ids=["a/b?"], metadata=[{"n": 1}]),
+    "add_folder": calls.add_folder("c", "/photos", after="/photos/a.jpg"),
+    "delete_image": calls.delete_image("c", "a/b?"),
+    "search": calls.search("c", image=b"x", text="a", vector=[1.0], k=3, where={"n": 1}),
+}
 
 
-# Options that the clients do not name yet; `_task` would send them.
-NEWER = {"output", "layers", "prefix", "truncate"}
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    backend: Any = None  # the document does not depend on it
+    app = create_app(Settings(), backend, Metrics(CollectorRegistry()))
+    found: dict[str, Any] = json.loads(json.dumps(app.openapi()))
+    return found
+
+
+def check_request(
+    document: dict[str, Any], method: str, path: str, query: Any, content: Any, form: Any
+) -> None:
+    """The document has the operation, and takes these parameters and this body."""
+    templates = [
+        template
+        for template in document["paths"]
+        if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template.replace("{image}", "a/b%3F")), path)
+    ]
+    [template] = templates
+    operation = document["paths"][template][method.lower()]
+    named = {each["name"] for each in operation.get("parameters", []) if each["in"] == "query"}
+    assert set(query) <= named
+    for media_type, sent in (("application/json", content), ("multipart/form-data", form)):
+        if sent is not None:
+            schema = operation["requestBody"]["content"][media_type]["schema"]
+            assert set(sent) <= schema["properties"].keys(), path
+            if sent is content:
+                jsonschema.validate(sent, schema)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_python_requests_are_those_of_the_document(document: dict[str, Any], name: str) -> None:
+    call = CALLS[name]
+    [batch] = call.batches(16)
+    sent = call.body(batch)
+    assert sent.keys() <= {"json", "params"}
+    query, content = sent.get("params", {}), sent.get("json")
+    check_request(document, call.method, call.path, query, content, None)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_methods_have_the_options_of_the_tasks(name: str) -> None:
+    """What they lack is rendered otherwise, belongs to one model, or is not for programs."""
+    left_out = {"timing", "texts", "encoding", "gsd", "output", "layers", "prefix"}
+    options = get_task(name.replace("_", "-")).options.model_fields.keys() | {"model"}
+    signature = inspect.signature(getattr(Client, name))
+    assert list(signature.parameters)[:2] == ["self", "images"]
+    assert options - left_out <= signature.parameters.keys()
+    assert signature.parameters.keys() - {"self", "images"} == OPTIONS[name].keys()
+
+
+def test_both_clients_have_the_same_methods() -> None:
+    def methods(kind: type) -> dict[str, Any]:
+        own = {name: value for name, value in vars(kind).items() if not name.startswith("_")}
+        return {name: inspect.signature(value) for name, value in own.items()}
+
+    assert methods(Client) == methods(AsyncClient)
+    assert methods(Client).keys() == CALLS.keys() | {"request", "close"}
+
 
 SCRIPT = """
 import { Vitrail, VitrailError } from "%(module)s";
@@ -181,7 +286,7 @@ const progress = (...counts) => done.push(counts);
 const client = new Vitrail("%(url)s", { batchSize: 2, concurrency: 2, progress });
 const items = images.map((image, n) => ({ image, id: `${n}`, metadata: { n } }));
 const answers = {
-  scored: await client.zeroShot(images, ["a cat", "a dog"]),
+  scored: await client.zeroShot(images.slice(0, 3), ["a cat", "a dog"]),
   embedded: await client.embed(images, { dimensions: 8, truncate: true }),
   texts: await client.embedTexts(["a", "b", "c"], { model: "clip" }),
   predicted: await client.predict(images.slice(0, 2), ["clip-named", "images"]),
@@ -203,24 +308,75 @@ console.log(JSON.stringify(answers));
 """
 
 
+RECORDING = """
+import { Vitrail } from "%(module)s";
+const image = new Blob(["x"]), sent = {};
+let name;
+globalThis.fetch = async (url, { method, body }) => {
+  const { pathname, searchParams } = new URL(url);
+  const form = body instanceof FormData ? [...new Set(body.keys())] : null;
+  const content = form || !body ? null : JSON.parse(body);
+  sent[name] = [method, pathname, [...searchParams.keys()], content, form];
+  return new Response("{}");
+};
+const client = new Vitrail("http://server", { maxTries: 1 });
+const made = {
+  classify: [[image], { model: "m", top_k: 3 }],
+  zeroShot: [[image], ["a"], { model: "m", templates: ["{}"], multi_label: true }],
+  embed: [[image], { model: "m", pooling: "cls", normalize: true, dimensions: 8, truncate: true }],
+  embedTexts: [["a"], { model: "m", dimensions: 8 }],
+  segment: [[image], { model: "m", output: "png", threshold: 0.5, min_area: 1, labels: ["a"] }],
+  predict: [[image], ["m"]],
+  task: ["depth", [image], { model: "m" }],
+  models: [],
+  createCollection: ["c", { model: "m" }],
+  collections: [],
+  collection: ["c"],
+  deleteCollection: ["c"],
+  images: ["c", { after: "a", limit: 3 }],
+  addImages: ["c", [{ image, id: "a/b?", metadata: { n: 1 } }]],
+  addFolder: ["c", "/photos", { after: "/photos/a.jpg" }],
+  deleteImage: ["c", "a/b?"],
+  search: ["c", { image, text: "a", vector: [1], k: 3, filter: { n: 1 } }],
+};
+for (name of Object.getOwnPropertyNames(Vitrail.prototype))
+  if (name !== "constructor" && name !== "send") await client[name](...made[name]);
+console.log(JSON.stringify(sent));
+"""
+
+
+def node(script: str, folder: Path, **places: str) -> Any:
+    """What a script prints as JSON that imports our module."""
+    program = shutil.which("node")
+    if program is None:
+        pytest.skip("node is not installed (apt-get install nodejs)")
+    module = folder / "vitrail.mjs"
+    module.write_text(JAVASCRIPT.read_text())
+    (folder / "script.mjs").write_text(script % {"module": module, **places})
+    command = [program, folder / "script.mjs"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_javascript_requests_are_those_of_the_document(
+    document: dict[str, Any], tmp_path: Path
+) -> None:
+    sent = node(RECORDING, tmp_path)
+    assert {re.sub("[A-Z]", lambda m: f"_{m[0].lower()}", name) for name in sent} == CALLS.keys()
+    for request in sent.values():
+        check_request(document, *request)
+
+
 def test_the_javascript_client(
     server: Running, busy: tuple[str, list[str]], jpegs: dict[str, bytes], tmp_path: Path
 ) -> None:
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("node is not installed (apt-get install nodejs)")
     files = [tmp_path / f"{name}.jpg" for name in ("coffee", "rocket", "none", "chelsea")]
     for path in files:
         path.write_bytes(jpegs.get(path.stem, b"no image"))
-    module = tmp_path / "vitrail.mjs"
-    module.write_text(JAVASCRIPT.read_text())
-    places = {"url": server.url, "busy": busy[0], "module": module}
-    script = tmp_path / "script.mjs"
-    script.write_text(SCRIPT % (places | {"files": json.dumps([str(path) for path in files])}))
-    done = subprocess.run([node, script], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    answers = json.loads(done.stdout)
-    assert ["error" in entry for entry in answers["scored"]] == [False, False, True, False]
+    named = json.dumps([str(path) for path in files])
+    answers = node(SCRIPT, tmp_path, url=server.url, busy=busy[0], files=named)
+    assert ["error" in entry for entry in answers["scored"]] == [False, False, True]
     assert len(answers["embedded"][0]["embedding"]) == 8
     assert len(answers["texts"]) == 3
     assert answers["predicted"][0]["outputs"].keys() == {"clip-named", "images"}
@@ -231,7 +387,7 @@ def test_the_javascript_client(
     assert [hit["id"] for hit in answers["filtered"]] == ["3"]
     assert [found["images"] for found in answers["collections"]] == [3]
     assert answers["deleted"] is None
-    assert answers["done"][:2] == [[2, 4], [4, 4]]
+    assert answers["done"][:4] == [[2, 3], [3, 3], [2, 4], [4, 4]]
     assert answers["error"][:2] == [True, 404]
     assert "no model 'none'" in answers["error"][2]
     assert answers["late"] == [{"name": "late"}]

@@ -1,25 +1,29 @@
 """The asynchronous client."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import httpx
 
-from vitrail_client.protocol import (
-    DEFAULT_URL,
-    RETRY_STATUSES,
-    Entry,
-    Image,
-    Scalar,
-    add_request,
-    batches,
-    check,
-    entries,
-    query_request,
-    task_request,
-    wait_before_retry,
-)
+from vitrail_client import calls
+from vitrail_client.call import Call, describe_method
+from vitrail_client.protocol import DEFAULT_URL, RETRY_STATUSES, parse, wait_before_retry
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _method(
+    make: Callable[P, Call[T]],
+) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, T]]:
+    """The method that sends what `make` returns."""
+
+    async def method(client: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await client._run(make(*args, **kwargs))
+
+    describe_method(method, make)
+    return method
 
 
 class AsyncClient:
@@ -43,138 +47,27 @@ class AsyncClient:
         self._concurrency = concurrency
         self._progress = progress
 
-    async def classify(
-        self, images: Sequence[Image], *, model: str | None = None, top_k: int | None = None
-    ) -> list[Entry]:
-        """`{"predictions": [{"index", "label", "score"}]}` for each image, best first."""
-        return await self._task("/classify", images, model=model, top_k=top_k)
+    classify = _method(calls.classify)
+    zero_shot = _method(calls.zero_shot)
+    embed = _method(calls.embed)
+    embed_texts = _method(calls.embed_texts)
+    segment = _method(calls.segment)
+    predict = _method(calls.predict)
+    task = _method(calls.task)
+    models = _method(calls.models)
+    create_collection = _method(calls.create_collection)
+    collections = _method(calls.collections)
+    collection = _method(calls.collection)
+    delete_collection = _method(calls.delete_collection)
+    images = _method(calls.images)
+    add_images = _method(calls.add_images)
+    add_folder = _method(calls.add_folder)
+    delete_image = _method(calls.delete_image)
+    search = _method(calls.search)
 
-    async def zero_shot(
-        self,
-        images: Sequence[Image],
-        labels: Sequence[str] | None = None,
-        *,
-        model: str | None = None,
-        templates: Sequence[str] | None = None,
-        multi_label: bool | None = None,
-    ) -> list[Entry]:
-        """As `classify`, with labels of one's own."""
-        return await self._task(
-            "/zero-shot",
-            images,
-            labels=labels,
-            model=model,
-            templates=templates,
-            multi_label=multi_label,
-        )
-
-    async def embed(
-        self,
-        images: Sequence[Image],
-        *,
-        model: str | None = None,
-        pooling: str | None = None,
-        normalize: bool | None = None,
-        dimensions: int | None = None,
-        truncate: bool | None = None,
-    ) -> list[Entry]:
-        """`{"embedding": [...]}` for each image. `dimensions` of a model that was not trained for
-        it need `truncate`."""
-        return await self._task(
-            "/embed",
-            images,
-            model=model,
-            pooling=pooling,
-            normalize=normalize,
-            dimensions=dimensions,
-            truncate=truncate,
-        )
-
-    async def embed_texts(
-        self, texts: Sequence[str], *, model: str | None = None, dimensions: int | None = None
-    ) -> list[Entry]:
-        """`{"embedding": [...]}` for each text, of a model that embeds texts, too."""
-        options = {"model": model, "dimensions": dimensions}
-        given = {name: value for name, value in options.items() if value is not None}
-        return await self._all("/embed", texts, lambda batch: {"json": {"texts": batch, **given}})
-
-    async def segment(
-        self,
-        images: Sequence[Image],
-        *,
-        model: str | None = None,
-        output: str | None = None,
-        threshold: float | None = None,
-        min_area: int | None = None,
-        labels: Sequence[str] | None = None,
-        templates: Sequence[str] | None = None,
-    ) -> list[Entry]:
-        """`{"width", "height", "classes", "mask"}` for each image; `output` is the mask's form."""
-        return await self._task(
-            "/segment",
-            images,
-            model=model,
-            output=output,
-            threshold=threshold,
-            min_area=min_area,
-            labels=labels,
-            templates=templates,
-        )
-
-    async def predict(self, images: Sequence[Image], models: Sequence[str]) -> list[Entry]:
-        """`{"outputs": {model: ...}}` for each image: what each model's own task returns."""
-        return await self._task("/predict", images, models=models)
-
-    async def models(self) -> list[dict[str, Any]]:
-        """Every model of the catalog, with its state."""
-        answer = await self._send("GET", "/models")
-        found: list[dict[str, Any]] = answer["models"]
-        return found
-
-    async def create_collection(self, name: str, *, model: str | None = None) -> dict[str, Any]:
-        """Create a collection, unless it exists with that model."""
-        body = {} if model is None else {"model": model}
-        found: dict[str, Any] = await self._send("PUT", f"/collections/{name}", json=body)
-        return found
-
-    async def collections(self) -> list[dict[str, Any]]:
-        """Every collection, with its model and number of images."""
-        answer = await self._send("GET", "/collections")
-        found: list[dict[str, Any]] = answer["collections"]
-        return found
-
-    async def delete_collection(self, name: str) -> None:
-        """Delete a collection with all its images."""
-        await self._send("DELETE", f"/collections/{name}")
-
-    async def add_images(
-        self,
-        collection: str,
-        images: Sequence[Image],
-        *,
-        ids: Sequence[str] | None = None,
-        metadata: Sequence[Mapping[str, Scalar]] | None = None,
-    ) -> list[Entry]:
-        """Add images to a collection: `{"id"}` or `{"error"}` for each."""
-        items = entries(images, ids, metadata)
-        return await self._all(f"/collections/{collection}/images", items, add_request)
-
-    async def search(
-        self,
-        collection: str,
-        *,
-        image: Image | None = None,
-        text: str | None = None,
-        vector: Sequence[float] | None = None,
-        k: int = 10,
-        where: Mapping[str, Scalar] | None = None,
-    ) -> list[dict[str, Any]]:
-        """The images nearest to an image, a text or a vector, best first:
-        `{"id", "score", "metadata"}` each. `where` holds values that their metadata must have."""
-        body = query_request(image, text, vector, k, where)
-        answer = await self._send("POST", f"/collections/{collection}/search", **body)
-        hits: list[dict[str, Any]] = answer["hits"]
-        return hits
+    async def request(self, method: str, path: str, **arguments: Any) -> Any:
+        """As `Client.request`."""
+        return parse(await self._send(method, path, **arguments))
 
     async def __aenter__(self) -> Self:
         return self
@@ -186,41 +79,38 @@ class AsyncClient:
         """Close the connections."""
         await self._http.aclose()
 
-    async def _task(self, path: str, images: Sequence[Image], **parameters: Any) -> list[Entry]:
-        return await self._all(path, images, lambda batch: task_request(batch, parameters))
-
-    async def _all(
-        self, path: str, items: Sequence[Any], make: Callable[[Sequence[Any]], dict[str, Any]]
-    ) -> list[Entry]:
-        """The entries of all items, which are sent in batches."""
+    async def _run(self, call: Call[T]) -> T:
         room = asyncio.Semaphore(self._concurrency)
         done = 0
 
-        async def send(batch: Sequence[Any]) -> list[Entry]:
+        async def answer(batch: Sequence[Any]) -> Any:
             nonlocal done
             async with room:
-                body = await asyncio.to_thread(make, batch)  # it reads files
-                found: list[Entry] = (await self._send("POST", path, **body))["results"]
+                body = await asyncio.to_thread(call.body, batch)  # it reads files
+                response = await self._send(call.method, call.path, **body)
+            found = call.answer(batch, response)
             done += len(batch)
-            if self._progress is not None:
-                self._progress(done, len(items))
+            if self._progress is not None and call.items is not None:
+                self._progress(done, len(call.items))
             return found
 
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(send(each)) for each in batches(items, self._batch_size)]
-        return [entry for task in tasks for entry in task.result()]
+        batches = call.batches(self._batch_size)
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(answer(batch)) for batch in batches]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return call.read([task.result() for task in tasks])
 
-    async def _send(self, method: str, path: str, **request: Any) -> Any:
-        for attempt in range(self._max_tries):
-            last = attempt == self._max_tries - 1
+    async def _send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        """The response, of whatever status; sent again while the server is busy."""
+        for attempt in range(self._max_tries - 1):
             response = None
             try:
-                response = await self._http.request(method, path, **request)
-                if response.status_code not in RETRY_STATUSES or last:
-                    break
+                response = await self._http.request(method, path, **arguments)
+                if response.status_code not in RETRY_STATUSES:
+                    return response
             except httpx.ConnectError:
-                if last:
-                    raise
+                pass
             await asyncio.sleep(wait_before_retry(attempt, response))
-        assert response is not None
-        return check(response).json() if response.content else None
+        return await self._http.request(method, path, **arguments)

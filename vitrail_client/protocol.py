@@ -1,9 +1,9 @@
-"""What both clients share: requests, errors, and when to try again. Nothing here waits."""
+"""What every request has in common: images, batches, errors, and when to try again."""
 
 import base64
 import email.utils
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,8 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 RETRY_STATUSES = (429, 503)
 FIRST_WAIT_S = 0.5
 MAX_WAIT_S = 30.0
+# Bytes of the images of one request, which are a third more in JSON. Servers take 64 MiB.
+MAX_BATCH_BYTES = 32 * 2**20
 
 T = TypeVar("T")
 
@@ -37,74 +39,37 @@ class VitrailError(Exception):
         self.problem = problem
 
 
-def read_image(image: Image) -> bytes:
-    """The encoded image.
+def encode_image(image: Image) -> dict[str, str]:
+    """The image as JSON bodies have it.
 
     Raises:
         OSError: the file cannot be read.
     """
-    return image if isinstance(image, bytes) else Path(image).read_bytes()
+    content = image if isinstance(image, bytes) else Path(image).read_bytes()
+    return {"base64": base64.b64encode(content).decode()}
 
 
-def encode_image(image: Image) -> dict[str, str]:
-    """The image as JSON bodies have it."""
-    return {"base64": base64.b64encode(read_image(image)).decode()}
+def given(**options: Any) -> dict[str, Any]:
+    """The options that are not None: a server's default applies to the others."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
-def task_request(images: Sequence[Image], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The body of a task's request, as arguments of httpx."""
-    sent = {name: value for name, value in parameters.items() if value is not None}
-    return {"json": {"images": [encode_image(image) for image in images], **sent}}
+def split(items: Sequence[T], count: int, size: Callable[[T], int]) -> list[Sequence[T]]:
+    """Batches of at most `count` items that have MAX_BATCH_BYTES together, or of one larger item.
 
-
-def query_request(
-    image: Image | None,
-    text: str | None,
-    vector: Sequence[float] | None,
-    k: int,
-    where: Mapping[str, Scalar] | None,
-) -> dict[str, Any]:
-    """The body of a collection's search, as arguments of httpx."""
-    query: dict[str, Any] = {"k": k, "filter": dict(where or {})}
-    if image is not None:
-        query["image"] = encode_image(image)
-    if text is not None:
-        query["text"] = text
-    if vector is not None:
-        query["vector"] = list(vector)
-    return {"json": query}
-
-
-def entries(
-    images: Sequence[Image],
-    ids: Sequence[str] | None,
-    metadata: Sequence[Mapping[str, Scalar]] | None,
-) -> list[dict[str, Any]]:
-    """Images to add to a collection, without their content: `path_or_bytes`, `id`, `metadata`."""
-    for name, values in (("ids", ids), ("metadata", metadata)):
-        if values is not None and len(values) != len(images):
-            raise ValueError(f"{len(images)} images and {len(values)} {name}")
-    return [
-        {"image": image}
-        | ({} if ids is None else {"id": ids[place]})
-        | ({} if metadata is None else {"metadata": dict(metadata[place])})
-        for place, image in enumerate(images)
-    ]
-
-
-def add_request(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The body that adds images to a collection, as arguments of httpx."""
-    images = []
-    for item in items:
-        others = {name: value for name, value in item.items() if name != "image"}
-        images.append(encode_image(item["image"]) | others)
-    return {"json": {"images": images}}
-
-
-def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """The items, some at a time."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+    Args:
+        size: bytes of an item.
+    """
+    batches: list[Sequence[T]] = []
+    start = total = 0
+    for place, item in enumerate(items):
+        total += (added := size(item))
+        if place - start == count or (total > MAX_BATCH_BYTES and place > start):
+            batches.append(items[start:place])
+            start, total = place, added
+    if start < len(items):
+        batches.append(items[start:])
+    return batches
 
 
 def wait_before_retry(attempt: int, response: httpx.Response | None) -> float:
@@ -124,14 +89,14 @@ def wait_before_retry(attempt: int, response: httpx.Response | None) -> float:
     return min(max(wait_s, 0.0), MAX_WAIT_S)
 
 
-def check(response: httpx.Response) -> httpx.Response:
-    """The response, if it is one of success.
+def parse(response: httpx.Response) -> Any:
+    """The JSON of a response; None if it has no body.
 
     Raises:
-        VitrailError: it is not.
+        VitrailError: the request failed.
     """
     if response.is_success:
-        return response
+        return response.json() if response.content else None
     try:
         problem = response.json()
     except ValueError:

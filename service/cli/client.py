@@ -1,10 +1,10 @@
 """A client for files and folders: one request for each file, several at a time."""
 
 import json
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,11 +13,9 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+import vitrail_client
 from models.inputs.images import SUFFIXES
 from service.cli.tables import write_table
-
-RETRY_STATUSES = (429, 503)
-MAX_TRIES = 5
 
 Paths = Annotated[list[Path], typer.Argument(exists=True, help="Images, or folders of images.")]
 Url = Annotated[str, typer.Option(envvar="VITRAIL_URL", help="URL of the server.")]
@@ -28,8 +26,8 @@ Model = Annotated[str | None, typer.Option(help="A model of the server's catalog
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]
 Concurrency = Annotated[int, typer.Option(min=1, help="Requests at a time.")]
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_CONCURRENCY = 8
+TIMEOUT_S = 120
 
 errors = Console(stderr=True, soft_wrap=True)  # no line breaks, so that messages can be searched
 
@@ -54,10 +52,8 @@ class Client:
         parameters: Mapping[str, Any],
         concurrency: int = DEFAULT_CONCURRENCY,
     ) -> None:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        headers["Content-Type"] = "application/octet-stream"
-        query = {name: value for name, value in parameters.items() if value is not None}
-        self._http = httpx.Client(base_url=url, headers=headers, params=query, timeout=120)
+        self._http = vitrail_client.Client(url, key=key, timeout_s=TIMEOUT_S)
+        self._query = {name: value for name, value in parameters.items() if value is not None}
         self._task = task
         self._concurrency = concurrency
 
@@ -122,29 +118,48 @@ class Client:
     def ask(self, path: Path) -> Entry:
         """The entry of an image file."""
         try:
-            return self.post(content=path.read_bytes())
+            return self.post_image(path.read_bytes())
         except OSError as error:
             return {"error": f"{type(error).__name__}: {error}"}
 
     def ask_text(self, text: str) -> Entry:
         """The entry of a text."""
-        return self.post(json={"texts": [text]}, headers={"Content-Type": "application/json"})
+        return self._post(params=self._query, json={"texts": [text]})
 
-    def post(self, **request: Any) -> Entry:
-        """The first entry of a request, which is sent again while the server is busy."""
+    def post_image(self, content: bytes, **parameters: Any) -> Entry:
+        """The entry of an encoded image, with further parameters of the route."""
+        headers = {"Content-Type": "application/octet-stream"}
+        return self._post(params={**self._query, **parameters}, content=content, headers=headers)
+
+    def _post(self, **arguments: Any) -> Entry:
         try:
-            for _ in range(MAX_TRIES):
-                response = self._http.post(f"/{self._task}", **request)
-                if response.status_code not in RETRY_STATUSES:
-                    break
-                time.sleep(float(response.headers.get("Retry-After", 1)))
-            body = response.json()
+            body = self._http.request("POST", f"/{self._task}", **arguments)
+        except vitrail_client.VitrailError as error:
+            return {"error": f"{error.status} {error.problem.get('detail', '')}"}
         except (httpx.HTTPError, ValueError) as error:
             return {"error": f"{type(error).__name__}: {error}"}
-        if response.status_code != 200:
-            return {"error": f"{response.status_code} {body.get('detail', '')}"}
         shared = {k: body[k] for k in ("model", "model_digest", "preprocess_digest") if k in body}
         return {**body["results"][0], **shared}
+
+
+@contextmanager
+def connect(url: str, key: str | None, **options: Any) -> Iterator[vitrail_client.Client]:
+    """A client whose errors are printed, and end the command.
+
+    Args:
+        options: further arguments of `vitrail_client.Client`.
+    """
+    try:
+        with vitrail_client.Client(url, key=key, timeout_s=TIMEOUT_S, **options) as client:
+            yield client
+    except vitrail_client.VitrailError as error:
+        text = f"{error.status} {error.problem.get('detail', '')}"
+    except (httpx.HTTPError, OSError, ValueError) as error:
+        text = f"{type(error).__name__}: {error}"
+    else:
+        return
+    errors.print(text, markup=False, highlight=False)
+    raise typer.Exit(1)
 
 
 def expand(paths: list[Path]) -> Iterator[Path]:

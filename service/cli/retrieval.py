@@ -3,15 +3,15 @@ server, by image or text."""
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.progress import Progress
 
 from models.tasks.base import Task
-from service.cli.client import DEFAULT_URL, Client, Json, Key, Url, errors, expand
-from service.cli.collections import CollectionClient, encoded
+from service.cli.client import Client, Json, Key, Url, connect, errors, expand
 from service.cli.task_commands import Invocation, run_task
+from vitrail_client.protocol import DEFAULT_URL
 
 
 def run_embed(task: Task, invocation: Invocation) -> None:
@@ -51,8 +51,8 @@ def search(
 def _search_collection(
     name: str, image: Path | None, text: str | None, top: int, url: str, key: str | None
 ) -> list[tuple[str, float]]:
-    query: dict[str, Any] = {"text": text} if image is None else {"image": encoded(image)}
-    hits = CollectionClient(url, key, name).search(**query, k=top)
+    with connect(url, key) as client:
+        hits = client.search(name, image=image, text=text, k=top)
     return [(hit["id"], hit["score"]) for hit in hits]
 
 

@@ -46,7 +46,7 @@ class MaskClient(Client):
             name = self.names[path]
             (self.folder / f"{name}.png").write_bytes(base64.b64decode(entry["mask"]))
             if self.overlays:
-                overlay = self.post(content=path.read_bytes(), params={"output": "overlay"})
+                overlay = self.post_image(path.read_bytes(), output="overlay")
                 if "error" in overlay:
                     return overlay
                 content = base64.b64decode(overlay["mask"])

@@ -13,7 +13,6 @@ from pydantic.fields import FieldInfo
 from models.tasks.base import Task
 from service.cli.client import (
     DEFAULT_CONCURRENCY,
-    DEFAULT_URL,
     Client,
     Concurrency,
     Json,
@@ -22,6 +21,7 @@ from service.cli.client import (
     Paths,
     Url,
 )
+from vitrail_client.protocol import DEFAULT_URL
 
 # `--output` is the file to write, so the option that chooses a task's form has another flag.
 FLAGS = {"output": "form"}

@@ -5,11 +5,16 @@
  *     const [entry] = await new Vitrail("http://localhost:8000").classify([file], { top_k: 3 });
  *
  * Images are Blobs (or Files), ArrayBuffers or Uint8Arrays. Lists of results have one entry for each
- * image, in order; an image that failed has `{ error }` in its place.
+ * image, in order. An image that failed has `{ error }` in its place; if it was the only one, the
+ * method throws a VitrailError.
  */
 
 const RETRY_STATUSES = [429, 503];
 const FIRST_WAIT_MS = 500, MAX_WAIT_MS = 30_000;
+// Bytes of the images of one request; they may be a third more in JSON. Servers take 64 MiB.
+const MAX_BATCH_BYTES = 32 * 2 ** 20;
+// The statuses of an image that is wrong or too large.
+const INPUT_STATUSES = [413, 422];
 
 /** An answer with an error: `status` and the members of `application/problem+json` in `problem`. */
 export class VitrailError extends Error {
@@ -79,7 +84,7 @@ export class Vitrail {
 
   /** Create a collection, unless it exists with that model. */
   createCollection(name, options = {}) {
-    return this.send("PUT", `/collections/${name}`, json(options));
+    return this.send("PUT", `/collections/${encodeURIComponent(name)}`, json(options));
   }
 
   /** Every collection, with its model and number of images. */
@@ -87,9 +92,14 @@ export class Vitrail {
     return (await this.send("GET", "/collections")).collections;
   }
 
+  /** One collection, with its model and number of images. */
+  collection(name) {
+    return this.send("GET", `/collections/${encodeURIComponent(name)}`);
+  }
+
   /** Delete a collection with all its images. */
   deleteCollection(name) {
-    return this.send("DELETE", `/collections/${name}`);
+    return this.send("DELETE", `/collections/${encodeURIComponent(name)}`);
   }
 
   /**
@@ -98,10 +108,34 @@ export class Vitrail {
    * @param {{ image: Blob | ArrayBuffer | Uint8Array, id?: string, metadata?: object }[]} items
    */
   addImages(collection, items) {
-    return this.#all(`/collections/${collection}/images`, items, async (batch) => {
+    return this.#all(`/collections/${encodeURIComponent(collection)}/images`, items, async (batch) => {
       const images = batch.map(async ({ image, ...others }) => ({ base64: await base64(image), ...others }));
       return json({ images: await Promise.all(images) });
     });
+  }
+
+  /**
+   * Add the next new or changed images of a folder of the server, if it allows that:
+   * `{ results, next }`. The other files come with `{ after: next }`, until that is null.
+   */
+  addFolder(collection, folder, options = {}) {
+    return this.send("POST", `/collections/${encodeURIComponent(collection)}/images`,
+      json({ folder, ...options }));
+  }
+
+  /**
+   * The images of a collection by id, at most 1000: `{ images: [{ id, metadata }], next }`. The
+   * other ones come with `{ after: next }`, until that is null.
+   */
+  images(collection, options = {}) {
+    const query = new URLSearchParams(options);
+    return this.send("GET", `/collections/${encodeURIComponent(collection)}/images?${query}`);
+  }
+
+  /** Delete an image from a collection by its id. */
+  deleteImage(collection, id) {
+    const path = id.split("/").map(encodeURIComponent).join("/");
+    return this.send("DELETE", `/collections/${encodeURIComponent(collection)}/images/${path}`);
   }
 
   /**
@@ -111,7 +145,7 @@ export class Vitrail {
    */
   async search(collection, { image, ...query }) {
     if (image) query.image = { base64: await base64(image) };
-    return (await this.send("POST", `/collections/${collection}/search`, json(query))).hits;
+    return (await this.send("POST", `/collections/${encodeURIComponent(collection)}/search`, json(query))).hits;
   }
 
   /** Send a request, again while the server is busy; its JSON, or null without any. */
@@ -133,15 +167,20 @@ export class Vitrail {
 
   /** The entries of all items, which are sent in batches, several at a time. */
   async #all(path, items, make) {
-    const batches = [];
-    for (let start = 0; start < items.length; start += this.batchSize)
-      batches.push(items.slice(start, start + this.batchSize));
+    const batches = split(items, this.batchSize);
     const results = new Array(batches.length);
     let next = 0, done = 0;
     const work = async () => {
       while (next < batches.length) {
         const place = next++;
-        results[place] = (await this.send("POST", path, await make(batches[place]))).results;
+        const request = await make(batches[place]);
+        const alone = batches[place].length === 1 && items.length > 1;
+        try {
+          results[place] = (await this.send("POST", path, request)).results;
+        } catch (error) {  // a server refuses a request whose only image is wrong
+          if (!alone || !INPUT_STATUSES.includes(error.status)) throw error;
+          results[place] = [{ error: error.problem }];
+        }
         done += batches[place].length;
         this.progress?.(done, items.length);
       }
@@ -149,6 +188,21 @@ export class Vitrail {
     await Promise.all(Array.from({ length: Math.min(this.concurrency, batches.length) }, work));
     return results.flat();
   }
+}
+
+/** Batches of at most `count` items that have MAX_BATCH_BYTES together, or of one larger item. */
+function split(items, count) {
+  const batches = [];
+  let total = 0;
+  for (const item of items) {
+    const image = item.image ?? item;
+    const size = image.size ?? image.byteLength ?? image.length;
+    const last = batches.at(-1);
+    total += size;
+    if (last && last.length < count && total <= MAX_BATCH_BYTES) last.push(item);
+    else batches.push([item]), total = size;
+  }
+  return batches;
 }
 
 function json(value) {
