@@ -1,141 +1,178 @@
-"""`vitrail index`: adds images to a collection of the server, to be searched there."""
+"""`vitrail index`: keeps a collection of the server up to date with folders of images."""
 
-import base64
-import json
-import time
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
 from typing import Annotated, Any
 
-import httpx
 import typer
 from rich.progress import Progress
 
-from service.cli.client import (
-    DEFAULT_URL,
-    MAX_TRIES,
-    RETRY_STATUSES,
-    Key,
-    Model,
-    Paths,
-    Url,
-    errors,
-    expand,
-)
+from service.cli.client import Key, Model, Url, connect, errors, expand
+from service.search.folders import ImageFile
+from vitrail_client import Client, VitrailError
+from vitrail_client.call import INPUT_STATUSES
+from vitrail_client.protocol import DEFAULT_URL
 
-BATCH_IMAGES = 16
-BATCH_BYTES = 16 * 2**20
-MAX_WAIT_S = 30.0
+# What an image's metadata is compared with, by its id.
+Known = dict[str, dict[str, Any]]
+Show = Callable[[int, int | None], None]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of the files: their ids, and of those that failed what is wrong."""
+
+    added: int = 0
+    unchanged: int = 0
+    ids: set[str] = field(default_factory=set)
+    failed: list[str] = field(default_factory=list)
+
+    def add(self, name: str, result: dict[str, Any]) -> None:
+        """Count the server's result for a file."""
+        self.ids.add(name)
+        if "error" in result:
+            self.failed.append(f"{name}: {result['error']['detail']}")
+        elif "unchanged" in result:
+            self.unchanged += 1
+        else:
+            self.added += 1
 
 
 def index(
-    paths: Paths,
+    paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
     collection: Annotated[str, typer.Option(help="Its name; created if there is none.")],
     url: Url = DEFAULT_URL,
     key: Key = None,
     model: Model = None,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete the images of these folders that are gone.")
+    ] = False,
+    on_server: Annotated[
+        bool,
+        typer.Option("--on-server", help="The folders are the server's (VITRAIL_IMAGE_FOLDERS)."),
+    ] = False,
 ) -> None:
     """Add images to a collection, which `vitrail search NAME` searches.
 
-    An image's id is its path, so that indexing a folder again updates it.
+    An image's id is its path. Files that are there already, with the same size and time, are left
+    as they are: run it again to add what is new or changed, or to continue after an interruption.
     """
-    files = list(expand(paths))
-    if not files:
-        errors.print("no image among the given paths")
-        raise typer.Exit(1)
-    server = CollectionClient(url, key, collection)
-    server.create(model)
-    failed = 0
+    missing = [path for path in paths if not on_server and not path.exists()]
+    if missing:
+        raise typer.BadParameter(f"{missing[0]} does not exist")
     with Progress(console=errors, disable=not errors.is_terminal) as progress:
-        bar = progress.add_task("index", total=len(files))
-        for batch in _batches(files):
-            for result in server.add(batch):
-                if "error" in result:
-                    failed += 1
-                    text = f"{result.get('id', '')}: {result['error']['detail']}"
-                    errors.print(text, markup=False, highlight=False)
-            progress.advance(bar, len(batch))
-    count = server.describe()["images"]
-    errors.print(f"{len(files) - failed} images added, {count} in {collection}", highlight=False)
-    if failed:
+        bar = progress.add_task("index", total=None)
+
+        def show(done: int, total: int | None) -> None:
+            progress.update(bar, completed=done, total=total)
+
+        with connect(url, key, progress=show) as client:
+            _create(client, collection, model)
+            known = {} if on_server and not delete else _known(client, collection)
+            if on_server:
+                outcome = _add_server_folders(client, collection, paths, show)
+            else:
+                outcome = _add_files(client, collection, paths, known)
+            if not outcome.ids:
+                errors.print("no image among the given paths")
+                raise typer.Exit(1)
+            gone = list(_gone(known, paths, outcome.ids)) if delete else []
+            for place, image in enumerate(gone):
+                client.delete_image(collection, image)
+                show(place + 1, len(gone))
+            count = client.collection(collection)["images"]
+    for text in outcome.failed:
+        errors.print(text, markup=False, highlight=False)
+    counts = [f"{outcome.added} images added", f"{outcome.unchanged} unchanged"]
+    counts += [f"{len(gone)} deleted"] if delete else []
+    errors.print(f"{', '.join(counts)}, {count} in {collection}", highlight=False)
+    if outcome.failed:
         raise typer.Exit(1)
 
 
-class CollectionClient:
-    """A collection of a server. Errors are printed, and end the command."""
-
-    def __init__(self, url: str, key: str | None, name: str) -> None:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=300)
-        self._path = f"/collections/{name}"
-
-    def create(self, model: str | None) -> None:
-        """Create the collection, unless it exists with that model."""
-        known = self._http.get(self._path) if model is None else None
-        if known is None or known.status_code != 200:
-            self._send("PUT", "", json={} if model is None else {"model": model})
-
-    def describe(self) -> dict[str, Any]:
-        """The collection as the server describes it."""
-        found: dict[str, Any] = self._send("GET", "")
-        return found
-
-    def add(self, lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Add images; a result for each, with its id or an error."""
-        content = "\n".join(map(json.dumps, lines))
-        headers = {"Content-Type": "application/x-ndjson", "X-Priority": "bulk"}
-        results: list[dict[str, Any]] = self._send(
-            "POST", "/images", content=content, headers=headers
-        )["results"]
-        return results
-
-    def search(self, **query: Any) -> list[dict[str, Any]]:
-        """The hits of a query."""
-        hits: list[dict[str, Any]] = self._send("POST", "/search", json=query)["hits"]
-        return hits
-
-    def _send(self, method: str, path: str, **request: Any) -> Any:
+def _create(client: Client, name: str, model: str | None) -> None:
+    """Create the collection, unless it exists; with `model` if that is given."""
+    if model is None:
         try:
-            for _ in range(MAX_TRIES):
-                response = self._http.request(method, self._path + path, **request)
-                if response.status_code not in RETRY_STATUSES:
-                    break
-                time.sleep(min(float(response.headers.get("Retry-After", 1)), MAX_WAIT_S))
-            body = response.json()
-        except (httpx.HTTPError, ValueError) as error:
-            errors.print(f"{type(error).__name__}: {error}", markup=False, highlight=False)
-            raise typer.Exit(1) from error
-        if not response.is_success:
-            text = f"{response.status_code} {body.get('detail', '')}"
-            errors.print(text, markup=False, highlight=False)
-            raise typer.Exit(1)
-        return body
+            client.collection(name)
+            return
+        except VitrailError as error:
+            if error.status != 404:
+                raise
+    client.create_collection(name, model=model)
 
 
-def encoded(path: Path) -> dict[str, str]:
-    """An image file as JSON bodies have it.
+def _known(client: Client, collection: str) -> Known:
+    """The images that the collection has."""
+    known: Known = {}
+    after = None
+    while True:
+        page = client.images(collection, after=after)
+        known |= {image["id"]: image["metadata"] for image in page["images"]}
+        if (after := page["next"]) is None:
+            return known
 
-    Raises:
-        OSError: it cannot be read.
-    """
-    return {"base64": base64.b64encode(path.read_bytes()).decode()}
 
-
-def _batches(files: list[Path]) -> Iterator[list[dict[str, Any]]]:
-    """Files as objects of NDJSON, some at a time. One that cannot be read has no image, which the
-    server reports as its error."""
-    batch: list[dict[str, Any]] = []
-    size = 0
-    for path in files:
-        line: dict[str, Any] = {"id": str(path), "metadata": {"folder": path.parent.name}}
+def _add_files(client: Client, collection: str, paths: Sequence[Path], known: Known) -> Outcome:
+    """Send the files that are new or changed."""
+    outcome = Outcome()
+    new: list[ImageFile] = []
+    for path in expand(paths):
         try:
-            line |= encoded(path)
+            file = ImageFile.of(str(path), path.stat())
         except OSError as error:
-            errors.print(f"{path}: {error}", markup=False, highlight=False)
-        batch.append(line)
-        size += len(line.get("base64", ""))
-        if len(batch) >= BATCH_IMAGES or size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+            outcome.add(str(path), _problem(error.strerror or str(error)))
+            continue
+        if file.is_unchanged(known.get(file.path, {})):
+            outcome.add(file.path, {"unchanged": True})
+        elif not os.access(path, os.R_OK):
+            outcome.add(file.path, _problem("the file cannot be read"))
+        elif not file.path.isprintable():
+            outcome.add(ascii(file.path), _problem("its path cannot be an id"))
+        else:
+            new.append(file)
+    try:
+        results = client.add_images(
+            collection,
+            [file.path for file in new],
+            ids=[file.path for file in new],
+            metadata=[file.metadata for file in new],
+        )
+    except VitrailError as error:
+        if len(new) != 1 or error.status not in INPUT_STATUSES:
+            raise
+        results = [{"error": error.problem}]  # a request with one image fails as a whole
+    for file, result in zip(new, results, strict=True):
+        outcome.add(file.path, result)
+    return outcome
+
+
+def _add_server_folders(
+    client: Client, collection: str, paths: Sequence[Path], show: Show
+) -> Outcome:
+    """Let the server add its folders, page after page."""
+    outcome = Outcome()
+    for folder in paths:
+        after = None
+        while True:
+            page = client.add_folder(collection, str(folder), after=after)
+            for result in page["results"]:
+                outcome.add(result["id"], result)
+            show(len(outcome.ids), None)
+            if (after := page["next"]) is None:
+                break
+    return outcome
+
+
+def _gone(known: Known, paths: Sequence[Path], present: set[str]) -> Iterator[str]:
+    """The ids of known images in the given folders whose files are not present."""
+    for name in sorted(known.keys() - present):
+        path = PurePath(name)
+        if any(path.is_relative_to(p) and ".." not in path.relative_to(p).parts for p in paths):
+            yield name
+
+
+def _problem(detail: str) -> dict[str, Any]:
+    return {"error": {"detail": detail}}

@@ -1,6 +1,7 @@
 """The command line as a user types it, against a real server with the demo's weights."""
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -110,8 +111,7 @@ def test_a_collection_is_indexed_and_searched(demo: Registry, tmp_path: Path, fo
         arguments = ("index", str(folder), "--collection", "photos", "--model", "lite0-minilm")
         indexed = vitrail(*arguments, *server)
         assert indexed.returncode == 0, indexed.stderr
-        assert "4 images added, 4 in photos" in indexed.stderr
-        assert "4 in photos" in vitrail(*arguments, *server).stderr  # updated, not added twice
+        assert "4 images added, 0 unchanged, 4 in photos" in indexed.stderr
         found = vitrail("search", "photos", "--text", "a cup of coffee", "--top", "2", *server)
         assert found.stdout.splitlines()[0].endswith(str(folder / "coffee.jpg"))
         image = str(folder / "rocket.jpg")
@@ -161,6 +161,57 @@ def test_an_interrupted_embedding_is_resumed_exactly(tiny_catalog: Path, tmp_pat
         other = vitrail("embed", str(photos), "--output", str(tmp_path / "other.parquet"), *flags)
         assert other.returncode == 1
         assert "was begun with model tiny" in other.stderr
+
+
+def test_an_index_is_brought_up_to_date(tiny_catalog: Path, tmp_path: Path) -> None:
+    """Only what is new or changed is embedded, also after SIGKILL; what is gone goes if asked."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(200):
+        pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(photos / f"{number:03}.png")
+    settings = {"collections": str(tmp_path / "store"), "image_folders": str(photos)}
+    with running(tiny_catalog, models=("tiny-embed",), **settings) as server:
+        server.wait_ready()
+        command = ["index", str(photos), "--url", server.url, "--model", "tiny-embed"]
+
+        def stored() -> int:
+            found = server.client.get("/collections/c").json()
+            return int(found.get("images", 0))
+
+        def index(*flags: str) -> tuple[int, str]:
+            done = vitrail(*command, "--collection", "c", *flags)
+            return done.returncode, done.stderr
+
+        with process(*command, "--collection", "c") as started:
+            wait_until(lambda: stored() > 0)
+            started.kill()
+            started.wait()
+        code, text = index()
+        assert code == 0, text
+        counts = re.search(r"(\d+) images added, (\d+) unchanged, 200 in c", text)
+        assert counts is not None, text
+        added, unchanged = map(int, counts.groups())
+        assert added + unchanged == 200
+        assert unchanged > 0
+
+        (photos / "000.png").unlink()
+        (photos / "001.png").write_bytes((photos / "002.png").read_bytes() + b" ")
+        (photos / "broken.jpg").write_bytes(b"no image")
+        embedded = server.metric("vitrail_images_total", task="embed", outcome="ok")
+        code, text = index()
+        assert code == 1
+        assert f"{photos}/broken.jpg: not an image" in text
+        assert "1 images added, 198 unchanged, 200 in c" in text
+        assert server.metric("vitrail_images_total", task="embed", outcome="ok") == embedded + 1
+        code, text = index("--delete")
+        assert "0 images added, 199 unchanged, 1 deleted, 199 in c" in text
+        code, text = index("--on-server", "--delete")
+        assert code == 1
+        assert f"{photos}/broken.jpg: not an image" in text
+        assert "0 images added, 199 unchanged, 0 deleted, 199 in c" in text
+        assert "not one that this server may read" in index("--on-server", str(tmp_path))[1]
 
 
 def test_masks_go_to_a_folder(demo_server: str, folder: Path, tmp_path: Path) -> None:
