@@ -11,6 +11,7 @@ from typing import Any
 
 import cohere
 import httpx
+import huggingface_hub
 import numpy as np
 import openai
 import pytest
@@ -266,6 +267,28 @@ def test_tei_embeds_and_reranks(server: Running, jpegs: dict[str, bytes]) -> Non
         assert wrong.json()["error_type"]
 
 
+def test_hugging_faces_client_embeds_and_compares(
+    server: Running, monkeypatch: pytest.MonkeyPatch, jpegs: dict[str, bytes]
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # it is on loopback
+    uri = data_uri(jpegs["coffee"])
+    [image] = ours(server, model="clip", images=[image_entry(jpegs["coffee"])])
+    cat, dog = ours(server, model="clip", texts=["a cat", "a dog"])
+    client = huggingface_hub.InferenceClient(f"{server.url}/tei/embed?model=clip")
+    assert np.allclose(client.feature_extraction("a cat"), [cat], atol=1e-5)
+    assert np.allclose(client.feature_extraction(uri), [image], atol=1e-5)
+    [plain] = client.feature_extraction("a cat", normalize=False, truncate=True)
+    assert np.allclose(plain / np.linalg.norm(plain), cat, atol=1e-5)
+    assert np.linalg.norm(plain) != pytest.approx(1, abs=1e-3)
+    with pytest.raises(huggingface_hub.errors.HfHubHTTPError, match="404"):
+        huggingface_hub.InferenceClient(f"{server.url}/tei/embed?model=none").feature_extraction(
+            "a"
+        )
+    client = huggingface_hub.InferenceClient(f"{server.url}/tei/similarity?model=clip")
+    scores = client.sentence_similarity("a cat", other_sentences=["a dog", uri, "a cat"])
+    assert scores == pytest.approx([np.dot(cat, dog), np.dot(cat, image), 1], abs=1e-4)
+
+
 def test_immich_searches_by_image_and_text(server: Running, jpegs: dict[str, bytes]) -> None:
     assert server.client.get("/immich/ping").text == "pong"
     [image] = ours(server, model="clip", images=[image_entry(jpegs["coffee"])])
@@ -287,6 +310,35 @@ def test_immich_searches_by_image_and_text(server: Running, jpegs: dict[str, byt
     unknown = {"clip": {"visual": {"modelName": "ViT-B-32__openai"}}}
     assert ask(unknown, image=("a.jpg", jpegs["coffee"])).status_code == 404
     assert ask(visual, image=("a.jpg", b"no image")).status_code == 422
+
+
+def test_the_official_client_sends_the_forms_of_infinity_and_vllm(
+    server: Running, client: openai.OpenAI, jpegs: dict[str, bytes]
+) -> None:
+    uri = data_uri(jpegs["coffee"])
+    [image] = ours(server, model="clip", images=[image_entry(jpegs["coffee"])])
+    [text] = ours(server, model="clip", texts=["a cat"])
+    with openai.OpenAI(base_url=server.url, api_key="unused", max_retries=0) as infinity:
+        answer = infinity.embeddings.create(
+            model="clip", input=[uri], extra_body={"modality": "image"}
+        )
+        assert np.allclose(answer.data[0].embedding, image, atol=1e-5)
+        pooled = infinity.post(
+            "/pooling", cast_to=object, body={"model": "clip", "input": ["a cat"]}
+        )
+        assert isinstance(pooled, dict)
+        assert np.allclose(pooled["data"][0]["data"], text, atol=1e-5)
+    content = [{"type": "image_url", "image_url": {"url": uri}}]
+    answer = client.post(
+        "/embeddings",
+        cast_to=openai.types.CreateEmbeddingResponse,
+        body={
+            "model": "clip",
+            "messages": [{"role": "user", "content": content}],
+            "encoding_format": "float",
+        },
+    )
+    assert np.allclose(answer.data[0].embedding, image, atol=1e-5)
 
 
 def test_vllms_pooling(server: Running, jpegs: dict[str, bytes]) -> None:

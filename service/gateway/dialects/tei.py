@@ -1,16 +1,18 @@
-"""Hugging Face's Text Embeddings Inference: `/embed` and `/rerank`.
+"""Hugging Face's Text Embeddings Inference: `/embed`, `/similarity` and `/rerank`.
 
 https://huggingface.github.io/text-embeddings-inference/. Inputs are texts; `data:` URIs of images
-among them are images.
+among them are images. TEI has one model; here `?model=` names one, or a member of the body.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, WithJsonSchema
 
+from service.accounting import Account
 from service.errors import InvalidInputError
 from service.gateway import dispatch
 from service.gateway.auth import require_key
@@ -18,10 +20,16 @@ from service.gateway.embedding import embed_inputs, embeddings, image_or_text
 from service.gateway.entrance import refused_early
 from service.gateway.rest.content import read_body
 from service.gateway.rest.examples import PHOTO, json_body
+from service.gateway.rest.openapi import query_parameters
 from service.parameters import validate
 from service.payloads import parse_json_object
 
+B = TypeVar("B", bound=BaseModel)
+
 router = APIRouter(prefix="/tei", tags=["dialects"], dependencies=[Depends(require_key)])
+
+
+MODEL: Any = Field(None, description="Not in TEI, which has one model.")
 
 
 class EmbedBody(BaseModel):
@@ -30,7 +38,22 @@ class EmbedBody(BaseModel):
     inputs: str | list[str]
     normalize: bool = True
     dimensions: int | None = None
-    model: str | None = Field(None, description="Not in TEI, which has one model.")
+    model: str | None = MODEL
+
+
+class Sentences(BaseModel):
+    """What to compare with what."""
+
+    source_sentence: str
+    sentences: list[str] = Field(min_length=1)
+
+
+class SimilarityBody(BaseModel):
+    """TEI's members, of which others are ignored."""
+
+    # inline: OpenAPI's document has no place for pydantic's definitions
+    inputs: Annotated[Sentences, WithJsonSchema(Sentences.model_json_schema())]
+    model: str | None = MODEL
 
 
 class RerankBody(BaseModel):
@@ -39,14 +62,28 @@ class RerankBody(BaseModel):
     query: str
     texts: list[str] = Field(min_length=1)
     return_text: bool = False
-    model: str | None = Field(None, description="Not in TEI, which has one model.")
+    model: str | None = MODEL
 
 
-_EMBED = json_body(
+def _body(example: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    model = {
+        "model": {"type": "string", "description": "A model; else the body's, or the default."}
+    }
+    return json_body(example, schema) | {"parameters": query_parameters(model)}
+
+
+_EMBED = _body(
     {"model": "lite0-minilm", "inputs": ["a cat", f"data:image/jpeg;base64,{PHOTO}"]},
     EmbedBody.model_json_schema(),
 )
-_RERANK = json_body(
+_SIMILARITY = _body(
+    {
+        "model": "lite0-minilm",
+        "inputs": {"source_sentence": "an astronaut", "sentences": ["a spaceman", "a cup"]},
+    },
+    SimilarityBody.model_json_schema(),
+)
+_RERANK = _body(
     {"model": "lite0-minilm", "query": "an astronaut", "texts": ["a spaceman", "a cup of coffee"]},
     RerankBody.model_json_schema(),
 )
@@ -57,14 +94,24 @@ _RERANK = json_body(
 async def embed(request: Request) -> JSONResponse:
     """Embed texts and images: a list of vectors."""
     with dispatch.count_request(request, "embed") as account:
-        body = validate(EmbedBody, await parse_json_object(await read_body(request)))
+        body = await _read(request, EmbedBody)
         texts = [body.inputs] if isinstance(body.inputs, str) else body.inputs
         if not texts:
             raise InvalidInputError("inputs is empty", field="inputs")
-        options: dict[str, Any] = {"normalize": body.normalize, "dimensions": body.dimensions}
-        items = [image_or_text(text) for text in texts]
-        result = await embed_inputs(request, account, body.model, items, options)
-        return JSONResponse([row.tolist() for row in embeddings(result, "inputs")])
+        options = {"normalize": body.normalize, "dimensions": body.dimensions}
+        vectors = await _embed(request, account, body.model, texts, options)
+        return JSONResponse([row.tolist() for row in vectors])
+
+
+@router.post("/similarity", openapi_extra=_SIMILARITY)
+@refused_early("embed")
+async def similarity(request: Request) -> JSONResponse:
+    """Compare texts and images with a source sentence: a list of cosine similarities."""
+    with dispatch.count_request(request, "embed") as account:
+        body = await _read(request, SimilarityBody)
+        texts = [body.inputs.source_sentence, *body.inputs.sentences]
+        source, *others = await _embed(request, account, body.model, texts, {})
+        return JSONResponse((np.stack(others) @ source).tolist())
 
 
 @router.post("/rerank", openapi_extra=_RERANK)
@@ -73,13 +120,38 @@ async def rerank(request: Request) -> JSONResponse:
     """Order texts and images by their similarity to the query, best first. The scores are cosine
     similarities of embeddings, with and without `raw_scores`."""
     with dispatch.count_request(request, "embed") as account:
-        body = validate(RerankBody, await parse_json_object(await read_body(request)))
-        items = [image_or_text(text) for text in (body.query, *body.texts)]
-        result = await embed_inputs(request, account, body.model, items, {})
-        query, *others = embeddings(result, "texts")
+        body = await _read(request, RerankBody)
+        texts = [body.query, *body.texts]
+        query, *others = await _embed(request, account, body.model, texts, {})
         scores = np.stack(others) @ query
         answer: list[dict[str, Any]] = []
         for place in np.argsort(-scores, kind="stable").tolist():
             entry = {"index": place, "score": float(scores[place])}
             answer.append(entry | ({"text": body.texts[place]} if body.return_text else {}))
         return JSONResponse(answer)
+
+
+async def _read(request: Request, kind: type[B]) -> B:
+    """The body; its model may be in the query, since TEI's clients cannot send one.
+
+    Raises:
+        ServiceError: malformed, over a limit, or too slow.
+    """
+    fields = await parse_json_object(await read_body(request))
+    return validate(kind, {"model": request.query_params.get("model"), **fields})
+
+
+async def _embed(
+    request: Request,
+    account: Account,
+    model: str | None,
+    texts: Sequence[str],
+    options: dict[str, Any],
+) -> list[np.ndarray]:
+    """The vectors of texts and images.
+
+    Raises:
+        ServiceError: the request failed, or one of them.
+    """
+    items = [image_or_text(text) for text in texts]
+    return embeddings(await embed_inputs(request, account, model, items, options), "inputs")
