@@ -6,55 +6,72 @@ in passes has the trunk's name instead.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-LABELS = ("model", "version")
 VERSION = "1"
+MICROSECONDS = 1e6
 
-# name: (what it is, our sample, the labels that a sample must have, the label that names the
-# model, and the factor). A value of None takes all others than `ok`.
-COUNTERS: dict[str, tuple[str, str, dict[str, str | None], str, float]] = {
-    "nv_inference_request_success": (
-        "Requests that were answered.",
-        "vitrail_requests_total", {"outcome": "ok"}, "model", 1,
+
+class Source(NamedTuple):
+    """What one of Triton's metrics is made of: a text, and the sum of samples of ours.
+
+    Args:
+        label: our label that becomes `model`.
+        keeps: which samples are summed, by their labels.
+        factor: from our unit to Triton's.
+    """
+
+    text: str
+    sample: str
+    label: str
+    keeps: Callable[[Mapping[str, str]], bool] = lambda _: True
+    factor: float = 1
+
+
+def _is_ok(labels: Mapping[str, str]) -> bool:
+    return labels["outcome"] == "ok"
+
+
+def _stage(text: str, stage: str) -> Source:
+    sample = "vitrail_stage_duration_seconds_sum"
+    return Source(text, sample, "trunk", lambda labels: labels["stage"] == stage, MICROSECONDS)
+
+
+SOURCES = {
+    "nv_inference_request_success": Source(
+        "Requests that were answered.", "vitrail_requests_total", "model", _is_ok
     ),
-    "nv_inference_request_failure": (
+    "nv_inference_request_failure": Source(
         "Requests that failed.",
-        "vitrail_requests_total", {"outcome": None}, "model", 1,
+        "vitrail_requests_total",
+        "model",
+        lambda labels: not _is_ok(labels),
     ),
-    "nv_inference_request_duration_us": (
+    "nv_inference_request_duration_us": Source(
         "Microseconds of answered requests.",
-        "vitrail_request_duration_seconds_sum", {"outcome": "ok"}, "model", 1e6,
+        "vitrail_request_duration_seconds_sum",
+        "model",
+        _is_ok,
+        MICROSECONDS,
     ),
-    "nv_inference_count": (
-        "Images.",
-        "vitrail_images_total", {"outcome": "ok"}, "model", 1,
+    "nv_inference_count": Source("Images.", "vitrail_images_total", "model", _is_ok),
+    "nv_inference_exec_count": Source("Passes, by trunk.", "vitrail_batch_size_count", "trunk"),
+    "nv_inference_queue_duration_us": _stage("Microseconds that images waited, by trunk.", "queue"),
+    "nv_inference_compute_input_duration_us": _stage(
+        "Microseconds of decoding and transforming images, by trunk.", "decode"
     ),
-    "nv_inference_exec_count": (
-        "Passes, by trunk.",
-        "vitrail_batch_size_count", {}, "trunk", 1,
+    "nv_inference_compute_infer_duration_us": _stage(
+        "Microseconds of the images' passes, by trunk.", "compute"
     ),
-    "nv_inference_queue_duration_us": (
-        "Microseconds that images waited, by trunk.",
-        "vitrail_stage_duration_seconds_sum", {"stage": "queue"}, "trunk", 1e6,
+    "nv_inference_compute_output_duration_us": _stage(
+        "Microseconds of finishing outputs, by trunk.", "postprocess"
     ),
-    "nv_inference_compute_input_duration_us": (
-        "Microseconds of decoding and transforming images, by trunk.",
-        "vitrail_stage_duration_seconds_sum", {"stage": "decode"}, "trunk", 1e6,
-    ),
-    "nv_inference_compute_infer_duration_us": (
-        "Microseconds of the images' passes, by trunk.",
-        "vitrail_stage_duration_seconds_sum", {"stage": "compute"}, "trunk", 1e6,
-    ),
-    "nv_inference_compute_output_duration_us": (
-        "Microseconds of finishing outputs, by trunk.",
-        "vitrail_stage_duration_seconds_sum", {"stage": "postprocess"}, "trunk", 1e6,
-    ),
-}  # fmt: skip
+}
 
 
 class WithTritonNames(CollectorRegistry):
@@ -71,30 +88,21 @@ class WithTritonNames(CollectorRegistry):
 
 
 def triton_metrics(metrics: Iterable[Metric]) -> Iterator[Metric]:
-    """Metrics under Triton's names; those without samples are left out."""
+    """Metrics under Triton's names; those without samples are left out.
+
+    Their type is unknown, because the library appends `_total` to the names of counters.
+    """
     by_name = defaultdict(list)
     for metric in metrics:
         for sample in metric.samples:
             by_name[sample.name].append(sample)
-    for name, (text, ours, required, label, factor) in COUNTERS.items():
+    for name, source in SOURCES.items():
         totals: dict[str, float] = defaultdict(float)
-        for sample in by_name[ours]:
-            if all(_matches(sample.labels[key], value) for key, value in required.items()):
-                totals[sample.labels[label]] += factor * sample.value
-        if totals:
-            family = CounterMetricFamily(name, text, labels=LABELS)
-            for model, value in totals.items():
-                family.add_metric((model, VERSION), value)
-            yield _named(family, name)
-
-
-def _matches(label: str, wanted: str | None) -> bool:
-    return label != "ok" if wanted is None else label == wanted
-
-
-def _named(family: CounterMetricFamily, name: str) -> Metric:
-    """The counter under its very name: Triton's have no `_total`, which the library appends."""
-    metric = Metric(name, family.documentation, "unknown")
-    for sample in family.samples:
-        metric.samples.append(sample._replace(name=name))
-    return metric
+        for sample in by_name[source.sample]:
+            if source.keeps(sample.labels):
+                totals[sample.labels[source.label]] += source.factor * sample.value
+        made = Metric(name, source.text, "unknown")
+        for model, value in totals.items():
+            made.add_sample(name, {"model": model, "version": VERSION}, value)
+        if made.samples:
+            yield made
