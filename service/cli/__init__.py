@@ -44,22 +44,30 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
 }
 
-for command in (serve.serve, serve.gateway, serve.worker, health.health):
-    app.command(command.__name__)(command)
-app.command("demo")(demo.demo)
-app.command("doctor")(doctor.doctor)
-app.command("fit")(fit.fit)
-app.command("tune")(tune.tune)
-app.command("ray")(ray.ray)
-app.command("bulk")(bulk.bulk)
-models.app.command("verify")(verify.verify)
-app.add_typer(models.app, name="models")
-app.add_typer(keys.app, name="keys")
+START, SERVE, IMAGES, MODELS = "Start here", "Serve", "Images, with a server", "Models"
+
 for task in tasks().values():
     if "image" in task.modalities:
-        app.command(task.name)(task_command(task, **SPECIAL.get(task.name, {})))
-app.command("index")(collections.index)
-app.command("search")(retrieval.search)
+        made = task_command(task, **SPECIAL.get(task.name, {}))
+        app.command(task.name, rich_help_panel=IMAGES)(made)
+for name, command, panel in (
+    ("demo", demo.demo, START),
+    ("doctor", doctor.doctor, START),
+    ("serve", serve.serve, START),
+    ("gateway", serve.gateway, SERVE),
+    ("worker", serve.worker, SERVE),
+    ("ray", ray.ray, SERVE),
+    ("health", health.health, SERVE),
+    ("index", collections.index, IMAGES),
+    ("search", retrieval.search, IMAGES),
+    ("fit", fit.fit, MODELS),
+    ("tune", tune.tune, MODELS),
+    ("bulk", bulk.bulk, MODELS),
+):
+    app.command(name, rich_help_panel=panel)(command)
+models.app.command("verify")(verify.verify)
+app.add_typer(models.app, name="models", rich_help_panel=MODELS)
+app.add_typer(keys.app, name="keys", rich_help_panel=SERVE)
 
 
 def main() -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from service.cli.tables import table_console
 
 GIB = 2**30
 # The demo takes about 1 GiB in memory and half on disk.
@@ -51,7 +52,7 @@ def doctor(
             mark = f"[{STYLES[finding.state]}]{finding.state}[/]"
             advice = f"\n{finding.advice}" if finding.advice else ""
             table.add_row(mark, finding.subject, finding.found + advice)
-        Console(highlight=False).print(table)
+        table_console().print(table)
     if any(finding.state == "bad" for finding in findings):
         raise typer.Exit(1)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from service.cli.tables import table_console
 
 app = typer.Typer(help="Catalogs and checkpoint files.", no_args_is_help=True)
 
@@ -23,8 +24,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 T = TypeVar("T")
 
-# Columns of text: lines that no terminal wraps, and from where licences have a column.
-PIPE_WIDTH = 200
+# Widths from which on a table has these columns.
+DESCRIPTION_WIDTH = 72
 LICENCE_WIDTH = 120
 
 
@@ -41,13 +42,12 @@ def list_models(catalog: CatalogName = "demo", as_json: Json = False) -> None:
         ]
         typer.echo(json.dumps(rows, indent=2))
         return
-    console = Console()
-    if not console.is_terminal:
-        console.width = PIPE_WIDTH
+    console = table_console()
     table = Table(box=None, pad_edge=False)
     for column in ("model", "task", "parameters"):
         table.add_column(column, no_wrap=True)
-    table.add_column("description")
+    if console.width >= DESCRIPTION_WIDTH:
+        table.add_column("description")
     if console.width >= LICENCE_WIDTH:
         table.add_column("licence")
     for model in entries.models.values():
@@ -55,7 +55,7 @@ def list_models(catalog: CatalogName = "demo", as_json: Json = False) -> None:
         row = (model.name, model.task + default, model.parameters, model.description, model.licence)
         table.add_row(*row[: len(table.columns)])
     console.print(table)
-    console.print("* the default of its task; `--json` has licences and sources")
+    console.print("* the default of its task; `--json` has everything")
 
 
 @app.command()

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from service.cli.models import CatalogName
 from service.cli.starting import report_errors
+from service.cli.tables import table_console
 
 if TYPE_CHECKING:
     from models.catalog import Catalog
@@ -155,7 +156,7 @@ def _print(result: "TuneResult", request: "TuneRequest") -> None:
             score,
             style="bold" if candidate == result.best else None,
         )
-    Console().print(table)
+    table_console().print(table)
     for skipped in result.skipped:
         typer.echo(f"skipped {skipped.candidate}: {skipped.reason}", err=True)
     typer.echo(f"best within the tolerance of {request.tolerance:.0e}: {result.best}")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from models.catalog import load_catalog
 from service.cli.segment import file_names
 from tests.conftest import answers, free_port, process, wait_until
 
@@ -43,6 +44,48 @@ def test_a_server_greets_a_person_with_a_summary(tiny_catalog: Path) -> None:
     assert re.search(r"tiny-embed +embed\* +eager +float32 +cpu", text)
     assert f"vitrail classify photo.jpg --url {url}" in text
     assert '{"time"' not in text
+
+
+WALK = """
+import fcntl, struct, termios
+from service.cli import app
+for columns in (60, 80, 120):
+    fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("4H", 40, columns, 0, 0))
+    for command in (["models", "list"], ["--help"]):
+        print("$", columns, *command, flush=True)
+        app(command, standalone_mode=False)
+print("the end")
+"""
+
+
+def test_tables_and_help_fit_the_terminal() -> None:
+    ours, theirs = pty.openpty()
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    environment["TERM"] = "xterm"  # a dumb one has no width
+    command = [sys.executable, "-c", WALK]
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment) as walk:
+        os.close(theirs)
+        text = read_terminal(ours, "the end")
+        assert walk.wait(60) == 0, text
+    os.close(ours)
+    names = load_catalog("demo").models.keys()
+    text = re.sub(r"\x1b\[[\d;]*m", "", text)
+    shown = re.findall(r"\$ (\d+) ([^\r\n]*)\r?\n([^$]*)", text)
+    assert [(columns, command) for columns, command, _ in shown] == [
+        (columns, command)
+        for columns in ("60", "80", "120")
+        for command in ("models list", "--help")
+    ]
+    for columns, command, output in shown:
+        lines = output.splitlines()
+        assert max(map(len, lines)) <= int(columns), output
+        if command == "models list":  # a cell is whole or has whole words
+            assert names <= {line.split()[0] for line in lines if line[:1].strip()}
+            assert "…" not in output
+            assert ("description" in output, "licence" in output) == (
+                columns != "60",
+                columns == "120",
+            )
 
 
 @pytest.mark.nightly
