@@ -353,7 +353,7 @@ def node(script: str, folder: Path, **places: str) -> Any:
     module = folder / "vitrail.mjs"
     module.write_text(JAVASCRIPT.read_text())
     (folder / "script.mjs").write_text(script % {"module": module, **places})
-    command = [program, folder / "script.mjs"]
+    command = [program, str(folder / "script.mjs")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

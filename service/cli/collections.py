@@ -93,14 +93,17 @@ def index(
 
 
 def _create(client: Client, name: str, model: str | None) -> None:
-    """Create the collection, unless it exists; with `model` if that is given."""
-    if model is None:
-        try:
-            client.collection(name)
+    """Create the collection, unless it exists; with `model` if that is given.
+
+    Raises:
+        VitrailError: it exists with another model.
+    """
+    try:
+        if model in (None, client.collection(name)["model"]):
             return
-        except VitrailError as error:
-            if error.status != 404:
-                raise
+    except VitrailError as error:
+        if error.status != 404:
+            raise
     client.create_collection(name, model=model)
 
 
@@ -115,7 +118,7 @@ def _known(client: Client, collection: str) -> Known:
             return known
 
 
-def _add_files(client: Client, collection: str, paths: Sequence[Path], known: Known) -> Outcome:
+def _add_files(client: Client, collection: str, paths: list[Path], known: Known) -> Outcome:
     """Send the files that are new or changed."""
     outcome = Outcome()
     new: list[ImageFile] = []
