@@ -418,6 +418,7 @@ def browser() -> Iterator[Browser]:
     if found is None:
         pytest.skip("chromium is not installed (apt-get install chromium)")
     with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+        opened = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", *camera])
         yield opened
         opened.close()

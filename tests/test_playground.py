@@ -120,6 +120,7 @@ def test_a_mask_has_classes_opacity_and_a_threshold(page: Page, folder: Path) ->
 @pytest.mark.weights
 def test_labels_are_sent_to_models_that_take_them_alone(page: Page, folder: Path) -> None:
     page.get_by_role("tab", name="Zero-shot").click()
+    page.get_by_label("Labels").fill("")
     page.get_by_label("Photo or clip").set_input_files(folder / "astronaut.jpg")
     expect(page.locator("#answers")).to_have_text(
         "Type labels, such as: a cat, a dog, a cup of coffee."
@@ -180,7 +181,7 @@ def test_hidden_patches_are_predicted_for_a_share_and_a_seed(page: Page, folder:
 
 @pytest.mark.weights
 def test_labels_are_scored_while_they_are_typed(page: Page) -> None:
-    page.get_by_role("button", name="Sample photo").click()
+    page.get_by_role("button", name="Sample: astronaut").click()
     page.get_by_role("tab", name="Zero-shot").click()
     page.get_by_label("Labels").fill("an astronaut, a cup of coffee")
     answer = choose(page, "Zero-shot", "lite0-minilm")
@@ -212,7 +213,6 @@ def test_classes_of_ones_own_are_fitted_and_tried(page: Page, tmp_path: Path) ->
     page.get_by_label("Photo to try").set_input_files(tmp_path / "blue-1.png")
     expect(page.locator("#fitted .bar").first).to_contain_text("blue")
     expect(page.locator("#fit-request pre")).to_contain_text("label=red")
-    shoot(page, "classes")
 
 
 @pytest.mark.weights
@@ -225,10 +225,62 @@ def test_photos_are_indexed_and_found_by_words_and_by_a_photo(page: Page, folder
     page.locator("#query").get_by_role("button", name="Search", exact=True).click()
     expect(page.locator("#hits figcaption").first).to_contain_text("coffee.jpg")
     expect(page.locator("#search-request pre")).to_contain_text('"text":"a cup of coffee"')
-    shoot(page, "search")
     page.get_by_label("Photo to search by").set_input_files(folder / "rocket.jpg")
     expect(page.locator("#hits figcaption").first).to_contain_text("rocket.jpg 1.000")
     expect(page.locator("#hits img")).to_have_count(4)
+
+
+@pytest.mark.weights
+def test_someone_without_photos_fits_and_searches_the_samples(page: Page) -> None:
+    """The guide's first five minutes, click by click."""
+    page.get_by_role("button", name="Sample: coffee").click()
+    expect(page.get_by_role("article").locator(".bar").first).to_contain_text("espresso")
+    shoot(page, "classify")
+    page.get_by_role("tab", name="Classes of your own").click()
+    page.get_by_role("button", name="Use sample piles").click()
+    expect(page.get_by_role("button", name=re.compile("Remove .*jpg"))).to_have_count(24)
+    page.get_by_role("button", name="Fit").click()
+    expect(page.locator("#progress")).to_contain_text("my-classes is ready")
+    page.get_by_role("button", name="Try grass-9.jpg").click()  # it was in no pile
+    expect(page.locator("#fitted .bar").first).to_contain_text("grass")
+    shoot(page, "classes")
+    page.get_by_role("tab", name="Search").click()
+    page.get_by_label("Collection", exact=True).fill("samples")
+    page.get_by_role("button", name="Index the samples").click()
+    expect(page.locator("#indexed")).to_contain_text("11 photos in samples")
+    page.get_by_label("Words to search for").fill("a cup of coffee")
+    page.get_by_label("Words to search for").press("Enter")
+    best = page.locator("#hits figcaption").first
+    expect(best).to_contain_text("coffee.jpg")
+    shoot(page, "search")
+    page.get_by_role("button", name="Sample: rocket").click()
+    expect(best).to_contain_text("rocket.jpg 1.000")
+    page.reload()
+    page.get_by_label("API key").fill("admin")
+    page.get_by_role("tab", name="Search").click()
+    page.get_by_label("Collection", exact=True).fill("samples")
+    page.get_by_role("button", name="Sample: cat").click()
+    expect(best).to_contain_text("cat.jpg")
+    expect(page.locator("#hits img")).to_have_count(11)  # the samples are still known
+    page.once("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Delete the collection").click()
+    expect(page.locator("#indexed")).to_contain_text("There is no collection samples yet")
+
+
+@pytest.mark.weights
+def test_the_camera_is_answered_live_and_its_last_photo_kept(page: Page) -> None:
+    page.get_by_role("button", name="Live camera").click()  # Chromium's own moving picture
+    answer = page.get_by_role("article")
+    expect(answer.locator(".bar")).to_have_count(5)
+    expect(page.locator("#preview video")).to_be_visible()
+    for _ in range(2):
+        with page.expect_response("**/classify"):
+            pass
+    page.get_by_role("button", name="Stop and keep the photo").click()
+    expect(page.get_by_role("img", name="Your photo")).to_be_visible()
+    expect(page.get_by_role("button", name="Live camera")).to_be_visible()
+    page.get_by_role("button", name="Ask").click()
+    expect(answer.locator(".snippets pre")).to_contain_text("camera.jpg")
 
 
 @pytest.mark.weights
@@ -249,7 +301,7 @@ def test_what_the_server_does_is_shown_live(page: Page, own_demo: httpx.Client) 
     requests = page.locator("#live [data-name='requests a second'] dd")
     expect(requests).to_have_text("0")
     expect(page.locator("#live dt")).to_have_count(5)
-    sample = own_demo.get("/sample.jpg").content
+    sample = own_demo.get("/assets/samples/coffee.jpg").content
     headers = {"Content-Type": "image/jpeg"}
     assert own_demo.post("/classify", content=sample, headers=headers).is_success
     expect(requests).not_to_have_text("0")

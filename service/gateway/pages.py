@@ -6,7 +6,7 @@ All that they load is in `assets/`, so that they work without the internet.
 from pathlib import Path
 
 from fastapi import APIRouter
-from fastapi.responses import FileResponse, RedirectResponse
+from fastapi.responses import RedirectResponse
 from fastapi.staticfiles import StaticFiles
 
 from service.gateway.security_headers import Page
@@ -14,8 +14,6 @@ from service.gateway.security_headers import Page
 router = APIRouter(include_in_schema=False)
 
 ASSETS = Path(__file__).with_name("assets")
-# models/inputs/samples.py says whose it is.
-SAMPLE = Path(__file__).parents[2] / "models" / "inputs" / "astronaut.jpg"
 
 assets = StaticFiles(directory=ASSETS)
 
@@ -23,11 +21,6 @@ assets = StaticFiles(directory=ASSETS)
 @router.get("/", response_class=Page)
 async def playground() -> Page:
     return Page(ASSETS / "index.html")
-
-
-@router.get("/sample.jpg")
-async def sample() -> FileResponse:
-    return FileResponse(SAMPLE)
 
 
 @router.get("/docs", response_class=Page)

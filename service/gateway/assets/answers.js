@@ -7,15 +7,19 @@ import { bars, make, picture } from "./shared.js";
 const DRAWN = { segment: drawSegments, attention: drawAttention, patches: drawPatches };
 const PICTURES = ["depth", "image", "seen", "drawn", "pasted"];
 
-/** Draw an answer about a photo; `photo` is null where the browser cannot show it. */
+/** Draw an answer about a photo in an element; `photo` is null where the browser cannot show it. */
 export function drawAnswer(task, reply, photo, parent) {
   const [result] = reply.results;
   if (result.error) throw new Error(result.error.detail);
+  if (result.predictions) {
+    for (const child of [...parent.children]) if (child.className !== "bars") child.remove(); // an error
+    return bars(result.predictions, parent);
+  }
+  parent.replaceChildren();
   (DRAWN[task] ?? drawOther)(result, photo, parent);
 }
 
 function drawOther(result, photo, parent) {
-  bars(result.predictions ?? [], parent);
   for (const name of PICTURES)
     if (typeof result[name] === "string") {
       const figure = make("figure", "", parent);
@@ -31,6 +35,7 @@ function drawOther(result, photo, parent) {
 /** The server's stages and the rest of the time that the page waited, as a bar and in words. */
 export function drawTiming({ decode, queue, compute, total }, waited, parent) {
   const stages = { decode, queue, compute, other: total - decode - queue - compute, network: waited - total };
+  parent.replaceChildren();
   const bar = make("div", "", parent, { className: "times" });
   for (const [name, time] of Object.entries(stages))
     make("i", "", bar, { className: name, title: name }).style.flexGrow = Math.max(0, time);

@@ -40,3 +40,15 @@ export function colour(index) {
     return Math.round(255 * (0.55 - 0.38 * Math.max(-1, Math.min(hue - 3, 9 - hue, 1))));
   });
 }
+
+/** Values from 0 to `largest` as a line in the canvas's text colour. */
+export function drawLine(canvas, values, largest) {
+  const context = canvas.getContext("2d"), { width, height } = canvas;
+  context.clearRect(0, 0, width, height);
+  context.strokeStyle = getComputedStyle(canvas).color;
+  context.lineWidth = 2;
+  context.beginPath();
+  for (const [place, value] of values.entries())
+    context.lineTo((place * width) / Math.max(values.length - 1, 1), height - 2 - (value / largest) * (height - 4));
+  context.stroke();
+}

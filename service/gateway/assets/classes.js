@@ -1,4 +1,6 @@
 // The tab that fits classes to piles of photos and tries them.
+import { drawLine } from "./canvas.js";
+import { pieces, TEXTURES } from "./samples.js";
 import { bars, fill, get, make, picture, server, showError, takeFiles } from "./shared.js";
 import { SHOWN_FILES, showSnippets } from "./snippets.js";
 
@@ -7,6 +9,8 @@ const piles = document.getElementById("piles"), fitted = document.getElementById
 const progress = document.getElementById("progress");
 const POLL_MS = 400;
 const contents = new Map(); // the photos of each pile
+let toTry = []; // samples that are in no pile
+let count = 0; // piles so far
 
 export async function show() {
   try {
@@ -18,17 +22,30 @@ export async function show() {
   while (piles.children.length < 2) addPile();
 }
 
-function addPile() {
-  const number = piles.children.length + 1;
+function addPile(label, files = []) {
+  const number = ++count, name = label ?? `class ${number}`;
   const pile = make("div", "", piles, { className: "pile" });
-  make("input", "", pile, { value: `class ${number}`, ariaLabel: `Name of class ${number}` });
+  make("input", "", pile, { value: name, ariaLabel: `Name of class ${number}` });
   make("input", "", pile, { type: "file", accept: "image/*", multiple: true, ariaLabel: `Photos of class ${number}` });
-  const shown = make("div", "Drop photos here.", pile);
-  contents.set(pile, []);
-  takeFiles(pile, (files) => {
-    contents.get(pile).push(...files);
+  const shown = make("div", "", pile, { className: "photos" });
+  contents.set(pile, files);
+  showPile(pile, shown);
+  takeFiles(pile, (more) => {
+    contents.get(pile).push(...more);
     showPile(pile, shown);
   });
+}
+
+/** Piles of the samples' pieces in place of empty ones. The last piece of each is left to try. */
+async function addSamplePiles() {
+  const cut = await Promise.all(TEXTURES.map(pieces));
+  toTry = cut.map((files) => files.pop());
+  for (const [pile, files] of contents)
+    if (!files.length) {
+      contents.delete(pile);
+      pile.remove();
+    }
+  for (const [place, name] of TEXTURES.entries()) addPile(name, cut[place]);
 }
 
 /** The photos of a pile; a click removes one. */
@@ -70,6 +87,7 @@ async function fit() {
 }
 
 async function watch(name) {
+  const grown = [], curve = make("canvas", "", fitted, { width: 480, height: 80, ariaHidden: "true" });
   for (;;) {
     const head = await server().send("GET", `/heads/${encodeURIComponent(name)}`);
     if (head.state === "failed") throw new Error(head.reason);
@@ -77,9 +95,12 @@ async function watch(name) {
     const { stage = head.state, done, total, accuracy } = head.progress ?? {};
     const share = total ? ` ${done} of ${total}` : "", right = accuracy ? `, ${(100 * accuracy).toFixed(0)} % right` : "";
     progress.textContent = `${stage}${share}${right}`;
+    if (accuracy) grown.push(accuracy);
+    drawLine(curve, grown, 1);
     await new Promise((resolve) => setTimeout(resolve, POLL_MS));
   }
-  progress.textContent = `${name} is ready: /classify?model=${name}`;
+  progress.textContent = `${name} is ready: here below, as a model in Try, and at /classify?model=${name}`;
+  fitted.replaceChildren();
   await showFitted(name);
 }
 
@@ -89,8 +110,8 @@ async function showFitted(name) {
   const attempt = make("div", "", fitted, { className: "pile" });
   make("input", "", attempt, { type: "file", accept: "image/*", ariaLabel: "Photo to try" });
   make("p", "Drop a photo here to try the classes.", attempt);
-  const result = make("section", "", attempt);
-  takeFiles(attempt, async ([file]) => {
+  const strip = make("div", "", attempt, { className: "strip" }), result = make("section", "", attempt);
+  const classify = async ([file]) => {
     try {
       const [entry] = await server().classify([file], { model: name });
       result.replaceChildren();
@@ -100,10 +121,17 @@ async function showFitted(name) {
     } catch (error) {
       showError(error, result);
     }
-  });
+  };
+  for (const file of toTry) {
+    const button = make("button", "", strip, { type: "button", className: "photo" });
+    picture(file, `Try ${file.name}`, button);
+    button.addEventListener("click", () => classify([file]));
+  }
+  takeFiles(attempt, classify);
 }
 
-form.add.addEventListener("click", addPile);
+form.add.addEventListener("click", () => addPile());
+document.getElementById("sample-piles").addEventListener("click", addSamplePiles);
 form.addEventListener("submit", (event) => {
   event.preventDefault();
   fit();

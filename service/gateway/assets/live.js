@@ -1,4 +1,5 @@
 // What the server does at the moment, from its metrics: rates, queues, batches.
+import { drawLine } from "./canvas.js";
 import { get, make } from "./shared.js";
 
 const list = document.getElementById("live"), problem = document.getElementById("live-error");
@@ -48,12 +49,6 @@ function draw(name, value) {
     make("canvas", "", line, { width: WIDTH, height: HEIGHT, ariaHidden: "true" });
   }
   line.querySelector("dd").textContent = value.toFixed(Number.isInteger(value) ? 0 : 1);
-  const canvas = line.querySelector("canvas"), context = canvas.getContext("2d");
-  const largest = Math.max(1, ...values);
-  context.clearRect(0, 0, WIDTH, HEIGHT);
-  context.strokeStyle = getComputedStyle(canvas).color;
-  context.beginPath();
-  for (const [place, each] of values.entries())
-    context.lineTo((place * WIDTH) / (POINTS - 1), HEIGHT - 1 - (each / largest) * (HEIGHT - 2));
-  context.stroke();
+  const all = Array(POINTS - values.length).fill(0).concat(values); // the newest is at the right
+  drawLine(line.querySelector("canvas"), all, Math.max(1, ...values));
 }

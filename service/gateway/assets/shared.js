@@ -1,6 +1,8 @@
 // What the tabs share: the client, elements, and dropping of files.
 import { Vitrail } from "./vitrail.js";
 
+const MOVE_MS = 250;
+
 export const key = () => document.getElementById("key").value;
 export const server = () => new Vitrail("", { key: key() });
 
@@ -46,14 +48,21 @@ export function takeFiles(element, take) {
     });
 }
 
+/** Labels with their scores as bars. Those that are there already move to their new scores. */
 export function bars(predictions, parent) {
-  for (const { label, score } of predictions) {
-    const bar = make("div", "", parent, { className: "bar" });
-    make("i", "", bar).style.width = `${Math.max(0, score) * 100}%`;
-    const line = make("span", "", bar);
+  const list = parent.querySelector(":scope > .bars") ?? make("div", "", parent, { className: "bars" });
+  const before = new Map([...list.children].map((bar) => [bar.dataset.label, bar.firstChild.style.width]));
+  list.replaceChildren(...predictions.map(({ label, score }) => {
+    const bar = make("div", "", null, { className: "bar" }), filled = make("i", "", bar), line = make("span", "", bar);
+    const width = `${Math.max(0, score) * 100}%`;
+    bar.dataset.label = label;
+    filled.style.width = width;
+    if (before.has(label) && !matchMedia("(prefers-reduced-motion: reduce)").matches)
+      filled.animate([{ width: before.get(label) }, { width }], MOVE_MS);
     make("b", label, line);
     make("span", `${(score * 100).toFixed(1)} %`, line);
-  }
+    return bar;
+  }));
 }
 
 /** Tabs that are clicked, or chosen with the arrow keys; `open` gets the chosen one. */
@@ -64,16 +73,18 @@ export function tablist(parent, open) {
       other.ariaSelected = String(other === tab);
       other.tabIndex = other === tab ? 0 : -1;
     }
+    tab.scrollIntoView({ block: "nearest", inline: "nearest" });
     open(tab);
   };
   for (const [place, tab] of tabs.entries()) {
     tab.addEventListener("click", () => select(tab));
     tab.addEventListener("keydown", (event) => {
-      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-      if (!step) return;
-      const next = tabs[(place + step + tabs.length) % tabs.length];
-      next.focus();
-      select(next);
+      const next = { ArrowRight: place + 1, ArrowLeft: place - 1, Home: 0, End: -1 }[event.key];
+      if (next === undefined) return;
+      event.preventDefault(); // the page would scroll
+      const chosen = tabs.at(next % tabs.length);
+      chosen.focus();
+      select(chosen);
     });
   }
   return select;

@@ -2,6 +2,7 @@
 import { key, make } from "./shared.js";
 
 export const SHOWN_FILES = 4; // more are left out
+const COPIED_MS = 1500;
 const quoted = (text) => `'${String(text).replaceAll("'", "'\\''")}'`;
 
 /** A value as Python writes it. */
@@ -40,20 +41,32 @@ export function snippets({ path, fields = [], files = [], json, call }) {
   };
 }
 
+let language = "curl"; // the one that was chosen last
+
 /** Show them, one language at a time. */
 export function showSnippets(parent, request) {
+  const texts = snippets(request);
+  if (parent.dataset.shown === texts.curl) return; // buttons keep the focus
+  parent.dataset.shown = texts.curl;
   const code = make("pre", "", null, { tabIndex: 0, role: "region", ariaLabel: "The request as code" });
-  const buttons = Object.entries(snippets(request)).map(([language, text]) => {
-    const button = make("button", language, null, { type: "button" });
-    button.addEventListener("click", () => {
-      for (const other of buttons) other.setAttribute("aria-pressed", other === button);
-      code.textContent = text;
-    });
-    return button;
-  });
-  const copy = make("button", "Copy", null, { type: "button" });
-  copy.addEventListener("click", () => navigator.clipboard?.writeText(code.textContent));
+  const buttons = Object.keys(texts).map((name) => make("button", name, null, { type: "button" }));
+  const choose = (name) => {
+    language = name;
+    for (const button of buttons) button.ariaPressed = String(button.textContent === name);
+    code.textContent = texts[name];
+  };
+  for (const button of buttons) button.addEventListener("click", () => choose(button.textContent));
   parent.className = "snippets";
-  parent.replaceChildren(...buttons, copy, code);
-  buttons[0].click();
+  parent.replaceChildren(...buttons, ...(navigator.clipboard ? [copyButton(code)] : []), code);
+  choose(language);
+}
+
+function copyButton(code) {
+  const button = make("button", "Copy", null, { type: "button" });
+  button.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(code.textContent);
+    button.textContent = "Copied";
+    setTimeout(() => (button.textContent = "Copy"), COPIED_MS);
+  });
+  return button;
 }

@@ -1,13 +1,17 @@
 // The tab that asks a model, or two side by side, about a photo.
 import { drawAnswer, drawTiming } from "./answers.js";
+import { hasCamera, openCamera } from "./camera.js";
 import { decode } from "./canvas.js";
-import { explain, fill, make, picture, server, showError, takeFiles, tablist } from "./shared.js";
+import { showSamples } from "./samples.js";
+import { fill, make, picture, server, showError, takeFiles, tablist } from "./shared.js";
 import { showSnippets } from "./snippets.js";
 
 const panel = document.getElementById("try"), form = panel.querySelector("form");
 const answers = document.getElementById("answers"), preview = document.getElementById("preview");
-const tasks = document.getElementById("tasks");
-const WAIT_MS = 250;
+const tasks = document.getElementById("tasks"), about = document.getElementById("about");
+const WAIT_MS = 250; // after typing, before the model is asked
+const LIVE = "Live camera", KEEP = "Stop and keep the photo";
+const LIVE_MS = 250; // from an answer to the camera's next photo
 const PATCHES = "patches"; // a task of the page's own: `embed` with the patches' tokens
 const NAMES = { "zero-shot": "Zero-shot", [PATCHES]: "Similar patches" };
 const ORDER = ["classify", "zero-shot", "segment", "attention", PATCHES, "reconstruct", "depth", "embed", "generate"];
@@ -16,7 +20,18 @@ const FIXED = {
   attention: { output: "npy" },
   [PATCHES]: { output: "tokens", encoding: "base64" },
 };
-let models = [], task = "", file = null, photo = null, asked = 0, timer = 0;
+const ABOUT = {
+  classify: "The model's own classes that fit the photo best.",
+  "zero-shot": "Labels of your own, with commas between them. The scores follow while you type.",
+  segment: "Which pixels belong to which class.",
+  attention: "Where each attention head of the last block looks, seen from the class token.",
+  [PATCHES]: "Which parts of the photo the model takes for similar.",
+  reconstruct: "What the model expects in the patches that are hidden from it.",
+  depth: "How far away each pixel is.",
+  embed: "The photo as a vector. Similar photos have similar vectors; Search finds them.",
+  generate: "A picture that the model draws from noise.",
+};
+let models = [], task = "", file = null, photo = null, camera = null, asked = 0, timer = 0;
 
 export async function show() {
   try {
@@ -69,6 +84,7 @@ function showOptions() {
   fill(form.other, [["nothing else", ""], ...options]);
   for (const element of panel.querySelectorAll("[data-tasks]"))
     element.hidden = !element.dataset.tasks.split(" ").includes(task);
+  about.textContent = ABOUT[task] ?? "";
   showLabels();
 }
 
@@ -96,15 +112,19 @@ async function ask() {
     answers.replaceChildren(make("p", "Type labels, such as: a cat, a dog, a cup of coffee."));
     return form.labels.focus();
   }
-  preview.hidden = isDrawn() || [...Object.keys(FIXED)].includes(task); // those are drawn on the photo
+  preview.hidden = !camera && (isDrawn() || Object.hasOwn(FIXED, task)); // those are drawn on the photo
   const articles = await Promise.all(names.map((model) => askOne(model, current)));
-  if (current === asked) answers.replaceChildren(...articles);
+  if (current !== asked) return;
+  // what stays in its place keeps the focus
+  if (articles.some((article, place) => article !== answers.children[place]) || answers.children.length > articles.length)
+    answers.replaceChildren(...articles);
 }
 
-/** The article with one model's answer. */
+/** The article with one model's answer: the one that is shown, if there is one. */
 async function askOne(model, current) {
-  const article = make("article"), given = optionsFor(model), files = isDrawn() ? [] : [file];
-  make("h2", model, article);
+  const article = answers.querySelector(`[data-asked="${CSS.escape(`${task} ${model}`)}"]`) ?? newArticle(model);
+  const [, answer, timing, code] = article.children;
+  const given = optionsFor(model), files = isDrawn() ? [] : [file];
   try {
     const body = new FormData();
     for (const one of files) body.append(one.type.startsWith("video/") ? "video" : "image", one);
@@ -114,14 +134,24 @@ async function askOne(model, current) {
     const reply = await server().send("POST", `/${route()}`, { body });
     const waited = performance.now() - began;
     if (current !== asked) return article;
-    drawAnswer(task, reply, photo, article);
-    drawTiming(reply.timing, waited, article);
+    drawAnswer(task, reply, photo, answer);
+    drawTiming(reply.timing, waited, timing);
   } catch (error) {
-    make("p", explain(error), article, { className: "error" });
+    if (current !== asked) return article;
+    showError(error, answer);
+    timing.replaceChildren();
   }
   const sent = files.map((one) => ["image", one.name]);
   const call = `task("${route()}", [${files.length ? "file" : ""}], ${JSON.stringify(given)})`;
-  showSnippets(make("div", "", article), { path: `/${route()}`, fields: Object.entries(given), files: sent, call });
+  showSnippets(code, { path: `/${route()}`, fields: Object.entries(given), files: sent, call });
+  return article;
+}
+
+function newArticle(model) {
+  const article = make("article");
+  article.dataset.asked = `${task} ${model}`;
+  make("h2", model, article);
+  for (const className of ["answer", "time", "snippets"]) make("div", "", article, { className });
   return article;
 }
 
@@ -131,23 +161,63 @@ function soon() {
 }
 
 async function take([first]) {
-  file = first;
-  photo = file.type.startsWith("image/") ? await decode(file) : null;
+  closeCamera();
+  const decoded = first.type.startsWith("image/") ? await decode(first) : null;
+  [file, photo] = [first, decoded];
   preview.replaceChildren();
   if (photo) picture(file, "Your photo", preview);
   else make("p", file.name, preview);
   ask();
 }
 
+/** Ask about what the camera sees, one request at a time, until it is closed. */
+async function watch() {
+  preview.hidden = false;
+  form.live.disabled = true; // while the browser asks for permission
+  try {
+    camera = await openCamera(preview);
+  } catch (error) {
+    return showError(new Error(`The camera cannot be used: ${error.message}`), answers);
+  } finally {
+    form.live.disabled = false;
+  }
+  const own = camera;
+  form.live.textContent = KEEP;
+  answers.ariaLive = "off"; // or a screen reader would never be silent
+  while (camera === own) {
+    if (panel.hidden) return keep();
+    if (!document.hidden) {
+      const shot = await own.grab(), decoded = await decode(shot);
+      if (camera !== own) return;
+      [file, photo] = [shot, decoded];
+      await ask();
+    }
+    await new Promise((resolve) => setTimeout(resolve, LIVE_MS));
+  }
+}
+
+/** Close the camera; its last photo stays. */
+function keep() {
+  if (file) take([file]);
+  else closeCamera();
+}
+
+function closeCamera() {
+  camera?.stop();
+  camera = null;
+  form.live.textContent = LIVE;
+  answers.ariaLive = "polite";
+}
+
 for (const element of panel.querySelectorAll(".drop, .camera")) takeFiles(element, take);
+takeFiles(document.getElementById("result"), take);
 document.addEventListener("paste", (event) => {
   const files = [...(event.clipboardData?.files ?? [])];
   if (files.length && !panel.hidden) take(files);
 });
-form.sample.addEventListener("click", async () => {
-  const content = await (await fetch("sample.jpg")).blob();
-  take([new File([content], "sample.jpg", { type: "image/jpeg" })]);
-});
+showSamples(document.getElementById("samples"), take);
+form.live.hidden = !hasCamera();
+form.live.addEventListener("click", () => (camera ? keep() : watch()));
 for (const select of [form.model, form.other])
   select.addEventListener("change", () => {
     for (const control of [form.threshold, form.mask_ratio]) delete control.dataset.moved;
