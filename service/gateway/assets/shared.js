@@ -25,10 +25,10 @@ export function picture(source, alt, parent) {
   return make("img", "", parent, { src: typeof source === "string" ? source : URL.createObjectURL(source), alt });
 }
 
-/** An error in words. The server's say how programs send a key, which is not how it is done here. */
+/** An error in words. The server's say how programs send a key, not where it goes on this page. */
 export function explain(error) {
   const needsKey = [401, 403].includes(error.status);
-  return needsKey ? `${error.message} Here, keys go into the field at the top of the page.` : error.message;
+  return needsKey ? `${error.message}. A key goes into the field at the top of the page.` : error.message;
 }
 
 export function showError(error, parent) {
@@ -51,7 +51,7 @@ export function takeFiles(element, take) {
 /** Labels with their scores as bars. Those that are there already move to their new scores. */
 export function bars(predictions, parent) {
   const list = parent.querySelector(":scope > .bars") ?? make("div", "", parent, { className: "bars" });
-  const before = new Map([...list.children].map((bar) => [bar.dataset.label, bar.firstChild.style.width]));
+  const before = new Map([...list.children].map((bar) => [bar.dataset.label, bar.querySelector("i").style.width]));
   list.replaceChildren(...predictions.map(({ label, score }) => {
     const bar = make("div", "", null, { className: "bar" }), filled = make("i", "", bar), line = make("span", "", bar);
     const width = `${Math.max(0, score) * 100}%`;
