@@ -1,10 +1,13 @@
 """Limits of requests, the same for every protocol."""
 
+import asyncio
+import contextvars
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 from service.errors import PayloadTooLargeError, UnavailableError
 from service.settings import Settings
@@ -22,6 +25,8 @@ KEPT = 0.95
 
 Protocol = Literal["http", "grpc"]
 PROTOCOLS: tuple[Protocol, ...] = ("http", "grpc")
+
+T = TypeVar("T")
 
 
 def check_input_count(settings: Settings, count: int) -> None:
@@ -73,7 +78,7 @@ class Budget:
 
     @contextmanager
     def request(self, protocol: Protocol) -> Iterator["Share"]:
-        """A request's share, given back when the block ends.
+        """A request's share, given back when the block ends and no thread works for it any more.
 
         Raises:
             UnavailableError: too many requests are in flight.
@@ -83,7 +88,7 @@ class Budget:
                 f"{self.requests} requests are in flight, which is the limit",
                 retry_after_s=RETRY_AFTER_S,
             )
-        share, began = Share(self), self._clock()
+        share = Share(self, self._clock())
         self.requests += 1
         self.by_protocol[protocol] += 1
         try:
@@ -91,11 +96,15 @@ class Budget:
         finally:
             self.requests -= 1
             self.by_protocol[protocol] -= 1
-            held = share.bytes + share.made_bytes
-            self.bytes -= held
-            self._ended_bytes = KEPT * self._ended_bytes + held
-            held_byte_seconds = held * (self._clock() - began)
-            self._ended_byte_seconds = KEPT * self._ended_byte_seconds + held_byte_seconds
+            share.let_go()
+
+    def give_back(self, share: "Share") -> None:
+        """Take back the bytes of a request that nothing holds any more."""
+        held = share.bytes + share.made_bytes
+        self.bytes -= held
+        self._ended_bytes = KEPT * self._ended_bytes + held
+        held_byte_seconds = held * (self._clock() - share.began)
+        self._ended_byte_seconds = KEPT * self._ended_byte_seconds + held_byte_seconds
 
     def state(self) -> dict[str, Any]:
         """What is in flight and the limits, for people."""
@@ -112,6 +121,16 @@ class Budget:
         if share.bytes + size > self._max_request_bytes:
             raise PayloadTooLargeError(
                 f"the request has more than {self._max_request_bytes} bytes, which is the limit"
+            )
+        self.check_room(size)
+
+    def check_made(self, share: "Share", size: int) -> None:
+        """Check whether `size` more bytes can be made for a request. Raises as `Share.make`."""
+        own = share.bytes + share.made_bytes + size
+        if own > self._max_bytes:
+            raise PayloadTooLargeError(
+                f"the request takes {own} bytes with the copies that are made of it; all requests "
+                f"together may hold {self._max_bytes}"
             )
         self.check_room(size)
 
@@ -137,19 +156,26 @@ class Budget:
 class Share:
     """What one request holds of the budget."""
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: Budget, began: float) -> None:
+        """
+        Args:
+            began: by the budget's clock.
+        """
         self.bytes = 0
         self.made_bytes = 0
+        self.began = began
         self._budget = budget
+        self._holders = 1  # the request, and threads that work for it
 
     def make(self, size: int) -> None:
         """Count bytes that are about to be made of what was received. The limit of one request's
         bytes is for what it sends, so they do not count towards it.
 
         Raises:
+            PayloadTooLargeError: the request would have more than all requests together may.
             UnavailableError: all requests together have too many.
         """
-        self._budget.check_room(size)
+        self._budget.check_made(self, size)
         self.made_bytes += size
         self._budget.bytes += size
 
@@ -168,3 +194,18 @@ class Share:
         """Give bytes back before the request ends."""
         self.bytes -= size
         self._budget.bytes -= size
+
+    async def in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+        """The result of `work(*arguments)`, which runs in a thread. It goes on there when the
+        request is cancelled, and what the request holds is given back only when it has ended."""
+        in_context = partial(contextvars.copy_context().run, work, *arguments)
+        running = asyncio.get_running_loop().run_in_executor(None, in_context)
+        self._holders += 1
+        running.add_done_callback(lambda _: self.let_go())
+        return await asyncio.shield(running)
+
+    def let_go(self) -> None:
+        """Give everything back, once called by the request and for each thread."""
+        self._holders -= 1
+        if not self._holders:
+            self._budget.give_back(self)

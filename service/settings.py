@@ -96,8 +96,9 @@ class Settings(BaseSettings):
     max_bytes_in_flight: int = Field(
         512 * 2**20,
         ge=1,
-        description="Most bytes that all requests in flight may have sent; beyond it, requests get "
-        "503.",
+        description="Most bytes that all requests in flight may have sent, with copies of tensors; "
+        "beyond it, requests get 503. A request that takes more alone gets 413: one of FP16 "
+        "numbers takes three times what it sends.",
     )
     max_requests_in_flight: int = Field(
         2048, ge=1, description="Most requests in flight; beyond it, requests get 503."

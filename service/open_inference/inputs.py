@@ -1,6 +1,5 @@
 """Input tensors as the backend's inputs."""
 
-import asyncio
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,7 +55,8 @@ async def read_inputs(
         share: counts what is made, before it is made.
 
     Raises:
-        InvalidInputError, PayloadTooLargeError: as `to_inputs`, or an image is over a limit.
+        InvalidInputError, PayloadTooLargeError: as `to_inputs`, an image is over a limit, or what
+            would be made is.
         UnavailableError: the requests in flight hold too many bytes.
     """
     size = sum(_made_bytes(tensor, settings) for tensor in tensors)
@@ -65,7 +65,7 @@ async def read_inputs(
     share.make(size)
     if size <= LOOP_BYTES:
         return to_inputs(tensors, settings)
-    return await asyncio.to_thread(to_inputs, tensors, settings)
+    return await share.in_thread(to_inputs, tensors, settings)
 
 
 def _made_bytes(tensor: InputTensor, settings: Settings) -> int:
@@ -101,7 +101,9 @@ def _made_bytes(tensor: InputTensor, settings: Settings) -> int:
                 field="image",
             )
         return images * bmp
-    return 0 if tensor.datatype == "FP32" and tensor.raw is not None else 4 * count  # float32
+    if tensor.datatype not in FLOAT_TYPES or (tensor.datatype == "FP32" and tensor.raw is not None):
+        return 0  # refused, seeds, or no copy
+    return 4 * count  # float32
 
 
 def _given(tensor: InputTensor) -> float:

@@ -1,5 +1,7 @@
 """Connections and bodies in flight: what is slow is cut, what is too much is refused."""
 
+import asyncio
+import json
 import signal
 import socket
 import struct
@@ -184,11 +186,12 @@ def frame(kind: int, flags: int, stream: int, content: bytes) -> bytes:
     return struct.pack(">I", len(content))[1:] + struct.pack(">BBI", kind, flags, stream) + content
 
 
-def test_a_stream_over_grpc_that_is_never_read_gives_back_its_place(server: Running) -> None:
+def call_without_window(server: Running, path: str) -> socket.socket:
+    """A connection with a gRPC call whose client lets nothing be sent to it."""
     headers = {
         ":method": "POST",
         ":scheme": "http",
-        ":path": "/vitrail.v1.Vision/EmbedStream",
+        ":path": path,
         ":authority": "localhost",
         "te": "trailers",
         "content-type": "application/grpc",
@@ -198,12 +201,17 @@ def test_a_stream_over_grpc_that_is_never_read_gives_back_its_place(server: Runn
         b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
         for name, value in headers.items()
     )
-    request = pb.TaskRequest(images=[b"none"]).SerializeToString()
-    no_window = frame(4, 0, 0, struct.pack(">HI", 4, 0))  # nothing may be sent to this client
-    in_flight = "vitrail_requests_in_flight"
+    no_window = frame(4, 0, 0, struct.pack(">HI", 4, 0))
     host, _, port = server.grpc.partition(":")
-    with socket.create_connection((host, int(port)), timeout=20) as client:
-        client.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + no_window + frame(1, 4, 1, block))
+    client = socket.create_connection((host, int(port)), timeout=20)
+    client.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + no_window + frame(1, 4, 1, block))
+    return client
+
+
+def test_a_stream_over_grpc_that_is_never_read_gives_back_its_place(server: Running) -> None:
+    request = pb.TaskRequest(images=[b"none"]).SerializeToString()
+    in_flight = "vitrail_requests_in_flight"
+    with call_without_window(server, "/vitrail.v1.Vision/EmbedStream") as client:
         wait_until(lambda: server.metric(in_flight, protocol="grpc") == 1, 10)
         client.sendall(frame(0, 0, 1, struct.pack(">xI", len(request)) + request))
         wait_until(lambda: server.metric(in_flight, protocol="grpc") == 0, 10)
@@ -232,6 +240,42 @@ def test_the_time_to_retry_is_that_of_giving_bytes_back() -> None:
     with budget.request("http") as share:
         share.add(1000)
         assert retry_after(1000) == MAX_RETRY_AFTER_S
+
+
+def test_a_request_that_never_fits_is_told_so(server: Running) -> None:
+    """Its copy as float32 alone is more than all requests may hold: another try is in vain."""
+    pixels = bytes(2 * 3 * 300 * 300)
+    tensor = {"name": "pixel_values", "datatype": "FP16", "shape": [1, 3, 300, 300]}
+    tensor["parameters"] = {"binary_data_size": len(pixels)}
+    head = json.dumps({"inputs": [tensor]}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    answer = server.client.post("/v2/models/tiny/infer", content=head + pixels, headers=headers)
+    assert (answer.status_code, "Retry-After" in answer.headers) == (413, False)
+
+
+def test_bytes_are_held_until_the_thread_that_reads_them_has_ended() -> None:
+    budget, began, gate = Budget(Settings()), threading.Event(), threading.Event()
+
+    def work() -> None:
+        began.set()
+        gate.wait(20)
+
+    async def request() -> None:
+        with budget.request("http") as share:
+            share.add(100)
+            await share.in_thread(work)
+
+    async def cancel() -> None:
+        task = asyncio.create_task(request())
+        await asyncio.to_thread(began.wait)
+        task.cancel()
+        await asyncio.wait([task])
+        assert (task.cancelled(), budget.requests, budget.bytes) == (True, 0, 100)
+        gate.set()
+        while budget.bytes:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+    asyncio.run(asyncio.wait_for(cancel(), 20))
 
 
 @pytest.fixture

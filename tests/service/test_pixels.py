@@ -37,8 +37,12 @@ def test_pixels_are_counted_before_they_are_copied() -> None:
         with pytest.raises(PayloadTooLargeError, match="1000 images"):
             read(pixels_of((1000, 1, 1, 3)), settings, share)  # of 56,000 bytes as files
         assert budget.bytes == 7200
-        with pytest.raises(UnavailableError):
+        with pytest.raises(PayloadTooLargeError, match="all requests together"):
             read(pixels_of((2, 30, 40, 3)), settings, share)
+        with budget.request("http") as other:
+            other.add(2000)
+            with pytest.raises(UnavailableError):
+                read(pixels_of((1, 10, 39, 3)), settings, share)
         assert budget.bytes == 7200
         [bmp] = read(pixels_of((1, 10, 39, 3)), settings, share)
         assert len(bmp) == share.made_bytes == 54 + 10 * 120

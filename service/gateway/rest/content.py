@@ -61,7 +61,7 @@ async def _inflate(content: bytes, share: Share) -> bytes:
     pieces: list[bytes] = []
     try:
         while not decoder.eof and (
-            piece := await asyncio.to_thread(
+            piece := await share.in_thread(
                 decoder.decompress, decoder.unconsumed_tail if pieces else content, PIECE_BYTES
             )
         ):
