@@ -7,6 +7,10 @@ mapping would end the process.
 
 A region belongs to the API key that registered it. Other keys can neither use, list nor unregister
 it, and cannot register its memory. Without keys all callers are one owner.
+
+Memory itself belongs to nobody until it is registered: the system does not know of API keys. Whose
+it is can be told by its name alone, so `PREFIX` + the id of an API key + `:` + anything can be
+registered with that key only. Other names are had by the first who registers them.
 """
 
 import os
@@ -16,7 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from service.errors import ConflictError, InvalidInputError, NotFoundError, PayloadTooLargeError
+from service.errors import (
+    ConflictError,
+    InvalidInputError,
+    NotFoundError,
+    PayloadTooLargeError,
+    PermissionDeniedError,
+)
 from service.keys import ApiKey
 
 FOLDER = Path("/dev/shm")  # nosec B108: where the system keeps shared memory
@@ -112,6 +122,9 @@ class OwnedMemory:
             raise InvalidInputError(
                 f"the key {key!r} does not begin with {memory.prefix!r}", field="key"
             )
+        owner, colon, _ = plain.removeprefix(memory.prefix).partition(":")
+        if colon and owner != self._owner:
+            raise PermissionDeniedError(f"the key {key!r} is for the API key with the id {owner!r}")
         if not 0 < len(name) <= MAX_NAME or offset < 0 or byte_size < 1:
             raise InvalidInputError(
                 f"a region has a name of up to {MAX_NAME} characters, an offset and a size",

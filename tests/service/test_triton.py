@@ -23,6 +23,7 @@ from service.errors import (
     InvalidInputError,
     NotFoundError,
     PayloadTooLargeError,
+    PermissionDeniedError,
 )
 from service.key_file import Scope
 from service.keys import ApiKey
@@ -271,6 +272,20 @@ def test_a_region_is_its_owners_alone(region: tuple[str, Any]) -> None:
     admin.unregister("a")
     assert own.status() == []
     other.register("a", key, 0, 64)
+
+
+def test_memory_that_is_named_after_an_api_key_is_for_that_key_alone() -> None:
+    key = f"/{PREFIX}own:photos"
+    path = Path(f"/dev/shm{key}")
+    path.write_bytes(bytes(64))
+    try:
+        memory = SharedMemory(PREFIX)
+        for other in (api_key("other"), api_key("root", "admin"), api_key("o"), None):
+            with pytest.raises(PermissionDeniedError, match="'own'"):
+                memory.of(other).register("squatted", key, 0, 64)
+        memory.of(api_key("own")).register("photos", key, 0, 64)
+    finally:
+        path.unlink()
 
 
 def test_an_owners_regions_are_bounded(region: tuple[str, Any]) -> None:
