@@ -1,5 +1,6 @@
 """Every error of a request: its HTTP status, gRPC status, problem type, and outcome in metrics."""
 
+import errno
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
@@ -13,6 +14,8 @@ class FieldError(NamedTuple):
     detail: str
 
 
+# Errors of the system where a disk is full or a quota of it used up.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # An answer to bad input is not as long as the input that it quotes.
 MAX_DETAIL = 4000
 MAX_FIELD = 200

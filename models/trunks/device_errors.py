@@ -10,6 +10,8 @@ from models.trunks.compute_stream import compute_stream
 
 # What torch writes before CUDA's and its libraries' own words.
 CUDA = ("CUDA error", "CUDA driver error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error")
+# What torch writes when the machine's memory ran out, for which it has no type.
+CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 # CUDA's words for errors that stay, from `cudaGetErrorString`. A call after one of these may hang,
 # so they are known by name.
 # https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html
@@ -42,7 +44,7 @@ def is_cuda_error(error: BaseException) -> bool:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device's memory ran out: in torch's allocator, or in CUDA itself. The capture of
     a graph in which that happens ends with an error of its own, whose context it is."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_MEMORY in str(error):
         return True
     if not is_cuda_error(error):
         return False

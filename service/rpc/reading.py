@@ -122,8 +122,9 @@ class MessageReader(grpc.aio.ServerInterceptor):
 
     def _limit_sending(self) -> asyncio.TimerHandle:
         """Cancel the current stream if the client has not read an answer in time: gRPC would wait
-        for ever, and the stream would keep its place and its bytes. (A unary call has given them
-        back by then; gRPC keeps its answer until the connection ends.)"""
+        for ever, and the stream would keep its place and its bytes. A unary call has given them
+        back by then. gRPC itself keeps what was not read until the connection ends: ending the
+        call's task does not end the call."""
         call = asyncio.current_task()
         assert call is not None
         seconds = self.settings.body_timeout_s

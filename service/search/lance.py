@@ -7,7 +7,8 @@ collection is. A write adds a version of the table, which is complete or absent 
 import asyncio
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +20,7 @@ import pyarrow as pa
 from lancedb.index import BTree, IvfFlat, IvfRq
 from lancedb.query import ColumnOrdering
 
-from service.errors import NotFoundError
+from service.errors import DISK_FULL, InsufficientStorageError, NotFoundError
 from service.search.collection import Collection, Hit, Item, Metadata, canonical
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,8 @@ class LanceStore:
     async def create(self, collection: Collection) -> bool:
         schema = _schema(collection)
         try:
-            await self._db.create_table(collection.name, schema=schema)
+            with _disk_errors():
+                await self._db.create_table(collection.name, schema=schema)
         except ValueError as error:
             if "already exists" in str(error):
                 return False
@@ -90,12 +92,14 @@ class LanceStore:
         table = await self._table(name)
         rows = _rows(items, await table.schema())
         merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
-        await merge.execute(rows)
+        with _disk_errors():
+            await merge.execute(rows)
         self._written(name)
 
     async def remove(self, name: str, image: str) -> bool:
         table = await self._table(name)
-        result = await table.delete(f"id = {_quoted(image)}")
+        with _disk_errors():
+            result = await table.delete(f"id = {_quoted(image)}")
         self._written(name)
         return bool(result.num_deleted_rows)
 
@@ -177,6 +181,21 @@ class LanceStore:
 
 async def _metadata(query: Any) -> dict[str, Metadata]:
     return {row["id"]: json.loads(row["metadata"]) for row in await query.to_list()}
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """A context in which a full disk is an error of its own.
+
+    Raises:
+        InsufficientStorageError: the disk is full, or the quota is used up.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # Lance has no types for errors of the system
+        if any(f"(os error {number})" in str(error) for number in DISK_FULL):
+            raise InsufficientStorageError("the server's disk is full") from error
+        raise
 
 
 def _schema(collection: Collection) -> pa.Schema:

@@ -28,6 +28,7 @@ from models.inference import HeadCall, Row
 from models.inputs.images import ImageLimits
 from models.registry import Registry
 from service.errors import (
+    DISK_FULL,
     InvalidInputError,
     QueueFullError,
     UnavailableError,
@@ -38,7 +39,6 @@ from service.types import FitRequest
 from service.worker.batch_queue import Entry
 from service.worker.batcher import Batcher
 from service.worker.fit_job import JOB, SUFFIX, FitJob, claim
-from service.worker.loader import DISK_FULL
 from service.worker.places import QueueFull
 from service.worker.runner import Item, use_threads
 

@@ -1,7 +1,6 @@
 """The one thread that loads and unloads models, so that such changes never overlap."""
 
 import asyncio
-import errno
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ import torch
 from models.errors import ModelsError
 from models.trunks.device_errors import is_lost
 from service.errors import (
+    DISK_FULL,
     InsufficientStorageError,
     ServiceError,
     UnavailableError,
@@ -22,8 +22,6 @@ from service.worker.device_loss import exit_for_restart
 from service.worker.runner import use_threads
 
 logger = logging.getLogger(__name__)
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 T = TypeVar("T")
 

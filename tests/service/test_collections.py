@@ -1,8 +1,10 @@
 """Collections over HTTP, in LanceDB and in a real PostgreSQL with pgvector."""
 
+import asyncio
 import base64
 import json
 import os
+import resource
 import signal
 import warnings
 from collections.abc import Iterator
@@ -15,8 +17,10 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from service.errors import InvalidInputError
+from service.errors import InsufficientStorageError, InvalidInputError
+from service.search.collection import Collection, Item
 from service.search.folders import ImageFolder
+from service.search.lance import LanceStore
 from service.settings import Settings
 from tests.conftest import Running, answers, encode, free_port, process, running, wait_until
 from tests.service.test_gateway import problem
@@ -417,3 +421,26 @@ def test_what_was_added_survives_a_kill(
         assert httpx.get(f"{url}/collections/c", timeout=60).json()["images"] == added
         found = httpx.post(f"{url}/collections/c/search", content=jpegs["coffee"]).json()["hits"]
         assert {hit["id"] for hit in found} == {str(number + 1) for number in range(added)}
+
+
+def test_a_full_disk_is_an_error_of_its_own(tmp_path: Path) -> None:
+    """Files cannot grow here for a moment, which the system reports as it does a full disk."""
+    collection = Collection(
+        name="c", model="m", model_digest="d", preprocess_digest="p", dimensions=8
+    )
+    item = Item("x", np.ones(8, np.float32))
+
+    async def fill() -> None:
+        store = await LanceStore.open(tmp_path)
+        assert await store.create(collection)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+        try:
+            with pytest.raises(InsufficientStorageError):
+                await store.add("c", [item])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        await store.add("c", [item])
+        await store.close()
+
+    asyncio.run(fill())

@@ -51,6 +51,7 @@ class Failing(Eager):
         (RuntimeError("CUDA error: out of memory"), False, True),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), False, True),
         (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), False, True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), False, True),
         (RuntimeError("the shapes do not match: unknown error"), False, False),
         (ValueError("CUDA error: unspecified launch failure"), False, False),
     ],
