@@ -16,9 +16,24 @@ from rich.progress import Progress
 import vitrail_client
 from models.inputs.images import SUFFIXES
 from service.cli.tables import write_table
+from vitrail_client.protocol import DEFAULT_URL
+
+
+def _check_url(url: str) -> str:
+    """Refuse what httpx could not send to."""
+    try:
+        known = httpx.URL(url).scheme in ("http", "https")
+    except httpx.InvalidURL:
+        known = False
+    if not known:
+        raise typer.BadParameter(f"{url!r} is not a URL such as {DEFAULT_URL}")
+    return url
+
 
 Paths = Annotated[list[Path], typer.Argument(exists=True, help="Images, or folders of images.")]
-Url = Annotated[str, typer.Option(envvar="VITRAIL_URL", help="URL of the server.")]
+Url = Annotated[
+    str, typer.Option(envvar="VITRAIL_URL", help="URL of the server.", callback=_check_url)
+]
 Key = Annotated[
     str | None, typer.Option(envvar="VITRAIL_API_KEY", help="API key, if the server requires one.")
 ]
@@ -42,6 +57,9 @@ class Client:
         task: the task's route.
         parameters: the route's parameters; those that are None are not sent.
         concurrency: requests at a time.
+
+    Raises:
+        typer.Exit: there is no server.
     """
 
     def __init__(
@@ -52,6 +70,7 @@ class Client:
         parameters: Mapping[str, Any],
         concurrency: int = DEFAULT_CONCURRENCY,
     ) -> None:
+        check_server(url)
         self._http = vitrail_client.Client(url, key=key, timeout_s=TIMEOUT_S)
         self._query = {name: value for name, value in parameters.items() if value is not None}
         self._task = task
@@ -142,6 +161,16 @@ class Client:
         return {**body["results"][0], **shared}
 
 
+def check_server(url: str) -> None:
+    """End the command at once if there is no server. Later, requests wait for one that restarts."""
+    try:
+        httpx.get(f"{url.rstrip('/')}/healthz", timeout=TIMEOUT_S)
+    except httpx.TransportError as error:
+        text = f"no server at {url} ({error}); `vitrail serve` starts one"
+        errors.print(text, markup=False, highlight=False)
+        raise typer.Exit(1) from error
+
+
 @contextmanager
 def connect(url: str, key: str | None, **options: Any) -> Iterator[vitrail_client.Client]:
     """A client whose errors are printed, and end the command.
@@ -149,6 +178,7 @@ def connect(url: str, key: str | None, **options: Any) -> Iterator[vitrail_clien
     Args:
         options: further arguments of `vitrail_client.Client`.
     """
+    check_server(url)
     try:
         with vitrail_client.Client(url, key=key, timeout_s=TIMEOUT_S, **options) as client:
             yield client

@@ -4,15 +4,11 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from service.cli.client import Key
+from service.cli.client import Key, connect, errors
 from service.cli.models import CatalogName
-
-errors = Console(stderr=True, soft_wrap=True)
 
 
 def fit(
@@ -142,19 +138,8 @@ def _fit(
 
 
 def _upload(path: Path, name: str, url: str, key: str | None, replace: bool) -> None:
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        response = httpx.post(
-            f"{url.rstrip('/')}/heads",
-            params={"name": name, "replace": replace},
-            files={"file": (path.name, path.read_bytes())},
-            headers=headers,
-            timeout=120,
-        )
-        problem = "" if response.is_success else response.json().get("detail", response.text)
-    except (httpx.HTTPError, ValueError) as error:
-        problem = f"{type(error).__name__}: {error}"
-    if problem:
-        typer.echo(f"vitrail: the upload to {url} failed: {problem}", err=True)
-        raise typer.Exit(1)
+    with connect(url, key) as client:
+        parameters = {"name": name, "replace": replace}
+        files = {"file": (path.name, path.read_bytes())}
+        client.request("POST", "/heads", params=parameters, files=files)
     typer.echo(f"{name} is served by {url}")

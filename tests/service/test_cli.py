@@ -265,12 +265,14 @@ def test_a_bad_file_is_told_and_the_others_are_answered(
     assert "espresso" in done.stdout
 
 
-def test_no_server_is_told_without_a_traceback(folder: Path) -> None:
-    url = f"http://127.0.0.1:{free_port()}"
-    done = vitrail("classify", str(folder / "coffee.jpg"), "--url", url)
-    assert done.returncode == 1
-    assert "ConnectError" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_no_server_is_told_at_once(folder: Path) -> None:
+    nowhere = vitrail("classify", str(folder), "--url", f"http://127.0.0.1:{free_port()}")
+    assert nowhere.returncode == 1
+    assert "`vitrail serve` starts one" in nowhere.stderr
+    assert len(nowhere.stderr.splitlines()) == 1
+    wrong = vitrail("index", str(folder), "--collection", "c", "--url", "localhost:8000")
+    assert wrong.returncode == 2
+    assert "is not a URL" in re.sub(r"[\s│]+", " ", wrong.stderr)
 
 
 def test_a_built_in_catalog_can_be_copied_but_not_over_another(tmp_path: Path) -> None:
