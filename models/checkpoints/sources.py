@@ -120,7 +120,8 @@ def _pull_wheel(source: Source, store: Store, target: Path) -> None:
 
 def _download(source: Source, target: Path) -> None:
     url = urldefrag(source.text).url
-    columns = (TextColumn(target.name), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    name = Path(urlsplit(url).path).name  # the target's is a digest
+    columns = (TextColumn(name), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     try:
         with (
             httpx.stream("GET", url, follow_redirects=True, timeout=60) as response,
