@@ -16,11 +16,12 @@ async def list_models(
     request: Request,
     start: Annotated[int, Query(ge=0, description="Leave out so many models.")] = 0,
     count: Annotated[int | None, Query(ge=1, description="The most models; all if absent.")] = None,
-) -> dict[str, Any]:
+) -> dict[str, list[dict[str, Any]] | int]:
     """List the models of the catalog, with their states. With `count`, the answer has a member
     `next` if there are more: the `start` of the following request."""
     models = await _backend(request).models(start, None if count is None else count + 1)
-    answer: dict[str, Any] = {"models": [model.to_json() for model in models[:count]]}
+    answer: dict[str, list[dict[str, Any]] | int]
+    answer = {"models": [model.to_json() for model in models[:count]]}
     if count is not None and len(models) > count:
         answer["next"] = start + count
     return answer
