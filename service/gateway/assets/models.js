@@ -30,10 +30,11 @@ function draw(models) {
 function row(model) {
   const line = make("tr"), memory = model.memory_bytes ? `${(model.memory_bytes / 2 ** 20).toFixed(0)} MiB` : "";
   const engine = [model.engine, model.precision, model.device].filter(Boolean).join(", ");
-  for (const text of [model.name, model.task, model.state, engine, memory]) make("td", text, line);
+  for (const text of [model.name, model.state]) make("td", text, line);
   if (model.reason) line.title = model.reason;
   const loaded = model.state === "ready";
   const button = make("button", loaded ? "Unload" : "Load", make("td", "", line), { type: "button" });
+  for (const text of [model.task, engine, memory]) make("td", text, line);
   button.dataset.model = model.name;
   button.setAttribute("aria-label", `${button.textContent} ${model.name}`);
   button.addEventListener("click", async () => {

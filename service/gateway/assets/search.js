@@ -1,7 +1,7 @@
 // The tab that adds photos to a collection and searches them.
 import { address, SAMPLES, sampleFile, showSamples, TEXTURES } from "./samples.js";
 import { fill, make, picture, server, showError, takeFiles } from "./shared.js";
-import { showSnippets } from "./snippets.js";
+import { SHOWN_FILES, showSnippets } from "./snippets.js";
 
 const about = document.getElementById("collection"), query = document.getElementById("query");
 const indexed = document.getElementById("indexed"), hits = document.getElementById("hits");
@@ -40,6 +40,7 @@ async function showCollections() {
 
 async function add(files, metadata = () => ({})) {
   files = files.filter((file) => file.type.startsWith("image/")); // a folder holds others, too
+  if (!files.length) return showError(new Error("No images among these. To add a folder, choose it."), indexed);
   const name = about.elements.name.value, client = server();
   client.progress = (done, all) => (indexed.textContent = `${done} of ${all} photos`);
   try {
@@ -50,6 +51,7 @@ async function add(files, metadata = () => ({})) {
     const results = await client.addImages(name, items);
     for (const [place, { id }] of results.entries()) if (id) photos.set(`${name}/${id}`, files[place]);
     const failed = results.filter((result) => result.error).length;
+    showAdding(name, items);
     await showCollections();
     if (failed) indexed.append(` ${failed} could not be read.`);
   } catch (error) {
@@ -73,7 +75,7 @@ async function find(what) {
   const name = about.elements.name.value;
   try {
     const found = await server().search(name, { ...what, k: HITS });
-    showRequest(name, what);
+    showSearch(name, what);
     hits.replaceChildren();
     if (!found.length) make("p", `${name} is empty.`, hits);
     for (const { id, score, metadata } of found) {
@@ -87,11 +89,21 @@ async function find(what) {
   }
 }
 
-function showRequest(name, { image, ...query }) {
-  const path = `/collections/${name}/search`, files = image ? [["image", image.name]] : [];
+function showAdding(name, items) {
+  const fields = items.slice(0, SHOWN_FILES).map(({ id }) => ["id", id]);
+  const files = items.map(({ image }) => ["image", image.name]);
+  showRequest(name, "images", { fields, files }, "addImages", "[{ image: file, id: file.name }]");
+}
+
+function showSearch(name, { image, ...query }) {
   const given = { ...query, k: HITS };
-  const call = `search("${name}", ${image ? `{ image: file, k: ${HITS} }` : JSON.stringify(given)})`;
-  const sent = image ? { fields: Object.entries(given), files } : { json: given };
+  if (!image) return showRequest(name, "search", { json: given }, "search", JSON.stringify(given));
+  const sent = { fields: Object.entries(given), files: [["image", image.name]] };
+  showRequest(name, "search", sent, "search", `{ image: file, k: ${HITS} }`);
+}
+
+function showRequest(name, route, sent, method, argument) {
+  const path = `/collections/${name}/${route}`, call = `${method}("${name}", ${argument})`;
   showSnippets(document.getElementById("search-request"), { path, call, ...sent });
 }
 

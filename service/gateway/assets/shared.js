@@ -2,6 +2,7 @@
 import { Vitrail } from "./vitrail.js";
 
 const MOVE_MS = 250;
+const UNREACHED = /fetch|network|load failed/i; // how browsers say that a server did not answer
 
 export const key = () => document.getElementById("key").value;
 export const server = () => new Vitrail("", { key: key() });
@@ -27,6 +28,7 @@ export function picture(source, alt, parent) {
 
 /** An error in words. The server's say how programs send a key, not where it goes on this page. */
 export function explain(error) {
+  if (error instanceof TypeError && UNREACHED.test(error.message)) return "The server does not answer.";
   const needsKey = [401, 403].includes(error.status);
   return needsKey ? `${error.message}. A key goes into the field at the top of the page.` : error.message;
 }

@@ -12,6 +12,7 @@ const tasks = document.getElementById("tasks"), about = document.getElementById(
 const WAIT_MS = 250; // after typing, before the model is asked
 const LIVE = "Live camera", KEEP = "Stop and keep the photo";
 const LIVE_MS = 250; // from an answer to the camera's next photo
+const LOADING_MS = 2000; // between looks at models that load
 const PATCHES = "patches"; // a task of the page's own: `embed` with the patches' tokens
 const NAMES = { "zero-shot": "Zero-shot", [PATCHES]: "Similar patches" };
 const ORDER = ["classify", "zero-shot", "segment", "attention", PATCHES, "reconstruct", "depth", "embed", "generate"];
@@ -31,14 +32,22 @@ const ABOUT = {
   embed: "The photo as a vector. Similar photos have similar vectors; Search finds them.",
   generate: "A picture that the model draws from noise.",
 };
-let models = [], task = "", file = null, photo = null, camera = null, asked = 0, timer = 0;
+let models = [], task = "", file = null, photo = null, camera = null, asked = 0, timer = 0, loading = 0;
 
 export async function show() {
+  let all, before = models;
   try {
-    models = (await server().models()).filter((model) => model.state === "ready");
+    all = await server().models();
   } catch (error) {
     return showError(error, answers);
   }
+  models = all.filter((model) => model.state === "ready");
+  clearTimeout(loading);
+  if (!models.length || all.some((model) => model.state === "loading"))
+    loading = setTimeout(() => panel.hidden || show(), LOADING_MS);
+  if (!models.length) return answers.replaceChildren(make("p", "No model is ready yet. This page waits for one."));
+  if (!before.length) answers.replaceChildren();
+  else if (JSON.stringify(models) === JSON.stringify(before)) return; // the tabs keep the focus
   const offered = new Set(models.flatMap((model) => model.tasks));
   if (models.some((model) => takes(model, PATCHES))) offered.add(PATCHES);
   const place = (name) => (ORDER.indexOf(name) + ORDER.length + 1) % (ORDER.length + 1); // others come last
@@ -81,7 +90,7 @@ function showOptions() {
   able.sort((one, other) => rank(one) - rank(other));
   const options = able.map((model) => [model.name, model.name]);
   fill(form.model, options);
-  fill(form.other, [["nothing else", ""], ...options]);
+  fill(form.other, [["none", ""], ...options]);
   for (const element of panel.querySelectorAll("[data-tasks]"))
     element.hidden = !element.dataset.tasks.split(" ").includes(task);
   about.textContent = ABOUT[task] ?? "";
@@ -227,6 +236,7 @@ for (const select of [form.model, form.other])
 for (const control of [form.labels, form.threshold, form.mask_ratio, form.seed])
   control.addEventListener("input", () => {
     control.dataset.moved = "yes";
+    if (control.type === "range") control.nextElementSibling.value = control.value;
     if (file) soon();
   });
 form.addEventListener("submit", (event) => {
