@@ -229,7 +229,10 @@ form.live.hidden = !hasCamera();
 form.live.addEventListener("click", () => (camera ? keep() : watch()));
 for (const select of [form.model, form.other])
   select.addEventListener("change", () => {
-    for (const control of [form.threshold, form.mask_ratio]) delete control.dataset.moved;
+    for (const control of [form.threshold, form.mask_ratio]) {
+      delete control.dataset.moved;
+      control.nextElementSibling.value = "the model's";
+    }
     showLabels();
     if (file || isDrawn()) ask();
   });
