@@ -54,6 +54,28 @@ def choose(page: Page, task: str, model: str, file: Path | None = None) -> Locat
     return answer
 
 
+def drop(page: Page, target: Locator, path: Path) -> None:
+    """Drop a file or a folder from the desktop on an element."""
+    box = target.bounding_box()
+    assert box is not None
+    place = {"x": box["x"] + 5, "y": box["y"] + 5}
+    data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
+    session = page.context.new_cdp_session(page)
+    for kind in ("dragEnter", "dragOver", "drop"):
+        session.send("Input.dispatchDragEvent", {"type": kind, **place, "data": data})
+
+
+# Copies a sample as a PNG, as a program for pictures does.
+COPY = """async () => {
+  const photo = await createImageBitmap(await (await fetch("assets/samples/cat.jpg")).blob());
+  const canvas = document.createElement("canvas");
+  [canvas.width, canvas.height] = [photo.width, photo.height];
+  canvas.getContext("2d").drawImage(photo, 0, 0);
+  const png = await new Promise((resolve) => canvas.toBlob(resolve));
+  await navigator.clipboard.write([new ClipboardItem({ "image/png": png })]);
+}"""
+
+
 def shoot(page: Page, name: str) -> None:
     """Save what the page shows for the docs, if `make screenshots` asks for it."""
     if folder := os.environ.get("VITRAIL_SCREENSHOTS"):
@@ -77,6 +99,13 @@ def test_a_photo_is_classified_and_the_request_shown(page: Page, folder: Path) -
     expect(code).to_contain_text("model=efficientnet-lite0")
     page.get_by_role("button", name="Python").click()
     expect(code).to_contain_text("httpx.post")
+    drop(page, page.locator("#result"), folder / "rocket.jpg")
+    expect(answer.locator(".bar").first).to_contain_text("missile")
+    expect(code).to_contain_text('open("rocket.jpg", "rb")')  # still in Python
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.evaluate(COPY)
+    page.keyboard.press("Control+V")
+    expect(answer.locator(".bar").first).to_contain_text("cat")
 
 
 @pytest.mark.weights
@@ -222,7 +251,7 @@ def test_photos_are_indexed_and_found_by_words_and_by_a_photo(page: Page, folder
     (folder / "notes.txt").touch()
     page.get_by_label("Photos to add").set_input_files(folder / "notes.txt")
     expect(page.locator("#indexed")).to_contain_text("No images")
-    page.get_by_label("Folder to add").set_input_files(folder)
+    drop(page, page.locator("#collection .drop").first, folder)
     expect(page.locator("#indexed")).to_contain_text("4 photos in photos")
     code = page.locator("#search-request pre")
     expect(code).to_contain_text("/collections/photos/images")

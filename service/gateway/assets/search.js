@@ -1,6 +1,6 @@
 // The tab that adds photos to a collection and searches them.
 import { address, SAMPLES, sampleFile, showSamples, TEXTURES } from "./samples.js";
-import { fill, make, picture, server, showError, takeFiles } from "./shared.js";
+import { fill, make, picture, server, showError, takeFiles, takePasted } from "./shared.js";
 import { SHOWN_FILES, showSnippets } from "./snippets.js";
 
 const about = document.getElementById("collection"), query = document.getElementById("query");
@@ -40,13 +40,13 @@ async function showCollections() {
 
 async function add(files, metadata = () => ({})) {
   files = files.filter((file) => file.type.startsWith("image/")); // a folder holds others, too
-  if (!files.length) return showError(new Error("No images among these. To add a folder, choose it."), indexed);
+  if (!files.length) return showError(new Error("No images among these."), indexed);
   const name = about.elements.name.value, client = server();
   client.progress = (done, all) => (indexed.textContent = `${done} of ${all} photos`);
   try {
     await client.createCollection(name, { model: about.model.value });
     const items = files.map((file) => ({
-      image: file, id: file.webkitRelativePath || file.name, metadata: metadata(file),
+      image: file, id: file.path ?? (file.webkitRelativePath || file.name), metadata: metadata(file),
     }));
     const results = await client.addImages(name, items);
     for (const [place, { id }] of results.entries()) if (id) photos.set(`${name}/${id}`, files[place]);
@@ -109,6 +109,7 @@ function showRequest(name, route, sent, method, argument) {
 
 for (const element of about.querySelectorAll(".drop")) takeFiles(element, add);
 for (const element of query.querySelectorAll(".drop")) takeFiles(element, ([image]) => find({ image }));
+takePasted(document.getElementById("search"), ([image]) => find({ image }));
 showSamples(query.querySelector(".strip"), ([image]) => find({ image }));
 document.getElementById("index-samples").addEventListener("click", async () =>
   add(await Promise.all(ALL.map(sampleFile)), (file) => ({ sample: file.name.replace(".jpg", "") })));

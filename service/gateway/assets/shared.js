@@ -37,17 +37,42 @@ export function showError(error, parent) {
   parent.replaceChildren(make("p", explain(error), null, { className: "error" }));
 }
 
-/** Call `take` with the files that are dropped on an element or chosen in its input. */
+/** Call `take` with the files that are dropped on an element, in folders, too, or chosen in its input. */
 export function takeFiles(element, take) {
   const input = element.querySelector("input[type=file]");
   input?.addEventListener("change", () => input.files.length && take([...input.files]));
   for (const [type, over] of [["dragover", true], ["dragleave", false], ["drop", false]])
-    element.addEventListener(type, (event) => {
+    element.addEventListener(type, async (event) => {
       event.preventDefault();
       element.classList.toggle("over", over);
-      const files = [...(event.dataTransfer?.files ?? [])];
-      if (type === "drop" && files.length) take(files);
+      if (type !== "drop") return;
+      // only now, before the first `await`, can the entries be read
+      const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry()).filter(Boolean);
+      const files = (await Promise.all(entries.map(filesOf))).flat();
+      if (files.length) take(files);
     });
+}
+
+/** Call `take` with the files that are pasted while a tab is open. */
+export function takePasted(panel, take) {
+  document.addEventListener("paste", (event) => {
+    const files = [...event.clipboardData.files];
+    if (files.length && !panel.hidden) take(files);
+  });
+}
+
+/** The files of what was dropped, with their `path`: of a file itself, of a folder all in it. */
+async function filesOf(entry) {
+  if (entry.isFile) {
+    const file = await new Promise((resolve, reject) => entry.file(resolve, reject));
+    return [Object.assign(file, { path: entry.fullPath.slice(1) })];
+  }
+  const reader = entry.createReader(), inside = [];
+  for (;;) { // it gives some at a time
+    const more = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
+    if (!more.length) return (await Promise.all(inside.map(filesOf))).flat();
+    inside.push(...more);
+  }
 }
 
 /** Labels with their scores as bars. Those that are there already move to their new scores. */

@@ -3,7 +3,7 @@ import { drawAnswer, drawTiming } from "./answers.js";
 import { hasCamera, openCamera } from "./camera.js";
 import { decode } from "./canvas.js";
 import { showSamples } from "./samples.js";
-import { fill, make, picture, server, showError, takeFiles, tablist } from "./shared.js";
+import { fill, make, picture, server, showError, takeFiles, takePasted, tablist } from "./shared.js";
 import { showSnippets } from "./snippets.js";
 
 const panel = document.getElementById("try"), form = panel.querySelector("form");
@@ -220,10 +220,7 @@ function closeCamera() {
 
 for (const element of panel.querySelectorAll(".drop, .camera")) takeFiles(element, take);
 takeFiles(document.getElementById("result"), take);
-document.addEventListener("paste", (event) => {
-  const files = [...(event.clipboardData?.files ?? [])];
-  if (files.length && !panel.hidden) take(files);
-});
+takePasted(panel, take);
 showSamples(document.getElementById("samples"), take);
 form.live.hidden = !hasCamera();
 form.live.addEventListener("click", () => (camera ? keep() : watch()));
