@@ -32,7 +32,7 @@ Row = Mapping[str, np.ndarray]
 # A call's rows of a batch, each with the call's position among those of its row.
 Places = Sequence[tuple[int, int]]
 # Rows of heads that compute together, which bounds the memory of their features.
-MAX_TOGETHER = 256
+MAX_TOGETHER = 64
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from benchmarks.gpu.options import Options, Rows
-from benchmarks.gpu.parts.ceiling import ceiling
+from benchmarks.gpu.parts.ceiling import ceiling, quantised
 from benchmarks.gpu.parts.fixtures import fixtures
 from benchmarks.gpu.parts.heads import heads
 from benchmarks.gpu.parts.lone import lone
@@ -18,6 +18,7 @@ PARTS: dict[str, Callable[[Options], Rows]] = {
     "waiting": waiting,
     "fixtures": fixtures,
     "ceiling": ceiling,
+    "quantised": quantised,
     "tensor-in": tensor_in,
     "jpeg-in": jpeg_in,
     "lone": lone,
@@ -28,4 +29,4 @@ PARTS: dict[str, Callable[[Options], Rows]] = {
     "soak": soak,
 }
 # Parts that run for one network at a time, so that each ends within minutes.
-BY_NETWORK = ("waiting", "ceiling", "tensor-in", "jpeg-in", "lone", "mixed", "heads")
+BY_NETWORK = ("waiting", "ceiling", "quantised", "tensor-in", "jpeg-in", "lone", "mixed", "heads")

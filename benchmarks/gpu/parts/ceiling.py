@@ -1,5 +1,6 @@
 """Forward only: what serving is compared with."""
 
+from dataclasses import replace
 from functools import partial
 
 from benchmarks.gpu.networks import blank_batch, load_trunk
@@ -22,4 +23,12 @@ def ceiling(options: Options) -> Rows:
             pixels = blank_batch(trunk, batch).to(options.device)
             rate = rate_of(options, partial(trunk.forward, pixels), batch)
             yield {**row, "ran": report.name, "batch": batch, "images_per_s": rate,
-                   "reason": report.reason}  # fmt: skip
+                   "agreement": report.to_json(), "reason": report.reason}  # fmt: skip
+
+
+def quantised(options: Options) -> Rows:
+    """Forward only in int8 and fp8, and how far they agree with float32."""
+    if not options.is_gpu:
+        yield {"refused": "needs a GPU; tests/models/test_gpu_quantization.py has the quantisation"}
+        return
+    yield from ceiling(replace(options, precisions=("int8", "fp8"), engines=("compile",)))

@@ -23,6 +23,9 @@ class Compile(BuiltEngine):
     def __init__(self, source: PassSource) -> None:
         super().__init__(source)
         self._graphs = GraphCapture(self.placement.device)
+        precision = self.placement.precision
+        is_quantized = precision in gpu_quantization.CAPABILITIES
+        self._quantizer = gpu_quantization.Quantizer(precision) if is_quantized else None
 
     @classmethod
     def place(cls, placement: Placement) -> Placement:
@@ -36,11 +39,15 @@ class Compile(BuiltEngine):
         for number in row_inputs(plan) or ():
             if len(inputs[number]) > 1:
                 torch._dynamo.mark_dynamic(inputs[number], 0)
-        if (precision := self.placement.precision) in gpu_quantization.CAPABILITIES:
-            module = gpu_quantization.QuantizedPass(module, precision)
+        if self._quantizer is not None:
+            module = self._quantizer(module)
         compiled: Pass = torch.compile(module, fullgraph=True)
         compiled(*inputs)
         return graphed(plan, compiled, self._graphs) if inputs[0].is_cuda else compiled
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._quantizer is None else self._quantizer.nbytes
 
     def warm_up_sizes(self, largest: int) -> list[int]:
         return buckets(largest) if self.placement.device.type == "cuda" else [1, largest]

@@ -5,6 +5,7 @@ in each pass, row by row. The rest of the pass is in bfloat16. https://github.co
 import copy
 from collections.abc import Mapping
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,18 +39,42 @@ def check(placement: Placement) -> None:
         raise EngineError(f"{precision} needs torchao: pip install 'vitrail[gpu]'")
 
 
-class QuantizedPass(nn.Module):
-    """A copy of a float32 pass, quantised. Its outputs are float32 again."""
+class Quantizer:
+    """Makes quantised copies of a trunk's float32 passes. They share one copy of the network."""
 
-    def __init__(self, module: nn.Module, precision: Precision) -> None:
-        super().__init__()
-        self.module = copy.deepcopy(module)
-        for part in self.module.children():
+    def __init__(self, precision: Precision) -> None:
+        self._precision = precision
+        self._copies: dict[int, Any] = {}  # by the original's id, as `copy.deepcopy` keeps them
+        self._networks: list[nn.Module] = []
+
+    def __call__(self, module: nn.Module) -> "QuantizedPass":
+        """The copy of a pass's module."""
+        copied = copy.deepcopy(module, self._copies)
+        for part in copied.children():
             if isinstance(part, PixelInput):
                 part.dtype = torch.bfloat16  # pixels are normalised in float32
-            else:
-                part.to(torch.bfloat16)
-        _quantize(self.module, precision)
+            elif all(part is not network for network in self._networks):
+                _quantize(part.to(torch.bfloat16), self._precision)
+                self._networks.append(part)
+        return QuantizedPass(copied)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the copy's weights."""
+        return sum(
+            tensor.nbytes
+            for network in self._networks
+            for parameter in network.parameters()
+            for tensor in _parts(parameter)
+        )
+
+
+class QuantizedPass(nn.Module):
+    """A pass whose network is in bfloat16 and quantised. Its outputs are float32."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
 
     def forward(self, batch: Tensor, *query_inputs: Tensor) -> dict[str, Tensor]:
         rounded = [
@@ -78,3 +103,11 @@ def _is_suitable(layer: nn.Module, name: str) -> bool:
     if not isinstance(layer, nn.Linear):
         return False
     return layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0
+
+
+def _parts(parameter: Any) -> list[Tensor]:
+    """What a parameter is stored as: integers and scales, if it is quantised."""
+    if not hasattr(parameter, "__tensor_flatten__"):
+        return [parameter]
+    names, _ = parameter.__tensor_flatten__()
+    return [getattr(parameter, name) for name in names]
