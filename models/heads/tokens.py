@@ -5,13 +5,13 @@ from math import prod
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from models.errors import InputError
 from models.trunks.base import Trunk
 from models.trunks.features import FeatureRequest
 from models.trunks.output import TrunkOutput
+from models.trunks.transfers import index_tensor
 
 TOKENS = "tokens"
 GRID = "grid"
@@ -65,7 +65,7 @@ def token_tensors(output: TrunkOutput, layers: Sequence[int], prefix: bool) -> d
     if not layers:
         last = output.tokens_BTD if output.tower_tokens is None else output.tower_tokens
         tokens = _sequence(last, skip)
-        grid = torch.tensor(output.grid).expand(len(tokens), 2)
+        grid = index_tensor(output.grid, tokens.device).expand(len(tokens), 2)
         # a clip's tokens are those of several frames
         return {TOKENS: tokens} | ({GRID: grid} if tokens.shape[1] == prod(output.grid) else {})
     return {f"{TOKENS}.{number}": _sequence(output.layers[number], skip) for number in layers}
