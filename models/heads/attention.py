@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
-from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
@@ -97,5 +96,7 @@ class Attention(Head):
         placed = self.trunk.preprocess.place(scaled.astype(np.float32), size)
         if image is None:
             return Image.fromarray(np.rint(placed * 255).astype(np.uint8))
+        from matplotlib import colormaps  # here, because it takes a tenth of a worker's start
+
         colours = (colormaps["inferno"](placed)[..., :3] * 255).astype(np.uint8)
         return Image.blend(image, Image.fromarray(colours), OVERLAY_SHARE)

@@ -9,9 +9,9 @@ from typing import Any
 from open_clip.transformer import LayerNorm, TextTransformer
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers import BertConfig, BertModel
 
 from models.errors import InputError
+from models.networks.text_encoders import create_encoder
 from models.networks.vit import Vit
 
 
@@ -66,9 +66,9 @@ class LitBert(nn.Module):
     def __init__(self, *, output_dim: int, **sizes: Any) -> None:
         super().__init__()
         # flax's GELU is approximated by tanh
-        config = BertConfig(hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-12, **sizes)
-        self.bert: Any = BertModel(config, add_pooling_layer=False)
-        self.head = nn.Linear(int(config.hidden_size), output_dim)
+        sizes = {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-12, **sizes}
+        self.bert: Any = create_encoder("bert", pools=False, **sizes)
+        self.head = nn.Linear(int(self.bert.config.hidden_size), output_dim)
 
     def forward(self, text: Tensor) -> Tensor:
         """Token ids (B, T) to embeddings (B, D), of unit length."""

@@ -5,7 +5,7 @@ fetches the configurations of the latter from the hub.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -15,16 +15,8 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg, _build_text_tower, _buil
 from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer
 from timm.layers import AttentionPool2d, Mlp, RotAttentionPool2d
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertModel,
-    M2M100Config,
-    MT5Config,
-    RobertaConfig,
-    RobertaModel,
-)
-from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
-from transformers.models.mt5.modeling_mt5 import MT5Stack
+
+from models.networks.text_encoders import create_encoder
 
 
 class TimmTower(nn.Module):
@@ -99,7 +91,7 @@ class HfTower(nn.Module):
     """An encoder of transformers and a projection, with the names of open_clip's `HFTextEncoder`.
 
     Args:
-        kind: a key of `ENCODERS`.
+        kind: of `create_encoder`.
         pooler: `hf_pooler_type` of the configuration.
         hidden: channels of the projection's hidden layer; 0 for a linear projection, None for none.
         sizes: arguments of transformers' configuration.
@@ -109,9 +101,8 @@ class HfTower(nn.Module):
         self, *, kind: str, embed_dim: int, pooler: str, hidden: int | None, **sizes: Any
     ) -> None:
         super().__init__()
-        config_class, create = ENCODERS[kind]
-        config: Any = config_class(**sizes)
-        self.transformer: Any = create(config, pooler == "cls_pooler")
+        self.transformer: Any = create_encoder(kind, pools=pooler == "cls_pooler", **sizes)
+        config = self.transformer.config
         self.pooler = _POOLERS[pooler]()
         self.padding = int(config.pad_token_id)
         width = int(config.hidden_size)
@@ -127,15 +118,6 @@ class HfTower(nn.Module):
         pooled = self.pooler(self.transformer(input_ids=ids, attention_mask=mask), mask)
         embedding: Tensor = self.proj(pooled)
         return embedding
-
-
-# By kind the configuration, and the encoder of one, with a pooling layer where there is a choice.
-ENCODERS: dict[str, tuple[Any, Callable[[Any, bool], nn.Module]]] = {
-    "bert": (BertConfig, lambda config, pools: BertModel(config, add_pooling_layer=pools)),
-    "roberta": (RobertaConfig, lambda config, pools: RobertaModel(config, add_pooling_layer=pools)),
-    "mt5": (MT5Config, lambda config, pools: MT5Stack(config)),
-    "m2m_100": (M2M100Config, lambda config, pools: M2M100Encoder(config)),
-}
 
 
 def clip_text(*, norm_eps: float = 1e-5, quick_gelu: bool = True, **sizes: Any) -> nn.Module:

@@ -12,9 +12,10 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from models.networks.padded_swin import PaddedSwin
+from models.trunks.attention import attention_map, keys_values
 from models.trunks.features import PassPlan
 from models.trunks.per_thread import PerThread
-from models.trunks.query_tokens import QueryPass, attention_map, keys_values
+from models.trunks.query_tokens import QueryPass
 
 
 def plain_blocks(network: nn.Module) -> list[Any]:

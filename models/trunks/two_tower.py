@@ -12,7 +12,6 @@ from open_clip.pretrained import get_pretrained_cfg
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.strict import load_strictly
@@ -20,6 +19,7 @@ from models.errors import CheckpointError
 from models.inputs.tokenizers import MissingTokenizer, create_tokenizer
 from models.inputs.transforms import Preprocess, preprocess_from_mapping
 from models.networks import create_own
+from models.networks.text_encoders import create_encoder
 from models.trunks.devices import Placement
 from models.trunks.open_clip import OpenClipTrunk
 from models.trunks.text import (
@@ -151,7 +151,7 @@ def load_sentence_encoder(
     """
     tensors = load_file(path)
     tensors.pop("embeddings.position_ids", None)  # a constant, stored by older versions
-    network = BertModel(_bert_config(tensors, arguments), add_pooling_layer=True)
+    network = create_encoder("bert", pools=True, **_bert_sizes(tensors, arguments))
     expected = network.state_dict().keys()
     if expected != tensors.keys():
         names = ", ".join(sorted(expected ^ tensors.keys())[:10])
@@ -167,18 +167,18 @@ def load_sentence_encoder(
     return SentenceEncoder("BERT, mean pooling", network, tokenize, spec, placement)
 
 
-def _bert_config(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> BertConfig:
+def _bert_sizes(tensors: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, int]:
     vocabulary = tensors["embeddings.word_embeddings.weight"]
     layers = {key.split(".")[2] for key in tensors if key.startswith("encoder.layer.")}
-    return BertConfig(
-        vocab_size=vocabulary.shape[0],
-        hidden_size=vocabulary.shape[1],
-        num_hidden_layers=len(layers),
-        num_attention_heads=int(arguments["num_attention_heads"]),
-        intermediate_size=tensors["encoder.layer.0.intermediate.dense.weight"].shape[0],
-        max_position_embeddings=tensors["embeddings.position_embeddings.weight"].shape[0],
-        type_vocab_size=tensors["embeddings.token_type_embeddings.weight"].shape[0],
-    )
+    return {
+        "vocab_size": vocabulary.shape[0],
+        "hidden_size": vocabulary.shape[1],
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": int(arguments["num_attention_heads"]),
+        "intermediate_size": tensors["encoder.layer.0.intermediate.dense.weight"].shape[0],
+        "max_position_embeddings": tensors["embeddings.position_embeddings.weight"].shape[0],
+        "type_vocab_size": tensors["embeddings.token_type_embeddings.weight"].shape[0],
+    }
 
 
 def split_towers(
