@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy, dropout
 from models.fitting.features import Features
 from models.fitting.options import FitOptions
 from models.heads.vqt import vqt_features
+from models.trunks.attention import finish_block, project
 from models.trunks.base import Trunk
-from models.trunks.query_tokens import finish_block, project
 
 QUERY_DROPOUT = 0.1
 
@@ -212,7 +212,7 @@ class Training:
 
 
 def _read(queries_BThd: Tensor, keys_BhKd: Tensor, values_BhKd: Tensor) -> Tensor:
-    """`models.trunks.query_tokens.attend` with gradients for the queries alone.
+    """`models.trunks.attention.attend` with gradients for the queries alone.
 
     That is much less work than the backward pass of fused attention kernels.
     """

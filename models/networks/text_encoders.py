@@ -1,11 +1,12 @@
 """Text encoders that transformers implements."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-def create_encoder(kind: str, *, pools: bool, **sizes: Any) -> nn.Module:
+def create_encoder(kind: str, *, pools: bool, **sizes: Any) -> "PreTrainedModel":
     """An encoder with random weights.
 
     Args:
@@ -28,7 +29,7 @@ def create_encoder(kind: str, *, pools: bool, **sizes: Any) -> nn.Module:
     from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
     from transformers.models.mt5.modeling_mt5 import MT5Stack
 
-    encoder: nn.Module
+    encoder: PreTrainedModel
     match kind:
         case "bert":
             encoder = BertModel(BertConfig(**sizes), add_pooling_layer=pools)
