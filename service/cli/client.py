@@ -1,6 +1,7 @@
 """A client for files and folders: one request for each file, several at a time."""
 
 import json
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -95,6 +96,14 @@ class Client:
         rows: list[Entry] = []
         failed = 0
         show_bar = len(files) > 1 and errors.is_terminal
+        above_bar = show_bar and sys.stdout.isatty()
+
+        def echo(text: str) -> None:
+            if above_bar:
+                errors.print(text, markup=False, highlight=False)
+            else:
+                typer.echo(text)
+
         with Progress(console=errors, disable=not show_bar) as progress:
             bar = progress.add_task(self._task, total=len(files))
             for path, entry in self.ask_all(files):
@@ -105,9 +114,9 @@ class Client:
                 elif output is not None:
                     rows.append({"path": str(path), **entry})
                 if as_json:
-                    typer.echo(json.dumps({"path": str(path), **entry}))
+                    echo(json.dumps({"path": str(path), **entry}))
                 elif output is None and "error" not in entry:
-                    typer.echo(f"{path}: {line(entry)}")
+                    echo(f"{path}: {line(entry)}")
         if output is not None:
             write_table(rows, output)
             errors.print(f"{len(rows)} rows in {output}", highlight=False)

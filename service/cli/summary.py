@@ -13,6 +13,10 @@ from rich.table import Table
 from service.settings import Settings
 
 POLL_S = 0.3
+# What waits for its turn; what is shown, each once, is what is done for it: "model X is loading".
+WAITING = (" is unloaded", " has not been read yet")
+# From this width on a model's line has room for how it runs.
+ENGINE_WIDTH = 72
 
 console = Console(stderr=True, highlight=False)
 
@@ -61,7 +65,7 @@ def _watch(url: str, settings: Settings, then: Callable[[str], None] | None) -> 
             if answer.status_code == 200:
                 break
             for reason in reasons:
-                if reason not in shown:  # each once: "model X is loading"
+                if reason not in shown and not reason.endswith(WAITING):
                     shown.append(reason)
                     console.print(f"  {reason}")
         try:
@@ -77,9 +81,10 @@ def summary(url: str, settings: Settings, models: list[dict[str, Any]]) -> Table
     """Where the server is, what it serves, and how to try it."""
     ready = [model for model in models if model["state"] == "ready"]
     engines = Table(box=None, pad_edge=False, show_header=False)
+    columns = ("engine", "precision", "device") if console.width >= ENGINE_WIDTH else ()
     for model in ready:
         default = "*" if model["task"] in model["default_for"] else ""
-        parts = [str(model.get(name, "")) for name in ("engine", "precision", "device")]
+        parts = [str(model.get(name, "")) for name in columns]
         engines.add_row(model["name"], model["task"] + default, *parts)
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="dim", no_wrap=True)

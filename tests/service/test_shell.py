@@ -14,7 +14,7 @@ import pytest
 
 from models.catalog import load_catalog
 from service.cli.segment import file_names
-from tests.conftest import answers, free_port, process, wait_until
+from tests.conftest import answers, free_port, process, running, wait_until
 
 VITRAIL = [sys.executable, "-m", "service.cli"]
 
@@ -97,6 +97,31 @@ def test_the_demo_is_one_command() -> None:
         assert answers(f"http://127.0.0.1:{port}/")
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
+
+
+def test_results_stand_on_lines_of_their_own_beside_the_bar(
+    tiny_catalog: Path, tmp_path: Path, jpegs: dict[str, bytes]
+) -> None:
+    for name, content in jpegs.items():
+        (tmp_path / f"{name}.jpg").write_bytes(content)
+    expected = [str(tmp_path / f"{name}.jpg") for name in sorted(jpegs)]
+    with running(tiny_catalog, models=("tiny",)) as server:
+        server.wait_ready()
+        command = [*VITRAIL, "classify", str(tmp_path), "--model", "tiny", "--url", server.url]
+        for piped in (False, True):
+            ours, theirs = pty.openpty()
+            output = subprocess.PIPE if piped else theirs
+            environment = os.environ | {"TERM": "xterm"}
+            with subprocess.Popen(command, stdout=output, stderr=theirs, env=environment) as client:
+                os.close(theirs)
+                lines = client.stdout.read().decode().splitlines() if client.stdout else []
+                seen = read_terminal(ours, "\x1b[?25h")  # the cursor is back
+            os.close(ours)
+            assert "100%" in seen
+            if not piped:
+                parts = re.split(r"\n|\r|\x1b\[2K", seen)
+                lines = [part for part in parts if str(tmp_path) in part]
+            assert [line.split(":")[0] for line in lines] == expected
 
 
 def test_piped_lists_have_a_line_for_each_model() -> None:
