@@ -84,9 +84,7 @@ async def busy_share(
     return busy / span_us
 
 
-def share_of_ceiling(
-    options: Options, network: str, engine: str, precision: str, rate: float
-) -> Any:
+def share_of_ceiling(options: Options, network: str, precision: str, rate: float) -> float | None:
     """The rate over the best forward-only one of the same network and precision."""
     rates = [
         row["images_per_s"]
