@@ -10,7 +10,8 @@ it, and cannot register its memory. Without keys all callers are one owner.
 
 Memory itself belongs to nobody until it is registered: the system does not know of API keys. Whose
 it is can be told by its name alone, so `PREFIX` + the id of an API key + `:` + anything can be
-registered with that key only. Other names are had by the first who registers them.
+registered with that key only, where keys are used. Other names are had by the first who registers
+them.
 """
 
 import os
@@ -123,7 +124,7 @@ class OwnedMemory:
                 f"the key {key!r} does not begin with {memory.prefix!r}", field="key"
             )
         owner, colon, _ = plain.removeprefix(memory.prefix).partition(":")
-        if colon and owner != self._owner:
+        if colon and self._owner and owner != self._owner:
             raise PermissionDeniedError(f"the key {key!r} is for the API key with the id {owner!r}")
         if not 0 < len(name) <= MAX_NAME or offset < 0 or byte_size < 1:
             raise InvalidInputError(
