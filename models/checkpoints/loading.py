@@ -6,18 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.data.imagenet_info import infer_imagenet_subset
 from torch import nn
 
 from models.catalog import TrunkEntry
 from models.checkpoints.checkpoint import Checkpoint, HeadState, save_checkpoint
-from models.checkpoints.containers import open_container
+from models.checkpoints.containers import Container, open_container
 from models.checkpoints.families.towers import LIBRARY
 from models.checkpoints.formats import detect_format
 from models.checkpoints.sources import fetch, parse_source
 from models.checkpoints.store import Store
 from models.checkpoints.strict import UNFIT, load_strictly
 from models.errors import CheckpointError, SourceError
+from models.heads.linear import CLASSIFIER
 from models.inputs.transforms import (
     ClipPreprocess,
     preprocess_from_mapping,
@@ -41,6 +43,7 @@ from models.trunks.two_tower import (
 )
 from models.trunks.video import VideoTrunk
 
+QUANTISED = (torch.int8, torch.uint8)
 # What builds both towers of checkpoints that hold two, by `Checkpoint.library`.
 TOWERS = {LIBRARY: towers_of_two}
 # Networks that need a trunk of their own.
@@ -116,6 +119,9 @@ def _tower(entry: TrunkEntry, towers: Towers, format_name: str) -> LoadedTrunk:
 
 def read_checkpoint(path: Path, arguments: Mapping[str, Any]) -> Checkpoint:
     """Open a file, find its format and translate it."""
+    architecture = arguments.get("architecture")
+    if not isinstance(architecture, str | None):
+        raise CheckpointError(f"architecture is {architecture!r}; it is a network's name")
     container = open_container(path)
     checkpoint_format, reason = detect_format(container, arguments)
     try:
@@ -125,7 +131,36 @@ def read_checkpoint(path: Path, arguments: Mapping[str, Any]) -> Checkpoint:
         raise CheckpointError(
             f"{path}: incomplete; by its keys it is of format {checkpoint_format.NAME}: {what}"
         ) from error
+    _check_kinds(container, checkpoint)
     return checkpoint if checkpoint.reason else replace(checkpoint, reason=reason)
+
+
+def _check_kinds(container: Container, checkpoint: Checkpoint) -> None:
+    """Refuse what shapes alone would let pass: quantised weights, and classifiers without bias.
+
+    Raises:
+        CheckpointError: the file has one of them.
+    """
+    quantised = [
+        key
+        for key, value in container.tensors.items()
+        if value.dtype in QUANTISED and key not in checkpoint.dropped
+    ]
+    if quantised:
+        raise CheckpointError(
+            f"{container.path}: quantised weights are not supported: {', '.join(quantised[:10])}"
+        )
+    for name, head in checkpoint.heads.items():
+        for key in head.tensors:
+            layer, _, kind = key.rpartition(".")
+            if (
+                key.startswith(CLASSIFIER)
+                and kind == "weight"
+                and f"{layer}.bias" not in head.tensors
+            ):
+                raise CheckpointError(
+                    f"{container.path}: incomplete; the bias of the head {name!r} is missing"
+                )
 
 
 def build_towers(

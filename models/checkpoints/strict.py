@@ -31,8 +31,8 @@ def check_strictly(network: nn.Module, state_dict: Mapping[str, Tensor], name: s
         name: the network's name, for the error.
 
     Raises:
-        CheckpointError: keys are missing, left over, of another shape or not finite; it names the
-            first ten of each.
+        CheckpointError: keys are missing, left over, of another shape, whole numbers in place of
+            fractions or the reverse, or not finite; it names the first ten of each.
     """
     expected = network.state_dict()
     missing = [key for key in expected if key not in state_dict]
@@ -41,6 +41,11 @@ def check_strictly(network: nn.Module, state_dict: Mapping[str, Tensor], name: s
         f"{key} {tuple(state_dict[key].shape)} instead of {tuple(value.shape)}"
         for key, value in expected.items()
         if key in state_dict and state_dict[key].shape != value.shape
+    ]
+    mistyped = [
+        f"{key} {state_dict[key].dtype} instead of {value.dtype}"
+        for key, value in expected.items()
+        if key in state_dict and state_dict[key].is_floating_point() != value.is_floating_point()
     ]
     not_finite = [
         key
@@ -53,6 +58,7 @@ def check_strictly(network: nn.Module, state_dict: Mapping[str, Tensor], name: s
             ("missing", missing),
             ("left over", left),
             ("wrong shape", misshapen),
+            ("wrong type", mistyped),
             ("not finite", not_finite),
         )
         if keys

@@ -24,6 +24,7 @@ from models.errors import CatalogError
 from models.inputs.crop_transform import INTERPOLATIONS, OVERSAMPLING, create_crop_transform
 from models.inputs.images import cut_sliver
 from models.inputs.letterbox import create_letterbox_transform, letterbox
+from models.inputs.sampling import create_sampling_transform
 
 CropMode = Literal["center", "squash", "border", "letterbox"]
 TransformName = Literal["exact", "fast"]
@@ -45,7 +46,8 @@ class Preprocess:
     `border`) or `letterbox`: longest side to size by OpenCV's area interpolation, centred on
     black, as albumentations' LongestMaxSize + PadIfNeeded do it; `crop_pct` and `interpolation`
     then play no part. `mean` and `std` are for pixels scaled to 0..1, in the order red, green,
-    blue; `channels` is the order in which the network takes them.
+    blue; `channels` is the order in which the network takes them. Without `antialias` an image is
+    squashed by TensorFlow's bilinear resize, which skips pixels where it shrinks.
     """
 
     input_size: tuple[int, int] = (224, 224)
@@ -55,14 +57,17 @@ class Preprocess:
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     channels: ChannelOrder = "rgb"
+    antialias: bool = True
     # Not part of a checkpoint: a trunk sets it, see `Placement`.
     transform: TransformName = "exact"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings by name. `transform` and `channels` are left out where they are `exact` and
-        `rgb`, so that files and digests are as before they existed."""
+        """The settings by name. `transform`, `channels` and `antialias` are left out where they are
+        `exact`, `rgb` and true, so that files and digests are as before they existed."""
         settings = asdict(self)
+        if self.antialias:
+            del settings["antialias"]
         if self.transform == "exact":
             del settings["transform"]
         if self.channels == "rgb":
@@ -198,6 +203,8 @@ def preprocess_from_mapping(
         raise CatalogError(f"preprocess has no crop_mode {settings['crop_mode']!r}")
     if (order := settings.get("channels", "rgb")) not in get_args(ChannelOrder):
         raise CatalogError(f"preprocess has no channels {order!r}; it has rgb and bgr")
+    if not isinstance(settings.get("antialias", True), bool):
+        raise CatalogError("preprocess has antialias that is neither true nor false")
     return kind(**settings)
 
 
@@ -218,14 +225,25 @@ def create_transform(spec: Preprocess) -> Transform:
     """Build the transform: RGB image to (3, height, width) uint8.
 
     Raises:
-        CatalogError: `fast` with a crop mode or interpolation that it does not have.
+        CatalogError: `fast` with a crop mode or interpolation that it does not have; no antialias
+            with any but a bilinear squash.
     """
-    has_crop = spec.crop_mode != "letterbox" and spec.interpolation in INTERPOLATIONS
+    has_crop = spec.antialias and (
+        spec.crop_mode != "letterbox" and spec.interpolation in INTERPOLATIONS
+    )
     if spec.transform == "fast" and not has_crop:
         raise CatalogError(
-            f"the fast transform has no {spec.crop_mode} with {spec.interpolation}; it has center, "
-            f"squash and border with {' and '.join(INTERPOLATIONS)}"
+            f"the fast transform has no {spec.crop_mode} with {spec.interpolation}"
+            f"{'' if spec.antialias else ' without antialias'}; it has center, squash and border "
+            f"with {' and '.join(INTERPOLATIONS)}"
         )
+    if not spec.antialias:
+        if (spec.crop_mode, spec.crop_pct, spec.interpolation) != ("squash", 1.0, "bilinear"):
+            raise CatalogError(
+                "antialias = false needs crop_mode = 'squash', crop_pct = 1.0 and interpolation = "
+                "'bilinear'"
+            )
+        return create_sampling_transform(spec.input_size)
     if spec.crop_mode == "letterbox":
         return create_letterbox_transform(spec.input_size)
     transform = _crop_transform(spec) if has_crop else _timm_transform(spec)

@@ -106,6 +106,25 @@ def test_letterbox_centres_the_whole_image_on_black() -> None:
     assert tensor.sum() == 3 * 112 * 224
 
 
+def test_without_antialias_it_is_tensorflows_resize(photos: dict[str, Image.Image]) -> None:
+    """By torch's bilinear resize, which has the same four neighbours; rounded down."""
+    spec = Preprocess(
+        crop_mode="squash", crop_pct=1.0, interpolation="bilinear", antialias=False,
+        input_size=(48, 64),
+    )  # fmt: skip
+    small = Image.fromarray(np.arange(75, dtype=np.uint8).reshape(5, 5, 3))
+    for image in (photos["chelsea"], small, Image.new("RGB", (1, 1), "red")):
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+        resized = torch.nn.functional.interpolate(pixels, (48, 64), mode="bilinear")
+        difference = resized[0] - create_transform(spec)(image)
+        assert difference.min() > -1e-3
+        assert difference.max() < 1 + 1e-3
+    assert spec.digest != replace(spec, antialias=True).digest
+    for changed in ({"crop_mode": "center"}, {"interpolation": "bicubic"}, {"crop_pct": 0.9}):
+        with pytest.raises(CatalogError, match="antialias = false needs"):
+            create_transform(replace(spec, **changed))
+
+
 def test_float_pixels_are_taken_as_normalised() -> None:
     pixels = torch.randn(1, 3, 8, 8)
     assert Normalize(Preprocess())(pixels) is pixels

@@ -9,6 +9,8 @@ from torch import Tensor
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
 from models.checkpoints.families.heads import head_count
+from models.checkpoints.families.ratios import mlp_ratio
+from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
 from models.networks import OWN
 
@@ -52,6 +54,10 @@ def beit_checkpoint(
     if table is not None:  # (2 h - 1)^2 rows, and three for the class token
         side = round(((table.shape[0] - 3) ** 0.5 + 1) / 2)
         num_heads = table.shape[1]
+        if (stated := arguments.get("num_heads", num_heads)) != num_heads:
+            raise CheckpointError(
+                f"num_heads is {stated}; the tables of relative positions have {num_heads}"
+            )
     else:
         side = round((kept["pos_embed"].shape[1] - 1) ** 0.5)
         num_heads = head_count(dim, arguments)
@@ -65,7 +71,7 @@ def beit_checkpoint(
         "embed_dim": dim,
         "depth": len({key.split(".")[1] for key in kept if key.startswith("blocks.")}),
         "num_heads": num_heads,
-        "mlp_ratio": kept["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        "mlp_ratio": mlp_ratio(len(kept["blocks.0.mlp.fc1.weight"]), dim),
         "qkv_bias": "blocks.0.attn.q_bias" in kept,
         "init_values": 0.1 if "blocks.0.gamma_1" in kept else None,
         "use_abs_pos_emb": "pos_embed" in kept,

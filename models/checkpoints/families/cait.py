@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
+from models.checkpoints.families.ratios import mlp_ratio
 from models.inputs.transforms import Preprocess
 from models.networks import OWN
 from models.reference_outputs import ReferenceRun
@@ -55,8 +56,8 @@ def cait_checkpoint(
             "depth": len({k.split(".")[1] for k in tensors if k.startswith("blocks.")}),
             "depth_token_only": len({k.split(".")[1] for k in tensors if k.startswith(only)}),
             "num_heads": tensors["blocks.0.attn.proj_l.weight"].shape[0],
-            "mlp_ratio": tensors["blocks.0.mlp.fc1.weight"].shape[0] / dim,
-            "mlp_ratio_token_only": tensors[f"{only}0.mlp.fc1.weight"].shape[0] / dim,
+            "mlp_ratio": mlp_ratio(len(tensors["blocks.0.mlp.fc1.weight"]), dim),
+            "mlp_ratio_token_only": mlp_ratio(len(tensors[f"{only}0.mlp.fc1.weight"]), dim),
             "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
             "num_classes": 0 if head is None else head.shape[0],
         },

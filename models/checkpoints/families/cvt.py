@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
-from models.checkpoints.families.known import Known
+from models.checkpoints.families.known import Known, wholes
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
 from models.networks import OWN
@@ -98,4 +98,4 @@ def _by_stage(name: str, value: Any, count: int) -> list[int]:
     values = list(value) if isinstance(value, list | tuple) else [value] * count
     if len(values) != count:
         raise CheckpointError(f"{name} is {value}; it needs a value for each of {count} stages")
-    return [int(item) for item in values]
+    return wholes(name, values)

@@ -11,7 +11,7 @@ from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
 from models.checkpoints.families.companions import open_companion
 from models.checkpoints.families.heads import VIT
-from models.checkpoints.families.known import Known
+from models.checkpoints.families.known import Known, flag, number
 from models.checkpoints.families.vit import in_timms_names, vit_checkpoint
 from models.errors import CheckpointError
 
@@ -72,8 +72,10 @@ def dinov2_checkpoint(
     """
     known = Known(arguments)
     registers = "register_tokens" in tensors
-    offset = float(known.get("interpolate_offset", 0.0 if registers else 0.1))
-    antialias = bool(known.get("interpolate_antialias", registers))
+    offset = number(
+        "interpolate_offset", known.get("interpolate_offset", 0.0 if registers else 0.1)
+    )
+    antialias = flag("interpolate_antialias", known.get("interpolate_antialias", registers))
     if (offset, antialias) not in POSITIONS:
         raise CheckpointError(
             f"interpolate_offset {offset} with interpolate_antialias {antialias} is not how a "

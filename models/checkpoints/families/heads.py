@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from models.checkpoints.families.known import whole
 from models.errors import CheckpointError
 
 # Heads by channels, of all published ViTs of that width (T, S, B, L and H).
@@ -34,7 +35,7 @@ def head_count(
             f"no published network has {width} channels, and their number of heads is not in the "
             f"weights; set {name}: one of {plausible}"
         )
-    heads = int(stated)
+    heads = whole(name, stated)
     if heads < 1 or width % heads:
         raise CheckpointError(
             f"{name} is {heads}, which does not divide {width} channels; set a divisor of them"

@@ -9,7 +9,19 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from models.errors import CheckpointError
+from models.inputs.transforms import Preprocess
 
+HALF = (0.5, 0.5, 0.5)
+# `resize(SIZE)|value_range(-1, 1)` of github.com/google-research/big_vision, and
+# vit_jax/preprocess.py: TensorFlow's resize, whose antialiasing is off by default.
+PREPROCESS = Preprocess(
+    crop_mode="squash",
+    crop_pct=1.0,
+    interpolation="bilinear",
+    antialias=False,
+    mean=HALF,
+    std=HALF,
+)
 POSITIONS = "Transformer/posembed_input/pos_embedding"
 UNIT = re.compile(r"block(\d+)/unit(\d+)/(conv\d|conv_proj|gn\d|gn_proj)/")
 BLOCK = "Transformer/encoderblock_"
@@ -99,14 +111,34 @@ def encoder_blocks(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tens
             named[f"{name}.mlp.{ours}.weight"] = tensors[f"{block}/MlpBlock_3/{theirs}/kernel"].T
             named[f"{name}.mlp.{ours}.bias"] = tensors[f"{block}/MlpBlock_3/{theirs}/bias"]
         attention = f"{block}/{ATTENTION}"
-        parts = ("query", "key", "value")
-        kernels = [tensors[f"{attention}/{part}/kernel"].flatten(1).T for part in parts]
-        named[f"{name}.attn.qkv.weight"] = torch.cat(kernels)
-        biases = [tensors[f"{attention}/{part}/bias"].flatten() for part in parts]
-        named[f"{name}.attn.qkv.bias"] = torch.cat(biases)
+        qkv = attention_inputs(tensors, attention, ("query", "key", "value"))
+        named[f"{name}.attn.qkv.weight"], named[f"{name}.attn.qkv.bias"] = qkv
         named[f"{name}.attn.proj.weight"] = tensors[f"{attention}/out/kernel"].flatten(0, 1).T
         named[f"{name}.attn.proj.bias"] = tensors[f"{attention}/out/bias"]
     return named
+
+
+def attention_inputs(
+    tensors: Mapping[str, Tensor], prefix: str, parts: tuple[str, ...]
+) -> tuple[Tensor, Tensor]:
+    """One weight and one bias of the parts of an attention: `query`, `key`, `value`.
+
+    Raises:
+        CheckpointError: kernels (D, heads, d) and biases (heads, d) differ in heads or channels.
+        KeyError: one is missing.
+    """
+    kernels = [tensors[f"{prefix}/{part}/kernel"] for part in parts]
+    biases = [tensors[f"{prefix}/{part}/bias"] for part in parts]
+    sizes = {tuple(kernel.shape[1:]) for kernel in kernels}
+    sizes |= {tuple(bias.shape) for bias in biases}
+    sizes.add(tuple(tensors[f"{prefix}/out/kernel"].shape[:2]))
+    if len(sizes) > 1:
+        found = " and ".join(map(str, sorted(sizes)))
+        raise CheckpointError(f"{prefix}: parts differ in (heads, channels of one): {found}")
+    return (
+        torch.cat([kernel.flatten(1).T for kernel in kernels]),
+        torch.cat([bias.flatten() for bias in biases]),
+    )
 
 
 def resnet_arguments(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:

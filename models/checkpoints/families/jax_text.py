@@ -9,6 +9,7 @@ from torch import Tensor
 
 from models.checkpoints.families.jax import ENCODER, encoder_blocks, num_heads
 from models.checkpoints.families.known import Known
+from models.checkpoints.families.ratios import mlp_ratio
 from models.errors import CheckpointError
 
 # Positions that open_clip's transformer can read the embedding from.
@@ -60,7 +61,7 @@ def text_transformer(
         "width": width,
         "heads": num_heads(txt, BLOCK),
         "layers": len({key.split(".")[2] for key in text if ".resblocks." in key}),
-        "mlp_ratio": len(text["transformer.resblocks.0.mlp.c_fc.bias"]) / width,
+        "mlp_ratio": mlp_ratio(len(text["transformer.resblocks.0.mlp.c_fc.bias"]), width),
         "output_dim": len(text["text_projection.bias"]),
     }
 

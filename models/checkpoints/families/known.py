@@ -1,9 +1,58 @@
 """What a caller or a training script says about a checkpoint, and what has to be assumed."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from models.errors import CheckpointError
+
+
+def whole(name: str, value: Any) -> int:
+    """An argument that is a whole number.
+
+    Raises:
+        CheckpointError: it is none; 1.5 and True are not rounded.
+    """
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or isinstance(value, bool) or number != float(value):
+        raise CheckpointError(f"{name} is {value!r}; it must be a whole number")
+    return number
+
+
+def wholes(name: str, values: Any) -> list[int]:
+    """An argument that is a list of whole numbers.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    if isinstance(values, list | tuple):
+        return [whole(name, value) for value in values]
+    raise CheckpointError(f"{name} is {values!r}; it must be a list of whole numbers")
+
+
+def number(name: str, value: Any) -> float:
+    """An argument that is a finite number.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    raise CheckpointError(f"{name} is {value!r}; it must be a finite number")
+
+
+def flag(name: str, value: Any) -> bool:
+    """An argument that is true or false; 1 and 0 are that, too.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    if isinstance(value, int) and value in (0, 1):
+        return bool(value)
+    raise CheckpointError(f"{name} is {value!r}; it must be true or false")
 
 
 class Known:
@@ -51,5 +100,5 @@ class Known:
     def image_size(self, default: int = 224) -> tuple[int, int]:
         """(height, width) of `img_size` in pixels, one side or both."""
         size = self.get("img_size", default, "image_size", "input_size")
-        rows, columns = (size, size) if isinstance(size, int) else size
-        return int(rows), int(columns)
+        rows, columns = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+        return whole("img_size", rows), whole("img_size", columns)

@@ -11,6 +11,7 @@ from torch.nn.functional import layer_norm
 
 from models.checkpoints.checkpoint import HeadState
 from models.checkpoints.containers import Container
+from models.checkpoints.families.known import flag, number, whole
 from models.heads.reconstruct import Reconstruct
 from models.networks.masked import drawing_loss
 from models.reference_outputs import ReferenceRun
@@ -33,9 +34,9 @@ def decoder_state(container: Container, arguments: Mapping[str, Any]) -> dict[st
     if "decoder_pred.weight" not in decoder:
         return {}
     settings = {
-        "num_heads": int(config.get("decoder_num_heads", 16)),
-        "by_patch": bool(config.get("norm_pix_loss", False)),
-        "mask_ratio": float(config.get("mask_ratio", 0.75)),
+        "num_heads": whole("decoder_num_heads", config.get("decoder_num_heads", 16)),
+        "by_patch": flag("norm_pix_loss", config.get("norm_pix_loss", False)),
+        "mask_ratio": number("mask_ratio", config.get("mask_ratio", 0.75)),
     }
     return {"decoder": HeadState(decoder, settings)}
 

@@ -5,15 +5,25 @@ from typing import Any
 
 from torch import Tensor
 
+from models.checkpoints.families.known import whole
+
 REVERSIBLE = "rev_backbone.layers."
+
+
+def is_planar(mvit: Mapping[str, Any]) -> bool:
+    """Whether sizes have two numbers, as the repository for images alone writes them."""
+    if stated := mvit.get("POOL_KVQ_KERNEL") or mvit.get("POOL_KV_STRIDE_ADAPTIVE"):
+        return len(stated) == 2
+    strides = [*(mvit.get("POOL_Q_STRIDE") or ()), *(mvit.get("POOL_KV_STRIDE") or ())]
+    return bool(strides) and all(len(stride) == 3 for stride in strides)
 
 
 def plain_blocks(mvit: Mapping[str, Any], widen_in_attention: bool) -> list[dict[str, Any]]:
     """Arguments of each `Block`."""
-    depth = int(mvit.get("DEPTH", 16))
+    depth = whole("MVIT.DEPTH", mvit.get("DEPTH", 16))
     dims, heads = (_multipliers(mvit.get(key), depth) for key in ("DIM_MUL", "HEAD_MUL"))
-    stem = dim = int(mvit.get("EMBED_DIM", 96))
-    count = int(mvit.get("NUM_HEADS", 1))
+    stem = dim = whole("MVIT.EMBED_DIM", mvit.get("EMBED_DIM", 96))
+    count = whole("MVIT.NUM_HEADS", mvit.get("NUM_HEADS", 1))
     blocks = []
     for number, pool in enumerate(_pools(mvit, depth)):
         count = _rounded(count, heads[number], 1)
@@ -29,9 +39,12 @@ def reversible_blocks(
     mvit: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> list[dict[str, Any]]:
     """Arguments of each `ReversibleLayer`. Widths are those of the weights."""
-    depth = int(mvit.get("DEPTH", 16))
+    depth = whole("MVIT.DEPTH", mvit.get("DEPTH", 16))
     heads = _multipliers(mvit.get("HEAD_MUL"), depth)
-    stem, count = int(mvit.get("EMBED_DIM", 96)), int(mvit.get("NUM_HEADS", 1))
+    stem, count = (
+        whole("MVIT.EMBED_DIM", mvit.get("EMBED_DIM", 96)),
+        whole("MVIT.NUM_HEADS", mvit.get("NUM_HEADS", 1)),
+    )
     rev = mvit.get("REV", {})
     buffered = {int(number) for number in rev.get("BUFFER_LAYERS") or ()}
     blocks = []
@@ -80,7 +93,7 @@ def _pools(mvit: Mapping[str, Any], depth: int) -> list[dict[str, list[int]]]:
                 current[axis] = max(current[axis] // stride, 1)
             strides_kv[number] = list(current)
     stated = mvit.get("POOL_KVQ_KERNEL")
-    planar = all(len(s) < 4 for s in mvit.get("POOL_Q_STRIDE") or ())
+    planar = is_planar(mvit)
 
     def kernel(stride: list[int]) -> list[int]:
         if stated:

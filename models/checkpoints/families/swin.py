@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
-from models.checkpoints.families.known import Known
+from models.checkpoints.families.known import Known, whole
+from models.checkpoints.families.ratios import mlp_ratio
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
 from models.networks import OWN
@@ -67,12 +68,12 @@ def swin_checkpoint(
     dim, _, patch, _ = tensors["patch_embed.proj.weight"].shape
     head = tensors.get("head.weight")
     known = Known(arguments)
-    window = int(arguments.get("window_size", (max(rows) ** 0.5 + 1) / 2))
+    window = whole("window_size", arguments.get("window_size", (max(rows) ** 0.5 + 1) / 2))
     smallest = round((rows[-1] ** 0.5 + 1) / 2)
     if smallest < window and known.find("img_size") is None:
         size = smallest * patch * 2 ** (len(rows) - 1)
     else:
-        size = int(known.get("img_size", img_size))
+        size = whole("img_size", known.get("img_size", img_size))
     network = {
         "img_size": size,
         "patch_size": patch,
@@ -80,7 +81,7 @@ def swin_checkpoint(
         "depths": depths,
         "num_heads": [tensors[tables.format(stage)].shape[1] for stage in sorted(stages)],
         "window_size": window,
-        "mlp_ratio": tensors["layers.0.blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        "mlp_ratio": mlp_ratio(len(tensors["layers.0.blocks.0.mlp.fc1.weight"]), dim),
         "num_classes": 0 if head is None else head.shape[0],
         **built,
     }

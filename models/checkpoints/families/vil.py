@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
-from models.checkpoints.families.known import Known
+from models.checkpoints.families.known import Known, whole
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
 from models.networks import OWN
@@ -44,7 +44,7 @@ def vil_checkpoint(
     for option, value in PUBLISHED.items():
         if (stated := known.get(option, value, *ALIASES.get(option, ()))) != value:
             raise CheckpointError(f"{option} is {stated!r}; ViLs are supported with {value!r}")
-    if int(known.get("mode", 0)) < 0:
+    if whole("mode", known.get("mode", 0)) < 0:
         raise CheckpointError("mode is negative; patches see the eight windows around theirs")
     arch = known.find("arch")
     described = _described(str(arch)) if isinstance(arch, str) and "," in arch else None

@@ -10,6 +10,7 @@ from torch import Tensor
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
 from models.checkpoints.families.heads import VIT, head_count
+from models.checkpoints.families.ratios import mlp_ratio
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
 from models.networks import OWN
@@ -65,7 +66,8 @@ def vit_arguments(
         patch *= hybrid_stride(len(stages))
     tokens = sum(name in tensors for name in ("cls_token", "dist_token"))
     rows, positioned = tensors["pos_embed"].shape[1], tokens
-    if rows != tokens + _side(rows - tokens) ** 2:  # DeiT III's table is of patches alone
+    # DeiT III, whose blocks have layer scale, has a table of patches alone
+    if "blocks.0.ls1.gamma" in tensors and rows != tokens + _side(rows - tokens) ** 2:
         positioned = 0
     side = _side(rows - positioned)
     if rows != positioned + side**2:
@@ -78,7 +80,7 @@ def vit_arguments(
         "embed_dim": dim,
         "depth": len({key.split(".")[1] for key in tensors if key.startswith("blocks.")}),
         "num_heads": head_count(dim, arguments, published=published),
-        "mlp_ratio": tensors["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+        "mlp_ratio": mlp_ratio(len(tensors["blocks.0.mlp.fc1.weight"]), dim),
         "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
         "init_values": 1e-5 if "blocks.0.ls1.gamma" in tensors else None,
         "reg_tokens": 0 if registers is None else registers.shape[1],

@@ -6,7 +6,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
-from models.checkpoints.families.known import Known
+from models.checkpoints.families.known import Known, flag
+from models.checkpoints.families.ratios import mlp_ratio
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
 from models.networks import OWN
@@ -41,7 +42,7 @@ def xcit_checkpoint(
     dim = tensors["cls_token"].shape[-1]
     head = tensors.get("head.weight")
     only = "cls_attn_blocks."
-    tokens_norm = bool(known.get("tokens_norm", dim != NANO))
+    tokens_norm = flag("tokens_norm", known.get("tokens_norm", dim != NANO))
     return Checkpoint(
         format=name,
         architecture="xcit",
@@ -51,7 +52,7 @@ def xcit_checkpoint(
             "embed_dim": dim,
             "depth": len({key.split(".")[1] for key in tensors if key.startswith("blocks.")}),
             "num_heads": tensors[TEMPERATURE].shape[0],
-            "mlp_ratio": tensors["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+            "mlp_ratio": mlp_ratio(len(tensors["blocks.0.mlp.fc1.weight"]), dim),
             "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
             "cls_attn_layers": len({k.split(".")[1] for k in tensors if k.startswith(only)}),
             "use_pos_embed": "pos_embeder.token_projection.weight" in tensors,

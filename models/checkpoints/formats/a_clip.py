@@ -59,6 +59,11 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     image = vit_arguments(vision, {"num_heads": heads})
     size = image["img_size"]
     language_config = text_arguments(text, arguments, "transformer_heads")
+    if projection.dim() != 2 or projection.shape[1] != language_config["output_dim"]:
+        raise CheckpointError(
+            f"{container.path}: {image_projection} {tuple(projection.shape)} does not end in the "
+            f"{language_config['output_dim']} dimensions of {text_projection}"
+        )
     return Checkpoint(
         format=NAME,
         architecture=f"A-CLIP with a ViT of width {image['embed_dim']}",

@@ -20,17 +20,16 @@ from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
 from models.checkpoints.families.jax import (
     POSITIONS,
+    PREPROCESS,
     from_jax,
     in_old_names,
     num_heads,
     resnet_arguments,
 )
 from models.checkpoints.families.vit import vit_checkpoint
-from models.inputs.transforms import Preprocess
 from models.reference_outputs import ReferenceRun
 
 NAME = "augreg"
-HALF = (0.5, 0.5, 0.5)
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
@@ -63,16 +62,13 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     if "cls_token" not in kept:
         built |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
     config = {**arguments, "num_heads": num_heads(tensors)}
-    preprocess = Preprocess(
-        crop_mode="squash", crop_pct=1.0, interpolation="bilinear", mean=HALF, std=HALF
-    )
     return vit_checkpoint(
         NAME,
         kept,
         config,
         positions="corners",
         heads=heads,
-        preprocess=preprocess,
+        preprocess=PREPROCESS,
         **built,
     )
 

@@ -9,14 +9,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import linear, normalize
+from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
 from models.checkpoints.families.beit import HALF, STATISTICS, beit_checkpoint
 from models.checkpoints.families.vit import split_prefix
-from models.checkpoints.strict import load_strictly
+from models.checkpoints.strict import check_strictly, load_strictly
 from models.errors import CheckpointError
 from models.networks import create_own
 from models.networks.beit import Beit
@@ -49,6 +49,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     built = beit_checkpoint(NAME, container, decoder, arguments, global_pool="avg").arguments
     settings = {"decoder": {**built, "in_chans": decoder["patch_embed.proj.weight"].shape[1]}}
     state = {k: v for k, v in container.tensors.items() if k.startswith(KEPT)}
+    _check(state, checkpoint.arguments["embed_dim"], settings["decoder"])
     assert checkpoint.preprocess is not None
     return replace(
         checkpoint,
@@ -89,8 +90,39 @@ def outputs(run: ReferenceRun) -> dict[str, Tensor]:
 
 
 def _task_layer(tensors: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
-    """Linear, tanh, linear."""
-    first, last = (
-        (tensors[f"{name}.{number}.weight"], tensors[f"{name}.{number}.bias"]) for number in (0, 2)
-    )
-    return linear(linear(x, *first).tanh(), *last)
+    """(B, N, outputs) of (B, N, inputs)."""
+    state, _ = split_prefix(tensors, f"{name}.")
+    layer = _create_task_layer(state, x.shape[-1])
+    load_strictly(layer, state, name)
+    result: Tensor = layer(x)
+    return result
+
+
+def _create_task_layer(state: Mapping[str, Tensor], inputs: int) -> nn.Sequential:
+    """Linear, tanh, linear, without their weights."""
+    hidden, outputs = len(state["0.weight"]), len(state["2.weight"])
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, outputs))
+
+
+def _check(tensors: Mapping[str, Tensor], encoder: int, decoder: Mapping[str, Any]) -> None:
+    """Check the parts that no trunk has: the codes, the decoder, and the layers around them.
+
+    Args:
+        encoder: the encoder's channels.
+        decoder: the decoder's arguments.
+    """
+    state, _ = split_prefix(tensors, "decoder.")
+    with torch.device("meta"):
+        network = create_own("beit", **decoder)
+    check_strictly(network, state, "the decoder")
+    for name, inputs in (
+        ("encode_task_layer", encoder),
+        ("decode_task_layer", decoder["embed_dim"]),
+    ):
+        state, _ = split_prefix(tensors, f"{name}.")
+        check_strictly(_create_task_layer(state, inputs), state, name)
+    size = tensors[CODEBOOK].shape[1:]
+    if size != tensors["encode_task_layer.2.bias"].shape or size != (decoder["in_chans"],):
+        raise CheckpointError(
+            f"the codes have {tuple(size)} channels; encode_task_layer or the decoder has others"
+        )

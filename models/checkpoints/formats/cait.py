@@ -7,7 +7,7 @@ from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
 from models.checkpoints.families.cait import CAIT, cait_checkpoint
 from models.checkpoints.families.cait import feature_map as outputs
-from models.checkpoints.families.known import Known
+from models.checkpoints.families.known import Known, number
 from models.checkpoints.families.vit import choose_weights
 from models.inputs.transforms import Preprocess
 
@@ -29,6 +29,6 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     """`arguments`: `weights` (`model`), `crop_pct` of the evaluation (1)."""
     weights = choose_weights(container, arguments, "model")
     known = Known(arguments, container.script)
-    crop = float(known.get("crop_pct", 1.0, "eval_crop_ratio"))
+    crop = number("crop_pct", known.get("crop_pct", 1.0, "eval_crop_ratio"))
     preprocess = Preprocess(crop_pct=crop)
     return cait_checkpoint(NAME, weights, preprocess=preprocess, assumed=known.assumed)

@@ -16,7 +16,7 @@ from models.checkpoints.families.attention import attention_outputs
 from models.checkpoints.families.attention import attention_request as request
 from models.checkpoints.families.companions import pca_path
 from models.checkpoints.families.heads import VIT
-from models.checkpoints.families.known import Known
+from models.checkpoints.families.known import Known, number
 from models.checkpoints.families.vit import (
     MARKS,
     choose_weights,
@@ -58,7 +58,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     weights = choose_weights(container, arguments, "model")
     known = Known(arguments, container.script)
     is_third = "blocks.0.gamma_1" in weights
-    crop = float(known.get("crop_pct", 1.0 if is_third else 0.875, "eval_crop_ratio"))
+    crop = number("crop_pct", known.get("crop_pct", 1.0 if is_third else 0.875, "eval_crop_ratio"))
     distilled = "dist_token" in weights
     return vit_checkpoint(
         NAME,

@@ -8,6 +8,7 @@ from typing import Any
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
+from models.checkpoints.families.known import whole
 from models.checkpoints.families.vit import choose_weights
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
@@ -35,7 +36,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             f"{', '.join(map(str, PATCHES))}"
         )
     patch = PATCHES[len(stem)]
-    size = int(arguments.get("img_size", 32 if patch < 16 else 224))
+    size = whole("img_size", arguments.get("img_size", 32 if patch < 16 else 224))
     heads, dim = tensors["blocks.0.attn.pos_embed"].shape[1:]
     return Checkpoint(
         format=NAME,

@@ -16,7 +16,7 @@ from torch import Tensor
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
 from models.checkpoints.families.companions import open_companion
-from models.checkpoints.families.known import Known
+from models.checkpoints.families.known import Known, flag, whole
 from models.checkpoints.families.self_supervised import backbone_checkpoint, backbone_kind
 from models.checkpoints.families.vit import split_prefix
 from models.errors import CheckpointError
@@ -90,8 +90,8 @@ def _class_tokens(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     times = count / width
     known = Known(arguments)
-    mean = bool(known.get("avgpool_patchtokens", times == 2))
-    blocks = int(known.get("n_last_blocks", int(1 if mean else times)))
+    mean = flag("avgpool_patchtokens", known.get("avgpool_patchtokens", times == 2))
+    blocks = whole("n_last_blocks", known.get("n_last_blocks", int(1 if mean else times)))
     if times != blocks * (1 + mean) or (mean and blocks != 1):
         raise CheckpointError(
             f"linear.weight takes {count} features, which is not what {blocks} blocks of "

@@ -16,7 +16,8 @@ from models.checkpoints.containers import Container
 from models.checkpoints.families.companions import open_companion
 from models.checkpoints.families.dinov2 import dinov2_checkpoint, is_dinov2
 from models.checkpoints.families.heads import head_count
-from models.checkpoints.families.known import Known
+from models.checkpoints.families.known import Known, number
+from models.checkpoints.families.ratios import mlp_ratio
 from models.checkpoints.families.towers import LIBRARY, tower_states
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
@@ -82,7 +83,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     length, width = text["positional_embedding"].shape
     heads = head_count(width, arguments, name="text_num_heads", published={1280: 20})
     known.get("text_num_heads", heads)
-    scale = float(known.get("logit_scale", math.log(1 / 0.07)))
+    scale = number("logit_scale", known.get("logit_scale", math.log(1 / 0.07)))
     vision = {_renamed(key, IMAGE): value for key, value in head.items()}
     return Checkpoint(
         format=NAME,
@@ -101,7 +102,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
                 "width": width,
                 "heads": heads,
                 "layers": len({k.split(".")[2] for k in text if k.startswith("transformer.")}),
-                "mlp_ratio": text["transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
+                "mlp_ratio": mlp_ratio(len(text["transformer.resblocks.0.mlp.c_fc.weight"]), width),
                 "output_dim": text["text_projection"].shape[1],
                 "quick_gelu": False,
             },

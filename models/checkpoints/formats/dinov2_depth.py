@@ -12,7 +12,7 @@ from typing import Any
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
 from models.checkpoints.families.dinov2 import dinov2_checkpoint, open_backbone
-from models.checkpoints.families.known import Known
+from models.checkpoints.families.known import Known, whole
 from models.checkpoints.families.vit import split_prefix
 from models.errors import CheckpointError
 
@@ -55,7 +55,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
                 f"the linear head has {bins} outputs of {features} features; supported: bins of "
                 f"depth, of patches and class tokens of {dim} channels"
             )
-        settings["upsample"] = int(known.get("upsample", 4))
+        settings["upsample"] = whole("upsample", known.get("upsample", 4))
         settings["maximum"] = known.get("max_depth", 80)
     else:
         count = 4

@@ -19,22 +19,18 @@ from models.checkpoints.families.flax_bert import bert_sizes, bert_state
 from models.checkpoints.families.jax import (
     ENCODER,
     POSITIONS,
+    PREPROCESS,
     from_jax,
     in_old_names,
     num_heads,
 )
 from models.checkpoints.families.jax_text import TEXT_KEYS, text_transformer, without_numbers
-from models.checkpoints.families.known import Known
+from models.checkpoints.families.known import Known, whole
 from models.checkpoints.families.towers import LIBRARY, tower_states
 from models.checkpoints.families.vit import split_prefix, vit_arguments
 from models.errors import CheckpointError
-from models.inputs.transforms import Preprocess
 
 NAME = "lit"
-HALF = (0.5, 0.5, 0.5)
-PREPROCESS = Preprocess(
-    crop_mode="squash", crop_pct=1.0, interpolation="bilinear", mean=HALF, std=HALF
-)
 BERT = "BertEncoder/"
 BERT_KEYS = re.compile(rf"head/(kernel|bias)|{BERT}.*")
 IMAGE_KEYS = re.compile(rf"cls|(embedding|head)/(kernel|bias)|{POSITIONS}|Transformer/({ENCODER})")
@@ -134,7 +130,7 @@ def _bert(txt: Mapping[str, Tensor], known: Known, arguments: Mapping[str, Any])
         language,
         {
             "name": "leading-cls",
-            "context_length": int(known.get("max_len", 16)),
+            "context_length": whole("max_len", known.get("max_len", 16)),
             "source": f"BERT's of {words} words",
             "words": words,
         },

@@ -6,19 +6,20 @@ timm's exact one. The input size is that of the first layer over tokens.
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
+from models.checkpoints.families.jax import PREPROCESS
+from models.checkpoints.families.ratios import mlp_ratio
 from models.errors import CheckpointError
-from models.inputs.transforms import Preprocess
 from models.networks import OWN
 
 NAME = "mixer"
 MARK = "MixerBlock_0/token_mixing/Dense_0/kernel"
-HALF = (0.5, 0.5, 0.5)
 RENAMED = (
     ("pre_head_layer_norm/", "norm."),
     ("MixerBlock_", "blocks."),
@@ -63,20 +64,12 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             "patch_size": patch,
             "embed_dim": dim,
             "num_blocks": len({k.split("/")[0] for k in tensors if k.startswith("MixerBlock_")}),
-            # timm multiplies and rounds down
-            "mlp_ratio": ((tokens_hidden + 0.5) / dim, (hidden + 0.5) / dim),
+            "mlp_ratio": (mlp_ratio(tokens_hidden, dim), mlp_ratio(hidden, dim)),
             "act_layer": str(arguments.get("act", "gelu_tanh")),
             "num_classes": 0 if head is None else head.shape[1],
         },
         state_dict=dict(_in_timms_names(key, value) for key, value in tensors.items()),
-        preprocess=Preprocess(
-            input_size=size,
-            crop_mode="squash",
-            crop_pct=1.0,
-            interpolation="bilinear",
-            mean=HALF,
-            std=HALF,
-        ),
+        preprocess=replace(PREPROCESS, input_size=size),
     )
 
 

@@ -18,7 +18,13 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
-from models.checkpoints.families.mvit import REVERSIBLE, plain_blocks, reversible_blocks
+from models.checkpoints.families.known import flag, number, whole
+from models.checkpoints.families.mvit import (
+    REVERSIBLE,
+    is_planar,
+    plain_blocks,
+    reversible_blocks,
+)
 from models.errors import CheckpointError
 from models.inputs.transforms import ChannelOrder, ClipPreprocess, Preprocess
 from models.networks import OWN
@@ -59,11 +65,11 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         raise CheckpointError(
             f"{container.path}: the input size is not known; set DATA.TRAIN_CROP_SIZE, such as 224"
         )
-    side = int(data["TRAIN_CROP_SIZE"])
+    side = whole("DATA.TRAIN_CROP_SIZE", data["TRAIN_CROP_SIZE"])
     image = container.tensors["patch_embed.proj.weight"].dim() == 4
-    frames = 1 if image else int(data.get("NUM_FRAMES", 8))
+    frames = 1 if image else whole("DATA.NUM_FRAMES", data.get("NUM_FRAMES", 8))
     reversible = any(key.startswith(REVERSIBLE) for key in tensors)
-    planar = len(mvit.get("POOL_KVQ_KERNEL") or ()) == 2  # of the repository for images
+    planar = is_planar(mvit)
     stem = {
         name: _stem(mvit.get(f"PATCH_{key}", default[image:]), one)
         for name, key, default, one in (
@@ -72,11 +78,11 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             ("padding", "PADDING", [1, 3, 3] if image else [2, 4, 4], 0),
         )
     }
-    residual = bool(mvit.get("RESIDUAL_POOLING", planar))
+    residual = flag("MVIT.RESIDUAL_POOLING", mvit.get("RESIDUAL_POOLING", planar))
     options = {
-        "mlp_ratio": float(mvit.get("MLP_RATIO", 4.0)),
+        "mlp_ratio": number("MVIT.MLP_RATIO", mvit.get("MLP_RATIO", 4.0)),
         "mode": mvit.get("MODE", "conv"),
-        "pool_first": bool(mvit.get("POOL_FIRST", False)),
+        "pool_first": flag("MVIT.POOL_FIRST", mvit.get("POOL_FIRST", False)),
         "separate_qkv": any(key.endswith("0.F.attn.q.weight") for key in tensors)
         or "blocks.0.attn.q.weight" in tensors,
         "qkv_bias": any(key.endswith((".attn.qkv.bias", ".attn.q.bias")) for key in tensors),
@@ -96,9 +102,10 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             blocks = blocks[: len(numbers)]
     positions = "joint" if "pos_embed" in tensors else "none"
     positions = "separate" if "pos_embed_spatial" in tensors else positions
-    fixed = bool(mvit.get("USE_FIXED_SINCOS_POS", False))
+    fixed = flag("MVIT.USE_FIXED_SINCOS_POS", mvit.get("USE_FIXED_SINCOS_POS", False))
     assumed = _assumed(config, {"RESIDUAL_POOLING": residual})
-    has_norm, pooling = "norm.weight" in tensors, bool(mvit.get("USE_MEAN_POOLING", False))
+    has_norm = "norm.weight" in tensors
+    pooling = flag("MVIT.USE_MEAN_POOLING", mvit.get("USE_MEAN_POOLING", False))
     if not has_norm:  # of MaskFeat, which fine-tunes with the mean
         pooling = assumed["MVIT.USE_MEAN_POOLING"] = True
     head = tensors.get("head.projection.weight")
@@ -194,7 +201,7 @@ def _preprocess(data: Mapping[str, Any], side: int, frames: int | None) -> Prepr
         std=std,
         channels=order,
         frames=frames,
-        sampling_rate=int(data.get("SAMPLING_RATE", 8)),
+        sampling_rate=whole("DATA.SAMPLING_RATE", data.get("SAMPLING_RATE", 8)),
     )
 
 
@@ -212,4 +219,4 @@ def _widens_in_attention(
         if key.startswith("blocks.") and key.count(".") == 3 and key.endswith(".proj.weight"):
             number = key.split(".")[1]
             return bool(tensors[f"blocks.{number}.attn.proj.weight"].shape[0] == value.shape[0])
-    return bool(mvit.get("DIM_MUL_IN_ATT", planar))
+    return flag("MVIT.DIM_MUL_IN_ATT", mvit.get("DIM_MUL_IN_ATT", planar))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
+from models.checkpoints.families.known import number, whole
 from models.checkpoints.families.open_clip import (
     FILE,
     Configuration,
@@ -97,7 +98,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     named = {**checkpoint.arguments, "tokenizer": {"name": "openai"}}
     heads_beside = {}
     if DENSE in arguments:
-        heads_beside["dense"] = HeadState({}, {"scale": float(arguments[DENSE])})
+        heads_beside["dense"] = HeadState({}, {"scale": number(DENSE, arguments[DENSE])})
     return replace(
         checkpoint,
         architecture=_architecture(tensors),
@@ -139,7 +140,7 @@ def _vision(
 
 def _heads(name: str, width: int, arguments: Mapping[str, Any], proven: bool) -> int:
     if name in arguments:
-        heads = int(arguments[name])
+        heads = whole(name, arguments[name])
         if heads < 1 or width % heads:
             raise CheckpointError(f"{name} is {heads}, which does not divide {width} channels")
         return heads

@@ -11,6 +11,8 @@ from torch import Tensor
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
 from models.checkpoints.families.heads import assumed
+from models.checkpoints.families.known import whole
+from models.checkpoints.families.ratios import mlp_ratio
 from models.checkpoints.families.vit import choose_weights
 from models.inputs.transforms import Preprocess
 from models.networks import OWN
@@ -32,7 +34,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     _, classes, dim = tensors["cls_token"].shape
     only = "blocks_token_only."
     single = tensors.get("head.weight")
-    size = int(arguments.get("img_size", 224))
+    size = whole("img_size", arguments.get("img_size", 224))
     return Checkpoint(
         format=NAME,
         architecture=NAME,
@@ -41,8 +43,8 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             "embed_dim": dim,
             "depth": len({k.split(".")[1] for k in tensors if k.startswith("blocks.")}),
             "depth_token_only": len({k.split(".")[1] for k in tensors if k.startswith(only)}),
-            "num_heads": int(arguments.get("num_heads", 1)),
-            "mlp_ratio": tensors[f"{only}0.mlp.fc1.weight"].shape[0] / dim,
+            "num_heads": whole("num_heads", arguments.get("num_heads", 1)),
+            "mlp_ratio": mlp_ratio(len(tensors[f"{only}0.mlp.fc1.weight"]), dim),
             "num_classes": classes if single is None else single.shape[0],
             "class_tokens": classes,
         },

@@ -9,6 +9,8 @@ from torch import Tensor
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
 from models.checkpoints.families.heads import assumed
+from models.checkpoints.families.known import whole, wholes
+from models.checkpoints.families.ratios import mlp_ratio
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
 from models.networks import OWN
@@ -46,7 +48,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         raise CheckpointError(
             f"set stride, that of patches of {patch} pixels, such as {patch // 2}"
         )
-    stride = int(stride)
+    stride = whole("stride", stride)
     stages = sorted({int(k.split(".")[1]) for k in tensors if k.startswith("transformers.")})
     widths = [tensors[f"transformers.{stage}.blocks.0.norm1.weight"].shape[0] for stage in stages]
     stated = arguments.get("heads", HEADS.get(widths[0]))
@@ -56,13 +58,13 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             f"no published PiT has stages of {widths} channels; set heads, one number for each, "
             f"such as {narrow} or {wide}"
         )
-    heads = [int(count) for count in stated]
+    heads = wholes("heads", stated)
     if len(heads) != len(stages) or any(w % h for w, h in zip(widths, heads, strict=True)):
         raise CheckpointError(f"heads are {heads}; each must divide its stage's width, {widths}")
     blocks = "transformers.{}.blocks."
     head = tensors.get("head.weight")
     size = (side - 1) * stride + patch
-    size = int(arguments.get("image_size", size))
+    size = whole("image_size", arguments.get("image_size", size))
     return Checkpoint(
         format=NAME,
         architecture="pit",
@@ -77,7 +79,9 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
                 for stage in stages
             ],
             "heads": heads,
-            "mlp_ratio": tensors["transformers.0.blocks.0.mlp.fc1.weight"].shape[0] / widths[0],
+            "mlp_ratio": mlp_ratio(
+                len(tensors["transformers.0.blocks.0.mlp.fc1.weight"]), widths[0]
+            ),
             "distilled": "head_dist.weight" in tensors,
             "num_classes": 0 if head is None else head.shape[0],
         },

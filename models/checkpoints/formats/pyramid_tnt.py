@@ -12,6 +12,8 @@ from torch import Tensor
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
 from models.checkpoints.families.heads import assumed
+from models.checkpoints.families.known import wholes
+from models.checkpoints.families.ratios import mlp_ratio
 from models.checkpoints.families.vit import choose_weights
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
@@ -64,10 +66,10 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
                 tensors[first.format(s) + "inner_attn.q.weight"].shape[0] for s in stages
             ],
             "outer_dims": outer,
-            "inner_heads": list(inner),
+            "inner_heads": wholes("inner_heads", inner),
             "outer_heads": [table.shape[1] for table in positions],
             "reductions": [round((t.shape[2] / t.shape[3]) ** 0.5) for t in positions],
-            "mlp_ratio": hidden / outer[0],
+            "mlp_ratio": mlp_ratio(hidden, outer[0]),
             "qkv_bias": first.format(0) + "outer_attn.q.bias" in tensors,
             "num_classes": tensors["head.weight"].shape[0],
         },

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
+from models.checkpoints.families.ratios import mlp_ratio
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
 from models.networks import OWN
@@ -54,7 +55,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             "patch_size": patch,
             "embed_dim": dim,
             "num_blocks": len({k.split(".")[1] for k in tensors if k.startswith("blocks.")}),
-            "mlp_ratio": len(tensors["blocks.0.mlp.fc1.weight"]) / dim,
+            "mlp_ratio": mlp_ratio(len(tensors["blocks.0.mlp.fc1.weight"]), dim),
             "num_classes": 0 if head is None else len(head),
         },
         state_dict=dict(_in_timms_names(key, value) for key, value in tensors.items()),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
+from models.checkpoints.families.known import flag, number, whole
 from models.checkpoints.families.mae import ENCODER
 from models.checkpoints.families.vit import MARKS, vit_arguments
 from models.heads.reconstruct import Reconstruct
@@ -45,7 +46,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     tensors = container.tensors
     config = {**container.script, **arguments}
     built = vit_arguments(tensors, arguments) | {"num_classes": 0}
-    built["absolute_scale"] = bool(config.get("absolute_scale", False))
+    built["absolute_scale"] = flag("absolute_scale", config.get("absolute_scale", False))
     defaults: dict[str, Any] = {"num_heads": built["num_heads"], "absolute_scale": False}
     heads = {}
     head = {k: v for k, v in tensors.items() if k.startswith("head.")}
@@ -90,8 +91,8 @@ def _decoder(container: Container, arguments: Mapping[str, Any]) -> HeadState:
         if key.startswith(DECODER) and key not in DECODER_UNUSED
     }
     settings = {
-        "num_heads": int(config.get("decoder_num_heads", 16)),
-        "mask_ratio": float(config.get("mask_ratio", 0.75)),
+        "num_heads": whole("decoder_num_heads", config.get("decoder_num_heads", 16)),
+        "mask_ratio": number("mask_ratio", config.get("mask_ratio", 0.75)),
         "band": int(config.get("band_config", (7, 56))[0]),
     }
     return HeadState(tensors, settings)

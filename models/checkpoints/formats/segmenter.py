@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
-from models.checkpoints.families.known import Known
+from models.checkpoints.families.known import Known, whole
 from models.checkpoints.families.segmentors import MAX_ASPECT
 from models.checkpoints.families.vit import split_prefix, vit_checkpoint
 from models.errors import CheckpointError
@@ -55,7 +55,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         known.require("normalization", "'deit' (ImageNet's statistics), 'vit' (-1 to 1)")
         raise CheckpointError(f"normalization is {normalization!r}; it can be 'deit' or 'vit'")
     head = _decoder(decoder)
-    n_heads = int(known.get("n_heads", max(1, dim // 64), "num_heads"))
+    n_heads = whole("n_heads", known.get("n_heads", max(1, dim // 64), "num_heads"))
     side = int(encoder["patch_embed.proj.weight"].shape[-1])
     preprocess = Preprocess(crop_mode="squash", crop_pct=1.0, interpolation="bilinear")
     if normalization == "vit":
@@ -107,9 +107,9 @@ def _windows(known: Known, size: int, patch: int) -> dict[str, Any]:
     Raises:
         CheckpointError: patches do not tile them.
     """
-    window = int(known.get("window_size", size))
-    stride = int(known.get("window_stride", window))
-    shorter = max(window, int(known.get("im_size", window)))
+    window = whole("window_size", known.get("window_size", size))
+    stride = whole("window_stride", known.get("window_stride", window))
+    shorter = max(window, whole("im_size", known.get("im_size", window)))
     if window < 1 or window % patch:
         raise CheckpointError(f"window_size is {window}; patches of {patch} pixels must tile it")
     return {

@@ -11,28 +11,30 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
-from models.checkpoints.families.jax import ENCODER, POSITIONS, from_jax, in_old_names, num_heads
+from models.checkpoints.families.jax import (
+    ENCODER,
+    POSITIONS,
+    PREPROCESS,
+    attention_inputs,
+    from_jax,
+    in_old_names,
+    num_heads,
+)
 from models.checkpoints.families.jax_text import TEXT_KEYS, text_transformer, without_numbers
 from models.checkpoints.families.known import Known
 from models.checkpoints.families.towers import LIBRARY, tower_states
 from models.checkpoints.families.vit import split_prefix, vit_arguments
 from models.errors import CheckpointError
-from models.inputs.transforms import Preprocess
 
 NAME = "siglip"
-HALF = (0.5, 0.5, 0.5)
-PREPROCESS = Preprocess(
-    crop_mode="squash", crop_pct=1.0, interpolation="bilinear", mean=HALF, std=HALF
-)
 ROOT = "params/"
 STACKED = "/encoderblock/"
 POOL = "MAPHead_0/"
-ATTENTION = f"{POOL}MultiHeadDotProductAttention_1/"
+ATTENTION = f"{POOL}MultiHeadDotProductAttention_1"
 IMAGE_KEYS = re.compile(
     rf"embedding/(kernel|bias)|{POSITIONS}|Transformer/({ENCODER})|{POOL}(probe|"
     r"LayerNorm_0/(scale|bias)|MlpBlock_3/Dense_[01]/(kernel|bias)|"
@@ -123,12 +125,9 @@ def _pool(img: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The pooling by a query under timm's names."""
     named = {"latent": img[f"{POOL}probe"]}
     for ours, parts in (("q", ("query",)), ("kv", ("key", "value"))):
-        kernels = [img[f"{ATTENTION}{part}/kernel"].flatten(1).T for part in parts]
-        named[f"{ours}.weight"] = torch.cat(kernels)
-        biases = [img[f"{ATTENTION}{part}/bias"].flatten() for part in parts]
-        named[f"{ours}.bias"] = torch.cat(biases)
-    named["proj.weight"] = img[f"{ATTENTION}out/kernel"].flatten(0, 1).T
-    named["proj.bias"] = img[f"{ATTENTION}out/bias"]
+        named[f"{ours}.weight"], named[f"{ours}.bias"] = attention_inputs(img, ATTENTION, parts)
+    named["proj.weight"] = img[f"{ATTENTION}/out/kernel"].flatten(0, 1).T
+    named["proj.bias"] = img[f"{ATTENTION}/out/bias"]
     named["norm.weight"] = img[f"{POOL}LayerNorm_0/scale"]
     named["norm.bias"] = img[f"{POOL}LayerNorm_0/bias"]
     for ours, theirs in (("fc1", "Dense_0"), ("fc2", "Dense_1")):

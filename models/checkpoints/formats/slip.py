@@ -61,6 +61,11 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     counts["transformer_heads"] = language["heads"]
     image = vit_arguments(vision, {"num_heads": heads})
     projection = tensors["image_projection"]
+    if projection.dim() != 2 or projection.shape[1] != language["output_dim"]:
+        raise CheckpointError(
+            f"{container.path}: image_projection {tuple(projection.shape)} does not end in the "
+            f"{language['output_dim']} dimensions of text_projection"
+        )
     size = image["img_size"]
     return Checkpoint(
         format=NAME,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
+from models.checkpoints.families.known import whole
 from models.checkpoints.families.mae import outputs as mae_outputs
 from models.checkpoints.families.vit import MARKS, vit_checkpoint
 from models.reference_outputs import ReferenceRun
@@ -39,7 +40,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     if "finetune_num_heads" in config:
         config["num_heads"] = config["finetune_num_heads"]
     dim = container.tensors["cls_token"].shape[-1]
-    last = int(config.get("last_heads", 16 if dim == 768 else 12))
+    last = whole("last_heads", config.get("last_heads", 16 if dim == 768 else 12))
     return vit_checkpoint(
         NAME,
         container.tensors,

@@ -13,6 +13,8 @@ from torch import Tensor
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
 from models.checkpoints.families.heads import assumed, head_count
+from models.checkpoints.families.known import whole
+from models.checkpoints.families.ratios import mlp_ratio
 from models.checkpoints.families.vit import choose_weights
 from models.inputs.transforms import Preprocess
 from models.networks import OWN
@@ -56,7 +58,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             key = key.replace(theirs, ours)
         if key != UNUSED:
             named[key] = value
-    patch = int(arguments.get("patch_size", 16))
+    patch = whole("patch_size", arguments.get("patch_size", 16))
     dim = named["cls_token"].shape[-1]
     _, words, inner = named["pixel_pos"].shape
     rows = round(words**0.5)
@@ -75,11 +77,11 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             "embed_dim": dim,
             "inner_dim": inner,
             "depth": len({key.split(".")[1] for key in named if key.startswith("blocks.")}),
-            "num_heads_inner": int(arguments.get("inner_num_heads", 4)),
+            "num_heads_inner": whole("inner_num_heads", arguments.get("inner_num_heads", 4)),
             "num_heads_outer": outer,
-            "mlp_ratio": named["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+            "mlp_ratio": mlp_ratio(len(named["blocks.0.mlp.fc1.weight"]), dim),
             "qkv_bias": "blocks.0.attn_out.v.bias" in named,
-            "first_stride": int(arguments.get("inner_stride", -(-patch // rows))),
+            "first_stride": whole("inner_stride", arguments.get("inner_stride", -(-patch // rows))),
             "num_classes": 0 if head is None else head.shape[0],
         },
         state_dict=named,

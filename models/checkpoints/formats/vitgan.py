@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
+from models.checkpoints.families.known import number, whole
 from models.errors import CheckpointError
 from models.networks import OWN
 
@@ -83,10 +84,10 @@ def _convert_transformer(weights: "_Weights", arguments: Mapping[str, Any]) -> d
     return {
         "dim": state["style.0.weight"].shape[0],
         "depth": depth,
-        "heads": int(arguments.get("heads", 6)),
+        "heads": whole("heads", arguments.get("heads", 6)),
         "hidden": state["blocks.0.fc1.weight"].shape[0],
         "mapping": mapping,
-        "side": int(arguments.get("token_width", 8)),
+        "side": whole("token_width", arguments.get("token_width", 8)),
     }
 
 
@@ -101,7 +102,7 @@ def _convert_tiles(weights: "_Weights", arguments: Mapping[str, Any]) -> dict[st
     return {
         "tile_mapping": mapping,
         "tile_layers": layers,
-        "size": int(arguments.get("size", 32)),
+        "size": whole("size", arguments.get("size", 32)),
         "tile_width": weights.state["pixels.convs.0.bias"].shape[0],
     }
 
@@ -128,7 +129,7 @@ class _Weights:
         self.state: dict[str, Tensor] = {}
         self.dropped: list[str] = []
         self.approximate = False
-        self._rate = float(arguments.get("lr_mlp", MAPPING_RATE))
+        self._rate = number("lr_mlp", arguments.get("lr_mlp", MAPPING_RATE))
         self._multipliers = arguments.get("spectral_multipliers", {})
 
     def take(self, key: str) -> Tensor:

@@ -18,6 +18,7 @@ from models.checkpoints.containers import Container
 from models.checkpoints.families.companions import open_companion
 from models.checkpoints.families.heads import assumed
 from models.checkpoints.families.jax import POSITIONS, from_jax, num_heads
+from models.checkpoints.families.known import flag, whole
 from models.checkpoints.families.vit import vit_arguments
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
@@ -79,7 +80,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         trunk |= {"fc_norm.weight": torch.ones(dim), "fc_norm.bias": torch.zeros(dim)}
     built = vit_arguments(trunk, config) | {"num_classes": 0}
     settings = {
-        "normalize": bool(arguments.get("normalize_feats", True)),
+        "normalize": flag("normalize_feats", arguments.get("normalize_feats", True)),
         "activations": _activations(head),
     }
     if attending:
@@ -148,7 +149,9 @@ def _backbone(
     tensors = backbone.tensors
     if POSITIONS in tensors:
         config["num_heads"] = num_heads(tensors)
-        side = int(config.get("img_size", 224)) // tensors["embedding/kernel"].shape[0]
+        side = (
+            whole("img_size", config.get("img_size", 224)) // tensors["embedding/kernel"].shape[0]
+        )
         kept = ("cls", "embedding/", "Transformer/")
         others = tuple(key for key in tensors if not key.startswith(kept))
         return from_jax(tensors, (side, side)), others

@@ -6,7 +6,7 @@ from typing import Any
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
 from models.checkpoints.families.cait import feature_map as outputs
-from models.checkpoints.families.known import Known
+from models.checkpoints.families.known import Known, number
 from models.checkpoints.families.self_supervised import backbone_kind
 from models.checkpoints.families.vit import choose_weights
 from models.checkpoints.families.xcit import xcit_checkpoint
@@ -29,5 +29,5 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     """`arguments`: `weights` (`model`), `crop_pct` of the evaluation (1); see `xcit_checkpoint`."""
     weights = choose_weights(container, arguments, "model")
     known = Known(arguments, container.script)
-    preprocess = Preprocess(crop_pct=float(known.get("crop_pct", 1.0)))
+    preprocess = Preprocess(crop_pct=number("crop_pct", known.get("crop_pct", 1.0)))
     return xcit_checkpoint(NAME, weights, known, preprocess=preprocess)

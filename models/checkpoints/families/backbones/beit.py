@@ -15,6 +15,7 @@ from models.checkpoints.families.backbones import (
     sides,
 )
 from models.checkpoints.families.beit import INDEX, OWN_TABLE, SHARED, split_biases
+from models.checkpoints.families.ratios import mlp_ratio
 from models.checkpoints.families.segmentors import Table
 from models.errors import CheckpointError
 
@@ -60,7 +61,7 @@ def convert(tensors: Mapping[str, Tensor], table: Table, by_mmseg: bool) -> Back
             "embed_dim": dim,
             "depth": depth,
             "num_heads": heads,
-            "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+            "mlp_ratio": mlp_ratio(len(state["blocks.0.mlp.fc1.weight"]), dim),
             "qkv_bias": "blocks.0.attn.q_bias" in state,
             "init_values": 0.1 if "blocks.0.gamma_1" in state else None,
             "use_abs_pos_emb": "pos_embed" in state,

@@ -7,6 +7,7 @@ from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor
 
 from models.checkpoints.families.backbones import Backbone, norm_eps
+from models.checkpoints.families.ratios import mlp_ratio
 from models.checkpoints.families.segmentors import Table
 from models.checkpoints.families.swin import BUFFERS, MARK
 from models.errors import CheckpointError
@@ -70,7 +71,7 @@ def convert(tensors: Mapping[str, Tensor], table: Table, by_mmseg: bool) -> Back
             "depths": depths,
             "num_heads": [each.shape[1] for each in tables],
             "window_size": window,
-            "mlp_ratio": state["layers.0.blocks.0.mlp.fc1.weight"].shape[0] / dim,
+            "mlp_ratio": mlp_ratio(len(state["layers.0.blocks.0.mlp.fc1.weight"]), dim),
             "qkv_bias": "layers.0.blocks.0.attn.qkv.bias" in state,
             "patch_norm": "patch_embed.norm.weight" in state,
             "norm_eps": eps,

@@ -14,6 +14,7 @@ from models.checkpoints.families.backbones import (
     norm_eps,
     out_indices,
 )
+from models.checkpoints.families.ratios import mlp_ratio
 from models.checkpoints.families.segmentors import Table
 
 TYPES = ("VisionTransformer",)
@@ -63,7 +64,7 @@ def convert(tensors: Mapping[str, Tensor], table: Table, by_mmseg: bool) -> Back
             "embed_dim": dim,
             "depth": depth,
             "num_heads": head_count(table, dim),
-            "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / dim,
+            "mlp_ratio": mlp_ratio(len(state["blocks.0.mlp.fc1.weight"]), dim),
             "qkv_bias": "blocks.0.attn.qkv.bias" in state,
             "class_token": has_class,
             "global_pool": "token" if has_class else "avg",

@@ -1,0 +1,172 @@
+"""Whatever is changed in a file or its arguments: the authors' outputs, or an error of ours.
+
+Files are damaged, relabelled, rewrapped and mixed; arguments are left out, or make no sense. The
+nightly test changes every fixture in many ways, the other one some fixtures in a few.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from models import load_checkpoint
+from models.checkpoints.loading import read_checkpoint
+from models.errors import ModelsError
+from tests.models.mutations import (
+    ARCHITECTURES,
+    Change,
+    changed_files,
+    changed_settings,
+    dropped_arguments,
+    mixed_files,
+    nonsense_arguments,
+    read_content,
+    rewrapped_files,
+    write_content,
+)
+from tests.models.test_fixtures import ALTERNATIVES, FIXTURES, INPUTS, folder_of
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+COMPANIONS = ("checkpoint", "golden", "meta")
+SOME = (
+    "a_clip", "beit_finetuned", "cait", "dino_backbone", "dinov2_ade20k_linear",
+    "lit_text_transformer", "mae", "mvit_in21k", "open_clip_siglip", "pit",
+    "seg_upernet_swin_mmseg", "vit_augreg",
+)  # fmt: skip
+# Arguments that state what the file does not hold: another value is another network, and none of
+# a configuration's is its code's default.
+STATED: Mapping[str, tuple[str, ...]] = {
+    "clip_dense": ("logit_multiplier",),
+}
+
+
+class Fixture:
+    """A published file, its arguments and its authors' outputs."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        """
+        Args:
+            folder: where changed files are written, with the file's companions.
+        """
+        source = folder_of(name)
+        self.name = name
+        self.path = next(iter(sorted(source.glob("checkpoint.*"))))
+        self.arguments: dict[str, Any] = json.loads((source / "meta.json").read_text())[
+            "hyperparameters"
+        ]
+        self.golden = load_file(source / "golden.safetensors")
+        self.assumed = read_checkpoint(self.path, self.arguments).assumed
+        for companion in source.iterdir():
+            if not companion.name.startswith(COMPANIONS):
+                os.symlink(companion, folder / companion.name)
+        self.target = folder / self.path.name
+
+    @property
+    def content(self) -> Any:
+        return read_content(self.path)
+
+    def check_file(self, how: str, content: Any, sizes: tuple[str, ...] = ALTERNATIVES) -> None:
+        write_content(self.target, content)
+        self.check(how, self.target, self.arguments, sizes)
+
+    def check(
+        self, how: str, path: Path, arguments: Any, sizes: tuple[str, ...] = ALTERNATIVES
+    ) -> None:
+        """Load and run: equal, refused, or with more assumed than without the change."""
+        try:
+            model = load_checkpoint(path, arguments)
+            outputs = {ending: self.run(model, ending) for ending in self.endings(sizes)}
+            if self.equal(outputs):
+                return
+            assumed = read_checkpoint(path, arguments).assumed
+        except ModelsError:
+            return
+        except Exception as error:
+            pytest.fail(f"{self.name}, {how}: {type(error).__name__}: {error}")
+        assert assumed != self.assumed, f"{self.name}, {how}: other outputs, and nothing assumed"
+
+    def endings(self, sizes: tuple[str, ...]) -> Iterator[str]:
+        for ending in sizes:
+            if any(f"{key}{ending}" in self.golden for key in INPUTS if key != "noise"):
+                yield ending
+
+    def run(self, model: Any, ending: str) -> Mapping[str, Tensor]:
+        golden = self.golden
+        masked = "mask" in golden and "noise" not in golden
+        names = (*INPUTS, "mask") if masked else INPUTS
+        given = {key: golden[f"{key}{ending}"] for key in names if f"{key}{ending}" in golden}
+        for name in ("token_ids", "pixel_values", "input_res_2"):
+            if name in golden:
+                given.setdefault(name, golden[name])
+        outputs: Mapping[str, Tensor] = model.run(**given)
+        return outputs
+
+    def equal(self, outputs: Mapping[str, Mapping[str, Tensor]]) -> bool:
+        """Whether all outputs that the authors have are theirs; some may be gone."""
+        return all(
+            value.shape == self.golden[f"{key}{ending}"].shape
+            and torch.allclose(value, self.golden[f"{key}{ending}"].float(), atol=1e-5, rtol=0)
+            for ending, named in outputs.items()
+            for key, value in named.items()
+            if f"{key}{ending}" in self.golden and key not in INPUTS
+        )
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_changed_checkpoint_is_refused_or_the_same(name: str, tmp_path: Path) -> None:
+    fixture, random = Fixture(name, tmp_path), Random(name)
+    for how, content in sample(random, changed_files(fixture.content, random, 2), 4):
+        fixture.check_file(how, content)
+    for how, arguments in sample(random, nonsense_arguments(fixture.arguments), 4):
+        fixture.check(how, fixture.path, arguments)
+
+
+def sample(random: Random, changes: Iterator[Change], count: int) -> list[Change]:
+    listed = list(changes)
+    return random.sample(listed, min(count, len(listed)))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", FIXTURES)
+def test_changed_files_are_refused_or_the_same(name: str, tmp_path: Path) -> None:
+    fixture, random = Fixture(name, tmp_path), Random(name)
+    if name == "clip_jit":
+        pytest.skip("a TorchScript archive, which is not rewritten here")
+    content = fixture.content
+    for how, changed in changed_files(content, random, 6):
+        fixture.check_file(how, changed)
+    for how, changed in changed_settings(content):
+        fixture.check_file(how, changed)
+    for how, changed in rewrapped_files(content):
+        fixture.check_file(how, changed, ALTERNATIVES[:1])
+    following = FIXTURES[(FIXTURES.index(name) + 1) % len(FIXTURES)]
+    if following != "clip_jit":
+        path = next(iter(sorted(folder_of(following).glob("checkpoint.*"))))
+        others = {following: read_content(path)}
+        for how, changed in islice(mixed_files(content, others), 3):
+            fixture.check_file(how, changed)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", FIXTURES)
+def test_changed_arguments_are_refused_or_give_the_same(name: str, tmp_path: Path) -> None:
+    fixture = Fixture(name, tmp_path)
+    stated = STATED.get(name, ())
+    for how, arguments in (
+        *dropped_arguments(fixture.arguments),
+        *nonsense_arguments(fixture.arguments),
+        *(
+            (f"architecture = {architecture}", fixture.arguments | {"architecture": architecture})
+            for architecture in ARCHITECTURES
+        ),
+    ):
+        if not any(key in how for key in stated):
+            fixture.check(how, fixture.path, arguments)
