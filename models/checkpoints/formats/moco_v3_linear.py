@@ -18,11 +18,13 @@ from models.inputs.transforms import Preprocess
 
 NAME = "moco-v3-linear"
 HEADS = {384: 12, 768: 12}  # of the published sizes
+# Names that no library has for these; timm's ViT-S has six heads.
+NETWORKS = ("vit_small", "vit_base", "vit_conv_small", "vit_conv_base")
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     notes = {"arch", "best_acc1"} <= container.beside.keys()
-    if not notes or "architecture" in arguments:
+    if not notes or ("architecture" in arguments and container.beside["arch"] not in NETWORKS):
         return None
     kind = backbone_kind(container.tensors)
     classifier = {"ViT": "head.weight", "ResNet": "fc.weight"}.get(kind or "")
