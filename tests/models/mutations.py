@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Change = tuple[str, Any]  # what was changed, and the result
-NONSENSE = ("many", -3, 0, 1.5, True, None, [1, 2], [], {"a": 1}, float("nan"))
+# The last four mean something where a number or a truth value is expected.
+NONSENSE = ("many", None, [1, 2], [], {"a": 1}, float("nan"), -3, 0, 1.5, True)
 ARCHITECTURES = ("vit_tiny_patch16_224", "resnet50", "ViT-B-32", "no_such_network", 7)
 WRAPPERS = ("", "model", "state_dict", "teacher", "module")
 PREFIXES = ("module.", "backbone.", "encoder.", "model.")
@@ -151,7 +152,7 @@ def dropped_arguments(arguments: Mapping[str, Any]) -> Iterator[Change]:
 def nonsense_arguments(arguments: Mapping[str, Any]) -> Iterator[Change]:
     """Arguments with a value that makes no sense, also in tables."""
     for key, value in arguments.items():
-        for other in NONSENSE:
+        for other in NONSENSE[:-4] if isinstance(value, bool | float) else NONSENSE:
             yield f"{key} = {other!r}", {**arguments, key: other}
         if isinstance(value, Mapping):
             for how, inner in nonsense_arguments(value):

@@ -9,6 +9,7 @@ from typing import Any
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.families.heads import assumed
+from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
 
 Triple = tuple[float, float, float]
@@ -26,15 +27,27 @@ STATISTICS: dict[str, tuple[Triple, Triple]] = {
 SIZES = {"Tiny-Imagenet": 64}  # pixels; 32 for the others
 
 
+def dataset_of(arguments: Mapping[str, Any]) -> str:
+    """`arguments["dataset"]`; CIFAR10 by default.
+
+    Raises:
+        CheckpointError: its statistics are not known.
+    """
+    dataset = arguments.get("dataset", "CIFAR10")
+    if not isinstance(dataset, str) or dataset not in STATISTICS:
+        raise CheckpointError(f"dataset is {dataset!r}; set one of {', '.join(STATISTICS)}")
+    return dataset
+
+
 def image_size(arguments: Mapping[str, Any]) -> int:
-    """The size of the images of `arguments["dataset"]`; 32 by default."""
-    return SIZES.get(str(arguments.get("dataset")), 32)
+    """The size of the data set's images in pixels."""
+    return SIZES.get(dataset_of(arguments), 32)
 
 
 def preprocess_for(arguments: Mapping[str, Any]) -> Preprocess:
-    """The preprocessing of `arguments["dataset"]`; CIFAR10's by default."""
-    dataset = str(arguments.get("dataset", "CIFAR10"))
-    mean, std = STATISTICS.get(dataset, STATISTICS["CIFAR10"])
+    """The data set's preprocessing."""
+    dataset = dataset_of(arguments)
+    mean, std = STATISTICS[dataset]
     return Preprocess(
         crop_mode="squash" if dataset == "CINIC" else "center",
         crop_pct=1.0,
