@@ -77,7 +77,7 @@ def _timm(model: Model, checkpoint: Checkpoint, path: Path) -> Library:
     name = f"timm {version('timm')}"
     if not any(heads.values()):
         return Library(f"{name}: not compared; the heads are Vitrail's")
-    if not isinstance(spec, Preprocess) or spec.crop_mode == "letterbox":
+    if not isinstance(spec, Preprocess) or spec.crop_mode == "letterbox" or not spec.antialias:
         return Library(f"{name}: not compared; it has no such transform")
     if _side(checkpoint.arguments.get("img_size")) not in (None, tuple(spec.input_size)):
         return Library(f"{name}: not compared; it resizes positions by a rule of its own")
