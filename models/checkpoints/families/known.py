@@ -13,13 +13,10 @@ def whole(name: str, value: Any) -> int:
     Raises:
         CheckpointError: it is none; 1.5 and True are not rounded.
     """
-    try:
-        number = int(value)
-    except (TypeError, ValueError, OverflowError):
-        number = None
-    if number is None or isinstance(value, bool) or number != float(value):
+    found = number(name, value)
+    if found != int(found):
         raise CheckpointError(f"{name} is {value!r}; it must be a whole number")
-    return number
+    return int(found)
 
 
 def wholes(name: str, values: Any) -> list[int]:
@@ -39,9 +36,13 @@ def number(name: str, value: Any) -> float:
     Raises:
         CheckpointError: it is none.
     """
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    raise CheckpointError(f"{name} is {value!r}; it must be a finite number")
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise CheckpointError(f"{name} is {value!r}; it must be a number")
+    return found
 
 
 def flag(name: str, value: Any) -> bool:
