@@ -36,11 +36,8 @@ from tests.models.test_fixtures import ALTERNATIVES, FIXTURES, INPUTS, folder_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 COMPANIONS = ("checkpoint", "golden", "meta")
-SOME = (
-    "a_clip", "beit_finetuned", "cait", "dino_backbone", "dinov2_ade20k_linear",
-    "lit_text_transformer", "mae", "mvit_in21k", "open_clip_siglip", "pit",
-    "seg_upernet_swin_mmseg", "vit_augreg",
-)  # fmt: skip
+SOME = ("cait", "dino_backbone", "lit_text_transformer", "mvit_in21k", "open_clip_siglip", "pit",
+        "vit_augreg")  # fmt: skip
 # Tables of a configuration, whose code has defaults for what they leave out; and an argument that
 # makes another model of the file.
 STATED = ("backbone", "neck", "decode_head", "test_cfg", "vision_cfg", "text_cfg", "MVIT", "DATA",
@@ -130,9 +127,9 @@ class Fixture:
 @pytest.mark.parametrize("name", SOME)
 def test_a_changed_checkpoint_is_refused_or_the_same(name: str, tmp_path: Path) -> None:
     fixture, random = Fixture(name, tmp_path), Random(name)
-    for how, content in sample(random, changed_files(fixture.content, random, 2), 4):
+    for how, content in sample(random, changed_files(fixture.content, random, 2), 3):
         fixture.check_file(how, content)
-    for how, arguments in sample(random, nonsense_arguments(fixture.arguments), 4):
+    for how, arguments in sample(random, nonsense_arguments(fixture.arguments), 3):
         fixture.check(how, fixture.path, arguments, stated=subject(how) in STATED)
 
 
