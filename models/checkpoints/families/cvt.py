@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
-from models.checkpoints.families.known import Known, wholes
+from models.checkpoints.families.known import Known, flag, wholes
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
 from models.networks import OWN
@@ -57,7 +57,8 @@ def cvt_checkpoint(
     if any(dim % number for dim, number in zip(dims, heads, strict=True)):
         raise CheckpointError(f"num_heads are {heads}; each must divide its stage's width, {dims}")
     shift = known.find("shift")
-    if any(_by_stage("shift", shift, count)) if shift is not None else False:
+    shifts = shift if isinstance(shift, list | tuple) else [shift or False]
+    if any(flag("shift", each) for each in shifts):
         raise CheckpointError("shift is true; CvTs are supported without it, as published")
     block = "stage{}.1.layers."
     head = tensors.get("head.weight")
