@@ -16,9 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from models import Registry, load_checkpoint
 from models.catalog import load_catalog
+from service.cli import app
 from tests.conftest import answers, free_port, process, running, wait_until
 from tests.models.test_fixtures import GOLDENS
 from tests.service.test_heads import tinted
@@ -185,8 +187,8 @@ def test_an_index_is_brought_up_to_date(tiny_catalog: Path, tmp_path: Path) -> N
             return int(found.get("images", 0))
 
         def index(*flags: str) -> tuple[int, str]:
-            done = vitrail(*command, "--collection", "c", *flags)
-            return done.returncode, done.stderr
+            done = CliRunner().invoke(app, [*command, "--collection", "c", *flags])
+            return done.exit_code, done.stderr
 
         with process(*command, "--collection", "c") as started:
             wait_until(lambda: stored() > 0)
