@@ -184,7 +184,7 @@ def test_waiting_honours_retry_after() -> None:
 
     assert wait("7") == 7
     assert wait("100000") == MAX_WAIT_S
-    assert wait(None) == wait_before_retry(1, None) == 1
+    assert wait(None) == wait("soon") == wait_before_retry(1, None) == 1
     assert wait(formatdate(0)) == 0
 
 

@@ -4,6 +4,7 @@ import base64
 import email.utils
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,8 +85,9 @@ def wait_before_retry(attempt: int, response: httpx.Response | None) -> float:
         try:
             wait_s = float(header)
         except ValueError:
-            date = email.utils.parsedate_to_datetime(header)
-            wait_s = date.timestamp() - time.time()
+            with suppress(ValueError):  # neither seconds nor a date
+                date = email.utils.parsedate_to_datetime(header)
+                wait_s = date.timestamp() - time.time()
     return min(max(wait_s, 0.0), MAX_WAIT_S)
 
 
