@@ -5,6 +5,7 @@ cost little: it needs neither the framework's routing nor the body.
 """
 
 import re
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from starlette.requests import Request
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.errors import ServiceError
+from service.errors import QueueFullError, ServiceError
 from service.gateway import dispatch
 from service.gateway.auth import authorize
 from service.gateway.problems import problem_response
@@ -34,22 +35,29 @@ class _Mark:
         task: the name under which refused requests are counted.
         scope: what the caller's key must permit.
         in_path: whether the path names the model.
-        always: whether every request asks a model; else only one whose body is an image.
+        media: how the content types begin whose bodies ask a model.
+        patient: whether bodies that may hold several images wait for their places.
     """
 
     task: str
     scope: KeyScope
     in_path: bool
-    always: bool
+    media: tuple[str, ...]
+    patient: bool
 
 
 def refused_early(
-    task: str, *, scope: KeyScope = "infer", in_path: bool = False, always: bool = True
+    task: str,
+    *,
+    scope: KeyScope = "infer",
+    in_path: bool = False,
+    media: tuple[str, ...] = ("",),
+    patient: bool = False,
 ) -> Callable[[F], F]:
     """Mark an endpoint that asks a model, so that `Entrance` checks its requests. See `_Mark`."""
 
     def mark(endpoint: F) -> F:
-        setattr(endpoint, _MARK, _Mark(task, scope, in_path, always))
+        setattr(endpoint, _MARK, _Mark(task, scope, in_path, media, patient))
         return endpoint
 
     return mark
@@ -57,7 +65,8 @@ def refused_early(
 
 class Entrance:
     """Checks the key of each request that asks a model, and whether it can be admitted. What is
-    streamed as NDJSON waits for its place instead."""
+    streamed as NDJSON, or added to a collection together, waits for its place instead: it is
+    refused only if its time would be over by then."""
 
     def __init__(self, app: ASGIApp, routes: Iterable[BaseRoute]) -> None:
         self._app = app
@@ -103,18 +112,23 @@ def _check(request: Request, mark: _Mark, name: str | None = None) -> None:
     """
     authorize(request, mark.scope)
     headers = request.headers
-    is_image = headers.get("content-type", "").startswith("image/")
-    if not mark.always and not is_image:
+    content_type = headers.get("content-type", "").lower()
+    is_image = content_type.startswith("image/")
+    if not content_type.startswith(mark.media):
         return
     model = name or (request.query_params.get("model") if mark.scope == "infer" else None)
     # A field of a body can name another model than the query.
     is_certain = model is not None and (name is not None or is_image)
+    waits = NDJSON in headers.get("accept", "") or (mark.patient and not is_image)
     try:
         deadline, bulk = dispatch.read_deadline(request), dispatch.read_priority(request)
-        if NDJSON not in headers.get("accept", ""):
+        try:
             request.app.state.backend.check_headers(
                 model if is_certain else None, bulk=bulk, deadline=deadline
             )
+        except QueueFullError as error:
+            if not waits or time.monotonic() + (error.retry_after_s or 0.0) >= deadline:
+                raise
     except ServiceError:
         with dispatch.count_request(request, mark.task) as account:
             account.models = [model or ""]

@@ -17,6 +17,7 @@ from service.errors import (
 from service.gateway import dispatch
 from service.gateway.auth import require_collection_key
 from service.gateway.collections.bodies import (
+    FORM,
     CollectionParameters,
     Entry,
     FolderParameters,
@@ -120,7 +121,7 @@ async def list_images(request: Request, name: Name) -> dict[str, Any]:
 
 
 @router.post("/collections/{name}/images", openapi_extra=ADD)
-@refused_early("embed", scope="collections", always=False)
+@refused_early("embed", scope="collections", patient=True)
 async def add_images(request: Request, name: Name) -> dict[str, Any]:
     """Embed images and add them: parts `image`, one raw image, JSON's `images`, or a line of NDJSON
     each. They may have an `id`, else it is made from the content, and `metadata`. One with an id
@@ -158,7 +159,7 @@ async def delete_image(request: Request, name: Name, image: ImageId) -> None:
 
 
 @router.post("/collections/{name}/search", openapi_extra=SEARCH)
-@refused_early("embed", scope="collections", always=False)
+@refused_early("embed", scope="collections", media=("image/", FORM))  # JSON may hold a vector
 async def search(request: Request, name: Name) -> dict[str, Any]:
     """Find the images nearest to one image, `text` or `vector`, by cosine similarity, best first.
     `filter` holds values that their metadata must have."""
