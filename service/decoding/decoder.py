@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 import sys
+from contextlib import suppress
 
 from models.errors import ImageTooLargeError, InputError
 from models.inputs.images import ImageLimits, decoding_errors, open_image, to_upright_rgb
@@ -30,12 +31,13 @@ def main() -> None:
     channel = socket.socket(fileno=int(channel_file))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the worker drains first
     _limit_memory(limits)
-    while message := channel.recv(MAX_BYTES):
-        job = Job.decode(message)
-        signal.setitimer(signal.ITIMER_PROF, float(cpu_s))
-        decoded = _decode(bytes(memory.view[: job.length]), job, limits, memory.pixels)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        channel.send(decoded.encode())
+    with suppress(ConnectionError):  # the worker was killed
+        while message := channel.recv(MAX_BYTES):
+            job = Job.decode(message)
+            signal.setitimer(signal.ITIMER_PROF, float(cpu_s))
+            decoded = _decode(bytes(memory.view[: job.length]), job, limits, memory.pixels)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            channel.send(decoded.encode())
 
 
 def _limit_memory(limits: ImageLimits) -> None:

@@ -61,10 +61,12 @@ def create_app(
         title="Vitrail",
         description="Serving vision transformers: one trunk pass shared by all heads.",
         lifespan=lifespan,
+        openapi_url=None,  # FastAPI's own makes the text for each request
         docs_url=None,  # FastAPI's own pages load from the internet
         redoc_url=None,
     )
     app.state.settings = settings
+    app.state.document = None  # the API's, once it was asked for
     app.state.keys = keys or Keys(settings)
     app.state.budget = budget or Budget(settings)
     app.state.memory = memory or SharedMemory(settings.shared_memory)

@@ -13,7 +13,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.backend import Backend
 from service.errors import UnavailableError
@@ -99,12 +99,6 @@ def run_server(
         server.run(None if listener is None else [listener, *listeners])
 
 
-def check_free(host: str, port: int) -> None:
-    """Raise OSError if the port is taken, so that a process fails before it starts anything."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    socket.create_server((host, port), family=family).close()
-
-
 class DrainingServer(uvicorn.Server):
     """Reports that it is not ready for a while before it stops listening. Then HTTP and gRPC finish
     their accepted requests at the same time. A second signal ends the waiting for both.
@@ -170,6 +164,9 @@ class ImpatientProtocol(HttpToolsProtocol):
     body_timeout_s: float
     max_connections: int
     turns: LoopTurns
+    # The request that is being answered. Those that came behind it on the connection wait, and
+    # uvicorn's `cycle` is the last of them.
+    _answering: RequestResponseCycle | None = None
     _timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
     _header_bytes = 0
@@ -213,6 +210,13 @@ class ImpatientProtocol(HttpToolsProtocol):
         self._in_body, self._header_bytes = True, 0
         self._start_timer(self.body_timeout_s + ANSWER_MARGIN_S)
         super().on_headers_complete()
+        if not self.pipeline:
+            self._answering = self.cycle
+
+    def on_response_complete(self) -> None:
+        if self.pipeline:
+            self._answering = self.pipeline[-1][0]
+        super().on_response_complete()
 
     def on_message_complete(self) -> None:
         self._in_message = False
@@ -231,8 +235,9 @@ class ImpatientProtocol(HttpToolsProtocol):
         self._stop_timer()
         self._stop_write_timer()
         super().connection_lost(error)
-        if self.cycle is not None and not self.cycle.response_complete:
-            disconnect(self.cycle.scope)
+        if (request := self._answering) is not None and not request.response_complete:
+            request.disconnected = True  # what it writes from now on is dropped
+            disconnect(request.scope)
 
     def _count(self, size: int) -> None:
         """Count bytes of headers or trailers."""
@@ -251,7 +256,8 @@ class ImpatientProtocol(HttpToolsProtocol):
             self._header_bytes = 0
 
     def _abort(self) -> None:
-        self.cycle.disconnected = True  # what it writes from now on is dropped
+        if self._answering is not None:
+            self._answering.disconnected = True
         self.transport.abort()
 
     def _stop_write_timer(self) -> None:

@@ -55,6 +55,7 @@ class Child:
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = asyncio.Event()
         self._restarting = False
+        self._has_started = False
         self._exited = asyncio.Event()
 
     async def keep(self) -> int:
@@ -63,20 +64,19 @@ class Child:
         Returns:
             The last exit status.
         """
-        backoff_s, was_stable = FIRST_BACKOFF_S, False
+        backoff_s = FIRST_BACKOFF_S
         while True:
             started = time.monotonic()
             status = await self._run_once()
             lived_s = time.monotonic() - started
             if self._stopping.is_set():
                 return status
-            if status == MISCONFIGURED and not was_stable:
+            # One that has started before may start again, once its files are mended.
+            if status == MISCONFIGURED and not self._has_started:
                 return status
             if self._restarting:
                 self._restarting = False
                 continue
-            # A worker that had a device has shown that its settings are right.
-            was_stable = was_stable or lived_s > STABLE_S or status == DEVICE_LOST
             backoff_s = FIRST_BACKOFF_S if lived_s > STABLE_S else backoff_s
             logger.error(
                 "%s exited with status %d after %.1f s; restarting in %.1f s",
@@ -127,6 +127,9 @@ class Child:
             return await process.wait()
         finally:
             self._process = None
+            # A worker that had a device has shown that its settings are right.
+            is_lost = process.returncode == DEVICE_LOST
+            self._has_started = self._has_started or is_lost or watch.has_beaten
             watching.cancel()
             watch.close()
             self._exited.set()

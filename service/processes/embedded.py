@@ -3,10 +3,11 @@
 from fastapi import FastAPI
 
 from service.gateway.app import create_app
-from service.gateway.server import check_free, run_server
+from service.gateway.server import run_server
 from service.keys import Keys
 from service.limits import Budget
 from service.open_inference.shared_memory import SharedMemory
+from service.processes.ports import check_free
 from service.processes.worker import create_backend
 from service.rpc.server import RpcServer
 from service.settings import Settings

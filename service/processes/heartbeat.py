@@ -74,6 +74,11 @@ class Watch:
         self._silent_s = 0.0
         self._limit_s = float("inf")  # until the first beat: starting takes its time
 
+    @property
+    def has_beaten(self) -> bool:
+        """Whether the process has ever shown itself alive."""
+        return self._limit_s < float("inf")
+
     def close_write(self) -> None:
         """Close this process's copy of the end that the child has inherited."""
         os.close(self.write)

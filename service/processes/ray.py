@@ -18,11 +18,12 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from models.catalog import load_catalog
 from models.checkpoints.store import default_store_path
 from service.gateway.app import create_app
-from service.gateway.server import check_free, run_server
+from service.gateway.server import run_server
 from service.keys import Keys
 from service.limits import Budget
 from service.metrics import Metrics
 from service.open_inference.shared_memory import SharedMemory
+from service.processes.ports import check_free
 from service.processes.ray_replica import Replica
 from service.ray.backend import RayBackend
 from service.ray.group import Group

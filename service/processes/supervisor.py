@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import shutil
 import signal
 import socket
@@ -16,6 +17,7 @@ from service.processes.child_settings import (
     with_worker_token,
     worker_settings,
 )
+from service.processes.ports import check_free
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -23,6 +25,7 @@ logger = logging.getLogger(__name__)
 # Between two workers of a rolling restart, so that every gateway reaches the first one again.
 PAUSE_S = 2.0
 WORKER_GRACE_S = 10.0
+MEMORY = Path("/dev/shm")  # nosec B108: a folder of its own is made in it
 
 
 def supervise(settings: Settings, *, workers: int, processes: int, grpc: bool) -> int:
@@ -38,8 +41,13 @@ def supervise(settings: Settings, *, workers: int, processes: int, grpc: bool) -
 
     Returns:
         The exit status.
+
+    Raises:
+        OSError: a port is taken.
     """
-    folder = Path(tempfile.mkdtemp(prefix="vitrail-"))
+    if grpc:
+        check_free(settings.host, settings.grpc_port)  # gateways share it, so theirs cannot tell
+    folder = Path(tempfile.mkdtemp(prefix="vitrail-", dir=_memory_folder()))
     try:
         with socket.create_server(
             (settings.host, settings.port),
@@ -50,6 +58,13 @@ def supervise(settings: Settings, *, workers: int, processes: int, grpc: bool) -
             return asyncio.run(supervisor.run())
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _memory_folder() -> Path | None:
+    """Where the processes' sockets and metrics are: in memory, unless TMPDIR says otherwise.
+    Metrics are mapped files, and one that cannot grow on a full disk ends its process."""
+    in_memory = "TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK | os.X_OK)
+    return MEMORY if in_memory else None
 
 
 class _Supervisor:
