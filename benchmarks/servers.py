@@ -115,13 +115,19 @@ class Server:
         return False
 
 
-def demo_server(port: int, model: str, *flags: str) -> Server:
-    """`vitrail serve` with one model of the demo catalog."""
+def demo_server(
+    port: int,
+    model: str,
+    *flags: str,
+    environment: Mapping[str, str] | None = None,
+    log: Path | None = None,
+) -> Server:
+    """`vitrail serve` with models of the demo catalog, by their names with commas between."""
     command = [
         sys.executable, "-m", "service.cli", "serve", "--port", str(port),
         "--grpc-port", str(free_port()), "--models", model, "--log-level", "warning", *flags,
     ]  # fmt: skip
-    return Server(command, port)
+    return Server(command, port, environment=environment, log=log)
 
 
 def free_port() -> int:

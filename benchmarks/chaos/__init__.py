@@ -1,0 +1,1 @@
+"""Faults in real processes under load: `python -m benchmarks.chaos`, or `make chaos`."""
