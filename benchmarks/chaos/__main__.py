@@ -46,7 +46,8 @@ def main() -> None:
             before = target.resident_bytes
             run.report("none", 0.0, Counts())
             for name in arguments.faults.split(",") * arguments.rounds:
-                run.inject(name)
+                if not run.inject(name):
+                    break
             tried = run.try_images(arguments.images)
         after = target.resident_bytes
     counts, faults = clients.counts, len(run.survived) + len(run.failed)
@@ -75,8 +76,12 @@ class _Run:
         self.failed: list[str] = []
         self.slowest_s = 0.0
 
-    def inject(self, name: str) -> None:
-        """Inject a fault, and wait until everything runs again."""
+    def inject(self, name: str) -> bool:
+        """Inject a fault, and wait until everything runs again.
+
+        Returns:
+            Whether it does.
+        """
         fault, before = FAULTS[name], self._clients.counts.copy()
         self._clients.cuts, self._clients.refuses = fault.cuts, fault.refuses
         started = time.monotonic()
@@ -84,15 +89,18 @@ class _Run:
             fault.inject(self._target)
         except SkippedError as reason:
             print(f"{name:21} skipped: {reason}", flush=True)
-            return
+            return True
         except (AssertionError, TimeoutError) as error:
             self.failed.append(f"{name}: {error}")
+            runs = not isinstance(error, TimeoutError)
         else:
             self.survived.append(name)
+            runs = True
         again_s = time.monotonic() - started
         time.sleep(CALM_S)
         self.report(name, again_s, before)
         self._clients.cuts = self._clients.refuses = False
+        return runs
 
     def try_images(self, count: int) -> int:
         """Send hostile images beside the load.

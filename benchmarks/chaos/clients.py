@@ -92,11 +92,7 @@ class Clients:
                     answer.read()
                     self._count(answer.status, answer.getheader("Retry-After"))
             except (OSError, HTTPException) as error:
-                with self._lock:
-                    if self.cuts:
-                        self.counts.cut_off += 1
-                    else:
-                        self.counts.lost[type(error).__name__] += 1
+                self._count_broken(error)
                 time.sleep(PAUSE_S)
             finally:
                 connection.close()
@@ -111,6 +107,13 @@ class Clients:
             else:
                 self.counts.lost[str(status)] += 1
         time.sleep(PAUSE_S)
+
+    def _count_broken(self, error: Exception) -> None:
+        with self._lock:
+            if not self.cuts:
+                self.counts.lost[type(error).__name__] += 1
+            elif not isinstance(error, ConnectionRefusedError):  # nobody has accepted that one
+                self.counts.cut_off += 1
 
 
 class HealthWatch:
