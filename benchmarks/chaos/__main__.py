@@ -15,10 +15,13 @@ import sys
 import time
 from collections.abc import Sequence
 
+import httpx
+
 from benchmarks.chaos.clients import CLIENTS, Clients, Counts, HealthWatch
 from benchmarks.chaos.faults import FAULTS, SkippedError
 from benchmarks.chaos.hostile import try_images
 from benchmarks.chaos.target import Target
+from benchmarks.servers import StartError
 
 # Load before a fault, and after everything runs again.
 CALM_S = 2.0
@@ -90,7 +93,7 @@ class _Run:
         except SkippedError as reason:
             print(f"{name:21} skipped: {reason}", flush=True)
             return True
-        except (AssertionError, TimeoutError) as error:
+        except (AssertionError, OSError, httpx.HTTPError, StartError) as error:
             self.failed.append(f"{name}: {error}")
             runs = not isinstance(error, TimeoutError)
         else:
@@ -111,7 +114,7 @@ class _Run:
         before, started = self._clients.counts.copy(), time.monotonic()
         try:
             tried = try_images(self._target.url, count)
-        except AssertionError as error:
+        except (AssertionError, httpx.HTTPError) as error:
             self.failed.append(f"hostile images: {error}")
             tried = 0
         self.report("hostile images", time.monotonic() - started, before)
