@@ -126,7 +126,7 @@ class Linear(Ranking):
         """One computation of the features, then each head's classifier."""
         features = heads[0].features(output)
         rows = index_tensor([row for rows in index for row in rows], features.device)
-        parts = features[rows].split([len(rows) for rows in index])
+        parts = features[rows].split_with_sizes([len(rows) for rows in index])
         return [{"logits": head.network(part)} for head, part in zip(heads, parts, strict=True)]
 
 

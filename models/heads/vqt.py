@@ -95,7 +95,7 @@ class Vqt(Linear):
         rows = index_tensor([row for rows in index for row in rows], queries.device)
         pooled = heads[0].trunk.pool(output)[rows]
         features = vqt_features(pooled, queries, None, heads[0].normalize)
-        parts = features.split([len(rows) for rows in index])
+        parts = features.split_with_sizes([len(rows) for rows in index])
         return [
             {"logits": head.network(head._selected(part))}
             for head, part in zip(heads, parts, strict=True)

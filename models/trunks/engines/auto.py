@@ -191,13 +191,13 @@ class Auto(Engine):
 
 
 @cache
-def _jobs() -> "queue.SimpleQueue[Callable[[], None] | None]":
+def _jobs() -> "queue.SimpleQueue[Callable[[], object] | None]":
     """The jobs of the process's one background thread.
 
     An exit waits for the job that runs, up to EXIT_WAIT_S: a thread that the interpreter stops
     within OpenVINO's code aborts the process. It is a daemon, so that the exit waits no longer.
     """
-    jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+    jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
 
     def work() -> None:
         torch.set_num_threads(1)
@@ -217,6 +217,6 @@ def _jobs() -> "queue.SimpleQueue[Callable[[], None] | None]":
     return jobs
 
 
-def in_background(job: Callable[[], None]) -> None:
+def in_background(job: Callable[[], object]) -> None:
     """Run a job in the background thread, after those before it."""
     _jobs().put(job)
