@@ -88,5 +88,5 @@ def test_what_is_none_of_apples_networks_is_refused(tmp_path: Path) -> None:
         "logit_scale": torch.tensor(2.0),
     }
     torch.save(state, tmp_path / "mobileclip_s0.pt")
-    with pytest.raises(CheckpointError, match="S0 is not supported"):
+    with pytest.raises(CheckpointError, match="S0 and B are not supported"):
         load_checkpoint(tmp_path / "mobileclip_s0.pt")

@@ -1,7 +1,7 @@
-"""MobileCLIP (arXiv 2311.17049, github.com/apple/ml-mobileclip): Apple's files of S1, S2 and B.
+"""MobileCLIP (arXiv 2311.17049, github.com/apple/ml-mobileclip): Apple's files of S1 and S2.
 
-open_clip has these networks and translates their names. S0 has another text tower, which open_clip
-does not have; its files are refused.
+open_clip has these networks and translates their names. Others are refused: S0 has a text tower
+that open_clip does not have, and timm's network of B gives other embeddings than Apple's.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from open_clip.convert import convert_state_dict
+from open_clip.convert import convert_mobile_clip_state_dict
 from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
@@ -22,10 +22,7 @@ from models.networks import create_own
 
 NAME = "mobile-clip"
 IMAGE, TEXT = "image_encoder.model.", "text_encoder."
-VIT = f"{IMAGE}patch_emb.0.block.conv.weight"
-TABLE = "visual.trunk.pos_embed"
-POSITIONS = f"{IMAGE}pos_embed.pos_embed.pos_embed"
-ARCHITECTURES = ("MobileCLIP-S1", "MobileCLIP-S2", "MobileCLIP-B")
+ARCHITECTURES = ("MobileCLIP-S1", "MobileCLIP-S2")
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
@@ -36,29 +33,25 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """The network is the one of S1, S2 and B that has these weights.
+    """The network is the one of S1 and S2 that has these weights.
 
     Raises:
-        CheckpointError: none of them has.
+        CheckpointError: neither has.
     """
     tensors = container.tensors
     left = [key for key in tensors if not key.startswith((IMAGE, TEXT)) and key != "logit_scale"]
-    # one is a ViT, the others are FastViTs
-    for architecture in ARCHITECTURES[2:] if VIT in tensors else ARCHITECTURES[:2]:
+    for architecture in ARCHITECTURES:
         config = read_configuration(container, {"architecture": architecture})
         state = _expected(config.model)
         network = SimpleNamespace(visual=state.pop("visual"))
-        named: dict[str, Tensor] = convert_state_dict(network, dict(tensors))
+        named: dict[str, Tensor] = convert_mobile_clip_state_dict(network, dict(tensors))
         shapes = {key: tuple(value.shape) for key, value in named.items()}
         fits = shapes == {key: tuple(value.shape) for key, value in state.items()}
-        # timm resizes positions of another input size, which makes more numbers of them, or fewer
-        if TABLE in named and tensors[POSITIONS].numel() != named[TABLE].numel():
-            fits = False
         if fits and not left:
             return convert_towers(NAME, replace(container, tensors=named), config)
     raise CheckpointError(
-        f"{container.path}: MobileCLIP, but not {', '.join(ARCHITECTURES)} with all their weights "
-        "and no others; S0 is not supported"
+        f"{container.path}: MobileCLIP, but neither {' nor '.join(ARCHITECTURES)} with all their "
+        "weights and no others; S0 and B are not supported"
     )
 
 
