@@ -11,9 +11,9 @@ AT_ONCE = 200
 
 
 async def describe_each(
-    names: Iterable[str], describe: Callable[[str], Description | None]
-) -> dict[str, Description | None]:
-    """The description of each name; None where it is gone meanwhile."""
+    names: Iterable[str], describe: Callable[[str], Description]
+) -> dict[str, Description]:
+    """What `describe` returns for each name."""
     described = {}
     for place, name in enumerate(names, 1):
         described[name] = describe(name)

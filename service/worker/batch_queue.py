@@ -1,7 +1,7 @@
 """The images that wait for one trunk. Pure policy: time is an argument, nothing here waits."""
 
 import math
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Hashable
 from dataclasses import InitVar, dataclass, field
 from typing import Any
@@ -68,12 +68,15 @@ class BatchQueue:
     decoded: Waiting[Entry] = field(default_factory=Waiting)
     # Entries that cannot be computed before their deadline, as far as is known.
     _late: deque[Entry] = field(default_factory=deque)
-    # the scheduler's queues that are not empty, by name
+    # All entries, in the order in which they were put.
+    _order: OrderedDict[Entry, None] = field(default_factory=OrderedDict)
+    # the scheduler's queues that are not empty, by name, and those in which something has changed
     _waiting: "dict[str, BatchQueue]" = field(default_factory=dict)
+    _changed: "set[BatchQueue]" = field(default_factory=set)
 
     def __post_init__(self, max_batch_size: int) -> None:
         self.limit = BatchLimit(max_batch_size)
-        self.places = Places(self.capacity)
+        self.places = Places(self.capacity, self._note_change)
 
     def __len__(self) -> int:
         return len(self.decoded) + len(self._late)
@@ -96,15 +99,27 @@ class BatchQueue:
             },
         }
 
-    def watch(self, waiting: "dict[str, BatchQueue]") -> None:
-        """Be in `waiting`, by name, while the queue is not empty."""
+    def watch(self, waiting: "dict[str, BatchQueue]", changed: "set[BatchQueue]") -> None:
+        """Be in `waiting`, by name, while the queue is not empty, and in `changed` whenever images
+        or their costs have changed."""
         self._waiting = waiting
+        self._changed = changed
+
+    def _note_change(self) -> None:
+        self._changed.add(self)
+
+    def ran(self, size: int, seconds: float) -> None:
+        """Count a batch of `size` images that took `seconds` of one lane."""
+        self.costs.add(size, seconds)
+        self._note_change()
 
     def put(self, entry: Entry, now: float) -> None:
         """Append an entry, for which a place was taken, to its flow."""
         entry.enqueued = now
         self.decoded.put(entry, entry.client, entry.flow, bulk=entry.bulk)
+        self._order[entry] = None
         self._waiting[self.name] = self
+        self._note_change()
 
     def sweep(self, now: float) -> list[Entry]:
         """Remove and return entries that are cancelled or past their deadline."""
@@ -144,6 +159,7 @@ class BatchQueue:
     def _left(self, entries: list[Entry]) -> None:
         """Give back the places of entries that have left the queue."""
         for entry in entries:
+            del self._order[entry]
             self.places.give_back(entry.client, 1, bulk=entry.bulk)
         if not len(self):
             self._waiting.pop(self.name, None)
@@ -158,8 +174,8 @@ class BatchQueue:
 
     def oldest(self) -> float:
         """When the oldest entry was put; infinity if the queue is empty."""
-        late = (entry.enqueued for entry in self._late)
-        return min((*late, *(entry.enqueued for entry in self.decoded.first())), default=math.inf)
+        entry = next(iter(self._order), None)
+        return math.inf if entry is None else entry.enqueued
 
     def due(self) -> float:
         """The earliest time at which a batch may leave.

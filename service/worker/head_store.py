@@ -82,7 +82,7 @@ class HeadStore:
 
     async def all(self) -> Sequence[HeadDescription]:
         names = dict.fromkeys([*self._folder.names(), *self._fit_jobs.names()])
-        described: dict[str, HeadDescription | None] = await describe_each(names, self._describe)
+        described = await describe_each(names, self._describe)
         return list(filter(None, described.values()))
 
     async def get(self, name: str) -> HeadDescription:

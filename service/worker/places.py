@@ -1,6 +1,7 @@
 """The places of one queue, counted in images. A place is taken before an image is decoded."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 # One place in this many is kept for interactive requests.
@@ -20,10 +21,12 @@ class Places:
     client cannot keep the others out.
 
     Args:
+        on_change: called when images have taken places or given them back.
         interactive, bulk: images by client.
     """
 
     capacity: int
+    on_change: Callable[[], None] = lambda: None
     taken: int = 0
     interactive: Counter[str] = field(default_factory=Counter)
     bulk: Counter[str] = field(default_factory=Counter)
@@ -46,6 +49,7 @@ class Places:
         """Take `count` places beyond the capacity, if it must be."""
         (self.bulk if bulk else self.interactive)[client] += count
         self.taken += count
+        self.on_change()
 
     def give_back(self, client: str, count: int, *, bulk: bool) -> None:
         """Give back `count` places."""
@@ -54,6 +58,7 @@ class Places:
         if not held[client]:
             del held[client]
         self.taken -= count
+        self.on_change()
 
     def fit(self, client: str, count: int, *, bulk: bool) -> bool:
         """Whether `count` places are free for this client."""

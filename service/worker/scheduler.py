@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from service.worker.batch_queue import BatchQueue, Entry
 from service.worker.turns import work_ahead
+from service.worker.workload import NS, Workload
 
 # How many clients' last turns are remembered.
 MAX_CLIENTS = 1024
@@ -49,6 +50,9 @@ class Scheduler:
         self.running: list[Batch] = []
         # Dispatch looks only at these, so a thousand idle queues cost it nothing.
         self._waiting: dict[str, BatchQueue] = {}
+        self._workload = Workload()
+        # Queues whose part of it is out of date.
+        self._changed: set[BatchQueue] = set()
         # The number of the last batch that began with an entry of the client.
         self._last_turns: OrderedDict[str | None, int] = OrderedDict()
         self._batches = 0
@@ -57,7 +61,7 @@ class Scheduler:
         """Add a queue, which is empty."""
         self.queues[queue.name] = queue
         queue.gathering_lanes = self.lanes if self.cpu else 0
-        queue.watch(self._waiting)
+        queue.watch(self._waiting, self._changed)
 
     @property
     def is_waiting(self) -> bool:
@@ -91,7 +95,7 @@ class Scheduler:
         if not self.running:
             self.idle_since = now
         lanes = self.lanes if batch.wide else 1
-        batch.queue.costs.add(len(batch.entries), (now - batch.started) * lanes)
+        batch.queue.ran(len(batch.entries), (now - batch.started) * lanes)
 
     def next_due(self) -> float:
         """When to call `next_batch` again if no entry is put and no batch ends before then."""
@@ -99,7 +103,7 @@ class Scheduler:
 
     def queue_seconds(self) -> float:
         """Estimated seconds until all images admitted now have been computed."""
-        return sum(map(_admitted_seconds, self.queues.values())) / self.lanes
+        return self._work().seconds / self.lanes
 
     def seconds_ahead(
         self, client: str, own: float, now: float, *, bulk: bool, decoded: bool = False
@@ -110,21 +114,17 @@ class Scheduler:
             own: lane seconds of those images.
             decoded: count only images that wait in a queue, not those that are to be decoded.
         """
-        work: tuple[dict[str, float], dict[str, float]] = ({}, {})
-        for queue in self.queues.values():
-            if not queue.admitted:
-                continue
-            cost = queue.costs.per_image(min(queue.admitted, queue.limit.value))
-            holders = (
-                (queue.decoded.interactive.counts, queue.decoded.bulk.counts)
-                if decoded
-                else (queue.places.interactive, queue.places.bulk)
-            )
-            for seconds, counts in zip(work, holders, strict=True):
-                for name, count in counts.items():
-                    seconds[name] = seconds.get(name, 0.0) + count * cost
-        ahead = work_ahead(*work, client, own, is_bulk=bulk)
+        work = self._work()
+        waiting = work.decoded if decoded else work.admitted
+        ahead = work_ahead(*waiting, client, own * NS, is_bulk=bulk) / NS
         return (ahead + sum(self._remaining(batch, now) for batch in self.running)) / self.lanes
+
+    def _work(self) -> Workload:
+        """What waits now."""
+        for queue in self._changed:
+            self._workload.update(queue)
+        self._changed.clear()
+        return self._workload
 
     def _remaining(self, batch: Batch, now: float) -> float:
         """Estimated lane seconds that a running batch still takes."""
@@ -157,8 +157,3 @@ class Scheduler:
             return False
         alone = len(self._waiting) == 1 and len(queue) == 1 and not queue.decodes_on_all_cores
         return alone and queue.oldest() >= self.idle_since
-
-
-def _admitted_seconds(queue: BatchQueue) -> float:
-    size = min(queue.admitted, queue.limit.value)
-    return queue.admitted * queue.costs.per_image(size) if size else 0.0

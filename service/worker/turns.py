@@ -5,7 +5,7 @@ neither a client with many requests nor a request with many images delays the ot
 """
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -71,10 +71,6 @@ class Turns(Generic[T]):
         if not self.counts[client]:
             del self.counts[client]
 
-    def first(self) -> Iterator[T]:
-        """The first item of every flow."""
-        return (items[0] for flows in self._clients.values() for items in flows.values())
-
     def next_client(self) -> str | None:
         """The client whose turn it is."""
         return next(iter(self._clients), None)
@@ -109,11 +105,6 @@ class Waiting(Generic[T]):
         removed = self.interactive.remove(where) + self.bulk.remove(where)
         self._length -= len(removed)
         return removed
-
-    def first(self) -> Iterator[T]:
-        """The first item of every flow."""
-        yield from self.interactive.first()
-        yield from self.bulk.first()
 
     def next_client(self) -> str | None:
         """The client whose turn it is, but for bulk turns."""

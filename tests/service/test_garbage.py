@@ -11,11 +11,12 @@ from tests.conftest import running, wait_until
 
 
 def test_only_loads_leave_objects_out(tiny_catalog: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    syncs: list[None] = []
+    syncs: list[bool] = []
     sync = HeadStore._sync
 
-    def counted(self: HeadStore) -> None:
+    def counted(self: HeadStore) -> bool:
         syncs.append(sync(self))
+        return syncs[-1]
 
     monkeypatch.setattr(HeadStore, "_sync", counted)
     monkeypatch.setattr(head_store, "INTERVAL_S", 0.01)

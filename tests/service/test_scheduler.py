@@ -2,12 +2,15 @@
 
 import math
 import random
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from service.worker.batch_queue import GATHER_IMAGES, GATHER_S, BatchQueue, Entry
 from service.worker.places import QueueFull
 from service.worker.scheduler import Batch, Scheduler
+from service.worker.turns import work_ahead
 
 
 def queue(name: str = "q", **settings: object) -> BatchQueue:
@@ -243,6 +246,18 @@ def test_a_gpu_does_not_gather() -> None:
     assert take(policy, now=1.0) == ["a"]
 
 
+class NotListed(dict[str, BatchQueue]):
+    """Queues that are asked for by name alone."""
+
+    def __iter__(self) -> Iterator[str]:
+        raise AssertionError("looks at every queue")
+
+    def values(self) -> Any:
+        raise AssertionError("looks at every queue")
+
+    items = keys = values
+
+
 def test_dispatch_looks_only_at_queues_that_hold_something() -> None:
     idle = [Idle(str(number), max_batch_size=8, capacity=64) for number in range(1000)]
     busy = queue("busy")
@@ -261,6 +276,53 @@ def test_the_estimate_of_queued_work_follows_what_batches_cost() -> None:
     policy.finish(batch, 1.0)  # half a second an image
     q.places.take("", 8, bulk=False)
     assert policy.queue_seconds() == pytest.approx(8 * 0.5 / 2)
+
+
+def test_the_work_that_waits_is_the_sum_over_all_queues_whatever_happens() -> None:
+    chance = random.Random(2)
+    queues = [queue(str(number), max_batch_size=4) for number in range(5)]
+    policy, now = scheduler(*queues, lanes=2), 0.0
+    policy.queues = NotListed(policy.queues)
+
+    def work(decoded: bool) -> list[dict[str, float]]:
+        sums: list[dict[str, float]] = [{}, {}]
+        for q in queues:
+            each = q.costs.per_image(min(q.admitted, 4)) if q.admitted else 0.0
+            waiting = (q.decoded.interactive.counts, q.decoded.bulk.counts)
+            for total, counts in zip(
+                sums, waiting if decoded else (q.places.interactive, q.places.bulk), strict=True
+            ):
+                for client, count in counts.items():
+                    total[client] = total.get(client, 0.0) + count * each
+        return sums
+
+    for _ in range(1000):
+        q, now = chance.choice(queues), now + chance.random()
+        client, bulk = chance.choice("abc"), chance.random() < 0.3
+        if chance.random() < 0.5 and q.admitted < 30:
+            put(q, "x", now=now, client=client, bulk=bulk)
+        if chance.random() < 0.2 and q.admitted < 30:
+            q.places.take(client, 2, bulk=bulk)  # they are being decoded
+            q.places.give_back(client, 1, bulk=bulk)
+            put(q, "y", now=now, client=client, bulk=bulk)
+            q.places.give_back(client, 1, bulk=bulk)
+        if chance.random() < 0.5:
+            policy.next_batch(now)
+        if policy.running and chance.random() < 0.5:
+            policy.finish(chance.choice(policy.running), now)
+        for decoded in (False, True):
+            ahead = work_ahead(*work(decoded), client, 0.5, is_bulk=bulk)
+            running = sum(policy._remaining(batch, now) for batch in policy.running)
+            found = policy.seconds_ahead(client, 0.5, now, bulk=bulk, decoded=decoded)
+            assert found == pytest.approx((ahead + running) / 2, abs=1e-6)
+        seconds = sum(sum(part.values()) for part in work(False)) / 2
+        assert policy.queue_seconds() == pytest.approx(seconds, abs=1e-6)
+    while any(map(len, queues)) or policy.running:
+        policy.next_batch(now)
+        for batch in list(policy.running):
+            policy.finish(batch, now)
+    assert policy.queue_seconds() == 0
+    assert policy.seconds_ahead("a", 0.5, now, bulk=False) == 0
 
 
 def test_nothing_is_lost_or_run_twice_whatever_happens() -> None:
