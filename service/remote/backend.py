@@ -56,7 +56,7 @@ class RemoteBackend:
         if remaining_s <= 0:
             raise DeadlineExceededError("the deadline passed before the body was read")
         refusal = None
-        for worker in self._workers:
+        for worker in self._workers if model is None else self._workers.having(model):
             for trunk in worker.trunks_of(model) if worker.up else ():
                 refusal = worker.refusals.find(trunk, bulk=bulk, remaining_s=remaining_s)
                 if refusal is None:
@@ -168,7 +168,7 @@ class RemoteBackend:
         self, name: str, work: Callable[[Worker, str], Coroutine[Any, Any, None]]
     ) -> None:
         """Do `work` on every reachable worker whose catalog has the model."""
-        workers = [w for w in self._workers if w.up and name in w.models]
+        workers = [w for w in self._workers.having(name) if w.up]
         if not workers:
             raise self._router.not_ready(name)
         await run_all(work(worker, name) for worker in workers)

@@ -21,6 +21,9 @@ from service.types import Call, InferRequest
 # How long a new request waits for a worker while some of them cannot be reached.
 ROUTE_TIMEOUT_S = 1.0
 POLL_S = 0.02
+# The least busy of so many workers is hardly busier than that of all (Mitzenmacher, "The Power of
+# Two Choices in Randomized Load Balancing", 2001), and is found as quickly among a thousand.
+SAMPLE = 16
 
 TOO_LATE = "the deadline passed before another worker was ready"
 
@@ -63,14 +66,12 @@ class Router:
         left = list(range(len(models)))
         parts: list[tuple[Worker, list[int]]] = []
         while left or not parts:
-            able: dict[Worker, list[int]] = {
-                worker: [i for i in left if worker.has_ready(models[i])] for worker in self._workers
-            }
-            if any(places for worker, places in able.items() if not worker.health.draining):
+            able = self._able(models, left)
+            if any(not worker.health.draining for worker in able):
                 able = {w: places for w, places in able.items() if not w.health.draining}
-            most = max((len(places) for places in able.values()), default=0)
-            if most == 0:
+            if not able:
                 raise self.not_ready(models[left[0]])
+            most = max(map(len, able.values()))
             equal = [worker for worker, places in able.items() if len(places) == most]
             # workers that lost the request or keep failing only if there are no others
             chosen = min(
@@ -79,6 +80,22 @@ class Router:
             parts.append((chosen, able[chosen]))
             left = [i for i in left if i not in able[chosen]]
         return parts
+
+    def _able(self, models: Sequence[str], left: Sequence[int]) -> dict[Worker, list[int]]:
+        """Workers that have any of the models ready, each with the positions of those models.
+
+        For a model that many have, these are SAMPLE of them, unless none of those is good.
+        """
+        able: dict[Worker, list[int]] = {}
+        for model in dict.fromkeys(models[i] for i in left):
+            having = self._workers.having(model)
+            some = having if len(having) <= SAMPLE else random.sample(having, SAMPLE)
+            if not any(_is_good(worker, model) for worker in some):
+                some = having
+            able |= {worker: [] for worker in some if worker.has_ready(model)}
+        for worker, places in able.items():
+            places += [i for i in left if worker.has_ready(models[i])]
+        return able
 
     def with_model(self, call: Call) -> Call:
         """The call with its model's name, which is the task's default model if it has none."""
@@ -109,3 +126,8 @@ class Router:
         if not some:
             return UnavailableError("no worker can be reached", retry_after_s=1)
         return NotFoundError(f"no model {name!r} in the catalog; it has {some}", field="model")
+
+
+def _is_good(worker: Worker, model: str) -> bool:
+    """Whether nothing speaks against a worker."""
+    return worker.has_ready(model) and not worker.health.draining and not worker.ejected

@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterator
+from collections import defaultdict
+from collections.abc import Coroutine, Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -34,6 +36,8 @@ class Workers:
         self._discovery = Discovery(settings.workers)
         self._credentials = WorkerCredentials(settings)
         self._by_address: dict[str, Worker] = {}
+        # For each model the workers that know it, by address.
+        self._holders: defaultdict[str, dict[str, Worker]] = defaultdict(dict)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __iter__(self) -> Iterator[Worker]:
@@ -53,29 +57,37 @@ class Workers:
 
     def knows(self, model: str) -> bool:
         """Whether any worker's catalog has the model."""
-        return any(model in worker.models for worker in self)
+        return model in self._holders
+
+    def having(self, model: str) -> Sequence[Worker]:
+        """The workers whose catalogs have a model."""
+        return list(self._holders[model].values()) if model in self._holders else []
 
     def names(self) -> Iterator[str]:
         """The names of all models, each once."""
-        return iter(dict.fromkeys(self._all_names()))
+        return iter(dict.fromkeys(chain.from_iterable(worker.models for worker in self)))
 
     def some_names(self) -> list[str]:
         """Up to ten models' names, in alphabetical order."""
-        return sorted(set(islice(self._all_names(), 10)))
+        return sorted(islice(self._holders, 10))
 
     def describe(self, model: str) -> ModelDescription | None:
         """A model's description by the worker where it is closest to answering."""
-        return best_description(model, self)
+        return best_description(model, self.having(model))
 
     def default_model(self, task: str) -> str | None:
         """The model that does a task by default, by the first worker that has one."""
         names = (worker.known.defaults.get(task) for worker in self)
         return next((name for name in names if name is not None), None)
 
-    def _all_names(self) -> Iterator[str]:
-        return chain.from_iterable(worker.models for worker in self)
-
-    def _note_change(self, model: str) -> None:
+    def _note_change(self, address: str, model: str) -> None:
+        worker, holders = self._by_address.get(address), self._holders[model]
+        if worker is not None and model in worker.models:
+            holders[address] = worker
+        else:
+            holders.pop(address, None)
+            if not holders:
+                del self._holders[model]
         self.changes.touch(model, removed=not self.knows(model))
 
     async def _keep_discovering(self) -> None:
@@ -93,13 +105,13 @@ class Workers:
                 name = self._discovery.names.get(address, "")
                 self._by_address[address] = Worker(
                     address, self._settings, self._metrics, self._credentials,
-                    self._note_change, name,
+                    partial(self._note_change, address), name,
                 )  # fmt: skip
         for address in self._by_address.keys() - addresses:
             logger.info("worker %s was removed", address)
             removed = self._by_address.pop(address)
             for name in removed.models:
-                self._note_change(name)
+                self._note_change(address, name)
             self._spawn(removed.close())
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:

@@ -1,0 +1,88 @@
+"""Which worker is chosen, among many that exist only here."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import pytest
+
+from service.errors import NotFoundError, UnavailableError
+from service.remote.routing import SAMPLE, Router
+from service.remote.worker import Worker
+from service.remote.workers import Workers
+from service.types import Health
+
+NOBODY = frozenset[Worker]()
+
+
+class Known:
+    """A worker, as a gateway knows it."""
+
+    asked = 0
+
+    def __init__(self, *models: str, outstanding: int = 0, up: bool = True) -> None:
+        self.models = dict.fromkeys(models)
+        self.outstanding = outstanding
+        self.up = up
+        self.ejected = False
+        self.health = Health(live=True, ready=True)
+
+    def has_ready(self, model: str) -> bool:
+        Known.asked += 1
+        return self.up and model in self.models
+
+
+class Fleet(list[Known]):
+    """Workers by model."""
+
+    def having(self, model: str) -> Sequence[Known]:
+        return [worker for worker in self if model in worker.models]
+
+    def describe(self, model: str) -> Any:
+        return None
+
+    def some_names(self) -> list[str]:
+        return ["some"]
+
+
+def choose(fleet: Fleet, *models: str, avoid: Sequence[Known] = ()) -> list[tuple[Any, list[int]]]:
+    router = Router(cast(Workers, fleet))
+    return cast(Any, router._choose(models, frozenset(cast(Sequence[Worker], avoid))))
+
+
+def test_the_least_busy_worker_that_has_the_model_is_chosen() -> None:
+    fleet = Fleet([Known("a", outstanding=2), Known("a", outstanding=1), Known("b")])
+    assert choose(fleet, "a") == [(fleet[1], [0])]
+    assert choose(fleet, "a", avoid=[fleet[1]]) == [(fleet[0], [0])]
+
+
+def test_a_request_goes_to_the_fewest_workers() -> None:
+    fleet = Fleet([Known("a"), Known("b"), Known("a", "b", outstanding=9), Known("c")])
+    assert choose(fleet, "a", "b") == [(fleet[2], [0, 1])]
+    assert choose(fleet, "b", "c", "a") == [(fleet[2], [0, 2]), (fleet[3], [1])]
+
+
+def test_a_choice_among_many_asks_few() -> None:
+    fleet = Fleet(Known("a", outstanding=number) for number in range(1000))
+    Known.asked = 0
+    chosen = {choose(fleet, "a")[0][0].outstanding for _ in range(50)}
+    assert Known.asked <= 50 * 3 * SAMPLE
+    assert max(chosen) < 900  # the least busy of 16, each time others
+    assert len(chosen) > 10
+
+
+def test_the_only_good_worker_of_many_is_found() -> None:
+    fleet = Fleet(Known("a", up=False) for _ in range(200))
+    for worker in fleet[:100]:
+        worker.up, worker.health = True, Health(live=True, ready=True, draining=True)
+    fleet[150].up, fleet[150].outstanding = True, 99
+    assert choose(fleet, "a") == [(fleet[150], [0])]
+    fleet[150].up = False
+    [(chosen, _)] = choose(fleet, "a")
+    assert chosen.health.draining  # rather than an error
+
+
+def test_an_unknown_model_is_an_error() -> None:
+    with pytest.raises(NotFoundError, match="some"):
+        choose(Fleet([Known("a")]), "b")
+    with pytest.raises((NotFoundError, UnavailableError)):
+        choose(Fleet([Known("a", up=False)]), "a")
