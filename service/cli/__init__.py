@@ -14,6 +14,7 @@ from service.cli import (
     health,
     keys,
     models,
+    plan,
     ray,
     retrieval,
     serve,
@@ -62,6 +63,7 @@ for name, command, panel in (
     ("search", retrieval.search, IMAGES),
     ("fit", fit.fit, MODELS),
     ("tune", tune.tune, MODELS),
+    ("plan", plan.plan, MODELS),
     ("bulk", bulk.bulk, MODELS),
 ):
     app.command(name, rich_help_panel=panel)(command)

@@ -93,6 +93,7 @@ class BatchQueue:
             "admitted_images": self.admitted,
             "decoded_images": len(self),
             "late_images": len(self._late),
+            "pass_seconds": self.costs.passes(),
             "admitted": {
                 "interactive": dict(self.places.interactive),
                 "bulk": dict(self.places.bulk),

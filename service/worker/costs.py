@@ -27,6 +27,10 @@ class BatchCosts:
         key = _key(size)
         self._per_image[key] = moved(self._per_image.get(key), seconds / size)
 
+    def passes(self) -> dict[int, float]:
+        """Lane seconds of a pass, for those powers of two near which some have run."""
+        return {1 << key: (1 << key) * self._per_image[key] for key in sorted(self._per_image)}
+
     def per_image(self, size: int) -> float:
         """Lane seconds of an image in a batch of that size; of the next smaller size where none of
         it has run, else of the next larger one; 0 before the first batch."""

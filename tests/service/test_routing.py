@@ -46,7 +46,9 @@ class Fleet(list[Known]):
 
 def choose(fleet: Fleet, *models: str, avoid: Sequence[Known] = ()) -> list[tuple[Any, list[int]]]:
     router = Router(cast(Workers, fleet))
-    return cast(Any, router._choose(models, frozenset(cast(Sequence[Worker], avoid))))
+    chosen: list[tuple[Any, list[int]]] = []
+    chosen += router._choose(models, frozenset(cast(Sequence[Worker], avoid)))
+    return chosen
 
 
 def test_the_least_busy_worker_that_has_the_model_is_chosen() -> None:

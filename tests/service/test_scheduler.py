@@ -311,7 +311,8 @@ def test_the_work_that_waits_is_the_sum_over_all_queues_whatever_happens() -> No
         if policy.running and chance.random() < 0.5:
             policy.finish(chance.choice(policy.running), now)
         for decoded in (False, True):
-            ahead = work_ahead(*work(decoded), client, 0.5, is_bulk=bulk)
+            interactive, waiting_bulk = work(decoded)
+            ahead = work_ahead(interactive, waiting_bulk, client, 0.5, is_bulk=bulk)
             running = sum(policy._remaining(batch, now) for batch in policy.running)
             found = policy.seconds_ahead(client, 0.5, now, bulk=bulk, decoded=decoded)
             assert found == pytest.approx((ahead + running) / 2, abs=1e-6)

@@ -1,0 +1,146 @@
+"""How far `vitrail plan` is off: `python -m benchmarks.capacity [--fleet] [--worker]`.
+
+Prints the model's latencies beside those of the scheduler in virtual time. `--fleet` plans a
+thousand trunks, whose rates follow Zipf's law, and simulates every device. `--worker` sends photos
+at random times to a worker in this process, and compares the time that they spend in the queue and
+in passes with what is predicted from the passes that it measured; the machine should be idle.
+"""
+
+import argparse
+import asyncio
+import random
+import time
+
+from prometheus_client import CollectorRegistry
+
+from benchmarks.photos import jpegs
+from models import Registry
+from service.metrics import Metrics
+from service.planning.load import TrunkLoad
+from service.planning.placement import place
+from service.planning.queueing import Prediction, predict
+from service.planning.simulation import Simulated, simulate
+from service.types import Call, InferRequest
+from service.worker.backend import LocalBackend
+from service.worker_options import WorkerOptions
+
+# A ViT-S/16 on two cores, by the images in a pass.
+PASSES = {1: 0.010, 4: 0.025, 16: 0.085, 32: 0.165}
+IMAGES = 50_000
+SHARES = (0.2, 0.5, 0.7, 0.85)
+TRUNKS = 1000
+FLEET_RATE = 60_000.0
+FLEET_IMAGES = 2000
+TARGET_S = 0.200
+MODEL = "efficientnet-lite0"
+SECONDS = 12.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--fleet", action="store_true")
+    parser.add_argument("--worker", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.fleet:
+        fleet()
+    elif arguments.worker:
+        asyncio.run(worker())
+    else:
+        errors()
+
+
+def errors() -> None:
+    head()
+    for lanes in (1, 2):
+        for share in SHARES:
+            alone = load("a", share * lanes)
+            [seen] = simulate([alone], images=IMAGES, lanes=lanes)
+            row(f"{lanes} lanes", share, predict(alone, lanes), seen)
+
+
+def load(name: str, share: float) -> TrunkLoad:
+    return TrunkLoad(name, share / TrunkLoad(name, 1.0, PASSES).utilization, PASSES)
+
+
+def head() -> None:
+    print("| | busy | p50 ms, model | scheduler | p99 ms, model | scheduler |")
+    print("|---|--:|--:|--:|--:|--:|")
+
+
+def row(name: str, share: float, predicted: Prediction, seen: Simulated) -> None:
+    cells = predicted.p50, seen.quantile(0.5), predicted.p99, seen.quantile(0.99)
+    figures = " | ".join(f"{seconds * 1e3:.1f}" for seconds in cells)
+    print(f"| {name} | {share:.0%} | {figures} |", flush=True)
+
+
+def fleet() -> None:
+    chance = random.Random(0)
+    weights = [1 / rank for rank in range(1, TRUNKS + 1)]
+    rates = [FLEET_RATE * weight / sum(weights) for weight in weights]
+    loads = [
+        TrunkLoad(str(n), rate, {s: t * chance.uniform(0.5, 3) for s, t in PASSES.items()})
+        for n, rate in enumerate(rates)
+    ]
+    started = time.perf_counter()
+    devices = place(loads, TARGET_S)
+    planned = time.perf_counter() - started
+    worst, images = [], 0
+    started = time.perf_counter()
+    for device in devices:
+        for number in range(device.count):
+            seen = simulate(device.loads, images=FLEET_IMAGES, seed=number)
+            worst += [each.quantile(0.99) for each in seen if len(each.latencies) >= 100]
+            images += FLEET_IMAGES
+    late = sum(p99 > TARGET_S for p99 in worst)
+    print(
+        f"{TRUNKS} trunks, {FLEET_RATE:.0f} images/s, p99 of {TARGET_S * 1e3:.0f} ms: "
+        f"{sum(device.count for device in devices)} devices, planned in {planned:.1f} s; "
+        f"{images} images simulated in {time.perf_counter() - started:.0f} s; "
+        f"{late} of {len(worst)} trunks on a device above the target, at most "
+        f"{max(worst) * 1e3:.0f} ms"
+    )
+
+
+async def worker() -> None:
+    registry = Registry.from_catalog("demo", device="cpu")
+    backend = LocalBackend(registry, WorkerOptions(startup=(MODEL,)), Metrics(CollectorRegistry()))
+    lanes, trunk = backend.options.streams, registry.catalog.model(MODEL).trunk
+    photos = jpegs()
+    await backend.start()
+    await backend.load(MODEL)
+
+    async def ask(photo: bytes) -> float:
+        deadline = time.monotonic() + 60
+        request = InferRequest(inputs=[photo], calls=[Call(MODEL, "classify")], deadline=deadline)
+        [image] = (await backend.infer(request)).images
+        assert image.timing is not None, image.error
+        return (image.timing.queue_ms + image.timing.compute_ms) / 1e3
+
+    async def rush(rate: float, seconds: float) -> list[float]:
+        """Poisson arrivals, whether or not earlier ones are answered."""
+        chance, tasks, due = random.Random(1), [], time.monotonic()
+        end = due + seconds
+        while due < end:
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            tasks.append(asyncio.create_task(ask(chance.choice(photos))))
+            due += chance.expovariate(rate)
+        return await asyncio.gather(*tasks)
+
+    await asyncio.gather(*(ask(photo) for _ in range(8) for photo in photos))
+    started, count = time.monotonic(), 0
+    while time.monotonic() < started + SECONDS / 2:
+        count += len(await asyncio.gather(*(ask(photo) for photo in photos)))
+    capacity = count / (time.monotonic() - started)
+    print(f"capacity: {capacity:.0f} photos/s, {lanes} lanes", flush=True)
+    head()
+    for share in (0.3, 0.5, 0.7):
+        seen = await rush(share * capacity, SECONDS)
+        costs = backend.state()["queues"][trunk]["pass_seconds"]
+        predicted = predict(TrunkLoad(trunk, share * capacity, costs, 16), lanes)
+        row("worker", share, predicted, Simulated(seen))
+        print(f"passes: { {s: round(1e3 * t, 1) for s, t in costs.items()} } ms", flush=True)
+    await backend.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How many devices a load needs, and how long its requests will take."""
