@@ -13,12 +13,12 @@ from service.planning.simulation import Simulated, simulate
 SHARED_UTILIZATION = 0.7
 # The scheduler is simulated with so many images for each set of trunks that might share a device,
 # and must keep to this share of the target: the 99th percentile of so few varies.
-SHARED_IMAGES = 4000
+SHARED_IMAGES = 2000
 SHARED_MARGIN = 0.9
 # Trunks with fewer images in the simulation are taken to wait as long as all of them do.
-MIN_IMAGES = 400
+MIN_IMAGES = 200
 # Shared devices that are tried for a trunk, the fullest ones first.
-TRIED = 2
+TRIED = 1
 MAX_DEVICES = 100_000
 
 

@@ -5,8 +5,10 @@ Nothing waits, so that a thousand devices are simulated in seconds.
 
 import heapq
 import random
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 
@@ -50,14 +52,14 @@ def simulate(
         scheduler.add(queue)
     seconds = [load.seconds() for load in loads]
     results = [Simulated() for _ in loads]
-    rates = [load.rate for load in loads]
-    total = sum(rates)
+    rates = list(accumulate(load.rate for load in loads))
+    total = rates[-1]
     ends: list[tuple[float, int, Batch]] = []
     arrival, number = chance.expovariate(total), 0
     counted_from = images / 10 / total  # seconds
     while number < images or ends:
         if number < images and (not ends or arrival <= ends[0][0]):
-            now, place = arrival, chance.choices(range(len(loads)), rates)[0]
+            now, place = arrival, bisect(rates, chance.random() * total)
             entry = Entry(place, flow=number, client="")
             queues[place].places.take(entry.client, 1, bulk=False)
             queues[place].put(entry, now)
