@@ -15,13 +15,13 @@ from ray import serve
 from models.description import ModelDescription, State
 from models.heads.files import write_whole
 from service.clients import client
-from service.errors import InternalError, ServiceError
+from service.errors import InternalError, ServiceError, UnavailableError
 from service.logs import configure_logs, request_id
 from service.processes.worker import create_backend
 from service.ray.groups import TrunkGroup
 from service.ray.messages import Caller, Sent, Snapshot
 from service.ray.scaling import QUEUE_SECONDS
-from service.ray.state import SUFFIX, find_state
+from service.ray.state import SUFFIX, Changes, Version, ask, find_state
 from service.settings import Settings
 from service.types import FitRequest, HeadUpload, InferResult
 
@@ -56,7 +56,7 @@ class Replica:
         self._backend, _ = create_backend(settings.model_copy(update=own), only=group.models)
         self._models = frozenset(group.models)
         self._state = find_state()
-        self._version = 0
+        self._version = Version()
         # The heads' files that the state actor has: modification time in ns and size in bytes.
         self._synced: dict[str, tuple[int, int]] = {}
         await self._backend.start()
@@ -109,7 +109,7 @@ class Replica:
 
         async def put() -> bytes:
             await self._backend.heads.put(upload)
-            return self._remember(self._folder / f"{upload.name}{SUFFIX}")
+            return (self._folder / f"{upload.name}{SUFFIX}").read_bytes()
 
         return await self._answer(caller, put)
 
@@ -151,18 +151,23 @@ class Replica:
             try:
                 await self._push()
                 await self._pull()
-            except Exception:  # the actor is restarting; the next round tries again
-                logger.exception("the state of the cluster cannot be read")
+            except UnavailableError as error:  # the actor is restarting; the next round tries again
+                logger.warning("%s", error.detail)
+            except Exception:
+                logger.exception("the state of the cluster cannot be applied")
             await asyncio.sleep(SYNC_INTERVAL_S)
 
     async def _push(self) -> None:
-        """Send the heads that were fitted here."""
+        """Send the heads that the state actor lacks, such as those that were fitted here."""
         for path in self._folder.glob(f"*{SUFFIX}"):
-            if self._synced.get(path.stem) != _stamp(path):
-                await self._state.put_head.remote(path.stem, self._remember(path))
+            if self._synced.get(path.stem) != (stamp := _stamp(path)):
+                await self._ask("put_head", path.stem, path.read_bytes())
+                self._synced[path.stem] = stamp
 
     async def _pull(self) -> None:
-        changes = await self._state.since.remote(self._version)
+        changes: Changes = await self._ask("since", self._version)
+        if changes.reset:  # what the actor lacks is sent to it next
+            self._synced.clear()
         for name, content in changes.heads.items():
             path = self._folder / f"{name}{SUFFIX}"
             if content is None:
@@ -171,7 +176,7 @@ class Replica:
             elif not path.exists() or path.read_bytes() != content:
                 write_whole(path, content)
             if content is not None:
-                self._remember(path)
+                self._synced[name] = _stamp(path)
         heads = {head.name for head in await self._backend.heads.all()}
         for model, loaded in changes.loaded.items():
             if model not in self._models | heads:
@@ -183,10 +188,8 @@ class Replica:
                 logger.error("model %s: %s", model, error.detail)
         self._version = changes.version
 
-    def _remember(self, path: Path) -> bytes:
-        """Note that the state actor has this file, or is about to. Returns its content."""
-        self._synced[path.stem] = _stamp(path)
-        return path.read_bytes()
+    async def _ask(self, method: str, *arguments: Any) -> Any:
+        return await ask(lambda: self._state, method, *arguments)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

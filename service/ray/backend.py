@@ -9,8 +9,9 @@ from typing import Any
 
 from models.catalog import Catalog
 from models.description import ModelDescription
-from service.ray.group import Group, raise_error
+from service.ray.group import LOAD_TIMEOUT_S, Group, raise_error
 from service.ray.heads import RayHeads
+from service.ray.state import ask
 from service.remote.merging import merge, run_all
 from service.types import Call, Health, InferRequest, InferResult, ModelChanges
 
@@ -135,8 +136,9 @@ class RayBackend:
 
     async def _everywhere(self, method: str, name: str, *, loaded: bool) -> ModelDescription:
         if self.knows(name):  # first, so that no replica applies an earlier state afterwards
-            await self._state().set_loaded.remote(name, loaded)
-        for result in await self._group_of(name).every(method, name):
+            await ask(self._state, "set_loaded", name, loaded)
+        group = self._group_of(name)
+        for result in await group.every(method, name, timeout_s=LOAD_TIMEOUT_S):
             raise_error(result)
         return await self.model(name)
 

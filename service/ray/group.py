@@ -28,6 +28,9 @@ from service.types import InferRequest, InferResult
 logger = logging.getLogger(__name__)
 
 SNAPSHOT_TIMEOUT_S = 5.0
+# What changes models or heads. Loading is fetching weights, building and warming up.
+ADMIN_TIMEOUT_S = 60.0
+LOAD_TIMEOUT_S = 900.0
 # The replica answers at the deadline with what is done by then. This is for the answer to arrive.
 ANSWER_MARGIN_S = 1.0
 # How often a request is sent. One that kills its replicas costs no more than these.
@@ -90,27 +93,50 @@ class Group:
                 f"trunk {self.name!r} is loading", retry_after_s=LOADING_RETRY_AFTER_S
             )
 
-    async def one(self, method: str, *arguments: Any) -> Any:
+    async def one(self, method: str, *arguments: Any, timeout_s: float = ADMIN_TIMEOUT_S) -> Any:
         """Call a method of one replica.
 
         Raises:
-            ServiceError: the replica's own error, or there is none.
+            ServiceError: the replica's own error, there is none, or it does not answer in time.
         """
         self._check_started()
+        response = getattr(self._handle, method).remote(caller(), *arguments)
         try:
-            return raise_error(await getattr(self._handle, method).remote(caller(), *arguments))
-        except RayError as error:
+            async with asyncio.timeout(timeout_s) as limit:
+                return raise_error(await response)
+        except (TimeoutError, RayError, *LOST) as error:
+            if limit.expired():
+                raise DeadlineExceededError(
+                    f"no replica of trunk {self.name!r} answered within {timeout_s:g} s"
+                ) from error
             raise UnavailableError("a replica was lost during the request") from error
+        finally:
+            response.cancel()  # does nothing to one that is done
 
-    async def every(self, method: str, *arguments: Any) -> list[Any]:
+    async def every(
+        self, method: str, *arguments: Any, timeout_s: float = ADMIN_TIMEOUT_S
+    ) -> list[Any]:
         """Call a method of every replica, and refresh their snapshots.
 
         Returns:
             Results, and the errors that replicas returned. Replicas that are lost are left out.
+
+        Raises:
+            ServiceError: there is no replica, or some do not answer in time. Those that did have
+                done it.
         """
         self._check_started()
         broadcast = self._handle.broadcast(method, caller(), *arguments)
-        results = await broadcast.results_async(return_exceptions=True)
+        try:
+            results = await broadcast.results_async(timeout_s=timeout_s, return_exceptions=True)
+        except TimeoutError as error:
+            raise DeadlineExceededError(
+                f"not every replica of trunk {self.name!r} answered within {timeout_s:g} s"
+            ) from error
+        except LOST as error:
+            raise UnavailableError(
+                f"trunk {self.name!r} has no replica", retry_after_s=1
+            ) from error
         await self.refresh()
         return [result for result in results if not _is_lost(result)]
 

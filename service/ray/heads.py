@@ -7,6 +7,7 @@ from models.description import HeadDescription
 from service.errors import NotFoundError, ServiceError, UnavailableError
 from service.ray.group import Group, raise_error
 from service.ray.head_file import trunk_of
+from service.ray.state import ask
 from service.types import FitRequest, HeadUpload
 
 
@@ -30,7 +31,7 @@ class RayHeads:
     async def put(self, upload: HeadUpload) -> HeadDescription:
         group = self._group_with(upload.trunk or trunk_of(upload.content))
         content = _first(await group.every("put_head", upload))
-        await self._state().put_head.remote(upload.name, content)
+        await ask(self._state, "put_head", upload.name, content)
         return await self.get(upload.name)
 
     async def fit(self, request: FitRequest) -> HeadDescription:
@@ -45,7 +46,7 @@ class RayHeads:
         errors = [result for result in results if isinstance(result, ServiceError)]
         if len(missing) == len(results) or len(missing) < len(errors):
             raise next((e for e in errors if e not in missing), errors[0])
-        await self._state().delete_head.remote(name)
+        await ask(self._state, "delete_head", name)
 
     async def read(self, name: str, part: str) -> bytes:
         results = await self._group_of(name).every("read_head", name, part)

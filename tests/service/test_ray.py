@@ -1,5 +1,6 @@
 """`vitrail ray` as its user starts it: a deployment for each group of trunks on a local Ray."""
 
+import asyncio
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,7 +12,8 @@ import pytest
 
 from models.catalog import load_catalog
 from models.heads.files import HeadFile, encode_head
-from service.ray.groups import trunk_groups
+from service.errors import DeadlineExceededError, UnavailableError
+from service.ray.groups import TrunkGroup, trunk_groups
 from service.ray.head_file import trunk_of
 from service.ray.scaling import scale_by_queue
 from service.settings import Settings
@@ -196,3 +198,58 @@ def test_a_fraction_of_a_gpu_and_the_bounds_reach_ray(tiny_catalog: Path) -> Non
     scaling = deployment._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas) == (0, 4)
     assert not scaling.policy.is_default_policy_function()
+
+
+def test_replicas_learn_what_changed_also_from_an_actor_that_was_started_anew(
+    tmp_path: Path,
+) -> None:
+    from service.ray.state import State, Version
+
+    first = State(str(tmp_path / "first"))
+    first.put_head("kept", b"1")
+    everything = first.since(Version())
+    assert (everything.heads, everything.reset) == ({"kept": b"1"}, True)
+    first.put_head("new", b"2")
+    first.delete_head("kept")
+    changes = first.since(everything.version)
+    assert (changes.heads, changes.reset) == ({"new": b"2", "kept": None}, False)
+    assert first.since(changes.version).heads == {}
+
+    # with as many changes as the first one had, whose versions must not pass for its own
+    again = State(str(tmp_path / "other"))
+    for name in ("a", "b", "c"):
+        again.put_head(name, b"3")
+    changes = again.since(changes.version)
+    assert (set(changes.heads), changes.reset) == ({"a", "b", "c"}, True)
+    assert not again.since(changes.version).reset
+    restarted = State(str(tmp_path / "first")).since(Version())
+    assert restarted.heads == {"new": b"2"}
+
+
+def test_a_replica_that_hangs_is_waited_for_until_a_limit() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own
+        from ray import serve
+
+        from service.ray.group import Group
+
+    class Hanging:
+        async def describe(self, caller: Any, name: str) -> str:
+            await asyncio.sleep(0 if name == "quick" else 3600)
+            return name
+
+    application = serve.deployment(Hanging).bind()
+    handle = serve.run(application, _local_testing_mode=True, route_prefix=None)
+    group = Group(TrunkGroup("tiny", frozenset({"tiny"}), ["tiny"]), handle)
+
+    async def ask() -> None:
+        with pytest.raises(UnavailableError, match="is loading"):
+            await group.one("describe", "quick")
+        group.started = True
+        assert await group.one("describe", "quick") == "quick"
+        with pytest.raises(DeadlineExceededError, match="no replica of trunk 'tiny' answered"):
+            await group.one("describe", "slow", timeout_s=0.05)
+        with pytest.raises(DeadlineExceededError, match="not every replica of trunk 'tiny'"):
+            await group.every("describe", "slow", timeout_s=0.05)
+
+    asyncio.run(ask())

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import httpx
 import pyarrow.dataset as ds
 import pytest
 
+from models.heads.files import HeadFile, encode_head
 from tests.conftest import answers, free_port, process, wait_until
+from tests.service.test_heads import make  # noqa: F401
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
 
@@ -99,6 +101,48 @@ def test_a_node_that_dies_under_load_loses_no_request(
         for client in clients:
             client.join()
         assert set(statuses) == {200}, statuses
+        server.terminate()
+        server.wait(60)
+
+
+KILL_STATE = """
+import sys
+import ray
+from service.ray.state import NAME, NAMESPACE
+ray.init(address=sys.argv[1], namespace=NAMESPACE, log_to_driver=False)
+ray.kill(ray.get_actor(NAME), no_restart=False)
+"""
+
+
+def test_an_actor_of_heads_that_starts_anew_without_its_files_gets_them_from_the_replicas(
+    nodes: Nodes,
+    tiny_catalog: Path,
+    tmp_path: Path,
+    jpegs: dict[str, bytes],
+    make: Callable[..., HeadFile],  # noqa: F811
+) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = ["ray", "--catalog", str(tiny_catalog), "--address", nodes.address]
+    command += ["--port", str(port), "--cpus", "0.5", "--models", "tiny"]
+    heads = tmp_path / "heads"
+    environment = {
+        "VITRAIL_HEADS_FOLDER": str(heads), "VITRAIL_DEVICE": "cpu", "VITRAIL_ADMIN_KEYS": "admin",
+    }  # fmt: skip
+    with process(*command, **environment) as server:
+        wait_until(lambda: answers(f"{url}/readyz"), 400)
+        with httpx.Client(base_url=url, timeout=60, headers={"X-API-Key": "admin"}) as client:
+            fields = {"name": "pets"}
+            answer = client.post("/heads", files={"file": encode_head(make())}, data=fields)
+            assert answer.status_code == 201, answer.text
+            wait_until((heads / "pets.safetensors").exists)
+            (heads / "pets.safetensors").unlink()
+            subprocess.run([sys.executable, "-c", KILL_STATE, nodes.address], check=True)
+            wait_until((heads / "pets.safetensors").exists)
+            classify = client.post("/classify?model=pets", content=jpegs["coffee"])
+            assert classify.status_code == 200, classify.text
+            assert client.delete("/heads/pets").status_code == 204
+            assert not (heads / "pets.safetensors").exists()
         server.terminate()
         server.wait(60)
 
