@@ -19,6 +19,7 @@ from service.errors import InternalError, ServiceError, UnavailableError
 from service.logs import configure_logs, request_id
 from service.processes.worker import create_backend
 from service.ray.groups import TrunkGroup
+from service.ray.head_file import trunk_of
 from service.ray.messages import Caller, Sent, Snapshot
 from service.ray.scaling import QUEUE_SECONDS
 from service.ray.state import SUFFIX, Changes, Version, ask, find_state
@@ -55,6 +56,7 @@ class Replica:
         }
         self._backend, _ = create_backend(settings.model_copy(update=own), only=group.models)
         self._models = frozenset(group.models)
+        self._trunks = group.trunks
         self._state = find_state()
         self._version = Version()
         # The heads' files that the state actor has: modification time in ns and size in bytes.
@@ -173,10 +175,12 @@ class Replica:
             if content is None:
                 if self._synced.pop(name, None) is not None:
                     path.unlink(missing_ok=True)
-            elif not path.exists() or path.read_bytes() != content:
+                continue
+            if trunk_of(content) not in self._trunks:  # another group serves it
+                continue
+            if not path.exists() or path.read_bytes() != content:
                 write_whole(path, content)
-            if content is not None:
-                self._synced[name] = _stamp(path)
+            self._synced[name] = _stamp(path)
         heads = {head.name for head in await self._backend.heads.all()}
         for model, loaded in changes.loaded.items():
             if model not in self._models | heads:
