@@ -1,14 +1,12 @@
-"""The catalog: a TOML file of trunks, and of the models that use them."""
+"""The catalog: trunks, and the models that use them, from TOML files."""
 
-import tomllib
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
-
+from models.catalog_content import check_type, is_url, read_content, without_secrets
 from models.errors import CatalogError, ModelNotFoundError
 from models.tasks.table import tasks
 
@@ -100,7 +98,8 @@ class Catalog:
     """All entries of a catalog.
 
     Args:
-        path: the file that it was read from, which relative paths are relative to.
+        path: the file that it was read from, which relative paths are relative to. Of a folder, one
+            in it; of a URL, what relative paths cannot be relative to.
         trunks: entries by name.
         models: entries by name.
         defaults: the model that serves a task by default, by the task's name.
@@ -136,71 +135,64 @@ class Catalog:
         return self.models[self.defaults[task]]
 
 
-def load_catalog(name_or_path: str | Path) -> Catalog:
+def load_catalog(location: str | Path) -> Catalog:
     """Read a catalog.
 
     Args:
-        name_or_path: a path, or the name of a built-in catalog (`demo`, `hub`, `published`).
+        location: the name of a built-in catalog (`demo`, `hub`, `published`); the path of a TOML
+            file, or of a folder of them; or the URL of one: `https:`, `http:`, or an object store's
+            (`s3:`, `gs:`, ...) if fsspec's package for it is installed.
 
     Raises:
-        CatalogError: the file cannot be read, has an unknown key, or refers to a missing entry.
+        CatalogError: it cannot be read, has an unknown key, or refers to a missing entry.
     """
-    path = Path(name_or_path)
-    if path.suffix != ".toml" and (BUILT_IN / f"{name_or_path}.toml").is_file():
-        path = BUILT_IN / f"{name_or_path}.toml"
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    path = Path(location)
+    if path.suffix != ".toml" and (BUILT_IN / f"{location}.toml").is_file():
+        path = BUILT_IN / f"{location}.toml"
+    elif not is_url(location) and not path.exists():
         built_in = ", ".join(sorted(item.stem for item in BUILT_IN.glob("*.toml")))
         raise CatalogError(
-            f"catalog {name_or_path}: no such file or built-in catalog; built-in: {built_in}"
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CatalogError(f"catalog {path}: {error}") from error
-    return _parse(path, content)
+            f"catalog {location}: no such file or built-in catalog; built-in: {built_in}"
+        )
+    where = without_secrets(location) if is_url(location) else str(path)
+    catalog = _parse(where, read_content(location if is_url(location) else path))
+    if is_url(location):
+        _check_absolute(where, catalog)
+    return replace(catalog, path=path / "catalog.toml") if path.is_dir() else catalog
 
 
-class _Content(TypedDict, total=False):
-    trunks: dict[str, dict[str, Any]]
-    models: dict[str, dict[str, Any]]
-    defaults: dict[str, str]
-    startup: list[str]
-
-
-def _check_type(path: Path, name: str, hint: Any, value: Any) -> None:
+def _check_absolute(where: str, catalog: Catalog) -> None:
     """
     Raises:
-        CatalogError: the value is not of that type.
+        CatalogError: a catalog from a URL has a relative path.
     """
-    try:
-        TypeAdapter(hint).validate_python(value, strict=True)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, (name, *first["loc"])))
-        raise CatalogError(f"catalog {path}: {place}: {first['msg'].lower()}") from error
+    named = [(t.name, path) for t in catalog.trunks.values() for path in (t.source, t.tokenizer)]
+    named += [(model.name, model.head) for model in catalog.models.values()]
+    paths = [(name, path[5:]) for name, path in named if path and path.startswith("file:")]
+    paths += [(t.name, t.calibration) for t in catalog.trunks.values() if t.calibration]
+    for name, path in paths:
+        if not Path(path).is_absolute():
+            raise CatalogError(
+                f"catalog {where}: {name}: {path} is relative; a catalog from a URL has no folder, "
+                "so files need absolute paths, or an https: source"
+            )
 
 
-def _parse(path: Path, content: dict[str, Any]) -> Catalog:
-    if unknown := content.keys() - {"trunks", "models", "defaults", "startup"}:
-        raise CatalogError(
-            f"catalog {path}: unknown table {', '.join(sorted(unknown))}; known are "
-            "trunks, models, defaults, startup"
-        )
-    for key, value in content.items():
-        _check_type(path, key, get_type_hints(_Content)[key], value)
-    trunks = {n: _trunk(path, n, table) for n, table in content.get("trunks", {}).items()}
-    models = {n: _entry(ModelEntry, path, n, t) for n, t in content.get("models", {}).items()}
+def _parse(where: str, content: dict[str, Any]) -> Catalog:
+    trunks = {n: _trunk(where, n, table) for n, table in content.get("trunks", {}).items()}
+    models = {n: _entry(ModelEntry, where, n, t) for n, t in content.get("models", {}).items()}
     for model in models.values():
         for trunk in model.trunks:
             if trunk not in trunks:
-                raise CatalogError(f"catalog {path}: {model.name}: no trunk {trunk!r}")
+                raise CatalogError(f"catalog {where}: {model.name}: no trunk {trunk!r}")
         if model.task == "zero-shot" and model.text is None:
-            raise CatalogError(f"catalog {path}: {model.name}: zero-shot needs text = 'TRUNK'")
+            raise CatalogError(f"catalog {where}: {model.name}: zero-shot needs text = 'TRUNK'")
         if not all(type(count) is int and count > 0 for count in model.dimensions):
-            raise CatalogError(f"catalog {path}: {model.name}: dimensions are positive numbers")
+            raise CatalogError(f"catalog {where}: {model.name}: dimensions are positive numbers")
         if model.task not in tasks():
             raise CatalogError(
-                f"catalog {path}: {model.name}: no task {model.task!r}; tasks: {', '.join(tasks())}"
+                f"catalog {where}: {model.name}: no task {model.task!r}; "
+                f"tasks: {', '.join(tasks())}"
             )
     first = {model.task: model.name for model in reversed(models.values())}
     if "zero-shot" in first:  # its towers embed images and texts
@@ -208,26 +200,28 @@ def _parse(path: Path, content: dict[str, Any]) -> Catalog:
     defaults = {**first, **content.get("defaults", {})}
     startup = tuple(content.get("startup", models))
     if missing := {*defaults.values(), *startup} - models.keys():
-        raise CatalogError(f"catalog {path}: no model {', '.join(sorted(missing))}")
-    return Catalog(path=path, trunks=trunks, models=models, defaults=defaults, startup=startup)
+        raise CatalogError(f"catalog {where}: no model {', '.join(sorted(missing))}")
+    return Catalog(
+        path=Path(where), trunks=trunks, models=models, defaults=defaults, startup=startup
+    )
 
 
-def _trunk(path: Path, name: str, table: Mapping[str, Any]) -> TrunkEntry:
+def _trunk(where: str, name: str, table: Mapping[str, Any]) -> TrunkEntry:
     """A trunk's entry, whose precision may also be given as `dtype`."""
     if "dtype" in table and "precision" in table:
-        raise CatalogError(f"catalog {path}: {name}: precision and dtype are the same; set one")
+        raise CatalogError(f"catalog {where}: {name}: precision and dtype are the same; set one")
     renamed = {"precision" if key == "dtype" else key: value for key, value in table.items()}
-    entry = _entry(TrunkEntry, path, name, renamed)
+    entry = _entry(TrunkEntry, where, name, renamed)
     tolerance = entry.tolerance
     if tolerance is not None and not _is_positive(tolerance):
-        raise CatalogError(f"catalog {path}: {name}: tolerance must be a number above 0")
+        raise CatalogError(f"catalog {where}: {name}: tolerance must be a number above 0")
     caps = entry.max_batch_size
     by_kind = caps if isinstance(caps, Mapping) else {"cpu": caps}
     if by_kind.keys() - DEVICE_KINDS or not all(
         cap is None or (type(cap) is int and cap > 0) for cap in by_kind.values()
     ):
         raise CatalogError(
-            f"catalog {path}: {name}: max_batch_size must be a number above 0, or one by kind of "
+            f"catalog {where}: {name}: max_batch_size must be a number above 0, or one by kind of "
             f"device ({', '.join(sorted(DEVICE_KINDS))})"
         )
     return entry
@@ -240,7 +234,7 @@ def _is_positive(value: object) -> bool:
 Entry = TypeVar("Entry", TrunkEntry, ModelEntry)
 
 
-def _entry(entry_class: type[Entry], path: Path, name: str, table: Mapping[str, Any]) -> Entry:
+def _entry(entry_class: type[Entry], where: str, name: str, table: Mapping[str, Any]) -> Entry:
     known = {item.name for item in fields(entry_class)} - {"name"}
     required = {
         item.name
@@ -249,16 +243,16 @@ def _entry(entry_class: type[Entry], path: Path, name: str, table: Mapping[str, 
     } - {"name"}
     if unknown := table.keys() - known:
         raise CatalogError(
-            f"catalog {path}: {name}: unknown {', '.join(sorted(unknown))}; "
+            f"catalog {where}: {name}: unknown {', '.join(sorted(unknown))}; "
             f"known are {', '.join(sorted(known))}"
         )
     if missing := required - table.keys():
-        raise CatalogError(f"catalog {path}: {name}: {', '.join(sorted(missing))} is missing")
+        raise CatalogError(f"catalog {where}: {name}: {', '.join(sorted(missing))} is missing")
     for key, value in table.items():
         hint = get_type_hints(entry_class)[key]
         # TOML has lists where entries have tuples
-        _check_type(
-            path,
+        check_type(
+            where,
             f"{name}.{key}",
             hint,
             tuple(value) if hint == Dimensions and isinstance(value, list) else value,

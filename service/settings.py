@@ -41,7 +41,10 @@ class Settings(BaseSettings):
         description="A gateway's workers, each as host:port, dns:///name:port or unix:path.",
     )
 
-    catalog: str = Field("demo", description="A built-in catalog (demo, hub) or a TOML file.")
+    catalog: str = Field(
+        "demo",
+        description="A built-in catalog (demo, hub), a TOML file, a folder of them, or a URL.",
+    )
     models: Names = Field(
         (), description="Models to load at start; if empty, the catalog's `startup` list."
     )

@@ -16,6 +16,7 @@ from ray import serve as ray_serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from models.catalog import load_catalog
+from models.catalog_content import is_url
 from models.checkpoints.store import default_store_path
 from service.gateway.app import create_app
 from service.gateway.server import run_server
@@ -102,7 +103,7 @@ def deploy(settings: Settings, groups: Sequence[TrunkGroup], placement: Placemen
     """Create or update the groups' deployments. Returns before their models are loaded."""
     ray_serve.start(proxy_location="Disabled")
     start_state(Path(settings.heads_folder or default_store_path() / "heads"))
-    if settings.catalog.endswith(".toml"):
+    if not is_url(settings.catalog) and settings.catalog.endswith((".toml", os.sep)):
         settings = settings.model_copy(update={"catalog": str(Path(settings.catalog).resolve())})
     targets = [
         ray_serve.RunTarget(

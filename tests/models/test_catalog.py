@@ -1,7 +1,13 @@
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fsspec
 import pytest
 
+from models import catalog_content
 from models.catalog import load_catalog
 from models.checkpoints.sources import parse_source
 from models.errors import CatalogError, ModelNotFoundError, SourceError
@@ -102,3 +108,82 @@ def test_unknown_catalogs_and_models_are_told_with_what_there_is(tmp_path: Path)
 def test_sources_without_their_pins_are_refused(source: str, message: str) -> None:
     with pytest.raises(SourceError, match=message):
         parse_source(source)
+
+
+ABSOLUTE = GOOD.replace("file:t", "file:/weights/t")
+
+
+@contextmanager
+def web_server(content: bytes) -> Iterator[str]:
+    """Answers `/catalog.toml`, and 404 to everything else."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            found = self.path.partition("?")[0] == "/catalog.toml"
+            self.send_response(200 if found else 404)
+            self.send_header("Content-Length", str(len(content) if found else 0))
+            self.end_headers()
+            self.wfile.write(content if found else b"")
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_a_folder_is_all_of_its_files(tmp_path: Path) -> None:
+    (tmp_path / "one.toml").write_text(GOOD)
+    (tmp_path / "two.toml").write_text(
+        'startup = ["d"]\n[models.d]\ntrunk = "t"\ntask = "embed"\n'
+        '[models.e]\ntrunk = "t"\ntask = "embed"\n[defaults]\nembed = "d"\n'
+    )
+    (tmp_path / "notes.txt").write_text("not a catalog")
+    catalog = load_catalog(tmp_path)
+    assert set(catalog.models) == {"a", "b", "c", "d", "e"}
+    assert catalog.startup == ("a", "b", "c", "d")
+    assert catalog.default_model("embed").name == "d"
+    assert catalog.path.parent == tmp_path
+    (tmp_path / "three.toml").write_text('[models.a]\ntrunk = "t"\ntask = "embed"\n')
+    with pytest.raises(CatalogError, match=r"three\.toml: models: another file has a, too"):
+        load_catalog(tmp_path)
+    (empty := tmp_path / "empty").mkdir()
+    with pytest.raises(CatalogError, match=r"no \*\.toml"):
+        load_catalog(empty)
+
+
+def test_a_catalog_comes_from_a_url_or_an_object_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = load_catalog(write(tmp_path, ABSOLUTE))
+    with web_server(ABSOLUTE.encode()) as url:
+        remote = load_catalog(f"{url}/catalog.toml")
+        assert (remote.trunks, remote.models) == (local.trunks, local.models)
+        with pytest.raises(CatalogError, match="/none: the server answered 404"):
+            load_catalog(f"{url}/none")
+        with pytest.raises(CatalogError) as error:
+            load_catalog(f"{url.replace('//', '//user:secret@')}/none?key=secret")
+        assert "secret" not in str(error.value)
+        monkeypatch.setattr(catalog_content, "MAX_BYTES", 10)
+        with pytest.raises(CatalogError, match="more than 10 bytes"):
+            load_catalog(f"{url}/catalog.toml")
+        monkeypatch.undo()
+    with pytest.raises(CatalogError, match="refused"):
+        load_catalog(f"{url}/catalog.toml")
+    with fsspec.open("memory://bucket/catalog.toml", "wb") as file:
+        file.write(ABSOLUTE.encode())
+    assert load_catalog("memory://bucket/catalog.toml").models == local.models
+    with fsspec.open("memory://bucket/relative.toml", "wb") as file:
+        file.write(GOOD.encode())
+    with pytest.raises(CatalogError, match=r"t: t.safetensors is relative; a catalog from a URL"):
+        load_catalog("memory://bucket/relative.toml")
+    for missing in ("memory://bucket/none.toml", "no-such-store://bucket/catalog.toml"):
+        with pytest.raises(CatalogError, match=r"none\.toml|no-such-store"):
+            load_catalog(missing)
