@@ -221,26 +221,25 @@ def test_labels_are_scored_while_they_are_typed(page: Page) -> None:
 
 
 @pytest.mark.weights
-def test_classes_of_ones_own_are_fitted_and_tried(page: Page, tmp_path: Path) -> None:
+def test_piles_are_filled_and_fitting_needs_a_key(page: Page, tmp_path: Path) -> None:
     page.get_by_role("tab", name="Classes of your own").click()
     for number, label in enumerate(("red", "blue"), 1):
-        files = [tmp_path / f"{label}-{seed}.png" for seed in range(6)]
-        for seed, path in enumerate(files):
-            path.write_bytes(tinted(label, seed))
-        page.get_by_label(f"Name of class {number}").fill(label)
-        page.get_by_label(f"Photos of class {number}").set_input_files([*files, files[0]])
-        page.get_by_role("button", name=f"Remove {label}-0.png").first.click()
-        expect(page.get_by_role("button", name=f"Remove {label}-0.png")).to_have_count(1)
-    page.locator("#classes").get_by_label("On").select_option("efficientnet-lite0")
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "notes.txt").touch()
+        for seed in range(3):
+            (tmp_path / label / f"{label}-{seed}.png").write_bytes(tinted(label, seed))
+        drop(page, page.locator(".pile").nth(number - 1), tmp_path / label)
+        expect(page.get_by_label(f"Name of class {number}")).to_have_value(label)  # the folder's
+        first = page.get_by_role("button", name=f"Remove {label}-0.png")
+        page.get_by_label(f"Photos of class {number}").set_input_files(
+            tmp_path / label / f"{label}-0.png"
+        )
+        expect(first).to_have_count(2)
+        first.first.click()
+        expect(first).to_have_count(1)
     page.get_by_label("API key").fill("")
     page.get_by_role("button", name="Fit").click()
     expect(page.locator("#classes .error")).to_contain_text("the field at the top of the page")
-    page.get_by_label("API key").fill("admin")
-    page.get_by_role("button", name="Fit").click()
-    expect(page.locator("#progress")).to_contain_text("is ready")
-    expect(page.get_by_role("img", name="How accuracy grew")).to_be_visible()
-    page.get_by_label("Photo to try").set_input_files(tmp_path / "blue-1.png")
-    expect(page.locator("#fitted .bar").first).to_contain_text("blue")
     expect(page.locator("#fit-request pre")).to_contain_text("label=red")
 
 
@@ -275,6 +274,7 @@ def test_someone_without_photos_fits_and_searches_the_samples(page: Page) -> Non
     expect(page.get_by_role("button", name=re.compile("Remove .*jpg"))).to_have_count(24)
     page.get_by_role("button", name="Fit").click()
     expect(page.locator("#progress")).to_contain_text("my-classes is ready")
+    expect(page.get_by_role("img", name="How accuracy grew")).to_be_visible()
     page.get_by_role("button", name="Try grass-9.jpg").click()  # it was in no pile
     expect(page.locator("#fitted .bar").first).to_contain_text("grass")
     shoot(page, "classes")

@@ -25,12 +25,15 @@ export async function show() {
 function addPile(label, files = []) {
   const number = ++count, name = label ?? `class ${number}`;
   const pile = make("div", "", piles, { className: "pile" });
-  make("input", "", pile, { value: name, ariaLabel: `Name of class ${number}` });
+  const named = make("input", "", pile, { value: name, ariaLabel: `Name of class ${number}` });
   make("input", "", pile, { type: "file", accept: "image/*", multiple: true, ariaLabel: `Photos of class ${number}` });
   const shown = make("div", "", pile, { className: "photos" });
   contents.set(pile, files);
   showPile(pile, shown);
   takeFiles(pile, (more) => {
+    more = more.filter((file) => file.type.startsWith("image/"));
+    const folder = more[0]?.path?.split("/").at(-2);
+    if (folder && named.value === name) named.value = folder; // unless a name was typed
     contents.get(pile).push(...more);
     showPile(pile, shown);
   });
