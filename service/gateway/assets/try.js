@@ -12,7 +12,7 @@ const tasks = document.getElementById("tasks"), about = document.getElementById(
 const WAIT_MS = 250; // after typing, before the model is asked
 const LIVE = "Live camera", KEEP = "Stop and keep the photo";
 const LIVE_MS = 250; // from an answer to the camera's next photo
-const LOADING_MS = 2000; // between looks at models that load
+const LOADING_MS = 2000; // between looks at a server that starts
 const PATCHES = "patches"; // a task of the page's own: `embed` with the patches' tokens
 const NAMES = { "zero-shot": "Zero-shot", [PATCHES]: "Similar patches" };
 const ORDER = ["classify", "zero-shot", "segment", "attention", PATCHES, "reconstruct", "depth", "embed", "generate"];
@@ -35,15 +35,16 @@ const ABOUT = {
 let models = [], task = "", file = null, photo = null, camera = null, asked = 0, timer = 0, loading = 0;
 
 export async function show() {
-  let all, before = models;
+  const before = models;
+  let isStarting;
   try {
-    all = await server().models();
+    isStarting = (await fetch("readyz")).status === 503;
+    models = (await server().models()).filter((model) => model.state === "ready");
   } catch (error) {
     return showError(error, answers);
   }
-  models = all.filter((model) => model.state === "ready");
   clearTimeout(loading);
-  if (!models.length || all.some((model) => model.state === "loading"))
+  if (!models.length || isStarting)
     loading = setTimeout(() => panel.hidden || show(), LOADING_MS);
   if (!models.length) return answers.replaceChildren(make("p", "No model is ready yet. This page waits for one."));
   if (!before.length) answers.replaceChildren();
