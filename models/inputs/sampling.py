@@ -11,9 +11,25 @@ import numpy as np
 import torch
 from PIL import Image
 
+from models.errors import CatalogError
 
-def create_sampling_transform(size: tuple[int, int]) -> Callable[[Image.Image], torch.Tensor]:
-    """Build the transform: RGB image to (3, height, width) uint8, squashed to `size`."""
+
+def create_sampling_transform(
+    size: tuple[int, int], steps: tuple[str, float, str]
+) -> Callable[[Image.Image], torch.Tensor]:
+    """Build the transform: RGB image to (3, height, width) uint8, squashed to `size`.
+
+    Args:
+        steps: crop mode, `crop_pct` and interpolation of the settings.
+
+    Raises:
+        CatalogError: they are not those of a bilinear squash.
+    """
+    if steps != ("squash", 1.0, "bilinear"):
+        raise CatalogError(
+            "antialias = false needs crop_mode = 'squash', crop_pct = 1.0 and interpolation = "
+            "'bilinear'"
+        )
     height, width = size
 
     def transform(image: Image.Image) -> torch.Tensor:

@@ -238,12 +238,8 @@ def create_transform(spec: Preprocess) -> Transform:
             f"with {' and '.join(INTERPOLATIONS)}"
         )
     if not spec.antialias:
-        if (spec.crop_mode, spec.crop_pct, spec.interpolation) != ("squash", 1.0, "bilinear"):
-            raise CatalogError(
-                "antialias = false needs crop_mode = 'squash', crop_pct = 1.0 and interpolation = "
-                "'bilinear'"
-            )
-        return create_sampling_transform(spec.input_size)
+        steps = (spec.crop_mode, spec.crop_pct, spec.interpolation)
+        return create_sampling_transform(spec.input_size, steps)
     if spec.crop_mode == "letterbox":
         return create_letterbox_transform(spec.input_size)
     transform = _crop_transform(spec) if has_crop else _timm_transform(spec)
