@@ -59,6 +59,16 @@ def stopped(kind: str, target: Target) -> None:
     target.replaced(kind, signal.SIGSTOP)
 
 
+def decoders_stopped(target: Target) -> None:
+    """Those that get an image are replaced; others may never get one."""
+    victims = target.pids("decoder")
+    for victim in victims:
+        os.kill(victim, signal.SIGSTOP)
+    wait_until(lambda: not set(victims) <= set(target.pids("decoder")))
+    for victim in set(victims) & set(target.pids("decoder")):
+        os.kill(victim, signal.SIGCONT)
+
+
 def worker_slows_down(target: Target) -> None:
     """It runs for a tenth of the time."""
     victim = target.pids("worker")[0]
@@ -289,7 +299,7 @@ FAULTS = {
     "outputs not finite": Fault(partial(poisoned, "nan", 500)),
     "out of memory": Fault(out_of_memory),
     "decoder killed": Fault(partial(killed, "decoder")),
-    "decoder stopped": Fault(partial(stopped, "decoder")),
+    "decoders stopped": Fault(decoders_stopped),
     "gateway killed": Fault(partial(killed, "gateway"), cuts=True),
     "gateway stopped": Fault(partial(stopped, "gateway"), cuts=True),
     "supervisor stopped": Fault(supervisor_stopped),

@@ -15,6 +15,8 @@ from service.decoding.messages import MAX_BYTES, Decoded, Job
 
 # A process that owes an answer and has used no processor time for so long hangs, or was stopped.
 HUNG_S = 5
+# How long a process may take to end when it is no longer needed.
+STOP_S = 5
 
 
 class DecoderDied(Exception):
@@ -79,9 +81,13 @@ class DecodingProcess:
         return Decoded.decode(message)
 
     def stop(self) -> None:
-        """Let the process end."""
+        """Let the process end, or kill it."""
         self._close()
-        self._process.wait()
+        try:
+            self._process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def _receive(self) -> bytes:
         idle_s, used = 0, -1

@@ -141,6 +141,18 @@ def test_a_stopped_process_is_replaced(
     assert deaths(metrics, "hung") == before + 1
 
 
+def test_a_stopped_process_does_not_keep_its_worker(
+    metrics: Metrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_module, "STOP_S", 0.2)
+    decoder = ProcessDecoder(ImageLimits(), 5, metrics)
+    decoder.start()
+    [pid] = decoder.pids()
+    os.kill(pid, signal.SIGSTOP)
+    decoder.close()
+    assert not Path(f"/proc/{pid}").exists()
+
+
 def test_processes_end_with_their_worker() -> None:
     program = (
         "import os; from prometheus_client import CollectorRegistry;"
