@@ -1,12 +1,14 @@
 """Cousins of the fixtures with shapes of their own, against timm's networks: the files that the
 authors of DINOv2, DeiT, CaiT, ConvNeXt, XCiT, DINO, MoCo v3 and EsViT publish beside those."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from timm.models.beit import Beit
 from timm.models.convnext import ConvNeXt
 from timm.models.resnet import Bottleneck, ResNet
 from timm.models.vision_transformer import VisionTransformer
@@ -212,6 +214,61 @@ def test_dinos_linear_classifiers_of_other_backbones(tmp_path: Path) -> None:
         path = saved(tmp_path / "linear.pth", {"epoch": 1, "state_dict": weights, "best_acc": 1.0})
         found = load_checkpoint(path).run(pixels(64, 64))["logits"]
         assert torch.allclose(found, linear(features), atol=1e-4)
+
+
+@pytest.mark.parametrize(("blocks", "way"), [(1, 1), (1, 2), (4, 2), (2, 0), (1, True)])
+def test_ibots_linear_classifiers_read_patches_in_their_own_ways(
+    blocks: int, way: Any, tmp_path: Path
+) -> None:
+    """Of many classifiers the best is served; true is DINO's way."""
+    network = randomised(
+        VisionTransformer(
+            img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=3, num_classes=0
+        )
+    )
+    saved(tmp_path / "backbone.pth", {"state_dict": network.state_dict()})
+    layers = network.get_intermediate_layers(
+        pixels(32, 32), blocks, return_prefix_tokens=True, norm=True
+    )
+    mean = layers[-1][0].mean(1)
+    classes = [token[:, 0] for _, token in layers]
+    parts = {0: classes, 1: [mean], 2: [*classes, mean]}
+    features = torch.cat(parts[int(way)], 1)
+    if way is True:
+        features = torch.stack([classes[-1], mean], -1).flatten(1)
+    linear = randomised(nn.Linear(features.shape[1], 7))
+    weights = {f"{number}.module.linear.{key}": value * number for number in (1, 2)
+               for key, value in linear.state_dict().items()}  # fmt: skip
+    path = saved(tmp_path / "linear.pth", {"state_dict": weights, "best_acc_hidx": 1})
+    with pytest.raises(CheckpointError, match="avgpool_patchtokens"):
+        load_checkpoint(path, {"num_heads": 3})
+    told = {"num_heads": 3, "n_last_blocks": blocks, "avgpool_patchtokens": way}
+    found = load_checkpoint(path, told).run(pixels(32, 32))["logits"]
+    assert torch.allclose(found, linear(features), atol=1e-5)
+    with pytest.raises(CheckpointError, match="no classifier 3"):
+        load_checkpoint(path, told | {"classifier": 3})
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_beits_script_fine_tunes_vits_of_ibot_and_slip(pool: str, tmp_path: Path) -> None:
+    """Whole biases, layer scale, and no tables of relative positions."""
+    network = randomised(
+        Beit(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5,
+             init_values=0.1, use_abs_pos_emb=True, global_pool=pool)
+    )  # fmt: skip
+    state = network.state_dict()
+    for number in range(2):
+        name = f"blocks.{number}.attn."
+        keys = torch.zeros_like(state[f"{name}q_bias"])
+        biases = [state.pop(f"{name}q_bias"), keys, state.pop(f"{name}v_bias")]
+        state[f"{name}qkv.bias"] = torch.cat(biases)
+    script = {"nb_classes": 5, "finetune": "x.pth", "layer_scale_init_value": 0.1,
+              "imagenet_default_mean_and_std": True}  # fmt: skip
+    content = {"model": state, "epoch": 1, "args": argparse.Namespace(**script)}
+    model = load_checkpoint(saved(tmp_path / "checkpoint.pth", content), {"num_heads": 3})
+    assert model.trunk.preprocess.mean == (0.485, 0.456, 0.406)
+    found = model.run(pixels(32, 32))["logits"]
+    assert torch.allclose(found, network(pixels(32, 32)), atol=1e-5)
 
 
 def test_esvits_linear_classifiers_read_the_means_of_blocks(tmp_path: Path) -> None:

@@ -4,9 +4,12 @@ The file holds the classifier alone; the backbone is a companion file. Its input
 class tokens of the last four blocks or, if it takes twice the backbone's channels, the last class
 token interleaved with the mean of the patch tokens; of a ResNet or XCiT their pooled output.
 EsViT's (arXiv 2106.09785) have the same layout, and read the means of a Swin's, CvT's or
-ViL's last blocks (of a ViL global tokens where it has them).
+ViL's last blocks (of a ViL global tokens where it has them). So have iBOT's (arXiv 2111.07832),
+where the mean patch token may be alone, or behind the class tokens of several blocks; one of its
+scripts saves many classifiers and the number of the best one.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -25,17 +28,26 @@ from models.reference_outputs import ReferenceRun
 NAME = "dino-linear"
 BACKBONES = ("backbone.pth", "backbone.safetensors")
 HEADS = ("head.", "head_dense.")
+CLASSIFIER = {"linear.weight", "linear.bias"}
+MANY = re.compile(r"^(\d+)\.(?:module\.)?(linear\.(?:weight|bias))$")
+# iBOT's ways of reading patch tokens.
+ALONE, APPENDED = 1, 2
+IBOTS = "0, 1 (the mean patch token alone) or 2 (behind the class tokens)"
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
-    if container.tensors.keys() == {"linear.weight", "linear.bias"}:
+    if container.tensors.keys() == CLASSIFIER:
         return "nothing but linear.weight and linear.bias"
+    if container.tensors and all(MANY.match(key) for key in container.tensors):
+        return "nothing but numbered classifiers, as iBOT's script saves them"
     return None
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     """`arguments`: `backbone`, a path (`backbone.pth` beside the file), and what that needs;
-    of a ViT `n_last_blocks` and `avgpool_patchtokens` (from the number of features).
+    of a ViT `n_last_blocks` and `avgpool_patchtokens` (from the number of features): false or
+    true in DINO's script, 0, 1 (the mean patch token alone) or 2 (behind the class tokens) in
+    iBOT's; `classifier`, the number of one of many (the best).
 
     Raises:
         CheckpointError: the backbone is unknown, or has another number of features.
@@ -46,10 +58,32 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     if backbone_kind(kept) not in ("ViT", "ResNet", "XCiT", "Swin", "CvT", "ViL"):
         raise CheckpointError(f"{companion.path}: not a backbone as DINO or EsViT publishes it")
     backbone = backbone_checkpoint(NAME, kept, arguments, dropped=dropped)
-    weight, bias = container.tensors["linear.weight"], container.tensors["linear.bias"]
+    weight, bias = _classifier(container, arguments)
+    if companion.wrapper and backbone.architecture == "vit":  # DINO's published ones have none
+        times = weight.shape[1] / backbone.arguments["embed_dim"]
+        if times in (1, 2):
+            Known(arguments).require("avgpool_patchtokens", f"{IBOTS} as iBOT reads them")
     settings, assumed = _features(backbone, weight.shape[1], arguments)
     head = HeadState({"classifier.0.weight": weight, "classifier.0.bias": bias}, settings)
     return replace(backbone, heads={"linear": head}, assumed={**backbone.assumed, **assumed})
+
+
+def _classifier(container: Container, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """The classifier's weight and bias; of many those of the best.
+
+    Raises:
+        CheckpointError: it is not known which of them is the best.
+    """
+    tensors = container.tensors
+    if tensors.keys() != CLASSIFIER:
+        known = Known(arguments, container.beside)
+        count = len({key.split(".")[0] for key in tensors})
+        number = int(known.require("classifier", f"0 to {count - 1}", "best_acc_hidx"))
+        matched = [(match, v) for k, v in tensors.items() if (match := MANY.match(k))]
+        tensors = {match[2]: value for match, value in matched if int(match[1]) == number}
+        if tensors.keys() != CLASSIFIER:
+            raise CheckpointError(f"{container.path} has no classifier {number} of {count}")
+    return tensors["linear.weight"], tensors["linear.bias"]
 
 
 def _features(
@@ -88,21 +122,37 @@ def _pooled(width: int, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
 def _class_tokens(
     width: int, count: int, arguments: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    times = count / width
+    times, rest = divmod(count, width)
     known = Known(arguments)
-    mean = flag("avgpool_patchtokens", known.get("avgpool_patchtokens", times == 2))
-    blocks = whole("n_last_blocks", known.get("n_last_blocks", int(1 if mean else times)))
-    if times != blocks * (1 + mean) or (mean and blocks != 1):
+    if rest or times not in (1, 2, 4):  # no published classifier has as many features
+        known.require("avgpool_patchtokens", IBOTS)
+    way = _way(known.get("avgpool_patchtokens", times == 2))
+    mean = bool(way)
+    default = 1 if way == ALONE else times - mean
+    blocks = whole("n_last_blocks", known.get("n_last_blocks", default))
+    named: str | None
+    if way is True:
+        named, fits = "interleaved", blocks == 1 and count == 2 * width
+    elif way == ALONE:
+        named, fits = "alone", count == width
+    elif way == APPENDED:
+        named, fits = "appended", count == (blocks + 1) * width
+    else:
+        named, fits = None, count == blocks * width
+    if not fits or blocks < 1:
         raise CheckpointError(
             f"linear.weight takes {count} features, which is not what {blocks} blocks of "
-            f"{width} channels{' with the mean patch' if mean else ''} return; set "
-            "n_last_blocks and avgpool_patchtokens"
+            f"{width} channels{' with the mean patch' if mean else ''} return; set n_last_blocks "
+            f"and avgpool_patchtokens: false or true of DINO's classifiers, {IBOTS} of iBOT's"
         )
-    settings = {
-        "layers": list(range(-blocks, 0)),
-        "mean": "interleaved" if mean else None,
-    }
-    return settings, known.assumed
+    return {"layers": list(range(-blocks, 0)), "mean": named}, known.assumed
+
+
+def _way(value: Any) -> bool | int:
+    """How patch tokens are read: true or false of DINO's, 0, 1 or 2 of iBOT's."""
+    if not isinstance(value, bool) and str(value) in ("0", "1", "2"):
+        return int(value)
+    return flag("avgpool_patchtokens", value)
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:

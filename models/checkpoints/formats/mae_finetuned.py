@@ -10,11 +10,14 @@ from typing import Any
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
+from models.checkpoints.families.beit import OWN_TABLE, SHARED
 from models.checkpoints.families.mae import ENCODER
 from models.checkpoints.families.vit import MARKS, vit_checkpoint
 
 NAME = "mae-finetuned"
 KEPT = (*ENCODER, "fc_norm.", "head.")
+# What tells a BEiT, or an iBOT fine-tuned by BEiT's script.
+BEIT = {"blocks.0.attn.q_bias", "blocks.0.gamma_1", OWN_TABLE, SHARED}
 PROBE = {"head.0.running_mean", "head.0.running_var", "head.1.weight", "head.1.bias"}
 
 
@@ -22,7 +25,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     keys = container.tensors.keys()
     if container.wrapper != "model" or "architecture" in arguments or not keys >= MARKS:
         return None
-    if "blocks.0.attn.q_bias" in keys:  # a BEiT
+    if BEIT & keys:
         return None
     script = {"nb_classes", "finetune"} <= container.script.keys()
     if "distillation_type" in container.script:  # DeiT's script

@@ -2,7 +2,8 @@
 
 The whole ViT with its `head` in timm's names, or the ResNet with its `fc`; the training script
 stores `arch` and `best_acc1` beside it. Both published ViTs have 12 heads, independent of their
-channels.
+channels. SLIP's linear classifiers (arXiv 2112.12750, github.com/facebookresearch/SLIP) have the
+same layout; its ViT-L has 16 heads.
 """
 
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from models.checkpoints.families.vit import STEM
 from models.inputs.transforms import Preprocess
 
 NAME = "moco-v3-linear"
-HEADS = {384: 12, 768: 12}  # of the published sizes
+HEADS = {384: 12, 768: 12, 1024: 16}  # of the published sizes
 # Names that no library has for these; timm's ViT-S has six heads.
 NETWORKS = ("vit_small", "vit_base", "vit_conv_small", "vit_conv_base")
 
