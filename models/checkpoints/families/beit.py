@@ -8,7 +8,8 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
-from models.checkpoints.families.heads import head_count
+from models.checkpoints.families.heads import VIT, head_count
+from models.checkpoints.families.known import number
 from models.checkpoints.families.ratios import mlp_ratio
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
@@ -18,6 +19,7 @@ SHARED = "rel_pos_bias.relative_position_bias_table"
 OWN_TABLE = "blocks.0.attn.relative_position_bias_table"
 INDEX = "relative_position_index"
 HALF = (0.5, 0.5, 0.5)
+SLIPS_HEADS = {**VIT, 384: 12}
 STATISTICS = "imagenet_default_mean_and_std"
 
 
@@ -37,7 +39,8 @@ def beit_checkpoint(
         tensors: the backbone in timm's names.
         arguments: `num_heads`, for files without tables of relative positions (as published), and
             `imagenet_default_mean_and_std`, whether pixels are normalised by ImageNet's statistics
-            instead of being scaled to -1..1 (false); the training script's are the defaults.
+            instead of being scaled to -1..1 (false), and `crop_pct` of the evaluation (0.875, from
+            384 pixels on 1); the training script's are the defaults.
         global_pool: timm's pooling, `token` or `avg`.
         heads: the states of heads in the same file.
         dropped: keys of the file that are not among the tensors.
@@ -60,11 +63,14 @@ def beit_checkpoint(
             )
     else:
         side = round((kept["pos_embed"].shape[1] - 1) ** 0.5)
-        num_heads = head_count(dim, arguments)
+        # the script's small one, with which SLIP is fine-tuned, has heads of 32 channels
+        is_slips = str(config.get("model")).startswith("beit_small")
+        num_heads = head_count(dim, arguments, published=SLIPS_HEADS if is_slips else VIT)
         if "num_heads" not in arguments:
             assumed["num_heads"] = num_heads
     head = kept.get("head.weight")
     size = side * patch
+    crop_pct = number("crop_pct", config.get("crop_pct") or (1.0 if size >= 384 else 0.875))
     built = {
         "img_size": size,
         "patch_size": patch,
@@ -87,9 +93,7 @@ def beit_checkpoint(
         arguments=built,
         state_dict=kept,
         heads=heads or {},
-        preprocess=replace(
-            preprocess, input_size=(size, size), crop_pct=1.0 if size >= 384 else 0.875
-        ),
+        preprocess=replace(preprocess, input_size=(size, size), crop_pct=crop_pct),
         dropped=(*dropped, *(key for key in tensors if key.endswith(INDEX))),
         assumed=assumed,
     )

@@ -6,6 +6,7 @@ Upstream is github.com/facebookresearch/mae.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
@@ -18,6 +19,7 @@ NAME = "mae-finetuned"
 KEPT = (*ENCODER, "fc_norm.", "head.")
 # What tells a BEiT, or an iBOT fine-tuned by BEiT's script.
 BEIT = {"blocks.0.attn.q_bias", "blocks.0.gamma_1", OWN_TABLE, SHARED}
+CROPPED_SIZE = 224  # pixels
 PROBE = {"head.0.running_mean", "head.0.running_var", "head.1.weight", "head.1.bias"}
 
 
@@ -49,9 +51,13 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             {"norm_eps": 1e-6},
         )
     pool = "avg" if "fc_norm.weight" in tensors else "token"
-    return vit_checkpoint(
+    checkpoint = vit_checkpoint(
         NAME, tensors, arguments, positions="bicubic", heads=heads, global_pool=pool
     )
+    # upstream evaluates larger ones, such as ViT-H at 448 pixels, without a crop
+    crop_pct = 0.875 if checkpoint.arguments["img_size"] <= CROPPED_SIZE else 1.0
+    assert checkpoint.preprocess is not None
+    return replace(checkpoint, preprocess=replace(checkpoint.preprocess, crop_pct=crop_pct))
 
 
 def _is_scale_mae(container: Container) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
 from models.checkpoints.families.heads import assumed
-from models.checkpoints.families.known import whole
+from models.checkpoints.families.known import Known, number
 from models.checkpoints.families.ratios import mlp_ratio
 from models.checkpoints.families.vit import choose_weights
 from models.inputs.transforms import Preprocess
@@ -29,12 +29,17 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `weights`, `num_heads` (1), `img_size` (224)."""
+    """`arguments`: `weights`, `num_heads` (1), `img_size` (224) and `crop_pct` of the evaluation
+    (0.875), which the training script's arguments may have."""
+    known = Known(arguments, container.script)
+    size, crop_pct = (
+        known.image_size(),
+        number("crop_pct", known.get("crop_pct", 0.875, "eval_crop_ratio")),
+    )
     tensors = choose_weights(container, arguments, container.wrapper)
     _, classes, dim = tensors["cls_token"].shape
     only = "blocks_token_only."
     single = tensors.get("head.weight")
-    size = whole("img_size", arguments.get("img_size", 224))
     return Checkpoint(
         format=NAME,
         architecture=NAME,
@@ -49,8 +54,8 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             "class_tokens": classes,
         },
         state_dict=dict(tensors),
-        assumed=assumed(arguments, num_heads=1, img_size=224),
-        preprocess=Preprocess(input_size=(size, size)),
+        assumed={**known.assumed, **assumed(arguments, num_heads=1)},
+        preprocess=Preprocess(input_size=size, crop_pct=crop_pct),
     )
 
 

@@ -33,6 +33,10 @@ def convert(tensors: Mapping[str, Tensor], table: Table, by_mmseg: bool) -> Back
     table.only("patch_norm", False)
     table.only("act_cfg", "GELU")
     table.only("num_fcs", 2)
+    if "dist_token" in tensors:
+        raise CheckpointError(
+            "a backbone with a distillation token, that of TinyMIM*-T, is not supported"
+        )
     unused = [k for k in tensors if k.endswith(INDEX)]
     if not by_mmseg:  # a norm in authors' files is of pre-training
         unused += [k for k in tensors if k.startswith("norm.")]
