@@ -42,9 +42,15 @@ class Beit(beit.Beit):  # type: ignore[misc]
         stored: tuple[int, int] = self.patch_embed.grid_size
         if table is None or grid == stored:
             return table
-        cells = torch.unflatten(table[:, 1:], 1, stored).permute(0, 3, 1, 2)
+        first = self.num_prefix_tokens
+        cells = torch.unflatten(table[:, first:], 1, stored).permute(0, 3, 1, 2)
         resized = dino_rule(cells, grid)
-        return torch.cat([table[:, :1], resized.flatten(2).transpose(1, 2)], 1)
+        return torch.cat([table[:, :first], resized.flatten(2).transpose(1, 2)], 1)
+
+    def prefix_tokens(self) -> Tensor:
+        """The tokens (1, P, D) before the patches."""
+        token: Tensor = self.cls_token
+        return token
 
     def embed(self, pixels_BCHW: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Patches (B, N, D) without positions, and their grid. Pixels beyond the last whole patch
@@ -59,7 +65,8 @@ class Beit(beit.Beit):  # type: ignore[misc]
     ) -> list[Tensor]:
         """The tokens (B, 1 + N, D) after each of the first `count` blocks (all), before the norm;
         with none of them the embedded tokens."""
-        x = torch.cat([self.cls_token.expand(patches_BND.shape[0], -1, -1), patches_BND], 1)
+        tokens = self.prefix_tokens().expand(patches_BND.shape[0], -1, -1)
+        x = torch.cat([tokens, patches_BND], 1)
         if (table := self.positions(grid)) is not None:
             x = x + table
         shared = None if self.rel_pos_bias is None else self.rel_pos_bias()
@@ -106,4 +113,47 @@ class Beit(beit.Beit):  # type: ignore[misc]
         return normed
 
 
-NETWORKS = {"beit": Beit}
+class DistilledBeit(Beit):
+    """A BEiT with a distillation token behind the class token (TinyMIM*-T, arXiv 2301.01296).
+
+    Its tables of relative positions have three further rows, before those of the class token: from
+    the token to all others, from others to the token, and to itself.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        dim = self.embed_dim
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.num_prefix_tokens = 2
+        if self.pos_embed is not None:
+            self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + 2, dim))
+        for block in self.blocks:
+            layer = block.attn
+            if layer.relative_position_bias_table is None:
+                continue
+            rows, heads = layer.relative_position_bias_table.shape
+            layer.relative_position_bias_table = nn.Parameter(torch.zeros(rows + 3, heads))
+            layer.relative_position_index = _with_a_further_token(layer.relative_position_index)
+            # timm shapes the looked-up table by it, and counts the class token itself
+            layer.window_size = (len(layer.relative_position_index) - 1, 1)
+
+    def prefix_tokens(self) -> Tensor:
+        return torch.cat([self.cls_token, self.dist_token], 1)
+
+
+def _with_a_further_token(index: Tensor) -> Tensor:
+    """timm's index (1 + N, 1 + N) of a table's rows, with a second token before the patches."""
+    count = len(index) + 1
+    first = int(index[0, 0]) - 2  # the row after those of pairs of patches
+    wider = index.new_zeros(count, count)
+    wider[2:, 2:] = index[1:, 1:]
+    for token in (1, 0):  # the class token's rows hold for the pair of both
+        start = first if token else first + 3
+        wider[token, :] = start
+        wider[:, token] = start + 1
+        wider[token, token] = start + 2
+    wider[0, 1] = first + 3
+    return wider
+
+
+NETWORKS = {"beit": Beit, "distilled-beit": DistilledBeit}

@@ -11,6 +11,7 @@ import torch
 import yaml
 from timm.models.swin_transformer import SwinTransformer
 from torch import nn
+from torch.nn.functional import conv2d
 
 from models import load_checkpoint
 from models.checkpoints.containers import open_container
@@ -21,13 +22,14 @@ from models.checkpoints.formats.mmseg import in_segmenters_names
 from models.checkpoints.loading import read_checkpoint
 from models.errors import CheckpointError, InputError
 from models.heads.depth import Depth
-from models.networks.beit import Beit
+from models.networks.beit import Beit, DistilledBeit
 from models.networks.depth_decoders import create_depth_decoder
 from models.networks.dpt import with_class_token
 from models.networks.padded_swin import PaddedSwin
 from models.networks.vit import RULES, Vit
 from models.segmentation.decoders import create_decoder
 from models.segmentation.decoders.dpt import DptHead
+from models.segmentation.decoders.necks import TinyMimNeck
 from models.segmentation.decoders.segmenter import MaskTransformer
 from models.segmentation.windows import Windows
 from tests.models.test_fixtures import fixture, folder_of
@@ -288,6 +290,55 @@ def test_beits_may_be_fine_tuned_with_fewer_options(
     torch.testing.assert_close(found["tokens"], features)
     if arguments["num_classes"]:
         torch.testing.assert_close(found["logits"], logits)
+
+
+def test_tinymims_star_has_a_second_token_and_a_further_layer(tmp_path: Path) -> None:
+    """Against the bias of each pair of tokens, and torch's layers."""
+    dim, side = 16, 2
+    trunk: Any = randomize(
+        DistilledBeit(
+            img_size=8 * side, patch_size=8, embed_dim=dim, depth=12, num_heads=2, num_classes=0,
+            init_values=0.1, use_abs_pos_emb=True, use_rel_pos_bias=True, global_pool="avg",
+        )
+    )  # fmt: skip
+    tokens = [None, None, *((row, column) for row in range(side) for column in range(side))]
+    pairs = (2 * side - 1) ** 2
+    layer = trunk.blocks[0].attn
+    found = layer._get_rel_pos_bias()[0]
+    for i, one in enumerate(tokens):
+        for j, other in enumerate(tokens):
+            if 0 in (i, j):
+                row = pairs + (5 if i == j else 3 if i == 0 else 4)
+            elif 1 in (i, j):
+                row = pairs + (2 if i == j else 0 if i == 1 else 1)
+            else:
+                assert one is not None
+                assert other is not None
+                row = (one[0] - other[0] + side - 1) * (2 * side - 1) + one[1] - other[1] + side - 1
+            assert torch.equal(found[:, i, j], layer.relative_position_bias_table[row]), (i, j)
+    levels: Any = randomize(TinyMimNeck(dim, 20))
+    head = {"conv_seg.weight": torch.randn(3, 4 * dim, 1, 1), "conv_seg.bias": torch.randn(3)}
+    state = {k: v for k, v in trunk.state_dict().items() if not k.startswith("fc_norm")}
+    state |= levels.state_dict()
+    content = {f"backbone.{key}": value for key, value in state.items()}
+    content |= {f"decode_head.{key}": value for key, value in head.items()}
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"state_dict": content}, path)
+    tables: dict[str, Any] = {
+        "backbone": {"type": "MAE", "img_size": 8 * side, "out_indices": [3, 5, 7, 11]},
+        "decode_head": {"type": "FCNHead", "in_index": 3, "num_convs": 0},
+        "test_cfg": {"mode": "whole"},
+    }
+    pixels = torch.randn(2, 3, 8 * side, 8 * side)
+    logits = load_checkpoint(path, tables).run(pixels)["mask_logits_lowres"]
+    with torch.no_grad():
+        blocks = trunk.encode(*trunk.embed(pixels))
+        maps = [blocks[n][:, 2:].transpose(1, 2).unflatten(2, (side, side)) for n in (3, 5, 7, 11)]
+        expected = conv2d(levels(maps)[3], head["conv_seg.weight"], head["conv_seg.bias"])
+    torch.testing.assert_close(logits, expected)
+    tables["backbone"]["out_indices"] = [3, 5, 7, 10]
+    with pytest.raises(CheckpointError, match="out_indices end with 10"):
+        load_checkpoint(path, tables)
 
 
 def test_beits_positions_are_of_any_size_and_relative_ones_of_one() -> None:

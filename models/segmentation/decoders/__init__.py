@@ -16,6 +16,7 @@ from models.segmentation.decoders.necks import (
     LevelNorms,
     SelectLevels,
     Steps,
+    TinyMimNeck,
     create_neck,
 )
 
@@ -46,8 +47,8 @@ def create_decoder(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -
     """A decoder without its weights, from the names and shapes of its tensors.
 
     Args:
-        tensors: `levels.*` (a `BeitNeck` or `LevelNorms`, optional), `neck.*` (optional) and
-            `decode_head.*`.
+        tensors: `levels.*` (a `BeitNeck`, `TinyMimNeck` or `LevelNorms`, optional), `neck.*`
+            (optional) and `decode_head.*`.
         settings: `inputs`, the channels of each map; `patch`, the patch size, for a `BeitNeck`;
             `levels_norm_eps` of `LevelNorms` (1e-6); `in_index`, the levels that the head reads
             (all); and those of `create_neck` and of the heads.
@@ -61,7 +62,10 @@ def create_decoder(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -
         raise ValueError(f"inputs must be up to {MAX_MAPS} numbers from 1 to {MAX_CHANNELS}")
     steps: dict[str, nn.Module] = {}
     levels = below(tensors, "levels.")
-    if any(key.startswith("fpn1.") for key in levels):
+    if (added := levels.get("conv1x1.1.weight")) is not None:
+        steps["levels"] = TinyMimNeck(inputs[0], added.shape[0])
+        inputs = [4 * inputs[0]] * 4
+    elif any(key.startswith("fpn1.") for key in levels):
         steps["levels"] = BeitNeck(inputs[0], int(settings["patch"]))
     elif levels:
         numbers = sorted({int(key.partition(".")[0].removeprefix("norm")) for key in levels})

@@ -38,6 +38,30 @@ class BeitNeck(nn.Module):
         return [step(x) for step, x in zip(steps, maps, strict=True)]
 
 
+class TinyMimNeck(nn.Module):
+    """The levels of TinyMIM*-T (arXiv 2301.01296), with four times the channels of a small ViT.
+
+    The last map passes through a layer that its fine-tuning added behind the blocks.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        double = partial(nn.ConvTranspose2d, kernel_size=2, stride=2)
+        wide = 2 * dim
+        self.fpn1 = nn.Sequential(
+            double(dim, wide), nn.BatchNorm2d(wide), nn.GELU(), double(wide, 4 * dim)
+        )
+        self.fpn2 = nn.Sequential(double(dim, 4 * dim))
+        self.fpn3 = nn.Conv2d(dim, 4 * dim, 1)
+        self.conv1x1 = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU())
+        self.fpn4 = nn.Sequential(nn.Conv2d(hidden, 4 * dim, 3, stride=2, padding=1))
+
+    def forward(self, maps: Pyramid) -> Pyramid:
+        first, second, third, last = maps
+        last = self.conv1x1(last.movedim(1, -1)).movedim(-1, 1)
+        return [self.fpn1(first), self.fpn2(second), self.fpn3(third), self.fpn4(last)]
+
+
 class FeaturePyramid(nn.Module):
     """mmsegmentation's Feature2Pyramid: `BeitNeck` under other names."""
 

@@ -20,6 +20,8 @@ from models.checkpoints.families.segmentors import Table
 from models.errors import CheckpointError
 
 TYPES = ("BEiT", "MAE")
+LEVELS = ("fpn", "conv1x1.")
+LAST_BLOCK = 11  # the one behind which TinyMIM*-T has a further layer
 
 
 def matches(tensors: Mapping[str, Tensor]) -> bool:
@@ -33,31 +35,34 @@ def convert(tensors: Mapping[str, Tensor], table: Table, by_mmseg: bool) -> Back
     table.only("patch_norm", False)
     table.only("act_cfg", "GELU")
     table.only("num_fcs", 2)
-    if "dist_token" in tensors:
-        raise CheckpointError(
-            "a backbone with a distillation token, that of TinyMIM*-T, is not supported"
-        )
+    distilled = "dist_token" in tensors  # TinyMIM*-T
+    prefix = 2 if distilled else 1
     unused = [k for k in tensors if k.endswith(INDEX)]
     if not by_mmseg:  # a norm in authors' files is of pre-training
         unused += [k for k in tensors if k.startswith("norm.")]
-    state = {k: v for k, v in tensors.items() if k not in unused and not k.startswith("fpn")}
+    state = {k: v for k, v in tensors.items() if k not in unused and not k.startswith(LEVELS)}
     dim, _, _, patch = state["patch_embed.proj.weight"].shape
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     relative = state.get(SHARED, state.get(OWN_TABLE))
     if relative is not None:
         heads = relative.shape[1]
-        rows, columns = _window(table, relative.shape[0], patch)
+        rows, columns = _window(table, relative.shape[0] - 3 * (prefix - 1), patch)
     else:
         heads = head_count(table, dim)
-        rows, columns = grid_of(table, state["pos_embed"].shape[1] - 1, patch)
+        rows, columns = grid_of(table, state["pos_embed"].shape[1] - prefix, patch)
     layers = out_indices(table, depth, [depth - 1] if by_mmseg else [3, 5, 7, 11])
+    if distilled and layers[-1] != LAST_BLOCK:
+        raise CheckpointError(
+            f"out_indices end with {layers[-1]}; TinyMIM*-T's code reads the last level of block "
+            f"{LAST_BLOCK}"
+        )
     split_biases(state)
     has_norm = "norm.weight" in state
     if not has_norm:  # only embeddings use it; its values are those that fine-tuning starts from
         state["fc_norm.weight"], state["fc_norm.bias"] = torch.ones(dim), torch.zeros(dim)
     window = (rows * patch, columns * patch)
     return Backbone(
-        architecture="beit",
+        architecture="distilled-beit" if distilled else "beit",
         arguments={
             "norm_eps": norm_eps(table, 1e-5 if by_mmseg else 1e-6),
             "img_size": list(window),
@@ -79,7 +84,7 @@ def convert(tensors: Mapping[str, Tensor], table: Table, by_mmseg: bool) -> Back
         layers=layers,
         dims=[dim] * len(layers),
         window=window,
-        levels={f"levels.{k}": v for k, v in tensors.items() if k.startswith("fpn")},
+        levels={f"levels.{k}": v for k, v in tensors.items() if k.startswith(LEVELS)},
         settings={"patch": patch, "normed": [depth - 1] if has_norm else False},
         dropped=tuple(unused),
     )
