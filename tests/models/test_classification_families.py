@@ -249,12 +249,14 @@ def test_ibots_linear_classifiers_read_patches_in_their_own_ways(
         load_checkpoint(path, told | {"classifier": 3})
 
 
-@pytest.mark.parametrize("pool", ["avg", "token"])
-def test_beits_script_fine_tunes_vits_of_ibot_and_slip(pool: str, tmp_path: Path) -> None:
-    """Whole biases, layer scale, and no tables of relative positions."""
+@pytest.mark.parametrize(("pool", "scale"), [("avg", 0.1), ("token", 0.1), ("avg", None)])
+def test_beits_script_fine_tunes_vits_of_ibot_and_slip(
+    pool: str, scale: float | None, tmp_path: Path
+) -> None:
+    """Whole biases, and no tables of relative positions. SLIP's small ViT has 12 heads."""
     network = randomised(
-        Beit(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5,
-             init_values=0.1, use_abs_pos_emb=True, global_pool=pool)
+        Beit(img_size=32, patch_size=8, embed_dim=384, depth=2, num_heads=12, num_classes=5,
+             init_values=scale, use_abs_pos_emb=True, global_pool=pool, mlp_ratio=0.1)
     )  # fmt: skip
     state = network.state_dict()
     for number in range(2):
@@ -262,10 +264,10 @@ def test_beits_script_fine_tunes_vits_of_ibot_and_slip(pool: str, tmp_path: Path
         keys = torch.zeros_like(state[f"{name}q_bias"])
         biases = [state.pop(f"{name}q_bias"), keys, state.pop(f"{name}v_bias")]
         state[f"{name}qkv.bias"] = torch.cat(biases)
-    script = {"nb_classes": 5, "finetune": "x.pth", "layer_scale_init_value": 0.1,
-              "imagenet_default_mean_and_std": True}  # fmt: skip
+    script = {"nb_classes": 5, "finetune": "x.pth", "layer_scale_init_value": scale or 0.0,
+              "imagenet_default_mean_and_std": True, "model": "beit_small_patch16_224"}  # fmt: skip
     content = {"model": state, "epoch": 1, "args": argparse.Namespace(**script)}
-    model = load_checkpoint(saved(tmp_path / "checkpoint.pth", content), {"num_heads": 3})
+    model = load_checkpoint(saved(tmp_path / "checkpoint.pth", content))
     assert model.trunk.preprocess.mean == (0.485, 0.456, 0.406)
     found = model.run(pixels(32, 32))["logits"]
     assert torch.allclose(found, network(pixels(32, 32)), atol=1e-5)

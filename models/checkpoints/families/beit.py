@@ -20,6 +20,7 @@ OWN_TABLE = "blocks.0.attn.relative_position_bias_table"
 INDEX = "relative_position_index"
 HALF = (0.5, 0.5, 0.5)
 SLIPS_HEADS = {**VIT, 384: 12}
+SCRIPT = "layer_scale_init_value"  # an argument of BEiT's fine-tuning script alone
 STATISTICS = "imagenet_default_mean_and_std"
 
 

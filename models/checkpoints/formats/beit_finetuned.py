@@ -1,9 +1,8 @@
 """BEiT's fine-tuned classifiers (arXiv 2106.08254, v2 2208.06366, github.com/microsoft/unilm).
 
 timm's names with separate biases of queries and values, or tables of relative positions, or both;
-or with layer scale alone, as iBOT (arXiv 2111.07832) and SLIP (arXiv 2112.12750) are fine-tuned by
-BEiT's script. PeCo (arXiv 2111.12710, github.com/microsoft/PeCo) is assumed to have the same
-layout.
+or whatever its script fine-tuned of iBOT (arXiv 2111.07832) and SLIP (arXiv 2112.12750). PeCo
+(arXiv 2111.12710, github.com/microsoft/PeCo) is assumed to have the same layout.
 """
 
 from collections.abc import Mapping
@@ -11,7 +10,8 @@ from typing import Any
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
-from models.checkpoints.families.beit import OWN_TABLE, SHARED, beit_checkpoint
+from models.checkpoints.families.beit import OWN_TABLE, SCRIPT, SHARED, beit_checkpoint
+from models.checkpoints.families.vit import MARKS
 
 NAME = "beit-finetuned"
 
@@ -19,8 +19,9 @@ NAME = "beit-finetuned"
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     keys = container.tensors.keys()
     marks = {"blocks.0.attn.q_bias", OWN_TABLE, SHARED} & keys
-    scaled = {"blocks.0.gamma_1", "head.weight"} <= keys
-    if scaled and ("fc_norm.weight" in keys or "layer_scale_init_value" in container.script):
+    if SCRIPT in container.script and keys >= MARKS | {"head.weight"}:
+        marks |= {"head.weight"}
+    if {"blocks.0.gamma_1", "fc_norm.weight"} <= keys:
         marks |= {"blocks.0.gamma_1"}
     if marks and "lm_head.weight" not in keys and "patch_embed.proj.weight" in keys:
         return f"blocks, {min(marks)}, and no lm_head"

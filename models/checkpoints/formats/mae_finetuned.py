@@ -11,7 +11,7 @@ from typing import Any
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
-from models.checkpoints.families.beit import OWN_TABLE, SHARED
+from models.checkpoints.families.beit import OWN_TABLE, SCRIPT, SHARED
 from models.checkpoints.families.mae import ENCODER
 from models.checkpoints.families.vit import MARKS, vit_checkpoint
 
@@ -27,7 +27,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     keys = container.tensors.keys()
     if container.wrapper != "model" or "architecture" in arguments or not keys >= MARKS:
         return None
-    if BEIT & keys:
+    if BEIT & keys or SCRIPT in container.script:
         return None
     script = {"nb_classes", "finetune"} <= container.script.keys()
     if "distillation_type" in container.script:  # DeiT's script
