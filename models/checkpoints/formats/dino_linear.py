@@ -59,7 +59,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         raise CheckpointError(f"{companion.path}: not a backbone as DINO or EsViT publishes it")
     backbone = backbone_checkpoint(NAME, kept, arguments, dropped=dropped)
     weight, bias = _classifier(container, arguments)
-    by_ibot = companion.wrapper == "state_dict" or "head.last_layer2.weight_v" in dropped
+    by_ibot = companion.wrapper == "state_dict" or "head.last_layer2.weight_v" in companion.tensors
     if by_ibot and backbone.architecture == "vit":
         times = weight.shape[1] / backbone.arguments["embed_dim"]
         if times in (1, 2):
