@@ -11,7 +11,7 @@ from torch import Tensor
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
 from models.checkpoints.families.heads import assumed
-from models.checkpoints.families.known import Known, number
+from models.checkpoints.families.known import Known, number, whole
 from models.checkpoints.families.ratios import mlp_ratio
 from models.checkpoints.families.vit import choose_weights
 from models.inputs.transforms import Preprocess
