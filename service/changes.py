@@ -78,7 +78,8 @@ class ChangeLog:
         """The names that have changed since the change of that number."""
         names: list[str] = []
         begin = bisect_right(self._log, number, key=itemgetter(0))
-        for changed, name in islice(self._log, begin, None):
+        for place in range(begin, len(self._log)):
+            changed, name = self._log[place]
             if self._latest[name] != changed:
                 continue
             if len(names) == limit:

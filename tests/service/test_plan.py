@@ -2,6 +2,10 @@
 
 import json
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -10,9 +14,11 @@ from typer.testing import CliRunner
 from models.errors import CatalogError
 from service.cli import app
 from service.planning.load import TrunkLoad, read_loads
+from service.planning.measured import measured_loads
 from service.planning.placement import place
 from service.planning.queueing import predict
 from service.planning.simulation import simulate
+from service.worker.batch_queue import BatchQueue
 
 VIT = {1: 0.010, 4: 0.025, 16: 0.085, 32: 0.165}
 
@@ -83,3 +89,45 @@ def test_the_command_plans_a_file(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(CatalogError, match=message):
             read_loads(path)
+
+
+@contextmanager
+def answering(path: str, content: object) -> Iterator[str]:
+    """A server on this machine that answers one path, for the admin key `boss`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = self.path == path and self.headers["X-API-Key"] == "boss"
+            self.send_response(200 if known else 403)
+            self.end_headers()
+            self.wfile.write(json.dumps(content).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_servers_measured_passes_become_a_file(tmp_path: Path) -> None:
+    q = BatchQueue("vit.s", max_batch_size=8, capacity=8)
+    for size, seconds in ((1, 0.01), (2, 0.015), (8, 0.04)):
+        q.ran(size, seconds)
+    idle = BatchQueue("idle", max_batch_size=8, capacity=8)
+    queues = {queue.name: queue.state() for queue in (q, idle)}
+    with answering("/debug/queues", {"queues": queues}) as url:
+        (tmp_path / "load.toml").write_text(measured_loads(f"{url}/", "boss"))
+        with pytest.raises(CatalogError, match="403"):
+            measured_loads(url, None)
+    [found] = read_loads(tmp_path / "load.toml")
+    assert (found.name, found.rate) == ("vit.s", 1.0)
+    assert found.pass_s == {1: 0.01, 2: 0.015, 8: 0.04}
+    with (
+        answering("/debug/queues", {"workers": {}}) as url,
+        pytest.raises(CatalogError, match="no trunk has run a pass"),
+    ):
+        measured_loads(url, "boss")
