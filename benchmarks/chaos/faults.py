@@ -183,7 +183,8 @@ def cache_damaged(target: Target) -> None:
     """All downloaded and compiled files are damaged, and a worker is killed."""
     for path in target.store.rglob("*"):
         if path.is_file() and path.suffix not in (".lock", ".sha256"):
-            damaged = bytearray(path.read_bytes()[:1024])
+            with path.open("rb") as file:
+                damaged = bytearray(file.read(1024))
             damaged[100:200] = bytes(100)
             path.with_suffix(".damaged").write_bytes(damaged)
             path.with_suffix(".damaged").replace(path)
