@@ -1,5 +1,6 @@
 """The catalog: trunks, and the models that use them, from TOML files."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from itertools import islice
@@ -13,6 +14,8 @@ from models.tasks.table import tasks
 BUILT_IN = Path(__file__).with_name("catalogs")
 DEVICE_KINDS = frozenset({"cpu", "cuda"})
 Dimensions = tuple[int, ...]
+# How servers name the versions of a trunk while one replaces another.
+VERSION = re.compile(r" #\d+$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +107,7 @@ class Catalog:
         models: entries by name.
         defaults: the model that serves a task by default, by the task's name.
         startup: the models that are loaded when a server starts.
+        location: what `load_catalog` was called with.
     """
 
     path: Path
@@ -111,6 +115,7 @@ class Catalog:
     models: Mapping[str, ModelEntry]
     defaults: Mapping[str, str]
     startup: tuple[str, ...]
+    location: str = ""
 
     def model(self, name: str) -> ModelEntry:
         """The entry of that name.
@@ -123,6 +128,17 @@ class Catalog:
         except KeyError:
             some = ", ".join(sorted(islice(self.models, 10)))  # of maybe a hundred thousand
             raise ModelNotFoundError(f"no model {name!r} in the catalog; it has {some}") from None
+
+    def trunk(self, name: str) -> TrunkEntry:
+        """The entry of the trunk of that name.
+
+        Raises:
+            CatalogError: no such trunk; the message names those that exist.
+        """
+        if name not in self.trunks:
+            trunks = ", ".join(self.trunks)
+            raise CatalogError(f"no trunk {name!r} in the catalog; it has {trunks}")
+        return self.trunks[name]
 
     def default_model(self, task: str) -> ModelEntry:
         """The model that serves `task` if a request does not name one.
@@ -158,7 +174,9 @@ def load_catalog(location: str | Path) -> Catalog:
     catalog = _parse(where, read_content(location if is_url(location) else path))
     if is_url(location):
         _check_absolute(where, catalog)
-    return replace(catalog, path=path / "catalog.toml") if path.is_dir() else catalog
+    return replace(
+        catalog, path=path / "catalog.toml" if path.is_dir() else path, location=str(location)
+    )
 
 
 def _check_absolute(where: str, catalog: Catalog) -> None:
@@ -201,6 +219,8 @@ def _parse(where: str, content: dict[str, Any]) -> Catalog:
     startup = tuple(content.get("startup", models))
     if missing := {*defaults.values(), *startup} - models.keys():
         raise CatalogError(f"catalog {where}: no model {', '.join(sorted(missing))}")
+    if any(VERSION.search(name) for name in trunks):
+        raise CatalogError(f"catalog {where}: names of trunks may not end with ' #NUMBER'")
     return Catalog(
         path=Path(where), trunks=trunks, models=models, defaults=defaults, startup=startup
     )

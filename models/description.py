@@ -79,6 +79,8 @@ class ModelDescription:
     modalities: tuple[str, ...] | None = None
     # The duration of loading, warm-up included.
     load_seconds: float | None = None
+    # Why it is not as a newer catalog says: that did not load, so what was before is served.
+    update_error: str | None = None
     # Whether a server loads it at start. Known to servers, not to the library.
     startup: bool | None = None
     # Members that only a newer worker knows. `to_json` returns them unchanged.

@@ -20,9 +20,16 @@ class Placements:
         self._base = catalog.path.parent
         self._defaults = defaults
         for entry in catalog.trunks.values():
-            engine_class(entry.engine or defaults.engine)
-            resolve_transform(entry.transform or defaults.transform)
-            self.precision(entry)
+            self.check(entry)
+
+    def check(self, entry: TrunkEntry) -> None:
+        """
+        Raises:
+            CatalogError: the entry names an unknown engine, transform or precision.
+        """
+        engine_class(entry.engine or self._defaults.engine)
+        resolve_transform(entry.transform or self._defaults.transform)
+        self.precision(entry)
 
     def precision(self, entry: TrunkEntry) -> Precision:
         """What a trunk's passes compute in."""

@@ -1,32 +1,29 @@
 """Loaded models by name, the trunks that they share, and the state of each model."""
 
-import gc
 import logging
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from models.assembly import Assembly
-from models.catalog import Catalog, ModelEntry, load_catalog
-from models.checkpoints.loading import LoadedTrunk, load_trunk
+from models.catalog import Catalog, ModelEntry, TrunkEntry, load_catalog
+from models.checkpoints.loading import LoadedTrunk
 from models.checkpoints.store import Store
 from models.describing import describe
 from models.description import ModelDescription, State
 from models.errors import CatalogError, ModelNotFoundError, ModelNotReadyError
 from models.inputs.transforms import resolve_transform
+from models.loaded_trunks import LoadedTrunks
 from models.model import Model
 from models.placements import Placements
+from models.replacement import Replacement
 from models.slots import Slot, Slots
 from models.trunks.devices import Placement, resolve_device, resolve_precision
 from models.trunks.transfers import finish_writes
 
 logger = logging.getLogger(__name__)
-
 
 Hook = Callable[[Model], None]
 
@@ -59,6 +56,8 @@ class Registry:
         on_change: Callable[[str], None] | None = None,
     ) -> None:
         self._slots = Slots(catalog.models.values(), self._report)
+        # The models of the catalog's files; the others are heads.
+        self.declared = set(catalog.models)
         # `add` and `remove` change its models.
         self.catalog = replace(catalog, models=self._slots.entries)
         self.store = store or Store()
@@ -73,13 +72,13 @@ class Registry:
             streams=streams,
             cache=self.store.root / "engines",
         )
+        base = catalog.path.parent
         self._placements = Placements(catalog, defaults)
+        self._trunks = LoadedTrunks(self._placements, self.store, base, self.device)
+        self._assembly = Assembly(base, self.store, self.load_trunk)
         self.on_load = on_load
         self.on_unload = on_unload
         self.on_change = on_change
-        self._trunks: dict[str, LoadedTrunk] = {}
-        self._trunk_locks = {name: threading.Lock() for name in catalog.trunks}
-        self._assembly = Assembly(catalog.path.parent, self.store, self.load_trunk)
 
     @classmethod
     def from_catalog(cls, name_or_path: str | Path, **options: Any) -> "Registry":
@@ -98,8 +97,11 @@ class Registry:
             ModelNotReadyError: in the catalog, but not ready.
         """
         slot = self._slot(name)
-        if slot.state is State.READY and slot.model is not None:
-            return slot.model
+        model = slot.model
+        if slot.state is State.READY and model is not None:
+            return model
+        if self._slots.get(name) is not slot:  # it was replaced or removed meanwhile
+            return self.ready(name)
         reason = f": {slot.reason}" if slot.reason else ""
         raise ModelNotReadyError(f"model {name!r} is {slot.state}{reason}", state=slot.state)
 
@@ -114,19 +116,18 @@ class Registry:
             if slot.model is not None:
                 return slot.model
             if self._slots.get(name) is not slot:
-                raise ModelNotFoundError(f"model {name!r} was removed meanwhile")
+                return self.load(name)  # it was replaced or removed meanwhile
             self._slots.set_state(slot, State.LOADING)
             started = time.monotonic()
             try:
-                model = self._build(slot.entry)
-                if self.on_load:
-                    self.on_load(model)
+                model = self._assembly.build(slot.entry)
+                self._warm_up(model)
             except BaseException as error:
                 self._slots.set_state(slot, State.FAILED, str(error))
-                self._drop_unused_trunks(slot.entry)
+                self._trunks.drop(slot.entry.trunks, self._slots.users)
                 raise
             slot.load_seconds = time.monotonic() - started
-            slot.format = self._trunks[slot.entry.trunk].format
+            slot.format = self.load_trunk(slot.entry.trunk).format
             slot.model = model
             self._slots.set_state(slot, State.READY)
             logger.info("model %s loaded in %.1f s", name, slot.load_seconds)
@@ -138,10 +139,10 @@ class Registry:
         with slot.lock:
             model, slot.model = slot.model, None
             self._slots.set_state(slot, State.UNLOADED)
-            if model is not None and self.on_unload:
-                self.on_unload(model)
+            if model is not None:
+                self._retire(model)
             del model  # so that its memory can be freed below
-        self._drop_unused_trunks(slot.entry)
+        self._trunks.drop(slot.entry.trunks, self._slots.users)
 
     def loaded_trunk(self, name: str) -> LoadedTrunk | None:
         """A trunk that a loaded model uses, or None."""
@@ -155,22 +156,66 @@ class Registry:
             CatalogError: the trunk does not exist, or a loaded model of that name uses another.
             ModelsError: the replacement does not load. The old model remains.
         """
-        if entry.trunk not in self.catalog.trunks:
-            trunks = ", ".join(self.catalog.trunks)
-            raise CatalogError(f"{entry.name}: no trunk {entry.trunk!r}; the catalog has {trunks}")
-        slot, old = Slot(entry), self._slots.get(entry.name)
-        if old is not None and old.model is not None:
-            if old.entry.trunk != entry.trunk:
-                raise CatalogError(f"{entry.name} uses {old.entry.trunk!r}; remove it first")
-            slot.model, slot.state = self._build(entry), State.READY
-            slot.format, slot.load_seconds = old.format, old.load_seconds
-        self._slots.put(slot)
+        self.catalog.trunk(entry.trunk)
+        old = self._slots.get(entry.name)
+        if old is not None and old.model is not None and old.entry.trunk != entry.trunk:
+            raise CatalogError(f"{entry.name} uses {old.entry.trunk!r}; remove it first")
+        self._replace({}, {entry.name: entry})
 
     def remove(self, name: str) -> None:
-        """Unload a model, and remove its declaration."""
+        """Remove a model's declaration, and unload it."""
         slot = self._slot(name)
-        self.unload(name)
-        self._slots.remove(slot)
+        with slot.lock:
+            model = self._slots.remove(slot)
+            self.declared.discard(name)
+            if model is not None:
+                self._retire(model)
+            del model  # so that its memory can be freed below
+        self._trunks.drop(slot.entry.trunks, self._slots.users)
+
+    def update(self, trunks: Mapping[str, TrunkEntry], models: Mapping[str, ModelEntry]) -> None:
+        """Declare trunks and models of a newer catalog, and replace those that are loaded.
+
+        New versions are built and warmed up while the old ones serve. Then they take over, and the
+        old ones answer what they have accepted; until then both are in memory. Heads on a replaced
+        trunk are built anew, too; those that do not fit it are `failed` then, as after a restart.
+
+        Args:
+            models: also those on these trunks whose own entries are as before.
+
+        Raises:
+            ModelsError: a part is invalid or does not load. Everything is as it was.
+        """
+        for entry in trunks.values():
+            self._placements.check(entry)
+        if heads := models.keys() & self._slots.entries.keys() - self.declared:
+            raise CatalogError(
+                f"the catalog has a model {', '.join(sorted(heads))}, which is a head's name, too; "
+                "delete the head first"
+            )
+        self._replace(trunks, models)
+        self.declared |= models.keys()
+
+    def remove_trunk(self, name: str) -> None:
+        """Remove a trunk's declaration, and the heads on it.
+
+        Raises:
+            CatalogError: a model of the catalog uses it.
+        """
+        users = self._slots.on_trunk(name)
+        if used := self.declared.intersection(users):
+            raise CatalogError(f"the trunk {name!r} is used by {', '.join(sorted(used))}")
+        for head in users:
+            self.remove(head)
+        trunks = {n: entry for n, entry in self.catalog.trunks.items() if n != name}
+        self.catalog = replace(self.catalog, trunks=trunks)
+
+    def set_defaults(self, defaults: Mapping[str, str], startup: Sequence[str]) -> None:
+        """Change the models that serve tasks by default, and those that are loaded at start."""
+        changed = {*self.catalog.defaults.values(), *defaults.values()}
+        self.catalog = replace(self.catalog, defaults=defaults, startup=tuple(startup))
+        for name in changed & self.catalog.models.keys():
+            self._report(name)
 
     def default_model(self, task: str) -> ModelEntry:
         """The catalog's default model for a task, otherwise the first loaded model that does it.
@@ -209,39 +254,23 @@ class Registry:
         return {slot.entry.name: self._describe(slot) for slot in slots if slot is not None}
 
     def _describe(self, slot: Slot) -> ModelDescription:
-        trunk = self.catalog.trunks[slot.entry.trunk]
-        precision = self._placements.precision(trunk)
-        default_for = self._default_for(slot.entry.name)
-        return describe(slot, trunk, default_for, str(self.device), precision)
-
-    def _default_for(self, name: str) -> list[str]:
-        """The tasks that a model is the default of."""
-        defaults = self.catalog.defaults
+        if (trunk := self.catalog.trunks.get(slot.entry.trunk)) is None:  # removed meanwhile
+            raise ModelNotFoundError(f"no model {slot.entry.name!r}")
+        name, defaults = slot.entry.name, self.catalog.defaults
         first = [task for task in self._slots.first_for(name) if task not in defaults]
-        return [*(task for task, model in defaults.items() if model == name), *first]
+        default_for = [*(task for task, model in defaults.items() if model == name), *first]
+        precision = self._placements.precision(trunk)
+        return describe(slot, trunk, default_for, str(self.device), precision)
 
     def _report(self, name: str) -> None:
         if self.on_change:
             self.on_change(name)
-
-    def _build(self, entry: ModelEntry) -> Model:
-        model = self._assembly.build(entry)
-        finish_writes(self.device)
-        return model
 
     def _slot(self, name: str) -> Slot:
         self.catalog.model(name)
         if (slot := self._slots.get(name)) is None:  # removed meanwhile
             raise ModelNotFoundError(f"no model {name!r}")
         return slot
-
-    def _drop_unused_trunks(self, entry: ModelEntry) -> None:
-        for trunk in entry.trunks:
-            with self._trunk_locks[trunk]:
-                if not self._slots.in_use(trunk) and self._trunks.pop(trunk, None) is not None:
-                    gc.collect()  # a trunk, its engine and its hooks refer to each other
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def load_trunk(self, name: str) -> LoadedTrunk:
         """A trunk of the catalog, which is loaded if it is not yet.
@@ -250,13 +279,22 @@ class Registry:
             CatalogError: the catalog has no such trunk.
             SourceError, CheckpointError: it cannot be loaded.
         """
-        if name not in self.catalog.trunks:
-            trunks = ", ".join(self.catalog.trunks)
-            raise CatalogError(f"no trunk {name!r} in the catalog; it has {trunks}")
-        entry = self.catalog.trunks[name]
-        with self._trunk_locks[name]:
-            if name not in self._trunks:
-                base = self.catalog.path.parent
-                loaded = load_trunk(entry, self.store, base, self._placements.placement(entry))
-                self._trunks[name] = replace(loaded, source=entry.source)
-            return self._trunks[name]
+        return self._trunks.load(self.catalog.trunk(name))
+
+    def _replace(self, trunks: Mapping[str, TrunkEntry], models: Mapping[str, ModelEntry]) -> None:
+        def commit() -> None:
+            self.catalog = replace(self.catalog, trunks={**self.catalog.trunks, **trunks})
+
+        Replacement(trunks, models, self._slots, self._trunks).run(
+            self.catalog.path.parent, self.store, self.load_trunk, self._warm_up, self._retire,
+            commit,
+        )  # fmt: skip
+
+    def _warm_up(self, model: Model) -> None:
+        finish_writes(self.device)
+        if self.on_load:
+            self.on_load(model)
+
+    def _retire(self, model: Model) -> None:
+        if self.on_unload:
+            self.on_unload(model)

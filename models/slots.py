@@ -88,10 +88,15 @@ class Slots:
         with self._lock:
             return [task for task, slot in self._first.items() if slot.entry.name == name]
 
-    def in_use(self, trunk: str) -> bool:
-        """Whether a model on the trunk is loaded or loading."""
+    def users(self, trunk: str) -> list[str]:
+        """The models on a trunk that are loaded or loading."""
         with self._lock:
-            return bool(self._users[trunk])
+            return list(self._users.get(trunk, ()))
+
+    def on_trunk(self, trunk: str) -> list[str]:
+        """All models on a trunk."""
+        with self._lock:
+            return [name for name, entry in self.entries.items() if trunk in entry.trunks]
 
     def put(self, slot: Slot) -> None:
         """Add a slot, or replace the one of that name."""
@@ -99,6 +104,8 @@ class Slots:
         with self._lock:
             if (old := self._by_name.get(name)) is not None:
                 self._states[old.state] -= 1
+                for trunk in old.entry.trunks:
+                    self._users[trunk].discard(name)
             slot.position = next(self._positions) if old is None else old.position
             self._by_name[name] = slot
             self.entries[name] = slot.entry
@@ -106,15 +113,18 @@ class Slots:
             changed = self._follow(slot)
         self._report(changed)
 
-    def remove(self, slot: Slot) -> None:
-        """Remove a slot whose model is unloaded."""
+    def remove(self, slot: Slot) -> Model | None:
+        """Remove a slot. Returns its model, which it no longer has."""
         name = slot.entry.name
         with self._lock:
             if self._by_name.get(name) is not slot:
-                return
+                return None
             del self._by_name[name], self.entries[name]
             self._states[slot.state] -= 1
-        self._report({name})
+            model, slot.model, slot.state = slot.model, None, State.UNLOADED
+            changed = self._follow(slot)
+        self._report(changed)
+        return model
 
     def set_state(self, slot: Slot, state: State, reason: str = "") -> None:
         """Set a slot's state. Its model is set before."""

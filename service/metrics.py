@@ -136,6 +136,15 @@ class Metrics:
         )
         for outcome in ("ok", "invalid", "cancelled", "error"):
             self.fits.labels(outcome)
+        self.catalog_updates = Counter(
+            "vitrail_catalog_updates",
+            "Changes of the catalog, by outcome: `error` if a part was rolled back, or if it could "
+            "not be read.",
+            ("outcome",),
+            registry=registry,
+        )
+        for outcome in ("ok", "error"):
+            self.catalog_updates.labels(outcome)
         self.trunk_failures = Counter(
             "vitrail_trunk_failures",
             "Trunk passes that failed, including those that were retried in smaller batches.",

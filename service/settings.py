@@ -45,6 +45,12 @@ class Settings(BaseSettings):
         "demo",
         description="A built-in catalog (demo, hub), a TOML file, a folder of them, or a URL.",
     )
+    catalog_poll_s: float = Field(
+        0,
+        ge=0,
+        description="Seconds between looks at the catalog, whose changes are applied while "
+        "requests are served; 0 to read it once.",
+    )
     models: Names = Field(
         (), description="Models to load at start; if empty, the catalog's `startup` list."
     )

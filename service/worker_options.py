@@ -31,6 +31,7 @@ class WorkerOptions:
     stuck_after_s: float = 60.0
     label_cache_bytes: int = 256 * 2**20
     heads_folder: str = ""
+    catalog_poll_s: float = 0.0
 
     @property
     def lane_threads(self) -> int:

@@ -141,7 +141,8 @@ def test_the_settings_are_these() -> None:
     from service.settings import Settings
 
     assert sorted(Settings.model_fields) == [
-        "admin_keys", "admin_port", "api_keys", "body_timeout_s", "catalog", "collections",
+        "admin_keys", "admin_port", "api_keys", "body_timeout_s", "catalog", "catalog_poll_s",
+        "collections",
         "decode_cpu_s",
         "decode_threads", "decoders", "default_timeout_ms", "device", "drain_delay_s",
         "drain_timeout_s", "engine",

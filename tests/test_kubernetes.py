@@ -53,8 +53,17 @@ def files(name: str) -> dict[str, str]:
 
 
 def rendered(name: str) -> list[dict[str, Any]]:
+    """The manifests that Helm makes of the chart with the values of this name."""
+    return manifests_of(files(name))
+
+
+def rendered_with(**values: Any) -> list[dict[str, Any]]:
     """The manifests that Helm makes of the chart with these values."""
-    texts = [text for path, text in files(name).items() if path.endswith(".yaml")]
+    return manifests_of(ask_helm(CHART, values)["files"])
+
+
+def manifests_of(made: Mapping[str, str]) -> list[dict[str, Any]]:
+    texts = [text for path, text in made.items() if path.endswith(".yaml")]
     return [item for text in texts for item in yaml.safe_load_all(text) if item]
 
 
@@ -234,6 +243,19 @@ def test_gpus_and_offline_are_as_the_values_say() -> None:
     assert {"name": "HF_HUB_OFFLINE", "value": "1"} in offline["containers"][0]["env"]
     [store] = [v for v in offline["volumes"] if v["name"] == "store"]
     assert store["persistentVolumeClaim"] == {"claimName": "vitrail-checkpoints", "readOnly": True}
+
+
+def test_a_changed_catalog_replaces_pods_unless_they_watch_it() -> None:
+    def template(**values: Any) -> dict[str, Any]:
+        manifests = rendered_with(catalogs={"own.toml": "[trunks]"}, **values)
+        found: dict[str, Any] = one(manifests, "Deployment", "demo-worker-cpu")["spec"]["template"]
+        return found
+
+    assert "checksum/catalogs" in template()["metadata"]["annotations"]
+    watching = template(catalogPollSeconds=10)
+    assert "annotations" not in watching["metadata"]
+    environment = watching["spec"]["containers"][0]["env"]
+    assert {"name": "VITRAIL_CATALOG_POLL_S", "value": "10"} in environment
 
 
 # -- the containers' commands as processes -----------------------------------------------------

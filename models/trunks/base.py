@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.catalog import TrunkEntry
 from models.errors import EngineError, InputError
 from models.inputs.images import DEFAULT_LIMITS, ImageLimits
 from models.inputs.numbers import to_numbers
@@ -52,6 +53,8 @@ class Trunk:
         feature_values: numbers in one input's last output, once a pass has run.
         adapters: the hooks that add low-rank adapters to its linear layers.
         identity: changes whenever a plan's pass may compute something else in float32.
+        entry: its entry in the catalog that it was loaded from, if there is one.
+        version: how often its entry was replaced before, while a registry served.
     """
 
     modality = "image"
@@ -64,6 +67,8 @@ class Trunk:
     takes_gsd = False
     has_dense = False
     feature_values = 0
+    entry: TrunkEntry | None = None
+    version = 0
 
     def __init__(
         self, architecture: str, network: nn.Module, preprocess: Any, placement: Placement

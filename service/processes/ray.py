@@ -18,6 +18,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from models.catalog import load_catalog
 from models.catalog_content import is_url
 from models.checkpoints.store import default_store_path
+from models.errors import CatalogError
 from service.gateway.app import create_app
 from service.gateway.server import run_server
 from service.keys import Keys
@@ -85,6 +86,11 @@ def connect(address: str | None) -> None:
 
 def create_ray_app(settings: Settings, placement: Placement) -> Any:
     """The application over deployments, which are created or updated, and a gRPC server beside."""
+    if settings.catalog_poll_s:
+        raise CatalogError(
+            "replicas on Ray do not watch the catalog; unset VITRAIL_CATALOG_POLL_S, and start "
+            "vitrail ray again after a change"
+        )
     catalog = load_catalog(settings.catalog)
     for name in settings.models:
         catalog.model(name)

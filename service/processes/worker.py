@@ -41,9 +41,12 @@ def create_backend(
         only: the models that may be loaded at start; None for all.
     """
     catalog = load_catalog(settings.catalog)
+    worker_options = settings.worker_options
     startup = [catalog.model(name).name for name in settings.models] or catalog.startup
-    chosen = tuple(name for name in startup if only is None or name in only)
-    catalog = replace(catalog, startup=chosen)
+    if only is not None:
+        chosen = tuple(name for name in startup if name in only)
+        catalog = replace(catalog, startup=chosen)
+        worker_options = replace(worker_options, startup=())
     options = settings.worker_options.resolve(resolve_device(settings.device).type)
     registry = Registry(
         catalog,
@@ -56,7 +59,7 @@ def create_backend(
         streams=options.streams,
     )
     metrics = Metrics(CollectorRegistry())
-    backend = LocalBackend(registry, replace(settings.worker_options, startup=()), metrics)
+    backend = LocalBackend(registry, worker_options, metrics)
     ProcessCollector(registry=metrics.registry)
     PlatformCollector(registry=metrics.registry)
     metrics.registry.register(BackendCollector(backend))

@@ -1,6 +1,7 @@
 """Which worker's description of a model a gateway shows, if workers differ."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from models.description import HeadDescription, ModelDescription
@@ -11,9 +12,12 @@ STATES = ("ready", "loading", "fitting", "queued", "failed", "unloaded")
 
 
 def best_description(name: str, workers: Iterable[Worker]) -> ModelDescription | None:
-    """A model's description by the worker where it is closest to answering; None if unknown."""
+    """A model's description by the worker where it is closest to answering, with the change of it
+    that failed on any worker; None if unknown."""
     models = [worker.models[name] for worker in workers if name in worker.models]
-    return min(models, key=closeness, default=None)
+    best = min(models, key=closeness, default=None)
+    error = next((model.update_error for model in models if model.update_error), None)
+    return best if best is None or error is None else replace(best, update_error=error)
 
 
 def closeness(model: HeadDescription) -> tuple[bool, int]:

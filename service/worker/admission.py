@@ -24,6 +24,7 @@ from service.worker.batcher import Batcher
 from service.worker.decode_queue import DecodeQueue
 from service.worker.execution_plan import ExecutionPlan
 from service.worker.places import QueueFull
+from service.worker.trunk_keys import name_of
 
 # A predicted finish must leave this much of the time to the deadline: costs vary.
 MARGIN = 1.3
@@ -45,6 +46,10 @@ class Claim:
     deadline: float = inf
 
 
+class UnloadedError(UnavailableError):
+    """A trunk that a request was planned for is no longer served. Perhaps another one is."""
+
+
 class Admission:
     """Admits requests to the queues of decoding and of the trunks."""
 
@@ -61,7 +66,7 @@ class Admission:
         Raises:
             DeadlineExceededError: the deadline has passed.
             QueueFullError: places are taken, or the request would not be finished in time.
-            UnavailableError: a trunk is being unloaded.
+            UnloadedError: a trunk was unloaded or replaced.
         """
         if claim.deadline <= time.monotonic():
             raise DeadlineExceededError("the deadline passed before the request was admitted")
@@ -69,7 +74,7 @@ class Admission:
         counts: Counter[str] = Counter()
         for kind, plan in plans.items():
             for trunk_pass in plan.passes:
-                counts[trunk_pass.name] += kinds[kind]
+                counts[trunk_pass.key] += kinds[kind]
         self._check_finish(counts, kinds, claim)
         self._take_places(counts, claim)
 
@@ -77,8 +82,8 @@ class Admission:
         """Check what is known of a request before its body is read.
 
         Args:
-            trunks: those that the request may need. It is refused only if one more image would be
-                refused by each of them.
+            trunks: the keys of those that the request may need. It is refused only if one more
+                image would be refused by each of them.
 
         Raises:
             DeadlineExceededError, QueueFullError: as `admit`.
@@ -109,7 +114,7 @@ class Admission:
             raise DeadlineExceededError("the deadline passed before the input was decoded")
         if claim.deadline == inf:
             return
-        counts = Counter(trunk_pass.name for trunk_pass in plan.passes)
+        counts = Counter(trunk_pass.key for trunk_pass in plan.passes)
         ahead_s, own_s = self.batcher.forecast(counts, claim.client, bulk=claim.bulk, decoded=True)
         finish_s = max(ahead_s, self.decoding.seconds(kind)) + own_s
         if ahead_s and now + finish_s > claim.deadline:
@@ -167,11 +172,11 @@ class Admission:
 
     def _refusal(self, trunk: str, error: Exception, counts: Mapping[str, int]) -> ServiceError:
         if isinstance(error, KeyError):
-            return UnavailableError("the model is being unloaded", retry_after_s=1)
+            return UnloadedError("the model is being unloaded", retry_after_s=1)
         self._count(counts, "full")
         wait_s = max(MIN_RETRY_AFTER_S, self.batcher.queue_seconds())
-        return QueueFullError(f"{trunk}: {error}", retry_after_s=wait_s)
+        return QueueFullError(f"{name_of(trunk)}: {error}", retry_after_s=wait_s)
 
     def _count(self, counts: Mapping[str, int], reason: str) -> None:
         for name, count in counts.items():
-            self._metrics.refused.labels(name, reason).inc(count)
+            self._metrics.refused.labels(name_of(name), reason).inc(count)

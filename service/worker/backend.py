@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from models.description import ModelDescription, State
 from models.errors import ModelNotFoundError, ModelsError
 from models.heads.prompted import Prompted, with_class_embeddings
@@ -23,15 +21,15 @@ from service.decoding.pool import create_decoder
 from service.describing import describe_each
 from service.errors import (
     DeadlineExceededError,
-    QueueFullError,
     ServiceError,
     from_library,
 )
 from service.garbage import leave_out_old_objects, look_at_all_objects
 from service.limits import check_answer_size
 from service.metrics import Metrics
-from service.types import Call, Health, ImageResult, InferRequest, InferResult, ModelChanges
-from service.worker.admission import Claim
+from service.types import Health, InferRequest, InferResult, ModelChanges
+from service.worker.admission import Claim, UnloadedError
+from service.worker.catalog_watch import CatalogWatch
 from service.worker.execution_plan import (
     ExecutionPlan,
     ResolvedCall,
@@ -44,13 +42,14 @@ from service.worker.loader import Loader
 from service.worker.pipeline import Pipeline, until
 from service.worker.prompts import PromptCache
 from service.worker.runner import use_threads
+from service.worker.text_embedder import TextEmbedder
 from service.worker.trunks import ServedTrunks
 from service.worker_options import WorkerOptions
 
 logger = logging.getLogger(__name__)
 
-# The texts of a larger label set wait behind interactive requests.
-MAX_INTERACTIVE_TEXTS = 100
+# How often a request is planned again because a model was replaced before it was admitted.
+MAX_REPLANS = 3
 
 
 class LocalBackend:
@@ -60,7 +59,7 @@ class LocalBackend:
         self.registry = registry
         self.options = options.resolve(registry.device.type)
         self._metrics = metrics
-        self.startup = options.startup or registry.catalog.startup
+        self._startup = options.startup or registry.catalog.startup
         self._limits = options.image_limits
         self.trunks = ServedTrunks(registry, self.options, metrics)
         self.batcher = self.trunks.batcher
@@ -79,26 +78,44 @@ class LocalBackend:
             self.batcher, metrics, self._pool, self.options.decode_threads, self._limits,
             self.decoder,
         )  # fmt: skip
-        self._prompts = PromptCache(self._embed_texts, options.label_cache_bytes, metrics)
+        embedder = TextEmbedder(self._pipeline, self.options.max_batch_size)
+        self._prompts = PromptCache(embedder.embed, options.label_cache_bytes, metrics)
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
         registry.on_load = self._on_load
         registry.on_unload = self.trunks.retire
+        self.watch = CatalogWatch(
+            registry,
+            startup=options.startup,
+            interval_s=options.catalog_poll_s,
+            in_loader=self._loader.run,
+            after=self.heads.renew,
+            on_change=self._note_change,
+            metrics=metrics,
+        )
         self._changes = ChangeLog()
         for name in registry.names():
             self._changes.touch(name)
         registry.on_change = self._note_change
+
+    @property
+    def startup(self) -> Sequence[str]:
+        """The models that must be ready: those that were loaded at start, unless they are gone.
+        Models that the catalog gets later load while the others serve."""
+        return [name for name in self._startup if self.knows(name)]
 
     # -- Backend ---------------------------------------------------------------------------
 
     async def start(self) -> None:
         self.decoder.start()
         self.batcher.start()
-        for name in self.startup:
+        for name in self._startup:
             self.registry.catalog.model(name)
             self._spawn(self._load_quietly(name))
         self._spawn(self.heads.run())
         self._spawn(self.trunks.prober.run())
+        if self.options.catalog_poll_s:
+            self._spawn(self.watch.run())
 
     def drain(self) -> None:
         self._closing = True
@@ -116,13 +133,28 @@ class LocalBackend:
         look_at_all_objects()  # a program that starts another backend wants the memory back
 
     def check_headers(self, model: str | None, *, bulk: bool, deadline: float) -> None:
-        trunks = self.trunks.names_of(model)
+        trunks = self.trunks.keys_of(model)
         self._pipeline.admission.check_headers(trunks, Claim(client.get(), bulk, deadline))
 
     async def infer(self, request: InferRequest) -> InferResult:
+        for _ in range(MAX_REPLANS):
+            try:
+                return await self._infer(request)
+            except UnloadedError:  # if the model was replaced, the new one serves the request
+                await asyncio.sleep(0)
+        return await self._infer(request)
+
+    async def _infer(self, request: InferRequest) -> InferResult:
         inputs = request.readable
         modalities = dict.fromkeys(map(modality_of, inputs)) or {"image": None}
-        plans = {modality: await self._plan(request, modality) for modality in modalities}
+        # all at once, so that one version of a model does the whole request
+        resolved = {
+            modality: [resolve(self.registry, call, modality) for call in request.calls]
+            for modality in modalities
+        }
+        plans = {
+            kind: await self._plan(calls, request.deadline) for kind, calls in resolved.items()
+        }
         check_answer_size(sum(plans[modality_of(item)].answer_values for item in inputs))
         claim = Claim(client.get(), request.bulk, request.deadline)
         results = await self._pipeline.run(plans, inputs, claim)
@@ -152,11 +184,12 @@ class LocalBackend:
 
     def _served(self, description: ModelDescription) -> ModelDescription:
         """The description, completed with what only the server knows."""
-        failure = self.trunks.prober.failures.get(description.trunk)
+        failure = self.trunks.failure(description.trunk)
         return replace(
             description,
-            startup=description.name in self.startup,
+            startup=description.name in self._startup,
             reason=failure or description.reason,
+            update_error=self.watch.failures.get(description.name),
         )
 
     async def load(self, name: str) -> ModelDescription:
@@ -183,7 +216,7 @@ class LocalBackend:
         waiting += [
             f"model {name} is {state}"
             for name in self.startup
-            if (state := self.registry.state(name)) is not State.READY
+            if (state := self.watch.state(name)) is not State.READY
         ]
         waiting += [] if self.heads.settled else ["the folder of heads has not been read yet"]
         waiting += [f"trunk {n}: {why}" for n, why in self.trunks.prober.failures.items()]
@@ -201,12 +234,11 @@ class LocalBackend:
 
     # -- planning a request ----------------------------------------------------------------
 
-    async def _plan(self, request: InferRequest, modality: str) -> ExecutionPlan:
-        """Resolve the calls for inputs of one modality; prompted heads get class embeddings."""
-        resolved = [resolve(self.registry, call, modality) for call in request.calls]
+    async def _plan(self, calls: Sequence[ResolvedCall], deadline: float) -> ExecutionPlan:
+        """The plan of a request's calls; prompted heads get class embeddings."""
         try:
-            async with until(request.deadline):
-                return plan_execution([await self._with_classes(call) for call in resolved])
+            async with until(deadline):
+                return plan_execution([await self._with_classes(call) for call in calls])
         except TimeoutError as error:
             raise DeadlineExceededError(
                 "the deadline passed before the labels were embedded"
@@ -219,41 +251,6 @@ class LocalBackend:
         classes = await self._prompts.get(call.model, labels, templates)
         options = with_class_embeddings(call.finish_options, labels, classes)
         return replace(call, finish_options=options)
-
-    async def _embed_texts(self, model: Model, texts: Sequence[str]) -> np.ndarray:
-        """(N, D) embeddings of texts, which go through the queue a few at a time so that other
-        requests get their turns."""
-        call = Call(model.name, "embed", {"normalize": True})
-        bulk = len(texts) > MAX_INTERACTIVE_TEXTS
-        rows: list[np.ndarray] = [np.empty(0)] * len(texts)
-        remaining = iter(enumerate(texts))
-
-        async def embed_some() -> None:
-            for position, text in remaining:
-                plans = {"text": plan_execution([resolve(self.registry, call, "text")])}
-                [result] = await self._run_patiently(plans, text, bulk)
-                output = result.error or result.outputs[0]
-                if isinstance(output, ServiceError):
-                    raise output
-                rows[position] = output["embedding"]
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(len(texts), 2 * self.options.max_batch_size)):
-                    group.create_task(embed_some())
-        except* ServiceError as errors:
-            raise errors.exceptions[0] from None
-        return np.stack(rows)
-
-    async def _run_patiently(
-        self, plans: dict[str, ExecutionPlan], text: str, bulk: bool
-    ) -> list[ImageResult]:
-        """Run one text; while the queue is full, wait for a place."""
-        while True:
-            try:
-                return await self._pipeline.run(plans, [text], Claim(client.get(), bulk))
-            except QueueFullError:
-                await asyncio.sleep(0.02)
 
     # -- background ------------------------------------------------------------------------
 

@@ -3,11 +3,13 @@
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from service.worker.batch_queue import BatchQueue, Entry
 from service.worker.scheduler import Batch, Scheduler
+from service.worker.trunk_keys import name_of
 
 logger = logging.getLogger(__name__)
 
@@ -144,9 +146,12 @@ class Batcher:
             return max((self._clock() - b.started for b in self._scheduler.running), default=0.0)
 
     def depth(self) -> dict[str, int]:
-        """Images admitted but not yet running, by queue."""
+        """Images admitted but not yet running, by trunk."""
+        depths: Counter[str] = Counter()
         with self._lock:
-            return {name: queue.admitted for name, queue in self._scheduler.queues.items()}
+            for key, queue in self._scheduler.queues.items():
+                depths[name_of(key)] += queue.admitted
+        return depths
 
     def in_flight(self) -> int:
         """The number of batches that are running."""

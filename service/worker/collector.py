@@ -84,7 +84,14 @@ class BackendCollector(Collector):
             if model.memory_bytes is not None and model.load_seconds is not None:
                 memory.add_metric((name, model.trunk), model.memory_bytes)
                 load.add_metric((name,), model.load_seconds)
-        yield from (models, state, memory, load)
+        failures = GaugeMetricFamily(
+            "vitrail_catalog_failures",
+            "Models that are not as the catalog says, because that did not load; 1 more if the "
+            "catalog cannot be read.",
+        )
+        watch = self._backend.watch
+        failures.add_metric((), len(watch.failures) + bool(watch.error))
+        yield from (models, state, memory, load, failures)
 
     def _gpu(self) -> Iterator[Metric]:
         device = self._backend.registry.device

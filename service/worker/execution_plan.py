@@ -26,6 +26,7 @@ from models.trunks.base import Trunk
 from service.decoding.pool import ImageDecoder
 from service.errors import from_library
 from service.types import Call, ModelUsed
+from service.worker.trunk_keys import key_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +34,11 @@ class ResolvedCall:
     """A call with its model and head.
 
     Args:
-        trunk: the trunk's name.
         head_call: the head, with the options of its `forward`.
         finish_options: the options of its `finish`.
     """
 
     model: Model
-    trunk: str
     modality: str
     head: Head
     head_call: HeadCall
@@ -57,12 +56,12 @@ class TrunkPass:
     """The calls that share one trunk pass.
 
     Args:
-        name: the trunk's name.
+        key: of the trunk's queue.
         view: how images are cut, if not by the trunk's transform.
         positions: the calls' positions in the request.
     """
 
-    name: str
+    key: str
     trunk: Trunk
     view: View | None = None
     positions: list[int] = field(default_factory=list)
@@ -96,24 +95,32 @@ def resolve(registry: Registry, call: Call, modality: str) -> ResolvedCall:
             if call.model
             else registry.default_model(str(call.task))
         )
-        model = registry.ready(entry.name)
-        head = model.head_for(modality, call.task, call.options)
+        return resolve_for(registry.ready(entry.name), call, modality)
     except ModelsError as error:
         raise from_library(error) from error
-    trunk = entry.text if modality == "text" and entry.text else entry.trunk
+
+
+def resolve_for(model: Model, call: Call, modality: str) -> ResolvedCall:
+    """Find a call's head among a model's, and check its options with that head.
+
+    Raises:
+        ModelsError: the model does not do the task or take the modality, or an option is out of
+            range.
+    """
+    head = model.head_for(modality, call.task, call.options)
     head_call = HeadCall.of(head, call.options)
-    return ResolvedCall(model, trunk, modality, head, head_call, finish_options(head, call.options))
+    return ResolvedCall(model, modality, head, head_call, finish_options(head, call.options))
 
 
 def plan_execution(calls: Sequence[ResolvedCall]) -> ExecutionPlan:
     """Group calls by trunk, view and adapter. Each input takes one pass per group, or one per piece
     that the view cuts it into."""
-    passes: dict[tuple[str, View | None, Adapter | None], TrunkPass] = {}
+    passes: dict[tuple[Trunk, View | None, Adapter | None], TrunkPass] = {}
     for position, call in enumerate(calls):
         view = call.head.view if call.modality == "image" else None
         trunk = call.model.trunk_for(call.modality)
-        key = (call.trunk, view, call.head.request.adapter)
-        shared = passes.setdefault(key, TrunkPass(call.trunk, trunk, view))
+        key = (trunk, view, call.head.request.adapter)
+        shared = passes.setdefault(key, TrunkPass(key_of(trunk), trunk, view))
         shared.positions.append(position)
         shared.calls.append(call.head_call)
     return ExecutionPlan(calls, list(passes.values()))

@@ -41,6 +41,7 @@ from service.worker.batcher import Batcher
 from service.worker.fit_job import JOB, SUFFIX, FitJob, claim
 from service.worker.places import QueueFull
 from service.worker.runner import Item, use_threads
+from service.worker.trunk_keys import key_of, name_of
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +247,7 @@ class FitJobs:
                 request["trunk"],
                 FitOptions(**request["options"]),
                 folder,
-                run=lambda pixels, head: self._run(job, pixels, head),
+                run=lambda pixels, head: self._run(job, key_of(loaded.trunk), pixels, head),
                 progress=note,
                 trunk_source=loaded.source,
                 limits=self._limits,
@@ -259,8 +260,7 @@ class FitJobs:
             time.sleep(0.1)
         return loaded
 
-    def _run(self, job: FitJob, pixels_BCHW: Tensor, head: ReadFeatures) -> list[Row]:
-        trunk = job.request["trunk"]
+    def _run(self, job: FitJob, trunk: str, pixels_BCHW: Tensor, head: ReadFeatures) -> list[Row]:
         items = [Item.awaited(trunk, pixels, (HeadCall(head),)) for pixels in pixels_BCHW]
         for item, _ in items:
             self._admit(job, trunk)
@@ -281,7 +281,8 @@ class FitJobs:
             except QueueFull:
                 time.sleep(0.05)
             except KeyError as error:
-                raise InputError(f"the trunk {trunk!r} was unloaded", field="trunk") from error
+                reason = f"the trunk {name_of(trunk)!r} was unloaded or replaced"
+                raise InputError(reason, field="trunk") from error
 
     def _check(self, job: FitJob) -> None:
         if job.cancelled.is_set() or self._closing.is_set():

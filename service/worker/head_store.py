@@ -57,7 +57,6 @@ class HeadStore:
         self._folder = HeadFolder(folder)
         self._fit_jobs = fit_jobs
         self._in_loader = in_loader
-        self._catalog_models = frozenset(registry.catalog.models)
         # Whether heads have been loaded since the garbage collector was told.
         self._has_loaded = False
         # Declared heads whose trunk was not loaded yet, by trunk.
@@ -117,6 +116,14 @@ class HeadStore:
 
     # -- in the loader's thread ------------------------------------------------------------
 
+    def renew(self) -> None:
+        """Serve the heads that can be served now that trunks have changed."""
+        for name in self._folder.names():
+            if name in self._failures or name not in self._registry.catalog.models:
+                self._update(name)
+            elif self._registry.state(name) is State.FAILED:
+                self._load(name)
+
     def _put(self, upload: HeadUpload) -> None:
         try:
             head = decode_upload(upload, self._registry)
@@ -134,7 +141,7 @@ class HeadStore:
                 "start with a letter or digit",
                 field="name",
             )
-        if name in self._catalog_models:
+        if name in self._registry.declared:
             raise ConflictError(f"the catalog already has a model {name!r}", field="name")
         if self._folder.file(name).exists() and not may_replace:
             raise ConflictError(
@@ -159,7 +166,7 @@ class HeadStore:
     def _delete(self, name: str) -> None:
         cancelled = self._fit_jobs.cancel(name)
         if name not in self._folder and not cancelled:
-            reason = " but a model of the catalog" if name in self._catalog_models else ""
+            reason = " but a model of the catalog" if name in self._registry.declared else ""
             raise NotFoundError(f"{name!r} is not a head{reason}", field="name")
         self._folder.delete(name)
         self._look(name)
@@ -219,7 +226,7 @@ class HeadStore:
         self._fit_jobs.forget(name)
 
     def _declare(self, name: str) -> None:
-        if name in self._catalog_models:
+        if name in self._registry.declared:
             raise CheckpointError("the catalog already has a model of that name")
         head = read_head(self._folder.file(name))
         self._registry.add(
@@ -248,7 +255,7 @@ class HeadStore:
 
     def _remove(self, name: str) -> None:
         self._failures.pop(name, None)
-        if name not in self._catalog_models and name in self._registry.catalog.models:
+        if name not in self._registry.declared and name in self._registry.catalog.models:
             self._unloaded[self._registry.catalog.model(name).trunk].pop(name, None)
             self._registry.remove(name)
 

@@ -17,6 +17,7 @@ from service.metrics import Metrics
 from service.types import ImageResult, Timing
 from service.worker.execution_plan import ExecutionPlan, ResolvedCall
 from service.worker.runner import ItemResult
+from service.worker.trunk_keys import name_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def finish_input(
         rows_by_call = zip(*(piece.rows for piece in pieces), strict=True)
         for position, rows in zip(trunk_pass.positions, rows_by_call, strict=True):
             outputs[position] = _finish(plan.calls[position], rows, decoded, limits)
-        duration = metrics.stage_duration.labels("postprocess", trunk_pass.name)
+        duration = metrics.stage_duration.labels("postprocess", name_of(trunk_pass.key))
         duration.observe(monotonic() - started)
     failed = [output for output in outputs if isinstance(output, ServiceError)]
     timing = _timing([piece for pieces in results for piece in pieces], decoded.decode_s)

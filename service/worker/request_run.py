@@ -33,6 +33,7 @@ from service.worker.execution_plan import ExecutionPlan, prepare_all
 from service.worker.outbox import Outbox
 from service.worker.postprocess import Decoded, finish_input, is_slow
 from service.worker.runner import Item, ItemResult
+from service.worker.trunk_keys import name_of
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ class RequestRun:
                 [
                     Entry(
                         Item(
-                            trunk_pass.name, piece, calls, partial(running.done, number, place),
+                            trunk_pass.key, piece, calls, partial(running.done, number, place),
                             self.trace,
                         ),
                         self, self._claim.bulk, self._claim.deadline, self._claim.client,
@@ -171,14 +172,14 @@ class RequestRun:
                     for place, piece in enumerate(pieces)
                 ]
             )  # fmt: skip
-            duration = self.shared.metrics.stage_duration.labels("decode", trunk_pass.name)
+            duration = self.shared.metrics.stage_duration.labels("decode", name_of(trunk_pass.key))
             duration.observe(decode_s, tracing.exemplar(self.trace))
         return groups
 
     def _put(self, plan: ExecutionPlan, groups: Sequence[Sequence[Entry]]) -> None:
         self._entries += itertools.chain(*groups)
         for trunk_pass, entries in zip(plan.passes, groups, strict=True):
-            self.shared.batcher.put(trunk_pass.name, entries)
+            self.shared.batcher.put(trunk_pass.key, entries)
         if self.is_ended:  # `end` may have come before these entries were there
             self._drop_waiting()
 
@@ -190,7 +191,7 @@ class RequestRun:
 
     def _release(self, plan: ExecutionPlan) -> None:
         """Give back the places of an input that was not put."""
-        self.shared.admission.release({each.name: 1 for each in plan.passes}, self._claim)
+        self.shared.admission.release({each.key: 1 for each in plan.passes}, self._claim)
 
 
 class _RunningInput:

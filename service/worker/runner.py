@@ -21,6 +21,7 @@ from service.worker.batch_queue import BatchQueue
 from service.worker.device import Device
 from service.worker.device_loss import exit_for_restart
 from service.worker.scheduler import Batch
+from service.worker.trunk_keys import name_of
 
 if TYPE_CHECKING:
     from opentelemetry.trace import SpanContext
@@ -47,7 +48,7 @@ class Item:
     """One preprocessed input, and the heads to run on it.
 
     Args:
-        trunk: the trunk's name.
+        trunk: the key of the trunk's queue.
         prepared: as the trunk's `prepare` returns it.
         calls: the heads; none for probes and warm-ups.
         done: called with the result, or with the error of an item that was dropped from its queue.
@@ -112,9 +113,10 @@ class Runner:
     """Runs the passes of one trunk. Called from the lanes' threads."""
 
     def __init__(
-        self, name: str, trunk: Trunk, device: Device, threads: Threads, metrics: Metrics
+        self, key: str, trunk: Trunk, device: Device, threads: Threads, metrics: Metrics
     ) -> None:
-        self.name = name
+        self.key = key
+        self.name = name_of(key)
         self.trunk = trunk
         self._device = device
         self._threads = threads
@@ -148,7 +150,7 @@ class Runner:
 
     def blank_item(self) -> "tuple[Item, Future[ItemResult]]":
         """A blank input without heads, to check that the trunk works, and its result."""
-        return Item.awaited(self.name, self.trunk.blank())
+        return Item.awaited(self.key, self.trunk.blank())
 
     def _run_safely(self, queue: BatchQueue, items: list[Item]) -> list[list[Row | Exception]]:
         """Run items, and retry if the trunk fails, so that only the item at fault fails.

@@ -1,8 +1,9 @@
 """The trunks being served: each with its queue, its runner and the models that use it."""
 
 import time
+from collections import defaultdict
 
-from models.errors import CheckpointError
+from models.errors import CheckpointError, ModelsError
 from models.model import Model
 from models.registry import Registry
 from models.trunks.base import Trunk
@@ -15,6 +16,7 @@ from service.worker.device import create_device
 from service.worker.prober import Prober
 from service.worker.runner import Runner, Threads
 from service.worker.scheduler import Batch, Scheduler
+from service.worker.trunk_keys import key_of, name_of
 from service.worker_options import WorkerOptions
 
 
@@ -26,7 +28,8 @@ class ServedTrunks:
         self._options = options
         self._metrics = metrics
         self.runners: dict[str, Runner] = {}
-        self._users: dict[str, set[str]] = {name: set() for name in registry.catalog.trunks}
+        # The models that use each served trunk, by the trunk's key as everything here.
+        self._users: defaultdict[str, set[Model]] = defaultdict(set)
         # What descriptions say of each trunk that may change while it is loaded.
         self._known: dict[str, tuple[EngineReport, int, str | None]] = {}
         self._device = create_device(registry.device)
@@ -51,76 +54,78 @@ class ServedTrunks:
         Raises:
             CheckpointError: a trunk does not run. The model's trunks are then retired.
         """
-        for name, trunk in self._trunks_of(model):
-            if not self._users[name]:
+        for key, trunk in _trunks_of(model).items():
+            if not self._users[key]:
                 try:
-                    self._start(name, trunk)
+                    self._start(key, trunk)
                 except CheckpointError:
                     self.retire(model)
                     raise
-            self._users[name].add(model.name)
+            self._users[key].add(model)
             # There may be thousands of heads, so their series start with their first request.
-            self._metrics.add_model(model.name, name, () if model.about else model.tasks)
+            tasks = () if model.about else model.tasks
+            self._metrics.add_model(model.name, name_of(key), tasks)
 
     def retire(self, model: Model) -> None:
         """Drain and remove the queues of trunks that no other model uses."""
-        for name, _ in self._trunks_of(model):
-            if model.name in self._users[name]:
-                self._users[name].discard(model.name)
-                if not self._users[name]:
-                    self._drop_trunk(name)
+        for key in _trunks_of(model):
+            if model in self._users[key]:
+                self._users[key].discard(model)
+                if not self._users[key]:
+                    self._drop_trunk(key)
 
-    def names_of(self, model: str | None) -> list[str]:
+    def keys_of(self, model: str | None) -> list[str]:
         """The served trunks of a model; of all models if it is None."""
         if model is None:
             return list(self.runners)
-        entry = self._registry.catalog.models.get(model)
-        names = {entry.trunk, entry.text} if entry is not None else set()
-        return [name for name in names if name in self.runners]
+        try:
+            trunks = _trunks_of(self._registry.ready(model))
+        except ModelsError:
+            return []
+        return [key for key in trunks if key in self.runners]
+
+    def failure(self, trunk: str) -> str | None:
+        """Why the last probe of a trunk, by its name, failed, if it did."""
+        loaded = self._registry.loaded_trunk(trunk)
+        return None if loaded is None else self.prober.failures.get(key_of(loaded.trunk))
 
     def changed(self) -> list[str]:
         """The models on trunks whose engine or health has changed since the last call."""
         changed: list[str] = []
-        for name, runner in list(self.runners.items()):
+        for key, runner in list(self.runners.items()):
             engine = runner.trunk.engine
-            known = engine.report(), engine.nbytes, self.prober.failures.get(name)
-            if self._known.get(name) != known:
-                self._known[name] = known
-                changed += list(self._users[name])
+            known = engine.report(), engine.nbytes, self.prober.failures.get(key)
+            if self._known.get(key) != known:
+                self._known[key] = known
+                changed += [model.name for model in list(self._users[key])]
         return changed
 
-    def _trunks_of(self, model: Model) -> list[tuple[str, Trunk]]:
-        entry = self._registry.catalog.model(model.name)
-        trunks = [(entry.trunk, model.trunk)]
-        if entry.text is not None and entry.text != entry.trunk and model.text is not None:
-            trunks.append((entry.text, model.text))
-        return trunks
-
-    def _start(self, name: str, trunk: Trunk) -> None:
-        queue = self._queue(name)
-        self.runners[name] = Runner(name, trunk, self._device, self._threads, self._metrics)
+    def _start(self, key: str, trunk: Trunk) -> None:
+        queue = self._queue(key, trunk)
+        self.runners[key] = Runner(key, trunk, self._device, self._threads, self._metrics)
         self.batcher.add_queue(queue)
         try:
-            self.prober.warm_up(name, min(queue.limit.value, queue.capacity))
+            self.prober.warm_up(key, min(queue.limit.value, queue.capacity))
         except CheckpointError:
-            self._drop_trunk(name)
+            self._drop_trunk(key)
             raise
 
-    def _queue(self, name: str) -> BatchQueue:
-        entry, options = self._registry.catalog.trunks[name], self._options
+    def _queue(self, key: str, trunk: Trunk) -> BatchQueue:
+        assert trunk.entry is not None, "the registry's trunks have entries"
+        entry, options = trunk.entry, self._options
         delay_ms = entry.max_queue_delay_ms
         return BatchQueue(
-            name,
+            key,
             max_batch_size=entry.batch_cap(self._registry.device.type) or options.max_batch_size,
             capacity=options.max_queue_size,
             max_delay_s=(options.max_queue_delay_ms if delay_ms is None else delay_ms) / 1e3,
         )
 
-    def _drop_trunk(self, name: str) -> None:
-        self.batcher.remove_queue(name)
-        del self.runners[name]
-        self._known.pop(name, None)
-        self.prober.failures.pop(name, None)
+    def _drop_trunk(self, key: str) -> None:
+        self.batcher.remove_queue(key)
+        del self.runners[key], self._users[key]
+        self._known.pop(key, None)
+        self.prober.failures.pop(key, None)
 
     # -- called from the lanes -------------------------------------------------------------
 
@@ -129,5 +134,11 @@ class ServedTrunks:
 
     def _drop(self, entry: Entry) -> None:
         reason = "expired" if entry.deadline <= time.monotonic() else "cancelled"
-        self._metrics.dropped.labels(entry.payload.trunk, reason).inc()
+        self._metrics.dropped.labels(name_of(entry.payload.trunk), reason).inc()
         entry.payload.done(DeadlineExceededError("the deadline passed in the queue"))
+
+
+def _trunks_of(model: Model) -> dict[str, Trunk]:
+    """A model's trunks by their keys."""
+    trunks = [model.trunk] if model.text is None else [model.trunk, model.text]
+    return {key_of(trunk): trunk for trunk in trunks}

@@ -1,6 +1,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import fsspec
 import pytest
 
 from models import catalog_content
-from models.catalog import load_catalog
+from models.catalog import Catalog, load_catalog
+from models.catalog_changes import Edition, changes
 from models.checkpoints.sources import parse_source
 from models.errors import CatalogError, ModelNotFoundError, SourceError
 
@@ -187,3 +189,32 @@ def test_a_catalog_comes_from_a_url_or_an_object_store(
     for missing in ("memory://bucket/none.toml", "no-such-store://bucket/catalog.toml"):
         with pytest.raises(CatalogError, match=r"none\.toml|no-such-store"):
             load_catalog(missing)
+
+
+def test_what_shares_a_trunk_changes_together(tmp_path: Path) -> None:
+    more = '[trunks.u]\nsource = "file:u.pth"\n[models.d]\ntrunk = "u"\ntask = "embed"\n'
+    path = write(tmp_path, GOOD + more)
+    for name in ("t.safetensors", "u.pth"):
+        (tmp_path / name).write_text("1")
+    catalog = load_catalog(path)
+    first = Edition.of(catalog)
+    assert changes(first, Edition.of(catalog)) == []
+    assert [len(change.models) for change in changes(Edition(), first)] == [3, 1]
+
+    (tmp_path / "t.safetensors").write_text("22")
+    [change] = changes(first, Edition.of(catalog))
+    assert (set(change.trunks), set(change.models)) == ({"t"}, {"a", "b", "c"})
+
+    changed = with_model(catalog, "d", description="other")
+    [_, change] = changes(first, Edition.of(changed))
+    assert (set(change.trunks), set(change.models)) == (set(), {"d"})
+
+    # a model that moves to another trunk goes with the one that it leaves
+    moved = with_model(catalog, "d", trunk="t")
+    [change] = changes(first, Edition.of(moved))
+    assert (set(change.trunks), set(change.models)) == ({"t"}, {"a", "b", "c", "d"})
+
+
+def with_model(catalog: Catalog, name: str, **changed: str) -> Catalog:
+    models = {**catalog.models, name: replace(catalog.models[name], **changed)}  # type: ignore[arg-type]
+    return replace(catalog, models=models)

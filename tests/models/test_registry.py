@@ -92,7 +92,7 @@ def test_a_trunk_whose_model_failed_is_not_kept(tiny_catalog: Path) -> None:
     with pytest.raises(CheckpointError):
         registry.load("tiny")
     assert registry.state("tiny") is State.FAILED
-    assert registry._trunks == {}
+    assert registry.loaded_trunk("tiny") is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,173 @@
+"""Watches the catalog, and applies its changes while requests are served."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+from models.catalog import Catalog, load_catalog
+from models.catalog_changes import Edition, changes
+from models.description import State
+from models.errors import CatalogError, ModelNotFoundError
+from models.registry import Registry
+from service.errors import ServiceError
+from service.garbage import leave_out_old_objects, look_at_all_objects
+from service.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+# Changes that failed are tried again after this time, or once the catalog changes again.
+RETRY_S = 300.0
+
+
+class CatalogWatch:
+    """Keeps a registry in step with its catalog's file, folder or URL.
+
+    The parts of a change are applied one by one. A part that does not load is rolled back: what was
+    served before goes on, and the others are applied all the same.
+
+    Attributes:
+        failures: why models are not as the catalog says, by their names.
+        error: why the catalog cannot be read; "" if it can.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        startup: Sequence[str],
+        interval_s: float,
+        in_loader: Callable[..., Awaitable[Any]],
+        after: Callable[[], None],
+        on_change: Callable[[str], None],
+        metrics: Metrics,
+    ) -> None:
+        """
+        Args:
+            startup: the models that are loaded, instead of the catalog's own list, if any.
+            in_loader: runs a function in the loader's thread.
+            after: called in the loader's thread once a change has been applied.
+            on_change: called with the name of a model whose failure is new, or is no more.
+        """
+        self._registry = registry
+        self._startup = startup
+        self._interval_s = interval_s
+        self._in_loader = in_loader
+        self._after = after
+        self._on_change = on_change
+        self._updates = metrics.catalog_updates
+        self._applied = Edition.of(registry.catalog)
+        self._tried = Edition(dict(self._applied.trunks), dict(self._applied.models))
+        self.failures: dict[str, str] = {}
+        self.error = ""
+        # The failures of the change that is being applied.
+        self._failed: dict[str, str] = {}
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        seen, tried_at = self._tried, time.monotonic()
+        while True:
+            await asyncio.sleep(self._interval_s)
+            try:
+                catalog, edition = await asyncio.to_thread(self._read)
+            except (CatalogError, OSError) as error:
+                self._refuse(str(error))
+                continue
+            self.error = ""
+            # A file that is being written is not what it was at the last look.
+            settled, seen = edition == seen, edition
+            again = self.failures and time.monotonic() >= tried_at + RETRY_S
+            if settled and (edition != self._tried or again):
+                self._tried, tried_at = edition, time.monotonic()
+                try:
+                    await self._apply(catalog, edition)
+                except Exception:
+                    logger.exception("a change of the catalog could not be applied")
+                    self._updates.labels("error").inc()
+
+    def _read(self) -> tuple[Catalog, Edition]:
+        catalog = load_catalog(self._registry.catalog.location)
+        if missing := set(self._startup) - catalog.models.keys():
+            raise CatalogError(f"no model {', '.join(sorted(missing))}, which is to be loaded")
+        return catalog, Edition.of(catalog)
+
+    def _refuse(self, error: str) -> None:
+        if error != self.error:  # not with each look
+            logger.error("the catalog cannot be read, what it was before is served: %s", error)
+            self._updates.labels("error").inc()
+        self.error = error
+
+    async def _apply(self, catalog: Catalog, edition: Edition) -> None:
+        logger.info("the catalog has changed")
+        self._failed = {}
+        before, applied = {name: self.state(name) for name in edition.models}, self._applied
+        await self._in_loader(self._settle_defaults, catalog)
+        for name in applied.models.keys() - edition.models.keys():
+            await self._try([name], self._registry.remove, name)
+            del applied.models[name]
+            logger.info("model %s was removed", name)
+        for change in changes(applied, edition):
+            if await self._try(change.models, self._registry.update, change.trunks, change.models):
+                applied.trunks |= {name: edition.trunks[name] for name in change.trunks}
+                applied.models |= {name: edition.models[name] for name in change.models}
+                some = ", ".join(islice([*change.trunks, *change.models], 10))
+                logger.info("%d models are as in the catalog: %s", len(change.models), some)
+        for name in applied.trunks.keys() - edition.trunks.keys():
+            if await self._try([], self._registry.remove_trunk, name):
+                del applied.trunks[name]
+        for name in self._startup or catalog.startup:
+            if before[name] in (None, State.FAILED) and self.state(name) is not State.READY:
+                await self._try([name], self._registry.load, name)
+        postponed = await self._in_loader(self._settle_defaults, catalog)
+        await self._in_loader(self._after)
+        old, self.failures = self.failures, postponed | self._failed
+        for name in old.keys() | self.failures.keys():
+            self._on_change(name)
+        self._updates.labels("error" if self.failures else "ok").inc()
+
+    async def _try(self, models: Iterable[str], work: Callable[..., Any], *arguments: Any) -> bool:
+        """Do a part of a change. Returns whether it was done; if not, `models` are as before."""
+
+        def change() -> None:
+            look_at_all_objects()
+            try:
+                work(*arguments)
+            finally:
+                leave_out_old_objects()
+
+        try:
+            await self._in_loader(change)
+        except ServiceError as error:
+            names = ", ".join(islice(models, 10))
+            logger.error("a change of the catalog was rolled back: %s: %s", names, error.detail)
+            self._failed |= dict.fromkeys(models, error.detail)
+            return False
+        return True
+
+    def _settle_defaults(self, catalog: Catalog) -> dict[str, str]:
+        """Let the catalog's default models serve their tasks, once they are ready. Returns those
+        that are not while older ones are, with what happens instead."""
+        chosen: dict[str, str] = {}
+        postponed: dict[str, str] = {}
+        for task, name in catalog.defaults.items():
+            old = self._registry.catalog.defaults.get(task, name)
+            if (
+                self.state(name) is not State.READY
+                and self.state(old) is State.READY
+                and old in catalog.models
+            ):
+                chosen[task] = old
+                postponed[name] = f"it is not ready, so {old!r} is still the default for {task}"
+            elif self.state(name) is not None:
+                chosen[task] = name
+        self._registry.set_defaults(chosen, catalog.startup)
+        return postponed
+
+    def state(self, name: str) -> State | None:
+        """A model's state; None if there is no such model."""
+        try:
+            return self._registry.state(name)
+        except ModelNotFoundError:
+            return None

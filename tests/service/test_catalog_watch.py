@@ -1,0 +1,315 @@
+"""Catalogs that change while a server answers: new, changed, broken and removed models."""
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import timm
+import torch
+from prometheus_client import CollectorRegistry
+from safetensors.torch import save_file
+
+from models.errors import CheckpointError
+from models.heads.files import encode_head
+from models.registry import Registry
+from service.metrics import Metrics
+from service.settings import Settings
+from service.worker.backend import LocalBackend
+from tests.conftest import Running, free_port, gateway, running, serving_rpc, wait_until
+from tests.service.test_heads import make, upload  # noqa: F401
+
+BASE = """
+[trunks.steady]
+source = "file:steady.safetensors"
+architecture = "test_vit"
+[models.steady]
+trunk = "steady"
+task = "classify"
+"""
+POLL_S = 0.05
+
+
+class Folder:
+    """A folder of catalogs, and of the weights that they name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir()
+        self.weights("steady", 0)
+        self.write("steady", BASE)
+
+    def write(self, name: str, text: str) -> None:
+        partial = self.path / f"{name}.partial"
+        partial.write_text(text)
+        partial.replace(self.path / f"{name}.toml")
+
+    def add(self, name: str, *, more: str = "", **weights: Any) -> None:
+        """A trunk and a model of one name, in a file of their own."""
+        self.weights(name, **weights)
+        self.write(
+            name,
+            f'[trunks.{name}]\nsource = "file:{name}.safetensors"\narchitecture = "test_vit"\n'
+            f'[models.{name}]\ntrunk = "{name}"\ntask = "classify"\n{more}',
+        )
+
+    def weights(self, name: str, seed: int = 0, *, bytes_kept: int | None = None) -> None:
+        torch.manual_seed(seed)
+        network = timm.create_model("test_vit")
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        partial = self.path / f"{name}.partial"
+        save_file(network.state_dict(), partial)
+        if bytes_kept is not None:
+            partial.write_bytes(partial.read_bytes()[:bytes_kept])
+        partial.replace(self.path / f"{name}.safetensors")
+
+    def copy(self, weights: Path) -> None:
+        partial = self.path / "copied.partial"
+        shutil.copy(weights, partial)
+        partial.replace(self.path / weights.name)
+
+    def remove(self, name: str) -> None:
+        (self.path / f"{name}.toml").unlink()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    return Folder(tmp_path_factory.mktemp("watched") / "catalog")
+
+
+@pytest.fixture(scope="module", params=["in one process", "gateway and worker apart"])
+def server(folder: Folder, request: pytest.FixtureRequest) -> Iterator[Running]:
+    heads = str(folder.path.parent / f"heads {request.param}")
+    options = {"catalog_poll_s": POLL_S, "admin_keys": "admin", "heads_folder": heads}
+    with running(folder.path, apart="apart" in request.param, **options) as started:
+        started.wait_ready()
+        started.client.headers["X-API-Key"] = "admin"
+        yield started
+
+
+def model(server: Running, name: str) -> dict[str, Any]:
+    described: dict[str, Any] = server.client.get(f"/models/{name}").json()
+    return described
+
+
+def ask(client: httpx.Client, name: str, image: bytes) -> httpx.Response:
+    return client.post("/classify", params={"model": name, "top_k": 3}, content=image)
+
+
+def queues(server: Running, trunk: str) -> list[str]:
+    """The keys of a trunk's queues."""
+    return [key for key in server.backend.batcher.state()["queues"] if key.startswith(trunk)]
+
+
+def wait_for(server: Running, name: str, **members: Any) -> dict[str, Any]:
+    wait_until(lambda: members.items() <= model(server, name).items())
+    return model(server, name)
+
+
+class Load:
+    """Clients that ask without a pause, and keep every answer."""
+
+    def __init__(self, url: str, send: Callable[[httpx.Client], httpx.Response]) -> None:
+        self.answers: list[httpx.Response] = []
+        self._stop = threading.Event()
+        self._url = url
+        self._send = send
+        self._threads = [threading.Thread(target=self._ask) for _ in range(4)]
+
+    def _ask(self) -> None:
+        headers = {"X-API-Key": "admin"}
+        with httpx.Client(base_url=self._url, timeout=60, headers=headers) as client:
+            while not self._stop.is_set():
+                self.answers.append(self._send(client))
+
+    def wait(self, count: int) -> None:
+        """Until so many more answers are there."""
+        enough = len(self.answers) + count
+        wait_until(lambda: len(self.answers) >= enough)
+
+    @contextmanager
+    def running(self) -> Iterator["Load"]:
+        for thread in self._threads:
+            thread.start()
+        try:
+            self.wait(8)
+            yield self
+            self.wait(8)
+        finally:
+            self._stop.set()
+            for thread in self._threads:
+                thread.join()
+
+
+def scores(answer: httpx.Response) -> dict[str, float]:
+    predictions = answer.json()["results"][0]["predictions"]
+    return {each["label"]: each["score"] for each in predictions}
+
+
+def same(one: dict[str, float], other: dict[str, float]) -> bool:
+    return one.keys() == other.keys() and np.allclose(
+        list(one.values()), [other[label] for label in one], rtol=1e-3
+    )
+
+
+def version_of(answer: httpx.Response, expected: dict[str, dict[str, float]]) -> str:
+    """The one version whose scores an answer has."""
+    [digest] = [each for each, wanted in expected.items() if same(scores(answer), wanted)]
+    return digest
+
+
+def test_a_new_model_appears_and_a_removed_one_drains(
+    server: Running, folder: Folder, jpegs: dict[str, bytes]
+) -> None:
+    photo = jpegs["coffee"]
+    assert ask(server.client, "passing", photo).status_code == 404
+    folder.add("passing")
+    wait_for(server, "passing", state="ready")
+    assert server.client.get("/readyz").status_code == 200
+    load = Load(server.url, lambda client: ask(client, "passing", photo))
+    with load.running():
+        folder.remove("passing")
+        wait_until(lambda: any(a.status_code == 404 for a in list(load.answers)))
+    assert {answer.status_code for answer in load.answers} == {200, 404}
+    assert ask(server.client, "passing", photo).status_code == 404
+    assert "passing" not in {m["name"] for m in server.client.get("/models").json()["models"]}
+    assert server.backend.registry.loaded_trunk("passing") is None
+    assert "passing" not in server.backend.batcher.depth()
+
+
+def test_changed_weights_serve_while_every_request_is_answered_in_full_by_one_version(
+    server: Running, folder: Folder, jpegs: dict[str, bytes]
+) -> None:
+    photo = jpegs["coffee"]
+    folder.add("swapped", seed=1)
+    old = wait_for(server, "swapped", state="ready")["model_digest"]
+    expected = {old: scores(ask(server.client, "swapped", photo))}
+    load = Load(server.url, lambda client: ask(client, "swapped", photo))
+    with load.running():
+        folder.weights("swapped", seed=2)
+        wait_until(lambda: model(server, "swapped").get("model_digest") not in (None, old))
+    new = model(server, "swapped")["model_digest"]
+    expected[new] = scores(ask(server.client, "swapped", photo))
+    assert not same(expected[old], expected[new])
+    assert {answer.status_code for answer in load.answers} == {200}
+    seen = {version_of(answer, expected) for answer in load.answers}
+    assert seen == {old, new}
+    wait_until(lambda: queues(server, "swapped") == ["swapped #1"])
+    folder.remove("swapped")
+
+
+@pytest.mark.parametrize("broken", ["the file ends early", "the warm-up fails"])
+def test_what_does_not_load_is_rolled_back(
+    server: Running,
+    folder: Folder,
+    jpegs: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    broken: str,
+) -> None:
+    def fail(key: str, largest: int) -> None:
+        raise CheckpointError("the trunk does not run: no memory")
+
+    photo, name = jpegs["coffee"], "broken" + str(len(broken))
+    folder.add(name, seed=3)
+    old = wait_for(server, name, state="ready")
+    before = scores(ask(server.client, name, photo))
+    load = Load(server.url, lambda client: ask(client, name, photo))
+    with load.running():
+        if broken == "the warm-up fails":
+            monkeypatch.setattr(server.backend.trunks.prober, "warm_up", fail)
+        kept = 100_000 if broken == "the file ends early" else None
+        folder.weights(name, seed=4, bytes_kept=kept)
+        wait_until(lambda: bool(model(server, name).get("update_error")))
+    described = model(server, name)
+    assert (described["state"], described["model_digest"]) == ("ready", old["model_digest"])
+    assert {answer.status_code for answer in load.answers} == {200}
+    assert all(same(scores(answer), before) for answer in load.answers)
+    assert server.metric("vitrail_catalog_failures") == 1
+    assert server.client.get("/readyz").status_code == 200
+    assert queues(server, name) == [name]
+    monkeypatch.undo()
+    folder.add(name, seed=5)
+    wait_until(lambda: "update_error" not in model(server, name))
+    assert model(server, name)["model_digest"] != old["model_digest"]
+    assert server.metric("vitrail_catalog_failures") == 0
+    assert server.metric("vitrail_catalog_updates_total", outcome="error") > 0
+    folder.remove(name)
+
+
+def test_a_catalog_that_cannot_be_read_changes_nothing(
+    server: Running, folder: Folder, jpegs: dict[str, bytes]
+) -> None:
+    folder.write("typo", '[trunks.typo]\nsauce = "file:typo.safetensors"\n')
+    wait_until(lambda: server.metric("vitrail_catalog_failures") == 1)
+    assert "unknown sauce" in server.backend.watch.error
+    assert ask(server.client, "steady", jpegs["coffee"]).status_code == 200
+    folder.remove("typo")
+    wait_until(lambda: server.metric("vitrail_catalog_failures") == 0)
+
+
+def test_heads_follow_their_trunk(
+    server: Running,
+    folder: Folder,
+    tiny_catalog: Path,
+    make: Any,  # noqa: F811
+    jpegs: dict[str, bytes],
+) -> None:
+    """Of other weights they are failed, as after a restart, and with the old ones they are back."""
+    photo, head = jpegs["coffee"], encode_head(make())
+    folder.add("tiny")
+    folder.copy(tiny_catalog.parent / "tiny.safetensors")
+    wait_for(server, "tiny", state="ready")
+    wait_until(lambda: upload(server, "pets", head, replace="true").is_success)
+    assert ask(server.client, "pets", photo).status_code == 200
+    folder.weights("tiny", seed=6)
+    failed = wait_for(server, "pets", state="failed")
+    assert "made for another trunk" in failed["reason"]
+    assert ask(server.client, "pets", photo).status_code == 503
+    folder.copy(tiny_catalog.parent / "tiny.safetensors")
+    wait_for(server, "pets", state="ready")
+    assert ask(server.client, "pets", photo).status_code == 200
+    folder.remove("tiny")
+    wait_until(lambda: server.client.get("/heads/pets").json().get("state") == "failed")
+    assert "no trunk 'tiny'" in server.client.get("/heads/pets").json()["reason"]
+    assert server.client.delete("/heads/pets").status_code == 204
+
+
+def test_workers_agree_in_the_end(folder: Folder, jpegs: dict[str, bytes]) -> None:
+    """Each looks at the catalog by itself; meanwhile the gateway asks those that have a model."""
+    addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    backends = []
+    for poll_s in (POLL_S, 10 * POLL_S):
+        settings = Settings(catalog=str(folder.path), device="cpu", catalog_poll_s=poll_s)
+        metrics = Metrics(CollectorRegistry())
+        registry = Registry.from_catalog(settings.catalog, device="cpu")
+        backends.append((LocalBackend(registry, settings.worker_options, metrics), metrics))
+    with (
+        serving_rpc(backends[0][0], settings, backends[0][1], addresses[0]),
+        serving_rpc(backends[1][0], settings, backends[1][1], addresses[1]),
+        gateway(settings, *addresses) as (url, client),
+    ):
+        wait_until(lambda: client.get("/readyz").status_code == 200)
+        folder.add("shared", seed=7)
+        wait_until(lambda: client.get("/models/shared").json().get("state") == "ready")
+        load = Load(url, lambda client: ask(client, "shared", jpegs["coffee"]))
+        with load.running():
+            for seed in (8, 9):
+                old = digest(backends[1][0], "shared")
+                folder.weights("shared", seed=seed)
+                for backend, _ in backends:
+                    wait_until(lambda b=backend, d=old: digest(b, "shared") not in (None, d))  # type: ignore[misc]
+                assert len({digest(backend, "shared") for backend, _ in backends}) == 1
+        assert {answer.status_code for answer in load.answers} == {200}
+        folder.remove("shared")
+        wait_until(lambda: client.get("/models/shared").status_code == 404)
+
+
+def digest(backend: Any, name: str) -> str | None:
+    found: str | None = backend.registry.describe(name).model_digest
+    return found
