@@ -30,6 +30,8 @@ from models.trunks.base import Trunk
 from tests.models.test_fixtures import FIXTURES, fixture
 
 GPU = torch.device("cuda", 0)
+# Their relative positions are computed on the host and sent to the device in each block.
+WAITING = ("mvit", "mvit_in1k", "mvit_in21k", "mvit_maskfeat_finetuned", "mvit_video")
 SOME = ("clip", "convnext_v2", "dino", "scale_mae", "vqt")
 
 
