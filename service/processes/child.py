@@ -38,12 +38,15 @@ class Child:
         *,
         metrics: Path,
         files: Sequence[int] = (),
+        stdin: int = asyncio.subprocess.PIPE,
         health_address: str = "",
     ) -> None:
         """
         Args:
             metrics: the folder of PROMETHEUS_MULTIPROC_DIR.
             files: file descriptors that the process inherits.
+            stdin: the end of a pipe, at whose end the process stops (`parent_watch.py`): by default
+                one that ends with this process.
             health_address: where its gRPC health service listens.
         """
         self.name = name
@@ -51,6 +54,7 @@ class Child:
         self._environment = environment
         self._metrics = metrics
         self._files = files
+        self._stdin = stdin
         self._health_address = health_address
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = asyncio.Event()
@@ -113,7 +117,7 @@ class Child:
             sys.executable, "-m", "service.cli", *self._arguments,
             "--supervised", str(watch.write),
             env=self._environment,
-            stdin=asyncio.subprocess.PIPE,  # closes when this process dies, see parent_watch.py
+            stdin=self._stdin,
             pass_fds=(*self._files, watch.write),
             start_new_session=True,  # so that Ctrl-C reaches only the supervisor
         )  # fmt: skip

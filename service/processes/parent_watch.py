@@ -11,7 +11,8 @@ GRACE_S = 10
 
 
 def end_with_parent(stop_timeout_s: float) -> None:
-    """Drain and exit once standard input is closed, whose other end the supervisor holds."""
+    """Drain and exit once standard input ends. Its other end is held by the supervisor; by the
+    gateways too if this is a worker."""
 
     def watch() -> None:
         while os.read(stdin, 1024):

@@ -83,6 +83,9 @@ class _Supervisor:
         metrics.mkdir()
         shared = {"PROMETHEUS_MULTIPROC_DIR": str(metrics)}
         sockets = [f"unix:{folder}/worker-{i}.sock" for i in range(workers)]
+        # The workers' standard input. It ends when this process and all gateways have, because
+        # gateways that drain need workers.
+        workers_stdin, held_by_gateways = os.pipe()
         gpus = count_gpus() if workers and settings.device == "auto" else 0
         self._workers = [
             Child(
@@ -90,6 +93,7 @@ class _Supervisor:
                 ["worker", "--address", address],
                 child_environment(worker_settings(settings, i, workers, gpus)) | shared,
                 metrics=metrics,
+                stdin=workers_stdin,
                 health_address=address,
             )
             for i, address in enumerate(sockets)
@@ -104,7 +108,7 @@ class _Supervisor:
                 ["gateway", *listen, *rpc],
                 environment,
                 metrics=metrics,
-                files=(listener.fileno(),),
+                files=(listener.fileno(), held_by_gateways),
             )
             for i in range(processes)
         ]
