@@ -212,7 +212,9 @@ class Registry:
 
     def set_defaults(self, defaults: Mapping[str, str], startup: Sequence[str]) -> None:
         """Change the models that serve tasks by default, and those that are loaded at start."""
-        changed = {*self.catalog.defaults.values(), *defaults.values()}
+        tasks = {*self.catalog.defaults, *defaults}
+        first = {entry.name for entry in map(self._slots.first, tasks) if entry is not None}
+        changed = {*self.catalog.defaults.values(), *defaults.values(), *first}
         self.catalog = replace(self.catalog, defaults=defaults, startup=tuple(startup))
         for name in changed & self.catalog.models.keys():
             self._report(name)

@@ -106,7 +106,8 @@ class ChangeLog:
     def _parse(self, version: str) -> tuple[int, int | None]:
         """The number of a version, and the place in the list of everything if it is of a part."""
         epoch, *numbers = version.split(".")
-        if epoch != self._epoch or not all(number.isdecimal() for number in numbers):
+        # Longer ones are none of ours, and `int` refuses very long ones.
+        if epoch != self._epoch or not all(n.isdecimal() and len(n) < 19 for n in numbers):
             return -1, None
         match numbers:
             case [number]:

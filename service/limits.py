@@ -179,6 +179,17 @@ class Share:
         self.made_bytes += size
         self._budget.bytes += size
 
+    def receive(self, size: int) -> None:
+        """Count bytes of a message that has come, which may be more than one request's: its caller
+        lets the stream's later ones wait.
+
+        Raises:
+            UnavailableError: all requests together have too many.
+        """
+        self._budget.check_room(size)
+        self.bytes += size
+        self._budget.bytes += size
+
     def add(self, size: int) -> None:
         """Count bytes that were received for the request.
 

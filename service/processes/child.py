@@ -97,7 +97,7 @@ class Child:
 
     async def restart(self, grace_s: float) -> None:
         """Restart the process, without back-off."""
-        self._restarting = True
+        self._restarting = self._process is not None
         await self._end(grace_s)
 
     def kill(self) -> None:

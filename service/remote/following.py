@@ -51,7 +51,7 @@ class Follower:
                     )
                     version, more = response.version, response.more
                 if known is not self.known:
-                    changed = known.differences(self.known)
+                    changed |= known.differences(self.known)
                 self.known, self._version = known, version
             finally:  # what came before an error is known
                 for name in changed:

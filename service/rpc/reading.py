@@ -72,18 +72,18 @@ class Incoming:
     async def messages(self) -> AsyncIterator[Message]:
         """A stream's messages, each counted until `answered`. Raises as `receive`.
 
-        All that are unanswered may hold as much as one request. What would be more waits, and so
-        does the client then, for nothing else of the stream is received.
+        All that are unanswered may hold as much as one request. A message that would be more waits,
+        and so does the client then, for nothing else of the stream is received.
         """
         max_bytes = self._reader.settings.max_request_bytes
         async for content in self._received:
             assert self._share is not None
             size = self._reader.counted(content)
-            while self._unanswered and self._share.bytes + size > max_bytes:
+            self._share.receive(size)
+            self._unanswered.append(size)
+            while len(self._unanswered) > 1 and self._share.bytes > max_bytes:
                 self._was_answered.clear()
                 await self._was_answered.wait()
-            self._share.add(size)
-            self._unanswered.append(size)
             message = type(self._message)()
             parse(message, content)
             yield message

@@ -212,6 +212,7 @@ class Batcher:
                 logger.exception("a batch of %s failed without results", batch.queue.name)
             with self._lock:
                 self._scheduler.finish(batch, self._clock())
+            del batch  # a lane that waits must not keep a trunk that is replaced meanwhile
 
     def _wait_for_batch(self, lane: int) -> Batch | None:
         with self._lock:

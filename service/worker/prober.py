@@ -57,10 +57,10 @@ class Prober:
             await asyncio.sleep(self._interval_s)
             for name, runner in list(self._runners.items()):
                 if time.monotonic() - runner.last_passed >= self._interval_s:
-                    await self._probe(name)
+                    await self._probe(name, runner)
 
-    async def _probe(self, name: str) -> None:
-        item, future = self._runners[name].blank_item()
+    async def _probe(self, name: str, runner: Runner) -> None:
+        item, future = runner.blank_item()
         deadline = time.monotonic() + self._limit_s
         failed: Exception | None
         try:
@@ -75,6 +75,6 @@ class Prober:
             failed = TimeoutError(f"no result within {self._limit_s:g} s")
         if failed is None:
             self.failures.pop(name, None)
-        else:
+        elif self._runners.get(name) is runner:  # not removed meanwhile
             self.failures[name] = f"probe failed: {failed}"
             logger.error("the probe of %s failed: %s", name, failed)

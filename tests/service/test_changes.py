@@ -1,5 +1,7 @@
 """What has changed in a registry: told once, and nothing where nothing has."""
 
+import asyncio
+import json
 import random
 
 import pytest
@@ -7,7 +9,9 @@ import pytest
 from models.description import ModelDescription
 from service import changes
 from service.changes import ChangeLog, Difference
+from service.remote.following import Follower
 from service.remote.models import WorkerModels
+from service.stubs import vision_pb2 as pb
 
 
 def names(log: ChangeLog, version: str = "") -> list[str]:
@@ -125,3 +129,28 @@ def test_the_default_of_a_task_moves_in_any_order() -> None:
     assert known.defaults == {"classify": "a"}
     known.apply([], ["a"])
     assert known.defaults == {}
+
+
+def test_a_version_that_is_none_gets_everything() -> None:
+    log = ChangeLog()
+    log.touch("a")
+    epoch = log.since("").version.split(".")[0]
+    for version in (f"{epoch}.{'9' * 5000}", f"{epoch}.1.{'9' * 30}", "x", f"{epoch}.x", epoch):
+        assert log.since(version).names == ["a"]
+
+
+def test_what_came_before_a_reset_is_told() -> None:
+    """A worker forgot removed names between two parts of its answer."""
+
+    def part(name: str, **fields: object) -> pb.ListModelsResponse:
+        model = pb.Model(name=name, description_json=json.dumps(described(name).to_json()))
+        return pb.ListModelsResponse(models=[model], **fields)  # type: ignore[arg-type]
+
+    parts = [part("a", version="e.1", more=True), part("a", version="e.2", reset=True)]
+
+    async def ask(request: pb.ListModelsRequest) -> pb.ListModelsResponse:
+        return parts.pop(0)
+
+    told: list[str] = []
+    asyncio.run(Follower(ask, told.append).refresh())
+    assert told == ["a"]

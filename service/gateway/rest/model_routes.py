@@ -10,12 +10,16 @@ from service.gateway.rest.examples import ModelName
 
 router = APIRouter(tags=["models"])
 
+MAX = 2**31
+
 
 @router.get("/models", dependencies=[Depends(require_key)])
 async def list_models(
     request: Request,
-    start: Annotated[int, Query(ge=0, description="Leave out so many models.")] = 0,
-    count: Annotated[int | None, Query(ge=1, description="The most models; all if absent.")] = None,
+    start: Annotated[int, Query(ge=0, le=MAX, description="Leave out so many models.")] = 0,
+    count: Annotated[
+        int | None, Query(ge=1, le=MAX, description="The most models; all if absent.")
+    ] = None,
 ) -> dict[str, list[dict[str, Any]] | int]:
     """List the models of the catalog, with their states. With `count`, the answer has a member
     `next` if there are more: the `start` of the following request."""
