@@ -1,18 +1,20 @@
 """What a method of a client does: requests, and how their answers are read."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import update_wrapper
 from typing import Any, Generic, TypeVar, get_args
 
 import httpx
 
-from vitrail_client.protocol import VitrailError, parse, split
+from vitrail_client.protocol import Entry, VitrailError, parse, split
 
 T = TypeVar("T", covariant=True)
 # The statuses of an image that is wrong or too large.
 INPUT_STATUSES = (413, 422)
+# The fields by which a server names an item itself; what is wrong with others is wrong with all.
+ITEM_FIELDS = {"image", "images", "pixel_values", "text", "texts", "id", "metadata"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +52,27 @@ class Call(Generic[T]):
             return parse(response)
         except VitrailError as error:
             alone = self.items is not None and len(batch) == 1 < len(self.items)
-            if alone and error.status in INPUT_STATUSES:
+            if alone and error.status in INPUT_STATUSES and _is_of_item(error.problem):
                 return {"results": [{"error": dict(error.problem)}]}
             raise
+
+
+def raise_if_all_failed(entries: Sequence[Entry]) -> None:
+    """Fail the call if every item came alone and was refused for the same field.
+
+    Raises:
+        VitrailError: the first item's error.
+    """
+    problems = [entry.get("error", {}) for entry in entries]
+    fields = [problem.get("errors") for problem in problems]  # only whole requests' errors have it
+    if fields and fields[0] and all(each == fields[0] for each in fields):
+        raise VitrailError(problems[0].get("status", 422), problems[0])
+
+
+def _is_of_item(problem: Mapping[str, Any]) -> bool:
+    """Whether a problem names no other field than the item's own."""
+    fields = {error["field"].partition(".")[0] for error in problem.get("errors", ())}
+    return fields <= ITEM_FIELDS
 
 
 def describe_method(method: Callable[..., Any], make: Callable[..., Call[Any]]) -> None:

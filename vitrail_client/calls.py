@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from vitrail_client.call import Call
+from vitrail_client.call import Call, raise_if_all_failed
 from vitrail_client.protocol import Entry, Image, Scalar, encode_image, given
 
 
@@ -191,7 +191,13 @@ def images(
 
 
 def delete_image(collection: str, image: str) -> Call[None]:
-    """Delete an image from a collection by its id."""
+    """Delete an image from a collection by its id.
+
+    Raises:
+        ValueError: the id has a part `.` or `..` between slashes, which URLs lose.
+    """
+    if not {".", ".."}.isdisjoint(image.split("/")):
+        raise ValueError(f"the id {image!r} has a part . or .., which URLs lose")
     path = f"{_collection(collection)}/images/{quote(image)}"
     return Call(method="DELETE", path=path, read=_first)
 
@@ -233,7 +239,9 @@ def _batched(
     """Entries of `results` for all items."""
 
     def read(answers: list[Any]) -> list[Entry]:
-        return [entry for answer in answers for entry in answer["results"]]
+        entries = [entry for answer in answers for entry in answer["results"]]
+        raise_if_all_failed(entries)
+        return entries
 
     return Call(method="POST", path=path, items=items, body=body, size=size, read=read)
 
@@ -243,6 +251,13 @@ def _first(answers: list[Any]) -> Any:
 
 
 def _collection(name: str) -> str:
+    """The path of a collection.
+
+    Raises:
+        ValueError: none can have that name, and the path would be another route's.
+    """
+    if name in ("", ".", "..") or "/" in name:
+        raise ValueError(f"{name!r} cannot be a collection's name")
     return f"/collections/{quote(name, safe='')}"
 
 

@@ -129,6 +129,18 @@ def check_id(value: object) -> str:
     return value
 
 
+def check_new_id(value: object) -> str:
+    """The id of an image to add. It becomes a part of its URL.
+
+    Raises:
+        InvalidInputError: it cannot be one.
+    """
+    name = check_id(value)
+    if not {".", ".."}.isdisjoint(name.split("/")):
+        raise InvalidInputError("an id has no part . or .. between slashes", field="id")
+    return name
+
+
 def check_metadata(value: object, name: str = "metadata") -> dict[str, Scalar]:
     """Metadata, or a filter, from a request.
 

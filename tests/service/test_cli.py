@@ -217,6 +217,9 @@ def test_an_index_is_brought_up_to_date(tiny_catalog: Path, tmp_path: Path) -> N
         assert code == 1
         assert f"{photos}/broken.jpg: not an image" in text
         assert "0 images added, 199 unchanged, 0 deleted, 199 in c" in text
+        command[1] = f"{photos}/../photos"
+        code, text = index()
+        assert "0 images added, 199 unchanged, 199 in c" in text
 
 
 def test_masks_go_to_a_folder(demo_server: str, folder: Path, tmp_path: Path) -> None:

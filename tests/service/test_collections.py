@@ -187,6 +187,8 @@ def test_an_image_is_replaced_and_deleted_by_its_id(
     assert {found[0]["id"], found[1]["id"]} == {"coffee", "rocket"}
     assert server.client.delete(f"{images}/rocket").status_code == 204
     problem(server.client.delete(f"{images}/rocket"), 404)
+    problem(server.client.delete(f"{images}/%2e%2e"), 404)  # older versions took such ids
+    assert server.client.get(images, params={"after": ".."}).status_code == 200
     assert server.client.get(photos_collection).json()["images"] == 3
 
 
@@ -218,6 +220,7 @@ def test_lines_of_ndjson_fail_alone(
         "{not json",
         json.dumps(entry(jpegs["coffee"], id="nested", metadata={"a": [1]})),
         json.dumps(entry(jpegs["coffee"], id="")),
+        json.dumps(entry(jpegs["coffee"], id="in/../1")),
         json.dumps({"id": "empty"}),
     ]
     lines = [*map(json.dumps, many), *wrong]

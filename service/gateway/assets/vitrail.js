@@ -15,6 +15,8 @@ const FIRST_WAIT_MS = 500, MAX_WAIT_MS = 30_000;
 const MAX_BATCH_BYTES = 32 * 2 ** 20;
 // The statuses of an image that is wrong or too large.
 const INPUT_STATUSES = [413, 422];
+// The fields by which a server names an item itself; what is wrong with others is wrong with all.
+const ITEM_FIELDS = ["image", "images", "pixel_values", "text", "texts", "id", "metadata"];
 
 /** An answer with an error: `status` and the members of `application/problem+json` in `problem`. */
 export class VitrailError extends Error {
@@ -83,8 +85,8 @@ export class Vitrail {
   }
 
   /** Create a collection, unless it exists with that model. */
-  createCollection(name, options = {}) {
-    return this.send("PUT", `/collections/${encodeURIComponent(name)}`, json(options));
+  async createCollection(name, options = {}) {
+    return this.send("PUT", collectionPath(name), json(options));
   }
 
   /** Every collection, with its model and number of images. */
@@ -93,13 +95,13 @@ export class Vitrail {
   }
 
   /** One collection, with its model and number of images. */
-  collection(name) {
-    return this.send("GET", `/collections/${encodeURIComponent(name)}`);
+  async collection(name) {
+    return this.send("GET", collectionPath(name));
   }
 
   /** Delete a collection with all its images. */
-  deleteCollection(name) {
-    return this.send("DELETE", `/collections/${encodeURIComponent(name)}`);
+  async deleteCollection(name) {
+    return this.send("DELETE", collectionPath(name));
   }
 
   /**
@@ -107,8 +109,8 @@ export class Vitrail {
    * @param {string} collection
    * @param {{ image: Blob | ArrayBuffer | Uint8Array, id?: string, metadata?: object }[]} items
    */
-  addImages(collection, items) {
-    return this.#all(`/collections/${encodeURIComponent(collection)}/images`, items, async (batch) => {
+  async addImages(collection, items) {
+    return this.#all(`${collectionPath(collection)}/images`, items, async (batch) => {
       const images = batch.map(async ({ image, ...others }) => ({ base64: await base64(image), ...others }));
       return json({ images: await Promise.all(images) });
     });
@@ -118,8 +120,8 @@ export class Vitrail {
    * Add the next new or changed images of a folder of the server, if it allows that:
    * `{ results, next }`. The other files come with `{ after: next }`, until that is null.
    */
-  addFolder(collection, folder, options = {}) {
-    return this.send("POST", `/collections/${encodeURIComponent(collection)}/images`,
+  async addFolder(collection, folder, options = {}) {
+    return this.send("POST", `${collectionPath(collection)}/images`,
       json({ folder, ...options }));
   }
 
@@ -127,15 +129,18 @@ export class Vitrail {
    * The images of a collection by id, at most 1000: `{ images: [{ id, metadata }], next }`. The
    * other ones come with `{ after: next }`, until that is null.
    */
-  images(collection, options = {}) {
-    const query = new URLSearchParams(options);
-    return this.send("GET", `/collections/${encodeURIComponent(collection)}/images?${query}`);
+  async images(collection, options = {}) {
+    const query = new URLSearchParams(Object.entries(options).filter(([, value]) => value != null));
+    return this.send("GET", `${collectionPath(collection)}/images?${query}`);
   }
 
   /** Delete an image from a collection by its id. */
-  deleteImage(collection, id) {
-    const path = id.split("/").map(encodeURIComponent).join("/");
-    return this.send("DELETE", `/collections/${encodeURIComponent(collection)}/images/${path}`);
+  async deleteImage(collection, id) {
+    const parts = id.split("/");
+    if (parts.includes(".") || parts.includes(".."))
+      throw new Error(`the id ${JSON.stringify(id)} has a part . or .., which URLs lose`);
+    const path = parts.map(encodeURIComponent).join("/");
+    return this.send("DELETE", `${collectionPath(collection)}/images/${path}`);
   }
 
   /**
@@ -145,7 +150,7 @@ export class Vitrail {
    */
   async search(collection, { image, ...query }) {
     if (image) query.image = { base64: await base64(image) };
-    return (await this.send("POST", `/collections/${encodeURIComponent(collection)}/search`, json(query))).hits;
+    return (await this.send("POST", `${collectionPath(collection)}/search`, json(query))).hits;
   }
 
   /** Send a request, again while the server is busy; its JSON, or null without any. */
@@ -178,7 +183,7 @@ export class Vitrail {
         try {
           results[place] = (await this.send("POST", path, request)).results;
         } catch (error) {  // a server refuses a request whose only image is wrong
-          if (!alone || !INPUT_STATUSES.includes(error.status)) throw error;
+          if (!alone || !INPUT_STATUSES.includes(error.status) || !isOfItem(error.problem)) throw error;
           results[place] = [{ error: error.problem }];
         }
         done += batches[place].length;
@@ -186,8 +191,31 @@ export class Vitrail {
       }
     };
     await Promise.all(Array.from({ length: Math.min(this.concurrency, batches.length) }, work));
-    return results.flat();
+    const entries = results.flat();
+    throwIfAllFailed(entries);
+    return entries;
   }
+}
+
+/** The path of a collection; throws if none can have that name, and it would be another route's. */
+function collectionPath(name) {
+  const part = encodeURIComponent(name);
+  if (["", ".", ".."].includes(part) || part.includes("%2F"))
+    throw new Error(`${JSON.stringify(name)} cannot be a collection's name`);
+  return `/collections/${part}`;
+}
+
+/** Whether a problem names no other field than the item's own. */
+function isOfItem(problem) {
+  return (problem.errors ?? []).every(({ field }) => ITEM_FIELDS.includes(field.split(".")[0]));
+}
+
+/** Fail the call if every item came alone and was refused for the same field. */
+function throwIfAllFailed(entries) {
+  const problems = entries.map((entry) => entry?.error);
+  const fields = problems.map((problem) => JSON.stringify(problem?.errors ?? []));
+  if (fields.length && fields[0] !== "[]" && fields.every((each) => each === fields[0]))
+    throw new VitrailError(problems[0].status, problems[0]);
 }
 
 /** Batches of at most `count` items that have MAX_BATCH_BYTES together, or of one larger item. */

@@ -27,7 +27,14 @@ from service.gateway.rest.content import read_body
 from service.limits import check_input_count
 from service.parameters import validate
 from service.payloads import check_json, parse_json, parse_json_object
-from service.search.collection import MAX_HITS, MAX_ID, Metadata, check_id, check_metadata
+from service.search.collection import (
+    MAX_HITS,
+    MAX_ID,
+    Metadata,
+    check_id,
+    check_metadata,
+    check_new_id,
+)
 
 MAX_LINES = 10_000
 MAX_LISTED = 1000
@@ -271,7 +278,7 @@ def _entry(image: bytes | ServiceError, name: object, metadata: object) -> Entry
         checked = check_metadata(metadata)
         if isinstance(image, ServiceError):
             return Entry(name if isinstance(name, str) else "", image, {})
-        return Entry(check_id(name), image, checked)
+        return Entry(check_new_id(name), image, checked)
     except ServiceError as error:
         return Entry("", error, {})
 
