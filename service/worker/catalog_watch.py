@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence, Set
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 # Changes that failed are tried again after this time, or once the catalog changes again.
 RETRY_S = 300.0
+# Gateways name the default model to workers. How long they have to learn of another one.
+SWITCH_S = 3.0
 
 
 class CatalogWatch:
@@ -64,6 +67,8 @@ class CatalogWatch:
         self.error = ""
         # The failures of the change that is being applied.
         self._failed: dict[str, str] = {}
+        # Whether it has replaced, removed or loaded something.
+        self._makes_garbage = False
 
     async def run(self) -> None:
         """Watch until cancelled."""
@@ -101,50 +106,78 @@ class CatalogWatch:
 
     async def _apply(self, catalog: Catalog, edition: Edition) -> None:
         logger.info("the catalog has changed")
-        self._failed = {}
-        before, applied = {name: self.state(name) for name in edition.models}, self._applied
+        self._failed, self._makes_garbage = {}, False
+        # In the loader, so that what loads at start has been loaded by then.
+        before = await self._in_loader(self._states, edition.models)
+        applied, defaults = self._applied, {*self._registry.catalog.defaults.values()}
         await self._in_loader(self._settle_defaults, catalog)
-        for name in applied.models.keys() - edition.models.keys():
-            await self._try([name], self._registry.remove, name)
-            del applied.models[name]
-            logger.info("model %s was removed", name)
+        await self._remove(edition, but=defaults)
         for change in changes(applied, edition):
-            if await self._try(change.models, self._registry.update, change.trunks, change.models):
+            update = partial(self._registry.update, change.trunks, change.models)
+            if await self._try(update, change.models, change.trunks):
                 applied.trunks |= {name: edition.trunks[name] for name in change.trunks}
                 applied.models |= {name: edition.models[name] for name in change.models}
                 some = ", ".join(islice([*change.trunks, *change.models], 10))
                 logger.info("%d models are as in the catalog: %s", len(change.models), some)
-        for name in applied.trunks.keys() - edition.trunks.keys():
-            if await self._try([], self._registry.remove_trunk, name):
-                del applied.trunks[name]
         for name in self._startup or catalog.startup:
             if before[name] in (None, State.FAILED) and self.state(name) is not State.READY:
-                await self._try([name], self._registry.load, name)
+                await self._try(partial(self._registry.load, name), [name])
         postponed = await self._in_loader(self._settle_defaults, catalog)
+        still = {*self._registry.catalog.defaults.values()}
+        if (defaults - still) & (applied.models.keys() - edition.models.keys()):
+            await asyncio.sleep(SWITCH_S)
+        await self._remove(edition, but=still)
+        if self._makes_garbage:
+            await self._in_loader(_collect)
         await self._in_loader(self._after)
         old, self.failures = self.failures, postponed | self._failed
         for name in old.keys() | self.failures.keys():
             self._on_change(name)
         self._updates.labels("error" if self.failures else "ok").inc()
 
-    async def _try(self, models: Iterable[str], work: Callable[..., Any], *arguments: Any) -> bool:
-        """Do a part of a change. Returns whether it was done; if not, `models` are as before."""
+    async def _remove(self, edition: Edition, but: Set[str]) -> None:
+        """Remove what an edition does not have, but for some models, and trunks that are used."""
+        applied = self._applied
+        for name in applied.models.keys() - edition.models.keys() - but:
+            if await self._try(partial(self._registry.remove, name), [name]):
+                del applied.models[name]
+                logger.info("model %s was removed", name)
+        used = {trunk for entry, _ in applied.models.values() for trunk in entry.trunks}
+        for name in applied.trunks.keys() - edition.trunks.keys() - used:
+            if await self._try(partial(self._registry.remove_trunk, name), [], [name]):
+                del applied.trunks[name]
+
+    async def _try(
+        self, work: Callable[[], object], models: Collection[str], trunks: Collection[str] = ()
+    ) -> bool:
+        """Do a part of a change. Returns whether it was done; if not, all is as before.
+
+        Args:
+            models: the models that it changes.
+            trunks: the trunks that it changes.
+        """
+
+        def is_loaded() -> bool:
+            loaded = any(self._registry.loaded_trunk(name) is not None for name in trunks)
+            return loaded or any(self.state(name) is State.READY for name in models)
 
         def change() -> None:
-            look_at_all_objects()
-            try:
-                work(*arguments)
-            finally:
-                leave_out_old_objects()
+            if is_loaded():
+                self._makes_garbage = True
+                look_at_all_objects()
+            work()
+            self._makes_garbage |= is_loaded()
 
         try:
             await self._in_loader(change)
+            return True
         except ServiceError as error:
             names = ", ".join(islice(models, 10))
             logger.error("a change of the catalog was rolled back: %s: %s", names, error.detail)
             self._failed |= dict.fromkeys(models, error.detail)
-            return False
-        return True
+        # Only now: the error's traceback refers to what had been built.
+        await self._in_loader(_collect)
+        return False
 
     def _settle_defaults(self, catalog: Catalog) -> dict[str, str]:
         """Let the catalog's default models serve their tasks, once they are ready. Returns those
@@ -153,17 +186,18 @@ class CatalogWatch:
         postponed: dict[str, str] = {}
         for task, name in catalog.defaults.items():
             old = self._registry.catalog.defaults.get(task, name)
-            if (
-                self.state(name) is not State.READY
-                and self.state(old) is State.READY
-                and old in catalog.models
-            ):
+            if self.state(name) is not State.READY and self.state(old) is State.READY:
                 chosen[task] = old
+                if old not in catalog.models:
+                    postponed[old] = f"it was removed, but serves {task} until {name!r} is ready"
                 postponed[name] = f"it is not ready, so {old!r} is still the default for {task}"
             elif self.state(name) is not None:
                 chosen[task] = name
         self._registry.set_defaults(chosen, catalog.startup)
         return postponed
+
+    def _states(self, names: Iterable[str]) -> dict[str, State | None]:
+        return {name: self.state(name) for name in names}
 
     def state(self, name: str) -> State | None:
         """A model's state; None if there is no such model."""
@@ -171,3 +205,9 @@ class CatalogWatch:
             return self._registry.state(name)
         except ModelNotFoundError:
             return None
+
+
+def _collect() -> None:
+    """Free what is garbage now, and leave the rest out of collections."""
+    look_at_all_objects()
+    leave_out_old_objects()

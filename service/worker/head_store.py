@@ -206,10 +206,13 @@ class HeadStore:
     def _loadable(self) -> str | None:
         """Remove and return a head that waited for its trunk, which is loaded now."""
         for trunk, names in self._unloaded.items():
-            if names and self._registry.loaded_trunk(trunk) is not None:
+            if self._registry.loaded_trunk(trunk) is None:
+                continue
+            while names:
                 name = next(iter(names))
                 del names[name]
-                return name
+                if name in self._registry.catalog.models:  # it may be gone with its old trunk
+                    return name
         return None
 
     def _update(self, name: str) -> None:

@@ -49,11 +49,11 @@ class Folder:
         partial.write_text(text)
         partial.replace(self.path / f"{name}.toml")
 
-    def add(self, name: str, *, more: str = "", **weights: Any) -> None:
+    def add(self, name: str, *, more: str = "", file: str = "", **weights: Any) -> None:
         """A trunk and a model of one name, in a file of their own."""
         self.weights(name, **weights)
         self.write(
-            name,
+            file or name,
             f'[trunks.{name}]\nsource = "file:{name}.safetensors"\narchitecture = "test_vit"\n'
             f'[models.{name}]\ntrunk = "{name}"\ntask = "classify"\n{more}',
         )
@@ -240,6 +240,34 @@ def test_what_does_not_load_is_rolled_back(
     assert server.metric("vitrail_catalog_failures") == 0
     assert server.metric("vitrail_catalog_updates_total", outcome="error") > 0
     folder.remove(name)
+
+
+def test_a_default_model_that_was_removed_serves_until_the_new_one_is_ready(
+    server: Running, folder: Folder, jpegs: dict[str, bytes]
+) -> None:
+    def send(client: httpx.Client) -> httpx.Response:
+        return client.post("/classify", content=jpegs["coffee"])
+
+    folder.add("elder", seed=10, file="chosen", more='[defaults]\nclassify = "elder"\n')
+    wait_until(lambda: model(server, "elder").get("default_for") == ["classify"])
+    assert send(server.client).json()["model"] == "elder"
+    load = Load(server.url, send)
+    with load.running():
+        more = '[defaults]\nclassify = "younger"\n'
+        folder.add("younger", seed=11, bytes_kept=100_000, file="chosen", more=more)
+        wait_for(server, "younger", state="failed")
+        wait_until(lambda: "update_error" in model(server, "elder"))
+        assert "'younger' is ready" in model(server, "elder")["update_error"]
+        load.wait(8)
+        assert load.answers[-1].json()["model"] == "elder"
+        folder.weights("younger", seed=11)
+        wait_until(lambda: server.client.get("/models/elder").status_code == 404)
+    assert {answer.status_code for answer in load.answers} == {200}
+    assert send(server.client).json()["model"] == "younger"
+    wait_until(lambda: server.metric("vitrail_catalog_failures") == 0)
+    assert server.backend.registry.loaded_trunk("elder") is None
+    assert "elder" not in server.backend.registry.catalog.trunks
+    folder.remove("chosen")
 
 
 def test_a_catalog_that_cannot_be_read_changes_nothing(
