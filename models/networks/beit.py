@@ -125,8 +125,9 @@ class DistilledBeit(Beit):
         dim = self.embed_dim
         self.dist_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.num_prefix_tokens = 2
-        if self.pos_embed is not None:
-            self.pos_embed = nn.Parameter(torch.zeros(1, self.patch_embed.num_patches + 2, dim))
+        table: Tensor | None = self.pos_embed
+        if table is not None:
+            self.pos_embed = nn.Parameter(torch.zeros(1, table.shape[1] + 1, dim))
         for block in self.blocks:
             layer = block.attn
             if layer.relative_position_bias_table is None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 Change = tuple[str, Any]  # what was changed, and the result
 # The last four mean something where a number or a truth value is expected.
-NONSENSE = ("many", None, [1, 2], [], {"a": 1}, float("nan"), -3, 0, 1.5, True)
+NONSENSE: tuple[Any, ...] = ("many", None, [1, 2], [], {"a": 1}, float("nan"), -3, 0, 1.5, True)
 ARCHITECTURES = ("vit_tiny_patch16_224", "resnet50", "ViT-B-32", "no_such_network", 7)
 WRAPPERS = ("", "model", "state_dict", "teacher", "module")
 PREFIXES = ("module.", "backbone.", "encoder.", "model.")

@@ -249,8 +249,12 @@ def test_the_time_to_retry_is_that_of_giving_bytes_back() -> None:
 def test_a_request_that_never_fits_is_told_so(server: Running) -> None:
     """Its copy as float32 alone is more than all requests may hold: another try is in vain."""
     pixels = bytes(2 * 3 * 300 * 300)
-    tensor = {"name": "pixel_values", "datatype": "FP16", "shape": [1, 3, 300, 300]}
-    tensor["parameters"] = {"binary_data_size": len(pixels)}
+    tensor = {
+        "name": "pixel_values",
+        "datatype": "FP16",
+        "shape": [1, 3, 300, 300],
+        "parameters": {"binary_data_size": len(pixels)},
+    }
     head = json.dumps({"inputs": [tensor]}).encode()
     headers = {"Inference-Header-Content-Length": str(len(head))}
     answer = server.client.post("/v2/models/tiny/infer", content=head + pixels, headers=headers)
