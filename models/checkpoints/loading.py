@@ -14,7 +14,7 @@ from models.catalog import TrunkEntry
 from models.checkpoints.checkpoint import Checkpoint, HeadState, save_checkpoint
 from models.checkpoints.containers import Container, open_container
 from models.checkpoints.families.towers import LIBRARY
-from models.checkpoints.formats import detect_format
+from models.checkpoints.formats import detect_format, vitrail
 from models.checkpoints.sources import fetch, parse_source
 from models.checkpoints.store import Store
 from models.checkpoints.strict import UNFIT, load_strictly
@@ -131,11 +131,11 @@ def read_checkpoint(path: Path, arguments: Mapping[str, Any]) -> Checkpoint:
         raise CheckpointError(
             f"{path}: incomplete; by its keys it is of format {checkpoint_format.NAME}: {what}"
         ) from error
-    _check_kinds(container, checkpoint)
+    _check_kinds(container, checkpoint, may_lack_bias=checkpoint_format.NAME == vitrail.NAME)
     return checkpoint if checkpoint.reason else replace(checkpoint, reason=reason)
 
 
-def _check_kinds(container: Container, checkpoint: Checkpoint) -> None:
+def _check_kinds(container: Container, checkpoint: Checkpoint, *, may_lack_bias: bool) -> None:
     """Refuse what shapes alone would let pass: quantised weights, and classifiers without bias.
 
     Raises:
@@ -150,6 +150,8 @@ def _check_kinds(container: Container, checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{container.path}: quantised weights are not supported: {', '.join(quantised[:10])}"
         )
+    if may_lack_bias:
+        return
     for name, head in checkpoint.heads.items():
         for key in head.tensors:
             layer, _, kind = key.rpartition(".")

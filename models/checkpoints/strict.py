@@ -16,6 +16,7 @@ UNFIT = (
     TypeError,
     ValueError,
 )
+COUNTER = "num_batches_tracked"
 
 
 def load_strictly(network: nn.Module, state_dict: Mapping[str, Tensor], name: str) -> None:
@@ -32,7 +33,8 @@ def check_strictly(network: nn.Module, state_dict: Mapping[str, Tensor], name: s
 
     Raises:
         CheckpointError: keys are missing, left over, of another shape, whole numbers in place of
-            fractions or the reverse, or not finite; it names the first ten of each.
+            fractions or the reverse, or not finite; it names the first ten of each. Batch norms'
+            counters may be of any type and value: they play no part in evaluation.
     """
     expected = network.state_dict()
     missing = [key for key in expected if key not in state_dict]
@@ -46,11 +48,13 @@ def check_strictly(network: nn.Module, state_dict: Mapping[str, Tensor], name: s
         f"{key} {state_dict[key].dtype} instead of {value.dtype}"
         for key, value in expected.items()
         if key in state_dict and state_dict[key].is_floating_point() != value.is_floating_point()
+        if not key.endswith(COUNTER)
     ]
     not_finite = [
         key
         for key, value in state_dict.items()
         if value.is_floating_point() and not bool(value.isfinite().all())
+        if not key.endswith(COUNTER)
     ]
     problems = [
         f"{what}: {', '.join(keys[:10])}" + (f" and {len(keys) - 10} more" if keys[10:] else "")

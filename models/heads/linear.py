@@ -34,7 +34,8 @@ class Linear(Ranking):
         layers: blocks, counted from 0 or back from -1, whose class tokens are the features. None:
             the trunk's own pooling.
         mean: how the mean of the last block's patch tokens is added: `interleaved` with the class
-            tokens (DINO, arXiv 2104.14294), `appended` to them, or `alone`.
+            tokens (DINO, arXiv 2104.14294), `appended` to them, or `alone`, or `unnormed`: alone
+            and without the final norm (iBOT, arXiv 2111.07832).
         last_blocks: of a hierarchical network, how many of its last blocks' means are the features
             (EsViT, arXiv 2106.09785).
         activations, norm_eps: see `create_classifier`.
@@ -81,7 +82,7 @@ class Linear(Ranking):
             raise CheckpointError(f"the head reads block {wrong[0]}; the trunk has {depth}")
         self.layers = [layer % depth for layer in layers]
         self.mean = state.settings.get("mean")
-        if self.mean not in (None, "interleaved", "appended", "alone"):
+        if self.mean not in (None, "interleaved", "appended", "alone", "unnormed"):
             raise CheckpointError(f"unknown setting mean = {self.mean!r} of a linear head")
         layer_request = FeatureRequest(layers=frozenset(self.layers))
         self.request = layer_request if self.layers else NO_EXTRAS
@@ -97,6 +98,8 @@ class Linear(Ranking):
             return torch.cat(means[-self.last_blocks :], -1).float()
         if not self.layers:
             return self.trunk.pool(output).float()
+        if self.mean == "unnormed":
+            return output.layers[self.layers[-1]][:, output.prefix :].float().mean(1)
         normed = [self.trunk.norm(output.layers[layer]) for layer in self.layers]
         class_tokens = torch.cat([layer[:, 0] for layer in normed], -1).float()
         if self.mean is None:

@@ -1,8 +1,8 @@
-"""TensorFlow's bilinear resize without antialiasing (`tf.image.resize`), cast to uint8.
+"""TensorFlow's bilinear resize without antialiasing (`tf.image.resize`), as uint8.
 
 Each pixel of the result is mixed of the four pixels around its centre, also where the image
-shrinks. The steps are those of TensorFlow's kernel, in float32 and in its order; the cast rounds
-down.
+shrinks. The steps are those of TensorFlow's kernel, in float32 and in its order. Code that casts
+its result to uint8 rounds down; where it computes on in float32, rounding is off by half a step.
 """
 
 from collections.abc import Callable
@@ -15,12 +15,13 @@ from models.errors import CatalogError
 
 
 def create_sampling_transform(
-    size: tuple[int, int], steps: tuple[str, float, str]
+    size: tuple[int, int], steps: tuple[str, float, str], *, truncate: bool
 ) -> Callable[[Image.Image], torch.Tensor]:
     """Build the transform: RGB image to (3, height, width) uint8, squashed to `size`.
 
     Args:
         steps: crop mode, `crop_pct` and interpolation of the settings.
+        truncate: round down, not to the nearest.
 
     Raises:
         CatalogError: they are not those of a bilinear squash.
@@ -44,6 +45,8 @@ def create_sampling_transform(
 
         top = mixed(above)
         resized_HWC = top + (mixed(below) - top) * down
+        if not truncate:
+            np.rint(resized_HWC, out=resized_HWC)
         return torch.from_numpy(resized_HWC.astype(np.uint8)).permute(2, 0, 1)
 
     return transform

@@ -1,15 +1,15 @@
 """An RGB image to the tensor a trunk expects: the checkpoint's own evaluation transform.
 
 It has two halves. The transform (resize, crop) works on one image on the CPU and returns uint8,
-which is small to keep in a queue and to copy to a device. `Normalize` does the arithmetic for a
-whole batch on the trunk's device. Together they equal timm's transform bit for bit, unless the
-transform is `fast`.
+which is small to keep in a queue and to copy to a device. `normalize.Normalize` does the
+arithmetic for a whole batch on the trunk's device. Together they equal timm's transform bit for
+bit, unless the transform is `fast`.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal, cast, get_args
@@ -34,6 +34,9 @@ Transform = Callable[[Any], torch.Tensor]
 
 TARGET_FPS = 30
 
+# Settings that need antialiasing, see `create_sampling_transform`.
+CROP = {"crop_mode", "crop_pct", "interpolation"}
+
 # Beyond this, resizing the short side first would build an image of gigabytes only to crop it.
 MAX_ASPECT_RATIO = {"center": 8, "border": 64}
 
@@ -47,7 +50,8 @@ class Preprocess:
     black, as albumentations' LongestMaxSize + PadIfNeeded do it; `crop_pct` and `interpolation`
     then play no part. `mean` and `std` are for pixels scaled to 0..1, in the order red, green,
     blue; `channels` is the order in which the network takes them. Without `antialias` an image is
-    squashed by TensorFlow's bilinear resize, which skips pixels where it shrinks.
+    squashed by TensorFlow's bilinear resize, which skips pixels where it shrinks; its values are
+    rounded to whole numbers, or down with `truncate`, which plays no part otherwise.
     """
 
     input_size: tuple[int, int] = (224, 224)
@@ -58,16 +62,19 @@ class Preprocess:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     channels: ChannelOrder = "rgb"
     antialias: bool = True
+    truncate: bool = False
     # Not part of a checkpoint: a trunk sets it, see `Placement`.
     transform: TransformName = "exact"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings by name. `transform`, `channels` and `antialias` are left out where they are
-        `exact`, `rgb` and true, so that files and digests are as before they existed."""
+        """The settings by name. `transform`, `channels`, `antialias` and `truncate` are left out
+        where they are `exact`, `rgb`, true and false, so that files and digests are as before."""
         settings = asdict(self)
         if self.antialias:
             del settings["antialias"]
+        if self.antialias or not self.truncate:
+            del settings["truncate"]
         if self.transform == "exact":
             del settings["transform"]
         if self.channels == "rgb":
@@ -187,6 +194,8 @@ def preprocess_from_mapping(
 ) -> Preprocess:
     """Read timm's data configuration or a catalog's `preprocess` table, over `base`.
 
+    A table with a crop or an interpolation has antialiasing, unless it says otherwise.
+
     Raises:
         CatalogError: for a key or value that no transform has.
     """
@@ -197,14 +206,17 @@ def preprocess_from_mapping(
             some = ", ".join(sorted(known))
             raise CatalogError(f"preprocess has no setting {key!r}; it has {some}")
         settings[key] = tuple(value) if isinstance(value, list) else value
+    if CROP & config.keys():
+        settings["antialias"] = config.get("antialias", True)
     if len(size := settings.get("input_size", (224, 224))) == 3:  # timm's has channels first
         settings["input_size"] = tuple(size[1:])
     if settings.get("crop_mode", "center") not in ("center", "squash", "border", "letterbox"):
         raise CatalogError(f"preprocess has no crop_mode {settings['crop_mode']!r}")
     if (order := settings.get("channels", "rgb")) not in get_args(ChannelOrder):
         raise CatalogError(f"preprocess has no channels {order!r}; it has rgb and bgr")
-    if not isinstance(settings.get("antialias", True), bool):
-        raise CatalogError("preprocess has antialias that is neither true nor false")
+    for key in ("antialias", "truncate"):
+        if not isinstance(settings.get(key, True), bool):
+            raise CatalogError(f"preprocess has {key} that is neither true nor false")
     return kind(**settings)
 
 
@@ -239,43 +251,13 @@ def create_transform(spec: Preprocess) -> Transform:
         )
     if not spec.antialias:
         steps = (spec.crop_mode, spec.crop_pct, spec.interpolation)
-        return create_sampling_transform(spec.input_size, steps)
+        return create_sampling_transform(spec.input_size, steps, truncate=spec.truncate)
     if spec.crop_mode == "letterbox":
         return create_letterbox_transform(spec.input_size)
     transform = _crop_transform(spec) if has_crop else _timm_transform(spec)
     if (max_ratio := MAX_ASPECT_RATIO.get(spec.crop_mode)) is None:
         return transform
     return lambda image: transform(cut_sliver(image, max_ratio))
-
-
-def collate(pixels: Sequence[torch.Tensor], *, pin_memory: bool = False) -> torch.Tensor:
-    """Stack transformed images to (B, 3, H, W), in the pixel-by-pixel order they are in already."""
-    images_HWC = [image.permute(1, 2, 0) for image in pixels]
-    shape = (len(pixels), *images_HWC[0].shape)
-    batch = torch.empty(shape, dtype=images_HWC[0].dtype, pin_memory=pin_memory)
-    return torch.stack(images_HWC, out=batch).permute(0, 3, 1, 2)
-
-
-class Normalize(torch.nn.Module):
-    """uint8 pixels (..., 3, H, W) to normalised float32. Float pixels are normalised already.
-
-    The steps are torchvision's (`ToTensor`, then `Normalize`), in its order.
-    """
-
-    mean: torch.Tensor
-    std: torch.Tensor
-
-    def __init__(self, spec: Preprocess) -> None:
-        super().__init__()
-        self.reversed = spec.channels == "bgr"
-        for name, values in (("mean", spec.mean), ("std", spec.std)):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1))
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        if pixels.dtype != torch.uint8:
-            return pixels
-        normalized = pixels.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
-        return normalized.flip(-3) if self.reversed else normalized
 
 
 def _timm_transform(spec: Preprocess) -> Transform:

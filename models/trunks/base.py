@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from models.catalog import TrunkEntry
 from models.errors import EngineError, InputError
 from models.inputs.images import DEFAULT_LIMITS, ImageLimits
+from models.inputs.normalize import Normalize, collate
 from models.inputs.numbers import to_numbers
 from models.inputs.samples import sample_photos
-from models.inputs.transforms import Normalize, Preprocess, collate, create_transform
+from models.inputs.transforms import Preprocess, create_transform
 from models.trunks.adapters import AdapterHooks
 from models.trunks.calibration import read_images
 from models.trunks.devices import Placement

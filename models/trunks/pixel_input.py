@@ -5,7 +5,8 @@ Shape suffixes: B batch, C channels, H W pixels.
 
 from torch import Tensor, nn
 
-from models.inputs.transforms import Normalize, Preprocess
+from models.inputs.normalize import Normalize
+from models.inputs.transforms import Preprocess
 from models.trunks.devices import Placement
 
 

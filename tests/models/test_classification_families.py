@@ -2,6 +2,7 @@
 authors of DINOv2, DeiT, CaiT, ConvNeXt, XCiT, DINO, MoCo v3 and EsViT publish beside those."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from timm.models.xcit import Xcit
 from torch import Tensor, nn
 
 from models import load_checkpoint
+from models.checkpoints.checkpoint import HeadState, save_checkpoint
 from models.checkpoints.loading import read_checkpoint
+from models.checkpoints.strict import load_strictly
 from models.errors import CheckpointError, InputError
 from models.networks.cvt import Cvt
 from models.networks.swin import Swin
@@ -231,6 +234,8 @@ def test_ibots_linear_classifiers_read_patches_in_their_own_ways(
         pixels(32, 32), blocks, return_prefix_tokens=True, norm=True
     )
     mean = layers[-1][0].mean(1)
+    if way == 1 and way is not True:  # iBOT then builds the network without its final norm
+        [mean] = [patches.mean(1) for patches in network.get_intermediate_layers(pixels(32, 32), 1)]
     classes = [token[:, 0] for _, token in layers]
     parts = {0: classes, 1: [mean], 2: [*classes, mean]}
     features = torch.cat(parts[int(way)], 1)
@@ -247,6 +252,68 @@ def test_ibots_linear_classifiers_read_patches_in_their_own_ways(
     assert torch.allclose(found, linear(features), atol=1e-5)
     with pytest.raises(CheckpointError, match="no classifier 3"):
         load_checkpoint(path, told | {"classifier": 3})
+
+
+@pytest.mark.parametrize(
+    ("count", "blocks", "mean"), [(3, 3, None), (3, 2, "appended"), (1, 4, "unnormed")]
+)
+@pytest.mark.parametrize("by_ibot", [False, True])
+def test_a_linear_classifiers_blocks_tell_how_it_reads_patches(
+    count: int, blocks: int, mean: str | None, by_ibot: bool, tmp_path: Path
+) -> None:
+    network = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=3, num_classes=0
+    )
+    backbone = network.state_dict()
+    saved(tmp_path / "backbone.pth", {"state_dict": backbone} if by_ibot else backbone)
+    linear = nn.Linear(24 * count, 7).state_dict()
+    weights = {f"module.linear.{key}": value for key, value in linear.items()}
+    path = saved(tmp_path / "linear.pth", {"state_dict": weights})
+    checkpoint = read_checkpoint(path, {"num_heads": 3, "n_last_blocks": blocks})
+    expected = {"layers": list(range(-blocks, 0)), "mean": mean}
+    assert checkpoint.heads["linear"].settings == expected
+    if by_ibot:
+        sizes = [(1, 1), (2, 1)]
+        for times, one in sizes:
+            weights["module.linear.weight"] = torch.zeros(7, 24 * times)
+            saved(path, {"state_dict": weights})
+            with pytest.raises(CheckpointError, match="avgpool_patchtokens"):
+                read_checkpoint(path, {"num_heads": 3, "n_last_blocks": one})
+
+
+def test_counters_of_batch_norms_may_be_halved(tmp_path: Path) -> None:
+    """Beyond 65504 they are then infinite."""
+    network = randomised(timm.create_model("resnet10t", num_classes=5))
+    state = {key: value.half() for key, value in network.state_dict().items()}
+    for key in state:
+        if key.endswith("num_batches_tracked"):
+            state[key].fill_(torch.inf)
+    path = saved(tmp_path / "resnet.pth", state)
+    checkpoint = read_checkpoint(path, {"architecture": "resnet10t"})
+    load_strictly(network, checkpoint.state_dict, "resnet10t")
+    state["fc.bias"] = torch.ones(5, dtype=torch.int64)
+    with pytest.raises(CheckpointError, match=r"wrong type: fc\.bias"):
+        load_strictly(network, state, "resnet10t")
+
+
+def test_vitrails_own_files_hold_classifiers_without_bias(tmp_path: Path) -> None:
+    network = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=0)
+    path = saved(tmp_path / "vit.pth", network.state_dict())
+    checkpoint = read_checkpoint(path, {"architecture": "vit_tiny_patch16_224"})
+    weight = torch.randn(5, network.embed_dim)
+    heads = {"linear": HeadState({"classifier.0.weight": weight}, {})}
+    save_checkpoint(replace(checkpoint, heads=heads), tmp_path / "vit.safetensors")
+    found = read_checkpoint(tmp_path / "vit.safetensors", {})
+    assert torch.equal(found.heads["linear"].tensors["classifier.0.weight"], weight)
+
+
+def test_beits_script_may_have_trained_an_architecture_of_timms(tmp_path: Path) -> None:
+    network = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=5)
+    script = argparse.Namespace(layer_scale_init_value=0.1)
+    path = saved(tmp_path / "vit.pth", {"model": network.state_dict(), "args": script})
+    arguments = {"architecture": "vit_tiny_patch16_224"}
+    assert read_checkpoint(path, arguments).architecture == "vit_tiny_patch16_224"
+    assert read_checkpoint(path, {}).format == "beit-finetuned"
 
 
 @pytest.mark.parametrize(("pool", "scale"), [("avg", 0.1), ("token", 0.1), ("avg", None)])
@@ -268,6 +335,10 @@ def test_beits_script_fine_tunes_vits_of_ibot_and_slip(
               "imagenet_default_mean_and_std": True, "model": "beit_small_patch16_224"}  # fmt: skip
     content = {"model": state, "epoch": 1, "args": argparse.Namespace(**script)}
     model = load_checkpoint(saved(tmp_path / "checkpoint.pth", content))
+    assert model.trunk.preprocess.interpolation == "bicubic"
+    content["args"].learned_abs_pos_emb = True  # iBOT's copy of the script has it
+    model = load_checkpoint(saved(tmp_path / "checkpoint.pth", content))
+    assert model.trunk.preprocess.interpolation == "bilinear"
     assert model.trunk.preprocess.mean == (0.485, 0.456, 0.406)
     found = model.run(pixels(32, 32))["logits"]
     assert torch.allclose(found, network(pixels(32, 32)), atol=1e-5)

@@ -11,12 +11,12 @@ from PIL import Image
 from timm.data import create_transform as timm_transform
 from timm.data import resolve_model_data_config
 
+from models.checkpoints.families.jax import TRUNCATED
 from models.errors import CatalogError
 from models.inputs.images import DEFAULT_LIMITS, decode_image, decode_reduced
+from models.inputs.normalize import Normalize, collate
 from models.inputs.transforms import (
-    Normalize,
     Preprocess,
-    collate,
     create_transform,
     preprocess_from_mapping,
     preprocess_from_timm,
@@ -106,23 +106,42 @@ def test_letterbox_centres_the_whole_image_on_black() -> None:
     assert tensor.sum() == 3 * 112 * 224
 
 
-def test_without_antialias_it_is_tensorflows_resize(photos: dict[str, Image.Image]) -> None:
-    """By torch's bilinear resize, which has the same four neighbours; rounded down."""
+@pytest.mark.parametrize("truncate", [False, True])
+def test_without_antialias_it_is_tensorflows_resize(
+    truncate: bool, photos: dict[str, Image.Image]
+) -> None:
+    """By torch's bilinear resize, which has the same four neighbours; rounded, or down."""
     spec = Preprocess(
         crop_mode="squash", crop_pct=1.0, interpolation="bilinear", antialias=False,
-        input_size=(48, 64),
+        input_size=(48, 64), truncate=truncate,
     )  # fmt: skip
     small = Image.fromarray(np.arange(75, dtype=np.uint8).reshape(5, 5, 3))
     for image in (photos["chelsea"], small, Image.new("RGB", (1, 1), "red")):
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
         resized = torch.nn.functional.interpolate(pixels, (48, 64), mode="bilinear")
         difference = resized[0] - create_transform(spec)(image)
-        assert difference.min() > -1e-3
-        assert difference.max() < 1 + 1e-3
+        least, most = (0, 1) if truncate else (-0.5, 0.5)
+        assert difference.min() > least - 1e-3
+        assert difference.max() < most + 1e-3
+    assert spec.digest != replace(spec, truncate=not truncate).digest
     assert spec.digest != replace(spec, antialias=True).digest
     for changed in ({"crop_mode": "center"}, {"interpolation": "bicubic"}, {"crop_pct": 0.9}):
         with pytest.raises(CatalogError, match="antialias = false needs"):
             create_transform(replace(spec, **changed))
+
+
+def test_a_table_with_a_crop_or_an_interpolation_has_antialiasing() -> None:
+    tables: list[dict[str, Any]] = [
+        {"crop_pct": 0.9}, {"interpolation": "bicubic"}, {"crop_mode": "center", "crop_pct": 0.875},
+    ]  # fmt: skip
+    for table in tables:
+        spec = preprocess_from_mapping(table, TRUNCATED)
+        create_transform(spec)
+        assert spec.antialias
+        with pytest.raises(CatalogError, match="antialias = false needs"):
+            create_transform(preprocess_from_mapping(table | {"antialias": False}, TRUNCATED))
+    assert not preprocess_from_mapping({"input_size": [32, 32]}, TRUNCATED).antialias
+    assert preprocess_from_mapping(TRUNCATED.settings) == TRUNCATED
 
 
 def test_float_pixels_are_taken_as_normalised() -> None:

@@ -21,6 +21,7 @@ INDEX = "relative_position_index"
 HALF = (0.5, 0.5, 0.5)
 SLIPS_HEADS = {**VIT, 384: 12}
 SCRIPT = "layer_scale_init_value"  # an argument of BEiT's fine-tuning script alone
+IBOTS_SCRIPT = "learned_abs_pos_emb"  # of iBOT's copy of it alone
 STATISTICS = "imagenet_default_mean_and_std"
 
 
@@ -41,7 +42,8 @@ def beit_checkpoint(
         arguments: `num_heads`, for files without tables of relative positions (as published), and
             `imagenet_default_mean_and_std`, whether pixels are normalised by ImageNet's statistics
             instead of being scaled to -1..1 (false), and `crop_pct` of the evaluation (0.875, from
-            384 pixels on 1); the training script's are the defaults.
+            384 pixels on 1); the training script's are the defaults. iBOT's copy of the script
+            evaluates with bilinear interpolation, BEiT's with bicubic.
         global_pool: timm's pooling, `token` or `avg`.
         heads: the states of heads in the same file.
         dropped: keys of the file that are not among the tensors.
@@ -51,6 +53,8 @@ def beit_checkpoint(
     if (by_imagenet := config.get(STATISTICS)) is None:
         assumed[STATISTICS] = by_imagenet = False
     preprocess = Preprocess() if by_imagenet else Preprocess(mean=HALF, std=HALF)
+    if IBOTS_SCRIPT in container.script:
+        preprocess = replace(preprocess, interpolation="bilinear")
     kept = {key: value for key, value in tensors.items() if not key.endswith(INDEX)}
     split_biases(kept)
     dim, _, _, patch = kept["patch_embed.proj.weight"].shape

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
 
 HALF = (0.5, 0.5, 0.5)
-# `resize(SIZE)|value_range(-1, 1)` of github.com/google-research/big_vision, and
-# vit_jax/preprocess.py: TensorFlow's resize, whose antialiasing is off by default.
+# vit_jax/input_pipeline.py: TensorFlow's resize, whose antialiasing is off by default, and
+# (x - 127.5) / 127.5 of its floats.
 PREPROCESS = Preprocess(
     crop_mode="squash",
     crop_pct=1.0,
@@ -22,6 +23,9 @@ PREPROCESS = Preprocess(
     mean=HALF,
     std=HALF,
 )
+# `resize(SIZE)|value_range(-1, 1)` of github.com/google-research/big_vision, and
+# vit_jax/preprocess.py: the resize is cast to uint8.
+TRUNCATED = replace(PREPROCESS, truncate=True)
 POSITIONS = "Transformer/posembed_input/pos_embedding"
 UNIT = re.compile(r"block(\d+)/unit(\d+)/(conv\d|conv_proj|gn\d|gn_proj)/")
 BLOCK = "Transformer/encoderblock_"

@@ -1,6 +1,10 @@
 """Google's `.npz` ViTs (ViT, arXiv 2010.11929; AugReg, arXiv 2106.10270), in old or linen names.
+The authors resize without antialiasing and do not round; here resized pixels are rounded to 8 bits.
+SAM's, GSAM's and those trained from scratch (i1k, i21k) were evaluated otherwise, which files do
+not say: set `preprocess = {crop_mode = "center", crop_pct = 0.875, interpolation = "box"}`.
 
-Hybrids embed patches of a ResNet's map.
+Hybrids embed patches of a ResNet's map. big_vision's `resize_small(256)|central_crop(224)` has
+TensorFlow's `area` interpolation, to which Pillow's `box` is the nearest.
 
 Upstream is github.com/google-research/vision_transformer. The authors' code approximates GELU by
 tanh, timm computes it exactly. The authors' way is the default here; `arguments = {act = "gelu"}`

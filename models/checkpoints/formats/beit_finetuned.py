@@ -19,10 +19,11 @@ NAME = "beit-finetuned"
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     keys = container.tensors.keys()
     marks = {"blocks.0.attn.q_bias", OWN_TABLE, SHARED} & keys
-    if SCRIPT in container.script and keys >= MARKS | {"head.weight"}:
-        marks |= {"head.weight"}
-    if {"blocks.0.gamma_1", "fc_norm.weight"} <= keys:
-        marks |= {"blocks.0.gamma_1"}
+    if "architecture" not in arguments:  # which tells of a network of timm's
+        if SCRIPT in container.script and keys >= MARKS | {"head.weight"}:
+            marks |= {"head.weight"}
+        if {"blocks.0.gamma_1", "fc_norm.weight"} <= keys:
+            marks |= {"blocks.0.gamma_1"}
     if marks and "lm_head.weight" not in keys and "patch_embed.proj.weight" in keys:
         return f"blocks, {min(marks)}, and no lm_head"
     return None

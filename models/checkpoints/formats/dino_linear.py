@@ -5,8 +5,8 @@ class tokens of the last four blocks or, if it takes twice the backbone's channe
 token interleaved with the mean of the patch tokens; of a ResNet or XCiT their pooled output.
 EsViT's (arXiv 2106.09785) have the same layout, and read the means of a Swin's, CvT's or
 ViL's last blocks (of a ViL global tokens where it has them). So have iBOT's (arXiv 2111.07832),
-where the mean patch token may be alone, or behind the class tokens of several blocks; one of its
-scripts saves many classifiers and the number of the best one.
+where the mean patch token may be alone (without the final norm), or behind the class tokens of
+several blocks; one of its scripts saves many classifiers and the number of the best one.
 """
 
 import re
@@ -30,8 +30,8 @@ BACKBONES = ("backbone.pth", "backbone.safetensors")
 HEADS = ("head.", "head_dense.")
 CLASSIFIER = {"linear.weight", "linear.bias"}
 MANY = re.compile(r"^(\d+)\.(?:module\.)?(linear\.(?:weight|bias))$")
-# iBOT's ways of reading patch tokens.
-ALONE, APPENDED = 1, 2
+# A head's settings `mean` by avgpool_patchtokens: DINO's two ways of reading patch tokens, iBOT's.
+MEANS = {None: False, "interleaved": True, "unnormed": 1, "appended": 2}
 IBOTS = "0, 1 (the mean patch token alone) or 2 (behind the class tokens)"
 
 
@@ -60,11 +60,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     backbone = backbone_checkpoint(NAME, kept, arguments, dropped=dropped)
     weight, bias = _classifier(container, arguments)
     by_ibot = companion.wrapper == "state_dict" or "head.last_layer2.weight_v" in companion.tensors
-    if by_ibot and backbone.architecture == "vit":
-        times = weight.shape[1] / backbone.arguments["embed_dim"]
-        if times in (1, 2):
-            Known(arguments).require("avgpool_patchtokens", f"{IBOTS} as iBOT reads them")
-    settings, assumed = _features(backbone, weight.shape[1], arguments)
+    settings, assumed = _features(backbone, weight.shape[1], arguments, by_ibot)
     head = HeadState({"classifier.0.weight": weight, "classifier.0.bias": bias}, settings)
     return replace(backbone, heads={"linear": head}, assumed={**backbone.assumed, **assumed})
 
@@ -89,14 +85,14 @@ def _classifier(container: Container, arguments: Mapping[str, Any]) -> tuple[Ten
 
 
 def _features(
-    backbone: Checkpoint, count: int, arguments: Mapping[str, Any]
+    backbone: Checkpoint, count: int, arguments: Mapping[str, Any], by_ibot: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The head's settings for a classifier of `count` features, and what is assumed."""
     built = backbone.arguments
     depths = built.get("depths", ())
     match backbone.architecture:
         case "vit":
-            return _class_tokens(built["embed_dim"], count, arguments)
+            return _class_tokens(built["embed_dim"], count, arguments, by_ibot)
         case "swin":
             widths = [built["embed_dim"] * 2**stage for stage in range(len(built["depths"]))]
         case "cvt":
@@ -122,39 +118,49 @@ def _pooled(width: int, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _class_tokens(
-    width: int, count: int, arguments: Mapping[str, Any]
+    width: int, count: int, arguments: Mapping[str, Any], by_ibot: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     times, rest = divmod(count, width)
     known = Known(arguments)
-    if rest or times not in (1, 2, 4):  # no published classifier has as many features
-        known.require("avgpool_patchtokens", IBOTS)
-    way = _way(known.get("avgpool_patchtokens", times == 2))
-    mean = bool(way)
-    default = 1 if way == ALONE else times - mean
-    blocks = whole("n_last_blocks", known.get("n_last_blocks", default))
-    named: str | None
-    if way is True:
-        named, fits = "interleaved", blocks == 1 and count == 2 * width
-    elif way == ALONE:
-        named, fits = "alone", count == width
-    elif way == APPENDED:
-        named, fits = "appended", count == (blocks + 1) * width
+    if (stated := known.find("n_last_blocks")) is None:
+        means = ["interleaved" if times == 2 else None]
+        # no published classifier has as many features, or iBOT reads them in several ways
+        is_unclear = bool(rest) or times not in (1, 2, 4) or (by_ibot and times != 4)
     else:
-        named, fits = None, count == blocks * width
-    if not fits or blocks < 1:
+        blocks = whole("n_last_blocks", stated)
+        means = [mean for mean in MEANS if times == _times(mean, blocks)] or [None]
+        is_unclear = by_ibot and len(means) > 1
+    if is_unclear:
+        known.require("avgpool_patchtokens", f"false or true as DINO reads them, {IBOTS} as iBOT")
+    mean = _mean(known.get("avgpool_patchtokens", MEANS[means[0]]))
+    default = 1 if mean == "unnormed" else times - (mean is not None)
+    blocks = whole("n_last_blocks", known.get("n_last_blocks", default))
+    if rest or blocks < 1 or times != _times(mean, blocks):
         raise CheckpointError(
             f"linear.weight takes {count} features, which is not what {blocks} blocks of "
             f"{width} channels{' with the mean patch' if mean else ''} return; set n_last_blocks "
             f"and avgpool_patchtokens: false or true of DINO's classifiers, {IBOTS} of iBOT's"
         )
-    return {"layers": list(range(-blocks, 0)), "mean": named}, known.assumed
+    return {"layers": list(range(-blocks, 0)), "mean": mean}, known.assumed
 
 
-def _way(value: Any) -> bool | int:
-    """How patch tokens are read: true or false of DINO's, 0, 1 or 2 of iBOT's."""
+def _times(mean: str | None, blocks: int) -> int:
+    """How many times the backbone's channels a classifier of so many blocks takes; 0 for none."""
+    match mean:
+        case "interleaved":
+            return 2 if blocks == 1 else 0
+        case "unnormed":
+            return 1
+        case "appended":
+            return blocks + 1
+    return blocks
+
+
+def _mean(value: Any) -> str | None:
+    """The head's setting `mean`, by true or false of DINO's script, 0, 1 or 2 of iBOT's."""
     if not isinstance(value, bool) and str(value) in ("0", "1", "2"):
-        return int(value)
-    return flag("avgpool_patchtokens", value)
+        return (None, "unnormed", "appended")[int(value)]
+    return "interleaved" if flag("avgpool_patchtokens", value) else None
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from models.checkpoints.families.flax_bert import bert_sizes, bert_state
 from models.checkpoints.families.jax import (
     ENCODER,
     POSITIONS,
-    PREPROCESS,
+    TRUNCATED,
     from_jax,
     in_old_names,
     num_heads,
@@ -98,7 +98,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             "tokenizer": {**tokenizer, "folder": str(container.path.parent.absolute())},
         },
         state_dict=tower_states(vision, text, scale),
-        preprocess=replace(PREPROCESS, input_size=(size, size)),
+        preprocess=replace(TRUNCATED, input_size=(size, size)),
         assumed=known.assumed,
     )
 

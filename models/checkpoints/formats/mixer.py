@@ -1,4 +1,5 @@
 """Google's `.npz` MLP-Mixers (arXiv 2105.01601, github.com/google-research/vision_transformer).
+Images are transformed as for ViTs (`augreg`), also SAM's and those trained from scratch.
 
 As with the ViTs of that code, GELU is approximated by tanh; `arguments = {act = "gelu"}` selects
 timm's exact one. The input size is that of the first layer over tokens.

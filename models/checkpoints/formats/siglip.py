@@ -18,7 +18,7 @@ from models.checkpoints.containers import Container
 from models.checkpoints.families.jax import (
     ENCODER,
     POSITIONS,
-    PREPROCESS,
+    TRUNCATED,
     attention_inputs,
     from_jax,
     in_old_names,
@@ -104,7 +104,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             },
         },
         state_dict=state,
-        preprocess=replace(PREPROCESS, input_size=(size, size)),
+        preprocess=replace(TRUNCATED, input_size=(size, size)),
         assumed=known.assumed,
     )
 
