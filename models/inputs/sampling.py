@@ -41,7 +41,8 @@ def create_sampling_transform(
 
         def mixed(rows: np.ndarray) -> np.ndarray:
             first = pixels_HWC[np.ix_(rows, left)].astype(np.float32)
-            return first + (pixels_HWC[np.ix_(rows, right)] - first) * across
+            mix: np.ndarray = first + (pixels_HWC[np.ix_(rows, right)] - first) * across
+            return mix
 
         top = mixed(above)
         resized_HWC = top + (mixed(below) - top) * down

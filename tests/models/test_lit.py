@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel
 
 from models import load_checkpoint
+from models.checkpoints.families.jax import TRUNCATED
 from models.checkpoints.loading import read_checkpoint
 from models.errors import CheckpointError, InputError
 from models.inputs.tokenizers import create_tokenizer
@@ -98,6 +100,11 @@ def test_an_image_tower_may_have_a_head(tmp_path: Path) -> None:
     expected = torch.nn.functional.normalize(projected, dim=-1)
     found = headed.run(golden["pixel_values"])["image_embedding"]
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_resized_pixels_are_cut_as_its_code_casts_them() -> None:
+    path = folder_of("lit_text_transformer") / "checkpoint.npz"
+    assert read_checkpoint(path, {}).preprocess == replace(TRUNCATED, input_size=(64, 64))
 
 
 def test_the_token_that_is_read_is_assumed_or_stated(tmp_path: Path) -> None:

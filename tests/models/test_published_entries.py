@@ -318,3 +318,4 @@ def test_augreg(entry: str, dim: int, heads: int, hidden: int | None, classes: i
     check(checkpoint, num_heads=heads, patch_size=16, input_size=(size, size), crop_pct=1.0)
     assert checkpoint.preprocess is not None
     assert not checkpoint.preprocess.antialias
+    assert not checkpoint.preprocess.truncate
