@@ -16,7 +16,7 @@ from models import Registry
 from models.checkpoints.sources import fetch, parse_source
 from models.checkpoints.store import Store
 from models.errors import InputError
-from models.inputs.transforms import Normalize
+from models.inputs.normalize import Normalize
 from models.trunks.timm import TimmTrunk
 
 SIZE = 224

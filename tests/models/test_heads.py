@@ -17,7 +17,8 @@ from models import Registry
 from models.errors import CatalogError, InputError, TaskError
 from models.heads.embed import Embed
 from models.heads.ranking import best
-from models.inputs.transforms import Normalize, collate, preprocess_from_timm
+from models.inputs.normalize import Normalize, collate
+from models.inputs.transforms import preprocess_from_timm
 from models.model import Model
 from models.segmentation.masks import encode_mask
 from models.tasks.embed import encode_embedding

@@ -15,7 +15,7 @@ from models.checkpoints.containers import open_container
 from models.checkpoints.formats import mvit
 from models.checkpoints.loading import read_checkpoint
 from models.errors import CheckpointError, InputError
-from models.inputs.transforms import Normalize
+from models.inputs.normalize import Normalize
 from models.networks.pooling_attention import relative
 from models.reference_outputs import network_of
 from tests.models.test_fixtures import fixture, folder_of

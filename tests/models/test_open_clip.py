@@ -13,8 +13,9 @@ from models.errors import InputError
 from models.heads.embed import Embed
 from models.heads.prompted import Similarity
 from models.heads.zero_shot import ZeroShot
+from models.inputs.normalize import Normalize, collate
 from models.inputs.prompts import expand_templates
-from models.inputs.transforms import Normalize, collate, create_transform
+from models.inputs.transforms import create_transform
 from models.model import Model
 from models.trunks.devices import Placement
 from models.trunks.open_clip import OpenClipTrunk

@@ -29,7 +29,7 @@ from models.heads.registry import create_head
 from models.heads.segment import foreground_mask, reduced
 from models.heads.semantic import Semantic
 from models.inference import HeadCall, run_rows
-from models.inputs.transforms import Normalize
+from models.inputs.normalize import Normalize
 from models.model import Model
 from models.segmentation.decoders import create_decoder
 from models.segmentation.label_sets import label_sets, load_label_set, palette_of

@@ -17,7 +17,7 @@ from tritonclient import http as triton
 from tritonclient.utils import InferenceServerException
 
 from models.inputs.images import decode_image
-from models.inputs.transforms import Normalize
+from models.inputs.normalize import Normalize
 from tests.conftest import Running, running
 
 # Closed ones stay: their destructor fails in another thread, such as a server's.

@@ -17,7 +17,7 @@ from PIL import Image
 from models.checkpoints.containers import open_container
 from models.checkpoints.formats import detect_format
 from models.inference import HeadCall, run_rows
-from models.inputs.transforms import Normalize
+from models.inputs.normalize import Normalize
 from models.inputs.types import Latent, Seed, Video
 from service.stubs import vision_pb2 as pb
 from service.stubs.vision_pb2_grpc import VisionStub

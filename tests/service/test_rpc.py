@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 )
 from PIL import Image
 
-from models.inputs.transforms import Normalize
+from models.inputs.normalize import Normalize
 from service.rpc.context import ERROR_KEY
 from service.stubs import vision_pb2 as pb
 from service.stubs.vision_pb2_grpc import VisionStub

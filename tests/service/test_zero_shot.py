@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
 from models.inputs.images import decode_image
+from models.inputs.normalize import Normalize
 from models.inputs.prompts import NAMED_TEMPLATES
 from models.inputs.tokenizers import OpenAITokenizer
-from models.inputs.transforms import Normalize
 from service.stubs import vision_pb2 as pb
 from service.stubs.vision_pb2_grpc import VisionStub
 from service.tensors import from_bytes
