@@ -120,14 +120,15 @@ class DistilledBeit(Beit):
     the token to all others, from others to the token, and to itself.
     """
 
+    pos_embed: nn.Parameter | None
+
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         dim = self.embed_dim
         self.dist_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.num_prefix_tokens = 2
-        table: Tensor | None = self.pos_embed
-        if table is not None:
-            self.pos_embed = nn.Parameter(torch.zeros(1, table.shape[1] + 1, dim))
+        if self.pos_embed is not None:
+            self.pos_embed = nn.Parameter(torch.zeros(1, self.pos_embed.shape[1] + 1, dim))
         for block in self.blocks:
             layer = block.attn
             if layer.relative_position_bias_table is None:
