@@ -5,6 +5,7 @@ import contextvars
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -214,6 +215,15 @@ class Share:
         self._holders += 1
         running.add_done_callback(lambda _: self.let_go())
         return await asyncio.shield(running)
+
+    async def in_pool(self, pool: Executor, work: Callable[..., T], *arguments: Any) -> T:
+        """The same in a thread of `pool`. What waits for one when the request is cancelled is not
+        begun."""
+        loop = asyncio.get_running_loop()
+        running = pool.submit(contextvars.copy_context().run, work, *arguments)
+        self._holders += 1
+        running.add_done_callback(lambda _: loop.call_soon_threadsafe(self.let_go))
+        return await asyncio.wrap_future(running)
 
     def let_go(self) -> None:
         """Give everything back, once called by the request and for each thread."""

@@ -22,18 +22,19 @@ Show = Callable[[int, int | None], None]
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of the files: their ids, and of those that failed what is wrong."""
+    """What became of the files: their ids, and of those that failed what is wrong. Also of the
+    folders that cannot be read."""
 
     added: int = 0
     unchanged: int = 0
     ids: set[str] = field(default_factory=set)
-    failed: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, result: dict[str, Any]) -> None:
         """Count the server's result for a file."""
         self.ids.add(name)
         if "error" in result:
-            self.failed.append(f"{name}: {result['error']['detail']}")
+            self.failed[name] = result["error"]["detail"]
         elif "unchanged" in result:
             self.unchanged += 1
         else:
@@ -81,13 +82,14 @@ def index(
             if not outcome.ids:
                 errors.print("no image among the given paths")
                 raise typer.Exit(1)
-            gone = list(_gone(known, paths, outcome.ids)) if delete else []
+            gone = list(_gone(known, paths, outcome)) if delete else []
+            gone = [image for image in gone if on_server or _is_missing(image)]
             for place, image in enumerate(gone):
                 client.delete_image(collection, image)
                 show(place + 1, len(gone))
             count = client.collection(collection)["images"]
-    for text in outcome.failed:
-        errors.print(text, markup=False, highlight=False)
+    for name, detail in outcome.failed.items():
+        errors.print(f"{name}: {detail}", markup=False, highlight=False)
     counts = [f"{outcome.added} images added", f"{outcome.unchanged} unchanged"]
     counts += [f"{len(gone)} deleted"] if delete else []
     errors.print(f"{', '.join(counts)}, {count} in {collection}", highlight=False)
@@ -172,12 +174,25 @@ def _add_server_folders(
     return outcome
 
 
-def _gone(known: Known, paths: Sequence[Path], present: set[str]) -> Iterator[str]:
-    """The ids of known images in the given folders whose files are not present."""
-    for name in sorted(known.keys() - present):
+def _gone(known: Known, paths: Sequence[Path], outcome: Outcome) -> Iterator[str]:
+    """The ids of known images in the given folders whose files are not present. What is below a
+    folder that cannot be read may be."""
+    unread = {PurePath(name) for name in outcome.failed}
+    for name in sorted(known.keys() - outcome.ids):
         path = PurePath(name)
+        if not unread.isdisjoint(path.parents):
+            continue
         if any(path.is_relative_to(p) and ".." not in path.relative_to(p).parts for p in paths):
             yield name
+
+
+def _is_missing(path: str) -> bool:
+    """Whether there is certainly no such file: not if a folder on the way cannot be read."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return isinstance(error, FileNotFoundError | NotADirectoryError)
+    return False
 
 
 def _problem(detail: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The ASGI application."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 
 from fastapi import FastAPI
@@ -56,6 +57,7 @@ def create_app(
         await backend.close()
         await app.state.fetcher.close()
         await app.state.collections.close()
+        app.state.folder_threads.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(
         title="Vitrail",
@@ -75,6 +77,8 @@ def create_app(
     app.state.metrics = metrics
     app.state.fetcher = ImageFetcher(settings)
     app.state.collections = StoreOpener(settings.collections)
+    # Of their own: a network mount that hangs holds up requests for folders alone.
+    app.state.folder_threads = ThreadPoolExecutor(2, "folders")
     install_handlers(app)
     modules = (
         task_routes,

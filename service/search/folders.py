@@ -43,6 +43,14 @@ class ImageFile:
         return all(metadata.get(name) == value for name, value in self.metadata.items())
 
 
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """What cannot be read, a file or a folder with all that is in it, and why."""
+
+    path: str
+    error: InvalidInputError
+
+
 class ImageFolder:
     """A folder, with those in it."""
 
@@ -68,16 +76,21 @@ class ImageFolder:
             f"the folder {folder[:MAX_ID]!r} is not one that this server may read", field="folder"
         )
 
-    def files(self, after: str | None, count: int) -> list[ImageFile]:
-        """The first image files, by the names of folders and files.
+    def look(
+        self, after: str | None, count: int
+    ) -> tuple[list[ImageFile | Unreadable], str | None]:
+        """The image files, and what cannot be read, among the first entries by name, and the path
+        of the last entry; None at the end of the folder.
 
         Links are left out, and files whose path cannot be an id: it is too long, or not printable.
 
         Args:
-            after: the path after which they come; None for the first ones.
+            after: the path after which the entries come; None for the first ones. That of a folder
+                comes after all that is in it.
+            count: most entries, whatever they are.
 
         Raises:
-            InvalidInputError: `after` is not in the folder.
+            InvalidInputError: `after` is not in the folder, or the folder cannot be read.
             NotFoundError: there is no such folder.
         """
         passed: tuple[str, ...] = ()
@@ -87,14 +100,18 @@ class ImageFolder:
             passed = PurePosixPath(after).relative_to(self._path).parts
         try:
             folder = self._open(self._path)
-        except OSError as error:
+            try:
+                entries = list(islice(_walk(folder, self._path, passed), count))
+            finally:
+                os.close(folder)
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFoundError(
                 f"no folder {str(self._path)!r}; links are not followed", field="folder"
             ) from error
-        try:
-            return list(islice(_walk(folder, self._path, passed), count))
-        finally:
-            os.close(folder)
+        except OSError as error:
+            raise _unreadable("folder", error) from error
+        found = [item for _, item in entries if item is not None]
+        return found, entries[-1][0] if len(entries) == count else None
 
     def read(self, file: ImageFile, limit: int) -> bytes:
         """A file's content.
@@ -110,14 +127,15 @@ class ImageFolder:
                 opened = os.open(path.name, _FILE, dir_fd=folder)
             finally:
                 os.close(folder)
-            with open(opened, "rb") as content:
+            try:
                 if not stat.S_ISREG(os.fstat(opened).st_mode):
                     raise InvalidInputError("not a regular file", field="folder")
-                found = content.read(limit + 1)
+                with open(opened, "rb", closefd=False) as content:
+                    found = content.read(limit + 1)
+            finally:
+                os.close(opened)
         except OSError as error:
-            raise InvalidInputError(
-                f"the file cannot be read: {error.strerror}", field="folder"
-            ) from error
+            raise _unreadable("file", error) from error
         if len(found) > limit:
             raise PayloadTooLargeError(f"the file has more than {limit} bytes, which is the limit")
         return found
@@ -134,11 +152,21 @@ class ImageFolder:
         return opened
 
 
-def _walk(folder: int, path: PurePosixPath, passed: tuple[str, ...]) -> Iterator[ImageFile]:
-    """Image files below an open folder.
+def _unreadable(what: str, error: OSError) -> InvalidInputError:
+    return InvalidInputError(f"the {what} cannot be read: {error.strerror}", field="folder")
+
+
+def _walk(
+    folder: int, path: PurePosixPath, passed: tuple[str, ...]
+) -> Iterator[tuple[str, ImageFile | Unreadable | None]]:
+    """The paths of all entries below an open folder, each folder after what is in it. Those of
+    image files come with the file, and those of what cannot be read with the error.
 
     Args:
         passed: the parts of the path, relative to the folder, after which they come.
+
+    Raises:
+        OSError: the folder cannot be read.
     """
     with os.scandir(folder) as listed:
         entries = sorted(listed, key=lambda entry: entry.name)
@@ -148,6 +176,7 @@ def _walk(folder: int, path: PurePosixPath, passed: tuple[str, ...]) -> Iterator
             continue
         if len(str(inner)) > MAX_ID or not name.isprintable():
             continue
+        found: ImageFile | Unreadable | None = None
         try:
             if entry.is_dir(follow_symlinks=False):
                 below = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
@@ -158,6 +187,9 @@ def _walk(folder: int, path: PurePosixPath, passed: tuple[str, ...]) -> Iterator
                     os.close(below)
             elif inner.suffix.lower() in SUFFIXES and entry.is_file(follow_symlinks=False):
                 status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-                yield ImageFile.of(str(inner), status)
-        except (FileNotFoundError, NotADirectoryError, PermissionError):
-            continue  # it is gone by now, or may not be read
+                found = ImageFile.of(str(inner), status)
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # it is gone by now
+        except OSError as error:
+            found = Unreadable(str(inner), _unreadable("entry", error))
+        yield str(inner), found

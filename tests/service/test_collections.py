@@ -2,14 +2,16 @@
 
 import asyncio
 import base64
+import errno
 import json
 import os
 import resource
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import numpy as np
@@ -17,9 +19,12 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from service.errors import InsufficientStorageError, InvalidInputError
+from service.cli.collections import Outcome, _add_server_folders, _gone, _is_missing
+from service.errors import InsufficientStorageError, InvalidInputError, NotFoundError
+from service.gateway.collections.folder import _read
+from service.limits import Budget
 from service.search.collection import Collection, Item
-from service.search.folders import ImageFolder
+from service.search.folders import ImageFile, ImageFolder, Unreadable
 from service.search.lance import LanceStore
 from service.settings import Settings
 from tests.conftest import Running, answers, encode, free_port, process, running, wait_until
@@ -324,7 +329,8 @@ def test_a_folder_that_becomes_a_link_while_it_is_read_is_refused(tmp_path: Path
         folder.mkdir(parents=True)
         (folder / "a.jpg").write_bytes(folder.name.encode())
     folder_of = ImageFolder([str(allowed)], str(allowed))
-    [file] = folder_of.files(None, 10)
+    [file], _ = folder_of.look(None, 10)
+    assert isinstance(file, ImageFile)
     assert folder_of.read(file, 10) == b"in"
     inner.rename(tmp_path / "moved")
     inner.symlink_to(secret)
@@ -335,6 +341,185 @@ def test_a_folder_that_becomes_a_link_while_it_is_read_is_refused(tmp_path: Path
     (inner / "a.jpg").symlink_to(secret / "a.jpg")
     with pytest.raises(InvalidInputError, match="cannot be read"):
         folder_of.read(file, 10)
+
+
+def test_a_file_that_becomes_a_folder_is_refused_and_closed(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").mkdir()
+    opened = os.listdir("/proc/self/fd")
+    with pytest.raises(InvalidInputError, match="not a regular file"):
+        ImageFolder([str(tmp_path)], str(tmp_path)).read(
+            ImageFile(str(tmp_path / "a.jpg"), 1, 1), 10
+        )
+    assert os.listdir("/proc/self/fd") == opened
+
+
+def pages(folder: Path, count: int) -> list[tuple[list[str], str | None]]:
+    """What `look` finds, names from `folder` on, until its end."""
+    found: list[tuple[list[str], str | None]] = []
+    after = None
+    while True:
+        items, after = ImageFolder([str(folder)], str(folder)).look(after, count)
+        names = [item.path.removeprefix(f"{folder}/") for item in items]
+        found.append((names, after and after.removeprefix(f"{folder}/")))
+        if after is None:
+            return found
+
+
+def test_every_entry_of_a_folder_counts_whatever_it_is(tmp_path: Path) -> None:
+    for name in ("a/b/1.txt", "a/b/2.jpg", "a.txt", "c/3.png", "c0/4.txt", "d.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "b").mkdir()
+    assert pages(tmp_path, 2) == [
+        (["a/b/2.jpg"], "a/b/2.jpg"),
+        ([], "a"),  # after a/b
+        ([], "b"),  # after a.txt
+        (["c/3.png"], "c"),
+        ([], "c0"),
+        (["d.jpg"], None),
+    ]
+    images = ["a/b/2.jpg", "c/3.png", "d.jpg"]
+    for count in range(1, 12):
+        assert [name for names, _ in pages(tmp_path, count) for name in names] == images
+    (tmp_path / "c0/4.txt").unlink()
+    (tmp_path / "c0").rmdir()
+    folder = ImageFolder([str(tmp_path)], str(tmp_path))
+    assert [item.path for item in folder.look(f"{tmp_path}/c0", 9)[0]] == [f"{tmp_path}/d.jpg"]
+
+
+@pytest.fixture
+def fail_to_open(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+    """Makes opening what has a name fail with an error of the system; root may read all files."""
+    genuine = os.open
+
+    def fail(name: str, number: int) -> None:
+        def opened(path: Any, *arguments: Any, **options: Any) -> int:
+            if os.path.basename(os.fsdecode(path)) == name:
+                raise OSError(number, os.strerror(number))
+            return genuine(path, *arguments, **options)
+
+        monkeypatch.setattr("service.search.folders.os.open", opened)
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_what_cannot_be_read_is_reported(
+    tmp_path: Path, fail_to_open: Callable[[str, int], None], number: int
+) -> None:
+    for name in ("a/locked/1.jpg", "b.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    folder = ImageFolder([str(tmp_path)], str(tmp_path))
+    fail_to_open("locked", number)
+    [locked, image], end = folder.look(None, 10)
+    assert (locked.path, image.path, end) == (f"{tmp_path}/a/locked", f"{tmp_path}/b.jpg", None)
+    assert isinstance(locked, Unreadable)
+    assert locked.error.detail == f"the entry cannot be read: {os.strerror(number)}"
+    fail_to_open(tmp_path.name, number)
+    with pytest.raises(InvalidInputError, match="the folder cannot be read"):
+        folder.look(None, 10)
+
+
+def test_a_folder_that_cannot_be_listed_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    genuine, inner = os.scandir, (tmp_path / "a").stat().st_ino
+    errors: list[OSError] = [OSError(errno.EIO, "I/O error")]
+
+    def scandir(folder: int) -> Any:
+        if os.fstat(folder).st_ino == inner:
+            raise errors[0]
+        return genuine(folder)
+
+    monkeypatch.setattr("service.search.folders.os.scandir", scandir)
+    allowed = [str(tmp_path)]
+    [item], _ = ImageFolder(allowed, str(tmp_path)).look(None, 10)
+    assert isinstance(item, Unreadable)
+    with pytest.raises(InvalidInputError, match="the folder cannot be read: I/O error"):
+        ImageFolder(allowed, str(tmp_path / "a")).look(None, 10)
+    errors[0] = FileNotFoundError()
+    assert ImageFolder(allowed, str(tmp_path)).look(None, 10) == ([], None)
+    with pytest.raises(NotFoundError):
+        ImageFolder(allowed, str(tmp_path / "a")).look(None, 10)
+
+
+def test_a_request_reports_folders_that_cannot_be_read(
+    server: Running,
+    photos_collection: str,
+    served_folder: Path,
+    fail_to_open: Callable[[str, int], None],
+) -> None:
+    """Also where there is nothing else, so that its model has nothing to do."""
+    folder = served_folder / "partly"
+    (folder / "locked").mkdir(parents=True, exist_ok=True)
+    fail_to_open("locked", errno.EACCES)
+    body = {"folder": str(folder)}
+    answer = server.client.post(f"{photos_collection}/images", json=body).json()
+    [result] = answer["results"]
+    assert (result["id"], result["error"]["status"]) == (str(folder / "locked"), 422)
+    assert answer["next"] is None
+    fail_to_open("partly", errno.EIO)
+    problem(server.client.post(f"{photos_collection}/images", json=body), 422)
+
+
+def test_a_files_bytes_are_counted_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"four")
+    settings = Settings(max_image_bytes=5)
+    budget, folder = Budget(settings), ImageFolder([str(tmp_path)], str(tmp_path))
+    counted: list[int] = []
+
+    class Folder:
+        def read(self, file: ImageFile, limit: int) -> bytes:
+            counted.append(budget.bytes)
+            return folder.read(file, limit)
+
+    async def read(content: bytes) -> tuple[Any, int]:
+        [file], _ = folder.look(None, 1)
+        path.write_bytes(content)
+        with budget.request("http") as share, ThreadPoolExecutor(1) as pool:
+            found = await _read(pool, cast(Any, Folder()), cast(Any, file), settings, share)
+            return found, share.bytes
+
+    assert asyncio.run(read(b"abcd")) == (b"abcd", 4)
+    assert asyncio.run(read(b"grown")) == (b"grown", 5)
+    error, held = asyncio.run(read(b"grown over the limit"))
+    assert (error.status, held) == (413, 0)
+    assert counted == [4, 4, 5]
+
+
+def test_images_below_a_folder_that_cannot_be_read_are_not_gone() -> None:
+    class Server:
+        def add_folder(self, collection: str, folder: str, after: str | None) -> dict[str, Any]:
+            if after is None:
+                return {"results": [], "next": "/p/a"}
+            locked = {"id": "/p/locked", "error": {"detail": "Permission denied"}}
+            return {"results": [{"id": "/p/b.jpg"}, locked], "next": None}
+
+    server: Any = Server()
+    outcome = _add_server_folders(server, "c", [Path("/p")], lambda done, total: None)
+    assert outcome.failed == {"/p/locked": "Permission denied"}
+    names = ("/p/b.jpg", "/p/gone.jpg", "/p/locked/1.jpg", "/p/locked/in/2.jpg", "/p/locked2/3.jpg")
+    known: dict[str, dict[str, Any]] = {name: {} for name in (*names, "/other/4.jpg")}
+    assert list(_gone(known, [Path("/p")], outcome)) == ["/p/gone.jpg", "/p/locked2/3.jpg"]
+    assert list(_gone(known, [Path("/p")], Outcome(failed={"/p": "Input/output error"}))) == []
+
+
+def test_a_file_of_this_machine_that_cannot_be_looked_at_is_not_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jpg").touch()
+    assert not _is_missing(str(tmp_path / "a.jpg"))
+    assert _is_missing(str(tmp_path / "b.jpg"))
+    assert _is_missing(str(tmp_path / "a.jpg/b.jpg"))
+
+    def refused(path: str) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("service.cli.collections.os.lstat", refused)
+    assert not _is_missing(str(tmp_path / "b.jpg"))
 
 
 def test_folders_are_off_unless_a_setting_names_them() -> None:

@@ -8,6 +8,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,41 @@ def test_bytes_are_held_until_the_thread_that_reads_them_has_ended() -> None:
             await asyncio.sleep(0.001)
 
     asyncio.run(asyncio.wait_for(cancel(), 20))
+
+
+def test_what_waits_for_a_pools_thread_ends_with_its_request() -> None:
+    budget, began, gate = Budget(Settings()), threading.Event(), threading.Event()
+    done: list[int] = []
+
+    def work(size: int) -> None:
+        began.set()
+        gate.wait(20)
+        done.append(size)
+
+    async def request(pool: ThreadPoolExecutor, size: int) -> None:
+        with budget.request("http") as share:
+            share.add(size)
+            await share.in_pool(pool, work, size)
+
+    async def cancel(pool: ThreadPoolExecutor) -> None:
+        runs = asyncio.create_task(request(pool, 100))
+        await asyncio.to_thread(began.wait)
+        waits = asyncio.create_task(request(pool, 20))
+        await asyncio.sleep(0)
+        assert budget.bytes == 120
+        runs.cancel()
+        waits.cancel()
+        await asyncio.wait([runs, waits])
+        while budget.bytes > 100:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        assert (budget.requests, budget.bytes, done) == (0, 100, [])
+        gate.set()
+        while budget.bytes:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+    with ThreadPoolExecutor(1) as pool:
+        asyncio.run(asyncio.wait_for(cancel(pool), 20))
+    assert done == [100]
 
 
 @pytest.fixture

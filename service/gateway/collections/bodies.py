@@ -59,7 +59,7 @@ class FolderParameters(BaseModel):
 
     folder: str = Field(max_length=MAX_ID, description="In one of VITRAIL_IMAGE_FOLDERS.")
     after: str | None = Field(
-        None, max_length=MAX_ID, description="The file after which to go on: an answer's `next`."
+        None, max_length=MAX_ID, description="The path after which to go on: an answer's `next`."
     )
 
 

@@ -1,6 +1,6 @@
 """Some images of a folder of the server, to be added to a collection by one request."""
 
-import asyncio
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from fastapi import Request
@@ -9,21 +9,21 @@ from service.errors import InvalidInputError, PayloadTooLargeError, ServiceError
 from service.gateway.collections.bodies import Entry, FolderParameters
 from service.limits import Share
 from service.search.collection import VectorStore
-from service.search.folders import ImageFile, ImageFolder
+from service.search.folders import ImageFile, ImageFolder, Unreadable
 from service.settings import Settings
 
-# Files that a request looks at, and images of them that it embeds.
+# Entries that a request looks at, files and folders, and images of them that it embeds.
 MAX_FILES = 1000
 MAX_ENTRIES = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Files of a folder, in order.
+    """Files of a folder, in order, and folders in it that cannot be read.
 
     Args:
         entries: those to add; None for a file that did not change since it was added.
-        next: the file after which to go on; None at the end of the folder.
+        next: the path after which to go on; None at the end of the folder.
     """
 
     entries: list[tuple[str, Entry | None]]
@@ -40,31 +40,44 @@ async def read_page(
     """
     settings: Settings = request.app.state.settings
     folder = ImageFolder(settings.image_folders, parameters.folder)
-    files = await asyncio.to_thread(folder.files, parameters.after, MAX_FILES)
-    known = await store.find(collection, [file.path for file in files])
     share: Share = request.scope["state"]["share"]
+    threads: Executor = request.app.state.folder_threads
+    files, last = await share.in_pool(threads, folder.look, parameters.after, MAX_FILES)
+    known = await store.find(collection, [file.path for file in files])
     entries: list[tuple[str, Entry | None]] = []
     added = 0
     for file in files:
-        if file.path in known and file.is_unchanged(known[file.path]):
+        if isinstance(file, ImageFile) and file.is_unchanged(known.get(file.path, {})):
             entries.append((file.path, None))
             continue
-        full = share.bytes + file.size > settings.max_request_bytes
+        size = file.size if isinstance(file, ImageFile) else 0
+        full = share.bytes + size > settings.max_request_bytes
         if added and (full or added >= min(MAX_ENTRIES, settings.max_images)):
             return Page(entries, entries[-1][0])
-        image = await _read(folder, file, settings, share)
-        entries.append((file.path, Entry(file.path, image, file.metadata)))
+        if isinstance(file, Unreadable):
+            entry = Entry(file.path, file.error, {})
+        else:
+            image = await _read(threads, folder, file, settings, share)
+            entry = Entry(file.path, image, file.metadata)
+        entries.append((file.path, entry))
         added += 1
-    return Page(entries, files[-1].path if len(files) == MAX_FILES else None)
+    return Page(entries, last)
 
 
 async def _read(
-    folder: ImageFolder, file: ImageFile, settings: Settings, share: Share
+    threads: Executor, folder: ImageFolder, file: ImageFile, settings: Settings, share: Share
 ) -> bytes | ServiceError:
     """The file's content, counted with what its request holds, or why it cannot be used."""
+    limit = settings.max_image_bytes
+    size = min(file.size, limit)
     try:
-        image = await asyncio.to_thread(folder.read, file, settings.max_image_bytes)
-        share.add(len(image))
+        share.add(size)  # before it is read: that goes on when the request is cancelled
+    except PayloadTooLargeError as error:
+        return error
+    try:
+        image = await share.in_pool(threads, folder.read, file, limit)
+        share.add(len(image) - size)  # it may have changed meanwhile
     except (InvalidInputError, PayloadTooLargeError) as error:
+        share.remove(size)
         return error
     return image
