@@ -212,9 +212,7 @@ class Registry:
 
     def set_defaults(self, defaults: Mapping[str, str], startup: Sequence[str]) -> None:
         """Change the models that serve tasks by default, and those that are loaded at start."""
-        tasks = {*self.catalog.defaults, *defaults}
-        first = {entry.name for entry in map(self._slots.first, tasks) if entry is not None}
-        changed = {*self.catalog.defaults.values(), *defaults.values(), *first}
+        changed = {*self.catalog.defaults.values(), *defaults.values(), *self._slots.firsts()}
         self.catalog = replace(self.catalog, defaults=defaults, startup=tuple(startup))
         for name in changed & self.catalog.models.keys():
             self._report(name)

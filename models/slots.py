@@ -83,6 +83,11 @@ class Slots:
         slot = self._first.get(task)
         return None if slot is None else slot.entry
 
+    def firsts(self) -> set[str]:
+        """The names of all tasks' first models."""
+        with self._lock:
+            return {slot.entry.name for slot in self._first.values()}
+
     def first_for(self, name: str) -> list[str]:
         """The tasks whose first model is that of this name."""
         with self._lock:
