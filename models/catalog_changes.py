@@ -95,6 +95,6 @@ def _stamps(base: Path, files: Iterable[str]) -> Stamps:
 def _stamp(path: Path) -> tuple[int, int]:
     try:
         status = path.stat()
-    except OSError:  # it is missing, or not a file but the name of a set of labels
+    except (OSError, ValueError):  # it is missing, or not a file but the name of a set of labels
         return 0, 0
     return status.st_mtime_ns, status.st_size

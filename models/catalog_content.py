@@ -1,10 +1,12 @@
 """What catalogs are read from: a file, a folder of files, a URL, or an object store."""
 
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from time import monotonic
 from typing import Any, TypedDict, get_type_hints
-from urllib.parse import urlsplit
+from urllib.parse import unquote
 
 import httpx
 from pydantic import TypeAdapter, ValidationError
@@ -14,6 +16,8 @@ from models.errors import CatalogError
 # Most bytes of a catalog. 100,000 models have 15 MB.
 MAX_BYTES = 64 * 2**20
 TIMEOUT_S = 30.0
+# Names of protocols, such as `https` and `simplecache::s3`.
+SCHEMES = re.compile(r"[\w+.-]+(::[\w+.-]+)*")
 
 
 def is_url(location: str | Path) -> bool:
@@ -22,11 +26,15 @@ def is_url(location: str | Path) -> bool:
 
 
 def without_secrets(location: str | Path) -> str:
-    """A location for messages: a URL without its user, its password and its query."""
+    """A location for messages: a URL without its user, its password and its query, nor anything
+    else that can be a part of them if a password is not quoted."""
     if not is_url(location):
         return str(location)
-    parts = urlsplit(str(location))
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    shown, *query = re.split("[?#]", str(location), maxsplit=1)
+    scheme, _, rest = shown.rpartition("://")
+    scheme = scheme if SCHEMES.fullmatch(scheme) else "..."
+    ambiguous = "@" in "".join(query)
+    return f"{scheme}://{'...' if ambiguous else rest.rpartition('@')[2]}"
 
 
 class _Content(TypedDict, total=False):
@@ -47,7 +55,7 @@ def read_content(location: str | Path) -> dict[str, Any]:
     for name, file in _read_files(location):
         try:
             contents[name] = tomllib.loads(file.decode())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or beyond limits
             raise CatalogError(f"catalog {name}: {error}") from error
         _check_tables(name, contents[name])
     is_folder = not is_url(location) and Path(location).is_dir()
@@ -122,27 +130,39 @@ def _read_files(location: str | Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _read_url(url: str) -> bytes:
-    content = _download(url) if urlsplit(url).scheme in ("http", "https") else _open_store(url)
+    is_web = url.lower().startswith(("http://", "https://"))
+    content = _download(url) if is_web else _open_store(url)
     if len(content) > MAX_BYTES:
         raise CatalogError(f"catalog {without_secrets(url)}: it has more than {MAX_BYTES} bytes")
     return content
 
 
 def _download(url: str) -> bytes:
+    where, end = f"catalog {without_secrets(url)}", monotonic() + TIMEOUT_S
     content = bytearray()
+
+    def check_redirect(request: httpx.Request) -> None:
+        if url.lower().startswith("https:") and request.url.scheme != "https":
+            raise CatalogError(f"{where}: it redirects from https to {request.url.scheme}")
+
+    hooks = {"request": [check_redirect]}
     try:
-        with httpx.stream("GET", url, follow_redirects=True, timeout=TIMEOUT_S) as response:
+        with (
+            httpx.Client(follow_redirects=True, timeout=TIMEOUT_S, event_hooks=hooks) as client,
+            client.stream("GET", url) as response,
+        ):
             if not response.is_success:
-                raise CatalogError(
-                    f"catalog {without_secrets(url)}: the server answered {response.status_code}"
-                )
+                raise CatalogError(f"{where}: the server answered {response.status_code}")
             for chunk in response.iter_bytes():
                 content += chunk
                 if len(content) > MAX_BYTES:
                     break
+                if monotonic() > end:  # each read has the whole timeout
+                    raise CatalogError(f"{where}: it took more than {TIMEOUT_S:.0f} s")
+    except (httpx.InvalidURL, UnicodeError):  # the text can have a part of a password
+        raise CatalogError(f"{where}: the URL is invalid") from None
     except httpx.HTTPError as error:
-        reason = str(error) or type(error).__name__
-        raise CatalogError(f"catalog {without_secrets(url)}: {reason}") from error
+        raise CatalogError(f"{where}: {str(error) or type(error).__name__}") from error
     return bytes(content)
 
 
@@ -157,5 +177,15 @@ def _open_store(url: str) -> bytes:
             content: bytes = file.read(MAX_BYTES + 1)
             return content
     except Exception as error:  # each store has errors of its own
-        reason: Any = str(error) or type(error).__name__
-        raise CatalogError(f"catalog {without_secrets(url)}: {reason}") from error
+        # not from it: what is logged of it could have the URL's secrets
+        raise CatalogError(f"catalog {without_secrets(url)}: {_reason(url, error)}") from None
+
+
+def _reason(url: str, error: Exception) -> str:
+    """An error's text, or only its type if the text has a secret of the URL."""
+    text = str(error).replace(url, without_secrets(url))
+    user = url.partition("://")[2].rpartition("@")[0]
+    secrets = {*re.split("[:/]", user), *re.split("[:/]", unquote(user))}
+    secrets |= {*re.split("[?#]", url, maxsplit=1)[1:]}
+    told = any(secret in text for secret in secrets - {""})
+    return type(error).__name__ if told or not text else text

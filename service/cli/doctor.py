@@ -75,6 +75,7 @@ def check_settings() -> Iterator[Finding]:
     from pydantic import ValidationError
 
     from models.catalog import load_catalog
+    from models.catalog_content import without_secrets
     from models.errors import ModelsError
     from service.settings import Settings
 
@@ -89,7 +90,8 @@ def check_settings() -> Iterator[Finding]:
     yield Finding("settings", "ok", ", ".join(set_here) or "all at their defaults")
     try:
         catalog = load_catalog(settings.catalog)
-        yield Finding("catalog", "ok", f"{settings.catalog}: {len(catalog.models)} models")
+        found = f"{without_secrets(settings.catalog)}: {len(catalog.models)} models"
+        yield Finding("catalog", "ok", found)
     except ModelsError as error:
         yield Finding("catalog", "bad", str(error), "see VITRAIL_CATALOG")
     for name, port in (("REST port", settings.port), ("gRPC port", settings.grpc_port)):

@@ -10,6 +10,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from models.catalog_content import without_secrets
 from service.settings import Settings
 
 POLL_S = 0.3
@@ -49,7 +50,8 @@ def summarize_when_ready(
 def _watch(url: str, settings: Settings, then: Callable[[str], None] | None) -> None:
     keys = (*settings.admin_keys, *settings.api_keys)
     headers = {"X-API-Key": keys[0].get_secret_value()} if keys else {}
-    console.print(f"Vitrail starts on [bold]{url}[/bold] and loads the catalog {settings.catalog}")
+    catalog = without_secrets(settings.catalog)
+    console.print(f"Vitrail starts on [bold]{url}[/bold] and loads the catalog {catalog}")
     if settings.tls_cert:  # its certificate is for another name than this machine's loopback
         console.print(summary(url, settings, []))
         return

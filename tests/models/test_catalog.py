@@ -4,13 +4,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import fsspec
+import httpx
 import pytest
 
 from models import catalog_content
 from models.catalog import Catalog, load_catalog
 from models.catalog_changes import Edition, changes
+from models.catalog_content import without_secrets
 from models.checkpoints.sources import parse_source
 from models.errors import CatalogError, ModelNotFoundError, SourceError
 
@@ -189,6 +192,109 @@ def test_a_catalog_comes_from_a_url_or_an_object_store(
     for missing in ("memory://bucket/none.toml", "no-such-store://bucket/catalog.toml"):
         with pytest.raises(CatalogError, match=r"none\.toml|no-such-store"):
             load_catalog(missing)
+
+
+def test_a_download_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only each of its reads."""
+    times = iter((0.0, catalog_content.TIMEOUT_S + 1))
+    monkeypatch.setattr(catalog_content, "monotonic", lambda: next(times))
+    with (
+        web_server(ABSOLUTE.encode()) as url,
+        pytest.raises(CatalogError, match="it took more than 30 s"),
+    ):
+        load_catalog(f"{url}/catalog.toml")
+
+
+@pytest.mark.parametrize(
+    ("url", "to", "is_refused"),
+    [
+        ("https://safe/c.toml", "https://other/c.toml", False),
+        ("https://safe/c.toml", "http://plain/c.toml", True),
+        ("http://plain/c.toml", "https://safe/c.toml", False),
+    ],
+)
+def test_a_redirect_stays_encrypted(
+    monkeypatch: pytest.MonkeyPatch, url: str, to: str, is_refused: bool
+) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url == url:
+            return httpx.Response(302, headers={"Location": to})
+        return httpx.Response(200, text=ABSOLUTE)
+
+    class Client(httpx.Client):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(transport=httpx.MockTransport(answer), **options)
+
+    monkeypatch.setattr(httpx, "Client", Client)
+    if is_refused:
+        with pytest.raises(CatalogError, match="it redirects from https to http"):
+            load_catalog(url)
+    else:
+        assert set(load_catalog(url).models) == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://host/a/c.toml", "https://host/a/c.toml"),
+        ("https://user:secret@host:80/c.toml?key=secret#secret", "https://host:80/c.toml"),
+        ("simplecache::s3://user:secret@b/c", "simplecache::s3://b/c"),
+        ("zip://c.toml::s3://user:secret@b/c", "...://b/c"),
+        ("http://user:secret/secret@host/c", "http://host/c"),
+        ("http://user:secret@secret@host/c", "http://host/c"),
+        ("http://user:secret?secret@host/c", "http://..."),
+        ("https://host/c?key=secret&next=https://secret@other", "https://..."),
+        ("https://host/c?key=secret&next=https://secret", "https://host/c"),
+    ],
+)
+def test_messages_have_no_secrets_of_a_url(url: str, shown: str) -> None:
+    assert without_secrets(url) == shown
+    assert without_secrets("a?b@c.toml") == "a?b@c.toml"
+
+
+@pytest.mark.parametrize("url", ["http://user:se/cret@host/c", "http://user:secret@..host/c"])
+def test_an_invalid_url_is_not_repeated(url: str) -> None:
+    with pytest.raises(CatalogError, match=r"the URL is invalid$") as error:
+        load_catalog(url)
+    assert "se" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("cannot open {url}: no such bucket", "cannot open s3://bucket/c: no such bucket"),
+        ("no bucket", "no bucket"),
+        ("no user secret/word", "OSError"),
+        ("signed with {url}&token=hidden", "OSError"),
+        ("", "OSError"),
+    ],
+)
+def test_what_a_store_says_is_told_without_secrets(
+    monkeypatch: pytest.MonkeyPatch, text: str, told: str
+) -> None:
+    url = "s3://owner:secret%2Fword@bucket/c?token=hidden"
+
+    def fail(url: str) -> None:
+        raise OSError(text.replace("{url}", url, 1).replace("signed", "token=hidden signed"))
+
+    monkeypatch.setattr(fsspec, "url_to_fs", fail)
+    with pytest.raises(CatalogError) as error:
+        load_catalog(url)
+    assert str(error.value) == f"catalog s3://bucket/c: {told}"
+    assert error.value.__cause__ is None
+    assert error.value.__suppress_context__
+
+
+@pytest.mark.parametrize("text", ["a = " + "9" * 5000, "a = " + "[" * 5000, "a = \xff"])
+def test_what_is_beyond_toml_is_an_error_of_the_catalog(tmp_path: Path, text: str) -> None:
+    (tmp_path / "catalog.toml").write_bytes(text.encode("latin-1"))
+    with pytest.raises(CatalogError, match=r"catalog\.toml: "):
+        load_catalog(tmp_path / "catalog.toml")
+
+
+def test_a_name_that_no_file_can_have_is_a_missing_file(tmp_path: Path) -> None:
+    catalog = load_catalog(write(tmp_path, GOOD.replace("file:t", "file:a\\u0000b")))
+    assert Edition.of(catalog).trunks["t"][1] == ((0, 0),)
 
 
 def test_what_shares_a_trunk_changes_together(tmp_path: Path) -> None:

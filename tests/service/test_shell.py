@@ -10,10 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from models.catalog import load_catalog
+from service.cli import summary
+from service.cli.doctor import check_settings
 from service.cli.segment import file_names
+from service.settings import Settings
 from tests.conftest import answers, free_port, process, running, wait_until
 
 VITRAIL = [sys.executable, "-m", "service.cli"]
@@ -160,3 +164,20 @@ def test_the_doctor_says_what_is_wrong_and_what_to_do() -> None:
     assert findings["REST port"]["state"] == findings["catalog"]["state"] == "bad"
     assert "--port" in findings["REST port"]["advice"]
     assert {"GPU", "memory", "store", "open files", "CPU"} <= findings.keys()
+
+
+def test_nobody_prints_the_secrets_of_the_catalogs_url(
+    tiny_catalog: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = "memory://user:secret@bucket/catalog.toml"
+    with fsspec.open(url, "w") as file:
+        file.write("[models]\n")
+    monkeypatch.setenv("VITRAIL_CATALOG", url)
+    [found] = [each for each in check_settings() if each.subject == "catalog"]
+    assert (found.state, found.found) == ("ok", "memory://bucket/catalog.toml: 0 models")
+    # with TLS it asks nobody
+    settings = Settings().model_copy(update={"tls_cert": "certificate.pem"})
+    with summary.console.capture() as printed:
+        summary._watch("https://host", settings, None)
+    assert "memory://bucket" in printed.get()
+    assert "secret" not in printed.get()
