@@ -144,7 +144,7 @@ class Health:
         ready: whether to send traffic.
         reasons: why it is not live or not ready.
         draining: whether it will stop soon.
-        loading: whether a model is being loaded.
+        loading: whether models are being loaded, replaced or removed.
     """
 
     live: bool

@@ -225,7 +225,7 @@ class LocalBackend:
             ready=not dead and not waiting,
             reasons=dead + waiting,
             draining=self._closing,
-            loading=self.registry.states()[State.LOADING] > 0,
+            loading=self._loader.busy or self.watch.applying,
         )
 
     def undecoded(self) -> int:

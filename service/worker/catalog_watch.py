@@ -33,7 +33,8 @@ class CatalogWatch:
 
     Attributes:
         failures: why models are not as the catalog says, by their names.
-        error: why the catalog cannot be read; "" if it can.
+        error: why the catalog cannot be read, or its last change not be applied; "" if all is well.
+        applying: whether a change is being applied.
     """
 
     def __init__(
@@ -65,10 +66,13 @@ class CatalogWatch:
         self._tried = Edition(dict(self._applied.trunks), dict(self._applied.models))
         self.failures: dict[str, str] = {}
         self.error = ""
+        self.applying = False
         # The failures of the change that is being applied.
         self._failed: dict[str, str] = {}
         # Whether it has replaced, removed or loaded something.
         self._makes_garbage = False
+        # Why the last change could not be applied, if it did not end as expected.
+        self._broken = ""
 
     async def run(self) -> None:
         """Watch until cancelled."""
@@ -77,20 +81,17 @@ class CatalogWatch:
             await asyncio.sleep(self._interval_s)
             try:
                 catalog, edition = await asyncio.to_thread(self._read)
-            except (CatalogError, OSError) as error:
-                self._refuse(str(error))
+            except Exception as error:
+                self._refuse(error)
                 continue
-            self.error = ""
+            self.error = self._broken
             # A file that is being written is not what it was at the last look.
             settled, seen = edition == seen, edition
-            again = self.failures and time.monotonic() >= tried_at + RETRY_S
+            failed = self.failures or self._broken
+            again = failed and time.monotonic() >= tried_at + RETRY_S
             if settled and (edition != self._tried or again):
                 self._tried, tried_at = edition, time.monotonic()
-                try:
-                    await self._apply(catalog, edition)
-                except Exception:
-                    logger.exception("a change of the catalog could not be applied")
-                    self._updates.labels("error").inc()
+                await self._apply(catalog, edition)
 
     def _read(self) -> tuple[Catalog, Edition]:
         catalog = load_catalog(self._registry.catalog.location)
@@ -98,15 +99,34 @@ class CatalogWatch:
             raise CatalogError(f"no model {', '.join(sorted(missing))}, which is to be loaded")
         return catalog, Edition.of(catalog)
 
-    def _refuse(self, error: str) -> None:
-        if error != self.error:  # not with each look
-            logger.error("the catalog cannot be read, what it was before is served: %s", error)
+    def _refuse(self, error: Exception) -> None:
+        text = str(error) or type(error).__name__
+        if text != self.error:  # not with each look
+            unexpected = None if isinstance(error, CatalogError | OSError) else error
+            message = "the catalog cannot be read, what it was before is served: %s"
+            logger.error(message, text, exc_info=unexpected)
             self._updates.labels("error").inc()
-        self.error = error
+        self.error = text
 
     async def _apply(self, catalog: Catalog, edition: Edition) -> None:
         logger.info("the catalog has changed")
         self._failed, self._makes_garbage = {}, False
+        self._broken, self.applying = "", True
+        try:
+            postponed = await self._apply_parts(catalog, edition)
+            self._note(postponed | self._failed)
+        except Exception as error:
+            logger.exception("a change of the catalog could not be applied")
+            reason = str(error) or type(error).__name__
+            self._broken = f"a change could not be applied: {reason}"
+            self.failures |= self._failed
+        finally:
+            self.applying = False
+        self.error = self._broken
+        self._updates.labels("error" if self.failures or self._broken else "ok").inc()
+
+    async def _apply_parts(self, catalog: Catalog, edition: Edition) -> dict[str, str]:
+        """Returns the models that are not the defaults yet, and why."""
         # In the loader, so that what loads at start has been loaded by then.
         before = await self._in_loader(self._states, edition.models)
         applied, defaults = self._applied, {*self._registry.catalog.defaults.values()}
@@ -122,7 +142,7 @@ class CatalogWatch:
         for name in self._startup or catalog.startup:
             if before[name] in (None, State.FAILED) and self.state(name) is not State.READY:
                 await self._try(partial(self._registry.load, name), [name])
-        postponed = await self._in_loader(self._settle_defaults, catalog)
+        postponed: dict[str, str] = await self._in_loader(self._settle_defaults, catalog)
         still = {*self._registry.catalog.defaults.values()}
         if (defaults - still) & (applied.models.keys() - edition.models.keys()):
             await asyncio.sleep(SWITCH_S)
@@ -130,16 +150,20 @@ class CatalogWatch:
         if self._makes_garbage:
             await self._in_loader(_collect)
         await self._in_loader(self._after)
-        old, self.failures = self.failures, postponed | self._failed
-        for name in old.keys() | self.failures.keys():
+        return postponed
+
+    def _note(self, failures: dict[str, str]) -> None:
+        old, self.failures = self.failures, failures
+        for name in old.keys() | failures.keys():
             self._on_change(name)
-        self._updates.labels("error" if self.failures else "ok").inc()
 
     async def _remove(self, edition: Edition, but: Set[str]) -> None:
         """Remove what an edition does not have, but for some models, and trunks that are used."""
         applied = self._applied
         for name in applied.models.keys() - edition.models.keys() - but:
-            if await self._try(partial(self._registry.remove, name), [name]):
+            # It is gone already if what follows its removal failed before.
+            gone = self.state(name) is None
+            if gone or await self._try(partial(self._registry.remove, name), [name]):
                 del applied.models[name]
                 logger.info("model %s was removed", name)
         used = {trunk for entry, _ in applied.models.values() for trunk in entry.trunks}

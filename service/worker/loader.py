@@ -3,9 +3,9 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,6 +33,12 @@ class Loader:
         self._device = device
         single_threaded = partial(use_threads, 1)
         self._pool = ThreadPoolExecutor(1, "loader", initializer=single_threaded)
+        self._unfinished: set[Future[Any]] = set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a function runs or waits. It may hold the interpreter's lock for seconds."""
+        return bool(self._unfinished)
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
         """The result of `function(*arguments)`.
@@ -42,8 +48,10 @@ class Loader:
                 UnavailableError.
         """
         try:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._pool, function, *arguments)
+            future = self._pool.submit(function, *arguments)
+            self._unfinished.add(future)
+            future.add_done_callback(self._unfinished.discard)
+            return await asyncio.wrap_future(future)
         except ModelsError as error:
             raise from_library(error) from error
         except (ServiceError, asyncio.CancelledError):

@@ -1,5 +1,6 @@
 """Catalogs that change while a server answers: new, changed, broken and removed models."""
 
+import asyncio
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -15,12 +16,17 @@ import torch
 from prometheus_client import CollectorRegistry
 from safetensors.torch import save_file
 
+from models.catalog import load_catalog
 from models.errors import CheckpointError
 from models.heads.files import encode_head
 from models.registry import Registry
+from service.errors import UnavailableError
 from service.metrics import Metrics
 from service.settings import Settings
+from service.worker import catalog_watch
 from service.worker.backend import LocalBackend
+from service.worker.catalog_watch import CatalogWatch
+from service.worker.loader import Loader
 from tests.conftest import Running, free_port, gateway, running, serving_rpc, wait_until
 from tests.service.test_heads import make, upload  # noqa: F401
 
@@ -341,3 +347,151 @@ def test_workers_agree_in_the_end(folder: Folder, jpegs: dict[str, bytes]) -> No
 def digest(backend: Any, name: str) -> str | None:
     found: str | None = backend.registry.describe(name).model_digest
     return found
+
+
+def test_a_change_that_is_applied_may_hold_the_interpreter(
+    server: Running, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a supervisor does not kill the workers meanwhile."""
+    backend, seen = server.backend, []
+    update = backend.registry.update
+
+    def noting_update(*arguments: Any) -> None:
+        seen.append(backend.health().loading)
+        update(*arguments)
+
+    monkeypatch.setattr(backend.registry, "update", noting_update)
+    folder.add("held")
+    wait_for(server, "held", state="ready")
+    folder.remove("held")
+    wait_until(lambda: not backend.knows("held"))
+    assert seen == [True]
+    wait_until(lambda: not backend.health().loading)
+
+
+def test_the_loader_is_busy_until_its_thread_is_done() -> None:
+    """Also if nobody waits for the result any more."""
+
+    async def check() -> None:
+        loader, end = Loader(torch.device("cpu")), threading.Event()
+        assert not loader.busy
+        task = asyncio.create_task(loader.run(end.wait))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        assert loader.busy
+        end.set()
+        await loader.run(lambda: None)
+        assert not loader.busy
+        loader.close()
+
+    asyncio.run(check())
+
+
+class Watched:
+    """A watch of one file, whose models are not loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.write("a", "b")
+        self.registry = Registry(load_catalog(path), device="cpu")
+        self.metrics = Metrics(CollectorRegistry())
+        self.after: Callable[[], None] = lambda: None
+        self.watch = CatalogWatch(
+            self.registry,
+            startup=(),
+            interval_s=0,
+            in_loader=self.in_loader,
+            after=lambda: self.after(),
+            on_change=lambda name: None,
+            metrics=self.metrics,
+        )
+
+    def write(self, *names: str) -> None:
+        models = "".join(f'[models.{n}]\ntrunk = "t"\ntask = "embed"\n' for n in names)
+        trunk = '[trunks.t]\nsource = "file:t.safetensors"\n'
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("startup = []\n" + trunk + models)
+        partial.replace(self.path)
+
+    async def in_loader(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(*arguments)
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Watch until then."""
+        asyncio.run(self._until(condition))
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        task = asyncio.create_task(self.watch.run())
+        async with asyncio.timeout(30):
+            while not condition() and not task.done():  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        assert not task.done()
+        task.cancel()
+
+    def names(self) -> set[str]:
+        return set(self.registry.names())
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Watched:
+    return Watched(tmp_path / "catalog.toml")
+
+
+def test_no_error_of_reading_ends_the_watch(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(location: str) -> None:
+        raise RuntimeError("not foreseen")
+
+    monkeypatch.setattr(catalog_watch, "load_catalog", fail)
+    watched.until(lambda: watched.watch.error == "not foreseen")
+    monkeypatch.undo()
+    watched.write("a", "b", "c")
+    watched.until(lambda: "c" in watched.names())
+    watched.until(lambda: watched.watch.error == "")
+
+
+def test_a_change_that_breaks_is_seen_and_tried_again(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("not foreseen")
+
+    watched.after = fail
+    watched.write("a", "b", "c")
+    watched.until(lambda: "not foreseen" in watched.watch.error)
+    looks: list[None] = []
+    monkeypatch.setattr(watched.watch, "_read", noting(watched.watch._read, looks))
+    watched.until(lambda: len(looks) > 2)
+    assert "not foreseen" in watched.watch.error  # also after looks that find the same
+    updates = watched.metrics.catalog_updates
+    assert updates.labels("error")._value.get() == 1
+    watched.after = lambda: None
+    monkeypatch.setattr(catalog_watch, "RETRY_S", 0.0)
+    watched.until(lambda: watched.watch.error == "")
+    assert updates.labels("ok")._value.get() == 1
+    assert not watched.watch.applying
+
+
+def test_a_removal_that_fails_is_tried_again(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str) -> None:
+        raise UnavailableError("not now")
+
+    monkeypatch.setattr(watched.registry, "remove", fail)
+    watched.write("a")
+    watched.until(lambda: watched.watch.failures == {"b": "not now"})
+    monkeypatch.undo()
+    monkeypatch.setattr(catalog_watch, "RETRY_S", 0.0)
+    watched.until(lambda: watched.watch.failures == {})
+    assert watched.names() == {"a"}
+
+
+def noting(function: Callable[[], Any], calls: list[None]) -> Callable[[], Any]:
+    def noted() -> Any:
+        calls.append(None)
+        return function()
+
+    return noted
