@@ -184,8 +184,10 @@ def test_a_new_model_appears_and_a_removed_one_drains(
         wait_until(lambda: any(a.status_code == 404 for a in list(load.answers)))
     assert {answer.status_code for answer in load.answers} == {200, 404}
     assert ask(server.client, "passing", photo).status_code == 404
+    # A gateway learns of it within a second.
+    wait_until(lambda: server.client.get("/models/passing").status_code == 404)
     assert "passing" not in {m["name"] for m in server.client.get("/models").json()["models"]}
-    assert server.backend.registry.loaded_trunk("passing") is None
+    wait_until(lambda: server.backend.registry.loaded_trunk("passing") is None)
     assert "passing" not in server.backend.batcher.depth()
 
 
