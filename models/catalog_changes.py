@@ -55,7 +55,7 @@ def changes(old: Edition, new: Edition) -> list[Change]:
             used.update(before[0].trunks)
         if before != (entry, stamps) or used & trunks:
             models[name] = used & trunks
-    group_of = {trunk: {trunk} for trunk in trunks}
+    group_of = {name: {name} for name in new.trunks if name in trunks}
     for used in models.values():
         merged = set[str]().union(*(group_of[trunk] for trunk in used))
         group_of |= dict.fromkeys(merged, merged)

@@ -72,8 +72,9 @@ class BackendCollector(Collector):
         )
         registry = self._backend.registry
         models = GaugeMetricFamily("vitrail_models", "Models by state.", labels=("state",))
-        for each, count in registry.states().items():
-            models.add_metric((each,), count)
+        states = registry.states()
+        for each in State:  # also those of none, so that alerts have data
+            models.add_metric((each,), states.get(each, 0))
         for name in registry.names(0, MAX_MODELS):
             try:
                 model = registry.describe(name)
