@@ -47,7 +47,7 @@ class Tap:
 
     def _run(self, pixels: torch.Tensor, request: BatchRequest = LAST_OUTPUT) -> TrunkOutput:
         self.sizes.append(len(pixels))
-        assert self.gate.wait(30)
+        assert self.gate.wait(120)
         self.fault(pixels)
         return self._forward(pixels, request)
 

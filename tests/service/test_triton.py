@@ -280,10 +280,11 @@ def test_memory_that_is_named_after_an_api_key_is_for_that_key_alone() -> None:
     path.write_bytes(bytes(64))
     try:
         memory = SharedMemory(PREFIX)
-        for other in (api_key("other"), api_key("root", "admin"), api_key("o"), None):
+        for other in (api_key("other"), api_key("root", "admin"), api_key("o")):
             with pytest.raises(PermissionDeniedError, match="'own'"):
                 memory.of(other).register("squatted", key, 0, 64)
         memory.of(api_key("own")).register("photos", key, 0, 64)
+        SharedMemory(PREFIX).of(None).register("photos", key, 0, 64)  # where no keys are used
     finally:
         path.unlink()
 
