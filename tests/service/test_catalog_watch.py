@@ -332,15 +332,18 @@ def test_workers_agree_in_the_end(folder: Folder, jpegs: dict[str, bytes]) -> No
     ):
         wait_until(lambda: client.get("/readyz").status_code == 200)
         folder.add("shared", seed=7)
-        wait_until(lambda: client.get("/models/shared").json().get("state") == "ready")
+        wait_until(lambda: all(backend.knows("shared") for backend, _ in backends))
+
+        def digests() -> set[str | None]:
+            return {digest(backend, "shared") for backend, _ in backends}
+
+        wait_until(lambda: len(digests()) == 1 and None not in digests())
         load = Load(url, lambda client: ask(client, "shared", jpegs["coffee"]))
         with load.running():
             for seed in (8, 9):
-                old = digest(backends[1][0], "shared")
+                old = digest(backends[0][0], "shared")
                 folder.weights("shared", seed=seed)
-                for backend, _ in backends:
-                    wait_until(lambda b=backend, d=old: digest(b, "shared") not in (None, d))  # type: ignore[misc]
-                assert len({digest(backend, "shared") for backend, _ in backends}) == 1
+                wait_until(lambda old=old: digests() != {old} and len(digests()) == 1)  # type: ignore[misc]
         assert {answer.status_code for answer in load.answers} == {200}
         folder.remove("shared")
         wait_until(lambda: client.get("/models/shared").status_code == 404)
