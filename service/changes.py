@@ -24,7 +24,7 @@ class Difference:
 
     Args:
         version: what to ask with next time.
-        reset: names that were told before are void: these are the first of all there are.
+        reset: forget all names received before; these are the first part of the full list.
         more: there are further ones; ask again.
     """
 
@@ -106,7 +106,7 @@ class ChangeLog:
     def _parse(self, version: str) -> tuple[int, int | None]:
         """The number of a version, and the place in the list of everything if it is of a part."""
         epoch, *numbers = version.split(".")
-        # Longer ones are none of ours, and `int` refuses very long ones.
+        # No version has more digits, and `int` raises for thousands of them.
         if epoch != self._epoch or not all(n.isdecimal() and len(n) < 19 for n in numbers):
             return -1, None
         match numbers:

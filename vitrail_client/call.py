@@ -36,7 +36,7 @@ class Call(Generic[T]):
     size: Callable[[Any], int] = lambda _: 0
 
     def batches(self, count: int) -> list[Sequence[Any]]:
-        """The items of each request, at most `count`; one without items if there are none."""
+        """The items of each request, at most `count`. A call without items is one empty batch."""
         return [()] if self.items is None else split(self.items, count, self.size)
 
     def answer(self, batch: Sequence[Any], response: httpx.Response) -> Any:

@@ -176,6 +176,9 @@ def test_what_would_be_refused_is_refused_before_its_body_is_read(
     wait_until(lambda: waiting(server) == 8)
     assert post(server, "/classify", jpegs["coffee"]).status_code == 429  # now the queue is full
     only_headers_suffice(server, "", ENTRANCES)
+    for path, content_type in PATIENT.items():  # let in, and then there is no such collection
+        answer = only_headers(server, path, f"Content-Type: {content_type}\r\n")
+        assert answer.startswith(b"HTTP/1.1 404 "), path
     for timeout_s in (0.5, None):
         with pytest.raises(grpc.RpcError) as refused:
             call_without_message(server, timeout_s)
