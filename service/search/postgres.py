@@ -148,7 +148,7 @@ class PostgresStore:
     async def _metadata(
         self, name: str, which: LiteralString, *values: object
     ) -> Mapping[str, Metadata]:
-        statement = sql.SQL("SELECT id, metadata FROM {} " + which).format(_table(name))
+        statement = sql.SQL("SELECT id, metadata FROM {} {}").format(_table(name), sql.SQL(which))
         try:
             async with self._pool.connection() as connection:
                 return dict(await (await connection.execute(statement, values)).fetchall())
