@@ -2,11 +2,7 @@
 chart, schemas and policies hold, and containers' commands and environments run as processes."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,13 +13,19 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from service.rpc.health import check_health
-from tests.conftest import answers, free_port, wait_until
+from tests.conftest import free_port, wait_until
 from tests.helm_process import ask as ask_helm
-from tests.test_deploy import dockerfile_environment
+from tests.pods import (
+    CHART,
+    ask_grpc,
+    ask_http,
+    container_process,
+    manifests_of,
+    one,
+    rendered_with,
+)
 
 ROOT = Path(__file__).parents[1]
-CHART = ROOT / "deploy/helm/vitrail"
 SCHEMAS = ROOT.parent / "shared/schemas"
 KSERVE = sorted((ROOT / "deploy/kserve").glob("*.yaml"))
 # Values that each turn on what the others leave out.
@@ -55,21 +57,6 @@ def files(name: str) -> dict[str, str]:
 def rendered(name: str) -> list[dict[str, Any]]:
     """The manifests that Helm makes of the chart with the values of this name."""
     return manifests_of(files(name))
-
-
-def rendered_with(**values: Any) -> list[dict[str, Any]]:
-    """The manifests that Helm makes of the chart with these values."""
-    return manifests_of(ask_helm(CHART, values)["files"])
-
-
-def manifests_of(made: Mapping[str, str]) -> list[dict[str, Any]]:
-    texts = [text for path, text in made.items() if path.endswith(".yaml")]
-    return [item for text in texts for item in yaml.safe_load_all(text) if item]
-
-
-def one(manifests: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
-    [found] = [m for m in manifests if (m["kind"], m["metadata"]["name"]) == (kind, name)]
-    return found
 
 
 def validate(manifest: dict[str, Any]) -> None:
@@ -259,44 +246,6 @@ def test_a_changed_catalog_replaces_pods_unless_they_watch_it() -> None:
 
 
 # -- the containers' commands as processes -----------------------------------------------------
-
-
-@contextmanager
-def container_process(
-    manifests: list[dict[str, Any]], name: str, store: Path, **changes: str
-) -> Iterator[dict[str, Any]]:
-    """A deployment's container as a process, but for its addresses; yields the container.
-
-    Args:
-        changes: of environment variables in upper case, and of arguments.
-    """
-    spec = one(manifests, "Deployment", name)["spec"]["template"]["spec"]
-    [container] = spec["containers"]
-    environment = {**os.environ, **dockerfile_environment(), "VITRAIL_HOST": "127.0.0.1"}
-    environment |= {item["name"]: item["value"] for item in container["env"]}
-    environment |= {"VITRAIL_STORE": str(store)}
-    environment |= {key: value for key, value in changes.items() if key.isupper()}
-    command = [changes.get(part, part) for part in container["args"]]
-    with subprocess.Popen(
-        [sys.executable, "-m", "service.cli", *command], env=environment, stderr=subprocess.DEVNULL
-    ) as started:
-        try:
-            yield container
-        finally:
-            started.terminate()
-
-
-def ask_http(probe: dict[str, Any], address: str) -> bool:
-    """Whether an HTTP probe succeeds, asked as kubelet does."""
-    return answers(f"http://{address}{probe['httpGet']['path']}")
-
-
-def ask_grpc(probe: dict[str, Any], address: str) -> bool:
-    """Whether a gRPC probe succeeds."""
-    try:
-        return check_health(address, probe["grpc"].get("service", ""))
-    except Exception:  # not listening yet
-        return False
 
 
 def test_containers_start_and_their_probes_are_answered(

@@ -128,6 +128,11 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._backend.drain()
+        # Clients that keep connections open are told, or the end would meet some between requests.
+        self.server_state.default_headers = [
+            *self.server_state.default_headers,
+            (b"connection", b"close"),
+        ]
         delay_s, began = self._settings.drain_delay_s, time.monotonic()
         while time.monotonic() < began + delay_s and not self.force_exit:  # noqa: ASYNC110
             await asyncio.sleep(min(POLL_S, delay_s))

@@ -343,7 +343,8 @@ def test_readiness_falls_before_listening_ends(
         made[0].handle_exit(signal.SIGTERM, None)
         wait_until(lambda: server.client.get("/readyz").status_code == 503)
         assert httpx.get(f"{server.url}/healthz").status_code == 200  # a new connection
-        assert post(server, "/classify", jpegs["coffee"]).status_code == 200
+        answer = post(server, "/classify", jpegs["coffee"])
+        assert (answer.status_code, answer.headers["Connection"]) == (200, "close")
         made[0].handle_exit(signal.SIGTERM, None)
 
 
