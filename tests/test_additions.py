@@ -223,17 +223,6 @@ class Served:
         [data] = [item["data"] for item in answer.json()["outputs"] if item["name"] == output]
         return data
 
-    def library(self, model: str, **options: Any) -> dict[str, Any]:
-        program = (
-            "import json, sys; from models import Registry; "
-            "model, photo, options = sys.argv[1:]; "
-            "registry = Registry.from_catalog('catalog.toml', device='cpu'); "
-            "print(json.dumps(registry.get(model).predict([photo], **json.loads(options))[0]))"
-        )
-        done = self.run("-c", program, model, str(self.photo), json.dumps(options))
-        entry: dict[str, Any] = json.loads(done)
-        return entry
-
     def command(self, task: str, model: str, *flags: str) -> str:
         """What `vitrail TASK` prints."""
         return self.run("-m", "service.cli", task, str(self.photo), "--url", self.url,
@@ -269,6 +258,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_catalog: Path) -> Path
     )
     (folder / "catalog.toml").write_text(CATALOG)
     return folder
+
+
+# what the library answers; one process, because each imports torch for seconds
+LIBRARY = """
+import json, sys
+from models import Registry
+
+registry = Registry.from_catalog("catalog.toml", device="cpu")
+print(json.dumps({
+    "bright": registry.get("bright").predict(sys.argv[1:], gain=2)[0],
+    "halved": registry.get("halved").predict(sys.argv[1:])[0],
+    "backwards": registry.get("backwards").predict(sys.argv[1:], pooling="mean")[0],
+    "negative": registry.get("negative").predict(sys.argv[1:], pooling="mean")[0],
+    "engine": Registry.from_catalog(
+        "catalog.toml", device="cpu", engine="negative"
+    ).get("plain").trunk.engine.name,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def library(served: Served) -> dict[str, Any]:
+    """Entries of the photo by model, and the engine of a registry with an engine for all."""
+    answers: dict[str, Any] = json.loads(served.run("-c", LIBRARY, str(served.photo)))
+    return answers
 
 
 @pytest.fixture(scope="module")
@@ -320,13 +334,13 @@ def test_a_new_task_has_a_route_that_openapi_describes(served: Served) -> None:
     assert "does not do 'brightness'" in other.json()["detail"]
 
 
-def test_a_new_task_is_served_everywhere(served: Served) -> None:
+def test_a_new_task_is_served_everywhere(served: Served, library: dict[str, Any]) -> None:
     value = served.rest("brightness", "bright")["brightness"]
     assert value > 0
     double = pytest.approx(2 * value, rel=1e-5)
     assert served.rest("brightness", "bright", gain=2)["brightness"] == double
     assert served.infer("brightness", "bright", gain=2)["brightness"] == double
-    assert served.library("bright", gain=2)["brightness"] == double
+    assert library["bright"]["brightness"] == double
     assert served.v2("bright", "brightness") == [pytest.approx(value, rel=1e-5)]
     metadata = httpx.get(f"{served.url}/v2/models/bright").json()
     assert {"name": "brightness", "datatype": "FP32", "shape": [-1]} in metadata["outputs"]
@@ -338,7 +352,7 @@ def test_a_new_task_is_served_everywhere(served: Served) -> None:
     assert json.loads(default.text)["brightness"] == pytest.approx(value, rel=1e-5)
 
 
-def test_a_new_head_is_served_everywhere(served: Served) -> None:
+def test_a_new_head_is_served_everywhere(served: Served, library: dict[str, Any]) -> None:
     entry = served.rest("classify", "halved")
     scores = {item["label"]: item["score"] for item in entry["predictions"]}
     assert scores.keys() == {"first", "second"}
@@ -347,7 +361,7 @@ def test_a_new_head_is_served_everywhere(served: Served) -> None:
     [best] = tensors["label"].tolist()
     assert scores[best] == pytest.approx(float(tensors["score"][0]), rel=1e-5)
     assert served.v2("halved", "label")[0] == best
-    assert served.library("halved")["predictions"][0]["label"] == best
+    assert library["halved"]["predictions"][0]["label"] == best
     assert served.command("classify", "halved", "--top-k", "1").startswith(
         f"{served.photo}: {best}"
     )
@@ -355,14 +369,14 @@ def test_a_new_head_is_served_everywhere(served: Served) -> None:
 
 @pytest.mark.parametrize(("model", "sign"), [("backwards", 1), ("negative", -1)])
 def test_new_formats_and_engines_are_served_everywhere(
-    served: Served, model: str, sign: int
+    served: Served, library: dict[str, Any], model: str, sign: int
 ) -> None:
     """The format's weights are the plain ones; the engine changes the sign of all features."""
     plain = sign * np.array(served.rest("embed", "plain", pooling="mean")["embedding"])
     for name, vector in {
         "REST": served.rest("embed", model, pooling="mean")["embedding"],
         "gRPC": served.infer("embed", model, pooling="mean")["embedding"],
-        "library": served.library(model, task="embed", pooling="mean")["embedding"],
+        "library": library[model]["embedding"],
     }.items():
         np.testing.assert_allclose(vector, plain, atol=1e-5, err_msg=name)
     assert len(served.v2(model, "embedding")) == len(plain)
@@ -378,13 +392,8 @@ def test_a_checkpoint_of_a_new_format_is_inspected(served: Served) -> None:
     assert "upside-down" in inspected
 
 
-def test_an_engine_can_be_set_for_all_trunks(served: Served) -> None:
-    program = (
-        "from models import Registry; "
-        "registry = Registry.from_catalog('catalog.toml', device='cpu', engine='negative'); "
-        "print(registry.get('plain').trunk.engine.name)"
-    )
-    assert served.run("-c", program) == "negative\n"
+def test_an_engine_can_be_set_for_all_trunks(served: Served, library: dict[str, Any]) -> None:
+    assert library["engine"] == "negative"
     refused = python(
         served.folder, "-m", "service.cli", "serve", "--catalog", "catalog.toml", "--engine", "x"
     )

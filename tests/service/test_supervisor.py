@@ -29,18 +29,21 @@ from tests.service.test_remote import load, more, post
 
 START_S = 120
 
+# The URL, and the supervisor.
+Supervised = tuple[str, "subprocess.Popen[bytes]"]
+
 
 @contextmanager
-def supervised(catalog: Path, *flags: str) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
-    """`vitrail serve` with two workers, ready; its URL and the supervisor."""
+def supervised(catalog: Path, workers: int, *flags: str) -> Iterator[Supervised]:
+    """`vitrail serve`, ready, with so many workers."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    arguments = ["serve", "--workers", "2", "--catalog", str(catalog), "--device", "cpu"]
+    arguments = ["serve", "--workers", str(workers), "--catalog", str(catalog), "--device", "cpu"]
     arguments += ["--port", str(port), "--grpc-port", str(free_port()), "--log-level", "warning"]
     with process(*arguments, *flags) as started:
         wait_until(lambda: answers(f"{url}/readyz") or started.poll() is not None, START_S)
         assert started.poll() is None
-        wait_until(lambda: healthy(url) == 2, START_S)
+        wait_until(lambda: healthy(url) == workers, START_S)
         children = descendants(started.pid)
         try:
             yield url, started
@@ -48,6 +51,13 @@ def supervised(catalog: Path, *flags: str) -> Iterator[tuple[str, "subprocess.Po
             started.terminate()
             started.wait(60)
             wait_until(lambda: not alive(children))
+
+
+@pytest.fixture(scope="module")
+def served(tiny_catalog: Path) -> Iterator[Supervised]:
+    """Two workers and two gateways, which tests kill and the supervisor starts again."""
+    with supervised(tiny_catalog, 2, "--processes", "2") as served:
+        yield served
 
 
 def healthy(url: str) -> int:
@@ -59,6 +69,11 @@ def healthy(url: str) -> int:
 
 def metrics(url: str) -> str:
     return httpx.get(f"{url}/metrics").text
+
+
+def pids(supervisor: "subprocess.Popen[bytes]", kind: str) -> set[int]:
+    """Its workers, or its gateways."""
+    return {pid for pid in descendants(supervisor.pid) if f" {kind} " in command(pid)}
 
 
 def descendants(pid: int) -> list[int]:
@@ -88,53 +103,49 @@ def alive(pids: list[int]) -> list[int]:
 
 
 def test_workers_restart_one_by_one_and_after_a_crash_and_nothing_fails(
-    tiny_catalog: Path, jpegs: dict[str, bytes]
+    served: Supervised, jpegs: dict[str, bytes]
 ) -> None:
-    with supervised(tiny_catalog) as (url, supervisor):
-        before = {pid for pid in descendants(supervisor.pid) if " worker " in command(pid)}
-        assert len(before) == 2
-        with load(url, jpegs["coffee"]) as made:
-            more(made, 20)
-            supervisor.send_signal(signal.SIGUSR1)
+    url, supervisor = served
+    before = pids(supervisor, "worker")
+    assert len(before) == 2
+    with load(url, jpegs["coffee"]) as made:
+        more(made, 20)
+        supervisor.send_signal(signal.SIGUSR1)
 
-            def all_new() -> bool:
-                now = {pid for pid in descendants(supervisor.pid) if " worker " in command(pid)}
-                return len(now) == 2 and not now & before
+        def all_new() -> bool:
+            now = pids(supervisor, "worker")
+            return len(now) == 2 and not now & before
 
-            wait_until(all_new, START_S)
-            wait_until(lambda: healthy(url) == 2, START_S)
-            more(made, 20)
-            victim = next(pid for pid in descendants(supervisor.pid) if " worker " in command(pid))
-            os.kill(victim, signal.SIGKILL)
-            more(made, 50)
-            wait_until(lambda: healthy(url) == 2, START_S)
-            more(made, 20)
-        assert made.statuses.keys() == {200}, made.failures
+        wait_until(all_new, START_S)
+        wait_until(lambda: healthy(url) == 2, START_S)
+        more(made, 20)
+        os.kill(min(pids(supervisor, "worker")), signal.SIGKILL)
+        more(made, 50)
+        wait_until(lambda: healthy(url) == 2, START_S)
+        more(made, 20)
+    assert made.statuses.keys() == {200}, made.failures
 
 
 def test_what_hangs_is_replaced_and_nothing_fails(
-    tiny_catalog: Path, jpegs: dict[str, bytes]
+    served: Supervised, jpegs: dict[str, bytes]
 ) -> None:
-    """A worker that is stopped, then the gateway; no hand but the supervisor's helps."""
-    with supervised(tiny_catalog) as (url, supervisor):
-
-        def pids(kind: str) -> set[int]:
-            return {pid for pid in descendants(supervisor.pid) if f" {kind} " in command(pid)}
-
-        with load(url, jpegs["coffee"]) as made:
-            more(made, 20)
-            hung = min(pids("worker"))
-            os.kill(hung, signal.SIGSTOP)
-            wait_until(lambda: hung not in pids("worker"))
-            wait_until(lambda: healthy(url) == 2, START_S)
-            more(made, 20)
-        assert made.statuses.keys() == {200}, made.failures
-        [hung] = pids("gateway")
+    """A worker that is stopped, then both gateways; no hand but the supervisor's helps."""
+    url, supervisor = served
+    with load(url, jpegs["coffee"]) as made:
+        more(made, 20)
+        hung = min(pids(supervisor, "worker"))
         os.kill(hung, signal.SIGSTOP)
-        wait_until(lambda: bool(pids("gateway") - {hung}))
+        wait_until(lambda: hung not in pids(supervisor, "worker"))
         wait_until(lambda: healthy(url) == 2, START_S)
-        with httpx.Client(base_url=url) as client:
-            assert post(client, "/classify", jpegs["coffee"]).status_code == 200
+        more(made, 20)
+    assert made.statuses.keys() == {200}, made.failures
+    stopped = pids(supervisor, "gateway")
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: len(pids(supervisor, "gateway") - stopped) == 2)
+    wait_until(lambda: healthy(url) == 2, START_S)
+    with httpx.Client(base_url=url) as client:
+        assert post(client, "/classify", jpegs["coffee"]).status_code == 200
 
 
 @pytest.mark.parametrize("beat", [BEAT, LOADING_BEAT])
@@ -184,42 +195,39 @@ def test_a_process_that_is_not_live_falls_silent() -> None:
 
 
 def test_several_gateways_share_a_port_and_count_as_one(
-    tiny_catalog: Path, jpegs: dict[str, bytes]
+    served: Supervised, jpegs: dict[str, bytes]
 ) -> None:
-    with supervised(tiny_catalog, "--processes", "2") as (url, supervisor):
+    url, supervisor = served
 
-        def total(name: str) -> float:
-            pattern = rf"^vitrail_{name}_total\{{.*outcome=\"ok\".*\}} (.+)$"
-            return sum(map(float, re.findall(pattern, metrics(url), re.MULTILINE)))
+    def total(name: str, outcome: str = "") -> float:
+        pattern = rf"^vitrail_{name}(?:\{{.*{outcome}.*\}})? (.+)$"
+        return sum(map(float, re.findall(pattern, metrics(url), re.MULTILINE)))
 
-        def up() -> str | None:
-            found = re.search(r"^vitrail_worker_up (.+)$", metrics(url), re.MULTILINE)
-            return found and found[1]
+    def counted() -> list[float]:
+        answered = [total(f"{name}_total", 'outcome="ok"') for name in ("requests", "images")]
+        return [*answered, total("batch_size_sum")]
 
-        gateways = [pid for pid in descendants(supervisor.pid) if " gateway " in command(pid)]
-        assert len(gateways) == 2
-        before = total("requests")
-        for _ in range(40):  # each on a connection of its own, so that both gateways get some
-            with httpx.Client(base_url=url) as client:
-                assert post(client, "/classify", jpegs["coffee"]).status_code == 200
-        assert total("requests") == before + 40
-        assert total("images") == before + 40
-        wait_until(lambda: up() == "2.0")
-        batches = re.findall(r"^vitrail_batch_size_sum\{.*\} (.+)$", metrics(url), re.MULTILINE)
-        assert sum(map(float, batches)) == before + 40
-        os.kill(gateways[0], signal.SIGKILL)
-        wait_until(lambda: len([p for p in descendants(supervisor.pid)
-                                if " gateway " in command(p)]) == 2)  # fmt: skip
-        wait_until(lambda: total("requests") == before + 40)  # what the dead one counted stays
+    gateways = pids(supervisor, "gateway")
+    assert len(gateways) == 2
+    wait_until(lambda: total("worker_up") == 2)
+    before = counted()
+    for _ in range(40):  # each on a connection of its own, so that both gateways get some
+        with httpx.Client(base_url=url) as client:
+            assert post(client, "/classify", jpegs["coffee"]).status_code == 200
+    after = [count + 40 for count in before]
+    assert counted() == after
+    os.kill(min(gateways), signal.SIGKILL)
+    wait_until(lambda: len(pids(supervisor, "gateway") - {min(gateways)}) == 2)
+    wait_until(lambda: counted() == after)  # what the dead one counted stays
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_ends_everything_after_the_accepted_is_answered(
     tiny_catalog: Path, jpegs: dict[str, bytes], number: signal.Signals
 ) -> None:
-    with supervised(tiny_catalog) as (url, supervisor):
+    with supervised(tiny_catalog, 1) as (url, supervisor):
         children = descendants(supervisor.pid)
-        assert len(children) == 3
+        assert len(children) == 2
         with load(url, jpegs["coffee"], clients=3) as made:
             more(made, 10)
             made.stop.set()
