@@ -69,7 +69,9 @@ class TerminalFormatter(logging.Formatter):
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         line = f"{time.strftime('%H:%M:%S')}  {level}{record.getMessage()}"
         if "status" in record.__dict__:
-            line += f"  {record.__dict__['status']}  {record.__dict__['duration_s']:.3f} s"
+            line += f"  {record.__dict__['status']}"
+        if "duration_s" in record.__dict__:  # the audit's lines have none
+            line += f"  {record.__dict__['duration_s']:.3f} s"
         if record.exc_info:
             line += f"\n{self.formatException(record.exc_info)}"
         return line
@@ -131,8 +133,10 @@ def configure_logs(level: str) -> None:
     for own in ("vitrail", "service", "models", "uvicorn"):
         logging.getLogger(own).setLevel(level.upper())
     logging.getLogger("vitrail.audit").setLevel(logging.INFO)  # whatever the level
-    noisy = ["httpx", "httpcore", "PIL", "rasterio", "filelock"]
+    noisy = ["httpx", "httpcore", "PIL", "rasterio", "filelock", "matplotlib"]
     if terminal:  # service/cli/summary.py says what it would
         noisy.append("uvicorn")
     for name in noisy:
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It warns of a missing loss, which only training needs, when an engine looks at the network.
+    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)

@@ -1,6 +1,7 @@
 """The parameters of each route as pydantic models, for forms, queries, JSON bodies and OpenAPI."""
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from functools import cache
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
@@ -15,6 +16,7 @@ MAX_MODELS = 256
 # A request has fewer fields than this, and an answer names no more of those that are invalid.
 MAX_FIELDS = 1000
 MAX_FIELD_ERRORS = 20
+MAX_NAME = 64  # characters of a name that is compared with those that exist
 
 
 class Parameters(Options):
@@ -111,13 +113,25 @@ def validate(model: type[M], fields: Mapping[str, Any]) -> M:
         return model.model_validate(fields)
     except ValidationError as error:
         invalid = [
-            FieldError(_field(item["loc"]), item["msg"])
+            FieldError(_field(item["loc"]), _detail(item, model))
             for item in error.errors(include_url=False, include_input=False, include_context=False)[
                 :MAX_FIELD_ERRORS
             ]
         ]
         summary = "; ".join(f"{field}: {detail}" for field, detail in invalid)
         raise InvalidParametersError(summary, fields=invalid) from error
+
+
+def _detail(error: Mapping[str, Any], model: type[BaseModel]) -> str:
+    """What is wrong with a field, in words that help whoever mistyped its name."""
+    if error["type"] != "extra_forbidden":
+        return str(error["msg"])
+    name = str(error["loc"][-1])
+    if name.startswith("{"):
+        return "JSON needs the header Content-Type: application/json"
+    known = model.model_fields if len(error["loc"]) == 1 and len(name) <= MAX_NAME else ()
+    similar = get_close_matches(name, known, 1)
+    return f"no such parameter; did you mean {similar[0]}?" if similar else "no such parameter"
 
 
 def _field(loc: Sequence[str | int]) -> str:

@@ -251,10 +251,15 @@ CALLS: dict[str, Call[Any]] = {
     "collection": calls.collection("c"),
     "delete_collection": calls.delete_collection("c"),
     "images": calls.images("c", after="a", limit=3),
-    "add_images": calls.add_images("c", [b"x"], ids=["a/b?"], metadata=[{"n": 1}]),
+    "add_images": calls.add_images(
+        "c", [b"x"], ids=["a/b?"], metadata=[{"n": 1}], thumbnail=lambda _: b"x"
+    ),
     "add_folder": calls.add_folder("c", "/photos", after="/photos/a.jpg"),
     "delete_image": calls.delete_image("c", "a/b?"),
-    "search": calls.search("c", image=b"x", text="a", vector=[1.0], k=3, where={"n": 1}),
+    "delete_images": calls.delete_images("c", ["a/b?", ".."]),
+    "search": calls.search(
+        "c", image=b"x", text="a", vector=[1.0], k=3, where={"n": 1}, thumbnails=True
+    ),
 }
 
 
@@ -402,10 +407,11 @@ const made = {
   collection: ["c"],
   deleteCollection: ["c"],
   images: ["c", { after: "a", limit: 3 }],
-  addImages: ["c", [{ image, id: "a/b?", metadata: { n: 1 } }]],
+  addImages: ["c", [{ image, id: "a/b?", metadata: { n: 1 }, thumbnail: image }]],
   addFolder: ["c", "/photos", { after: "/photos/a.jpg" }],
   deleteImage: ["c", "a/b?"],
-  search: ["c", { image, text: "a", vector: [1], k: 3, filter: { n: 1 } }],
+  deleteImages: ["c", ["a/b?", ".."]],
+  search: ["c", { image, text: "a", vector: [1], k: 3, filter: { n: 1 }, thumbnails: true }],
 };
 for (name of Object.getOwnPropertyNames(Vitrail.prototype))
   if (name !== "constructor" && name !== "send") await client[name](...made[name]);

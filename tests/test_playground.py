@@ -250,6 +250,9 @@ def test_photos_are_indexed_and_found_by_words_and_by_a_photo(page: Page, folder
     (folder / "notes.txt").touch()
     page.get_by_label("Photos to add").set_input_files(folder / "notes.txt")
     expect(page.locator("#indexed")).to_contain_text("No images")
+    (folder / "space").mkdir()
+    for name in ("astronaut", "rocket"):
+        (folder / f"{name}.jpg").rename(folder / "space" / f"{name}.jpg")
     drop(page, page.locator("#collection .drop").first, folder)
     expect(page.locator("#indexed")).to_contain_text("4 photos in photos")
     code = page.locator("#search-request pre")
@@ -258,9 +261,18 @@ def test_photos_are_indexed_and_found_by_words_and_by_a_photo(page: Page, folder
     page.locator("#query").get_by_role("button", name="Search", exact=True).click()
     expect(page.locator("#hits figcaption").first).to_contain_text("coffee.jpg")
     expect(code).to_contain_text('"text":"a cup of coffee"')
-    page.get_by_label("Photo to search by").set_input_files(folder / "rocket.jpg")
+    page.get_by_label("Photo to search by").set_input_files(folder / "space" / "rocket.jpg")
     expect(page.locator("#hits figcaption").first).to_contain_text("rocket.jpg 1.000")
     expect(page.locator("#hits img")).to_have_count(4)
+    page.get_by_label("Search in").select_option("folder")
+    page.get_by_label("Value of the field").fill("space")
+    page.get_by_label("Value of the field").press("Tab")
+    expect(page.locator("#hits img")).to_have_count(2)
+    expect(code).to_contain_text('filter={"folder":"space"}')
+    page.get_by_label("Words to search for").fill("a cup of coffee")
+    page.get_by_label("Words to search for").press("Enter")
+    expect(code).to_contain_text('"filter":{"folder":"space"}')
+    expect(page.locator("#hits img")).to_have_count(2)
 
 
 @pytest.mark.weights
@@ -270,6 +282,8 @@ def test_someone_without_photos_fits_and_searches_the_samples(page: Page) -> Non
     expect(page.get_by_role("article").locator(".bar").first).to_contain_text("espresso")
     shoot(page, "classify")
     page.get_by_role("tab", name="Classes of your own").click()
+    page.get_by_role("button", name="Fit").click()
+    expect(page.locator("#fitted .error")).to_contain_text("need photos")
     page.get_by_role("button", name="Use sample piles").click()
     expect(page.get_by_role("button", name=re.compile("Remove .*jpg"))).to_have_count(24)
     page.get_by_role("button", name="Fit").click()
@@ -295,7 +309,7 @@ def test_someone_without_photos_fits_and_searches_the_samples(page: Page) -> Non
     page.get_by_label("Collection", exact=True).fill("samples")
     page.get_by_role("button", name="Sample: cat").click()
     expect(best).to_contain_text("cat.jpg")
-    expect(page.locator("#hits img")).to_have_count(11)  # the samples are still known
+    expect(page.locator("#hits img")).to_have_count(11)  # from their thumbnails
     page.once("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Delete the collection").click()
     expect(page.locator("#indexed")).to_contain_text("There is no collection samples yet")
@@ -367,6 +381,7 @@ def test_axe_finds_nothing(page: Page, folder: Path, look: str) -> None:
     page.get_by_label("Photo or clip").set_input_files(folder / "coffee.jpg")
     for task, model in (
         ("Classify", "efficientnet-lite0"),
+        ("Zero-shot", "lite0-minilm"),
         ("Segment", "dinov2-focus"),
         ("Attention", "dinov2-focus"),
         ("Similar patches", "dinov2-focus-embed"),
@@ -375,7 +390,18 @@ def test_axe_finds_nothing(page: Page, folder: Path, look: str) -> None:
     ):
         choose(page, task, model)
         check(task)
-    for tab in ("Classes of your own", "Search", "Models"):
-        page.get_by_role("tab", name=tab).click()
-        check(tab)
+    page.get_by_role("tab", name="Classes of your own").click()
+    page.get_by_role("button", name="Use sample piles").click()
+    expect(page.get_by_role("button", name="Remove brick-1.jpg")).to_be_visible()
+    check("Classes of your own")
+    page.get_by_role("tab", name="Search").click()
+    page.get_by_label("Collection", exact=True).fill(f"axe-{look}")
+    drop(page, page.locator("#collection .drop").first, folder)
+    expect(page.locator("#indexed")).to_contain_text(f"4 photos in axe-{look}")
+    page.get_by_label("Search in").select_option("folder")
+    page.get_by_label("Photo to search by").set_input_files(folder / "coffee.jpg")
+    expect(page.locator("#hits img")).to_have_count(4)
+    check("Search")
+    page.get_by_role("tab", name="Models").click()
+    check("Models")
     assert found == []

@@ -63,6 +63,7 @@ class AsyncClient:
     add_images = _method(calls.add_images)
     add_folder = _method(calls.add_folder)
     delete_image = _method(calls.delete_image)
+    delete_images = _method(calls.delete_images)
     search = _method(calls.search)
 
     async def request(self, method: str, path: str, **arguments: Any) -> Any:

@@ -4,6 +4,7 @@ Nothing here waits. `Client` and `AsyncClient` make methods of these functions; 
 a request is their own.
 """
 
+import base64
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,8 +143,13 @@ def add_images(
     *,
     ids: Sequence[str] | None = None,
     metadata: Sequence[Mapping[str, Scalar]] | None = None,
+    thumbnail: Callable[[Image], bytes | None] | None = None,
 ) -> Call[list[Entry]]:
     """Add images to a collection: `{"id"}` or `{"error"}` for each.
+
+    Args:
+        thumbnail: makes a small JPEG, PNG or WebP of an image, which searches return; None for one
+            without. It is called for each image when that is sent.
 
     Raises:
         ValueError: not as many `ids` or `metadata` as images.
@@ -163,7 +169,15 @@ def add_images(
     ]
 
     def body(batch: Sequence[tuple[Image, dict[str, Any]]]) -> dict[str, Any]:
-        return {"json": {"images": [encode_image(image) | others for image, others in batch]}}
+        return {
+            "json": {
+                "images": [encode_image(image) | others | small(image) for image, others in batch]
+            }
+        }
+
+    def small(image: Image) -> dict[str, str]:
+        made = None if thumbnail is None else thumbnail(image)
+        return {} if made is None else {"thumbnail": base64.b64encode(made).decode()}
 
     path = f"{_collection(collection)}/images"
     return _batched(path, items, body, lambda item: _image_size(item[0]))
@@ -202,6 +216,18 @@ def delete_image(collection: str, image: str) -> Call[None]:
     return Call(method="DELETE", path=path, read=_first)
 
 
+def delete_images(collection: str, ids: Sequence[str]) -> Call[int]:
+    """Delete up to 1000 images from a collection by their ids; how many of them were there."""
+    content = {"json": {"ids": list(ids)}}
+    path = f"{_collection(collection)}/images/delete"
+    return Call(
+        method="POST",
+        path=path,
+        body=lambda _: content,
+        read=lambda answers: answers[0]["deleted"],
+    )
+
+
 def search(
     collection: str,
     *,
@@ -210,15 +236,18 @@ def search(
     vector: Sequence[float] | None = None,
     k: int = 10,
     where: Mapping[str, Scalar] | None = None,
+    thumbnails: bool | None = None,
 ) -> Call[list[dict[str, Any]]]:
     """The images nearest to an image, a text or a vector, best first:
-    `{"id", "score", "metadata"}` each. `where` holds values that their metadata must have."""
+    `{"id", "score", "metadata"}` each, and with `thumbnails` base64 text in `"thumbnail"`, or None.
+    `where` holds values that their metadata must have."""
 
     def body(_: Sequence[Any]) -> dict[str, Any]:
         query = given(
             image=None if image is None else encode_image(image),
             text=text,
             vector=None if vector is None else list(vector),
+            thumbnails=thumbnails,
         )
         return {"json": {"k": k, "filter": dict(where or {}), **query}}
 

@@ -75,6 +75,7 @@ class Client:
     add_images = _method(calls.add_images)
     add_folder = _method(calls.add_folder)
     delete_image = _method(calls.delete_image)
+    delete_images = _method(calls.delete_images)
     search = _method(calls.search)
 
     def request(self, method: str, path: str, **arguments: Any) -> Any:

@@ -15,6 +15,7 @@ from vitrail_client import Client, VitrailError
 from vitrail_client.call import INPUT_STATUSES
 from vitrail_client.protocol import DEFAULT_URL
 
+DELETED = 1000  # images that one request deletes
 # What an image's metadata is compared with, by its id.
 Known = dict[str, dict[str, Any]]
 Show = Callable[[int, int | None], None]
@@ -50,6 +51,9 @@ def index(
     delete: Annotated[
         bool, typer.Option("--delete", help="Delete the images of these folders that are gone.")
     ] = False,
+    thumbnails: Annotated[
+        bool, typer.Option(help="Store small pictures, which the page shows beside its hits.")
+    ] = True,
     on_server: Annotated[
         bool,
         typer.Option("--on-server", help="The folders are the server's (VITRAIL_IMAGE_FOLDERS)."),
@@ -78,20 +82,21 @@ def index(
             if on_server:
                 outcome = _add_server_folders(client, collection, paths, show)
             else:
-                outcome = _add_files(client, collection, paths, known)
+                outcome = _add_files(client, collection, paths, known, thumbnails=thumbnails)
             if not outcome.ids:
                 errors.print("no image among the given paths")
                 raise typer.Exit(1)
             gone = list(_gone(known, paths, outcome)) if delete else []
             gone = [image for image in gone if on_server or _is_missing(image)]
-            for place, image in enumerate(gone):
-                client.delete_image(collection, image)
-                show(place + 1, len(gone))
+            deleted = 0
+            for start in range(0, len(gone), DELETED):
+                deleted += client.delete_images(collection, gone[start : start + DELETED])
+                show(deleted, len(gone))
             count = client.collection(collection)["images"]
     for name, detail in outcome.failed.items():
         errors.print(f"{name}: {detail}", markup=False, highlight=False)
     counts = [f"{outcome.added} images added", f"{outcome.unchanged} unchanged"]
-    counts += [f"{len(gone)} deleted"] if delete else []
+    counts += [f"{deleted} deleted"] if delete else []
     errors.print(f"{', '.join(counts)}, {count} in {collection}", highlight=False)
     if outcome.failed:
         raise typer.Exit(1)
@@ -123,8 +128,12 @@ def _known(client: Client, collection: str) -> Known:
             return known
 
 
-def _add_files(client: Client, collection: str, paths: list[Path], known: Known) -> Outcome:
+def _add_files(
+    client: Client, collection: str, paths: list[Path], known: Known, *, thumbnails: bool
+) -> Outcome:
     """Send the files that are new or changed."""
+    from service.cli.thumbnails import make_thumbnail
+
     outcome = Outcome()
     new: list[ImageFile] = []
     for path in expand(paths):
@@ -147,6 +156,7 @@ def _add_files(client: Client, collection: str, paths: list[Path], known: Known)
             [file.path for file in new],
             ids=[file.path for file in new],
             metadata=[file.metadata for file in new],
+            thumbnail=make_thumbnail if thumbnails else None,
         )
     except VitrailError as error:
         if len(new) != 1 or error.status not in INPUT_STATUSES:

@@ -18,7 +18,10 @@ MAX_ID = 512
 MAX_FIELDS = 32
 MAX_FIELD_NAME = 64
 MAX_TEXT = 1024
+MAX_THUMBNAIL = 16 * 1024
 
+# How a thumbnail's bytes begin: JPEG, PNG, WebP.
+_THUMBNAIL = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|RIFF.{4}WEBP", re.DOTALL)
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 # A value of a metadata field. No lists or objects, so that a filter means the same in every store.
@@ -43,20 +46,24 @@ class Collection:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """An image: its id, its (D,) float32 embedding of unit length, and its metadata."""
+    """An image: its id, its (D,) float32 embedding of unit length, its metadata, and a small JPEG,
+    PNG or WebP to show it by."""
 
     id: str
     embedding: np.ndarray
     metadata: Metadata = field(default_factory=dict)
+    thumbnail: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """An image that was found; `score` is the cosine similarity."""
+    """An image that was found; `score` is the cosine similarity. `thumbnail` is None if the image
+    has none, or it was not asked for."""
 
     id: str
     score: float
     metadata: Metadata
+    thumbnail: bytes | None = None
 
 
 class VectorStore(Protocol):
@@ -80,8 +87,8 @@ class VectorStore(Protocol):
     async def add(self, name: str, items: Sequence[Item]) -> None:
         """Add images, whose ids differ; one with an id that is there replaces the other."""
 
-    async def remove(self, name: str, image: str) -> bool:
-        """Delete an image; False if there is none with that id."""
+    async def remove(self, name: str, images: Sequence[str]) -> int:
+        """Delete images by their ids; the number of those that were there."""
 
     async def images(self, name: str, after: str, count: int) -> Mapping[str, Metadata]:
         """The metadata of the first `count` images whose ids come after `after`, by id. The order
@@ -91,12 +98,19 @@ class VectorStore(Protocol):
         """The metadata of those of these images that are there, by id."""
 
     async def search(
-        self, name: str, query: np.ndarray, count: int, where: Metadata
+        self,
+        name: str,
+        query: np.ndarray,
+        count: int,
+        where: Metadata,
+        *,
+        thumbnails: bool = False,
     ) -> Sequence[Hit]:
         """The nearest images whose metadata has all values of `where`, best first.
 
         Args:
             query: (D,) float32 of unit length.
+            thumbnails: return the images' thumbnails, too.
         """
 
     async def close(self) -> None:
@@ -139,6 +153,20 @@ def check_new_id(value: object) -> str:
     if not {".", ".."}.isdisjoint(name.split("/")):
         raise InvalidInputError("an id has no part . or .. between slashes", field="id")
     return name
+
+
+def check_thumbnail(content: bytes) -> bytes:
+    """An image's thumbnail from a request. It is kept as it is and not decoded.
+
+    Raises:
+        InvalidInputError: it is too large, or in another format.
+    """
+    if len(content) > MAX_THUMBNAIL or not _THUMBNAIL.match(content):
+        raise InvalidInputError(
+            f"a thumbnail is a JPEG, PNG or WebP of at most {MAX_THUMBNAIL} bytes",
+            field="thumbnail",
+        )
+    return content
 
 
 def check_metadata(value: object, name: str = "metadata") -> dict[str, Scalar]:

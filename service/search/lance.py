@@ -26,6 +26,7 @@ from service.search.collection import Collection, Hit, Item, Metadata, canonical
 logger = logging.getLogger(__name__)
 
 KEY = b"vitrail"
+THUMBNAIL = "thumbnail"  # a column that the tables of older versions do not have
 BY_ID = ColumnOrdering(column_name="id")
 # From so many images on, an index finds them; below, every vector is compared.
 INDEXED_FROM = 50_000
@@ -96,12 +97,12 @@ class LanceStore:
             await merge.execute(rows)
         self._written(name)
 
-    async def remove(self, name: str, image: str) -> bool:
+    async def remove(self, name: str, images: Sequence[str]) -> int:
         table = await self._table(name)
         with _disk_errors():
-            result = await table.delete(f"id = {_quoted(image)}")
+            result = await table.delete(_id_in(images))
         self._written(name)
-        return bool(result.num_deleted_rows)
+        return int(result.num_deleted_rows)
 
     async def images(self, name: str, after: str, count: int) -> Mapping[str, Metadata]:
         table = await self._table(name)
@@ -112,22 +113,33 @@ class LanceStore:
         if not ids:
             return {}
         table = await self._table(name)
-        quoted = ", ".join(map(_quoted, ids))
-        query = table.query().select(["id", "metadata"]).where(f"id IN ({quoted})")
-        return await _metadata(query)
+        return await _metadata(table.query().select(["id", "metadata"]).where(_id_in(ids)))
 
     async def search(
-        self, name: str, query: np.ndarray, count: int, where: Metadata
+        self,
+        name: str,
+        query: np.ndarray,
+        count: int,
+        where: Metadata,
+        *,
+        thumbnails: bool = False,
     ) -> Sequence[Hit]:
         table = await self._table(name)
+        thumbnails = thumbnails and THUMBNAIL in (await table.schema()).names
         search = table.query().nearest_to(query).distance_type("cosine").limit(count)
         search = search.nprobes(PROBES).refine_factor(REFINE)
-        search = search.select(["id", "metadata", "_distance"])
+        columns = ["id", "metadata", "_distance", *([THUMBNAIL] if thumbnails else [])]
+        search = search.select(columns)
         if where:
             tags = ", ".join(map(_quoted, _tags(where)))
             search = search.where(f"array_has_all(tags, [{tags}])")
         return [
-            Hit(row["id"], 1 - row["_distance"], json.loads(row["metadata"]))
+            Hit(
+                row["id"],
+                1 - row["_distance"],
+                json.loads(row["metadata"]),
+                row.get(THUMBNAIL),
+            )
             for row in await search.to_list()
         ]
 
@@ -204,6 +216,7 @@ def _schema(collection: Collection) -> pa.Schema:
         pa.field("vector", pa.list_(pa.float32(), collection.dimensions)),
         pa.field("metadata", pa.string()),
         pa.field("tags", pa.list_(pa.string())),
+        pa.field(THUMBNAIL, pa.binary()),
     ]
     return pa.schema(fields, metadata={KEY: json.dumps(asdict(collection)).encode()})
 
@@ -224,13 +237,18 @@ def _rows(items: Sequence[Item], schema: pa.Schema) -> pa.Table:
         "vector": pa.FixedSizeListArray.from_arrays(flat, schema.field("vector").type.list_size),
         "metadata": [json.dumps(dict(item.metadata)) for item in items],
         "tags": [_tags(item.metadata) for item in items],
+        THUMBNAIL: [item.thumbnail for item in items],
     }
-    return pa.table(columns, schema=schema)
+    return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
 
 def _tags(metadata: Metadata) -> list[str]:
     """Each field with its value, as one text that a filter can look for."""
     return [f"{canonical(name)}:{canonical(value)}" for name, value in metadata.items()]
+
+
+def _id_in(ids: Sequence[str]) -> str:
+    return f"id IN ({', '.join(map(_quoted, ids))})"
 
 
 def _quoted(text: str) -> str:

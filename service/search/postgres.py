@@ -52,6 +52,7 @@ class PostgresStore:
             async with pool.connection() as connection:
                 await connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
                 await connection.execute(_SETUP)
+                await _add_thumbnails(connection)
         except Exception as error:
             await pool.close()
             raise UnavailableError(f"the collections' database: {error}") from error
@@ -72,7 +73,7 @@ class PostgresStore:
             await connection.execute(
                 sql.SQL(
                     "CREATE TABLE {} (id text PRIMARY KEY, embedding vector({}) NOT NULL, "
-                    "metadata jsonb NOT NULL)"
+                    "metadata jsonb NOT NULL, thumbnail bytea)"
                 ).format(table, size)
             )
             await connection.execute(
@@ -119,10 +120,14 @@ class PostgresStore:
 
     async def add(self, name: str, items: Sequence[Item]) -> None:
         statement = sql.SQL(
-            "INSERT INTO {} VALUES (%s, %s::vector, %s) ON CONFLICT (id) DO UPDATE "
-            "SET embedding = excluded.embedding, metadata = excluded.metadata"
+            "INSERT INTO {} (id, embedding, metadata, thumbnail) VALUES (%s, %s::vector, %s, %s) "
+            "ON CONFLICT (id) DO UPDATE SET embedding = excluded.embedding, "
+            "metadata = excluded.metadata, thumbnail = excluded.thumbnail"
         ).format(_table(name))
-        rows = [(item.id, _text(item.embedding), Jsonb(dict(item.metadata))) for item in items]
+        rows = [
+            (item.id, _text(item.embedding), Jsonb(dict(item.metadata)), item.thumbnail)
+            for item in items
+        ]
         # in one order, so that two requests with the same ids do not lock each other out
         rows.sort(key=lambda row: str(row[0]))
         try:
@@ -131,11 +136,11 @@ class PostgresStore:
         except errors.UndefinedTable as error:
             raise _missing(name) from error
 
-    async def remove(self, name: str, image: str) -> bool:
-        statement = sql.SQL("DELETE FROM {} WHERE id = %s").format(_table(name))
+    async def remove(self, name: str, images: Sequence[str]) -> int:
+        statement = sql.SQL("DELETE FROM {} WHERE id = ANY(%s)").format(_table(name))
         try:
             async with self._pool.connection() as connection:
-                return bool((await connection.execute(statement, (image,))).rowcount)
+                return (await connection.execute(statement, (list(images),))).rowcount
         except errors.UndefinedTable as error:
             raise _missing(name) from error
 
@@ -156,12 +161,19 @@ class PostgresStore:
             raise _missing(name) from error
 
     async def search(
-        self, name: str, query: np.ndarray, count: int, where: Metadata
+        self,
+        name: str,
+        query: np.ndarray,
+        count: int,
+        where: Metadata,
+        *,
+        thumbnails: bool = False,
     ) -> Sequence[Hit]:
+        thumbnail = sql.SQL("thumbnail" if thumbnails else "NULL")
         statement = sql.SQL(
-            "SELECT id, 1 - (embedding <=> %(query)s::vector), metadata FROM {} "
+            "SELECT id, 1 - (embedding <=> %(query)s::vector), metadata, {} FROM {} "
             "WHERE metadata @> %(where)s ORDER BY embedding <=> %(query)s::vector LIMIT %(count)s"
-        ).format(_table(name))
+        ).format(thumbnail, _table(name))
         values = {"query": _text(query), "where": Jsonb(dict(where)), "count": count}
         try:
             async with self._pool.connection() as connection:
@@ -175,6 +187,14 @@ class PostgresStore:
 
     async def close(self) -> None:
         await self._pool.close()
+
+
+async def _add_thumbnails(connection: AsyncConnection[Any]) -> None:
+    """Give the tables of older versions the column that they lack."""
+    found = await connection.execute("SELECT name FROM vitrail_collections")
+    for (name,) in await found.fetchall():
+        statement = sql.SQL("ALTER TABLE {} ADD COLUMN IF NOT EXISTS thumbnail bytea")
+        await connection.execute(statement.format(_table(name)))
 
 
 def _table(name: str) -> sql.Identifier:

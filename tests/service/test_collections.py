@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import errno
+import io
 import json
 import os
 import resource
@@ -18,7 +19,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
+from service.cli import app
 from service.cli.collections import Outcome, _add_server_folders, _gone, _is_missing
 from service.errors import InsufficientStorageError, InvalidInputError, NotFoundError
 from service.gateway.collections.folder import _read
@@ -195,6 +198,12 @@ def test_an_image_is_replaced_and_deleted_by_its_id(
     problem(server.client.delete(f"{images}/%2e%2e"), 404)  # older versions took such ids
     assert server.client.get(images, params={"after": ".."}).status_code == 200
     assert server.client.get(photos_collection).json()["images"] == 3
+    several = {"ids": ["coffee", "rocket", "astronaut", "it's none"]}
+    assert server.client.post(f"{images}/delete", json=several).json() == {"deleted": 2}
+    assert server.client.get(photos_collection).json()["images"] == 1
+    for ids in ([], ["a\0"], ["a"] * 1001, "chelsea"):
+        problem(server.client.post(f"{images}/delete", json={"ids": ids}), 422)
+    problem(server.client.post("/collections/none/images/delete", json=several), 404)
 
 
 def test_images_are_added_in_each_form_and_without_ids(
@@ -214,6 +223,30 @@ def test_images_are_added_in_each_form_and_without_ids(
         h["id"] for h in hits(server.client.post(f"{photos_collection}/search", json=query))
     ] == ["2"]
     assert server.client.delete(f"{images}/in/a folder/1.jpg").status_code == 204
+
+
+def test_thumbnails_are_kept_and_returned_to_those_who_ask(
+    server: Running, photos_collection: str, jpegs: dict[str, bytes], tmp_path: Path
+) -> None:
+    search = f"{photos_collection}/search"
+    (tmp_path / "coffee.jpg").write_bytes(jpegs["coffee"])
+    index = ["index", str(tmp_path), "--collection", "photos", "--url", server.url]
+    done = CliRunner().invoke(app, index)
+    assert done.exit_code == 0, done.output
+    query = {"image": entry(jpegs["coffee"]), "k": 5}
+    [first, *_] = hits(server.client.post(search, json=query))
+    assert "thumbnail" not in first
+    found = hits(server.client.post(search, json={**query, "thumbnails": True}))
+    shown = {hit["id"]: hit["thumbnail"] for hit in found}
+    small = base64.b64decode(shown.pop(str(tmp_path / "coffee.jpg")))
+    with Image.open(io.BytesIO(small)) as thumbnail:
+        assert thumbnail.format == "WEBP"
+        assert max(thumbnail.size) == 192
+    assert set(shown.values()) == {None}  # those without any
+    problem(server.client.post(search, json={**query, "thumbnails": True, "k": 101}), 422)
+    for wrong in ("x", base64.b64encode(b"<svg/>").decode(), 1, "/9j/" * 10_000):
+        added = {"images": [entry(jpegs["coffee"], id="a", thumbnail=wrong)]}
+        problem(server.client.post(f"{photos_collection}/images", json=added), 422)
 
 
 def test_lines_of_ndjson_fail_alone(

@@ -205,6 +205,10 @@ def test_wrong_parameters_are_named(tiny: Running, jpegs: dict[str, bytes]) -> N
     ):
         body = problem(tiny.client.post(path, content=photo), 422)
         assert field in [error["field"] for error in body["errors"]], path
+    mistyped = problem(tiny.client.post("/classify?topk=3", content=photo), 422)
+    assert mistyped["detail"] == "topk: no such parameter; did you mean top_k?"
+    unlabelled = problem(tiny.client.post("/classify", data={'{"top_k": 3}': ""}), 422)
+    assert "Content-Type: application/json" in unlabelled["detail"]
 
 
 def test_unknown_models_routes_and_methods(tiny: Running, jpegs: dict[str, bytes]) -> None:

@@ -52,6 +52,14 @@ def test_a_warning_is_written_at_once_with_the_lines_before_it() -> None:
     assert messages == ["before", "warning"]
 
 
+def test_a_person_reads_the_status_and_the_time_that_a_line_has() -> None:
+    access, audit = record(logging.INFO, "GET /models"), record(logging.INFO, "POST /heads")
+    access.__dict__ |= {"status": 200, "duration_s": 0.0123}
+    audit.__dict__ |= {"status": 202}
+    assert TerminalFormatter().format(access).endswith("  GET /models  200  0.012 s")
+    assert TerminalFormatter().format(audit).endswith("  POST /heads  202")
+
+
 def test_lines_are_written_before_the_process_ends() -> None:
     program = (
         "import logging; from service.logs import configure_logs; configure_logs('info');"

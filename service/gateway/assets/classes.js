@@ -54,7 +54,7 @@ async function addSamplePiles() {
 /** The photos of a pile; a click removes one. */
 function showPile(pile, shown) {
   const own = contents.get(pile);
-  shown.replaceChildren(own.length ? "" : "Drop photos here.");
+  shown.replaceChildren(...(own.length ? [] : [make("p", "Drop photos here.")]));
   for (const file of own) {
     const title = `Remove ${file.name}`, button = make("button", "", shown, { type: "button", title, className: "photo" });
     picture(file, title, button);
@@ -66,6 +66,9 @@ function showPile(pile, shown) {
 }
 
 async function fit() {
+  const full = [...contents.values()].filter((own) => own.length).length;
+  if (full < 2)
+    return showError(new Error("Two classes or more need photos. Drop some on their piles, or use the sample piles."), fitted);
   const name = form.elements.name.value, body = new FormData();
   const fields = Object.entries({ name, trunk: form.trunk.value, kind: form.kind.value, replace: true });
   const files = [...contents.values()].flat();

@@ -1,14 +1,18 @@
 // The tab that adds photos to a collection and searches them.
-import { address, SAMPLES, sampleFile, showSamples, TEXTURES } from "./samples.js";
+import { decode, photoCanvas } from "./canvas.js";
+import { SAMPLES, sampleFile, showSamples, TEXTURES } from "./samples.js";
 import { fill, make, picture, server, showError, takeFiles, takePasted } from "./shared.js";
 import { SHOWN_FILES, showSnippets } from "./snippets.js";
 
 const about = document.getElementById("collection"), query = document.getElementById("query");
 const indexed = document.getElementById("indexed"), hits = document.getElementById("hits");
-// The server keeps embeddings alone, so that photos other than samples are shown as long as the page is open.
-const photos = new Map();
 const HITS = 12;
 const ALL = [...SAMPLES, ...TEXTURES];
+const SIDE = 192, QUALITY = 0.7, MAX_THUMBNAIL = 16384; // pixels of a thumbnail, and the server's limit in bytes
+const LOOKED_AT = 1000; // images whose metadata the filter suggests
+const OF_FILES = ["size", "modified_ms"]; // metadata of `vitrail index` that nobody looks for
+let last = null; // what was looked for
+let fields = new Map(); // of the collection's metadata, each with its values by their text
 
 export async function show() {
   try {
@@ -36,20 +40,57 @@ async function showCollections() {
   const others = found.filter((each) => each !== chosen).map((each) => each.name);
   indexed.textContent = chosen ? `${chosen.images} photos in ${name}.` : `There is no collection ${name} yet.`;
   if (others.length) indexed.append(` Other collections: ${others.join(", ")}.`);
+  showFilter(chosen ? (await server().images(name, { limit: LOOKED_AT })).images : []);
 }
 
-async function add(files, metadata = () => ({})) {
+/** The fields by which the images differ, and their values as suggestions. */
+function showFilter(images) {
+  fields = new Map();
+  for (const { metadata } of images)
+    for (const [field, value] of Object.entries(metadata))
+      if (!OF_FILES.includes(field)) fields.set(field, (fields.get(field) ?? new Map()).set(String(value), value));
+  query.field.closest("label").hidden = !fields.size;
+  fill(query.field, [["everything", ""], ...[...fields.keys()].map((field) => [field, field])]);
+  showValues();
+}
+
+function showValues() {
+  const values = fields.get(query.field.value);
+  query.value.hidden = !values;
+  document.getElementById("values").replaceChildren(...[...(values?.keys() ?? [])].sort().map((value) => new Option(value)));
+}
+
+/** The filter of a search. A value that no image of those looked at has is a text. */
+function filter() {
+  const field = query.field.value, value = query.value.value;
+  if (!field || !value) return {};
+  return { filter: { [field]: fields.get(field).has(value) ? fields.get(field).get(value) : value } };
+}
+
+/** A small JPEG that the server keeps to show a photo by; none of what this browser cannot read. */
+async function thumbnail(file) {
+  const photo = await decode(file);
+  if (!photo) return undefined;
+  const { canvas } = photoCanvas(photo, photo.width, photo.height, SIDE * Math.min(1, photo.width / photo.height), null);
+  photo.close();
+  const small = await new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", QUALITY));
+  return small.size <= MAX_THUMBNAIL ? small : undefined;
+}
+
+async function add(files) {
   files = files.filter((file) => file.type.startsWith("image/")); // a folder holds others, too
   if (!files.length) return showError(new Error("No images among these."), indexed);
   const name = about.elements.name.value, client = server();
   client.progress = (done, all) => (indexed.textContent = `${done} of ${all} photos`);
   try {
     await client.createCollection(name, { model: about.model.value });
-    const items = files.map((file) => ({
-      image: file, id: file.path ?? (file.webkitRelativePath || file.name), metadata: metadata(file),
-    }));
+    const items = [];
+    for (const file of files) {
+      const id = file.path ?? (file.webkitRelativePath || file.name), folder = id.split("/").at(-2);
+      const small = about.elements.thumbnails.checked ? await thumbnail(file) : undefined;
+      items.push({ image: file, id, metadata: folder ? { folder } : {}, thumbnail: small });
+    }
     const results = await client.addImages(name, items);
-    for (const [place, { id }] of results.entries()) if (id) photos.set(`${name}/${id}`, files[place]);
     const failed = results.filter((result) => result.error).length;
     showAdding(name, items);
     await showCollections();
@@ -71,17 +112,22 @@ async function remove() {
   }
 }
 
+/** Repeat the search with what the filter is now. */
+function again() {
+  if (last) find(last);
+}
+
 async function find(what) {
-  const name = about.elements.name.value;
+  const name = about.elements.name.value, asked = { ...what, ...filter(), k: HITS };
+  last = what;
   try {
-    const found = await server().search(name, { ...what, k: HITS });
-    showSearch(name, what);
+    const found = await server().search(name, { ...asked, thumbnails: true });
+    showSearch(name, asked);
     hits.replaceChildren();
-    if (!found.length) make("p", `${name} is empty.`, hits);
-    for (const { id, score, metadata } of found) {
+    if (!found.length) make("p", asked.filter ? "No photo has that." : `${name} is empty.`, hits);
+    for (const { id, score, thumbnail } of found) {
       const figure = make("figure", "", hits);
-      const photo = photos.get(`${name}/${id}`) ?? (ALL.includes(metadata.sample) && address(metadata.sample));
-      if (photo) picture(photo, id, figure);
+      if (thumbnail) picture(`data:image/jpeg;base64,${thumbnail}`, id, figure);
       make("figcaption", `${id} ${score.toFixed(3)}`, figure);
     }
   } catch (error) {
@@ -95,11 +141,12 @@ function showAdding(name, items) {
   showRequest(name, "images", { fields, files }, "addImages", "[{ image: file, id: file.name }]");
 }
 
-function showSearch(name, { image, ...query }) {
-  const given = { ...query, k: HITS };
-  if (!image) return showRequest(name, "search", { json: given }, "search", JSON.stringify(given));
-  const sent = { fields: Object.entries(given), files: [["image", image.name]] };
-  showRequest(name, "search", sent, "search", `{ image: file, k: ${HITS} }`);
+function showSearch(name, { image, ...given }) {
+  const argument = JSON.stringify(given);
+  if (!image) return showRequest(name, "search", { json: given }, "search", argument);
+  const fields = Object.entries(given).map(([field, value]) => [field, field === "filter" ? JSON.stringify(value) : value]);
+  const sent = { fields, files: [["image", image.name]] };
+  showRequest(name, "search", sent, "search", `{ image: file, ${argument.slice(1, -1)} }`);
 }
 
 function showRequest(name, route, sent, method, argument) {
@@ -112,10 +159,16 @@ for (const element of query.querySelectorAll(".drop")) takeFiles(element, ([imag
 takePasted(document.getElementById("search"), ([image]) => find({ image }));
 showSamples(query.querySelector(".strip"), ([image]) => find({ image }));
 document.getElementById("index-samples").addEventListener("click", async () =>
-  add(await Promise.all(ALL.map(sampleFile)), (file) => ({ sample: file.name.replace(".jpg", "") })));
+  add(await Promise.all(ALL.map(sampleFile))));
 about.elements.remove.addEventListener("click", remove);
 about.elements.name.addEventListener("change", show);
 about.addEventListener("submit", (event) => event.preventDefault());
+query.field.addEventListener("change", () => {
+  query.value.value = "";
+  showValues();
+  if (!query.field.value) again();
+});
+query.value.addEventListener("change", again);
 query.addEventListener("submit", (event) => {
   event.preventDefault();
   if (query.text.value.trim()) find({ text: query.text.value.trim() });

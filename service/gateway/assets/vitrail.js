@@ -107,11 +107,14 @@ export class Vitrail {
   /**
    * Add images to a collection: `{ id }` or `{ error }` for each.
    * @param {string} collection
-   * @param {{ image: Blob | ArrayBuffer | Uint8Array, id?: string, metadata?: object }[]} items
+   * @param {{ image: Blob | ArrayBuffer | Uint8Array, id?: string, metadata?: object,
+   *           thumbnail?: Blob }[]} items `thumbnail` is a small JPEG, PNG or WebP, which searches return
    */
   async addImages(collection, items) {
     return this.#all(`${collectionPath(collection)}/images`, items, async (batch) => {
-      const images = batch.map(async ({ image, ...others }) => ({ base64: await base64(image), ...others }));
+      const images = batch.map(async ({ image, thumbnail, ...others }) => ({
+        base64: await base64(image), ...(thumbnail && { thumbnail: await base64(thumbnail) }), ...others,
+      }));
       return json({ images: await Promise.all(images) });
     });
   }
@@ -143,10 +146,17 @@ export class Vitrail {
     return this.send("DELETE", `${collectionPath(collection)}/images/${path}`);
   }
 
+  /** Delete up to 1000 images from a collection by their ids; how many of them were there. */
+  async deleteImages(collection, ids) {
+    return (await this.send("POST", `${collectionPath(collection)}/images/delete`, json({ ids }))).deleted;
+  }
+
   /**
-   * The images nearest to `image`, `text` or `vector`, best first: `{ id, score, metadata }` each.
+   * The images nearest to `image`, `text` or `vector`, best first: `{ id, score, metadata }` each,
+   * and with `thumbnails` base64 text in `thumbnail`, or null.
    * @param {string} collection
-   * @param {{ image?: Blob, text?: string, vector?: number[], k?: number, filter?: object }} query
+   * @param {{ image?: Blob, text?: string, vector?: number[], k?: number, filter?: object,
+   *           thumbnails?: boolean }} query
    */
   async search(collection, { image, ...query }) {
     if (image) query.image = { base64: await base64(image) };

@@ -26,18 +26,21 @@ from service.gateway.rest.body import MAX_FIELDS, collect, load_image, parse_for
 from service.gateway.rest.content import read_body
 from service.limits import check_input_count
 from service.parameters import validate
-from service.payloads import check_json, parse_json, parse_json_object
+from service.payloads import check_json, decode_base64, parse_json, parse_json_object
 from service.search.collection import (
     MAX_HITS,
     MAX_ID,
+    MAX_THUMBNAIL,
     Metadata,
     check_id,
     check_metadata,
     check_new_id,
+    check_thumbnail,
 )
 
 MAX_LINES = 10_000
 MAX_LISTED = 1000
+MAX_SHOWN = 100
 
 JSON, FORM = "application/json", "multipart/form-data"
 
@@ -72,6 +75,14 @@ class ListParameters(BaseModel):
     limit: int = Field(MAX_LISTED, ge=1, le=MAX_LISTED, description="Most images.")
 
 
+class DeletionParameters(BaseModel):
+    """The body of `POST /collections/{name}/images/delete`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ids: list[str] = Field(min_length=1, max_length=MAX_LISTED, description="Those to delete.")
+
+
 class QueryParameters(BaseModel):
     """A search: one of `text`, `vector` and `image`, unless an image comes in another form."""
 
@@ -82,6 +93,9 @@ class QueryParameters(BaseModel):
     image: dict[str, str] | None = Field(None, description='`{"base64"}` or `{"url"}`.')
     k: int = Field(10, ge=1, le=MAX_HITS, description="Most hits.")
     filter: dict[str, Any] = Field({}, description="Values that the hits' metadata has.")
+    thumbnails: bool = Field(
+        False, description=f"Return the hits' thumbnails as base64; for a `k` up to {MAX_SHOWN}."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +105,7 @@ class Entry:
     id: str
     image: bytes | ServiceError
     metadata: Metadata
+    thumbnail: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +115,7 @@ class Query:
     by: bytes | str | np.ndarray
     count: int
     where: Metadata
+    thumbnails: bool
 
 
 def read_list(request: Request) -> ListParameters:
@@ -186,7 +202,9 @@ async def read_query(request: Request) -> Query:
     if len(queries) != 1:
         raise InvalidInputError("send one image, one text or one vector", field="image")
     where = check_metadata(parameters.filter, "filter")
-    return Query(queries[0], parameters.k, where)
+    if parameters.thumbnails and parameters.k > MAX_SHOWN:
+        raise InvalidInputError(f"with thumbnails k is at most {MAX_SHOWN}", field="k")
+    return Query(queries[0], parameters.k, where, parameters.thumbnails)
 
 
 def _media_type(request: Request) -> str:
@@ -257,7 +275,8 @@ def _fetch(request: Request) -> Fetch:
 
 
 async def _entries_of_json(request: Request, items: Sequence[Any]) -> list[Entry]:
-    """Objects of an image with `id` and `metadata`. A wrong one does not fail the others."""
+    """Objects of an image with `id`, `metadata` and `thumbnail`. A wrong one does not fail the
+    others."""
     fetch = _fetch(request)
 
     async def entry(item: Any) -> Entry:
@@ -265,12 +284,15 @@ async def _entries_of_json(request: Request, items: Sequence[Any]) -> list[Entry
             return Entry("", InvalidInputError("not a JSON object", field="images"), {})
         parts = dict(item)
         name, metadata = parts.pop("id", None), parts.pop("metadata", {})
-        return _entry(await load_image(parts, fetch), name, metadata)
+        thumbnail = parts.pop("thumbnail", None)
+        return _entry(await load_image(parts, fetch), name, metadata, thumbnail)
 
     return list(await asyncio.gather(*map(entry, items)))
 
 
-def _entry(image: bytes | ServiceError, name: object, metadata: object) -> Entry:
+def _entry(
+    image: bytes | ServiceError, name: object, metadata: object, thumbnail: object = None
+) -> Entry:
     """An image to add; without an id it has one made from its content."""
     try:
         if name is None and isinstance(image, bytes):
@@ -278,9 +300,24 @@ def _entry(image: bytes | ServiceError, name: object, metadata: object) -> Entry
         checked = check_metadata(metadata)
         if isinstance(image, ServiceError):
             return Entry(name if isinstance(name, str) else "", image, {})
-        return Entry(check_new_id(name), image, checked)
+        return Entry(check_new_id(name), image, checked, _thumbnail(thumbnail))
     except ServiceError as error:
         return Entry("", error, {})
+
+
+def _thumbnail(value: object) -> bytes | None:
+    """A thumbnail of base64 text; None without any.
+
+    Raises:
+        InvalidInputError: it is not one.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, str) or len(value) > 2 * MAX_THUMBNAIL:
+        raise InvalidInputError(
+            f"a thumbnail is base64 text of at most {MAX_THUMBNAIL} bytes", field="thumbnail"
+        )
+    return check_thumbnail(decode_base64(value, "thumbnail"))
 
 
 def _parsed(text: str, name: str = "metadata") -> Any:

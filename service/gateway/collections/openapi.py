@@ -6,6 +6,7 @@ from service.gateway.collections.bodies import (
     FORM,
     JSON,
     CollectionParameters,
+    DeletionParameters,
     FolderParameters,
     ListParameters,
     QueryParameters,
@@ -13,6 +14,7 @@ from service.gateway.collections.bodies import (
 from service.gateway.entrance import NDJSON
 from service.gateway.rest.examples import PHOTO, json_body
 from service.gateway.rest.openapi import query_parameters
+from service.search.collection import MAX_THUMBNAIL
 
 _BINARY: dict[str, Any] = {"type": "string", "format": "binary"}
 _METADATA: dict[str, Any] = {"type": "object", "additionalProperties": True}
@@ -23,6 +25,10 @@ _ENTRY: dict[str, Any] = {
         "url": {"type": "string"},
         "id": {"type": "string"},
         "metadata": _METADATA,
+        "thumbnail": {
+            "type": "string",
+            "description": f"Base64 of a JPEG, PNG or WebP of at most {MAX_THUMBNAIL} bytes.",
+        },
     },
 }
 _ENTRIES: dict[str, Any] = {
@@ -47,6 +53,7 @@ def _body(example: dict[str, Any], **schemas: dict[str, Any]) -> dict[str, Any]:
 
 
 CREATE = json_body({"model": "lite0-minilm"}, CollectionParameters.model_json_schema())
+DELETE = json_body({"ids": ["astronaut"]}, DeletionParameters.model_json_schema())
 LIST = {"parameters": query_parameters(ListParameters.model_json_schema()["properties"])}
 ADD = _body(
     {"images": [{"base64": PHOTO, "id": "astronaut", "metadata": {"year": 1992}}]},
@@ -67,6 +74,7 @@ SEARCH = _body(
                 "image": _BINARY,
                 "k": {"type": "integer"},
                 "filter": {"type": "string"},
+                "thumbnails": {"type": "boolean"},
             },
         },
         "image/*": _BINARY,

@@ -1,5 +1,6 @@
 """Collections as a resource: images are added, and found by image, text or vector."""
 
+import base64
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from service.gateway.auth import require_collection_key
 from service.gateway.collections.bodies import (
     FORM,
     CollectionParameters,
+    DeletionParameters,
     Entry,
     FolderParameters,
     read_entries,
@@ -26,7 +28,7 @@ from service.gateway.collections.bodies import (
     read_query,
 )
 from service.gateway.collections.folder import read_page
-from service.gateway.collections.openapi import ADD, CREATE, LIST, SEARCH
+from service.gateway.collections.openapi import ADD, CREATE, DELETE, LIST, SEARCH
 from service.gateway.collections.vectors import (
     check_current,
     check_digests,
@@ -124,8 +126,9 @@ async def list_images(request: Request, name: Name) -> dict[str, Any]:
 @refused_early("embed", scope="collections", patient=True)
 async def add_images(request: Request, name: Name) -> dict[str, Any]:
     """Embed images and add them: parts `image`, one raw image, JSON's `images`, or a line of NDJSON
-    each. They may have an `id`, else it is made from the content, and `metadata`. One with an id
-    that is there replaces the other.
+    each. They may have an `id`, else it is made from the content, and `metadata`; in JSON and
+    NDJSON also a `thumbnail`, which searches return. One with an id that is there replaces the
+    other.
 
     JSON's `folder` adds the first new or changed images of a folder of the server, if it allows
     that: their ids are the files' paths, and `next` is `after` of the next request."""
@@ -154,8 +157,17 @@ async def delete_image(request: Request, name: Name, image: ImageId) -> None:
     """Delete an image by its id."""
     store = await _store(request)
     await _get(store, name)
-    if not await store.remove(name, check_id(image)):
+    if not await store.remove(name, [check_id(image)]):
         raise NotFoundError(f"no image {image!r} in the collection {name!r}", field="image")
+
+
+@router.post("/collections/{name}/images/delete", openapi_extra=DELETE)
+async def delete_images(request: Request, name: Name) -> dict[str, int]:
+    """Delete up to 1000 images by their ids; `deleted` is how many of them were there."""
+    parameters = validate(DeletionParameters, await parse_json_object(await read_body(request)))
+    store = await _store(request)
+    await _get(store, name)
+    return {"deleted": await store.remove(name, list(map(check_id, parameters.ids)))}
 
 
 @router.post("/collections/{name}/search", openapi_extra=SEARCH)
@@ -174,8 +186,13 @@ async def search(request: Request, name: Name) -> dict[str, Any]:
         result = await embed(request, collection.model, [query.by], deadline)
         check_digests(collection, result)
         vector = vector_of(result.images[0])
-    hits = await store.search(name, vector, query.count, query.where)
-    found = [{"id": hit.id, "score": hit.score, "metadata": hit.metadata} for hit in hits]
+    hits = await store.search(name, vector, query.count, query.where, thumbnails=query.thumbnails)
+    found: list[dict[str, Any]] = [
+        {"id": hit.id, "score": hit.score, "metadata": hit.metadata} for hit in hits
+    ]
+    if query.thumbnails:
+        for entry, hit in zip(found, hits, strict=True):
+            entry["thumbnail"] = hit.thumbnail and base64.b64encode(hit.thumbnail).decode()
     return {"model": collection.model, "hits": found}
 
 
@@ -216,7 +233,8 @@ async def _add(
     results: list[dict[str, Any]] = []
     for entry, image in zip(entries, result.images, strict=True):
         try:
-            items[entry.id] = Item(entry.id, vector_of(image), entry.metadata)
+            vector = vector_of(image)
+            items[entry.id] = Item(entry.id, vector, entry.metadata, entry.thumbnail)
             results.append({"id": entry.id})
         except ServiceError as error:
             results.append(_failed(entry, error))

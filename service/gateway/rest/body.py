@@ -191,7 +191,8 @@ async def _parse_multipart(
                     )
                 case (("image" | "video"), _):
                     raise InvalidInputError(
-                        f"part {name!r} has no filename and so is text; send it as a file",
+                        f"part {name!r} has no filename and so is text; send it as a file "
+                        f"(curl -F {name}=@FILE)",
                         field=name,
                     )
                 case _, str():
