@@ -15,6 +15,7 @@ from models.checkpoints.checkpoint import HeadState
 from models.trunks.base import Trunk
 from models.trunks.features import NO_EXTRAS, BatchRequest, FeatureRequest, merge
 from models.trunks.output import TrunkOutput
+from models.trunks.text import TextTrunk
 
 FormatOutputs = Callable[["ReferenceRun"], dict[str, Tensor]]
 
@@ -67,9 +68,15 @@ class Parts:
     format_outputs: FormatOutputs | None = None
 
     def embed_texts(self, token_ids: Tensor) -> Tensor:
-        """(N, D) text embeddings of (N, T) token ids, not normalised."""
+        """(N, D) text embeddings of (N, T) token ids, not normalised.
+
+        Raises:
+            InputError: the ids do not fit the text tower.
+        """
         assert self.text is not None
         trunk, head = self.text
+        assert isinstance(trunk, TextTrunk)
+        trunk.check_ids(token_ids)
         embedding: Tensor = head.forward(trunk.forward(token_ids))["embedding"]
         return embedding
 

@@ -101,6 +101,31 @@ class TextTrunk(Trunk):
         rows = [pad(ids, (0, longest - len(ids)), value=self.pad_id) for ids in inputs]
         return super().collate(rows, pin_memory=pin_memory)
 
+    def check_ids(self, ids: Tensor) -> None:
+        """Check token ids that a caller made.
+
+        Raises:
+            InputError: not (N, T) whole numbers, more than the context holds, or beyond the
+                vocabulary.
+        """
+        if ids.dim() != 2 or ids.is_floating_point() or ids.is_complex():
+            raise InputError(
+                f"token ids are whole numbers (N, T), not {ids.dtype} {tuple(ids.shape)}",
+                field="token_ids",
+            )
+        if ids.shape[1] > self.preprocess.context_length:
+            raise InputError(
+                f"{ids.shape[1]} token ids; the limit is {self.preprocess.context_length}",
+                field="token_ids",
+            )
+        words = next(m for m in self.network.modules() if isinstance(m, nn.Embedding))
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < words.num_embeddings:
+            raise InputError(
+                f"token ids are 0 to {words.num_embeddings - 1}; these are {int(ids.min())} to "
+                f"{int(ids.max())}",
+                field="token_ids",
+            )
+
     def blank(self) -> Tensor:
         # the longest, for warm-up
         return self._tokens("a " * self.preprocess.context_length, 0)

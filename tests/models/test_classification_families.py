@@ -377,3 +377,52 @@ def test_a_swins_last_window_tells_its_input_size(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(path, {})
     assert checkpoint.arguments["img_size"] == 96
     assert checkpoint.assumed == {}
+
+
+def small_vit(classes: int, img_size: int = 32) -> Any:
+    return randomised(
+        VisionTransformer(img_size=img_size, patch_size=img_size // 8, embed_dim=48, depth=2,
+                          num_heads=12, mlp_ratio=2, num_classes=classes)
+    )  # fmt: skip
+
+
+def test_small_scale_vits_end_their_fine_tuning_as_flat_files(tmp_path: Path) -> None:
+    network = small_vit(200, img_size=64)
+    path = saved(tmp_path / "checkpoint.pth", network.state_dict())
+    model = load_checkpoint(path, {"num_heads": 12})
+    found = model.run(pixels(64, 64))["logits"]
+    assert torch.allclose(found, network(pixels(64, 64)), atol=1e-5)
+    # the one data set with 200 classes of 64 pixels
+    assert model.trunk.preprocess.mean == (0.4802, 0.4481, 0.3975)
+
+
+@pytest.mark.parametrize(
+    ("classes", "plausible"), [(10, "CIFAR10, SVHN, CINIC"), (37, "CIFAR10, CIFAR100, SVHN, Tiny")]
+)
+def test_a_data_set_that_no_shape_tells_is_asked_for(
+    classes: int, plausible: str, tmp_path: Path
+) -> None:
+    path = saved(tmp_path / "checkpoint.pth", small_vit(classes).state_dict())
+    with pytest.raises(CheckpointError, match=f"set dataset: one of {plausible}"):
+        read_checkpoint(path, {"num_heads": 12})
+    checkpoint = read_checkpoint(path, {"num_heads": 12, "dataset": "SVHN"})
+    assert checkpoint.assumed == {}
+
+
+def test_beit_and_its_second_version_are_told_apart_by_their_statistics(tmp_path: Path) -> None:
+    """Both publish base and large classifiers of 224 pixels, with the same keys."""
+    network = Beit(img_size=224, embed_dim=768, depth=1, num_heads=12, num_classes=2,
+                   init_values=0.1, use_rel_pos_bias=True, mlp_ratio=0.1)  # fmt: skip
+    state = network.state_dict()
+    path = saved(tmp_path / "checkpoint.pth", {"model": state})
+    with pytest.raises(CheckpointError, match=r"imagenet_default_mean_and_std.*true for those"):
+        read_checkpoint(path, {})
+    stated = read_checkpoint(path, {"imagenet_default_mean_and_std": True})
+    assert stated.preprocess is not None
+    assert stated.preprocess.mean == (0.485, 0.456, 0.406)
+    script = argparse.Namespace(imagenet_default_mean_and_std=False)
+    path = saved(tmp_path / "checkpoint.pth", {"model": state, "args": script})
+    checkpoint = read_checkpoint(path, {})
+    assert checkpoint.preprocess is not None
+    assert checkpoint.preprocess.mean == (0.5, 0.5, 0.5)
+    assert checkpoint.assumed == {}

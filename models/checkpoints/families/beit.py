@@ -9,7 +9,7 @@ from torch import Tensor
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
 from models.checkpoints.families.heads import VIT, head_count
-from models.checkpoints.families.known import number
+from models.checkpoints.families.known import Known, flag, number
 from models.checkpoints.families.ratios import mlp_ratio
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
@@ -32,6 +32,7 @@ def beit_checkpoint(
     arguments: Mapping[str, Any],
     *,
     global_pool: str,
+    by_imagenet: bool | None = False,
     heads: Mapping[str, HeadState] | None = None,
     dropped: tuple[str, ...] = (),
 ) -> Checkpoint:
@@ -41,17 +42,24 @@ def beit_checkpoint(
         tensors: the backbone in timm's names.
         arguments: `num_heads`, for files without tables of relative positions (as published), and
             `imagenet_default_mean_and_std`, whether pixels are normalised by ImageNet's statistics
-            instead of being scaled to -1..1 (false), and `crop_pct` of the evaluation (0.875, from
+            instead of being scaled to -1..1, and `crop_pct` of the evaluation (0.875, from
             384 pixels on 1); the training script's are the defaults. iBOT's copy of the script
             evaluates with bilinear interpolation, BEiT's with bicubic.
         global_pool: timm's pooling, `token` or `avg`.
+        by_imagenet: `imagenet_default_mean_and_std` of the files that the authors publish; None if
+            they publish such files with either.
         heads: the states of heads in the same file.
         dropped: keys of the file that are not among the tensors.
+
+    Raises:
+        CheckpointError: an argument does not fit the weights, or is needed and not known.
     """
-    assumed: dict[str, Any] = {}
     config = {**container.script, **arguments}
-    if (by_imagenet := config.get(STATISTICS)) is None:
-        assumed[STATISTICS] = by_imagenet = False
+    known = Known(arguments, container.script)
+    if by_imagenet is None:
+        known.require(STATISTICS, "false for BEiT's own files, true for those of BEiT v2")
+    by_imagenet = flag(STATISTICS, known.get(STATISTICS, by_imagenet))
+    assumed = known.assumed
     preprocess = Preprocess() if by_imagenet else Preprocess(mean=HALF, std=HALF)
     if IBOTS_SCRIPT in container.script:
         preprocess = replace(preprocess, interpolation="bilinear")

@@ -31,6 +31,9 @@ SETS = {
     "online": ("visual.", "image_projection", "text_projection", "transformer."),
 }
 
+# Heads of the published image towers by their channels: ViT-S has 12, of 32 channels each.
+HEADS = {384: 12, 768: 12, 1024: 16}
+
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     if {"visual_ema.cls_token", "image_projection_e"} <= container.tensors.keys():
@@ -55,7 +58,8 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     except KeyError as error:
         raise CheckpointError(f"{container.path}: the weight {error} is missing") from error
     text |= {f"transformer.{key}": value for key, value in language.items()}
-    heads = head_count(vision["cls_token"].shape[-1], arguments, name="vision_heads")
+    width = vision["cls_token"].shape[-1]
+    heads = head_count(width, arguments, name="vision_heads", published=HEADS)
     image = vit_arguments(vision, {"num_heads": heads})
     size = image["img_size"]
     language_config = text_arguments(text, arguments, "transformer_heads")

@@ -15,7 +15,7 @@ from torch.nn.functional import layer_norm, linear
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
-from models.checkpoints.families.beit import STATISTICS, beit_checkpoint
+from models.checkpoints.families.beit import beit_checkpoint
 from models.networks.beit import Beit
 from models.reference_outputs import ReferenceRun
 
@@ -39,10 +39,18 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     codes = {k: v for k, v in container.tensors.items() if k.startswith(CODES)}
     config = {**container.script, **arguments}
     settings = {"early_layers": int(config.get("early_layers") or 0)}
-    if any(key.startswith(CLASS_LAYERS) for key in codes):  # v2 is trained on ImageNet's alone
-        arguments = {STATISTICS: True, **arguments}
+    # v2 is trained on ImageNet-1k alone, and so is the first version's file of absolute positions
+    by_imagenet = "pos_embed" in tensors or any(key.startswith(CLASS_LAYERS) for key in codes)
     heads = {"codes": HeadState(codes, settings)}
-    return beit_checkpoint(NAME, container, tensors, arguments, heads=heads, global_pool="token")
+    return beit_checkpoint(
+        NAME,
+        container,
+        tensors,
+        arguments,
+        heads=heads,
+        global_pool="token",
+        by_imagenet=by_imagenet,
+    )
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:

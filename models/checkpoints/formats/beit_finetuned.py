@@ -8,12 +8,15 @@ or whatever its script fine-tuned of iBOT (arXiv 2111.07832) and SLIP (arXiv 211
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
 from models.checkpoints.families.beit import OWN_TABLE, SCRIPT, SHARED, beit_checkpoint
 from models.checkpoints.families.vit import MARKS
 
 NAME = "beit-finetuned"
+PUBLISHED_BY_BOTH = {(732, 12), (732, 16)}  # tables of base and large at 224 pixels
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
@@ -30,5 +33,15 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    pool = "avg" if "fc_norm.weight" in container.tensors else "token"
-    return beit_checkpoint(NAME, container, container.tensors, arguments, global_pool=pool)
+    tensors = container.tensors
+    pool = "avg" if "fc_norm.weight" in tensors else "token"
+    statistics = None if _is_of_either_version(tensors) else False
+    return beit_checkpoint(
+        NAME, container, tensors, arguments, global_pool=pool, by_imagenet=statistics
+    )
+
+
+def _is_of_either_version(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether both BEiT and BEiT v2 publish files of these shapes, which differ in statistics."""
+    table = tensors.get(OWN_TABLE)
+    return table is not None and table.shape in PUBLISHED_BY_BOTH

@@ -6,12 +6,15 @@ patches.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
+from models.checkpoints.families.beit import HALF, STATISTICS
+from models.checkpoints.families.known import Known, flag, number
 from models.checkpoints.families.mae import request
 from models.checkpoints.families.vit import choose_weights, vit_checkpoint
 from models.errors import CheckpointError
@@ -49,7 +52,9 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `weights`, `heads` or `num_heads` (as published)."""
+    """`arguments`: `weights`, `heads` or `num_heads` (as published), `clip_mean_and_std` (true), or
+    else `imagenet_default_mean_and_std` (false), and `crop_pct` (1); the training script's are the
+    defaults."""
     weights = choose_weights(container, arguments, container.wrapper)
     named: dict[str, Tensor] = {}
     for key, value in weights.items():
@@ -71,7 +76,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         named,
         {key: value for key, value in config.items() if value is not None},
         positions="bicubic",
-        preprocess=Preprocess(crop_pct=1.0, mean=MEAN, std=STD),
+        preprocess=_preprocess(Known(arguments, container.script)),
         dropped=tuple(key for key in weights if key.startswith(DUMMY)),
         pre_norm=True,
         norm_eps=1e-5,
@@ -79,6 +84,19 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         global_pool="avg",
         fc_norm=False,
     )
+
+
+def _preprocess(known: Known) -> Preprocess:
+    """By the training script: the pixels of CLIP as published, or ImageNet's, or -1..1."""
+
+    def stated(name: str, default: bool) -> bool:
+        value = known.find(name)
+        return default if value is None else flag(name, value)
+
+    plain = Preprocess(crop_pct=number("crop_pct", known.find("crop_pct") or 1.0))
+    if stated("clip_mean_and_std", True):
+        return replace(plain, mean=MEAN, std=STD)
+    return plain if stated(STATISTICS, False) else replace(plain, mean=HALF, std=HALF)
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:

@@ -12,8 +12,7 @@ from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
 from models.checkpoints.families.attention import attention_outputs as outputs
 from models.checkpoints.families.attention import attention_request as request
-from models.checkpoints.families.self_supervised import backbone_checkpoint
-from models.checkpoints.families.small_scale import image_size, preprocess_for, with_dataset
+from models.checkpoints.families.small_scale import small_scale_checkpoint
 from models.checkpoints.families.vit import choose_weights, split_prefix
 
 NAME = "small-scale-vits"
@@ -32,14 +31,4 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     kept, dropped = split_prefix(weights, "backbone.")
     script = container.script
     config = {**{k: script[k] for k in ("num_heads", "dataset") if k in script}, **arguments}
-    preprocess = preprocess_for(config)
-    checkpoint = backbone_checkpoint(
-        NAME,
-        kept,
-        config,
-        preprocess=preprocess,
-        dropped=dropped,
-        img_size=image_size(config),
-        published={192: 12},
-    )
-    return with_dataset(checkpoint, config)
+    return small_scale_checkpoint(NAME, kept, config, dropped=dropped)

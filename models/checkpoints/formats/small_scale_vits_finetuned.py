@@ -8,16 +8,18 @@ github.com/hananshafi/vits-for-small-scale-datasets.
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
 from models.checkpoints.families.attention import attention_outputs as outputs
 from models.checkpoints.families.attention import attention_request as request
 from models.checkpoints.families.cait import FLAT_PATCH
-from models.checkpoints.families.self_supervised import backbone_checkpoint, backbone_kind
-from models.checkpoints.families.small_scale import image_size, preprocess_for, with_dataset
+from models.checkpoints.families.self_supervised import backbone_kind
+from models.checkpoints.families.small_scale import DATASETS, small_scale_checkpoint
+from models.checkpoints.families.vit import PATCHES
 
 NAME = "small-scale-vits-finetuned"
-HEADS = {192: 12}  # of the published ViT
 
 __all__ = ["NAME", "convert", "matches", "outputs", "request"]
 
@@ -30,6 +32,9 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
         return f"a {kind} with its head under model_state_dict"
     if kind == "CaiT" and f"{FLAT_PATCH}weight" in keys:
         return "a CaiT whose patches are embedded by a linear layer"
+    is_bare = not container.wrapper and "architecture" not in arguments
+    if kind == "ViT" and is_bare and _is_small_vit(container.tensors):
+        return "a flat state dict of a ViT of 32 or 64 pixels with MLPs of twice its width"
     stages = {key.split(".")[1] for key in keys if key.startswith("layers.")}
     if kind == "Swin" and not container.wrapper and len(stages) == 3:
         return "a flat state dict of a Swin of three stages with its head"
@@ -37,12 +42,12 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    checkpoint = backbone_checkpoint(
-        NAME,
-        container.tensors,
-        arguments,
-        preprocess=preprocess_for(arguments),
-        img_size=image_size(arguments),
-        published=HEADS,
-    )
-    return with_dataset(checkpoint, arguments)
+    return small_scale_checkpoint(NAME, container.tensors, arguments)
+
+
+def _is_small_vit(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a ViT takes a small data set's images, and its MLPs are twice as wide as it is."""
+    hidden, dim = tensors["blocks.0.mlp.fc1.weight"].shape
+    patch, rows = tensors[PATCHES].shape[-1], tensors["pos_embed"].shape[1] - 1
+    sizes = {dataset.size for dataset in DATASETS.values()}
+    return hidden == 2 * dim and any(rows == (size // patch) ** 2 for size in sizes)
