@@ -277,3 +277,23 @@ def test_configurations_that_do_not_fit_are_refused(
     torch.save(created(dict(config)).state_dict(), tmp_path / "model.bin")
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(tmp_path / "model.bin", config | change)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.full((1, 12), 99), "token ids are 0 to 98; these are 99 to 99"),
+        (torch.full((1, 12), -1), "these are -1 to -1"),
+        (torch.ones(1, 13, dtype=torch.long), "13 token ids; the limit is 12"),
+        (torch.ones(12, dtype=torch.long), r"token ids are whole numbers \(N, T\)"),
+        (torch.ones(1, 12), "not torch.float32"),
+    ],
+)
+def test_token_ids_that_do_not_fit_are_refused(
+    ids: torch.Tensor, message: str, tmp_path: Path
+) -> None:
+    config: dict[str, Any] = {"embed_dim": 24, "vision_cfg": VISION, "text_cfg": TEXT}
+    path = tmp_path / "model.pt"
+    torch.save(created(dict(config)).state_dict(), path)
+    with pytest.raises(InputError, match=message):
+        load_checkpoint(path, config).run(token_ids=ids)
