@@ -534,6 +534,9 @@ def test_dinov2s_segmentation_heads_read_the_last_blocks(tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match=r"does not say test_cfg\.mode"):
         read_checkpoint(tmp_path / "ms.pth", arguments)
     test = {"mode": "slide", "crop_size": [56, 56], "stride": [28, 28]}
+    resized = {"decode_head": {"type": "BNHead", "resize_factors": [1, 1, 2, 2]}}
+    with pytest.raises(CheckpointError, match="resize_factors"):
+        read_checkpoint(tmp_path / "ms.pth", {**arguments, **resized, "test_cfg": test})
     checkpoint = read_checkpoint(tmp_path / "ms.pth", {**arguments, "test_cfg": test})
     assert checkpoint.assumed["out_indices"] == [0, 1, 2, 3]
     assert checkpoint.heads["semantic"].settings["in_index"] == [0, 1, 2, 3]

@@ -48,6 +48,8 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     count, rest = divmod(tensors[f"{HEAD}conv_seg.weight"].shape[1], dim)
     if rest or not 1 <= count <= depth:
         raise CheckpointError(f"the head does not read blocks of {dim} channels")
+    if config.decode_head.find("resize_factors") is not None:
+        raise CheckpointError("decode_head.resize_factors is set; supported: maps of one size")
     table = config.backbone
     if "out_indices" in arguments:
         table.values = {**table.values, "out_indices": arguments["out_indices"]}
