@@ -2,6 +2,7 @@
 authors of DINOv2, DeiT, CaiT, ConvNeXt, XCiT, DINO, MoCo v3 and EsViT publish beside those."""
 
 import argparse
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import timm
 import torch
 from timm.models.beit import Beit
 from timm.models.convnext import ConvNeXt
+from timm.models.pit import PoolingVisionTransformer
 from timm.models.resnet import Bottleneck, ResNet
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.xcit import Xcit
@@ -22,6 +24,7 @@ from models.checkpoints.loading import read_checkpoint
 from models.checkpoints.strict import load_strictly
 from models.errors import CheckpointError, InputError
 from models.networks.cvt import Cvt
+from models.networks.dhvt import Dhvt
 from models.networks.swin import Swin
 
 
@@ -160,8 +163,7 @@ def test_deits_training_checkpoint(tmp_path: Path) -> None:
     assert torch.allclose(model.run(pixels(48, 48))["logits"], network(pixels(48, 48)), atol=1e-5)
 
 
-@pytest.mark.parametrize("scale", [None, 1e-6])
-def test_convnexts_of_other_sizes(tmp_path: Path, scale: float | None) -> None:
+def convnext(scale: float | None) -> tuple[Any, dict[str, Tensor]]:
     network = randomised(
         ConvNeXt(depths=(1, 1, 2, 1), dims=(8, 16, 24, 32), num_classes=9, ls_init_value=scale)
     )
@@ -176,6 +178,12 @@ def test_convnexts_of_other_sizes(tmp_path: Path, scale: float | None) -> None:
         for ours, theirs in names.items():
             key = key.replace(ours, theirs)
         state[key] = value
+    return network, state
+
+
+@pytest.mark.parametrize("scale", [None, 1e-6])
+def test_convnexts_of_other_sizes(tmp_path: Path, scale: float | None) -> None:
+    network, state = convnext(scale)
     path = saved(tmp_path / "convnext.pth", {"model": state})
     found = load_checkpoint(path).run(pixels(70, 64))["logits"]
     assert torch.allclose(found, network(pixels(70, 64)), atol=1e-5)
@@ -203,7 +211,61 @@ def test_xcits_own_files_at_odd_sizes(tmp_path: Path, tokens_norm: bool) -> None
     outputs = load_checkpoint(path, {"tokens_norm": tokens_norm}).run(pixels(45, 64))
     assert torch.allclose(outputs["logits"], network(pixels(45, 64)), atol=1e-5)
     assert outputs["feature_map"].shape == (2, 48, 6, 8)
-    assert read_checkpoint(path, {}).assumed.keys() == {"tokens_norm", "img_size", "crop_pct"}
+    known = {"tokens_norm": tokens_norm}
+    assert read_checkpoint(path, known).assumed.keys() == {"img_size", "crop_pct"}
+    with pytest.raises(CheckpointError, match="tokens_norm"):
+        read_checkpoint(path, {})
+
+
+def test_xcits_script_tells_how_it_evaluates(tmp_path: Path) -> None:
+    _, state = xcit(num_classes=5, tokens_norm=True)
+    known = {"tokens_norm": True}
+    for full, ratio in ((True, 1.0), (False, 0.875)):
+        args = {"full_crop": full, "input_size": 64}
+        path = saved(tmp_path / "xcit.pth", {"model": state, "args": args})
+        read = read_checkpoint(path, known).preprocess
+        assert read is not None
+        assert (read.crop_pct, read.input_size) == (ratio, (64, 64))
+    assert read_checkpoint(saved(tmp_path / "flat.pth", state), known).format == "xcit"
+
+
+def test_convnexts_script_tells_how_it_normalises(tmp_path: Path) -> None:
+    state = {"model": convnext(None)[1]}
+    args = {"input_size": 64, "crop_pct": 0.95, "imagenet_default_mean_and_std": False}
+    read = read_checkpoint(saved(tmp_path / "c.pth", {**state, "args": args}), {}).preprocess
+    assert read is not None
+    assert (read.input_size, read.crop_pct, read.mean) == ((64, 64), 0.95, (0.5, 0.5, 0.5))
+
+
+def test_dhvts_script_tells_its_input_size(tmp_path: Path) -> None:
+    """Patches of four pixels are those of CIFAR, whose images are not always of 32 pixels."""
+    network = Dhvt(patch_size=4, embed_dim=16, depth=1, num_heads=2, hidden=32,
+                   qkv_bias=True, num_classes=3)  # fmt: skip
+    content = {"model": network.state_dict(), "args": {"input_size": 64}}
+    read = read_checkpoint(saved(tmp_path / "dhvt.pth", content), {})
+    assert read.preprocess is not None
+    assert (read.preprocess.input_size, read.preprocess.crop_pct) == ((64, 64), 0.875)
+
+
+def test_a_distilled_pit_may_have_no_classifier(tmp_path: Path) -> None:
+    network = randomised(
+        PoolingVisionTransformer(
+            img_size=64, patch_size=16, stride=8, base_dims=(8, 8, 8), depth=(1, 1, 1),
+            heads=(2, 4, 8), num_classes=0, distilled=True,
+        )
+    )  # fmt: skip
+    state = {
+        re.sub(r"transformers\.(\d)\.pool", lambda m: f"pools.{int(m[1]) - 1}", key): value
+        for key, value in network.state_dict().items()
+    }
+    model = load_checkpoint(saved(tmp_path / "pit.pth", state), {"heads": [2, 4, 8]})
+    found, (expected, of_second) = (
+        model.run(pixels(64, 64)),
+        network.forward_features(pixels(64, 64)).unbind(1),
+    )
+    assert torch.allclose(found["embedding"], expected, atol=1e-5)
+    assert torch.allclose(found["embedding_dist"], of_second, atol=1e-5)
+    assert "logits_dist" not in found
 
 
 def test_dinos_linear_classifiers_of_other_backbones(tmp_path: Path) -> None:
@@ -215,7 +277,7 @@ def test_dinos_linear_classifiers_of_other_backbones(tmp_path: Path) -> None:
         linear = randomised(nn.Linear(features.shape[1], 7))
         weights = {f"module.linear.{key}": value for key, value in linear.state_dict().items()}
         path = saved(tmp_path / "linear.pth", {"epoch": 1, "state_dict": weights, "best_acc": 1.0})
-        found = load_checkpoint(path).run(pixels(64, 64))["logits"]
+        found = load_checkpoint(path, {"tokens_norm": True}).run(pixels(64, 64))["logits"]
         assert torch.allclose(found, linear(features), atol=1e-4)
 
 

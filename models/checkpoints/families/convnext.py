@@ -8,11 +8,13 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from models.checkpoints.checkpoint import Checkpoint
-from models.checkpoints.families.known import Known
+from models.checkpoints.families.known import Known, flag, number
 from models.inputs.transforms import Preprocess
 from models.networks import OWN
 from models.reference_outputs import ReferenceRun
 
+STATISTICS = "imagenet_default_mean_and_std"
+HALF = (0.5, 0.5, 0.5)
 RENAMED = (
     (".dwconv.", ".conv_dw."),
     (".pwconv1.", ".mlp.fc1."),
@@ -68,11 +70,21 @@ def convnext_checkpoint(
 
 
 def convnext_preprocess(known: Known) -> Preprocess:
-    """Upstream's evaluation transform for `img_size`."""
+    """Upstream's evaluation transform for `img_size`.
+
+    Args:
+        known: also `crop_pct` (0.875) and `imagenet_default_mean_and_std` (true), whether pixels
+            are normalised by ImageNet's statistics instead of being scaled to -1..1; the training
+            script states both.
+    """
     size = known.image_size()
+    preprocess = Preprocess(input_size=size)
+    if (by_imagenet := known.find(STATISTICS)) is not None and not flag(STATISTICS, by_imagenet):
+        preprocess = replace(preprocess, mean=HALF, std=HALF)
     if size[0] >= 384:
-        return replace(Preprocess(input_size=size), crop_mode="squash", crop_pct=1.0)
-    return Preprocess(input_size=size)
+        return replace(preprocess, crop_mode="squash", crop_pct=1.0)
+    crop = known.find("crop_pct")
+    return preprocess if crop is None else replace(preprocess, crop_pct=number("crop_pct", crop))
 
 
 def convnext_outputs(run: ReferenceRun) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from models.networks import OWN
 
 MARK = "cls_attn_blocks.0.attn.qkv.weight"
 TEMPERATURE = "blocks.0.attn.temperature"
-NANO = 128  # the width of the published networks that do not normalise all tokens
+# Whether the class attention's layers normalise all tokens, by the published widths (nano first).
+TOKENS_NORM = {128: False, 192: True, 384: True, 512: True, 768: True}
 
 
 def xcit_checkpoint(
@@ -28,13 +29,14 @@ def xcit_checkpoint(
     """An XCiT as a checkpoint of format `name`.
 
     Args:
-        known: `tokens_norm` (false for the published nano of 128 channels, else true), `img_size`
-            in pixels, one side or both (224); both are assumed.
+        known: `tokens_norm` (as published for the width), `img_size` in pixels, one side or both
+            (224); both are assumed.
         preprocess: everything but the input size.
         dropped: keys that only training used.
 
     Raises:
-        CheckpointError: patches are not embedded by three or four convolutions.
+        CheckpointError: patches are not embedded by three or four convolutions, or no published
+            network has the width and `tokens_norm` is not known.
     """
     stem = {key.split(".")[2] for key in tensors if key.startswith("patch_embed.proj.")}
     if len(stem) not in (3, 4):
@@ -42,7 +44,10 @@ def xcit_checkpoint(
     dim = tensors["cls_token"].shape[-1]
     head = tensors.get("head.weight")
     only = "cls_attn_blocks."
-    tokens_norm = flag("tokens_norm", known.get("tokens_norm", dim != NANO))
+    if dim in TOKENS_NORM:
+        tokens_norm = known.get("tokens_norm", TOKENS_NORM[dim])
+    else:
+        tokens_norm = known.require("tokens_norm", "true, or false as in the nano networks")
     return Checkpoint(
         format=name,
         architecture="xcit",
@@ -57,7 +62,7 @@ def xcit_checkpoint(
             "cls_attn_layers": len({k.split(".")[1] for k in tensors if k.startswith(only)}),
             "use_pos_embed": "pos_embeder.token_projection.weight" in tensors,
             "eta": 1.0 if "blocks.0.gamma1" in tensors else None,
-            "tokens_norm": tokens_norm,
+            "tokens_norm": flag("tokens_norm", tokens_norm),
             "num_classes": 0 if head is None else head.shape[0],
         },
         state_dict=_in_timms_names(tensors),

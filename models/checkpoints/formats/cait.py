@@ -1,4 +1,4 @@
-"""CaiT (arXiv 2103.17239, github.com/facebookresearch/deit): the weights alone under `model`."""
+"""CaiT (arXiv 2103.17239, github.com/facebookresearch/deit), with a classifier or under `model`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,10 +18,12 @@ __all__ = ["NAME", "convert", "matches", "outputs"]
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
     keys = container.tensors.keys()
-    if "architecture" in arguments or container.wrapper != "model":
+    if "architecture" in arguments or not keys >= {CAIT, "patch_embed.proj.weight"}:
         return None
-    if CAIT in keys and "patch_embed.proj.weight" in keys:
+    if container.wrapper == "model":
         return "blocks_token_only, and patches embedded by a convolution, under model"
+    if not container.wrapper and "head.weight" in keys:
+        return "a flat state dict with blocks_token_only, a convolution of patches and a classifier"
     return None
 
 

@@ -37,7 +37,8 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `weights` (`model`), `img_size` in pixels, one side or both (224)."""
+    """`arguments`: `weights` (`model`), `img_size` in pixels, one side or both (224); further ones
+    of `convnext_preprocess`."""
     weights = choose_weights(container, arguments, "model")
     known = Known(arguments, container.script)
     if "stem.weight" in weights:

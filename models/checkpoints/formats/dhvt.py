@@ -8,7 +8,7 @@ from typing import Any
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
-from models.checkpoints.families.known import whole
+from models.checkpoints.families.known import Known
 from models.checkpoints.families.vit import choose_weights
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
@@ -27,7 +27,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `weights`, `img_size` (32, or 224 for patches of 16)."""
+    """`arguments`: `weights`, `img_size` (that of training, else 32, or 224 for patches of 16)."""
     tensors = choose_weights(container, arguments, container.wrapper)
     stem = {k.split(".")[2] for k in tensors if k.startswith("patch_embed.proj.")}
     if len(stem) not in PATCHES:
@@ -36,7 +36,8 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             f"{', '.join(map(str, PATCHES))}"
         )
     patch = PATCHES[len(stem)]
-    size = whole("img_size", arguments.get("img_size", 32 if patch < 16 else 224))
+    known = Known(arguments, container.script)
+    size = known.image_size(32 if patch < 16 else 224)
     heads, dim = tensors["blocks.0.attn.pos_embed"].shape[1:]
     return Checkpoint(
         format=NAME,
@@ -52,5 +53,6 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             "num_classes": tensors["head.weight"].shape[0],
         },
         state_dict=dict(tensors),
-        preprocess=Preprocess(input_size=(size, size), crop_pct=0.875 if size > 32 else 1.0),
+        preprocess=Preprocess(input_size=size, crop_pct=0.875 if size[0] > 32 else 1.0),
+        assumed=known.assumed,
     )

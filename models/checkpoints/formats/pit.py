@@ -82,7 +82,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             "mlp_ratio": mlp_ratio(
                 len(tensors["transformers.0.blocks.0.mlp.fc1.weight"]), widths[0]
             ),
-            "distilled": "head_dist.weight" in tensors,
+            "distilled": tensors["cls_token"].shape[1] == 2,
             "num_classes": 0 if head is None else head.shape[0],
         },
         state_dict=named,
@@ -98,8 +98,9 @@ def outputs(run: ReferenceRun) -> dict[str, Tensor]:
     stages = network.forward_intermediates(run.inputs["pixel_values"], intermediates_only=True)
     named = {"embedding": tokens[:, 0], "feature_map": stages[-1]}
     if network.head_dist is not None:
+        named["embedding_dist"] = tokens[:, 1]
+    if network.head_dist is not None and network.num_classes:
         named |= {
-            "embedding_dist": tokens[:, 1],
             "logits_cls": network.head(tokens[:, 0]),
             "logits_dist": network.head_dist(tokens[:, 1]),
         }
