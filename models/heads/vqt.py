@@ -9,6 +9,7 @@ from functools import partial
 from typing import Self
 
 import torch
+from timm.layers import Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -30,7 +31,8 @@ class Vqt(Linear):
 
     Tensors: `queries` (L, T, D); optionally `combine` (L, T), weights that sum a block's queries to
     one; optionally `attend.`, a ViT's block that combines the features instead, with the setting
-    `attending_heads`; optionally `indices` (F,), the selected features; `classifier.N...`.
+    `attending_heads`, optionally after `mlps.L.`, an MLP for each block's queries, and `positions`
+    (1, 1 + L, D); optionally `indices` (F,), the selected features; `classifier.N...`.
     """
 
     kind = "vqt"
@@ -54,7 +56,7 @@ class Vqt(Linear):
             if self.combine_LT.shape != raw_LTD.shape[:2]:
                 raise CheckpointError("the head's combine must have shape (L, T) of its queries")
         tokens = 1 if self.combine_LT is not None else raw_LTD.shape[1]
-        self.attend = attending_block(state, dim)
+        self.attend = attending_block(state, dim, depth)
         if self.attend is not None:
             self.attend.to(placement.device)
         count = dim if self.attend is not None else dim * (1 + depth * tokens)
@@ -72,8 +74,7 @@ class Vqt(Linear):
         """(B, F) float32: the classifier's input."""
         pooled, queries = self.trunk.pool(output), output.queries[self.queries]
         if self.attend is not None:
-            segments = torch.cat([pooled[:, None], queries.flatten(1, 2)], 1).float()
-            combined: Tensor = self.attend(normalize(segments, dim=-1))[:, 0]
+            combined: Tensor = self.attend(pooled, queries)
             return combined
         return self._selected(vqt_features(pooled, queries, self.combine_LT, self.normalize))
 
@@ -102,18 +103,40 @@ class Vqt(Linear):
         ]
 
 
-def attending_block(state: HeadState, dim: int) -> nn.Module | None:
-    """The block of tensors `attend.`, which attends to all features as tokens; its first token is
-    the classifier's input. None if there are no such tensors.
+class Attending(nn.Module):
+    """A ViT's block attends to all features as tokens of unit length; the first one is its output.
+
+    Args:
+        mlps: one for each of the trunk's blocks, which its queries pass before; may be empty.
+        positions_KD: added to the pooled token and to the queries of each block, (1 + L, D), or 0.
+    """
+
+    def __init__(self, block: nn.Module, mlps: Sequence[nn.Module], positions_KD: Tensor) -> None:
+        super().__init__()
+        self.block = block
+        self.mlps = nn.ModuleList(mlps)
+        self.positions_KD: Tensor
+        self.register_buffer("positions_KD", positions_KD)
+
+    def forward(self, pooled_BD: Tensor, queries_BLTD: Tensor) -> Tensor:
+        """(B, D) float32."""
+        first_BD = normalize(pooled_BD.float(), dim=-1) + self.positions_KD[0]
+        queries_BLTD = normalize(queries_BLTD.float(), dim=-1)
+        if len(self.mlps):
+            parts = zip(self.mlps, queries_BLTD.unbind(1), strict=True)
+            queries_BLTD = torch.stack([mlp(part_BTD) for mlp, part_BTD in parts], 1)
+        queries_BLTD = queries_BLTD + self.positions_KD[1:, None]
+        tokens: Tensor = self.block(torch.cat([first_BD[:, None], queries_BLTD.flatten(1, 2)], 1))
+        return tokens[:, 0]
+
+
+def attending_block(state: HeadState, dim: int, depth: int) -> nn.Module | None:
+    """The block of tensors `attend.`, with what comes before it; None if there are none of these.
 
     Raises:
         CheckpointError: its tensors do not fit.
     """
-    tensors = {
-        key.removeprefix(ATTENDING): value.float()
-        for key, value in state.tensors.items()
-        if key.startswith(ATTENDING)
-    }
+    tensors = _below(ATTENDING, state)
     if not tensors:
         return None
     if "mlp.fc1.weight" not in tensors:
@@ -126,7 +149,28 @@ def attending_block(state: HeadState, dim: int) -> nn.Module | None:
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
     )
     load_strictly(block, tensors, "the head's attend")
-    return block.eval().requires_grad_(False)
+    mlps: list[nn.Module] = []
+    positions_KD = torch.zeros(1 + depth, dim)
+    if "positions" in state.tensors:
+        positions_1KD = _of_shape("positions", state, 3).float()
+        if positions_1KD.shape != (1, 1 + depth, dim):
+            raise CheckpointError("the head's positions must have shape (1, 1 + L, D)")
+        positions_KD = positions_1KD[0]
+        for layer in range(depth):
+            weights = _below(f"mlps.{layer}.", state)
+            bias = weights.get("fc1.bias")
+            mlps.append(Mlp(dim, dim if bias is None else bias.numel()))
+            load_strictly(mlps[-1], weights, f"the head's mlps.{layer}")
+    return Attending(block, mlps, positions_KD).eval().requires_grad_(False)
+
+
+def _below(prefix: str, state: HeadState) -> dict[str, Tensor]:
+    """The head's tensors below a prefix, in float32."""
+    return {
+        key.removeprefix(prefix): value.float()
+        for key, value in state.tensors.items()
+        if key.startswith(prefix)
+    }
 
 
 def vqt_features(
@@ -156,7 +200,8 @@ def selection(state: HeadState, available: int, taken: int) -> Tensor | None:
         if taken != available:
             raise CheckpointError(
                 f"the head's classifier takes {taken} features of {available}; the "
-                "tensor indices must say which"
+                "tensor indices must say which, unless each block's queries are averaged "
+                "(pooling_feats)"
             )
         return None
     if indices.shape != (taken,) or indices.dtype != torch.int64:

@@ -2,13 +2,16 @@
 
 import threading
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import timm
 import torch
-from torch import Tensor
+from timm.layers import Mlp
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from models.checkpoints.checkpoint import HeadState
@@ -153,6 +156,38 @@ def test_threads_read_their_own_passes(pixels: Tensor) -> None:
     with ThreadPoolExecutor(4) as pool:
         for number, logits in enumerate(pool.map(run, range(80))):
             assert torch.allclose(logits, expected[number % 4], atol=1e-6)
+
+
+def test_a_block_combines_features_after_an_mlp_of_each_layer(pixels: Tensor) -> None:
+    """Upstream's `mlp+selfatten`."""
+    trunk = small_trunk(*KINDS["class token"])
+    block = Block(24, 3, mlp_ratio=2, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+    mlps = nn.ModuleList(Mlp(24, 40) for _ in range(3)).eval()
+    tensors = {
+        **{f"attend.{key}": value for key, value in block.state_dict().items()},
+        **{f"mlps.{key}": value for key, value in mlps.state_dict().items()},
+        "positions": torch.randn(1, 4, 24),
+        "queries": torch.randn(3, 2, 24),
+        "classifier.0.weight": torch.randn(5, 24),
+        "classifier.0.bias": torch.randn(5),
+    }
+    state = HeadState(tensors, {"attending_heads": 3})
+    head = create_head("vqt", trunk, tuple("abcde"), state)
+    assert isinstance(head, Vqt)
+    with torch.inference_mode():
+        output = trunk.forward(pixels, for_all_rows(head))
+        positions = tensors["positions"][0]
+        tokens = [normalize(trunk.pool(output), dim=-1) + positions[0]]
+        for layer, mlp in enumerate(mlps):
+            for query in output.queries[head.queries][:, layer].unbind(1):
+                tokens.append(mlp(normalize(query, dim=-1)) + positions[layer + 1])
+        expected = block.eval()(torch.stack(tokens, 1))[:, 0]
+        assert torch.allclose(head.features(output), expected, atol=1e-5)
+    for name, value in (("positions", torch.zeros(4, 24)), ("mlps.1.fc1.bias", torch.zeros(3))):
+        with pytest.raises(CheckpointError, match=name.removesuffix(".fc1.bias")):
+            create_head(
+                "vqt", trunk, tuple("abcde"), HeadState(tensors | {name: value}, state.settings)
+            )
 
 
 def test_features_can_be_a_selection(pixels: Tensor) -> None:

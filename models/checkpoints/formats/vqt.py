@@ -28,6 +28,7 @@ NAME = "vqt"
 QUERIES = ("enc.transformer.encoder.query_prompt_embeddings", "enc.query_prompt_embeddings")
 BACKBONES = ("backbone.pth", "backbone.npz")
 ATTENDING = "combine_selfatten_block"  # which combines features by attention
+POSITIONS_OF_LAYERS = "layer_position_embeddings"  # which these get after an MLP
 PRETRAINING = ("decoder_", "mask_token", "norm.", "head.")
 RENAMED = (
     ("transformer.embeddings.position_embeddings", "pos_embed"),
@@ -58,10 +59,15 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     own = {k.removeprefix("enc."): v for k, v in tensors.items() if k.startswith("enc.")}
     queries = own.pop(QUERIES[is_mae].removeprefix("enc."))
     head: dict[str, Tensor] = {"queries": queries, **_classifier(container)}
-    if "combine_params" in own:
-        head["combine"] = own.pop("combine_params")
-    elif arguments.get("pooling_feats"):
+    weights = own.pop("combine_params", None)
+    if arguments.get("pooling_feats"):  # which upstream prefers to weights
         head["combine"] = torch.full(queries.shape[:2], 1 / queries.shape[1])
+    elif weights is not None:
+        head["combine"] = weights
+    if POSITIONS_OF_LAYERS in own:
+        own, mlps = _split(own, "layerwise_mlps.")
+        head |= {f"mlps.{key}": value for key, value in mlps.items()}
+        head["positions"] = own.pop(POSITIONS_OF_LAYERS)
     own, attending = _split(own, ATTENDING)
     attending = {f"attend{key}": value for key, value in _fused(attending).items()}
     if "indices" in arguments:
