@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import InputError
-from models.networks.pooling_attention import Block, Grid, LayerNorm
+from models.networks.pooling_attention import Attention, Block, Grid, LayerNorm
 from models.networks.reversible import Fusion, Layers, ReversibleLayer
 
 
@@ -87,6 +87,10 @@ class MultiscaleVit(nn.Module):
             self.rev_backbone = Layers(layers)
             self.fuse = Fusion(fuse, 2 * width)
             width = 2 * width if "concat" in fuse else width
+        grid = self.size  # strides need not divide it, as the tables' sizes suppose
+        for layer in self.modules():
+            if isinstance(layer, Attention):
+                grid = layer.set_grid(grid)
         self.norm = LayerNorm(width) if norm else nn.Identity()
         self.head = nn.ModuleDict()
         if num_classes:

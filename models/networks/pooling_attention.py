@@ -32,24 +32,46 @@ def pool_tokens(
     return x_BHNC if norm is None else norm(x_BHNC), (frames, rows, columns)
 
 
-def relative(table_LD: Tensor, queries: int, keys: int, *, resized: bool) -> Tensor:
-    """(queries, keys, D): rows of a table of relative positions along one axis.
+def pooled_grid(grid: Grid, pool: Any) -> Grid:
+    """The grid that pooling leaves of a grid."""
+    if pool is None:
+        return grid
+    sizes = zip(grid, pool.kernel_size, pool.stride, pool.padding, strict=True)
+    frames, rows, columns = ((n + 2 * pad - k) // step + 1 for n, k, step, pad in sizes)
+    return frames, rows, columns
 
-    Args:
-        resized: resize the table linearly to the axis; else it must be long enough.
+
+class RelativePositions(nn.Module):
+    """Which row of a table of relative positions each pair of a query and a key takes, along one
+    axis with so many queries and keys. The rows are a buffer: a pass sends nothing to its device.
     """
-    needed = 2 * max(queries, keys) - 1
-    if resized and len(table_LD) != needed:
-        table_LD = interpolate(table_LD.T[None], size=needed, mode="linear")[0].T
-    query_step, key_step = max(keys / queries, 1.0), max(queries / keys, 1.0)
-    distance = torch.arange(queries)[:, None] * query_step - torch.arange(keys)[None] * key_step
-    distance = (distance + (keys - 1) * key_step).long()
-    if int(distance.max()) >= len(table_LD):
-        raise InputError(
-            f"the input is too large: relative positions reach {len(table_LD)} cells, and "
-            f"{int(distance.max()) + 1} are needed"
-        )
-    return table_LD[distance.to(table_LD.device)]
+
+    rows_QK: Tensor
+
+    def __init__(self, queries: int, keys: int) -> None:
+        super().__init__()
+        query_step, key_step = max(keys / queries, 1.0), max(queries / keys, 1.0)
+        distance = torch.arange(queries)[:, None] * query_step - torch.arange(keys)[None] * key_step
+        rows_QK = (distance + (keys - 1) * key_step).long()
+        self.register_buffer("rows_QK", rows_QK, persistent=False)
+        self.lengths = queries, keys
+        self._needed = int(rows_QK.max()) + 1
+
+    def forward(self, table_LD: Tensor, *, resized: bool) -> Tensor:
+        """(queries, keys, D): rows of the table.
+
+        Args:
+            resized: resize the table linearly to the axis; else it must be long enough.
+        """
+        length = 2 * max(self.lengths) - 1
+        if resized and len(table_LD) != length:
+            table_LD = interpolate(table_LD.T[None], size=length, mode="linear")[0].T
+        if self._needed > len(table_LD):
+            raise InputError(
+                f"the input is too large: relative positions reach {len(table_LD)} cells, and "
+                f"{self._needed} are needed"
+            )
+        return table_LD[self.rows_QK]
 
 
 class Attention(nn.Module):
@@ -58,7 +80,7 @@ class Attention(nn.Module):
     Args:
         kernel_q, stride_q, kernel_kv, stride_kv: of the pooling over (T, h, w); empty for none.
         mode: `conv`, `conv_unshared`, `avg` or `max`.
-        size: (T, h, w) that relative positions are for.
+        size: (T, h, w) that relative positions are for. `set_grid` tells the tokens' own.
         resized: resize relative positions where the grid has another size.
     """
 
@@ -109,6 +131,16 @@ class Attention(nn.Module):
         if temporal:
             self.rel_pos_t = nn.Parameter(torch.zeros(2 * size[0] - 1, head_dim))
         self.spatial, self.temporal = spatial, temporal
+        self.positions = nn.ModuleList()
+
+    def set_grid(self, grid: Grid) -> Grid:
+        """Prepare for tokens of this grid, before weights move to a device: those of other grids
+        are sent their relative positions in each pass. Returns the grid of the pooled queries."""
+        q_grid, k_grid = (pooled_grid(grid, self._modules[f"pool_{name}"]) for name in "qk")
+        if self.spatial or self.temporal:
+            pairs = zip(q_grid, k_grid, strict=True)
+            self.positions = nn.ModuleList(RelativePositions(*lengths) for lengths in pairs)
+        return q_grid
 
     def forward(self, x: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
         """(B, N, dim) to (B, M, dim_out), and the grid of the M tokens."""
@@ -151,19 +183,19 @@ class Attention(nn.Module):
         return self._split(self.get_submodule(name)(x.transpose(1, 2).flatten(2)))
 
     def _add_positions(self, attention: Tensor, q: Tensor, q_grid: Grid, k_grid: Grid) -> Tensor:
-        prefix, resized = self.prefix, self.resized
+        prefix = self.prefix
         batch, heads = q.shape[:2]
         cells = q[:, :, prefix:].reshape(batch, heads, *q_grid, -1)
         shape = (batch, heads, *q_grid, *k_grid)
         bias = attention.new_zeros(())
         if self.spatial:
-            rows = relative(self.rel_pos_h, q_grid[1], k_grid[1], resized=resized)
-            columns = relative(self.rel_pos_w, q_grid[2], k_grid[2], resized=resized)
+            rows = self._relative(self.rel_pos_h, q_grid, k_grid, axis=1)
+            columns = self._relative(self.rel_pos_w, q_grid, k_grid, axis=2)
             down = torch.einsum("bythwc,hkc->bythwk", cells, rows)
             across = torch.einsum("bythwc,wkc->bythwk", cells, columns)
             bias = down[..., None, :, None] + across[..., None, None, :]
         if self.temporal:
-            frames = relative(self.rel_pos_t, q_grid[0], k_grid[0], resized=resized)
+            frames = self._relative(self.rel_pos_t, q_grid, k_grid, axis=0)
             along = torch.einsum("bythwc,tkc->bythwk", cells, frames)
             bias = bias + along[..., :, None, None]
         bias = bias.expand(shape).reshape(batch, heads, prod(q_grid), prod(k_grid))
@@ -171,6 +203,15 @@ class Attention(nn.Module):
             return attention + bias
         lower = torch.cat([attention[:, :, 1:, :1], attention[:, :, 1:, 1:] + bias], 3)
         return torch.cat([attention[:, :, :1], lower], 2)
+
+    def _relative(self, table_LD: Tensor, q_grid: Grid, k_grid: Grid, *, axis: int) -> Tensor:
+        """(queries, keys, D) along an axis."""
+        lengths = q_grid[axis], k_grid[axis]
+        positions = self.positions[axis] if self.positions else None
+        if positions is None or positions.lengths != lengths:
+            positions = RelativePositions(*lengths).to(table_LD.device)
+        result: Tensor = positions(table_LD, resized=self.resized)
+        return result
 
 
 def create_pool(

@@ -16,7 +16,7 @@ from models.checkpoints.formats import mvit
 from models.checkpoints.loading import read_checkpoint
 from models.errors import CheckpointError, InputError
 from models.inputs.normalize import Normalize
-from models.networks.pooling_attention import relative
+from models.networks.pooling_attention import RelativePositions
 from models.reference_outputs import network_of
 from tests.models.test_fixtures import fixture, folder_of
 
@@ -48,12 +48,13 @@ def test_grids_that_strides_do_not_divide_have_resized_positions() -> None:
     """7 cells pooled by 2 are 4, and the table is for 3."""
     table = torch.randn(5, 6)
     resized = interpolate(table.T[None], size=7, mode="linear")[0].T
-    found = relative(table, 4, 4, resized=True)
+    positions = RelativePositions(4, 4)
+    found = positions(table, resized=True)
     for query in range(4):
         for key in range(4):
             assert torch.equal(found[query, key], resized[query - key + 3])
     with pytest.raises(InputError, match="reach 5 cells, and 7 are needed"):
-        relative(table, 4, 4, resized=False)
+        positions(table, resized=False)
 
 
 def test_the_configuration_states_the_transform() -> None:

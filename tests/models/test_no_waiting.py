@@ -30,9 +30,7 @@ from models.trunks.base import Trunk
 from tests.models.test_fixtures import FIXTURES, fixture
 
 GPU = torch.device("cuda", 0)
-# Their relative positions are computed on the host and sent to the device in each block.
-WAITING = ("mvit", "mvit_in1k", "mvit_in21k", "mvit_maskfeat_finetuned", "mvit_video")
-SOME = ("clip", "convnext_v2", "dino", "scale_mae", "vqt")
+SOME = ("clip", "convnext_v2", "dino", "mvit", "scale_mae", "vqt")
 
 
 class NoWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -142,11 +140,7 @@ def options_of(model: Model) -> list[tuple[str, Mapping[str, Any]]]:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in SOME else pytest.mark.nightly)
-        for name in FIXTURES
-        if name not in WAITING
-    ],
+    [pytest.param(name, marks=() if name in SOME else pytest.mark.nightly) for name in FIXTURES],
 )
 def test_a_pass_does_not_wait_for_the_device(name: str) -> None:
     model, golden, _ = fixture(name)
