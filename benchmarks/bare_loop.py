@@ -76,6 +76,6 @@ class BareLoop:
 
     def _classify(self, prepared: Sequence[Prepared]) -> None:
         batch = self._trunk.collate([pixels for pixels, _ in prepared])
-        rows = run_rows(self._trunk, batch, HeadCall(self._head))
+        rows = run_rows(self._trunk, batch, HeadCall.of(self._head, {}))
         for row, (_, size) in zip(rows, prepared, strict=True):
             self._head.finish(row, size)

@@ -8,7 +8,7 @@ arrays = finish(head, [row for [row] in rows], options, image, limits)
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from models.errors import InputError
 from models.heads.base import Head
+from models.heads.ranking import best_classes
 from models.inputs.images import ImageLimits, ReducedImage, decode_image, decode_reduced
 from models.inputs.tiling import View
 from models.inputs.types import Input
@@ -26,6 +27,7 @@ from models.trunks.device_errors import is_cuda_error, is_out_of_memory
 from models.trunks.devices import one_thread
 from models.trunks.features import FeatureRequest, merge
 from models.trunks.output import TrunkOutput
+from models.trunks.transfers import index_tensor
 
 # What a head's `forward` returned for one row of a batch: float32 arrays by name.
 Row = Mapping[str, np.ndarray]
@@ -37,10 +39,18 @@ MAX_TOGETHER = 64
 
 @dataclass(frozen=True, slots=True)
 class HeadCall:
-    """A head with the options of its `forward`. Rows with equal calls share one."""
+    """A head with the options of its `forward`. Rows with equal calls share one.
+
+    Args:
+        is_ranked: whether its logits are ranked on the device. Else its rows are what `forward`
+            returns.
+        top_k: how many of the best classes a row has then, or more.
+    """
 
     head: Head
     options: tuple[tuple[str, Any], ...] = ()
+    is_ranked: bool = False
+    top_k: int = field(default=0, compare=False)
 
     @classmethod
     def of(cls, head: Head, options: Mapping[str, Any]) -> "HeadCall":
@@ -50,7 +60,8 @@ class HeadCall:
             for name, value in options.items()
             if name in head.forward_options
         }
-        return cls(head, tuple(sorted(forward.items())))
+        top_k = head.top_k(options)
+        return cls(head, tuple(sorted(forward.items())), top_k > 0, top_k)
 
     @property
     def request(self) -> FeatureRequest:
@@ -62,7 +73,7 @@ class HeadCall:
     def at_size(self, size: tuple[int, int]) -> "HeadCall":
         """The call for an image of that (width, height)."""
         options = self.head.at_size(dict(self.options), size)
-        return HeadCall(self.head, tuple(sorted(options.items())))
+        return replace(self, options=tuple(sorted(options.items())))
 
 
 def finish_options(head: Head, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,17 +137,44 @@ class StartedPass:
         self.tensors: list[Tensor] = []
         self._results: list[list[Row | Exception]] = [[{}] * len(row_calls) for row_calls in calls]
         # Each call's rows, as (row of the batch, position in it), and its outputs' names.
-        self._outputs: list[tuple[Sequence[tuple[int, int]], Sequence[str]]] = []
+        self._outputs: list[tuple[Places, Sequence[str]]] = []
+        self._calls = calls
+        # By their number of classes: the logits to rank, with their rows.
+        self._unranked: dict[int, list[tuple[Places, Tensor]]] = defaultdict(list)
 
-    def add(self, at: Sequence[tuple[int, int]], outputs: Mapping[str, Tensor]) -> None:
-        """Add a head's outputs for these rows."""
+    def add(self, at: Places, outputs: Mapping[str, Tensor], *, is_ranked: bool = False) -> None:
+        """Add a head's outputs for these rows.
+
+        Args:
+            is_ranked: its logits are to be ranked.
+        """
         tensors = [tensor.float() for tensor in outputs.values()]
         if any(len(tensor) < len(at) for tensor in tensors):
             raise ValueError(f"a head returned fewer than {len(at)} rows")
+        if is_ranked:
+            [logits_NK] = tensors
+            self._unranked[logits_NK.shape[1]].append((at, logits_NK))
+            return
         self.tensors += tensors
         self._outputs.append((at, list(outputs)))
 
-    def fail(self, at: Sequence[tuple[int, int]], error: Exception) -> None:
+    def rank(self) -> None:
+        """Replace logits by their best classes: at once for all heads with equally many classes,
+        except that few of them need not wait until many are ranked for another row."""
+        for classes, parts in self._unranked.items():
+            at = [place for places, _ in parts for place in places]
+            logits_NK = torch.cat([logits[: len(places)] for places, logits in parts])
+            numbers: dict[int, list[int]] = defaultdict(list)
+            for number, (row, position) in enumerate(at):
+                next_power = 1 << (self._calls[row][position].top_k - 1).bit_length()
+                numbers[min(next_power, classes)].append(number)
+            for count, own in numbers.items():
+                is_all = len(numbers) == 1
+                rows = logits_NK if is_all else logits_NK[index_tensor(own, logits_NK.device)]
+                self.add([at[number] for number in own], best_classes(rows, count))
+        self._unranked.clear()
+
+    def fail(self, at: Places, error: Exception) -> None:
         """Note that a head has failed for these rows."""
         for row, position in at:
             self._results[row][position] = error
@@ -176,6 +214,8 @@ def start_pass(trunk: Trunk, batch: Tensor, calls: Sequence[Sequence[HeadCall]])
     started = StartedPass(calls)
     for group in _groups(places):
         _start_heads(started, output, group)
+    with one_thread():
+        started.rank()
     if not places:  # a probe: something to wait for, so that a failure of the device shows
         started.tensors.append(output.features.flatten()[:1].float())
     return started
@@ -213,8 +253,8 @@ def _start_heads(
         for call, at in places.items():
             _start_head(started, output, call, at)
     else:
-        for at, tensors in zip(places.values(), outputs, strict=True):
-            started.add(at, tensors)
+        for (call, at), tensors in zip(places.items(), outputs, strict=True):
+            started.add(at, tensors, is_ranked=call.is_ranked)
 
 
 def _start_head(started: StartedPass, output: TrunkOutput, call: HeadCall, at: Places) -> None:
@@ -223,7 +263,7 @@ def _start_head(started: StartedPass, output: TrunkOutput, call: HeadCall, at: P
     try:
         with nullcontext() if call.head.forward_is_slow else one_thread():
             outputs = call.head.forward(rows, **dict(call.options))
-        started.add(at, outputs)
+        started.add(at, outputs, is_ranked=call.is_ranked)
     except Exception as error:
         if is_out_of_memory(error) or is_cuda_error(error):  # not the head's fault
             raise

@@ -1,7 +1,7 @@
 """Everything that is to be measured on a GPU, in one command: `python -m benchmarks.gpu`.
 
     python -m benchmarks.gpu                              # all parts that are not in the bundle yet
-    python -m benchmarks.gpu --part ceiling:vit-b16       # one part, again
+    python -m benchmarks.gpu --part lone:vit-b16,soak      # some parts, again
     python -m benchmarks.gpu --device cpu --quick         # tries the benchmark itself
 
 Needs no download: networks have random weights, and the fixtures are read from `--shared`. Each
@@ -20,10 +20,11 @@ from pathlib import Path
 from benchmarks.gpu.bundle import line, load, report, save
 from benchmarks.gpu.networks import NETWORKS
 from benchmarks.gpu.options import Options, Row
-from benchmarks.gpu.parts import BY_NETWORK, PARTS
-from models.trunks.devices import resolve_device
+from benchmarks.gpu.parts import BY_NETWORK, BY_PRECISION, PARTS
+from models.trunks.devices import PRECISIONS, resolve_device
 
 PART_S = 480
+FORMS = "; PART:NETWORK, PART:PRECISION and PART:NETWORK:PRECISION for less of one"
 
 
 def main() -> None:
@@ -37,11 +38,13 @@ def main() -> None:
             return
     else:
         for name in names(options):
-            if name not in load(path)["parts"]:
-                if options.quick:  # starting a process takes longer than a part does
-                    run_part(name, options, path)
-                else:
-                    run_apart(name, path)
+            part = load(path)["parts"].get(name, {})
+            if "complete" in part or "failed" in part:
+                continue
+            if options.quick:  # starting a process takes longer than a part does
+                run_here(name, options, path)
+            else:
+                run_apart(name, path)
     report(load(path), options.folder)
 
 
@@ -49,7 +52,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--part", help="one or more of " + ", ".join(PARTS) + "; PART:NETWORK")
+    parser.add_argument("--part", help="one or more of " + ", ".join(PARTS) + FORMS)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="a tiny network, few rounds")
     parser.add_argument("--networks", help="of " + ", ".join(NETWORKS))
@@ -64,12 +67,15 @@ def parse() -> argparse.Namespace:
 
 
 def options_of(arguments: argparse.Namespace) -> Options:
-    """The defaults suit a large GPU; `--quick` suits anything."""
+    """The defaults suit a large GPU; `--quick` suits anything. It compiles nothing, which takes
+    longer than all else, unless `--engines` says so."""
     quick = arguments.quick
     device = resolve_device(arguments.device)
     networks = "tiny" if quick else ",".join(name for name in NETWORKS if name != "tiny")
-    engines = "eager,cuda-graph,compile" if device.type == "cuda" else "eager"
-    precisions = "bfloat16,float16,float32" if device.type == "cuda" else "float32"
+    engines, precisions = "eager", "float32"
+    if device.type == "cuda":
+        engines = "eager,cuda-graph" if quick else "eager,cuda-graph,compile"
+        precisions = "bfloat16" if quick else "bfloat16,float16,float32"
     return Options(
         folder=arguments.folder,
         device=device,
@@ -85,11 +91,12 @@ def options_of(arguments: argparse.Namespace) -> Options:
 
 
 def names(options: Options) -> list[str]:
-    """The parts to run: one for each network where that is slow."""
+    """The parts to run: one for each network and precision where that is slow."""
     return [
-        f"{part}:{network}" if network else part
+        ":".join(filter(None, (part, network, precision)))
         for part in PARTS
         for network in (options.networks if part in BY_NETWORK else ("",))
+        for precision in (options.precisions if part in BY_PRECISION else ("",))
     ]
 
 
@@ -102,21 +109,40 @@ def run_apart(name: str, path: Path) -> None:
     except subprocess.TimeoutExpired:
         failure = f"took more than {PART_S} s"
     if failure:
-        print(f"{name}: {failure}", flush=True)
-        bundle = load(path)
-        rows = bundle["parts"].get(name, {}).get("rows", [])
-        bundle["parts"][name] = {"failed": failure, "rows": rows}
-        save(bundle, path)
+        note_failure(name, failure, path)
+
+
+def run_here(name: str, options: Options, path: Path) -> None:
+    """Run a part in this process; if it fails, the others run all the same."""
+    try:
+        run_part(name, options, path)
+    except Exception as error:
+        note_failure(name, f"{type(error).__name__}: {error}"[:500], path)
+
+
+def note_failure(name: str, failure: str, path: Path) -> None:
+    print(f"{name}: {failure}", flush=True)
+    bundle = load(path)
+    rows = bundle["parts"].get(name, {}).get("rows", [])
+    bundle["parts"][name] = {"failed": failure, "rows": rows}
+    save(bundle, path)
 
 
 def run_part(name: str, options: Options, path: Path) -> None:
     """Run a part in this process, and save its rows as they come."""
-    part, _, network = name.partition(":")
+    part, *only = name.split(":")
     if part not in PARTS:
         raise SystemExit(f"no part {part!r}; there are {', '.join(PARTS)}")
+    if wrong := set(only) - NETWORKS.keys() - set(PRECISIONS):
+        raise SystemExit(f"{name}: no network or precision {', '.join(wrong)}")
     bundle = load(path)
     done = {key: value["rows"] for key, value in bundle["parts"].items()}
-    options = replace(options, done=done, networks=(network,) if network else options.networks)
+    options = replace(
+        options,
+        done=done,
+        networks=tuple(each for each in only if each in NETWORKS) or options.networks,
+        precisions=tuple(each for each in only if each in PRECISIONS) or options.precisions,
+    )
     started = time.monotonic()
     rows: list[Row] = []
     print(f"== {name}", flush=True)
@@ -126,6 +152,8 @@ def run_part(name: str, options: Options, path: Path) -> None:
         entry = {"rows": rows, "seconds": time.monotonic() - started, "arguments": sys.argv[1:]}
         bundle["parts"][name] = entry
         save(bundle, path)
+    bundle["parts"].setdefault(name, {"rows": []})["complete"] = True
+    save(bundle, path)
 
 
 if __name__ == "__main__":

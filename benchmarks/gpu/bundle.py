@@ -50,7 +50,9 @@ def report(bundle: Bundle, folder: Path) -> None:
         if rates := [row for row in part["rows"] if "images_per_s" in row]:
             plot(name, rates).savefig(folder / f"{name.replace(':', '-')}.png")
     (folder / "table.md").write_text("\n".join(lines) + "\n")
-    broken = [f"{name}: {line(row)}" for name, part in bundle["parts"].items()
+    broken = [f"{name}: {part['failed']}" for name, part in bundle["parts"].items()
+              if "failed" in part]  # fmt: skip
+    broken += [f"{name}: {line(row)}" for name, part in bundle["parts"].items()
               for row in part["rows"] if row.get("holds") is False or "failed" in row]  # fmt: skip
     print(f"{folder / 'table.md'}: {len(broken)} rows do not hold")
     for row in broken:

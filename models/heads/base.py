@@ -104,6 +104,11 @@ class Head:
         """The options of `forward` for an image of that (width, height)."""
         return options
 
+    def top_k(self, options: Mapping[str, Any]) -> int:
+        """How many of the best classes `finish` takes, of heads that rank classes. 0: it takes
+        what `forward` returns."""
+        return 0
+
     def needs_image(self, options: Mapping[str, Any]) -> bool:
         """Whether `finish` takes the decoded image itself, as the option `image`."""
         return False

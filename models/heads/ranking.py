@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from models.errors import InputError
 from models.heads.base import Head
@@ -26,25 +28,31 @@ class Ranking(Head):
                 f"top_k is {top_k}; this model has {len(self.labels)} classes", field="top_k"
             )
 
+    def top_k(self, options: Mapping[str, Any]) -> int:
+        return min(options.get("top_k") or DEFAULT_TOP_K, len(self.labels))
+
     def finish(
         self, row: Mapping[str, np.ndarray], size: tuple[int, int], *, top_k: int | None = None
     ) -> dict[str, np.ndarray]:
-        """`index` (k,) int64, `label` (k,) str, `score` (k,) float32, best first."""
-        logits = row["logits"]
-        exponents = np.exp(logits - logits.max())
-        scores = exponents / exponents.sum()
-        index = best(scores, min(top_k or DEFAULT_TOP_K, len(scores)))
-        return {"index": index, "label": self._labels[index], "score": scores[index]}
+        """`index` (k,) int64, `label` (k,) str, `score` (k,) float32, best first.
+
+        Args:
+            row: what `best_classes` returned for the row, of k classes or more.
+        """
+        count = self.top_k({"top_k": top_k})
+        index = row["index"][:count].astype(np.int64)
+        return {"index": index, "label": self._labels[index], "score": row["score"][:count]}
 
 
-def best(scores: np.ndarray, count: int) -> np.ndarray:
-    """The indices of the `count` highest scores, best first; of equal ones the lower index first.
+def best_classes(logits_BK: Tensor, count: int) -> dict[str, Tensor]:
+    """`index` and `score`, float32 (B, count): the classes of the highest probabilities, best
+    first; of equal ones the lower index first. Nothing waits for the device.
 
-    The same as the start of a stable sort, without sorting the other classes, which takes
-    milliseconds for 21 thousand of them.
+    `torch.topk` alone has no order among equals. So it ranks integers that are all different: the
+    bits of a probability, which is not negative, are in its order, and the index follows them.
     """
-    least = np.partition(scores, -count)[-count]
-    candidates = np.flatnonzero(~(scores < least))  # all of them if some are NaN
-    order = np.argsort(-scores[candidates], kind="stable")
-    index: np.ndarray = candidates[order[:count]]
-    return index
+    scores = logits_BK.float().softmax(-1)
+    places = torch.arange(scores.shape[-1], device=scores.device)
+    keys = (scores.view(torch.int32).long() << 32) - places
+    index = keys.topk(count).indices
+    return {"index": index.float(), "score": scores.gather(-1, index)}

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from models.checkpoints.checkpoint import HeadState
 from models.checkpoints.strict import load_strictly
 from models.errors import CheckpointError
-from models.heads.linear import Linear, check_has_blocks, first_size
+from models.heads.linear import Linear, check_has_blocks, classify_together, first_size
 from models.trunks.features import FeatureRequest
 from models.trunks.output import TrunkOutput
 from models.trunks.transfers import index_tensor
@@ -91,16 +91,14 @@ class Vqt(Linear):
     def forward_together(
         cls, heads: Sequence[Self], output: TrunkOutput, index: Sequence[Sequence[int]]
     ) -> list[dict[str, Tensor]]:
-        """One computation of the features, then each head's classifier."""
+        """One computation of the features, then the heads' classifiers."""
         queries = output.queries.joined([head.queries for head in heads])
         rows = index_tensor([row for rows in index for row in rows], queries.device)
         pooled = heads[0].trunk.pool(output)[rows]
         features = vqt_features(pooled, queries, None, heads[0].normalize)
         parts = features.split_with_sizes([len(rows) for rows in index])
-        return [
-            {"logits": head.network(head._selected(part))}
-            for head, part in zip(heads, parts, strict=True)
-        ]
+        selected = [head._selected(part) for head, part in zip(heads, parts, strict=True)]
+        return classify_together([head.network for head in heads], selected)
 
 
 class Attending(nn.Module):

@@ -12,6 +12,7 @@ from torch import nn
 from models.errors import CatalogError
 from models.inputs.transforms import TransformName
 from models.trunks.calibration import CalibrationSet
+from models.trunks.transfers import finish_writes
 
 Precision = Literal["float32", "bfloat16", "float16", "int8", "fp8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -67,7 +68,9 @@ class Placement:
             torch.backends.cuda.matmul.allow_tf32 = self.tf32
             torch.backends.cudnn.allow_tf32 = self.tf32
         network = network.eval().requires_grad_(False).to(self.device, self.dtype)
-        return network.to(memory_format=self.memory_format)
+        network = network.to(memory_format=self.memory_format)
+        finish_writes(self.device)
+        return network
 
     @property
     def memory_format(self) -> torch.memory_format:

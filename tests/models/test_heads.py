@@ -16,7 +16,8 @@ from shapely.geometry import shape
 from models import Registry
 from models.errors import CatalogError, InputError, TaskError
 from models.heads.embed import Embed
-from models.heads.ranking import best
+from models.heads.ranking import best_classes
+from models.inference import HeadCall, run_pass
 from models.inputs.normalize import Normalize, collate
 from models.inputs.transforms import preprocess_from_timm
 from models.model import Model
@@ -37,19 +38,47 @@ def vector(registry: Registry, name: str, image: Image.Image, **options: Any) ->
 
 
 @pytest.mark.parametrize("classes", [5, 1000, 21_841])
-@pytest.mark.parametrize("digits", [1, 3, 7])
+@pytest.mark.parametrize("digits", [0, 2, 7])
 def test_the_best_classes_are_those_of_a_stable_sort(classes: int, digits: int) -> None:
     """Few digits make many classes equal: the lower index then goes first."""
-    scores = np.random.default_rng(0).random(classes).astype(np.float32).round(digits)
-    order = np.argsort(-scores, kind="stable")
+    logits = torch.randn(3, classes, generator=torch.Generator().manual_seed(0)).round(
+        decimals=digits
+    )
+    logits[1] *= 60  # most of its probabilities are 0
+    logits[2, classes // 2] = -torch.inf
+    scores = logits.softmax(-1).numpy()
+    order = np.argsort(-scores, axis=-1, kind="stable")
     for count in (1, 5, classes):
-        assert (best(scores, count) == order[:count]).all()
+        best = best_classes(logits, count)
+        assert (best["index"].numpy() == order[:, :count]).all()
+        assert (best["score"].numpy() == np.take_along_axis(scores, order[:, :count], -1)).all()
 
 
 def test_scores_that_are_not_numbers_are_not_left_out() -> None:
     """Servers refuse them; an empty answer would hide them."""
-    scores = np.full(10, np.nan, np.float32)
-    assert len(best(scores, 5)) == 5
+    logits = torch.tensor([[0, torch.nan, 1], [0, torch.inf, 1], [0, 1, 2]])
+    best = best_classes(logits, 2)
+    assert best["score"].isnan().tolist() == [[True, True], [True, True], [False, False]]
+    assert best["index"].tolist() == [[0, 1], [0, 1], [2, 1]]
+
+
+def test_requests_for_different_numbers_of_classes_share_a_pass(
+    registry: Registry, photos: dict[str, Image.Image]
+) -> None:
+    model = registry.get("tiny")
+    head = model.heads["classify"]
+    pixels = model.trunk.collate([model.trunk.prepare(photos["coffee"])] * 3)
+    calls = [HeadCall.of(head, {"top_k": count}) for count in (2, 1000)]
+    rows = run_pass(model.trunk, pixels, [calls[:1], calls[1:], [HeadCall(head), calls[0]]])
+    two, everything, (raw, again) = rows[0][0], rows[1][0], rows[2]
+    assert not any(isinstance(row, Exception) for row in (two, everything, raw, again))
+    expected = model.predict([photos["coffee"]], top_k=2)[0]["predictions"]
+    for row in (two, again):
+        found = head.finish(row, (1, 1), top_k=2)
+        assert found["index"].tolist() == [each["index"] for each in expected]
+        assert found["label"].tolist() == [each["label"] for each in expected]
+    assert sorted(everything["index"]) == list(range(1000))  # type: ignore[index]
+    assert raw["logits"].shape == (1000,)  # type: ignore[index]
 
 
 def test_probabilities_are_best_first_and_sum_to_one(

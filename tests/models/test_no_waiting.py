@@ -23,9 +23,11 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.checkpoints.checkpoint import HeadState
+from models.heads.embed import Embed
 from models.heads.registry import create_head
 from models.inference import HeadCall, start_pass
 from models.model import Model
+from models.trunks.adapters import Adapter
 from models.trunks.base import Trunk
 from tests.models.test_fixtures import FIXTURES, fixture
 
@@ -51,8 +53,8 @@ class NoWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
             waits = not kwargs.get("non_blocking", ".copy_" in name and True in args[2:])
             if moves and waits:
                 raise AssertionError(f"{name} waits for a copy of {tuple(source.shape)}")
-        elif "index" in name:
-            tensors = [part for part in args[1] if isinstance(part, Tensor)] if args[1:] else []
+        elif "index" in name and args[1:] and isinstance(args[1], list | tuple):
+            tensors = [part for part in args[1] if isinstance(part, Tensor)]
             if any(tensor.device != args[0].device for tensor in tensors):
                 raise AssertionError(f"{name} waits for a copy of its index")
         return result
@@ -105,14 +107,15 @@ class Mover:
             self.move(thing.__dict__)
 
 
-def check(trunk: Trunk, batch: Tensor, calls: Sequence[Sequence[HeadCall]]) -> None:
-    """Move a trunk and heads to a fake GPU, and start a pass."""
+def check(trunk: Trunk, batch: Tensor, calls: Sequence[Sequence[HeadCall]], *others: Any) -> None:
+    """Move a trunk, heads and other things to a fake GPU, and start a pass."""
     with fake_gpu() as mode:
         trunk.placement = replace(trunk.placement, device=GPU)
         trunk.engine.placement = trunk.placement
         mover = Mover(mode)
         mover.move(trunk)
         mover.move([call.head for row in calls for call in row])
+        mover.move(others)
         on_host = mode.from_tensor(batch)
         with NoWaiting():
             started = start_pass(trunk, on_host, calls)
@@ -182,6 +185,23 @@ def test_mixed_heads_with_query_tokens_do_not_wait() -> None:
         )  # fmt: skip
     pixels = golden["pixel_values"][:1].repeat(4, 1, 1, 1)
     check(trunk, pixels, [heads[:2], heads[2:4], heads, heads[4:]])
+
+
+def test_adapters_do_not_wait() -> None:
+    model, golden, _ = fixture("dino")
+    trunk, name = model.trunk, "blocks.0.mlp.fc1"
+    layer = trunk.adapters.layers[name]
+    sizes = layer.in_features, layer.out_features
+    adapters = [
+        Adapter({name: (torch.rand(rank, sizes[0]), torch.rand(sizes[1], rank))}, "")
+        for rank in (1, 2)
+    ]
+    heads = [Embed(trunk) for _ in range(3)]
+    for head, adapter in zip(heads, adapters, strict=False):  # the last one has none
+        head.adapt(adapter)
+    pixels = golden["pixel_values"][:1].repeat(3, 1, 1, 1)
+    check(trunk, pixels, [[HeadCall(head)] for head in heads], *adapters)
+    assert all(adapter.ran == {name} for adapter in adapters)
 
 
 def test_what_waits_is_found() -> None:

@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 from models.checkpoints.checkpoint import HeadState
 from models.errors import CheckpointError
 from models.heads.base import Head
+from models.heads.linear import classify_together, create_classifier
 from models.heads.registry import create_head
 from models.heads.vqt import Vqt, vqt_features
 from models.inference import HeadCall, run_pass
@@ -316,6 +317,29 @@ def test_mixed_heads_compute_their_features_together(
             assert not isinstance(one, Exception)
             assert not isinstance(other, Exception)
             np.testing.assert_allclose(one["logits"], other["logits"], atol=1e-5)
+
+
+def test_stacked_classifiers_return_what_each_returns() -> None:
+    torch.manual_seed(0)
+    sizes = [(8, 3, True)] * 4 + [(8, 2, True), (8, 3, False), (8, 3, False), (900, 90, True)]
+    states = []
+    for inputs, outputs, bias in sizes:
+        tensors = {"classifier.0.weight": torch.randn(outputs, inputs)}
+        states.append(tensors | ({"classifier.0.bias": torch.randn(outputs)} if bias else {}))
+    networks = [create_classifier(HeadState(tensors)) for tensors in states]
+    mlp = {"classifier.0.weight": torch.randn(5, 8), "classifier.2.weight": torch.randn(3, 5)}
+    networks.append(create_classifier(HeadState(mlp, {"activations": {"1": "relu"}})))
+    called: list[int] = []
+    for number, network in enumerate(networks):
+        network.register_forward_hook(lambda *_, number=number: called.append(number))
+    for lengths in ([1] * 9, [2, 1, 3, 1, 2, 4, 1, 2, 1]):
+        parts = [torch.randn(n, network[0].in_features)
+                 for n, network in zip(lengths, networks, strict=True)]  # fmt: skip
+        called.clear()
+        found = classify_together(networks, parts)
+        assert sorted(called) == [4, 7, 8]  # of another size, too large, and of two layers
+        for one, network, part in zip(found, networks, parts, strict=True):
+            torch.testing.assert_close(one["logits"], network(part))
 
 
 def test_a_head_that_fails_among_others_fails_alone(pixels: Tensor) -> None:

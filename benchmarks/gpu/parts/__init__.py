@@ -28,5 +28,6 @@ PARTS: dict[str, Callable[[Options], Rows]] = {
     "recovery": recovery,
     "soak": soak,
 }
-# Parts that run for one network at a time, so that each ends within minutes.
+# Parts that run for one network, or in one precision, at a time, so that each ends within minutes.
 BY_NETWORK = ("waiting", "ceiling", "quantised", "tensor-in", "jpeg-in", "lone", "mixed", "heads")
+BY_PRECISION = ("waiting", "fixtures", "ceiling")

@@ -31,4 +31,7 @@ def quantised(options: Options) -> Rows:
     if not options.is_gpu:
         yield {"refused": "needs a GPU; tests/models/test_gpu_quantization.py has the quantisation"}
         return
+    if options.quick and "compile" not in options.engines:
+        yield {"refused": "--quick compiles nothing; add --engines compile"}
+        return
     yield from ceiling(replace(options, precisions=("int8", "fp8"), engines=("compile",)))

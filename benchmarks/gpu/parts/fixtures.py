@@ -31,7 +31,7 @@ def fixtures(options: Options) -> Rows:
         yield {"refused": f"no fixtures in {options.shared}"}
     engines = ("eager", "cuda-graph") if options.is_gpu else ("eager",)
     for folder in folders[::QUICK_STEP] if options.quick else folders:
-        for precision in TOLERANCES if options.is_gpu else ("float32", "bfloat16"):
+        for precision in options.precisions:
             tolerance = TOLERANCES[precision]
             for engine in engines:
                 row = {"fixture": folder.name, "precision": precision, "engine": engine}
