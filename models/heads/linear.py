@@ -8,7 +8,7 @@ import json
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import accumulate
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +152,7 @@ def classify_together(
             [number] = numbers
             logits[number] = networks[number](parts[number])
             continue
-        layers = [networks[number][0] for number in numbers]
+        layers: list[Any] = [networks[number][0] for number in numbers]
         weights_HKF = torch.stack([layer.weight for layer in layers])
         products_HRK = _rows_of([parts[number] for number in numbers]) @ weights_HKF.mT
         if layers[0].bias is not None:
@@ -164,7 +164,7 @@ def classify_together(
 
 def _stack_key(network: nn.Sequential) -> Hashable:
     """Equal for classifiers that are stacked; None for those that are not."""
-    layer = network[0]
+    layer: Any = network[0]
     if len(network) > 1 or layer.weight.numel() > MAX_STACKED[layer.weight.device.type]:
         return None
     return layer.weight.shape, layer.bias is None

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from models.checkpoints.checkpoint import HeadState
 from models.errors import CheckpointError
 from models.heads.base import Head
-from models.heads.linear import classify_together, create_classifier
+from models.heads.linear import classify_together, create_classifier, first_size
 from models.heads.registry import create_head
 from models.heads.vqt import Vqt, vqt_features
 from models.inference import HeadCall, run_pass
@@ -333,7 +333,7 @@ def test_stacked_classifiers_return_what_each_returns() -> None:
     for number, network in enumerate(networks):
         network.register_forward_hook(lambda *_, number=number: called.append(number))
     for lengths in ([1] * 9, [2, 1, 3, 1, 2, 4, 1, 2, 1]):
-        parts = [torch.randn(n, network[0].in_features)
+        parts = [torch.randn(n, first_size(network))
                  for n, network in zip(lengths, networks, strict=True)]  # fmt: skip
         called.clear()
         found = classify_together(networks, parts)
