@@ -28,8 +28,8 @@ from models.fitting.fit import Fitted, fit, run_directly
 from models.fitting.options import FitOptions
 from models.heads.files import save_head
 from models.heads.registry import create_head
-from models.inference import Row
 from models.model import Model
+from models.started_pass import Row
 from models.trunks.base import Trunk
 
 MIN_IMAGES = 8

@@ -18,21 +18,16 @@ from torch import Tensor
 
 from models.errors import InputError
 from models.heads.base import Head
-from models.heads.ranking import best_classes
 from models.inputs.images import ImageLimits, ReducedImage, decode_image, decode_reduced
 from models.inputs.tiling import View
 from models.inputs.types import Input
+from models.started_pass import Places, Row, StartedPass
 from models.trunks.base import Trunk
 from models.trunks.device_errors import is_cuda_error, is_out_of_memory
 from models.trunks.devices import one_thread
 from models.trunks.features import FeatureRequest, merge
 from models.trunks.output import TrunkOutput
-from models.trunks.transfers import index_tensor
 
-# What a head's `forward` returned for one row of a batch: float32 arrays by name.
-Row = Mapping[str, np.ndarray]
-# A call's rows of a batch, each with the call's position among those of its row.
-Places = Sequence[tuple[int, int]]
 # Rows of heads that compute together, which bounds the memory of their features.
 MAX_TOGETHER = 64
 
@@ -126,73 +121,6 @@ def prepare_pieces(item: Any, trunk: Trunk, view: View | None, limits: ImageLimi
     return view.cut(item)
 
 
-class StartedPass:
-    """A pass whose heads have been started. On a GPU their outputs may not be computed yet.
-
-    Attributes:
-        tensors: the heads' outputs on the device, float32, in no order that matters outside.
-    """
-
-    def __init__(self, calls: Sequence[Sequence[HeadCall]]) -> None:
-        self.tensors: list[Tensor] = []
-        self._results: list[list[Row | Exception]] = [[{}] * len(row_calls) for row_calls in calls]
-        # Each call's rows, as (row of the batch, position in it), and its outputs' names.
-        self._outputs: list[tuple[Places, Sequence[str]]] = []
-        self._calls = calls
-        # By their number of classes: the logits to rank, with their rows.
-        self._unranked: dict[int, list[tuple[Places, Tensor]]] = defaultdict(list)
-
-    def add(self, at: Places, outputs: Mapping[str, Tensor], *, is_ranked: bool = False) -> None:
-        """Add a head's outputs for these rows.
-
-        Args:
-            is_ranked: its logits are to be ranked.
-        """
-        tensors = [tensor.float() for tensor in outputs.values()]
-        if any(len(tensor) < len(at) for tensor in tensors):
-            raise ValueError(f"a head returned fewer than {len(at)} rows")
-        if is_ranked:
-            [logits_NK] = tensors
-            self._unranked[logits_NK.shape[1]].append((at, logits_NK))
-            return
-        self.tensors += tensors
-        self._outputs.append((at, list(outputs)))
-
-    def rank(self) -> None:
-        """Replace logits by their best classes: at once for all heads with equally many classes,
-        except that few of them need not wait until many are ranked for another row."""
-        for classes, parts in self._unranked.items():
-            at = [place for places, _ in parts for place in places]
-            logits_NK = torch.cat([logits[: len(places)] for places, logits in parts])
-            numbers: dict[int, list[int]] = defaultdict(list)
-            for number, (row, position) in enumerate(at):
-                next_power = 1 << (self._calls[row][position].top_k - 1).bit_length()
-                numbers[min(next_power, classes)].append(number)
-            for count, own in numbers.items():
-                is_all = len(numbers) == 1
-                rows = logits_NK if is_all else logits_NK[index_tensor(own, logits_NK.device)]
-                self.add([at[number] for number in own], best_classes(rows, count))
-        self._unranked.clear()
-
-    def fail(self, at: Places, error: Exception) -> None:
-        """Note that a head has failed for these rows."""
-        for row, position in at:
-            self._results[row][position] = error
-
-    def results(self, copies: Sequence[Tensor]) -> list[list[Row | Exception]]:
-        """For each row, for each of its calls, the head's arrays, or the exception that it raised.
-
-        Args:
-            copies: `tensors` on the host.
-        """
-        remaining = iter(copies)
-        for at, names in self._outputs:
-            arrays = {name: next(remaining).numpy() for name in names}
-            for number, (row, position) in enumerate(at):
-                self._results[row][position] = {name: arrays[name][number] for name in names}
-        return self._results
-
-
 @torch.inference_mode()
 def start_pass(trunk: Trunk, batch: Tensor, calls: Sequence[Sequence[HeadCall]]) -> StartedPass:
     """Start the trunk once, then each head on the rows that call it.
@@ -211,7 +139,7 @@ def start_pass(trunk: Trunk, batch: Tensor, calls: Sequence[Sequence[HeadCall]])
     output = trunk.forward(
         batch, merge((call.request, [row for row, _ in at]) for call, at in places.items())
     )
-    started = StartedPass(calls)
+    started = StartedPass([[call.top_k for call in row_calls] for row_calls in calls])
     for group in _groups(places):
         _start_heads(started, output, group)
     with one_thread():

@@ -19,7 +19,6 @@ from models.heads.prompted import Prompted, with_class_embeddings
 from models.heads.registry import heads_of
 from models.inference import (
     HeadCall,
-    Row,
     decode,
     finish,
     finish_options,
@@ -32,6 +31,7 @@ from models.inputs.images import DEFAULT_LIMITS, ImageLimits, to_upright_rgb
 from models.inputs.prompts import ensemble, prompts
 from models.inputs.types import Input, Seed, Video, modality_of
 from models.reference_outputs import FormatOutputs, Parts, reference_outputs
+from models.started_pass import Row
 from models.tasks.table import get_task, parse_options
 from models.trunks.adapters import Adapter
 from models.trunks.base import Trunk

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.heads.linear import Linear, check_has_blocks
 from models.heads.ranking import Ranking
-from models.inference import Row
+from models.started_pass import Row
 from models.trunks.base import Trunk
 from models.trunks.features import FeatureRequest
 from models.trunks.output import TrunkOutput

@@ -27,8 +27,9 @@ from models.fitting.training import (
 )
 from models.heads.files import HeadFile
 from models.heads.linear import Linear
-from models.inference import HeadCall, Row, run_rows
+from models.inference import HeadCall, run_rows
 from models.inputs.images import DEFAULT_LIMITS, ImageLimits
+from models.started_pass import Row
 from models.trunks.base import Trunk
 
 BATCH = 8

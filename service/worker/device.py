@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from models.inference import Row, StartedPass
+from models.started_pass import Row, StartedPass
 from models.trunks.compute_stream import compute_stream
 from models.trunks.transfers import packed, unpacked
 

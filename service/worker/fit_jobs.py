@@ -24,9 +24,10 @@ from models.fitting.fit import Fitted, create_reader, fit
 from models.fitting.options import FitOptions
 from models.fitting.report import write_report
 from models.heads.files import save_head, write_whole
-from models.inference import HeadCall, Row
+from models.inference import HeadCall
 from models.inputs.images import ImageLimits
 from models.registry import Registry
+from models.started_pass import Row
 from service.errors import (
     DISK_FULL,
     InvalidInputError,

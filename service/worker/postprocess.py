@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from models.errors import ModelsError
-from models.inference import Row, finish
+from models.inference import finish
 from models.inputs.images import ImageLimits
 from models.inputs.types import Input
+from models.started_pass import Row
 from service.errors import InternalError, ServiceError, from_library
 from service.metrics import Metrics
 from service.types import ImageResult, Timing

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from models.inference import HeadCall, Row, start_pass
+from models.inference import HeadCall, start_pass
+from models.started_pass import Row
 from models.trunks.base import Trunk
 from models.trunks.device_errors import is_lost, is_out_of_memory
 from models.trunks.devices import one_thread

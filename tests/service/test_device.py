@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.inference import StartedPass
+from models.started_pass import StartedPass
 from models.trunks.transfers import PACKED_NUMBERS, packed, unpacked
 from service.worker.device import StreamDevice
 from tests.conftest import wait_until
@@ -49,7 +49,7 @@ class StandInStreams:
 def started(batch: Tensor) -> StartedPass:
     """A pass of two heads: one on all rows, one on the last row alone."""
     rows = len(batch)
-    made = StartedPass([[None]] * (rows - 1) + [[None, None]])  # type: ignore[arg-type]
+    made = StartedPass([[0]] * (rows - 1) + [[0, 0]])
     made.add([(row, 0) for row in range(rows)], {"double": 2 * batch, "sum": batch.sum(1)})
     made.add([(rows - 1, 1)], {"large": torch.full((1, PACKED_NUMBERS + 1), 7, dtype=torch.int64)})
     return made
