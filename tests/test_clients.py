@@ -407,7 +407,7 @@ const made = {
   collection: ["c"],
   deleteCollection: ["c"],
   images: ["c", { after: "a", limit: 3 }],
-  addImages: ["c", [{ image, id: "a/b?", metadata: { n: 1 }, thumbnail: image }]],
+  addImages: ["c", [{ image, id: "a/b?", metadata: { n: 1 } }], { thumbnail: () => image }],
   addFolder: ["c", "/photos", { after: "/photos/a.jpg" }],
   deleteImage: ["c", "a/b?"],
   deleteImages: ["c", ["a/b?", ".."]],

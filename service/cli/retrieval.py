@@ -11,7 +11,7 @@ from rich.progress import Progress
 from models.tasks.base import Task
 from service.cli.client import Client, Json, Key, Url, connect, errors, expand
 from service.cli.task_commands import Invocation, run_task
-from vitrail_client.protocol import DEFAULT_URL
+from vitrail_client.protocol import DEFAULT_URL, Scalar
 
 
 def run_embed(task: Task, invocation: Invocation) -> None:
@@ -32,6 +32,13 @@ def search(
     image: Annotated[Path | None, typer.Option(exists=True, help="Find similar images.")] = None,
     text: Annotated[str | None, typer.Option(help="Find what the text describes.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of results.")] = 5,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Only images of the collection whose metadata has this: folder=beach.",
+            metavar="FIELD=VALUE",
+        ),
+    ] = None,
     url: Url = DEFAULT_URL,
     key: Key = None,
     as_json: Json = False,
@@ -40,20 +47,30 @@ def search(
     if (image is None) == (text is None):
         raise typer.BadParameter("search by --image, or by --text")
     if Path(index).suffix:  # collections' names have no dot
+        if where:
+            raise typer.BadParameter("--where is for collections; a file has no metadata")
         matches = _search_file(Path(index), image, text, top, url, key)
     else:
-        matches = _search_collection(index, image, text, top, url, key)
+        with connect(url, key) as client:
+            hits = client.search(
+                index, image=image, text=text, k=top, where=dict(map(_condition, where or []))
+            )
+        matches = [(hit["id"], hit["score"]) for hit in hits]
     for path, score in matches:
         found = {"path": path, "score": score}
         typer.echo(json.dumps(found) if as_json else f"{score:.3f}  {path}")
 
 
-def _search_collection(
-    name: str, image: Path | None, text: str | None, top: int, url: str, key: str | None
-) -> list[tuple[str, float]]:
-    with connect(url, key) as client:
-        hits = client.search(name, image=image, text=text, k=top)
-    return [(hit["id"], hit["score"]) for hit in hits]
+def _condition(text: str) -> tuple[str, Scalar]:
+    """`year=2024` as a field and its value: a number, true, false, null, or else a text."""
+    field, separator, value = text.partition("=")
+    if not separator:
+        raise typer.BadParameter(f"{text!r} is not FIELD=VALUE", param_hint="--where")
+    try:
+        known: Scalar = json.loads(value, parse_constant=str)  # NaN is a text
+    except ValueError:
+        known = value
+    return field, known
 
 
 def _search_file(

@@ -5,23 +5,25 @@ from pathlib import Path
 
 from models.errors import ModelsError
 from models.inputs.images import DEFAULT_LIMITS, decode_reduced
+from service.search.collection import MAX_THUMBNAIL
 
 SIDE = 192  # pixels of the longer side
 QUALITY = 60
 
 
 def make_thumbnail(image: bytes | str | Path) -> bytes | None:
-    """A WebP of some kilobytes; None for what cannot be decoded here.
+    """A WebP of some kilobytes; None for what cannot be decoded here, or has too much detail.
 
     Raises:
         OSError: the file cannot be read.
     """
-    content = image if isinstance(image, bytes) else Path(image).read_bytes()
+    encoded = image if isinstance(image, bytes) else Path(image).read_bytes()
     try:
-        small = decode_reduced(content, DEFAULT_LIMITS, SIDE).image
+        small = decode_reduced(encoded, DEFAULT_LIMITS, SIDE).image
     except ModelsError:
         return None
     small.thumbnail((SIDE, SIDE))
     written = io.BytesIO()
     small.save(written, "WEBP", quality=QUALITY)
-    return written.getvalue()
+    content = written.getvalue()
+    return content if len(content) <= MAX_THUMBNAIL else None

@@ -120,6 +120,11 @@ def test_a_collection_is_indexed_and_searched(demo: Registry, tmp_path: Path, fo
         image = str(folder / "rocket.jpg")
         same = vitrail("search", "photos", "--image", image, "--json", *server)
         assert json.loads(same.stdout.splitlines()[0])["path"] == image
+        inside = ("search", "photos", "--image", image, "--where")
+        none = vitrail(*inside, "folder=elsewhere", *server)
+        assert (none.returncode, none.stdout) == (0, "")
+        there = vitrail(*inside, f"folder={folder.name}", *server)
+        assert there.stdout.startswith(f"1.000  {image}")
         missing = vitrail("search", "none", "--text", "a cat", *server)
         assert missing.returncode == 1
         assert "no collection 'none'" in missing.stderr

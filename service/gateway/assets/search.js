@@ -8,7 +8,7 @@ const about = document.getElementById("collection"), query = document.getElement
 const indexed = document.getElementById("indexed"), hits = document.getElementById("hits");
 const HITS = 12;
 const ALL = [...SAMPLES, ...TEXTURES];
-const SIDE = 192, QUALITY = 0.7, MAX_THUMBNAIL = 16384; // pixels of a thumbnail, and the server's limit in bytes
+const SIDE = 192, QUALITY = 0.6, MAX_THUMBNAIL = 16384; // pixels of a thumbnail, and the server's limit in bytes
 const LOOKED_AT = 1000; // images whose metadata the filter suggests
 const OF_FILES = ["size", "modified_ms"]; // metadata of `vitrail index` that nobody looks for
 let last = null; // what was looked for
@@ -70,11 +70,11 @@ function filter() {
 /** A small JPEG that the server keeps to show a photo by; none of what this browser cannot read. */
 async function thumbnail(file) {
   const photo = await decode(file);
-  if (!photo) return undefined;
+  if (!photo) return null;
   const { canvas } = photoCanvas(photo, photo.width, photo.height, SIDE * Math.min(1, photo.width / photo.height), null);
   photo.close();
   const small = await new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", QUALITY));
-  return small.size <= MAX_THUMBNAIL ? small : undefined;
+  return small && small.size <= MAX_THUMBNAIL ? small : null;
 }
 
 async function add(files) {
@@ -84,13 +84,11 @@ async function add(files) {
   client.progress = (done, all) => (indexed.textContent = `${done} of ${all} photos`);
   try {
     await client.createCollection(name, { model: about.model.value });
-    const items = [];
-    for (const file of files) {
-      const id = file.path ?? (file.webkitRelativePath || file.name), folder = id.split("/").at(-2);
-      const small = about.elements.thumbnails.checked ? await thumbnail(file) : undefined;
-      items.push({ image: file, id, metadata: folder ? { folder } : {}, thumbnail: small });
-    }
-    const results = await client.addImages(name, items);
+    const items = files.map((image) => {
+      const id = image.path ?? (image.webkitRelativePath || image.name), folder = id.split("/").at(-2);
+      return { image, id, metadata: folder ? { folder } : {} };
+    });
+    const results = await client.addImages(name, items, about.elements.thumbnails.checked ? { thumbnail } : {});
     const failed = results.filter((result) => result.error).length;
     showAdding(name, items);
     await showCollections();
@@ -171,5 +169,7 @@ query.field.addEventListener("change", () => {
 query.value.addEventListener("change", again);
 query.addEventListener("submit", (event) => {
   event.preventDefault();
-  if (query.text.value.trim()) find({ text: query.text.value.trim() });
+  const text = query.text.value.trim();
+  if (text) find({ text });
+  else query.text.focus();
 });

@@ -107,14 +107,16 @@ export class Vitrail {
   /**
    * Add images to a collection: `{ id }` or `{ error }` for each.
    * @param {string} collection
-   * @param {{ image: Blob | ArrayBuffer | Uint8Array, id?: string, metadata?: object,
-   *           thumbnail?: Blob }[]} items `thumbnail` is a small JPEG, PNG or WebP, which searches return
+   * @param {{ image: Blob | ArrayBuffer | Uint8Array, id?: string, metadata?: object }[]} items
+   * @param {{ thumbnail?: (image: Blob | ArrayBuffer | Uint8Array) => Promise<Blob | null> }} [options]
+   *   `thumbnail` makes a small JPEG, PNG or WebP of an image when that is sent; searches return it
    */
-  async addImages(collection, items) {
+  async addImages(collection, items, { thumbnail = () => null } = {}) {
     return this.#all(`${collectionPath(collection)}/images`, items, async (batch) => {
-      const images = batch.map(async ({ image, thumbnail, ...others }) => ({
-        base64: await base64(image), ...(thumbnail && { thumbnail: await base64(thumbnail) }), ...others,
-      }));
+      const images = batch.map(async ({ image, ...others }) => {
+        const small = await thumbnail(image);
+        return { base64: await base64(image), ...(small && { thumbnail: await base64(small) }), ...others };
+      });
       return json({ images: await Promise.all(images) });
     });
   }
