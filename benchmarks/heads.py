@@ -86,7 +86,7 @@ def random_head(trunk: Trunk, seed: int) -> HeadCall:
         "classifier.0.weight": torch.randn(len(LABELS), dim * (1 + depth), generator=generator),
         "classifier.0.bias": torch.zeros(len(LABELS)),
     }
-    return HeadCall(create_head("vqt", trunk, LABELS, HeadState(tensors)))
+    return HeadCall.of(create_head("vqt", trunk, LABELS, HeadState(tensors)), {})
 
 
 def resident_bytes() -> int:

@@ -59,4 +59,5 @@ def blank_batch(trunk: Trunk, batch: int) -> torch.Tensor:
 
 
 def classifier(trunk: Trunk) -> HeadCall:
-    return HeadCall(create_head("classify", trunk, [str(n) for n in range(trunk.num_classes)]))
+    labels = [str(number) for number in range(trunk.num_classes)]
+    return HeadCall.of(create_head("classify", trunk, labels), {})
