@@ -75,7 +75,7 @@ def options_of(arguments: argparse.Namespace) -> Options:
     engines, precisions = "eager", "float32"
     if device.type == "cuda":
         engines = "eager,cuda-graph" if quick else "eager,cuda-graph,compile"
-        precisions = "bfloat16" if quick else "bfloat16,float16,float32"
+        precisions = "bfloat16,float32" if quick else "bfloat16,float16,float32"
     return Options(
         folder=arguments.folder,
         device=device,

@@ -1,5 +1,6 @@
 """What a worker does about a GPU that fails. The errors are injected: no GPU is needed."""
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -61,6 +62,22 @@ def test_errors_of_the_device_are_told_from_those_of_an_input(
 ) -> None:
     assert is_lost(error, CPU) is lost
     assert is_out_of_memory(error) is out_of_memory
+
+
+def test_the_words_of_errors_that_stay_are_those_of_the_installed_cuda() -> None:
+    """`cudaGetErrorString` needs no GPU."""
+    folder = Path(torch.__file__).parents[1] / "nvidia"
+    library = next(folder.glob("**/libcudart.so*"), None)
+    if library is None:
+        pytest.skip("torch is a build for CPUs")
+    words_of = ctypes.CDLL(str(library)).cudaGetErrorString
+    words_of.restype = ctypes.c_char_p
+    texts = {code: f"CUDA error: {words_of(code).decode()}" for code in range(1, 1000)}
+    lost = {code for code, text in texts.items() if is_lost(RuntimeError(text), CPU)}
+    # Those after which, says CUDA's documentation, a process has to end; a GPU that is not there,
+    # that another process has, or that is being shut down; and an unknown error.
+    stay = {214, 220, 226, 700, 702, 709, 710, *range(714, 720), 721, 911}
+    assert lost == stay | {4, 46, 53, 100, 810, 999}
 
 
 def test_memory_that_runs_out_in_a_capture_is_told_by_its_context() -> None:
