@@ -269,10 +269,24 @@ class Model:
             token_ids: (N, T) for `text_embedding`; with images also `logits_per_image` (B, N).
             inputs: what else the checkpoint's format takes, such as `noise` to mask patches by, or
                 a generator's `latent`.
+
+        Raises:
+            InputError: images of a size that the network does not take.
         """
         named = {"pixel_values": pixel_values, "token_ids": token_ids, **inputs}
         present = {name: tensor for name, tensor in named.items() if tensor is not None}
-        return reference_outputs(self._parts, present)
+        try:
+            return reference_outputs(self._parts, present)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            own = getattr(self.trunk.preprocess, "input_size", None)
+            if pixel_values is None or own in (None, tuple(pixel_values.shape[-2:])):
+                raise
+            given, usual = (f"{rows} x {cols}" for rows, cols in (pixel_values.shape[-2:], own))
+            raise InputError(
+                f"{self.trunk.architecture} does not take pixels of {given}, but of {usual}: "
+                f"{error}",
+                field="pixel_values",
+            ) from error
 
 
 def load_image(

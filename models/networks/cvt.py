@@ -40,6 +40,22 @@ class Embed(nn.Module):
         return embedded
 
 
+class Stem(nn.Module):
+    """Three convolutions with batch norms and ReLUs, which begin the first stage; stride 4."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, stride in ((3, 2), (dim, 1), (dim, 2)):
+            convolution = nn.Conv2d(inputs, dim, 3, stride=stride, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(dim), nn.ReLU()]
+        self.stem = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        embedded: Tensor = self.stem(x)
+        return embedded
+
+
 class WindowAttention(nn.Module):
     """Attention within windows of a map.
 
@@ -165,6 +181,7 @@ class Cvt(nn.Module):
         paddings: Sequence[int],
         bias: bool = True,
         relative: bool = False,
+        conv_stem: bool = False,
         num_classes: int = 0,
     ) -> None:
         """All sequences are by stage.
@@ -174,15 +191,18 @@ class Cvt(nn.Module):
             windows: sides of attention's windows; on smaller maps they are as large as those.
             kernels, strides, paddings: of the convolutions that begin the stages.
             bias, relative: see `WindowAttention`.
+            conv_stem: whether the first stage begins with a `Stem`.
         """
         super().__init__()
         self.num_classes, self.num_features = num_classes, dims[-1]
-        self._smallest = max(windows) if relative else 1
-        self._strides = strides
         self.stage_count = len(dims)
         inputs = 3
         for number, dim in enumerate(dims):
-            embed = Embed(inputs, dim, kernels[number], strides[number], paddings[number])
+            embed: nn.Module = (
+                Stem(dim)
+                if conv_stem and number == 0
+                else Embed(inputs, dim, kernels[number], strides[number], paddings[number])
+            )
             blocks = Blocks(
                 depths[number],
                 dim,

@@ -151,6 +151,12 @@ def test_deit_distilled(tmp_path: Path) -> None:
         model.run(pixels(64, 48))
 
 
+def test_an_image_is_larger_than_patches(tmp_path: Path) -> None:
+    path = saved(tmp_path / "convnext.pth", {"model": convnext(None)[1]})
+    with pytest.raises(CheckpointError, match="at least 8 pixels"):
+        load_checkpoint(path, {"img_size": [1, 2]})
+
+
 def test_deits_training_checkpoint(tmp_path: Path) -> None:
     """With the script's arguments, which also say how it evaluates."""
     network = randomised(timm.create_model("deit_tiny_patch16_224", img_size=48, depth=2))
@@ -266,6 +272,9 @@ def test_a_distilled_pit_may_have_no_classifier(tmp_path: Path) -> None:
     assert torch.allclose(found["embedding"], expected, atol=1e-5)
     assert torch.allclose(found["embedding_dist"], of_second, atol=1e-5)
     assert "logits_dist" not in found
+    with pytest.raises(InputError, match="80 x 80, but of 64 x 64") as raised:
+        model.run(pixels(80, 80))
+    assert raised.value.field == "pixel_values"
 
 
 def test_dinos_linear_classifiers_of_other_backbones(tmp_path: Path) -> None:
@@ -406,11 +415,14 @@ def test_beits_script_fine_tunes_vits_of_ibot_and_slip(
     assert torch.allclose(found, network(pixels(32, 32)), atol=1e-5)
 
 
-def test_esvits_linear_classifiers_read_the_means_of_blocks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("conv_stem", [False, True])
+def test_esvits_linear_classifiers_read_the_means_of_blocks(
+    tmp_path: Path, conv_stem: bool
+) -> None:
     stages: dict[str, Any] = {"dims": [8, 16], "depths": [1, 2], "hidden": [16, 32],
                               "heads": [1, 2], "windows": [7, 7], "kernels": [7, 3],
                               "strides": [4, 2], "paddings": [2, 1]}  # fmt: skip
-    network = randomised(Cvt(**stages))
+    network = randomised(Cvt(**stages, conv_stem=conv_stem))
     teacher = {f"module.{key}": value for key, value in network.state_dict().items()}
     teacher |= {"module.head.last_layer.weight_v": torch.ones(3, 16)}
     saved(tmp_path / "backbone.pth", {"student": teacher, "teacher": teacher, "epoch": 1})

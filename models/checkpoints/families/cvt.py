@@ -15,6 +15,7 @@ from models.networks import OWN
 MARK = "stage0.1.layers.0.0.fn.qkv.dw.weight"
 TABLE = "stage{}.1.layers.0.0.fn.rel_pos_bias_table"
 INDEX = ".rel_pos_idx"
+STEM, PROJECTION = "stage0.0.stem.6.weight", "stage{}.0.proj.weight"
 
 
 def cvt_checkpoint(
@@ -37,12 +38,14 @@ def cvt_checkpoint(
         CheckpointError: an argument does not fit the stages, or they have options without a
             published checkpoint.
     """
-    if "stage0.0.proj.weight" not in tensors:
-        raise CheckpointError("CvTs whose stem has several convolutions are not supported")
+    if not {STEM, PROJECTION.format(0)} & tensors.keys():
+        raise CheckpointError("a CvT's stem has one convolution, or three; neither is in the file")
     known = Known(arguments)
     count = len({key.split(".")[0] for key in tensors if key.startswith("stage")})
     stages = range(count)
-    shapes = [tensors[f"stage{stage}.0.proj.weight"].shape for stage in stages]
+    shapes = [
+        tensors[STEM if STEM in tensors and not s else PROJECTION.format(s)].shape for s in stages
+    ]
     dims = [shape[0] for shape in shapes]
     relative = TABLE.format(0) in tensors
     windows = [7] * count
@@ -86,6 +89,7 @@ def cvt_checkpoint(
             ),
             "bias": "stage0.1.layers.0.0.fn.qkv.pw.bias" in tensors,
             "relative": relative,
+            "conv_stem": STEM in tensors,
             "num_classes": 0 if head is None else head.shape[0],
         },
         state_dict={key: value for key, value in tensors.items() if not key.endswith(INDEX)},

@@ -6,6 +6,8 @@ from typing import Any
 
 from models.errors import CheckpointError
 
+MIN_SIDE = 8  # pixels of an image
+
 
 def whole(name: str, value: Any) -> int:
     """An argument that is a whole number.
@@ -99,7 +101,14 @@ class Known:
         return value
 
     def image_size(self, default: int = 224) -> tuple[int, int]:
-        """(height, width) of `img_size` in pixels, one side or both."""
+        """(height, width) of `img_size` in pixels, one side or both.
+
+        Raises:
+            CheckpointError: a side is no whole number, or smaller than any network's patches.
+        """
         size = self.get("img_size", default, "image_size", "input_size")
         rows, columns = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
-        return whole("img_size", rows), whole("img_size", columns)
+        sides = whole("img_size", rows), whole("img_size", columns)
+        if min(sides) < MIN_SIDE:
+            raise CheckpointError(f"img_size is {size!r}; sides have at least {MIN_SIDE} pixels")
+        return sides
