@@ -105,7 +105,7 @@ class Clients:
             self.statuses[type(error).__name__] += 1
             return False
         self.statuses[answer.status_code] += 1
-        return answer.headers.get("Connection") != "close"
+        return bool(answer.headers.get("Connection") != "close")
 
 
 @contextmanager
