@@ -1,5 +1,6 @@
 """The summary that a person sees once a server is ready, in place of log lines."""
 
+import shutil
 import sys
 import threading
 import time
@@ -79,6 +80,12 @@ def _watch(url: str, settings: Settings, then: Callable[[str], None] | None) -> 
         then(url)
 
 
+def _program() -> str:
+    """How a person calls this program: by its path if it is not on PATH, as after `make serve`."""
+    called = sys.argv[0]
+    return called if called.endswith("/vitrail") and not shutil.which("vitrail") else "vitrail"
+
+
 def summary(url: str, settings: Settings, models: list[dict[str, Any]]) -> Table:
     """Where the server is, what it serves, and how to try it."""
     ready = [model for model in models if model["state"] == "ready"]
@@ -98,7 +105,7 @@ def summary(url: str, settings: Settings, models: list[dict[str, Any]]) -> Table
     elif models:
         table.add_row("models", f"{len(models)} in the catalog; the first request loads one")
     address = "" if url == "http://127.0.0.1:8000" else f" --url {url}"
-    table.add_row("try", f"vitrail classify photo.jpg{address}")
+    table.add_row("try", f"{_program()} classify photo.jpg{address}")
     table.add_row("", f"curl -F image=@photo.jpg {url}/classify")
     table.add_row("stop", "Ctrl-C")
     return table

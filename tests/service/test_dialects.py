@@ -322,6 +322,10 @@ def test_the_official_client_sends_the_forms_of_infinity_and_vllm(
         answer = infinity.embeddings.create(
             model="clip", input=[uri], extra_body={"modality": "image"}
         )
+        # as infinity_client 0.0.78 sends it, which cannot be installed beside a newer httpx
+        own = {"model": "clip", "input": ["a cat"], "dimensions": 0, "modality": "text"}
+        [first] = server.client.post("/embeddings", json=own).json()["data"]
+        assert np.allclose(first["embedding"], text, atol=1e-5)
         assert np.allclose(answer.data[0].embedding, image, atol=1e-5)
         pooled = infinity.post(
             "/pooling", cast_to=object, body={"model": "clip", "input": ["a cat"]}

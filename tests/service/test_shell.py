@@ -1,5 +1,6 @@
 """What a person sees in a terminal: the summary at start, tables, names of files, the doctor."""
 
+import io
 import json
 import os
 import pty
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from rich.console import Console
 
 from models.catalog import load_catalog
 from service.cli import summary
@@ -48,6 +50,22 @@ def test_a_server_greets_a_person_with_a_summary(tiny_catalog: Path) -> None:
     assert re.search(r"tiny-embed +embed\* +eager +float32 +cpu", text)
     assert f"vitrail classify photo.jpg --url {url}" in text
     assert '{"time"' not in text
+
+
+@pytest.mark.parametrize(("path", "called"), [("", ".venv/bin/vitrail"), (".venv/bin", "vitrail")])
+def test_the_summary_names_a_command_that_works(
+    path: str, called: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / ".venv/bin/vitrail"
+    program.parent.mkdir(parents=True)
+    program.touch(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", path)
+    monkeypatch.setattr(sys, "argv", [".venv/bin/vitrail", "serve"])
+    printed = io.StringIO()
+    shown = summary.summary("http://127.0.0.1:8000", Settings(), [])
+    Console(file=printed, width=100).print(shown)
+    assert f" {called} classify photo.jpg" in printed.getvalue()
 
 
 WALK = """

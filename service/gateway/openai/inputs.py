@@ -20,7 +20,7 @@ class EmbeddingsRequest(BaseModel):
     messages: list[Any] | None = None
     modality: Literal["text", "image"] = "text"
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = None
+    dimensions: int | None = None  # 0, which Infinity's own client sends by default, is None
     # Other servers have other meanings for it; only true is read.
     truncate: Any = False
 

@@ -49,7 +49,7 @@ async def embeddings(request: Request) -> JSONResponse:
     """
     with dispatch.count_request(request, "embed") as account:
         body = validate(EmbeddingsRequest, await parse_json_object(await read_body(request)))
-        options = {"dimensions": body.dimensions, "truncate": body.truncate is True}
+        options = {"dimensions": body.dimensions or None, "truncate": body.truncate is True}
         inputs = parse_inputs(body)
         result = await embed_inputs(request, account, body.model, inputs, options)
         return JSONResponse(_answer(result, body.encoding_format))
