@@ -4,6 +4,7 @@ A table lists the collections; each has a table of its own, because an index nee
 length.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from typing import Any, LiteralString
@@ -20,6 +21,7 @@ MAX_CONNECTIONS = 8
 CONNECT_S = 10
 MAX_INDEXED_DIMENSIONS = 2000  # pgvector's limit for an index of float32
 PREFIX = "vitrail_collection_"
+MAX_NAME = 63  # PostgreSQL's limit for the name of a table
 
 _SETUP = """
 CREATE EXTENSION IF NOT EXISTS vector;
@@ -27,6 +29,10 @@ CREATE TABLE IF NOT EXISTS vitrail_collections (
     name text PRIMARY KEY, model text NOT NULL, model_digest text NOT NULL,
     preprocess_digest text NOT NULL, dimensions integer NOT NULL
 );
+"""
+_COLUMNS = """
+SELECT table_name, array_agg(column_name::text) FROM information_schema.columns
+WHERE table_schema = current_schema() AND table_name = ANY(%s) GROUP BY table_name
 """
 _LOCK = 0x76697472  # held while tables are made, which PostgreSQL cannot do twice at a time
 
@@ -52,7 +58,7 @@ class PostgresStore:
             async with pool.connection() as connection:
                 await connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
                 await connection.execute(_SETUP)
-                await _add_thumbnails(connection)
+                await _upgrade(connection)
         except Exception as error:
             await pool.close()
             raise UnavailableError(f"the collections' database: {error}") from error
@@ -189,16 +195,33 @@ class PostgresStore:
         await self._pool.close()
 
 
-async def _add_thumbnails(connection: AsyncConnection[Any]) -> None:
-    """Give the tables of older versions the column that they lack."""
+async def _upgrade(connection: AsyncConnection[Any]) -> None:
+    """Give the tables of older versions their names and the column that they lack. The others are
+    not touched, because a change waits for all who read a table, and all others wait for it."""
     found = await connection.execute("SELECT name FROM vitrail_collections")
     for (name,) in await found.fetchall():
-        statement = sql.SQL("ALTER TABLE {} ADD COLUMN IF NOT EXISTS thumbnail bytea")
-        await connection.execute(statement.format(_table(name)))
+        table, older = _table_name(name), (PREFIX + name)[:MAX_NAME]
+        known = await connection.execute(_COLUMNS, ([table, older],))
+        columns = dict(await known.fetchall())
+        if table not in columns:
+            renamed = sql.SQL("ALTER TABLE {} RENAME TO {}")
+            await connection.execute(renamed.format(sql.Identifier(older), _table(name)))
+        if "thumbnail" not in (columns.get(table) or columns[older]):
+            added = sql.SQL("ALTER TABLE {} ADD COLUMN thumbnail bytea")
+            await connection.execute(added.format(_table(name)))
+
+
+def _table_name(name: str) -> str:
+    """PostgreSQL cuts longer names off, and would take two that begin alike for one."""
+    table = PREFIX + name
+    if len(table) <= MAX_NAME:
+        return table
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    return f"{table[: MAX_NAME - len(digest) - 1]}_{digest}"
 
 
 def _table(name: str) -> sql.Identifier:
-    return sql.Identifier(PREFIX + name)
+    return sql.Identifier(_table_name(name))
 
 
 def _missing(name: str) -> NotFoundError:

@@ -16,6 +16,8 @@ from typing import Any, cast
 
 import httpx
 import numpy as np
+import psycopg
+import psycopg.sql
 import pytest
 from PIL import Image
 from pydantic import ValidationError
@@ -29,6 +31,7 @@ from service.limits import Budget
 from service.search.collection import Collection, Item
 from service.search.folders import ImageFile, ImageFolder, Unreadable
 from service.search.lance import LanceStore
+from service.search.postgres import PostgresStore
 from service.settings import Settings
 from tests.conftest import Running, answers, encode, free_port, process, running, wait_until
 from tests.service.test_gateway import problem
@@ -108,6 +111,50 @@ def test_a_collection_is_created_once(server: Running) -> None:
     assert server.client.delete(path).status_code == 204
     problem(server.client.get(path), 404)
     problem(server.client.delete(path), 404)
+
+
+def test_long_names_that_begin_alike_are_two_collections(
+    server: Running, jpegs: dict[str, bytes]
+) -> None:
+    one, other = (f"/collections/{'x' * 62}{end}" for end in "ab")
+    for path in (one, other):
+        assert server.client.put(path, json={"model": "clip"}).status_code == 201
+    added = {"images": [entry(jpegs["coffee"], id="coffee")]}
+    assert server.client.post(f"{one}/images", json=added).status_code == 200
+    assert [server.client.get(path).json()["images"] for path in (one, other)] == [1, 0]
+    for path in (one, other):
+        assert server.client.delete(path).status_code == 204
+
+
+@pytest.mark.parametrize("name", ["old", "o" * 63])
+def test_tables_of_older_versions_are_brought_up_to_date(postgres: str, name: str) -> None:
+    """They had no thumbnails, and PostgreSQL cut long names off."""
+    unit = np.array([1, 0], np.float32)
+    table = psycopg.sql.Identifier(f"vitrail_collection_{name}"[:63])
+    columns = "(id text PRIMARY KEY, embedding vector(2) NOT NULL, metadata jsonb NOT NULL)"
+
+    async def upgrade() -> None:
+        store = await PostgresStore.open(postgres)
+        await store.close()
+        with psycopg.connect(postgres) as database:
+            values = (name, "clip", "sha256:0", "sha256:1", 2)
+            statement = "INSERT INTO vitrail_collections VALUES (%s, %s, %s, %s, %s)"
+            database.execute(statement, values)
+            made = psycopg.sql.SQL("CREATE TABLE {} " + columns)
+            database.execute(made.format(table))
+            kept = psycopg.sql.SQL("INSERT INTO {} VALUES ('a', '[1,0]', '{{}}')")
+            database.execute(kept.format(table))
+        for _ in range(2):  # what is up to date stays as it is
+            store = await PostgresStore.open(postgres)
+            await store.add(name, [Item("b", unit, {}, b"small")])
+            found = await store.search(name, unit, 2, {}, thumbnails=True)
+            assert {hit.id: hit.thumbnail for hit in found} == {"a": None, "b": b"small"}
+            await store.close()
+        store = await PostgresStore.open(postgres)
+        await store.delete(name)
+        await store.close()
+
+    asyncio.run(upgrade())
 
 
 @pytest.mark.parametrize(
