@@ -53,7 +53,7 @@ def _body(example: dict[str, Any], **schemas: dict[str, Any]) -> dict[str, Any]:
 
 
 CREATE = json_body({"model": "lite0-minilm"}, CollectionParameters.model_json_schema())
-DELETE = json_body({"ids": ["astronaut"]}, DeletionParameters.model_json_schema())
+DELETE = json_body({"ids": ["coffee", "rocket"]}, DeletionParameters.model_json_schema())
 LIST = {"parameters": query_parameters(ListParameters.model_json_schema()["properties"])}
 ADD = _body(
     {"images": [{"base64": PHOTO, "id": "astronaut", "metadata": {"year": 1992}}]},
