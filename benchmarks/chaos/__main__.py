@@ -1,7 +1,7 @@
 """Faults in real processes under load: `python -m benchmarks.chaos`, or `make chaos`.
 
 Starts `vitrail serve --workers 2 --processes 2`, sends photos without pause, and injects one fault
-after the other (`faults.py`). Prints a row for each: what was answered meanwhile, what was lost,
+after the other (`faults/`). Prints a row for each: what was answered meanwhile, what was lost,
 the worst time of `/healthz`, the time until everything ran again, and the memory. A summary
 follows. Exits with 1 if a request was lost or a fault was not survived.
 
@@ -18,7 +18,8 @@ from collections.abc import Sequence
 import httpx
 
 from benchmarks.chaos.clients import CLIENTS, Clients, Counts, HealthWatch
-from benchmarks.chaos.faults import FAULTS, SkippedError
+from benchmarks.chaos.faults import FAULTS
+from benchmarks.chaos.faults.fault import SkippedError
 from benchmarks.chaos.hostile import try_images
 from benchmarks.chaos.target import Target
 from benchmarks.servers import StartError

@@ -5,7 +5,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock
@@ -37,6 +37,8 @@ class Store:
         """
         path = self.path(key, suffix)
         if _is_whole(path):
+            if not _digest_path(path).exists():
+                self._keep_digest(path)
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(path.name + ".lock")):
@@ -52,6 +54,12 @@ class Store:
                     (folder / "digest").write_text(digest)
                     os.replace(folder / "digest", _digest_path(path))
         return path
+
+    def _keep_digest(self, path: Path) -> None:
+        """Keep the digest of a file that has none, so that damage is noticed from now on."""
+        with suppress(OSError), self.temporary_folder() as folder:  # the store may be read-only
+            (folder / "digest").write_text(file_digest(path))
+            os.link(folder / "digest", _digest_path(path))  # replaces none written meanwhile
 
     def path(self, key: str, suffix: str) -> Path:
         """The path of a key's file, which need not exist."""
@@ -72,7 +80,7 @@ def _digest_path(path: Path) -> Path:
 
 def _is_whole(path: Path) -> bool:
     """Whether the file exists and is what was written. A file without a digest, as earlier versions
-    wrote it, is believed."""
+    wrote it or other programs copied it, is believed."""
     if not path.is_file():
         return False
     try:

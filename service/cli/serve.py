@@ -111,7 +111,7 @@ def gateway(
     if not settings.workers:
         raise typer.BadParameter("no workers; set --workers or VITRAIL_WORKERS")
     if supervised is not None:
-        _end_with_parent(settings)
+        _end_with_parent(settings, supervised)
     with report_errors():
         if processes > 1:
             from service.processes.supervisor import supervise
@@ -161,7 +161,7 @@ def worker(
          "tls_key": tls_key, "tls_client_ca": tls_client_ca}
     )  # fmt: skip
     if supervised is not None:
-        _end_with_parent(settings)
+        _end_with_parent(settings, supervised)
 
     from service.allocator import keep_freed_memory
 
@@ -183,7 +183,7 @@ def serve_embedded(settings: Settings) -> None:
     serve(settings)
 
 
-def _end_with_parent(settings: Settings) -> None:
+def _end_with_parent(settings: Settings, heartbeat: int) -> None:
     from service.processes.parent_watch import end_with_parent
 
-    end_with_parent(settings.stop_timeout_s)
+    end_with_parent(settings.stop_timeout_s, heartbeat)

@@ -50,7 +50,7 @@ class DecodingProcess:
             ],
             pass_fds=files,
             stdin=subprocess.DEVNULL,
-            start_new_session=True,  # so that Ctrl-C reaches only the worker
+            process_group=0,  # as the supervisor's children have, see `processes/child.py`
             env={
                 # without the settings, which hold keys
                 **{k: v for k, v in os.environ.items() if not k.startswith("VITRAIL_")},

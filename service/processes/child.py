@@ -119,7 +119,9 @@ class Child:
             env=self._environment,
             stdin=self._stdin,
             pass_fds=(*self._files, watch.write),
-            start_new_session=True,  # so that Ctrl-C reaches only the supervisor
+            # So that Ctrl-C reaches only the supervisor. In its session, so that the kernel ends a
+            # child that is stopped when the supervisor dies: its group is orphaned then.
+            process_group=0,
         )  # fmt: skip
         watch.close_write()
         self._process = process

@@ -3,10 +3,8 @@
 import asyncio
 import logging
 import os
-import shutil
 import signal
 import socket
-import tempfile
 from pathlib import Path
 
 from service.exit_status import MISCONFIGURED
@@ -18,6 +16,7 @@ from service.processes.child_settings import (
     worker_settings,
 )
 from service.processes.ports import check_free
+from service.processes.run_folder import run_folder
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -25,7 +24,6 @@ logger = logging.getLogger(__name__)
 # Between two workers of a rolling restart, so that every gateway reaches the first one again.
 PAUSE_S = 2.0
 WORKER_GRACE_S = 10.0
-MEMORY = Path("/dev/shm")  # nosec B108: a folder of its own is made in it
 
 
 def supervise(settings: Settings, *, workers: int, processes: int, grpc: bool) -> int:
@@ -47,24 +45,16 @@ def supervise(settings: Settings, *, workers: int, processes: int, grpc: bool) -
     """
     if grpc:
         check_free(settings.host, settings.grpc_port)  # gateways share it, so theirs cannot tell
-    folder = Path(tempfile.mkdtemp(prefix="vitrail-", dir=_memory_folder()))
-    try:
-        with socket.create_server(
+    with (
+        run_folder() as (folder, lock),
+        socket.create_server(
             (settings.host, settings.port),
             family=socket.AF_INET6 if ":" in settings.host else socket.AF_INET,
             backlog=2048,
-        ) as listener:
-            supervisor = _Supervisor(settings, folder, listener, workers, processes, grpc)
-            return asyncio.run(supervisor.run())
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _memory_folder() -> Path | None:
-    """Where the processes' sockets and metrics are: in memory, unless TMPDIR says otherwise.
-    Metrics are mapped files, and one that cannot grow on a full disk ends its process."""
-    in_memory = "TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK | os.X_OK)
-    return MEMORY if in_memory else None
+        ) as listener,
+    ):
+        supervisor = _Supervisor(settings, folder, lock, listener, workers, processes, grpc)
+        return asyncio.run(supervisor.run())
 
 
 class _Supervisor:
@@ -72,6 +62,7 @@ class _Supervisor:
         self,
         settings: Settings,
         folder: Path,
+        lock: int,
         listener: socket.socket,
         workers: int,
         processes: int,
@@ -93,6 +84,7 @@ class _Supervisor:
                 ["worker", "--address", address],
                 child_environment(worker_settings(settings, i, workers, gpus)) | shared,
                 metrics=metrics,
+                files=(lock,),
                 stdin=workers_stdin,
                 health_address=address,
             )
@@ -108,7 +100,7 @@ class _Supervisor:
                 ["gateway", *listen, *rpc],
                 environment,
                 metrics=metrics,
-                files=(listener.fileno(), held_by_gateways),
+                files=(listener.fileno(), held_by_gateways, lock),
             )
             for i in range(processes)
         ]

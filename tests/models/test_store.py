@@ -66,6 +66,9 @@ def test_a_file_that_rots_on_disk_is_made_again(tmp_path: Path) -> None:
     path.with_name(path.name + ".sha256").unlink()  # as earlier versions left it
     assert store.get("key", ".bin", make) == path
     assert len(made) == 2
+    path.write_bytes(b"weighty")
+    assert store.get("key", ".bin", make).read_bytes() == b"weights"
+    assert len(made) == 3
 
 
 def test_file_sources_are_relative_to_the_catalog(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from service.processes.heartbeat import (
     LOOK_S,
     SILENCE_S,
 )
+from service.processes.run_folder import LOCK, run_folder
 from service.types import Health
 from tests.conftest import answers, free_port, process, wait_until
 from tests.service.test_remote import load, more, post
@@ -223,7 +225,11 @@ def test_several_gateways_share_a_port_and_count_as_one(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_ends_everything_after_the_accepted_is_answered(
-    tiny_catalog: Path, jpegs: dict[str, bytes], number: signal.Signals
+    tiny_catalog: Path,
+    jpegs: dict[str, bytes],
+    number: signal.Signals,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with supervised(tiny_catalog, 1) as (url, supervisor):
         children = descendants(supervisor.pid)
@@ -235,6 +241,56 @@ def test_a_signal_ends_everything_after_the_accepted_is_answered(
         assert made.statuses.keys() == {200}, made.failures
         assert supervisor.wait(60) == (-number if number == signal.SIGKILL else 0)
         wait_until(lambda: alive(children) == [])
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with run_folder() as (folder, _):  # as the next supervisor does
+        assert list(tmp_path.glob("vitrail-*")) == [folder]
+
+
+def test_a_stopped_gateway_does_not_outlive_its_supervisor() -> None:
+    port = free_port()
+    arguments = ["gateway", "--workers", "127.0.0.1:1", "--processes", "2", "--port", str(port)]
+    command = [sys.executable, "-m", "service.cli", *arguments]
+    # in a session of its own, as from a shell or an init
+    with subprocess.Popen(command, start_new_session=True) as supervisor:
+        wait_until(lambda: answers(f"http://127.0.0.1:{port}/healthz"), START_S)
+        gateways = descendants(supervisor.pid)
+        assert len(gateways) == 2
+        os.kill(gateways[0], signal.SIGSTOP)
+        supervisor.kill()
+    wait_until(lambda: alive(gateways) == [])
+
+
+def test_a_worker_outlives_its_supervisor_no_longer_than_gateways_drain() -> None:
+    """Its standard input is held by a gateway that hangs, here by this process."""
+    program = (
+        "import sys, time\n"
+        "from service.processes import parent_watch\n"
+        "parent_watch.GRACE_S = 0\n"
+        "parent_watch.end_with_parent(0.1, int(sys.argv[1]))\n"
+        "time.sleep(60)\n"
+    )
+    read, write = os.pipe()
+    command = [sys.executable, "-c", program, str(write)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[write]) as worker:
+        os.close(write)
+        with pytest.raises(subprocess.TimeoutExpired):
+            worker.wait(0.5)
+        os.close(read)
+        assert worker.wait(30) == -signal.SIGTERM
+
+
+def test_only_folders_that_nobody_holds_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    stale, others = tmp_path / "vitrail-run-a", tmp_path / "vitrail-run-b"
+    stale.mkdir()
+    (stale / LOCK).touch()
+    others.mkdir()  # without a lock it is no supervisor's
+    with run_folder() as (first, _), run_folder() as (second, _):
+        assert set(tmp_path.iterdir()) == {others, first, second}
+    assert list(tmp_path.iterdir()) == [others]
 
 
 def test_a_wrong_catalog_ends_the_supervisor_with_a_line(tmp_path: Path) -> None:
