@@ -3,6 +3,7 @@
 import ipaddress
 from contextvars import ContextVar
 from functools import lru_cache
+from urllib.parse import unquote
 
 from service.keys import ApiKey
 
@@ -19,6 +20,11 @@ def identify(key: ApiKey | None, address: str) -> str:
         address: of IPv6 addresses, only the network counts.
     """
     return _host(address) if key is None else f"key {key.id}"
+
+
+def peer_address(peer: str) -> str:
+    """The address of a gRPC peer: `ipv4:HOST:PORT`, `ipv6:%5BHOST%5D:PORT` or `unix:PATH`."""
+    return unquote(peer).partition(":")[2].rpartition(":")[0] or peer
 
 
 @lru_cache(maxsize=1024)

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 from service.errors import PayloadTooLargeError, UnavailableError
+from service.holdings import Holdings
 from service.settings import Settings
 
 # Numbers in the answer of a request: 8 MiB as float32, up to 40 MiB as JSON.
@@ -56,53 +57,61 @@ def check_answer_size(values: int) -> None:
 
 
 class Budget:
-    """What the requests of a process may hold together, whichever entrance they come by.
+    """What the requests of a process may hold together, whichever entrance they come by. Clients
+    have shares of it, see `Holdings`.
 
     Used on the event loop alone.
 
     Attributes:
-        requests: requests in flight; `by_protocol` by the entrance they came by.
-        bytes: what was received for them, bodies, messages, and images fetched by URL; and what is
-            made of it.
+        by_protocol: requests in flight, by the entrance they came by.
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
-        self.requests = 0
         self.by_protocol: Counter[Protocol] = Counter()
-        self.bytes = 0
-        self._max_requests = settings.max_requests_in_flight
-        self._max_bytes = max(settings.max_bytes_in_flight, settings.max_request_bytes)
+        self._requests = Holdings(settings.max_requests_in_flight)
+        self._bytes = Holdings(max(settings.max_bytes_in_flight, settings.max_request_bytes))
         self._max_request_bytes = settings.max_request_bytes
         self._clock = clock
         # Moving sums over requests that have ended: their bytes, and these times their seconds.
         self._ended_bytes = self._ended_byte_seconds = 0.0
 
+    @property
+    def requests(self) -> int:
+        """Requests in flight."""
+        return self._requests.taken
+
+    @property
+    def bytes(self) -> int:
+        """What was received for requests in flight, bodies, messages, and images fetched by URL;
+        and what is made of it."""
+        return self._bytes.taken
+
     @contextmanager
-    def request(self, protocol: Protocol) -> Iterator["Share"]:
+    def request(self, protocol: Protocol, client: str) -> Iterator["Share"]:
         """A request's share, given back when the block ends and no thread works for it any more.
 
         Raises:
             UnavailableError: too many requests are in flight.
         """
-        if self.requests >= self._max_requests:
+        if not self._requests.fits(client, 1):
             raise UnavailableError(
                 f"{self.requests} requests are in flight, which is the limit",
                 retry_after_s=RETRY_AFTER_S,
             )
-        share = Share(self, self._clock())
-        self.requests += 1
+        share = Share(self, client, self._clock())
+        self._requests.take(client, 1)
         self.by_protocol[protocol] += 1
         try:
             yield share
         finally:
-            self.requests -= 1
+            self._requests.give_back(client, 1)
             self.by_protocol[protocol] -= 1
             share.let_go()
 
     def give_back(self, share: "Share") -> None:
         """Take back the bytes of a request that nothing holds any more."""
         held = share.bytes + share.made_bytes
-        self.bytes -= held
+        self._bytes.give_back(share.client, held)
         self._ended_bytes = KEPT * self._ended_bytes + held
         held_byte_seconds = held * (self._clock() - share.began)
         self._ended_byte_seconds = KEPT * self._ended_byte_seconds + held_byte_seconds
@@ -112,10 +121,14 @@ class Budget:
         return {
             "requests": self.requests,
             "by_protocol": {protocol: self.by_protocol[protocol] for protocol in PROTOCOLS},
-            "max_requests": self._max_requests,
+            "max_requests": self._requests.capacity,
             "bytes": self.bytes,
-            "max_bytes": self._max_bytes,
+            "max_bytes": self._bytes.capacity,
         }
+
+    def count(self, share: "Share", size: int) -> None:
+        """Count bytes that a request holds from now on; less than 0 if it gives some back."""
+        self._bytes.take(share.client, size)
 
     def check(self, share: "Share", size: int) -> None:
         """Check whether `size` more bytes of a request can be held. Raises as `Share.add`."""
@@ -123,33 +136,33 @@ class Budget:
             raise PayloadTooLargeError(
                 f"the request has more than {self._max_request_bytes} bytes, which is the limit"
             )
-        self.check_room(size)
+        self.check_room(share, size)
 
     def check_made(self, share: "Share", size: int) -> None:
         """Check whether `size` more bytes can be made for a request. Raises as `Share.make`."""
         own = share.bytes + share.made_bytes + size
-        if own > self._max_bytes:
+        if own > self._bytes.capacity:
             raise PayloadTooLargeError(
                 f"the request takes {own} bytes with the copies that are made of it; all requests "
-                f"together may hold {self._max_bytes}"
+                f"together may hold {self._bytes.capacity}"
             )
-        self.check_room(size)
+        self.check_room(share, size)
 
-    def check_room(self, size: int) -> None:
-        """Check whether all requests together can hold `size` more bytes.
+    def check_room(self, share: "Share", size: int) -> None:
+        """Check whether all requests together can hold `size` more bytes of a request.
 
         Raises:
             UnavailableError: they cannot. A retry may succeed after as long as it takes to give
                 back so many bytes: bytes are held for a while that was measured, so a share of
                 them is given back in that share of the time.
         """
-        excess = self.bytes + size - self._max_bytes
-        if excess <= 0:
+        if self._bytes.fits(share.client, size):
             return
+        excess = self.bytes + size - self._bytes.capacity
         held_s = self._ended_byte_seconds / self._ended_bytes if self._ended_bytes else 0.0
         share = min(1.0, excess / self.bytes) if self.bytes else 1.0
         raise UnavailableError(
-            f"the requests in flight hold {self.bytes} bytes; the limit is {self._max_bytes}",
+            f"the requests in flight hold {self.bytes} bytes; the limit is {self._bytes.capacity}",
             retry_after_s=min(MAX_RETRY_AFTER_S, max(RETRY_AFTER_S, held_s * share)),
         )
 
@@ -157,11 +170,12 @@ class Budget:
 class Share:
     """What one request holds of the budget."""
 
-    def __init__(self, budget: Budget, began: float) -> None:
+    def __init__(self, budget: Budget, client: str, began: float) -> None:
         """
         Args:
             began: by the budget's clock.
         """
+        self.client = client
         self.bytes = 0
         self.made_bytes = 0
         self.began = began
@@ -178,7 +192,7 @@ class Share:
         """
         self._budget.check_made(self, size)
         self.made_bytes += size
-        self._budget.bytes += size
+        self._budget.count(self, size)
 
     def receive(self, size: int) -> None:
         """Count bytes of a message that has come, which may be more than one request's: its caller
@@ -187,9 +201,9 @@ class Share:
         Raises:
             UnavailableError: all requests together have too many.
         """
-        self._budget.check_room(size)
+        self._budget.check_room(self, size)
         self.bytes += size
-        self._budget.bytes += size
+        self._budget.count(self, size)
 
     def add(self, size: int) -> None:
         """Count bytes that were received for the request.
@@ -200,12 +214,12 @@ class Share:
         """
         self._budget.check(self, size)
         self.bytes += size
-        self._budget.bytes += size
+        self._budget.count(self, size)
 
     def remove(self, size: int) -> None:
         """Give bytes back before the request ends."""
         self.bytes -= size
-        self._budget.bytes -= size
+        self._budget.count(self, -size)
 
     async def in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         """The result of `work(*arguments)`, which runs in a thread. It goes on there when the

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import tracing
 from service.audit import audit, key_field
+from service.clients import identify
 from service.errors import UnavailableError
 from service.gateway.problems import internal_problem, problem_response
 from service.gateway.security_headers import add_security_headers
@@ -84,7 +85,9 @@ class RequestContext:
         if scope["path"] in _QUIET or scope["path"].startswith("/v2/health/"):
             return self.app
         try:
-            scope["state"]["share"] = stack.enter_context(budget.request("http"))
+            # by address: keys are not looked up yet
+            client = identify(None, scope["client"][0] if scope["client"] else "")
+            scope["state"]["share"] = stack.enter_context(budget.request("http", client))
         except UnavailableError as error:
             return problem_response(error, scope["path"])
         return self.app

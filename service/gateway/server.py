@@ -16,11 +16,13 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.backend import Backend
+from service.clients import identify
 from service.errors import UnavailableError
 from service.garbage import leave_out_old_objects
 from service.gateway.disconnect import disconnect
 from service.gateway.loop_turns import LoopTurns
 from service.gateway.ports import separate_listeners
+from service.holdings import Holdings
 from service.settings import Settings
 from service.tls import server_context
 
@@ -55,7 +57,7 @@ def create_server(app: FastAPI, settings: Settings) -> "DrainingServer":
     class Protocol(ImpatientProtocol):
         header_timeout_s = settings.header_timeout_s
         body_timeout_s = settings.body_timeout_s
-        max_connections = settings.max_connections
+        held = Holdings(settings.max_connections)
         turns = LoopTurns()
 
     context = server_context(settings)
@@ -64,6 +66,7 @@ def create_server(app: FastAPI, settings: Settings) -> "DrainingServer":
         host=settings.host,
         port=settings.port,
         http=Protocol,
+        ws="none",  # nothing here speaks it, and `Protocol` would lose sight of the connection
         log_config=None,
         access_log=False,
         server_header=False,
@@ -167,8 +170,9 @@ class ImpatientProtocol(HttpToolsProtocol):
 
     header_timeout_s: float
     body_timeout_s: float
-    max_connections: int
+    held: Holdings  # connections
     turns: LoopTurns
+    _address: str | None = None
     # The request that is being answered. Those that came behind it on the connection wait, and
     # uvicorn's `cycle` is the last of them.
     _answering: RequestResponseCycle | None = None
@@ -181,10 +185,13 @@ class ImpatientProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        if len(self.connections) > self.max_connections:
+        address = identify(None, self.client[0] if self.client else "")
+        if not self.held.fits(address, 1):
             self.transport.write(_TOO_MANY_CONNECTIONS)
             self.transport.close()
             return
+        self.held.take(address, 1)
+        self._address = address
         self._start_timer(self.header_timeout_s)
 
     def data_received(self, data: bytes) -> None:
@@ -240,6 +247,8 @@ class ImpatientProtocol(HttpToolsProtocol):
         self._stop_timer()
         self._stop_write_timer()
         super().connection_lost(error)
+        if self._address is not None:
+            self.held.give_back(self._address, 1)
         if (request := self._answering) is not None and not request.response_complete:
             request.disconnected = True  # what it writes from now on is dropped
             disconnect(request.scope)

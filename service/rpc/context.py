@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
 import grpc
 
@@ -16,7 +15,7 @@ from service import tracing
 from service.accounting import counted
 from service.audit import audit, key_field
 from service.backend import Backend
-from service.clients import client, identify
+from service.clients import client, identify, peer_address
 from service.errors import InternalError, InvalidInputError, PermissionDeniedError, ServiceError
 from service.key_file import Scope
 from service.keys import WORKER_TOKEN, ApiKey, Keys
@@ -131,7 +130,7 @@ async def handle_call(
         caller = Caller(is_gateway, started, grpc_deadline, key)
         if task is not None:
             _check_admission(deps, caller, task)
-        with deps.budget.request("grpc") as share:
+        with deps.budget.request("grpc", client.get()) as share:
             await begin.get()(share)
             yield replace(caller, share=share)
         status = "OK"
@@ -191,10 +190,8 @@ def _client(key: ApiKey | None, metadata: Mapping[str, str], peer: str) -> str:
 
     Args:
         metadata: that of a gateway's call, which names the gateway's own client.
-        peer: `ipv4:HOST:PORT`, `ipv6:%5BHOST%5D:PORT` or `unix:PATH`.
     """
-    address = unquote(peer).partition(":")[2].rpartition(":")[0]
-    return metadata.get(CLIENT_KEY) or identify(key, address or peer)
+    return metadata.get(CLIENT_KEY) or identify(key, peer_address(peer))
 
 
 async def _abort(context: Context, error: ServiceError) -> None:

@@ -27,6 +27,8 @@ from service.tls import server_credentials
 logger = logging.getLogger(__name__)
 
 HEALTH_INTERVAL_S = 0.5
+# Connections without calls for so long are closed. Clients open another one for their next call.
+IDLE_MS = 600_000
 # The size of a message without its images, at most.
 MESSAGE_OVERHEAD_BYTES = 1024 * 1024
 
@@ -106,6 +108,7 @@ class RpcServer:
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 4000),
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.max_connection_idle_ms", IDLE_MS),
                 ("grpc.server_handshake_timeout_ms", int(settings.header_timeout_s * 1e3)),
             ),
         )

@@ -4,15 +4,23 @@ Each folder on the way is opened by its name in the one above it and refused if 
 that nothing outside can be reached, not even while another process exchanges folders for links.
 """
 
+import heapq
+import math
 import os
 import stat
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import PurePosixPath
 
 from models.inputs.images import SUFFIXES
-from service.errors import InvalidInputError, NotFoundError, PayloadTooLargeError
+from service.errors import (
+    DeadlineExceededError,
+    InvalidInputError,
+    NotFoundError,
+    PayloadTooLargeError,
+)
 from service.search.collection import MAX_ID, Metadata
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -77,7 +85,7 @@ class ImageFolder:
         )
 
     def look(
-        self, after: str | None, count: int
+        self, after: str | None, count: int, deadline: float = math.inf
     ) -> tuple[list[ImageFile | Unreadable], str | None]:
         """The image files, and what cannot be read, among the first entries by name, and the path
         of the last entry; None at the end of the folder.
@@ -88,8 +96,11 @@ class ImageFolder:
             after: the path after which the entries come; None for the first ones. That of a folder
                 comes after all that is in it.
             count: most entries, whatever they are.
+            deadline: in `time.monotonic` seconds.
 
         Raises:
+            DeadlineExceededError: the folder, with those before the entries, is too large to be
+                listed in time.
             InvalidInputError: `after` is not in the folder, or the folder cannot be read.
             NotFoundError: there is no such folder.
         """
@@ -101,7 +112,7 @@ class ImageFolder:
         try:
             folder = self._open(self._path)
             try:
-                entries = list(islice(_walk(folder, self._path, passed), count))
+                entries = list(islice(_walk(folder, self._path, passed, count, deadline), count))
             finally:
                 os.close(folder)
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -157,32 +168,31 @@ def _unreadable(what: str, error: OSError) -> InvalidInputError:
 
 
 def _walk(
-    folder: int, path: PurePosixPath, passed: tuple[str, ...]
+    folder: int, path: PurePosixPath, passed: tuple[str, ...], count: int, deadline: float
 ) -> Iterator[tuple[str, ImageFile | Unreadable | None]]:
-    """The paths of all entries below an open folder, each folder after what is in it. Those of
-    image files come with the file, and those of what cannot be read with the error.
+    """The paths of the first entries below an open folder, each folder after what is in it. Those
+    of image files come with the file, and those of what cannot be read with the error.
 
     Args:
         passed: the parts of the path, relative to the folder, after which they come.
+        count: how many are needed, so that a folder's other entries are not kept.
 
     Raises:
         OSError: the folder cannot be read.
+        DeadlineExceededError: not in time.
     """
     with os.scandir(folder) as listed:
-        entries = sorted(listed, key=lambda entry: entry.name)
+        usable = _usable(listed, path, passed, deadline)
+        entries = heapq.nsmallest(count, usable, key=lambda entry: entry.name)
     for entry in entries:
         inner, name = path / entry.name, entry.name
-        if passed and (name < passed[0] or (name,) == passed):
-            continue
-        if len(str(inner)) > MAX_ID or not name.isprintable():
-            continue
         found: ImageFile | Unreadable | None = None
         try:
             if entry.is_dir(follow_symlinks=False):
                 below = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
                 try:
                     rest = passed[1:] if passed and name == passed[0] else ()
-                    yield from _walk(below, inner, rest)
+                    yield from _walk(below, inner, rest, count, deadline)
                 finally:
                     os.close(below)
             elif inner.suffix.lower() in SUFFIXES and entry.is_file(follow_symlinks=False):
@@ -193,3 +203,20 @@ def _walk(
         except OSError as error:
             found = Unreadable(str(inner), _unreadable("entry", error))
         yield str(inner), found
+
+
+def _usable(
+    listed: Iterable[os.DirEntry[str]],
+    path: PurePosixPath,
+    passed: tuple[str, ...],
+    deadline: float,
+) -> Iterator[os.DirEntry[str]]:
+    """Those of a folder's entries whose path can be an id, and that come after `passed`."""
+    for entry in listed:
+        if time.monotonic() > deadline:
+            raise DeadlineExceededError("the deadline passed while the folder was listed")
+        name = entry.name
+        if passed and (name < passed[0] or (name,) == passed):
+            continue
+        if len(str(path / name)) <= MAX_ID and name.isprintable():
+            yield entry

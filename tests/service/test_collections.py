@@ -8,6 +8,8 @@ import json
 import os
 import resource
 import signal
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +27,12 @@ from typer.testing import CliRunner
 
 from service.cli import app
 from service.cli.collections import Outcome, _add_server_folders, _gone, _is_missing
-from service.errors import InsufficientStorageError, InvalidInputError, NotFoundError
+from service.errors import (
+    DeadlineExceededError,
+    InsufficientStorageError,
+    InvalidInputError,
+    NotFoundError,
+)
 from service.gateway.collections.folder import _read
 from service.limits import Budget
 from service.search.collection import Collection, Item
@@ -525,6 +532,34 @@ def test_a_folder_that_cannot_be_listed_is_reported(
         ImageFolder(allowed, str(tmp_path / "a")).look(None, 10)
 
 
+def test_a_folder_that_hangs_holds_a_request_until_its_deadline(
+    server: Running,
+    photos_collection: str,
+    served_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    genuine, answers = os.scandir, threading.Event()
+
+    def scandir(folder: int) -> Any:
+        answers.wait(20)
+        return genuine(folder)
+
+    monkeypatch.setattr("service.search.folders.os.scandir", scandir)
+    body, headers = {"folder": str(served_folder)}, {"X-Timeout-Ms": "300"}
+    try:
+        for _ in range(3):  # more than there are threads
+            answer = server.client.post(f"{photos_collection}/images", json=body, headers=headers)
+            problem(answer, 504)
+    finally:
+        answers.set()
+
+
+def test_listing_ends_at_the_deadline(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(DeadlineExceededError):
+        ImageFolder([str(tmp_path)], str(tmp_path)).look(None, 10, time.monotonic() - 1)
+
+
 def test_a_request_reports_folders_that_cannot_be_read(
     server: Running,
     photos_collection: str,
@@ -559,7 +594,7 @@ def test_a_files_bytes_are_counted_before_it_is_read(tmp_path: Path) -> None:
     async def read(content: bytes) -> tuple[Any, int]:
         [file], _ = folder.look(None, 1)
         path.write_bytes(content)
-        with budget.request("http") as share, ThreadPoolExecutor(1) as pool:
+        with budget.request("http", "") as share, ThreadPoolExecutor(1) as pool:
             found = await _read(pool, cast(Any, Folder()), cast(Any, file), settings, share)
             return found, share.bytes
 

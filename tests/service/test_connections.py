@@ -20,6 +20,7 @@ import pytest
 from service.errors import UnavailableError
 from service.gateway.server import DrainingServer, create_server
 from service.limits import MAX_RETRY_AFTER_S, RETRY_AFTER_S, Budget
+from service.sampling import INTERVAL_S
 from service.settings import Settings
 from service.stubs import open_inference_pb2 as oip
 from service.stubs import vision_pb2 as pb
@@ -49,9 +50,14 @@ def server(tiny_catalog: Path) -> Iterator[Running]:
         yield started
 
 
-def connect(server: Running) -> socket.socket:
+# Another client's address, which is this machine's, too.
+OTHER = "127.0.0.2"
+
+
+def connect(server: Running, address: str = "127.0.0.1") -> socket.socket:
     url = httpx.URL(server.url)
-    return socket.create_connection((url.host, int(url.port or 0)), timeout=20)
+    to = (url.host, int(url.port or 0))
+    return socket.create_connection(to, timeout=20, source_address=(address, 0))
 
 
 def is_closed(client: socket.socket) -> bool:
@@ -131,13 +137,14 @@ def test_connections_beyond_the_limit_are_refused_and_others_served(server: Runn
     assert {b"HTTP/1.1 200", b"HTTP/1.1 503"} >= {answer for answer in answers if answer}
     assert answers.count(b"HTTP/1.1 200") < 40
     assert answers.count(b"HTTP/1.1 503") > 0
+    assert is_served(server, OTHER)
     for client in clients:
         client.close()
     wait_until(lambda: is_served(server))
 
 
-def is_served(server: Running) -> bool:
-    with connect(server) as client:
+def is_served(server: Running, address: str = "127.0.0.1") -> bool:
+    with connect(server, address) as client:
         return ask(client) == b"HTTP/1.1 200"
 
 
@@ -160,6 +167,7 @@ def test_requests_beyond_the_limit_get_503_and_health_is_reported(server: Runnin
     assert refused.headers["Retry-After"] == "1"
     assert refused.headers["Content-Type"] == "application/problem+json"
     assert server.client.get("/healthz").status_code == 200
+    assert is_served(server, OTHER)
     for client in clients:
         assert is_closed(client)  # too slow: 408
         client.close()
@@ -215,11 +223,16 @@ def call_without_window(server: Running, path: str) -> socket.socket:
 
 def test_a_stream_over_grpc_that_is_never_read_gives_back_its_place(server: Running) -> None:
     request = pb.TaskRequest(images=[b"none"]).SerializeToString()
-    in_flight = "vitrail_requests_in_flight"
+
+    def answered() -> float:
+        return server.metric("vitrail_requests_total", task="embed")
+
+    before = answered()
     with call_without_window(server, "/vitrail.v1.Vision/EmbedStream") as client:
-        wait_until(lambda: server.metric(in_flight, protocol="grpc") == 1, 10)
         client.sendall(frame(0, 0, 1, struct.pack(">xI", len(request)) + request))
-        wait_until(lambda: server.metric(in_flight, protocol="grpc") == 0, 10)
+        wait_until(lambda: answered() > before)
+        time.sleep(2 * INTERVAL_S)  # until the requests in flight have been counted again
+        wait_until(lambda: server.metric("vitrail_requests_in_flight", protocol="grpc") == 0, 10)
 
 
 def test_the_time_to_retry_is_that_of_giving_bytes_back() -> None:
@@ -228,21 +241,21 @@ def test_the_time_to_retry_is_that_of_giving_bytes_back() -> None:
     budget = Budget(settings, lambda: now)
 
     def retry_after(size: int) -> float:
-        with budget.request("http") as share, pytest.raises(UnavailableError) as refused:
+        with budget.request("http", "") as share, pytest.raises(UnavailableError) as refused:
             share.add(size)
         assert refused.value.retry_after_s is not None
         return refused.value.retry_after_s
 
-    with budget.request("http") as share:
+    with budget.request("http", "") as share:
         share.add(1000)
         assert retry_after(100) == RETRY_AFTER_S  # nothing was measured yet
         now = 20.0
-    with budget.request("http") as share:
+    with budget.request("http", "") as share:
         share.add(1000)
         assert retry_after(1000) == pytest.approx(20)
         assert retry_after(250) == pytest.approx(5)
         now = 1e6
-    with budget.request("http") as share:
+    with budget.request("http", "") as share:
         share.add(1000)
         assert retry_after(1000) == MAX_RETRY_AFTER_S
 
@@ -270,7 +283,7 @@ def test_bytes_are_held_until_the_thread_that_reads_them_has_ended() -> None:
         gate.wait(20)
 
     async def request() -> None:
-        with budget.request("http") as share:
+        with budget.request("http", "") as share:
             share.add(100)
             await share.in_thread(work)
 
@@ -297,7 +310,7 @@ def test_what_waits_for_a_pools_thread_ends_with_its_request() -> None:
         done.append(size)
 
     async def request(pool: ThreadPoolExecutor, size: int) -> None:
-        with budget.request("http") as share:
+        with budget.request("http", "") as share:
             share.add(size)
             await share.in_pool(pool, work, size)
 

@@ -28,7 +28,7 @@ def test_pixels_are_counted_before_they_are_copied() -> None:
         max_image_side=1000,
     )  # fmt: skip
     budget = Budget(settings)
-    with budget.request("http") as share:
+    with budget.request("http", "") as share:
         share.add(2 * 30 * 40 * 3)
         with pytest.raises(PayloadTooLargeError, match="1001x1"):
             read(pixels_of((1, 1, 1001, 3)), settings, share)
@@ -39,7 +39,7 @@ def test_pixels_are_counted_before_they_are_copied() -> None:
         assert budget.bytes == 7200
         with pytest.raises(PayloadTooLargeError, match="all requests together"):
             read(pixels_of((2, 30, 40, 3)), settings, share)
-        with budget.request("http") as other:
+        with budget.request("http", "") as other:
             other.add(2000)
             with pytest.raises(UnavailableError):
                 read(pixels_of((1, 10, 39, 3)), settings, share)
@@ -61,7 +61,7 @@ def test_pixels_are_copied_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -
         return b""
 
     monkeypatch.setattr("service.open_inference.inputs._as_bmp", observed)
-    with Budget(Settings()).request("http") as share:
+    with Budget(Settings()).request("http", "") as share:
         read(pixels_of((2, 300, 300, 3)), Settings(), share)
     assert threading.main_thread() not in threads
     assert len(threads) == 2

@@ -1,7 +1,9 @@
 """gRPC messages: received once the key was checked, counted before they are parsed."""
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,16 @@ import grpc
 import pytest
 from google.protobuf.message import DecodeError
 from google.protobuf.struct_pb2 import Struct
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.clients import client
 from service.errors import BadRequestError, PayloadTooLargeError, ServiceError
 from service.rpc.context import ERROR_KEY
 from service.rpc.counting import MAX_VALUES, check_message
+from service.rpc.reading import MessageReader
+from service.settings import Settings
 from service.stubs import open_inference_pb2 as oip
 from service.stubs import vision_pb2 as pb
 from service.stubs.vision_pb2_grpc import VisionStub
@@ -153,7 +159,7 @@ def raw(channel: grpc.Channel, path: str = "/vitrail.v1.Vision/Classify") -> Any
     return method(path)
 
 
-def never() -> Iterator[bytes]:
+def never() -> Iterator[Any]:
     """A message that does not come."""
     threading.Event().wait(20)
     yield b""
@@ -170,6 +176,36 @@ def test_a_message_that_does_not_come_is_given_up(channel: grpc.Channel) -> None
     status, error = refused(lambda: raw(channel)(never(), metadata=KEY))
     assert status is grpc.StatusCode.DEADLINE_EXCEEDED
     assert "did not arrive" in error.detail
+
+
+def test_a_streams_message_that_does_not_come_is_given_up(channel: grpc.Channel) -> None:
+    stub: Any = VisionStub(channel)
+    silent = stub.EmbedStream(never(), metadata=KEY)
+    answered = stub.EmbedStream(chain([pb.TaskRequest(images=[b"none"])], never()), metadata=KEY)
+    assert next(answered).results[0].HasField("error")
+    for responses in (silent, answered):
+        status, error = refused(lambda: next(responses))  # noqa: B023
+        assert status is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "no message arrived" in error.detail
+
+
+def test_slow_messages_of_one_client_do_not_keep_others_from_receiving() -> None:
+    async def receive(name: str, reader: MessageReader, until: asyncio.Event) -> None:
+        client.set(name)
+        async with reader.receiving():
+            await until.wait()
+
+    async def run() -> None:
+        reader, never, at_once = MessageReader(Settings()), asyncio.Event(), asyncio.Event()
+        at_once.set()
+        slow = [asyncio.create_task(receive("slow", reader, never)) for _ in range(100)]
+        await asyncio.sleep(0)
+        others = [receive("other", reader, at_once) for _ in range(100)]
+        await asyncio.wait_for(asyncio.gather(*others), 20)
+        for task in slow:
+            task.cancel()
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize(
@@ -194,6 +230,28 @@ def test_methods_without_a_key_take_small_messages(channel: grpc.Channel, path: 
     assert raw(channel, path)(iter([b""])) is not None
     large = b"\x0a\x80\x80\x08" + bytes(2**17)
     assert refused(lambda: raw(channel, path)(iter([large])))[0] is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_calls_of_methods_without_a_key_are_bounded(channel: grpc.Channel) -> None:
+    stub: Any = health_pb2_grpc.HealthStub(channel)
+    request = health_pb2.HealthCheckRequest()
+    watching = [stub.Watch(request) for _ in range(8)]
+    for watch in watching:
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Check(request)
+    error: Any = caught.value
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    for watch in watching:
+        watch.cancel()
+
+    def is_reported() -> bool:
+        try:
+            return bool(stub.Check(request).status)
+        except grpc.RpcError:
+            return False
+
+    wait_until(is_reported)
 
 
 def test_calls_beyond_the_limit_are_refused_over_both_protocols(

@@ -1,11 +1,18 @@
 """Some images of a folder of the server, to be added to a collection by one request."""
 
+import asyncio
+import time
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from fastapi import Request
 
-from service.errors import InvalidInputError, PayloadTooLargeError, ServiceError
+from service.errors import (
+    DeadlineExceededError,
+    InvalidInputError,
+    PayloadTooLargeError,
+    ServiceError,
+)
 from service.gateway.collections.bodies import Entry, FolderParameters
 from service.limits import Share
 from service.search.collection import VectorStore
@@ -31,18 +38,40 @@ class Page:
 
 
 async def read_page(
-    request: Request, store: VectorStore, collection: str, parameters: FolderParameters
+    request: Request,
+    store: VectorStore,
+    collection: str,
+    parameters: FolderParameters,
+    deadline: float,
 ) -> Page:
     """The first files of the folder, up to a request's number of images or bytes.
 
+    Args:
+        deadline: in `time.monotonic` seconds. A thread that waits for a network mount that hangs
+            goes on, but no request waits for it any longer.
+
     Raises:
-        ServiceError: the folder may not be read, or is none.
+        ServiceError: the folder may not be read, is none, or does not answer in time.
     """
+    try:
+        async with asyncio.timeout(deadline - time.monotonic()):
+            return await _read_page(request, store, collection, parameters, deadline)
+    except TimeoutError as error:
+        raise DeadlineExceededError("the deadline passed before the folder was read") from error
+
+
+async def _read_page(
+    request: Request,
+    store: VectorStore,
+    collection: str,
+    parameters: FolderParameters,
+    deadline: float,
+) -> Page:
     settings: Settings = request.app.state.settings
     folder = ImageFolder(settings.image_folders, parameters.folder)
     share: Share = request.scope["state"]["share"]
     threads: Executor = request.app.state.folder_threads
-    files, last = await share.in_pool(threads, folder.look, parameters.after, MAX_FILES)
+    files, last = await share.in_pool(threads, folder.look, parameters.after, MAX_FILES, deadline)
     known = await store.find(collection, [file.path for file in files])
     entries: list[tuple[str, Entry | None]] = []
     added = 0

@@ -141,7 +141,7 @@ async def add_images(request: Request, name: Name) -> dict[str, Any]:
             "model": collection.model,
             "results": await _add(request, store, collection, count, entries, deadline),
         }
-    page = await read_page(request, store, name, entries)
+    page = await read_page(request, store, name, entries, deadline)
     new = [entry for _, entry in page.entries if entry is not None]
     added = await _add(request, store, collection, count, new, deadline, alone=False) if new else []
     in_order = iter(added)

@@ -1,0 +1,56 @@
+"""Shares of what all clients hold together."""
+
+import pytest
+
+from service.errors import UnavailableError
+from service.holdings import Holdings
+from service.limits import Budget
+from service.settings import Settings
+
+
+def test_a_client_below_its_share_gets_some_more_when_everything_is_taken() -> None:
+    places = Holdings(8)
+    places.take("greedy", 8)
+    assert not places.fits("greedy", 1)
+    places.take("modest", 1)
+    assert places.fits("modest", 1)
+    places.take("modest", 1)
+    assert places.taken == 10
+    assert not places.fits("modest", 1)  # a quarter, not more
+    places.give_back("modest", 2)
+    assert places.fits("third", 1)
+    assert not places.fits("greedy", 1)
+    places.give_back("greedy", 8)
+    assert places.taken == 0
+
+
+def test_a_client_alone_has_everything_and_no_more() -> None:
+    places = Holdings(4)
+    assert places.fits("alone", 4)
+    assert not places.fits("alone", 5)
+    places.take("alone", 4)
+    assert not places.fits("alone", 1)
+
+
+def test_what_is_less_than_its_share_depends_on_the_number_of_clients() -> None:
+    places = Holdings(8)
+    for client in "abcd":
+        places.take(client, 2)
+    assert not places.fits("a", 1)
+    assert places.fits("e", 1)
+    assert not places.fits("e", 2)  # of five clients, each has one
+
+
+def test_one_clients_requests_and_bytes_leave_room_for_others() -> None:
+    limits = {"max_requests_in_flight": 4, "max_bytes_in_flight": 4000, "max_request_bytes": 4000}
+    budget = Budget(Settings(**limits))
+    with budget.request("http", "greedy") as share:
+        share.add(4000)
+        with budget.request("http", "greedy") as second, pytest.raises(UnavailableError):
+            second.add(1)
+        with budget.request("grpc", "modest") as other:
+            other.add(1000)
+            with pytest.raises(UnavailableError):
+                other.add(1)
+        assert budget.bytes == 4000
+    assert (budget.bytes, budget.requests) == (0, 0)
