@@ -185,6 +185,7 @@ class ImpatientProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self._pieces: list[bytes] = []  # of a body, received and not passed on
         address = identify(None, self.client[0] if self.client else "")
         if not self.held.fits(address, 1):
             self.transport.write(_TOO_MANY_CONNECTIONS)
@@ -201,6 +202,7 @@ class ImpatientProtocol(HttpToolsProtocol):
         is_idle = self.cycle is not None and self.cycle.response_complete
         self._has_begun = self._in_message
         super().data_received(data)
+        self._pass_on_pieces()
         if self._in_message and not self._in_body:
             self._count(len(data))
         elif is_idle and not self._has_begun and self._timer is None:
@@ -230,7 +232,11 @@ class ImpatientProtocol(HttpToolsProtocol):
             self._answering = self.pipeline[-1][0]
         super().on_response_complete()
 
+    def on_body(self, body: bytes) -> None:
+        self._pieces.append(body)
+
     def on_message_complete(self) -> None:
+        self._pass_on_pieces()
         self._in_message = False
         self._stop_timer()
         super().on_message_complete()
@@ -252,6 +258,13 @@ class ImpatientProtocol(HttpToolsProtocol):
         if (request := self._answering) is not None and not request.response_complete:
             request.disconnected = True  # what it writes from now on is dropped
             disconnect(request.scope)
+
+    def _pass_on_pieces(self) -> None:
+        """Pass on what was received of a body, all chunks at once: uvicorn copies the body for each
+        of them, which takes long if they have a byte each."""
+        if self._pieces:
+            super().on_body(b"".join(self._pieces))
+            self._pieces.clear()
 
     def _count(self, size: int) -> None:
         """Count bytes of headers or trailers."""
