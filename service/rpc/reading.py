@@ -223,11 +223,10 @@ class MessageReader(grpc.aio.ServerInterceptor):
                 message = await anext(open_messages(requests), message_class())
                 return await handler.unary_unary(message, context)
 
-        async def watch(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
+        async def watch(requests: AsyncIterator[bytes], context: Any) -> None:
             async with self._open_call(context):
                 message = await anext(open_messages(requests), message_class())
-                async for response in self._sent(handler.unary_stream(message, context)):
-                    yield response
+                await handler.unary_stream(message, context)  # it writes by the context
 
         async def open_stream(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
             async with self._open_call(context):
