@@ -1,7 +1,6 @@
 """What a collection is, and the interface of the stores that hold them."""
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -187,7 +186,7 @@ def check_metadata(value: object, name: str = "metadata") -> dict[str, Scalar]:
                 continue
             case str() if len(item) <= MAX_TEXT and "\0" not in item and _is_unicode(item):
                 continue
-            case int() | float() if math.isfinite(item) and abs(item) < 2**53:
+            case int() | float() if abs(item) < 2**53:  # neither infinite nor NaN, nor too long
                 continue
         raise InvalidInputError(
             f"{name}.{key} is a text of at most {MAX_TEXT} characters, a number, true, false or "

@@ -236,6 +236,8 @@ def test_filters_select_by_metadata(
         assert ids({key: value}) == {"odd"}
     assert ids({"count": 2.0}) == {"odd"}
     assert ids({"name": "x' OR '1'='1"}) == set()
+    long = {"image": entry(jpegs["coffee"]), "filter": {"count": 10**400}}
+    problem(server.client.post(f"{photos_collection}/search", json=long), 422)
 
 
 def test_an_image_is_replaced_and_deleted_by_its_id(
@@ -311,6 +313,7 @@ def test_lines_of_ndjson_fail_alone(
         json.dumps(entry(b"no image", id="broken")),
         "{not json",
         json.dumps(entry(jpegs["coffee"], id="nested", metadata={"a": [1]})),
+        json.dumps(entry(jpegs["coffee"], id="long", metadata={"a": 10**400})),
         json.dumps(entry(jpegs["coffee"], id="")),
         json.dumps(entry(jpegs["coffee"], id="in/../1")),
         json.dumps({"id": "empty"}),
