@@ -130,7 +130,9 @@ async def handle_call(
         caller = Caller(is_gateway, started, grpc_deadline, key)
         if task is not None:
             _check_admission(deps, caller, task)
-        with deps.budget.request("grpc", client.get()) as share:
+        # by address, as over HTTP, where the key is not known yet
+        holder = client.get() if is_gateway else identify(None, peer_address(context.peer()))
+        with deps.budget.request("grpc", holder) as share:
             await begin.get()(share)
             yield replace(caller, share=share)
         status = "OK"

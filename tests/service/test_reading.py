@@ -162,7 +162,7 @@ def raw(channel: grpc.Channel, path: str = "/vitrail.v1.Vision/Classify") -> Any
 def never() -> Iterator[Any]:
     """A message that does not come."""
     threading.Event().wait(20)
-    yield b""
+    yield from ()
 
 
 def test_a_key_is_checked_before_a_message_is_received(channel: grpc.Channel) -> None:
