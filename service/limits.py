@@ -160,10 +160,10 @@ class Budget:
             return
         excess = self.bytes + size - self._bytes.capacity
         held_s = self._ended_byte_seconds / self._ended_bytes if self._ended_bytes else 0.0
-        share = min(1.0, excess / self.bytes) if self.bytes else 1.0
+        part = min(1.0, excess / self.bytes) if self.bytes else 1.0
         raise UnavailableError(
             f"the requests in flight hold {self.bytes} bytes; the limit is {self._bytes.capacity}",
-            retry_after_s=min(MAX_RETRY_AFTER_S, max(RETRY_AFTER_S, held_s * share)),
+            retry_after_s=min(MAX_RETRY_AFTER_S, max(RETRY_AFTER_S, held_s * part)),
         )
 
 

@@ -42,8 +42,8 @@ def test_what_is_less_than_its_share_depends_on_the_number_of_clients() -> None:
 
 
 def test_one_clients_requests_and_bytes_leave_room_for_others() -> None:
-    limits = {"max_requests_in_flight": 4, "max_bytes_in_flight": 4000, "max_request_bytes": 4000}
-    budget = Budget(Settings(**limits))
+    settings = Settings(max_requests_in_flight=4, max_bytes_in_flight=4000, max_request_bytes=4000)
+    budget = Budget(settings)
     with budget.request("http", "greedy") as share:
         share.add(4000)
         with budget.request("http", "greedy") as second, pytest.raises(UnavailableError):

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import UploadFile
 
 from service.errors import (
@@ -18,6 +17,12 @@ from service.errors import (
     PayloadTooLargeError,
     ServiceError,
     UnsupportedMediaTypeError,
+)
+from service.gateway.collections.parameters import (
+    MAX_SHOWN,
+    FolderParameters,
+    ListParameters,
+    QueryParameters,
 )
 from service.gateway.dispatch import read_deadline
 from service.gateway.entrance import NDJSON
@@ -28,8 +33,6 @@ from service.limits import check_input_count
 from service.parameters import validate
 from service.payloads import check_json, decode_base64, parse_json, parse_json_object
 from service.search.collection import (
-    MAX_HITS,
-    MAX_ID,
     MAX_THUMBNAIL,
     Metadata,
     check_id,
@@ -39,63 +42,8 @@ from service.search.collection import (
 )
 
 MAX_LINES = 10_000
-MAX_LISTED = 1000
-MAX_SHOWN = 100
 
 JSON, FORM = "application/json", "multipart/form-data"
-
-
-class CollectionParameters(BaseModel):
-    """The body of `PUT /collections/{name}`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: str | None = Field(
-        None, max_length=200, description="A model that embeds images; the catalog's default."
-    )
-
-
-class FolderParameters(BaseModel):
-    """A folder of the server, in the place of `images`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    folder: str = Field(max_length=MAX_ID, description="In one of VITRAIL_IMAGE_FOLDERS.")
-    after: str | None = Field(
-        None, max_length=MAX_ID, description="The path after which to go on: an answer's `next`."
-    )
-
-
-class ListParameters(BaseModel):
-    """The query of `GET /collections/{name}/images`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    after: str = Field("", max_length=MAX_ID, description="The id after which to go on.")
-    limit: int = Field(MAX_LISTED, ge=1, le=MAX_LISTED, description="Most images.")
-
-
-class DeletionParameters(BaseModel):
-    """The body of `POST /collections/{name}/images/delete`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    ids: list[str] = Field(min_length=1, max_length=MAX_LISTED, description="Those to delete.")
-
-
-class QueryParameters(BaseModel):
-    """A search: one of `text`, `vector` and `image`, unless an image comes in another form."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    text: str | None = Field(None, min_length=1, description="For models that embed texts, too.")
-    vector: list[float] | None = Field(None, max_length=65536)
-    image: dict[str, str] | None = Field(None, description='`{"base64"}` or `{"url"}`.')
-    k: int = Field(10, ge=1, le=MAX_HITS, description="Most hits.")
-    filter: dict[str, Any] = Field({}, description="Values that the hits' metadata has.")
-    thumbnails: bool = Field(
-        False, description=f"Return the hits' thumbnails as base64; for a `k` up to {MAX_SHOWN}."
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,12 @@ from service.errors import (
     PayloadTooLargeError,
     ServiceError,
 )
-from service.gateway.collections.bodies import Entry, FolderParameters
+from service.gateway.collections.bodies import (
+    Entry,
+)
+from service.gateway.collections.parameters import (
+    FolderParameters,
+)
 from service.limits import Share
 from service.search.collection import VectorStore
 from service.search.folders import ImageFile, ImageFolder, Unreadable

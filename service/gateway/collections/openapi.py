@@ -5,6 +5,8 @@ from typing import Any
 from service.gateway.collections.bodies import (
     FORM,
     JSON,
+)
+from service.gateway.collections.parameters import (
     CollectionParameters,
     DeletionParameters,
     FolderParameters,

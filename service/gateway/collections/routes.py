@@ -19,16 +19,18 @@ from service.gateway import dispatch
 from service.gateway.auth import require_collection_key
 from service.gateway.collections.bodies import (
     FORM,
-    CollectionParameters,
-    DeletionParameters,
     Entry,
-    FolderParameters,
     read_entries,
     read_list,
     read_query,
 )
 from service.gateway.collections.folder import read_page
 from service.gateway.collections.openapi import ADD, CREATE, DELETE, LIST, SEARCH
+from service.gateway.collections.parameters import (
+    CollectionParameters,
+    DeletionParameters,
+    FolderParameters,
+)
 from service.gateway.collections.vectors import (
     check_current,
     check_digests,
