@@ -113,11 +113,10 @@ class TextTrunk(Trunk):
                 f"token ids are whole numbers (N, T), not {ids.dtype} {tuple(ids.shape)}",
                 field="token_ids",
             )
-        if ids.shape[1] > self.preprocess.context_length:
-            raise InputError(
-                f"{ids.shape[1]} token ids; the limit is {self.preprocess.context_length}",
-                field="token_ids",
-            )
+        # a BERT takes more than its tokenizer makes
+        limit = getattr(self.network, "context_length", None)
+        if limit is not None and ids.shape[1] > limit:
+            raise InputError(f"{ids.shape[1]} token ids; the limit is {limit}", field="token_ids")
         words = next(m for m in self.network.modules() if isinstance(m, nn.Embedding))
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < words.num_embeddings:
             raise InputError(
