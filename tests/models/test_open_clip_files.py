@@ -174,6 +174,7 @@ def test_texts_may_have_the_encoder_of_a_translator(
         ("xlm-roberta-base", "mean_pooler", "linear"),
         ("microsoft/BiomedNLP-BiomedBERT-base", "cls_last_hidden_state_pooler", "mlp"),
         ("bert-base-uncased", "cls_pooler", "linear"),
+        ("bert-base-uncased", "mean_pooler", "linear"),
     ],
 )
 def test_texts_may_have_a_bert(name: str, pooler: str, proj: str, tmp_path: Path) -> None:
@@ -197,8 +198,10 @@ def test_texts_may_have_a_bert(name: str, pooler: str, proj: str, tmp_path: Path
     config: dict[str, Any] = {
         "embed_dim": 24,
         "vision_cfg": VISION,
-        "text_cfg": {"hf_model_name": name, "hf_tokenizer_name": name, "hf_pooler_type": pooler},
+        "text_cfg": {"hf_model_name": name, "hf_tokenizer_name": name},
     }
+    if pooler != "mean_pooler":  # which open_clip has where none is stated
+        config["text_cfg"]["hf_pooler_type"] = pooler
     with pytest.raises(CheckpointError, match=r"num_attention_heads"):
         load_checkpoint(tmp_path / "open_clip_pytorch_model.bin", config)
     config["text_cfg"]["hf_model_kwargs"] = {"num_attention_heads": 3}

@@ -12,7 +12,9 @@ TOWER = "text.transformer."
 # By the kind of network what a hub's name has, and heads of published networks by channels.
 KINDS = {"roberta": "roberta", "bert": "bert", "mt5": "mt5", "nllb": "m2m_100", "m2m100": "m2m_100"}
 HEADS = {"roberta": {768: 12, 1024: 16}, "bert": {768: 12, 1024: 16}, "m2m_100": {1024: 16}}
-POOLERS = {"roberta": "mean_pooler", "mt5": "mean_pooler"}  # others': that of the class token
+# open_clip's without `hf_pooler_type`, and where that is null: others' is that of the class token.
+POOLER = "mean_pooler"
+POOLERS = {"roberta": POOLER, "mt5": POOLER}
 RELATIVE = f"{TOWER}block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 
 
@@ -55,7 +57,7 @@ def hf_arguments(
         "architecture": "open-clip-hf",
         "kind": kind,
         "embed_dim": embed_dim,
-        "pooler": config.get("hf_pooler_type") or POOLERS.get(kind, "cls_pooler"),
+        "pooler": config.get("hf_pooler_type", POOLER) or POOLERS.get(kind, "cls_pooler"),
         "hidden": hidden,
         **sizes,
     }, assumed
