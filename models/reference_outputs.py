@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoints.checkpoint import HeadState
+from models.errors import InputError
 from models.trunks.base import Trunk
 from models.trunks.features import NO_EXTRAS, BatchRequest, FeatureRequest, merge
 from models.trunks.output import TrunkOutput
@@ -110,6 +111,21 @@ def image_outputs(parts: Parts, inputs: Mapping[str, Tensor]) -> dict[str, Tenso
 
 @torch.inference_mode()
 def reference_outputs(parts: Parts, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All named outputs for these inputs, float32 on the CPU."""
-    named = parts.heads[parts.task].reference_outputs(parts, inputs)
+    """All named outputs for these inputs, float32 on the CPU.
+
+    Raises:
+        InputError: images of a size that the network does not take.
+    """
+    try:
+        named = parts.heads[parts.task].reference_outputs(parts, inputs)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        own = getattr(parts.trunk.preprocess, "input_size", None)
+        pixels = inputs.get("pixel_values")
+        if pixels is None or own in (None, tuple(pixels.shape[-2:])):
+            raise
+        given, usual = (f"{rows} x {cols}" for rows, cols in (pixels.shape[-2:], own))
+        raise InputError(
+            f"{parts.trunk.architecture} does not take pixels of {given}, but of {usual}: {error}",
+            field="pixel_values",
+        ) from error
     return {name: tensor.float().cpu() for name, tensor in named.items()}
