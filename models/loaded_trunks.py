@@ -62,11 +62,11 @@ class LoadedTrunks:
         """Replace trunks by new versions."""
         self._loaded |= trunks
 
-    def drop(self, names: Iterable[str], in_use: Callable[[str], object]) -> None:
+    def drop(self, names: Iterable[str], is_used: Callable[[str], bool]) -> None:
         """Free the memory of those of these trunks that no model uses."""
         for name in names:
             with self._locks[name]:
-                if not in_use(name) and self._loaded.pop(name, None) is not None:
+                if not is_used(name) and self._loaded.pop(name, None) is not None:
                     gc.collect()  # a trunk, its engine and its hooks refer to each other
         if self._device.type == "cuda":
             torch.cuda.empty_cache()

@@ -124,7 +124,7 @@ class Registry:
                 self._warm_up(model)
             except BaseException as error:
                 self._slots.set_state(slot, State.FAILED, str(error))
-                self._trunks.drop(slot.entry.trunks, self._slots.users)
+                self._trunks.drop(slot.entry.trunks, self._slots.is_used)
                 raise
             slot.load_seconds = time.monotonic() - started
             slot.format = self.load_trunk(slot.entry.trunk).format
@@ -142,7 +142,7 @@ class Registry:
             if model is not None:
                 self._retire(model)
             del model  # so that its memory can be freed below
-        self._trunks.drop(slot.entry.trunks, self._slots.users)
+        self._trunks.drop(slot.entry.trunks, self._slots.is_used)
 
     def loaded_trunk(self, name: str) -> LoadedTrunk | None:
         """A trunk that a loaded model uses, or None."""
@@ -171,7 +171,7 @@ class Registry:
             if model is not None:
                 self._retire(model)
             del model  # so that its memory can be freed below
-        self._trunks.drop(slot.entry.trunks, self._slots.users)
+        self._trunks.drop(slot.entry.trunks, self._slots.is_used)
 
     def update(self, trunks: Mapping[str, TrunkEntry], models: Mapping[str, ModelEntry]) -> None:
         """Declare trunks and models of a newer catalog, and replace those that are loaded.

@@ -90,7 +90,7 @@ class Replacement:
                 _retire_all(slots, retire)
                 self._built.clear()
                 gc.collect()
-                self._trunks.drop(used, self._slots.users)
+                self._trunks.drop(used, self._slots.is_used)
                 raise
             commit()
             self._trunks.put(self._built)
@@ -100,7 +100,7 @@ class Replacement:
         if self._renewed:
             gc.collect()
         if used:
-            self._trunks.drop(used, self._slots.users)
+            self._trunks.drop(used, self._slots.is_used)
 
     def _new_trunk(self, name: str) -> LoadedTrunk:
         if name not in self._built:

@@ -93,6 +93,10 @@ class Slots:
         with self._lock:
             return [task for task, slot in self._first.items() if slot.entry.name == name]
 
+    def is_used(self, trunk: str) -> bool:
+        """Whether a model on a trunk is loaded or loading."""
+        return bool(self._users.get(trunk))
+
     def users(self, trunk: str) -> list[str]:
         """The models on a trunk that are loaded or loading."""
         with self._lock:

@@ -61,6 +61,8 @@ class HeadStore:
         self._has_loaded = False
         # Declared heads whose trunk was not loaded yet, by trunk.
         self._unloaded: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        # Heads that are to be tried again, since trunks have changed.
+        self._stale: dict[str, None] = {}
         # Why a head's file cannot be served.
         self._failures: dict[str, str] = {}
         # True once the folder has been read.
@@ -117,12 +119,13 @@ class HeadStore:
     # -- in the loader's thread ------------------------------------------------------------
 
     def renew(self) -> None:
-        """Serve the heads that can be served now that trunks have changed."""
-        for name in self._folder.names():
-            if name in self._failures or name not in self._registry.catalog.models:
-                self._update(name)
-            elif self._registry.state(name) is State.FAILED:
-                self._load(name)
+        """Have the heads that are not served tried again, now that trunks have changed."""
+        self._stale = dict.fromkeys(filter(self._is_unserved, self._folder.names()))
+
+    def _is_unserved(self, name: str) -> bool:
+        if name in self._failures or name not in self._registry.catalog.models:
+            return True
+        return self._registry.state(name) is State.FAILED
 
     def _put(self, upload: HeadUpload) -> None:
         try:
@@ -189,6 +192,8 @@ class HeadStore:
         """Bring one head up to date. Returns whether there was one."""
         if (name := self._folder.pending()) is not None:
             self._look(name)
+        elif self._stale:
+            self._retry(self._stale.popitem()[0])
         elif (name := self._loadable()) is not None:
             self._load(name)
         else:
@@ -202,6 +207,15 @@ class HeadStore:
                 self._update(name)
             case Change.DELETED:
                 self._remove(name)
+
+    def _retry(self, name: str) -> None:
+        """Serve a head that was not served before, if its file still exists."""
+        if name not in self._folder or not self._is_unserved(name):
+            return
+        if name in self._failures or name not in self._registry.catalog.models:
+            self._update(name)
+        else:
+            self._load(name)
 
     def _loadable(self) -> str | None:
         """Remove and return a head that waited for its trunk, which is loaded now."""
