@@ -57,10 +57,12 @@ ARG EXTRAS=postgres
 RUN pip install -c constraints.txt ".[$EXTRAS]" && sh remove-leftovers.sh
 
 FROM base
-# rasterio's wheel needs the system's libexpat.
+# rasterio's wheel needs the system's libexpat. KubeRay starts Ray, where it is installed, from a
+# login shell, which has a PATH of its own.
 RUN apt-get update \
  && apt-get install -y --no-install-recommends libexpat1 \
- && rm -rf /var/lib/apt/lists/*
+ && rm -rf /var/lib/apt/lists/* \
+ && ln -s /opt/vitrail/bin/ray /usr/local/bin/ray
 COPY --from=build-all /opt/vitrail /opt/vitrail
 ENV VITRAIL_STORE=/var/lib/vitrail \
     HF_HOME=/var/lib/vitrail/hub

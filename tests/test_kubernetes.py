@@ -1,7 +1,10 @@
 """What can be proven of the Helm chart and the KServe runtime without a cluster: Helm renders the
 chart, schemas and policies hold, and containers' commands and environments run as processes."""
 
+import importlib
+import inspect
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -24,6 +27,12 @@ from tests.pods import (
     one,
     rendered_with,
 )
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Ray's own
+    from ray.serve.schema import ServeDeploySchema
+
+    from service.processes.ray import Placement
 
 ROOT = Path(__file__).parents[1]
 SCHEMAS = ROOT.parent / "shared/schemas"
@@ -135,6 +144,8 @@ def test_helm_finds_nothing_wrong_with_the_chart() -> None:
         {"gateway": {"replicas": 0}},
         {"sekret": "keys"},
         {"drainSeconds": "60"},
+        {"ray": {"placement": {"max_replica": 4}}},
+        {"ray": {"enabled": True}, "catalogPollSeconds": 10},
     ],
 )
 def test_wrong_values_are_refused(values: dict[str, Any]) -> None:
@@ -145,13 +156,25 @@ def pods() -> Iterator[tuple[str, dict[str, Any], Mapping[str, str]]]:
     """Each pod of the rendered charts and of the KServe runtime, with its labels."""
     for name in VALUES:
         for manifest in rendered(name):
-            if manifest["kind"] == "Deployment":
-                template = manifest["spec"]["template"]
+            for number, template in enumerate(pod_templates(manifest)):
                 yield (
-                    f"{name} {manifest['metadata']['name']}",
+                    f"{name} {manifest['metadata']['name']} {number}",
                     template["spec"],
                     template["metadata"]["labels"],
                 )
+
+
+def pod_templates(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The templates of the pods that a manifest makes."""
+    spec = manifest.get("spec", {})
+    match manifest["kind"]:
+        case "Deployment":
+            return [spec["template"]]
+        case "RayService":
+            cluster = spec["rayClusterConfig"]
+            groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+            return [group["template"] for group in groups]
+    return []
 
 
 PODS = {name: (spec, labels) for name, spec, labels in pods()}
@@ -180,16 +203,14 @@ def test_pods_keep_to_the_restricted_standard(name: str) -> None:
     mounted = {mount["name"] for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in spec["volumes"]}
     drain = [e["value"] for e in container["env"] if e["name"].startswith("VITRAIL_DRAIN_")]
-    assert len(drain) == 2
+    assert drain
     assert spec["terminationGracePeriodSeconds"] >= 10 + sum(map(int, drain))
 
 
 @pytest.mark.parametrize("name", VALUES)
 def test_selectors_find_their_pods(name: str) -> None:
     manifests = rendered(name)
-    labels = [
-        m["spec"]["template"]["metadata"]["labels"] for m in manifests if m["kind"] == "Deployment"
-    ]
+    labels = [pod["metadata"]["labels"] for m in manifests for pod in pod_templates(m)]
     for manifest in manifests:
         spec = manifest.get("spec", {})
         match manifest["kind"]:
@@ -230,6 +251,20 @@ def test_gpus_and_offline_are_as_the_values_say() -> None:
     assert {"name": "HF_HUB_OFFLINE", "value": "1"} in offline["containers"][0]["env"]
     [store] = [v for v in offline["volumes"] if v["name"] == "store"]
     assert store["persistentVolumeClaim"] == {"claimName": "vitrail-checkpoints", "readOnly": True}
+
+
+def test_ray_replaces_gateways_and_workers() -> None:
+    manifests = rendered("ray")
+    assert not [m for m in manifests if m["kind"] in ("Deployment", "Service", "ScaledObject")]
+    spec = one(manifests, "RayService", "demo")["spec"]
+    [deployed] = ServeDeploySchema.model_validate(
+        yaml.safe_load(spec["serveConfigV2"])
+    ).applications
+    module, _, name = deployed.import_path.partition(":")
+    assert inspect.isfunction(getattr(importlib.import_module(module), name))
+    assert Placement(**deployed.args).gpus == 0.5
+    workers = spec["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
+    assert {"name": "VITRAIL_DEVICE", "value": "cuda"} in workers["containers"][0]["env"]
 
 
 def test_a_changed_catalog_replaces_pods_unless_they_watch_it() -> None:

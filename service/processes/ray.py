@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, PlatformCollector, ProcessColle
 from ray import serve as ray_serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from models.catalog import load_catalog
+from models.catalog import Catalog, load_catalog
 from models.catalog_content import is_url
 from models.checkpoints.store import default_store_path
 from models.errors import CatalogError
@@ -86,14 +86,7 @@ def connect(address: str | None) -> None:
 
 def create_ray_app(settings: Settings, placement: Placement) -> Any:
     """The application over deployments, which are created or updated, and a gRPC server beside."""
-    if settings.catalog_poll_s:
-        raise CatalogError(
-            "replicas on Ray do not watch the catalog; unset VITRAIL_CATALOG_POLL_S, and start "
-            "vitrail ray again after a change"
-        )
-    catalog = load_catalog(settings.catalog)
-    for name in settings.models:
-        catalog.model(name)
+    catalog = read_catalog(settings)
     metrics = Metrics(CollectorRegistry())
     ProcessCollector(registry=metrics.registry)
     PlatformCollector(registry=metrics.registry)
@@ -105,10 +98,32 @@ def create_ray_app(settings: Settings, placement: Placement) -> Any:
     return create_app(settings, backend, metrics, beside, keys, budget, memory, rpc.stop)
 
 
+def read_catalog(settings: Settings) -> Catalog:
+    """The settings' catalog.
+
+    Raises:
+        CatalogError: it cannot be read, lacks a start-up model, or is to be watched.
+    """
+    if settings.catalog_poll_s:
+        raise CatalogError(
+            "replicas on Ray do not watch the catalog; unset VITRAIL_CATALOG_POLL_S, and start "
+            "vitrail ray again after a change"
+        )
+    catalog = load_catalog(settings.catalog)
+    for name in settings.models:
+        catalog.model(name)
+    return catalog
+
+
+def heads_folder(settings: Settings) -> Path:
+    """Where the state actor keeps heads."""
+    return Path(settings.heads_folder or default_store_path() / "heads")
+
+
 def deploy(settings: Settings, groups: Sequence[TrunkGroup], placement: Placement) -> list[Group]:
     """Create or update the groups' deployments. Returns before their models are loaded."""
     ray_serve.start(proxy_location="Disabled")
-    start_state(Path(settings.heads_folder or default_store_path() / "heads"))
+    start_state(heads_folder(settings))
     if not is_url(settings.catalog) and settings.catalog.endswith((".toml", os.sep)):
         settings = settings.model_copy(update={"catalog": str(Path(settings.catalog).resolve())})
     targets = [
