@@ -13,6 +13,7 @@ from service.gateway.disconnect import cancelled_by_disconnect
 from service.limits import MAX_TIMEOUT_MS
 from service.settings import Settings
 from service.types import ImageResult, InferRequest, InferResult
+from service.versions import of_one_version
 
 
 def count_request(request: Request, task: str) -> AbstractContextManager[Account]:
@@ -46,11 +47,16 @@ async def send(backend: Backend, infer_request: InferRequest, chunk_size: int) -
         ServiceError: the request as a whole was refused.
     """
     inputs = infer_request.readable
-    results = []
     # Without inputs, the backend still resolves the calls and checks their options.
-    for start in range(0, max(1, len(inputs)), chunk_size):
-        chunk = replace(infer_request, inputs=inputs[start : start + chunk_size])
-        results.append(await backend.infer(chunk))
+    chunks = [
+        replace(infer_request, inputs=inputs[start : start + chunk_size])
+        for start in range(0, max(1, len(inputs)), chunk_size)
+    ]
+
+    async def send_all() -> list[InferResult]:
+        return [await backend.infer(chunk) for chunk in chunks]
+
+    results = await of_one_version(send_all)
     images = iter([image for result in results for image in result.images])
     merged = [
         ImageResult(error=item) if isinstance(item, ServiceError) else next(images)

@@ -24,6 +24,7 @@ from service.remote.worker import Worker, WorkerLostError
 from service.remote.workers import Workers
 from service.settings import Settings
 from service.types import Health, InferRequest, InferResult, ModelChanges
+from service.versions import of_one_version
 
 NO_WORKERS = frozenset[Worker]()
 
@@ -66,19 +67,7 @@ class RemoteBackend:
 
     async def infer(self, request: InferRequest) -> InferResult:
         calls = [self._router.with_model(call) for call in request.calls]
-        request = replace(request, calls=calls)
-        kinds = {type(item): None for item in request.inputs}
-        if len(kinds) < 2:
-            return await self._infer(request, NO_WORKERS)
-        # a message has inputs of one kind
-        groups = [[n for n, item in enumerate(request.inputs) if type(item) is k] for k in kinds]
-        results = await run_all(
-            self._infer(replace(request, inputs=[request.inputs[n] for n in group]), NO_WORKERS)
-            for group in groups
-        )
-        pairs = zip(groups, results, strict=True)
-        images = {n: i for group, r in pairs for n, i in zip(group, r.images, strict=True)}
-        return InferResult(results[0].models, [images[n] for n in range(len(images))])
+        return await self._infer(replace(request, calls=calls), NO_WORKERS)
 
     async def models(self, start: int = 0, count: int | None = None) -> Sequence[ModelDescription]:
         end = None if count is None else start + count
@@ -142,7 +131,7 @@ class RemoteBackend:
         self, worker: Worker, request: InferRequest, avoid: frozenset[Worker]
     ) -> InferResult:
         try:
-            return await worker.infer(request)
+            return await _infer_by_kind(worker, request)
         except WorkerLostError as lost:
             if avoid:  # lost twice
                 raise UnavailableError(
@@ -172,3 +161,16 @@ class RemoteBackend:
         if not workers:
             raise self._router.not_ready(name)
         await run_all(work(worker, name) for worker in workers)
+
+
+async def _infer_by_kind(worker: Worker, request: InferRequest) -> InferResult:
+    """Run a request on a worker, in a message for each kind of its inputs."""
+    kinds = {type(item): None for item in request.inputs}
+    if len(kinds) < 2:
+        return await worker.infer(request)
+    groups = [[n for n, item in enumerate(request.inputs) if type(item) is k] for k in kinds]
+    parts = [replace(request, inputs=[request.inputs[n] for n in group]) for group in groups]
+    results = await of_one_version(lambda: run_all(map(worker.infer, parts)))
+    pairs = zip(groups, results, strict=True)
+    images = {n: i for group, r in pairs for n, i in zip(group, r.images, strict=True)}
+    return InferResult(results[0].models, [images[n] for n in range(len(images))])

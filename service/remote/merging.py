@@ -13,7 +13,7 @@ async def run_all(work: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(item) for item in work]
-    except* ServiceError as errors:
+    except* Exception as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
 

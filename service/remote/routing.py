@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -82,19 +83,23 @@ class Router:
         return parts
 
     def _able(self, models: Sequence[str], left: Sequence[int]) -> dict[Worker, list[int]]:
-        """Workers that have any of the models ready, each with the positions of those models.
+        """Workers that have any of the models ready, each with the positions of those models. They
+        have them in one version.
 
         For a model that many have, these are SAMPLE of them, unless none of those is good.
         """
         able: dict[Worker, list[int]] = {}
+        versions: dict[str, str | None] = {}
         for model in dict.fromkeys(models[i] for i in left):
             having = self._workers.having(model)
             some = having if len(having) <= SAMPLE else random.sample(having, SAMPLE)
-            if not any(_is_good(worker, model) for worker in some):
+            if not any(worker.has_ready(model) and _is_well(worker) for worker in some):
                 some = having
-            able |= {worker: [] for worker in some if worker.has_ready(model)}
+            same = _of_one_version(model, some)
+            versions[model] = same[0].models[model].model_digest if same else None
+            able |= {worker: [] for worker in same}
         for worker, places in able.items():
-            places += [i for i in left if worker.has_ready(models[i])]
+            places += [i for i in left if worker.has_version(models[i], versions[models[i]])]
         return able
 
     def with_model(self, call: Call) -> Call:
@@ -128,6 +133,16 @@ class Router:
         return NotFoundError(f"no model {name!r} in the catalog; it has {some}", field="model")
 
 
-def _is_good(worker: Worker, model: str) -> bool:
-    """Whether nothing speaks against a worker."""
-    return worker.has_ready(model) and not worker.health.draining and not worker.ejected
+def _of_one_version(model: str, workers: Sequence[Worker]) -> list[Worker]:
+    """Those that have a model ready in the version that most of them have. Every gateway chooses
+    the same one, so a change takes over as a whole."""
+    ready = [worker for worker in workers if worker.has_ready(model)]
+    good = [worker for worker in ready if _is_well(worker)] or ready
+    counts = Counter(worker.models[model].model_digest for worker in good)
+    version = max(counts, key=lambda digest: (counts[digest], digest or ""), default=None)
+    return [worker for worker in ready if worker.models[model].model_digest == version]
+
+
+def _is_well(worker: Worker) -> bool:
+    """Whether nothing but its models speaks against a worker."""
+    return not worker.health.draining and not worker.ejected

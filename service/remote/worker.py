@@ -99,6 +99,10 @@ class Worker:
         """Whether the worker is up, and the model was ready at the last probe."""
         return self.up and model in self.models and self.models[model].is_ready
 
+    def has_version(self, model: str, digest: str | None) -> bool:
+        """Whether the worker has the model ready, in the version of this digest."""
+        return self.has_ready(model) and self.models[model].model_digest == digest
+
     def trunks_of(self, model: str | None) -> Set[str]:
         """The trunks that a request for a model may need; for any ready model if it is None."""
         if model is None:

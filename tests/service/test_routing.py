@@ -1,6 +1,8 @@
 """Which worker is chosen, among many that exist only here."""
 
+import asyncio
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -9,7 +11,8 @@ from service.errors import NotFoundError, UnavailableError
 from service.remote.routing import SAMPLE, Router
 from service.remote.worker import Worker
 from service.remote.workers import Workers
-from service.types import Health
+from service.types import Health, InferResult, ModelUsed
+from service.versions import of_one_version
 
 NOBODY = frozenset[Worker]()
 
@@ -19,8 +22,10 @@ class Known:
 
     asked = 0
 
-    def __init__(self, *models: str, outstanding: int = 0, up: bool = True) -> None:
-        self.models = dict.fromkeys(models)
+    def __init__(
+        self, *models: str, outstanding: int = 0, up: bool = True, version: str = "1"
+    ) -> None:
+        self.models = dict.fromkeys(models, SimpleNamespace(model_digest=version))
         self.outstanding = outstanding
         self.up = up
         self.ejected = False
@@ -29,6 +34,9 @@ class Known:
     def has_ready(self, model: str) -> bool:
         Known.asked += 1
         return self.up and model in self.models
+
+    def has_version(self, model: str, digest: str | None) -> bool:
+        return self.has_ready(model) and self.models[model].model_digest == digest
 
 
 class Fleet(list[Known]):
@@ -81,6 +89,36 @@ def test_the_only_good_worker_of_many_is_found() -> None:
     fleet[150].up = False
     [(chosen, _)] = choose(fleet, "a")
     assert chosen.health.draining  # rather than an error
+
+
+def test_a_model_is_answered_in_the_version_that_most_workers_have() -> None:
+    fleet = Fleet([*(Known("a", "b", outstanding=9) for _ in range(2)), Known("a", version="2")])
+    assert choose(fleet, "a")[0][0] in fleet[:2]
+    fleet[0].models = fleet[2].models
+    assert choose(fleet, "a")[0][0] is fleet[2]
+    assert choose(fleet, "a", "b") == [(fleet[2], [0]), (fleet[1], [1])]
+    fleet[2].up = False
+    first = choose(fleet, "a")[0][0]
+    assert all(choose(fleet, "a")[0][0] is first for _ in range(20))  # also where as many have both
+    first.health = Health(live=True, ready=True, draining=True)
+    assert choose(fleet, "a")[0][0] not in (first, fleet[2])
+
+
+def test_parts_of_a_request_are_sent_again_if_a_model_changed_between_them() -> None:
+    def result(digest: str) -> InferResult:
+        return InferResult([ModelUsed("a", "embed", digest, "")], [])
+
+    async def ask(*digests: str) -> Sequence[InferResult]:
+        rest = iter(digests)
+
+        async def send() -> Sequence[InferResult]:
+            return [result(next(rest)) for _ in range(2)]
+
+        return await of_one_version(send)
+
+    assert asyncio.run(ask("1", "2", "2", "2")) == [result("2")] * 2
+    with pytest.raises(UnavailableError, match="changed"):
+        asyncio.run(ask("1", "2", "2", "3"))
 
 
 def test_an_unknown_model_is_an_error() -> None:
