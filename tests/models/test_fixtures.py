@@ -162,8 +162,10 @@ def test_only_ms_clip_s_is_read_as_such() -> None:
         pytest.skip("the fixture ms_clip is not here (shared/goldens)")
     custom = json.loads((folder / "meta.json").read_text())["hyperparameters"]["CUSTOM"]
     for change in ({"PRALLEL_T2B_USECLS": False}, {"PRALLEL_T2B_PADDINGS": [1, 0, 0, 0, 0]},
-                   {"PARALLEL_STRIDES": [1, 2, 2, 2, 2]}):  # fmt: skip
-        with pytest.raises(CheckpointError, match=r"MS-CLIP-S as published|not a patch"):
+                   {"PARALLEL_STRIDES": [1, 2, 2, 2, 2]}, {"PARALLEL_LATERAL_LAYER": [1, 2]},
+                   {"PARALLEL_LATERAL_LAYER": [1, 2, 3, 3, 4]}):  # fmt: skip
+        message = r"MS-CLIP-S as published|not a patch|5 parts to set|in their order"
+        with pytest.raises(CheckpointError, match=message):
             load_checkpoint(folder / "checkpoint.pth", {"CUSTOM": {**custom, **change}})
 
 

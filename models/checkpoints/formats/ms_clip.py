@@ -17,6 +17,7 @@ from torch import Tensor
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
 from models.checkpoints.families.heads import assumed, head_count
+from models.checkpoints.families.known import wholes
 from models.checkpoints.families.towers import LIBRARY, text_arguments, tower_states
 from models.checkpoints.families.vit import split_prefix
 from models.errors import CheckpointError
@@ -41,7 +42,8 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     """
     visual, others = split_prefix(container.tensors, "visual.")
     text = {key: container.tensors[key] for key in others if key != "logit_scale"}
-    image = _image_arguments(visual, arguments)
+    guessed: dict[str, Any] = {}
+    image = _image_arguments(visual, arguments, guessed)
     size = image["img_size"]
     language = text_arguments(text, arguments, "text_heads")
     return Checkpoint(
@@ -53,21 +55,36 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             "text": {**language, "norm_eps": 1e-12},
             "tokenizer": {"name": "openai"},
         },
-        assumed=assumed(arguments, vision_heads=image["heads"], text_heads=language["heads"]),
+        assumed=assumed(arguments, vision_heads=image["heads"], text_heads=language["heads"])
+        | guessed,
         state_dict=tower_states(visual, text, container.tensors["logit_scale"]),
         preprocess=replace(Preprocess(), input_size=(size, size), crop_pct=1.0),
     )
 
 
-def _image_arguments(visual: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `MsClipImage`, from the shapes and the configuration."""
+def _image_arguments(
+    visual: Mapping[str, Tensor], arguments: Mapping[str, Any], guessed: dict[str, Any]
+) -> dict[str, Any]:
+    """Arguments of `MsClipImage`, from the shapes and the configuration.
+
+    Args:
+        guessed: extended by what the configuration does not say, as `CUSTOM.NAME`.
+
+    Raises:
+        CheckpointError: a setting is not a list with a value for each part, or does not fit.
+    """
     custom: Mapping[str, Any] = arguments.get("CUSTOM", {})
     adapters = len({key.split(".")[2] for key in visual if key.startswith(ADAPTER)})
     layers = len({k.split(".")[2] for k in visual if k.startswith("transformer.resblocks.")})
     stem = {k.split(".")[4] for k in visual if ".resblocks.0.resnet_stage." in k}
 
     def setting(name: str, default: Sequence[int], count: int) -> tuple[int, ...]:
-        return tuple(int(n) for n in custom.get(name, default))[:count]
+        if name not in custom:
+            guessed[f"CUSTOM.{name}"] = list(default)[:count]
+        values = wholes(name, custom.get(name, list(default)))
+        if len(values) < count:
+            raise CheckpointError(f"{name} is {values}; the file has {count} parts to set")
+        return tuple(values[:count])
 
     reduces = [visual[f"{ADAPTER}{i}.top2bottom_dw_conv.conv.weight"] for i in range(adapters)]
     kernels = [int(weight.shape[-1]) for weight in reduces]
@@ -85,10 +102,16 @@ def _image_arguments(visual: Mapping[str, Tensor], arguments: Mapping[str, Any])
     for name in ("PRALLEL_T2B_USECLS", "PARALLEL_RESNET", "EARLY_CONV_RES"):
         if not custom.get(name, True):
             raise CheckpointError(f"{name} is off; it must be on, as in MS-CLIP-S as published")
-    if any(setting("PRALLEL_T2B_PADDINGS", [0] * adapters, adapters)):
+    if any(wholes("PRALLEL_T2B_PADDINGS", custom.get("PRALLEL_T2B_PADDINGS", []))[:adapters]):
         raise CheckpointError("PRALLEL_T2B_PADDINGS must be 0, as in MS-CLIP-S as published")
     _check_spans(strides, kernel_strides, patch)
     step = max(1, layers // (adapters + 1))
+    lateral = setting("PARALLEL_LATERAL_LAYER", range(step, layers, step), adapters)
+    if any(later <= one for one, later in pairwise((0, *lateral, layers))):
+        raise CheckpointError(
+            f"PARALLEL_LATERAL_LAYER is {list(lateral)}; they must be blocks from 1 to "
+            f"{layers - 1}, in their order"
+        )
     return {
         "img_size": round(cells**0.5) * patch,
         "patch_size": patch,
@@ -110,7 +133,7 @@ def _image_arguments(visual: Mapping[str, Tensor], arguments: Mapping[str, Any])
             int(visual[f"{part}.weight"].shape[-1])
             for part in ("transformer.resblocks.0.conv1", f"{BRANCH}0.conv")
         ],
-        "lateral": setting("PARALLEL_LATERAL_LAYER", range(step, layers, step), adapters),
+        "lateral": lateral,
     }
 
 
