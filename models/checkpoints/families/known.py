@@ -13,11 +13,11 @@ def whole(name: str, value: Any) -> int:
     """An argument that is a whole number.
 
     Raises:
-        CheckpointError: it is none; 1.5 and True are not rounded.
+        CheckpointError: it is none; 1.5 and True are not rounded, and counts are not negative.
     """
     found = number(name, value)
-    if found != int(found):
-        raise CheckpointError(f"{name} is {value!r}; it must be a whole number")
+    if found != int(found) or found < 0:
+        raise CheckpointError(f"{name} is {value!r}; it must be a whole number, 0 or more")
     return int(found)
 
 
