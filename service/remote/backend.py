@@ -66,8 +66,7 @@ class RemoteBackend:
             raise refusal
 
     async def infer(self, request: InferRequest) -> InferResult:
-        calls = [self._router.with_model(call) for call in request.calls]
-        return await self._infer(replace(request, calls=calls), NO_WORKERS)
+        return await self._infer(await self._router.with_models(request), NO_WORKERS)
 
     async def models(self, start: int = 0, count: int | None = None) -> Sequence[ModelDescription]:
         end = None if count is None else start + count

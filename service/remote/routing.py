@@ -4,8 +4,9 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from models.description import State
 from service.errors import (
@@ -28,6 +29,8 @@ SAMPLE = 16
 
 TOO_LATE = "the deadline passed before another worker was ready"
 
+T = TypeVar("T")
+
 
 class Router:
     """Chooses among a gateway's workers."""
@@ -46,18 +49,39 @@ class Router:
         Raises:
             ServiceError: no worker has a model ready in time.
         """
-        until = request.deadline
+        models = [str(call.model) for call in request.calls]
         if not avoid:
-            until = min(until, time.monotonic() + ROUTE_TIMEOUT_S)
+            return await self._soon(lambda: self._choose(models, avoid), request.deadline)
         while True:
             try:
-                return self._choose([str(call.model) for call in request.calls], avoid)
+                return self._choose(models, avoid)
             except UnavailableError as error:
-                if time.monotonic() >= until:
-                    if avoid:
-                        raise DeadlineExceededError(TOO_LATE) from error
-                    raise
-                if not avoid and all(worker.up for worker in self._workers):
+                if time.monotonic() >= request.deadline:
+                    raise DeadlineExceededError(TOO_LATE) from error
+            await asyncio.sleep(POLL_S)
+
+    async def with_models(self, request: InferRequest) -> InferRequest:
+        """The request with the task's default model in each call that names none.
+
+        While no worker's models are known, as when the gateway has just started, it waits as a new
+        request does.
+
+        Raises:
+            ServiceError: no worker is known to have such a model in time.
+        """
+        calls = await self._soon(
+            lambda: [self._with_model(call) for call in request.calls], request.deadline
+        )
+        return replace(request, calls=calls)
+
+    async def _soon(self, choose: Callable[[], T], deadline: float) -> T:
+        """What is chosen, tried for ROUTE_TIMEOUT_S while some workers cannot be reached."""
+        until = min(deadline, time.monotonic() + ROUTE_TIMEOUT_S)
+        while True:
+            try:
+                return choose()
+            except UnavailableError:
+                if time.monotonic() >= until or all(worker.up for worker in self._workers):
                     raise
             await asyncio.sleep(POLL_S)
 
@@ -102,8 +126,7 @@ class Router:
             places += [i for i in left if worker.has_version(models[i], versions[models[i]])]
         return able
 
-    def with_model(self, call: Call) -> Call:
-        """The call with its model's name, which is the task's default model if it has none."""
+    def _with_model(self, call: Call) -> Call:
         if call.model is not None:
             return call
         if (name := self._workers.default_model(str(call.task))) is not None:

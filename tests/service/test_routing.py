@@ -1,17 +1,22 @@
 """Which worker is chosen, among many that exist only here."""
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from service.errors import NotFoundError, UnavailableError
+from service.remote.backend import RemoteBackend
+from service.remote.metrics import RemoteMetrics
 from service.remote.routing import SAMPLE, Router
 from service.remote.worker import Worker
 from service.remote.workers import Workers
-from service.types import Health, InferResult, ModelUsed
+from service.settings import Settings
+from service.types import Call, Health, InferRequest, InferResult, ModelUsed
 from service.versions import of_one_version
 
 NOBODY = frozenset[Worker]()
@@ -38,6 +43,9 @@ class Known:
     def has_version(self, model: str, digest: str | None) -> bool:
         return self.has_ready(model) and self.models[model].model_digest == digest
 
+    async def infer(self, request: InferRequest) -> InferResult:
+        return InferResult([ModelUsed(str(c.model), "", "", "") for c in request.calls], [])
+
 
 class Fleet(list[Known]):
     """Workers by model."""
@@ -50,6 +58,9 @@ class Fleet(list[Known]):
 
     def some_names(self) -> list[str]:
         return ["some"]
+
+    def default_model(self, task: str) -> str | None:
+        return next((name for worker in self for name in worker.models), None)
 
 
 def choose(fleet: Fleet, *models: str, avoid: Sequence[Known] = ()) -> list[tuple[Any, list[int]]]:
@@ -126,3 +137,46 @@ def test_an_unknown_model_is_an_error() -> None:
         choose(Fleet([Known("a")]), "b")
     with pytest.raises((NotFoundError, UnavailableError)):
         choose(Fleet([Known("a", up=False)]), "a")
+
+
+def ask_for_default(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, probe: Callable[[], None], within_s: float
+) -> str:
+    """The model that answers a request without one; `probe` is called whenever it waits."""
+
+    async def sleep(_: float) -> None:
+        probe()
+
+    async def ask() -> InferResult:
+        backend = RemoteBackend(Settings(), RemoteMetrics(CollectorRegistry()))
+        backend._router = Router(cast(Workers, fleet))
+        calls, deadline = [Call(model=None, task="classify")], time.monotonic() + within_s
+        return await backend.infer(InferRequest(inputs=[], calls=calls, deadline=deadline))
+
+    monkeypatch.setattr("service.remote.routing.asyncio", SimpleNamespace(sleep=sleep))
+    return asyncio.run(ask()).models[0].name
+
+
+def test_a_request_for_the_default_model_waits_until_a_worker_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As at a gateway that has just started."""
+    fleet = Fleet([Known(up=False), Known(up=False)])
+
+    def probe() -> None:
+        fleet[1] = Known("a")
+
+    assert ask_for_default(fleet, monkeypatch, probe, 60) == "a"
+
+
+@pytest.mark.parametrize(("up", "within_s"), [(False, 0), (True, 60)])
+def test_a_request_for_the_default_model_does_not_wait_in_vain(
+    up: bool, within_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither beyond its deadline nor where every worker has said that it has no model."""
+
+    def probe() -> None:
+        pytest.fail("it waits")
+
+    with pytest.raises(UnavailableError, match="no worker"):
+        ask_for_default(Fleet([Known(up=up)]), monkeypatch, probe, within_s)
