@@ -55,7 +55,8 @@ class RelativePositions(nn.Module):
         rows_QK = (distance + (keys - 1) * key_step).long()
         self.register_buffer("rows_QK", rows_QK, persistent=False)
         self.lengths = queries, keys
-        self._needed = int(rows_QK.max()) + 1
+        # that of the last query and the first key; not read from the tensor, which may have no data
+        self._needed = int((queries - 1) * query_step + (keys - 1) * key_step) + 1
 
     def forward(self, table_LD: Tensor, *, resized: bool) -> Tensor:
         """(queries, keys, D): rows of the table.
