@@ -1,9 +1,11 @@
 """What clients hold of something that all of them share: places, bytes, connections."""
 
 from collections import Counter
+from math import ceil
 
-# When everything is taken, a client that holds less than its share still gets some of one part in
-# so many again.
+# When everything is taken, a client that holds less than its share still gets some of a reserve,
+# which grows with the clients towards one part in so many again: half of that for the second
+# client, two thirds for the third. So there is some of it for the next one, until they are many.
 FURTHER = 4
 
 
@@ -41,4 +43,6 @@ class Holdings:
         """How much may be taken if a client takes so much more."""
         others = len(self._held) - (client in self._held)
         is_below_share = others and self._held[client] + count <= self.capacity // (others + 1)
-        return self.capacity + (self.capacity // FURTHER if is_below_share else 0)
+        if not is_below_share:
+            return self.capacity
+        return self.capacity + ceil(self.capacity * others / (FURTHER * (others + 1)))

@@ -105,7 +105,8 @@ class Keys:
 
     def is_gateway(self, token: str | None) -> bool:
         """Whether to believe a caller that says it is a gateway: only a worker does, and only if
-        the caller sent the workers' credential or none is configured."""
+        the caller sent the workers' credential or none is configured. Then its network must be
+        closed to others: who is believed names the clients for whom the budget is shared out."""
         if not self.for_gateways or not self._tokens:
             return self.for_gateways
         return token is not None and digest_key(token) in self._tokens

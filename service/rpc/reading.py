@@ -9,10 +9,9 @@ one cannot make the server receive anything.
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import ContextVar
 from typing import Any
-from weakref import WeakValueDictionary
 
 import grpc
 from google.protobuf.descriptor_pool import Default
@@ -30,11 +29,11 @@ from service.errors import (
 from service.holdings import Holdings
 from service.limits import RETRY_AFTER_S, Share
 from service.rpc.counting import check_message
+from service.rpc.receiving import Receiving
 from service.settings import Settings
 
-# Calls that receive a message at a time, and those of one client. gRPC does not say how large one
-# is until it is there.
-MAX_RECEIVING, MAX_RECEIVING_OF_CLIENT = 16, 12
+# Calls that receive a message at a time. gRPC does not say how large one is until it is there.
+MAX_RECEIVING = 16
 # Of the messages of methods that need no key.
 MAX_OPEN_BYTES = 64 * 1024
 # Methods of our services without `handle_call`; those of other services have none either.
@@ -136,18 +135,14 @@ class MessageReader(grpc.aio.ServerInterceptor):
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._receiving = asyncio.Semaphore(MAX_RECEIVING)
+        self._receiving = Receiving(MAX_RECEIVING)
         # Calls without `handle_call`: counted apart, so that health is reported at any load.
         self._open_calls = Holdings(settings.max_requests_in_flight)
-        self._receiving_of: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
-    @asynccontextmanager
-    async def receiving(self) -> AsyncIterator[None]:
+    def receiving(self) -> AbstractAsyncContextManager[None]:
         """Waits until the current client may receive a message; a context in which it does."""
-        new = asyncio.Semaphore(MAX_RECEIVING_OF_CLIENT)
-        async with self._receiving_of.setdefault(client.get(), new), self._receiving:
-            yield
+        return self._receiving.place(client.get())
 
     def counted(self, content: bytes) -> int:
         """The bytes of a message that count; the envelope of the largest request does not."""
@@ -223,10 +218,11 @@ class MessageReader(grpc.aio.ServerInterceptor):
                 message = await anext(open_messages(requests), message_class())
                 return await handler.unary_unary(message, context)
 
-        async def watch(requests: AsyncIterator[bytes], context: Any) -> None:
+        async def watch(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
             async with self._open_call(context):
                 message = await anext(open_messages(requests), message_class())
-                await handler.unary_stream(message, context)  # it writes by the context
+                async for response in self._sent(handler.unary_stream(message, context)):
+                    yield response
 
         async def open_stream(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
             async with self._open_call(context):

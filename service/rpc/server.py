@@ -2,11 +2,11 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from service.backend import Backend
@@ -15,6 +15,7 @@ from service.limits import Budget
 from service.metrics import Metrics
 from service.open_inference.shared_memory import SharedMemory
 from service.rpc.context import Deps
+from service.rpc.health_service import HealthService
 from service.rpc.open_inference import OpenInference
 from service.rpc.reading import MessageReader
 from service.rpc.vision import Vision
@@ -32,8 +33,6 @@ IDLE_MS = 600_000
 # The size of a message without its images, at most.
 MESSAGE_OVERHEAD_BYTES = 1024 * 1024
 
-SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 # The health service's name for Kubernetes' liveness probe.
 LIVENESS = "liveness"
 
@@ -60,8 +59,7 @@ class RpcServer:
         memory: SharedMemory | None = None,
     ) -> None:
         self._backend = backend
-        self._health = health.aio.HealthServicer()
-        self._reported: dict[str, bool] = {}
+        self._health = HealthService()
         # The models that are reported, as of a version of the backend's.
         self._models: set[str] = set()
         self._since = ""
@@ -136,7 +134,7 @@ class RpcServer:
             return
         if self._reporter is not None:
             self._reporter.cancel()
-        await self._health.enter_graceful_shutdown()
+        self._health.stop()
         await self._server.stop(grace_s)
 
     @asynccontextmanager
@@ -161,7 +159,8 @@ class RpcServer:
 
     async def _report_once(self) -> None:
         health = self._backend.health()
-        await self._report(dict.fromkeys(("", *SERVICES), health.ready) | {LIVENESS: health.live})
+        ready = dict.fromkeys(("", *SERVICES), health.ready)
+        self._health.report(ready | {LIVENESS: health.live})
         more = True
         while more:
             changes = await self._backend.changes(self._since)
@@ -176,11 +175,5 @@ class RpcServer:
                 current |= dict.fromkeys(self._stale, False)  # gone before the reset
                 self._models -= self._stale
                 self._stale = set()
-            await self._report(current)
+            self._health.report(current)
             self._since, more = changes.version, changes.more
-
-    async def _report(self, current: Mapping[str, bool]) -> None:
-        for name, serving in current.items():
-            if self._reported.get(name) is not serving:
-                await self._health.set(name, SERVING if serving else NOT_SERVING)
-                self._reported[name] = serving

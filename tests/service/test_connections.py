@@ -10,12 +10,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 import httpx
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service.errors import UnavailableError
 from service.gateway.server import DrainingServer, create_server
@@ -168,6 +170,8 @@ def test_requests_beyond_the_limit_get_503_and_health_is_reported(server: Runnin
     assert refused.headers["Content-Type"] == "application/problem+json"
     assert server.client.get("/healthz").status_code == 200
     assert is_served(server, OTHER)
+    # a client that a proxy names; proxies of this machine are believed
+    assert server.client.get("/v2", headers={"X-Forwarded-For": "192.0.2.1"}).status_code == 200
     for client in clients:
         assert is_closed(client)  # too slow: 408
         client.close()
@@ -233,6 +237,30 @@ def test_a_stream_over_grpc_that_is_never_read_gives_back_its_place(server: Runn
         wait_until(lambda: answered() > before)
         time.sleep(2 * INTERVAL_S)  # until the requests in flight have been counted again
         wait_until(lambda: server.metric("vitrail_requests_in_flight", protocol="grpc") == 0, 10)
+
+
+WATCHED = health_pb2.HealthCheckRequest()
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def test_health_is_reported_whoever_does_not_read_it(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        call_without_window(server, "/grpc.health.v1.Health/Watch") as deaf,
+        grpc.insecure_channel(server.grpc) as channel,
+    ):
+        deaf.sendall(frame(0, 1, 1, bytes(5)))  # an empty message
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        watch = stub.Watch(WATCHED, timeout=20)
+        assert next(watch).status == SERVING
+        unready = replace(server.backend.health(), ready=False)
+        monkeypatch.setattr(server.backend, "health", lambda: unready)
+        assert next(watch).status == NOT_SERVING
+        assert stub.Check(WATCHED).status == NOT_SERVING
+        monkeypatch.undo()
+        assert next(watch).status == SERVING
 
 
 def test_the_time_to_retry_is_that_of_giving_bytes_back() -> None:
@@ -399,8 +427,16 @@ def test_http_and_grpc_drain_at_the_same_time(
     photo = jpegs["coffee"]
     with running(tiny_catalog, drain_timeout_s=20) as server:
         server.wait_ready()
-        with held(server, len(photo)) as (client, stream):
+        with (
+            held(server, len(photo)) as (client, stream),
+            grpc.insecure_channel(server.grpc) as channel,
+        ):
+            health: Any = health_pb2_grpc.HealthStub(channel)
+            watch = health.Watch(WATCHED)
+            assert next(watch).status == SERVING
             made[0].should_exit = True
+            # It ends by itself: nothing waits for it until the time for draining is over.
+            assert [answer.status for answer in watch] == [NOT_SERVING]
             wait_until(lambda: refuses(server.grpc), 10)
             client.sendall(photo)  # HTTP has drained all along
             assert client.recv(65536).startswith(b"HTTP/1.1 200")

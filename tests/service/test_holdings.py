@@ -9,19 +9,43 @@ from service.settings import Settings
 
 
 def test_a_client_below_its_share_gets_some_more_when_everything_is_taken() -> None:
-    places = Holdings(8)
-    places.take("greedy", 8)
+    places = Holdings(16)
+    places.take("greedy", 16)
     assert not places.fits("greedy", 1)
     places.take("modest", 1)
     assert places.fits("modest", 1)
     places.take("modest", 1)
-    assert places.taken == 10
-    assert not places.fits("modest", 1)  # a quarter, not more
+    assert places.taken == 18
+    assert not places.fits("modest", 1)  # half of a quarter, not more
     places.give_back("modest", 2)
     assert places.fits("third", 1)
     assert not places.fits("greedy", 1)
-    places.give_back("greedy", 8)
+    places.give_back("greedy", 16)
     assert places.taken == 0
+
+
+@pytest.mark.parametrize("capacity", [2048, 512 * 2**20])
+def test_clients_who_take_all_they_can_leave_some_for_the_next(capacity: int) -> None:
+    places = Holdings(capacity)
+    for number in range(20):
+        client = f"greedy {number}"
+        assert places.fits(client, 1)
+        while places.fits(client, 1):
+            size = 1
+            while places.fits(client, 2 * size):
+                size *= 2
+            places.take(client, size)
+    assert capacity < places.taken <= capacity + capacity // 4
+    assert places.fits("modest", 1)
+
+
+def test_of_few_places_there_is_one_more_too() -> None:
+    places = Holdings(2)
+    places.take("greedy", 2)
+    assert places.fits("modest", 1)
+    places.take("modest", 1)
+    assert not places.fits("modest", 1)
+    assert not places.fits("greedy", 1)
 
 
 def test_a_client_alone_has_everything_and_no_more() -> None:
@@ -49,7 +73,7 @@ def test_one_clients_requests_and_bytes_leave_room_for_others() -> None:
         with budget.request("http", "greedy") as second, pytest.raises(UnavailableError):
             second.add(1)
         with budget.request("grpc", "modest") as other:
-            other.add(1000)
+            other.add(500)
             with pytest.raises(UnavailableError):
                 other.add(1)
         assert budget.bytes == 4000

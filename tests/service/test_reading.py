@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -20,6 +21,7 @@ from service.errors import BadRequestError, PayloadTooLargeError, ServiceError
 from service.rpc.context import ERROR_KEY
 from service.rpc.counting import MAX_VALUES, check_message
 from service.rpc.reading import MessageReader
+from service.rpc.receiving import Receiving
 from service.settings import Settings
 from service.stubs import open_inference_pb2 as oip
 from service.stubs import vision_pb2 as pb
@@ -206,6 +208,40 @@ def test_slow_messages_of_one_client_do_not_keep_others_from_receiving() -> None
             task.cancel()
 
     asyncio.run(run())
+
+
+def test_clients_who_never_send_leave_a_place_to_receive_for_the_next() -> None:
+    async def run() -> None:
+        receiving, never, began = Receiving(16), asyncio.Event(), Counter[str]()
+
+        async def receive(name: str) -> None:
+            async with receiving.place(name):
+                began[name] += 1
+                await never.wait()
+
+        async def start(name: str, calls: int) -> list[asyncio.Task[None]]:
+            tasks = [asyncio.create_task(receive(name)) for _ in range(calls)]
+            await asyncio.sleep(0)
+            return tasks
+
+        slow = {name: await start(name, 100) for name in ("a", "b", "c", "d")}
+        assert began == {"a": 8, "b": 4, "c": 2, "d": 1}
+        modest = await start("modest", 2)
+        assert began["modest"] == 1
+        late = await start("late", 1)
+        assert began["late"] == 0
+        slow["a"][50].cancel()  # one that waits gives nothing back
+        slow["a"][0].cancel()
+        await asyncio.gather(slow["a"][0], slow["a"][50], return_exceptions=True)
+        await asyncio.sleep(0)
+        assert began == {"a": 8, "b": 4, "c": 2, "d": 1, "modest": 1, "late": 1}
+        never.set()
+        ended = await asyncio.gather(*sum(slow.values(), modest + late), return_exceptions=True)
+        assert len([error for error in ended if error is not None]) == 2
+        assert began == {"a": 98 + 1, "b": 100, "c": 100, "d": 100, "modest": 2, "late": 1}
+        await asyncio.gather(*await start("a", 8))
+
+    asyncio.run(asyncio.wait_for(run(), 20))
 
 
 @pytest.mark.parametrize(
