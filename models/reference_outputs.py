@@ -14,6 +14,7 @@ from torch import Tensor
 from models.checkpoints.checkpoint import HeadState
 from models.errors import InputError
 from models.trunks.base import Trunk
+from models.trunks.device_errors import is_cuda_error, is_out_of_memory
 from models.trunks.features import NO_EXTRAS, BatchRequest, FeatureRequest, merge
 from models.trunks.output import TrunkOutput
 from models.trunks.text import TextTrunk
@@ -121,6 +122,8 @@ def reference_outputs(parts: Parts, inputs: Mapping[str, Tensor]) -> dict[str, T
     except (RuntimeError, AssertionError, ValueError) as error:
         own = getattr(parts.trunk.preprocess, "input_size", None)
         pixels = inputs.get("pixel_values")
+        if is_out_of_memory(error) or is_cuda_error(error):  # not the images' fault
+            raise
         if pixels is None or own in (None, tuple(pixels.shape[-2:])):
             raise
         given, usual = (f"{rows} x {cols}" for rows, cols in (pixels.shape[-2:], own))

@@ -95,7 +95,8 @@ class Slots:
 
     def is_used(self, trunk: str) -> bool:
         """Whether a model on a trunk is loaded or loading."""
-        return bool(self._users.get(trunk))
+        with self._lock:
+            return bool(self._users.get(trunk))
 
     def users(self, trunk: str) -> list[str]:
         """The models on a trunk that are loaded or loading."""

@@ -43,15 +43,15 @@ class StartedPass:
         Args:
             is_ranked: its logits are to be ranked.
         """
-        tensors = [tensor.float() for tensor in outputs.values()]
-        if any(len(tensor) < len(at) for tensor in tensors):
+        tensors = {name: tensor.float() for name, tensor in outputs.items()}
+        if any(len(tensor) < len(at) for tensor in tensors.values()):
             raise ValueError(f"a head returned fewer than {len(at)} rows")
         if is_ranked:
-            [logits_NK] = tensors
+            logits_NK = tensors["logits"]
             self._unranked[logits_NK.shape[1]].append((at, logits_NK))
             return
-        self.tensors += tensors
-        self._outputs.append((at, list(outputs)))
+        self.tensors += tensors.values()
+        self._outputs.append((at, list(tensors)))
 
     def rank(self) -> None:
         """Replace logits by their best classes: at once for all heads with equally many classes,

@@ -21,6 +21,7 @@ from models.heads.linear import Linear, check_has_blocks, classify_together, fir
 from models.trunks.features import FeatureRequest
 from models.trunks.output import TrunkOutput
 from models.trunks.transfers import index_tensor
+from models.trunks.weights import parameter_bytes
 
 ATTENDING = "attend."
 MAX_QUERIES = 256  # per block; each one costs a token in every pass
@@ -68,7 +69,8 @@ class Vqt(Linear):
 
     @property
     def nbytes(self) -> int:
-        return super().nbytes + self.queries.nbytes
+        attending = 0 if self.attend is None else parameter_bytes(self.attend)
+        return super().nbytes + self.queries.nbytes + attending
 
     def features(self, output: TrunkOutput) -> Tensor:
         """(B, F) float32: the classifier's input."""

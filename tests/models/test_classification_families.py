@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from models import load_checkpoint
 from models.checkpoints.checkpoint import HeadState, save_checkpoint
+from models.checkpoints.containers import Container
+from models.checkpoints.families.small_scale import DATASETS, small_scale_checkpoint
+from models.checkpoints.formats import detect_format
 from models.checkpoints.loading import read_checkpoint
 from models.checkpoints.strict import load_strictly
 from models.errors import CheckpointError, InputError
@@ -471,13 +474,70 @@ def test_small_scale_vits_end_their_fine_tuning_as_flat_files(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("classes", "plausible"), [(10, "CIFAR10, SVHN, CINIC"), (37, "CIFAR10, CIFAR100, SVHN, Tiny")]
+    ("changed", "told"),
+    [
+        ({}, "small-scale-vits-finetuned"),
+        ({"patch_embed.proj.weight": torch.ones(48, 3, 16, 16), "pos_embed": torch.ones(1, 5, 48)},
+         "no known format"),
+        ({"patch_embed.proj.weight": torch.ones(48, 4)}, "no known format"),
+        ({"patch_embed.proj.weight": None, "patch_embed.proj.12.weight": torch.ones(48, 3, 1, 1)},
+         "no known format"),
+        ({"blocks.0.mlp.fc1.weight": None}, "no known format"),
+        ({"blocks.0.mlp.fc1.weight": torch.ones(96)}, "no known format"),
+        ({"extra.weight": torch.ones(1)}, "no known format"),
+        ({"ggem.p": torch.ones(1)}, "ggem"),
+        ({"blocks.0.attn.q_bias": torch.ones(48)}, "beit-finetuned"),
+    ],
+)  # fmt: skip
+def test_other_flat_vits_are_not_taken_for_small_scale_ones(
+    changed: dict[str, Tensor | None], told: str, tmp_path: Path
+) -> None:
+    state = small_vit(100).state_dict() | changed
+    container = Container(tmp_path / "x.pth", {k: v for k, v in state.items() if v is not None})
+    if told == "no known format":
+        with pytest.raises(CheckpointError, match=told):
+            detect_format(container, {})
+    else:
+        assert told == detect_format(container, {})[0].NAME
+
+
+def test_a_pca_tells_irts_from_small_scale_vits(tmp_path: Path) -> None:
+    container = Container(tmp_path / "x.pth", small_vit(100).state_dict())
+    assert detect_format(container, {"pca_dim": 8})[0].NAME == "irt"
+    (tmp_path / "pca.npz").touch()
+    assert detect_format(container, {})[0].NAME == "irt"
+
+
+@pytest.mark.parametrize(("dataset", "size"), [("Tiny-Imagenet", 64), ("CIFAR100", 32), (None, 32)])
+def test_a_stated_data_set_tells_the_size_of_a_small_scale_swins_images(
+    dataset: str | None, size: int
+) -> None:
+    network = Swin(img_size=64, patch_size=2, embed_dim=8, depths=(1, 1, 1), num_heads=(1, 1, 1),
+                   window_size=4, num_classes=100)  # fmt: skip
+    state = {}
+    for key, value in network.state_dict().items():
+        if ".downsample." in key:
+            stage = int(key.split(".")[1])
+            key = key.replace(f"layers.{stage}.", f"layers.{stage - 1}.", 1)
+        state[key.replace("head.fc.", "head.")] = value
+    preprocess = small_scale_checkpoint("x", state, {"dataset": dataset}).preprocess
+    assert preprocess is not None
+    assert preprocess.input_size == (size, size)
+    assert preprocess.mean == DATASETS[dataset or "CIFAR100"].mean
+
+
+@pytest.mark.parametrize(
+    ("classes", "told"),
+    [
+        (10, "set dataset: one of CIFAR10, SVHN, CINIC"),
+        (37, "images of 32 pixels and 37 classes belong to none of CIFAR10, CIFAR100, SVHN, Tiny"),
+    ],
 )
 def test_a_data_set_that_no_shape_tells_is_asked_for(
-    classes: int, plausible: str, tmp_path: Path
+    classes: int, told: str, tmp_path: Path
 ) -> None:
     path = saved(tmp_path / "checkpoint.pth", small_vit(classes).state_dict())
-    with pytest.raises(CheckpointError, match=f"set dataset: one of {plausible}"):
+    with pytest.raises(CheckpointError, match=told):
         read_checkpoint(path, {"num_heads": 12})
     checkpoint = read_checkpoint(path, {"num_heads": 12, "dataset": "SVHN"})
     assert checkpoint.assumed == {}
@@ -489,7 +549,7 @@ def test_beit_and_its_second_version_are_told_apart_by_their_statistics(tmp_path
                    init_values=0.1, use_rel_pos_bias=True, mlp_ratio=0.1)  # fmt: skip
     state = network.state_dict()
     path = saved(tmp_path / "checkpoint.pth", {"model": state})
-    with pytest.raises(CheckpointError, match=r"imagenet_default_mean_and_std.*true for those"):
+    with pytest.raises(CheckpointError, match=r"false for BEiT of .*, true for .* PeCo"):
         read_checkpoint(path, {})
     stated = read_checkpoint(path, {"imagenet_default_mean_and_std": True})
     assert stated.preprocess is not None

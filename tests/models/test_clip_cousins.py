@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from models import load_checkpoint
+from models.checkpoints.formats.ft_clip import _preprocess
 from models.checkpoints.loading import read_checkpoint
 from tests.models.test_fixtures import folder_of
+
+CLIP, IMAGENET = (0.48145466, 0.4578275, 0.40821073), (0.485, 0.456, 0.406)
 
 
 def widened(state: dict[str, Tensor], width: int) -> dict[str, Tensor]:
@@ -44,11 +47,11 @@ def test_a_clips_small_image_tower_has_twelve_heads(width: int, heads: int, tmp_
 @pytest.mark.parametrize(
     ("script", "mean", "crop_pct"),
     [
-        ({"crop_pct": 0.875}, (0.48145466, 0.4578275, 0.40821073), 0.875),
+        ({"crop_pct": 0.875}, CLIP, 0.875),
         ({"clip_mean_and_std": False}, (0.5, 0.5, 0.5), 1.0),
         (
             {"clip_mean_and_std": False, "imagenet_default_mean_and_std": True},
-            (0.485, 0.456, 0.406),
+            IMAGENET,
             1.0,
         ),
     ],
@@ -62,3 +65,18 @@ def test_ft_clips_script_tells_how_pixels_are_normalised(
     model = load_checkpoint(tmp_path / "checkpoint.pth", {"heads": 4})
     assert model.trunk.preprocess.mean == mean
     assert model.trunk.preprocess.crop_pct == crop_pct
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mean"),
+    [
+        ({"imagenet_default_mean_and_std": True}, IMAGENET),
+        ({"imagenet_default_mean_and_std": False}, CLIP),
+        ({"imagenet_default_mean_and_std": True, "clip_mean_and_std": True}, CLIP),
+    ],
+)
+@pytest.mark.parametrize("script", [{}, {"clip_mean_and_std": True}])
+def test_imagenets_statistics_alone_are_stated_for_ft_clip(
+    script: dict[str, Any], arguments: dict[str, Any], mean: tuple[float, ...]
+) -> None:
+    assert _preprocess(arguments, script).mean == mean

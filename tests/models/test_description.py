@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -167,6 +168,20 @@ def test_the_next_model_becomes_a_tasks_default(registry: Registry) -> None:
     assert "attention" in registry.describe("tiny-embed").default_for
     assert "attention" not in registry.describe("tiny").default_for
     assert {"tiny", "tiny-embed"} <= set(changed)
+
+
+def test_whether_a_trunk_is_used_is_read_under_the_lock(registry: Registry) -> None:
+    slots = registry._slots
+    registry.load("tiny")
+
+    class Guarded(defaultdict[str, set[str]]):
+        def get(self, *key: Any) -> Any:
+            assert slots._lock.locked()
+            return super().get(*key)
+
+    slots._users = Guarded(set, slots._users)
+    assert slots.is_used("tiny")
+    assert not slots.is_used("other")
 
 
 def test_descriptions_need_no_torch() -> None:

@@ -2,6 +2,7 @@ import base64
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ from models.inference import HeadCall, run_pass
 from models.inputs.normalize import Normalize, collate
 from models.inputs.transforms import preprocess_from_timm
 from models.model import Model
+from models.reference_outputs import Parts, reference_outputs
 from models.segmentation.masks import encode_mask
+from models.started_pass import StartedPass
 from models.tasks.embed import encode_embedding
 from models.trunks.devices import Placement
 from models.trunks.timm import TimmTrunk
@@ -52,6 +55,37 @@ def test_the_best_classes_are_those_of_a_stable_sort(classes: int, digits: int) 
         best = best_classes(logits, count)
         assert (best["index"].numpy() == order[:, :count]).all()
         assert (best["score"].numpy() == np.take_along_axis(scores, order[:, :count], -1)).all()
+
+
+def test_logits_are_ranked_whatever_else_a_head_returns() -> None:
+    started = StartedPass([[2], [2]])
+    logits = torch.tensor([[0.0, 3, 1], [5, 0, 1]])
+    started.add([(0, 0), (1, 0)], {"extra": torch.ones(2, 7), "logits": logits}, is_ranked=True)
+    started.rank()
+    rows = [row for [row] in started.results(started.tensors)]
+    assert [row["index"].tolist() for row in rows] == [[1, 2], [0, 2]]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("the sizes do not fit"), InputError),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), RuntimeError),
+        (RuntimeError("CUDA error: device-side assert triggered"), RuntimeError),
+    ],
+)
+def test_a_devices_errors_are_not_blamed_on_the_images_size(
+    error: Exception, told: type[Exception]
+) -> None:
+    def fail(parts: Parts, inputs: Any) -> Any:
+        raise error
+
+    trunk: Any = SimpleNamespace(preprocess=SimpleNamespace(input_size=(32, 32)), architecture="x")
+    parts = Parts(trunk, {"embed": SimpleNamespace(reference_outputs=fail)}, "embed")
+    with pytest.raises(told) as raised:
+        reference_outputs(parts, {"pixel_values": torch.zeros(1, 3, 40, 40)})
+    assert (raised.value is error) == (told is not InputError)
 
 
 def test_scores_that_are_not_numbers_are_not_left_out() -> None:

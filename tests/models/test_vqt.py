@@ -184,6 +184,9 @@ def test_a_block_combines_features_after_an_mlp_of_each_layer(pixels: Tensor) ->
                 tokens.append(mlp(normalize(query, dim=-1)) + positions[layer + 1])
         expected = block.eval()(torch.stack(tokens, 1))[:, 0]
         assert torch.allclose(head.features(output), expected, atol=1e-5)
+    attending = [*block.parameters(), *mlps.parameters(), positions]
+    numbers = sum(tensor.numel() for tensor in attending) + 5 * 24 + 5
+    assert head.nbytes == 4 * numbers + head.queries.nbytes
     for name, value in (("positions", torch.zeros(4, 24)), ("mlps.1.fc1.bias", torch.zeros(3))):
         with pytest.raises(CheckpointError, match=name.removesuffix(".fc1.bias")):
             create_head(

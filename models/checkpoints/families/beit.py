@@ -57,7 +57,10 @@ def beit_checkpoint(
     config = {**container.script, **arguments}
     known = Known(arguments, container.script)
     if by_imagenet is None:
-        known.require(STATISTICS, "false for BEiT's own files, true for those of BEiT v2")
+        known.require(
+            STATISTICS,
+            "false for BEiT of ImageNet-22k, true for BEiT v2 and PeCo trained on ImageNet-1k",
+        )
     by_imagenet = flag(STATISTICS, known.get(STATISTICS, by_imagenet))
     assumed = known.assumed
     preprocess = Preprocess() if by_imagenet else Preprocess(mean=HALF, std=HALF)

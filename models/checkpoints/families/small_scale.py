@@ -60,8 +60,9 @@ def small_scale_checkpoint(
         dropped: keys that only training used.
 
     Raises:
-        CheckpointError: the data set is unknown, or several are plausible.
+        CheckpointError: the data set is unknown, or none or several are plausible.
     """
+    stated = _stated(arguments)
     patches = tensors.get("patch_embed.proj.weight")
     patch = 0 if patches is None or patches.dim() != 4 else patches.shape[-1]
     checkpoint = backbone_checkpoint(
@@ -70,12 +71,12 @@ def small_scale_checkpoint(
         arguments,
         preprocess=Preprocess(crop_pct=1.0, interpolation="bilinear"),
         dropped=dropped,
-        img_size=CELLS * patch,
+        img_size=CELLS * patch if stated is None else DATASETS[stated].size,
         published=HEADS,
     )
     assert checkpoint.preprocess is not None
     size, classes = checkpoint.preprocess.input_size[0], checkpoint.arguments["num_classes"]
-    dataset = _dataset(arguments, size, classes)
+    dataset = stated or _dataset(size, classes)
     statistics = DATASETS[dataset]
     preprocess = replace(
         checkpoint.preprocess,
@@ -87,26 +88,39 @@ def small_scale_checkpoint(
     return replace(checkpoint, preprocess=preprocess, assumed={**checkpoint.assumed, **inferred})
 
 
-def _dataset(arguments: Mapping[str, Any], size: int, classes: int) -> str:
-    """`arguments["dataset"]`, or the one with images of this size and as many classes.
+def _stated(arguments: Mapping[str, Any]) -> str | None:
+    """`arguments["dataset"]`, if there is one.
+
+    Raises:
+        CheckpointError: it is unknown.
+    """
+    stated = arguments.get("dataset")
+    if stated is None or (isinstance(stated, str) and stated in DATASETS):
+        return stated
+    raise CheckpointError(f"dataset is {stated!r}; set one of {', '.join(DATASETS)}")
+
+
+def _dataset(size: int, classes: int) -> str:
+    """The data set with images of this size and as many classes.
 
     Args:
         classes: 0 for a backbone without a classifier.
 
     Raises:
-        CheckpointError: it is unknown, or there are several.
+        CheckpointError: there is none, or there are several.
     """
-    stated = arguments.get("dataset")
-    if stated is not None and not (isinstance(stated, str) and stated in DATASETS):
-        raise CheckpointError(f"dataset is {stated!r}; set one of {', '.join(DATASETS)}")
-    if isinstance(stated, str):
-        return stated
     plausible = [
         name for name, d in DATASETS.items() if d.size == size and classes in (0, d.classes)
     ]
-    if len(plausible) != 1:
+    if not plausible:
+        counted = f" and {classes} classes" if classes else ""
+        raise CheckpointError(
+            f"images of {size} pixels{counted} belong to none of {', '.join(DATASETS)}; dataset "
+            "says whose statistics normalise them all the same"
+        )
+    if len(plausible) > 1:
         raise CheckpointError(
             "the file does not say which data set's statistics normalise its images; set dataset: "
-            f"one of {', '.join(plausible or DATASETS)}"
+            f"one of {', '.join(plausible)}"
         )
     return plausible[0]

@@ -16,7 +16,7 @@ from models.checkpoints.families.beit import OWN_TABLE, SCRIPT, SHARED, beit_che
 from models.checkpoints.families.vit import MARKS
 
 NAME = "beit-finetuned"
-PUBLISHED_BY_BOTH = {(732, 12), (732, 16)}  # tables of base and large at 224 pixels
+PUBLISHED_BY_ALL = {(732, 12), (732, 16)}  # tables of base and large at 224 pixels
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
@@ -35,13 +35,13 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     tensors = container.tensors
     pool = "avg" if "fc_norm.weight" in tensors else "token"
-    statistics = None if _is_of_either_version(tensors) else False
+    statistics = None if _is_of_any_authors(tensors) else False
     return beit_checkpoint(
         NAME, container, tensors, arguments, global_pool=pool, by_imagenet=statistics
     )
 
 
-def _is_of_either_version(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether both BEiT and BEiT v2 publish files of these shapes, which differ in statistics."""
+def _is_of_any_authors(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether BEiT, BEiT v2 and PeCo publish files of these shapes, which differ in statistics."""
     table = tensors.get(OWN_TABLE)
-    return table is not None and table.shape in PUBLISHED_BY_BOTH
+    return table is not None and table.shape in PUBLISHED_BY_ALL

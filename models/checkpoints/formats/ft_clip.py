@@ -38,6 +38,7 @@ RENAMED = (
     (".mlp.c_proj.", ".mlp.fc2."),
     ("fc_norm.", "norm."),
 )
+CLIPS_STATISTICS = "clip_mean_and_std"
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -54,7 +55,7 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     """`arguments`: `weights`, `heads` or `num_heads` (as published), `clip_mean_and_std` (true), or
     else `imagenet_default_mean_and_std` (false), and `crop_pct` (1); the training script's are the
-    defaults."""
+    defaults. A stated `imagenet_default_mean_and_std = true` alone suffices."""
     weights = choose_weights(container, arguments, container.wrapper)
     named: dict[str, Tensor] = {}
     for key, value in weights.items():
@@ -76,7 +77,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         named,
         {key: value for key, value in config.items() if value is not None},
         positions="bicubic",
-        preprocess=_preprocess(Known(arguments, container.script)),
+        preprocess=_preprocess(arguments, container.script),
         dropped=tuple(key for key in weights if key.startswith(DUMMY)),
         pre_norm=True,
         norm_eps=1e-5,
@@ -86,17 +87,21 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def _preprocess(known: Known) -> Preprocess:
+def _preprocess(arguments: Mapping[str, Any], script: Mapping[str, Any]) -> Preprocess:
     """By the training script: the pixels of CLIP as published, or ImageNet's, or -1..1."""
+    known = Known(arguments, script)
 
     def stated(name: str, default: bool) -> bool:
         value = known.find(name)
         return default if value is None else flag(name, value)
 
     plain = Preprocess(crop_pct=number("crop_pct", known.find("crop_pct") or 1.0))
-    if stated("clip_mean_and_std", True):
+    by_clips, by_imagenet = stated(CLIPS_STATISTICS, True), stated(STATISTICS, False)
+    if arguments.get(STATISTICS) is not None and arguments.get(CLIPS_STATISTICS) is None:
+        by_clips = by_clips and not by_imagenet
+    if by_clips:
         return replace(plain, mean=MEAN, std=STD)
-    return plain if stated(STATISTICS, False) else replace(plain, mean=HALF, std=HALF)
+    return plain if by_imagenet else replace(plain, mean=HALF, std=HALF)
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:
