@@ -2,8 +2,9 @@
 server, by image or text."""
 
 import json
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import Progress
@@ -35,7 +36,8 @@ def search(
     where: Annotated[
         list[str] | None,
         typer.Option(
-            help="Only images of the collection whose metadata has this: folder=beach.",
+            help="Only images of the collection whose metadata has this: folder=beach. A value is "
+            "a number, true, false or null if it reads as one and is not quoted; a folder is text.",
             metavar="FIELD=VALUE",
         ),
     ] = None,
@@ -62,15 +64,19 @@ def search(
 
 
 def _condition(text: str) -> tuple[str, Scalar]:
-    """`year=2024` as a field and its value: a number, true, false, null, or else a text."""
+    """`year=2024` as a field and its value: a finite number, true, false, null, or else a text.
+    So are a value in JSON's quotes, and a folder, whatever its name."""
     field, separator, value = text.partition("=")
     if not separator:
         raise typer.BadParameter(f"{text!r} is not FIELD=VALUE", param_hint="--where")
     try:
-        known: Scalar = json.loads(value, parse_constant=str)  # NaN is a text
-    except ValueError:
-        known = value
-    return field, known
+        known: Any = json.loads(value)
+    except (ValueError, RecursionError):
+        return field, value
+    if isinstance(known, str):
+        return field, known
+    scalar = known is None or (isinstance(known, int | float) and abs(known) < math.inf)  # not NaN
+    return field, known if scalar and field != "folder" else value
 
 
 def _search_file(

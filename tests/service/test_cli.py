@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from models import Registry, load_checkpoint
 from models.catalog import load_catalog
 from service.cli import app
+from service.cli.retrieval import _condition
 from tests.conftest import answers, free_port, process, running, wait_until
 from tests.models.test_fixtures import GOLDENS
 from tests.service.test_heads import tinted
@@ -128,6 +129,31 @@ def test_a_collection_is_indexed_and_searched(demo: Registry, tmp_path: Path, fo
         missing = vitrail("search", "none", "--text", "a cat", *server)
         assert missing.returncode == 1
         assert "no collection 'none'" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("folder=2024", "2024"),
+        ("folder=null", "null"),
+        ('folder="2024"', "2024"),
+        ("year=2024", 2024),
+        ("year=-2.5", -2.5),
+        ('year="2024"', "2024"),
+        ("year=1e999", "1e999"),
+        ("year=NaN", "NaN"),
+        ("year=[1]", "[1]"),
+        ("year=" + "[" * 100_000, "[" * 100_000),
+        ("year=" + "9" * 400, int("9" * 400)),
+        ("seen=true", True),
+        ("seen=null", None),
+        ("seen=a=b", "a=b"),
+    ],
+)
+def test_a_folder_is_text_and_numbers_are_finite(text: str, value: object) -> None:
+    field, known = _condition(text)
+    assert (field, known) == (text.partition("=")[0], value)
+    assert type(known) is type(value)
 
 
 def test_an_interrupted_embedding_is_resumed_exactly(tiny_catalog: Path, tmp_path: Path) -> None:
