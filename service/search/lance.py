@@ -32,6 +32,8 @@ BY_ID = ColumnOrdering(column_name="id")
 INDEXED_FROM = 50_000
 # Writes between two runs of maintenance: each write leaves a small file and a version.
 WRITES = 64
+# Times that a table of an older version is tried to be given its column.
+TRIES = 10
 # How long an old version stays for the requests that read it.
 KEEP_VERSIONS = timedelta(minutes=10)
 # Of an indexed search: the cells that are read, and how many times `count` vectors are compared
@@ -91,7 +93,9 @@ class LanceStore:
 
     async def add(self, name: str, items: Sequence[Item]) -> None:
         table = await self._table(name)
-        rows = _rows(items, await table.schema())
+        with _disk_errors():
+            schema = await _complete(table)
+        rows = _rows(items, schema)
         merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
         with _disk_errors():
             await merge.execute(rows)
@@ -189,6 +193,19 @@ class LanceStore:
             await table.create_index("vector", config=_index(await table.schema()))
         if "id" not in indexed:  # a write looks for the ids that it replaces
             await table.create_index("id", config=BTree())
+
+
+async def _complete(table: Any) -> pa.Schema:
+    """The schema of a table, which gets the column that older versions' tables lack."""
+    for left in reversed(range(TRIES)):
+        if THUMBNAIL in (schema := await table.schema()).names:
+            break
+        try:
+            await table.add_columns(pa.field(THUMBNAIL, pa.binary()))
+        except (RuntimeError, ValueError):  # another one has written, or added it
+            if not left:
+                raise
+    return schema
 
 
 async def _metadata(query: Any) -> dict[str, Metadata]:

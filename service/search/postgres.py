@@ -5,9 +5,9 @@ length.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import astuple
-from typing import Any, LiteralString
+from typing import Any, LiteralString, TypeVar
 
 import numpy as np
 from psycopg import AsyncConnection, errors, sql
@@ -17,6 +17,7 @@ from psycopg_pool import AsyncConnectionPool
 from service.errors import NotFoundError, UnavailableError
 from service.search.collection import Collection, Hit, Item, Metadata
 
+T = TypeVar("T")
 MAX_CONNECTIONS = 8
 CONNECT_S = 10
 MAX_INDEXED_DIMENSIONS = 2000  # pgvector's limit for an index of float32
@@ -55,14 +56,28 @@ class PostgresStore:
         )
         try:
             await pool.open(wait=True, timeout=CONNECT_S)
-            async with pool.connection() as connection:
-                await connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
-                await connection.execute(_SETUP)
-                await _upgrade(connection)
+            await _prepare(pool)
         except Exception as error:
             await pool.close()
             raise UnavailableError(f"the collections' database: {error}") from error
         return cls(pool)
+
+    async def _do(self, name: str, work: Callable[[AsyncConnection[Any]], Awaitable[T]]) -> T:
+        """Work on a collection's table, in one transaction.
+
+        Raises:
+            NotFoundError: there is no such table.
+        """
+        try:
+            try:
+                async with self._pool.connection() as connection:
+                    return await work(connection)
+            except errors.UndefinedColumn:  # a server of an older version made the table meanwhile
+                await _prepare(self._pool)
+                async with self._pool.connection() as connection:
+                    return await work(connection)
+        except errors.UndefinedTable as error:
+            raise _missing(name) from error
 
     async def create(self, collection: Collection) -> bool:
         table = _table(collection.name)
@@ -97,10 +112,16 @@ class PostgresStore:
         async with self._pool.connection() as connection:
             found = await connection.execute("SELECT name FROM vitrail_collections ORDER BY name")
             names = [name for (name,) in await found.fetchall()]
-        return [await self.get(name) for name in names]
+        collections = []
+        for name in names:
+            try:
+                collections.append(await self.get(name))
+            except NotFoundError:  # deleted meanwhile, or its table is gone
+                continue
+        return collections
 
     async def get(self, name: str) -> tuple[Collection, int]:
-        async with self._pool.connection() as connection:
+        async def describe(connection: AsyncConnection[Any]) -> tuple[Collection, int]:
             found = await connection.execute(
                 "SELECT name, model, model_digest, preprocess_digest, dimensions "
                 "FROM vitrail_collections WHERE name = %s",
@@ -112,8 +133,10 @@ class PostgresStore:
                 sql.SQL("SELECT count(*) FROM {}").format(_table(name))
             )
             [count] = await counted.fetchone() or [0]
-        keys = ("name", "model", "model_digest", "preprocess_digest", "dimensions")
-        return Collection(**dict(zip(keys, row, strict=True))), count
+            keys = ("name", "model", "model_digest", "preprocess_digest", "dimensions")
+            return Collection(**dict(zip(keys, row, strict=True))), count
+
+        return await self._do(name, describe)
 
     async def delete(self, name: str) -> None:
         async with self._pool.connection() as connection:
@@ -136,19 +159,20 @@ class PostgresStore:
         ]
         # in one order, so that two requests with the same ids do not lock each other out
         rows.sort(key=lambda row: str(row[0]))
-        try:
-            async with self._pool.connection() as connection, connection.cursor() as cursor:
+
+        async def insert(connection: AsyncConnection[Any]) -> None:
+            async with connection.cursor() as cursor:
                 await cursor.executemany(statement, rows)
-        except errors.UndefinedTable as error:
-            raise _missing(name) from error
+
+        await self._do(name, insert)
 
     async def remove(self, name: str, images: Sequence[str]) -> int:
         statement = sql.SQL("DELETE FROM {} WHERE id = ANY(%s)").format(_table(name))
-        try:
-            async with self._pool.connection() as connection:
-                return (await connection.execute(statement, (list(images),))).rowcount
-        except errors.UndefinedTable as error:
-            raise _missing(name) from error
+
+        async def delete(connection: AsyncConnection[Any]) -> int:
+            return (await connection.execute(statement, (list(images),))).rowcount
+
+        return await self._do(name, delete)
 
     async def images(self, name: str, after: str, count: int) -> Mapping[str, Metadata]:
         return await self._metadata(name, "WHERE id > %s ORDER BY id LIMIT %s", after, count)
@@ -160,11 +184,11 @@ class PostgresStore:
         self, name: str, which: LiteralString, *values: object
     ) -> Mapping[str, Metadata]:
         statement = sql.SQL("SELECT id, metadata FROM {} {}").format(_table(name), sql.SQL(which))
-        try:
-            async with self._pool.connection() as connection:
-                return dict(await (await connection.execute(statement, values)).fetchall())
-        except errors.UndefinedTable as error:
-            raise _missing(name) from error
+
+        async def select(connection: AsyncConnection[Any]) -> Mapping[str, Metadata]:
+            return dict(await (await connection.execute(statement, values)).fetchall())
+
+        return await self._do(name, select)
 
     async def search(
         self,
@@ -181,18 +205,26 @@ class PostgresStore:
             "WHERE metadata @> %(where)s ORDER BY embedding <=> %(query)s::vector LIMIT %(count)s"
         ).format(thumbnail, _table(name))
         values = {"query": _text(query), "where": Jsonb(dict(where)), "count": count}
-        try:
-            async with self._pool.connection() as connection:
-                # a filter that few images pass: the index goes on until there are enough
-                await connection.execute("SET LOCAL hnsw.iterative_scan = strict_order")
-                await connection.execute(f"SET LOCAL hnsw.ef_search = {max(100, min(count, 1000))}")
-                found = await connection.execute(statement, values)
-                return [Hit(*row) for row in await found.fetchall()]
-        except errors.UndefinedTable as error:
-            raise _missing(name) from error
+
+        async def select(connection: AsyncConnection[Any]) -> Sequence[Hit]:
+            # a filter that few images pass: the index goes on until there are enough
+            await connection.execute("SET LOCAL hnsw.iterative_scan = strict_order")
+            await connection.execute(f"SET LOCAL hnsw.ef_search = {max(100, min(count, 1000))}")
+            found = await connection.execute(statement, values)
+            return [Hit(*row) for row in await found.fetchall()]
+
+        return await self._do(name, select)
 
     async def close(self) -> None:
         await self._pool.close()
+
+
+async def _prepare(pool: AsyncConnectionPool[AsyncConnection[Any]]) -> None:
+    """Create what the database lacks, and bring its tables up to date."""
+    async with pool.connection() as connection:
+        await connection.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
+        await connection.execute(_SETUP)
+        await _upgrade(connection)
 
 
 async def _upgrade(connection: AsyncConnection[Any]) -> None:
@@ -203,6 +235,8 @@ async def _upgrade(connection: AsyncConnection[Any]) -> None:
         table, older = _table_name(name), (PREFIX + name)[:MAX_NAME]
         known = await connection.execute(_COLUMNS, ([table, older],))
         columns = dict(await known.fetchall())
+        if not columns:  # somebody has dropped it
+            continue
         if table not in columns:
             renamed = sql.SQL("ALTER TABLE {} RENAME TO {}")
             await connection.execute(renamed.format(sql.Identifier(older), _table(name)))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import httpx
+import lancedb
 import numpy as np
 import psycopg
 import psycopg.sql
@@ -133,24 +134,27 @@ def test_long_names_that_begin_alike_are_two_collections(
         assert server.client.delete(path).status_code == 204
 
 
+def make_older_table(url: str, name: str) -> None:
+    """A collection in PostgreSQL as older versions made it, with one image."""
+    table = psycopg.sql.Identifier(f"vitrail_collection_{name}"[:63])
+    columns = "(id text PRIMARY KEY, embedding vector(2) NOT NULL, metadata jsonb NOT NULL)"
+    with psycopg.connect(url) as database:
+        values = (name, "clip", "sha256:0", "sha256:1", 2)
+        database.execute("INSERT INTO vitrail_collections VALUES (%s, %s, %s, %s, %s)", values)
+        database.execute(psycopg.sql.SQL("CREATE TABLE {} " + columns).format(table))
+        kept = psycopg.sql.SQL("INSERT INTO {} VALUES ('a', '[1,0]', '{{}}')")
+        database.execute(kept.format(table))
+
+
 @pytest.mark.parametrize("name", ["old", "o" * 63])
 def test_tables_of_older_versions_are_brought_up_to_date(postgres: str, name: str) -> None:
     """They had no thumbnails, and PostgreSQL cut long names off."""
     unit = np.array([1, 0], np.float32)
-    table = psycopg.sql.Identifier(f"vitrail_collection_{name}"[:63])
-    columns = "(id text PRIMARY KEY, embedding vector(2) NOT NULL, metadata jsonb NOT NULL)"
 
     async def upgrade() -> None:
         store = await PostgresStore.open(postgres)
         await store.close()
-        with psycopg.connect(postgres) as database:
-            values = (name, "clip", "sha256:0", "sha256:1", 2)
-            statement = "INSERT INTO vitrail_collections VALUES (%s, %s, %s, %s, %s)"
-            database.execute(statement, values)
-            made = psycopg.sql.SQL("CREATE TABLE {} " + columns)
-            database.execute(made.format(table))
-            kept = psycopg.sql.SQL("INSERT INTO {} VALUES ('a', '[1,0]', '{{}}')")
-            database.execute(kept.format(table))
+        make_older_table(postgres, name)
         for _ in range(2):  # what is up to date stays as it is
             store = await PostgresStore.open(postgres)
             await store.add(name, [Item("b", unit, {}, b"small")])
@@ -162,6 +166,65 @@ def test_tables_of_older_versions_are_brought_up_to_date(postgres: str, name: st
         await store.close()
 
     asyncio.run(upgrade())
+
+
+def test_a_table_that_an_older_server_makes_meanwhile_is_brought_up_to_date(postgres: str) -> None:
+    """And one that is gone does not fail the others."""
+    unit = np.array([1, 0], np.float32)
+
+    async def meet() -> None:
+        store = await PostgresStore.open(postgres)
+        for name in ("added", "gone", "searched"):
+            make_older_table(postgres, name)
+        with psycopg.connect(postgres) as database:
+            database.execute("DROP TABLE vitrail_collection_gone")
+        try:
+            [hit] = await store.search("searched", unit, 2, {}, thumbnails=True)
+            assert hit.thumbnail is None
+            make_older_table(postgres, "late")
+            await store.add("late", [Item("b", unit, {}, b"small")])
+            await store.add("added", [Item("b", unit, {}, b"small")])
+            found = await store.search("added", unit, 2, {}, thumbnails=True)
+            assert {hit.id: hit.thumbnail for hit in found} == {"a": None, "b": b"small"}
+            again = await PostgresStore.open(postgres)
+            names = [collection.name for collection, _ in await again.collections()]
+            await again.close()
+            assert names == ["added", "late", "searched"]
+            with pytest.raises(NotFoundError):
+                await store.get("gone")
+        finally:
+            with psycopg.connect(postgres) as database:
+                database.execute("DELETE FROM vitrail_collections WHERE name = 'gone'")
+            for name in ("added", "late", "searched"):
+                await store.delete(name)
+            await store.close()
+
+    asyncio.run(meet())
+
+
+def test_a_lance_table_of_an_older_version_gets_its_column_once(tmp_path: Path) -> None:
+    """Also if several servers add to it at the same time."""
+    unit = np.array([1, 0], np.float32)
+    made = Collection(name="c", model="m", model_digest="d", preprocess_digest="p", dimensions=2)
+
+    async def add() -> None:
+        stores = [await LanceStore.open(tmp_path) for _ in range(4)]
+        await stores[0].create(made)
+        await stores[0].add("c", [Item("old", unit)])
+        table = await (await lancedb.connect_async(tmp_path)).open_table("c")
+        await table.drop_columns(["thumbnail"])
+        [hit] = await stores[0].search("c", unit, 1, {}, thumbnails=True)
+        assert hit.thumbnail is None
+        items = [[Item(str(number), unit, {}, b"small")] for number in range(4)]
+        await asyncio.gather(*(store.add("c", i) for store, i in zip(stores, items, strict=True)))
+        for store in stores:
+            found = await store.search("c", unit, 9, {}, thumbnails=True)
+            shown = {hit.id: hit.thumbnail for hit in found}
+            assert shown == {"old": None} | {str(number): b"small" for number in range(4)}
+            assert await store.get("c") == (made, 5)
+            await store.close()
+
+    asyncio.run(add())
 
 
 @pytest.mark.parametrize(
