@@ -164,6 +164,11 @@ def test_what_is_wrong_with_every_image_fails_the_call(
     with Client(server.url, batch_size=1) as client:
         assert ["error" in entry for entry in client.embed(images)] == [False, False, True]
         assert all("error" in entry for entry in client.embed([b"no image", b"none either"]))
+        client.create_collection("small", model="clip")
+        wrong = {images[0]: b"<svg/>"}
+        added = client.add_images("small", images[:2], thumbnail=wrong.get)
+        assert ["error" in entry for entry in added] == [True, False]
+        client.delete_collection("small")
         asks: dict[str, Callable[[], Any]] = {
             "top_k": lambda: client.classify(images, top_k=-5),
             "model": lambda: client.segment(images, model="clip"),
@@ -372,6 +377,20 @@ for (const id of %(ids)s) answers.refused.push(await failure(client.deleteImage(
 for (const name of %(names)s) answers.refused.push(await failure(client.deleteCollection(name)));
 for (const id of ids.slice(0, 2)) await client.deleteImage("photos", id);
 answers.left = (await client.images("photos")).images.map(({ id }) => id);
+let running = 0, most = 0;
+const thumbnail = async (image) => {
+  most = Math.max(most, ++running);
+  await new Promise((resolve) => setTimeout(resolve, 5));
+  running--;
+  return image === wrong ? new Blob(["<svg/>"]) : null;
+};
+const wrong = new Blob([good]);
+const items = [{ image: wrong }, { image: good }];
+answers.small = await client.addImages("photos", items, { thumbnail });
+most = 0;
+const one = new Vitrail("%(url)s");
+await one.addImages("photos", ids.map((id) => ({ image: good, id })), { thumbnail });
+answers.most = most;
 await client.deleteCollection("photos");
 answers.entries = [await client.embed([good, bad]), await client.embed([bad, bad])];
 answers.failed.push(await failure(client.classify([good, bad], { top_k: -5 })));
@@ -482,6 +501,8 @@ def test_the_javascript_client_is_as_careful(
     for text, message in zip(answers["refused"], messages, strict=True):
         assert message in text
     assert answers["left"] == ["left"]
+    assert ["error" in entry for entry in answers["small"]] == [True, False]
+    assert answers["most"] == 1  # of a batch's photos one at a time is decoded
     shown = [["error" in entry for entry in entries] for entries in answers["entries"]]
     assert shown == [[False, True], [True, True]]
     assert answers["failed"] == [["top_k"], ["model"], ["image"]]

@@ -14,7 +14,7 @@ T = TypeVar("T", covariant=True)
 # The statuses of an image that is wrong or too large.
 INPUT_STATUSES = (413, 422)
 # The fields by which a server names an item itself; what is wrong with others is wrong with all.
-ITEM_FIELDS = {"image", "images", "pixel_values", "text", "texts", "id", "metadata"}
+ITEM_FIELDS = {"image", "images", "pixel_values", "text", "texts", "id", "metadata", "thumbnail"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ const MAX_BATCH_BYTES = 32 * 2 ** 20;
 // The statuses of an image that is wrong or too large.
 const INPUT_STATUSES = [413, 422];
 // The fields by which a server names an item itself; what is wrong with others is wrong with all.
-const ITEM_FIELDS = ["image", "images", "pixel_values", "text", "texts", "id", "metadata"];
+const ITEM_FIELDS = ["image", "images", "pixel_values", "text", "texts", "id", "metadata", "thumbnail"];
 
 /** An answer with an error: `status` and the members of `application/problem+json` in `problem`. */
 export class VitrailError extends Error {
@@ -113,11 +113,12 @@ export class Vitrail {
    */
   async addImages(collection, items, { thumbnail = () => null } = {}) {
     return this.#all(`${collectionPath(collection)}/images`, items, async (batch) => {
-      const images = batch.map(async ({ image, ...others }) => {
+      const images = [];
+      for (const { image, ...others } of batch) { // one after another: a decoded photo is large
         const small = await thumbnail(image);
-        return { base64: await base64(image), ...(small && { thumbnail: await base64(small) }), ...others };
-      });
-      return json({ images: await Promise.all(images) });
+        images.push({ base64: await base64(image), ...(small && { thumbnail: await base64(small) }), ...others });
+      }
+      return json({ images });
     });
   }
 
