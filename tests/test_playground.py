@@ -1,5 +1,6 @@
 """The page at `/`, in a real browser, against the real demo."""
 
+import base64
 import io
 import os
 import re
@@ -10,7 +11,7 @@ import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from tests.service.test_heads import tinted
 
@@ -63,6 +64,14 @@ def drop(page: Page, target: Locator, path: Path) -> None:
     session = page.context.new_cdp_session(page)
     for kind in ("dragEnter", "dragOver", "drop"):
         session.send("Input.dispatchDragEvent", {"type": kind, **place, "data": data})
+
+
+def name_collection(page: Page, name: str) -> None:
+    """Choose a new collection and its model, once the page knows that there is none."""
+    page.get_by_label("Collection", exact=True).fill(name)
+    page.get_by_label("Collection", exact=True).press("Tab")
+    expect(page.locator("#indexed")).to_contain_text(f"There is no collection {name} yet")
+    page.locator("#collection select").select_option("lite0-minilm")
 
 
 # Copies a sample as a PNG, as a program for pictures does.
@@ -276,6 +285,37 @@ def test_photos_are_indexed_and_found_by_words_and_by_a_photo(page: Page, folder
 
 
 @pytest.mark.weights
+def test_a_transparent_photo_is_shown_on_white_and_a_late_answer_not_at_all(
+    page: Page, tmp_path: Path
+) -> None:
+    for name, size in (("clear", (300, 201)), ("wide", (301, 200))):
+        Image.new("RGBA", size, (0, 0, 0, 0)).save(tmp_path / f"{name}.png")
+    page.get_by_role("tab", name="Search").click()
+    name_collection(page, "clear")
+    page.get_by_label("Photos to add").set_input_files(sorted(tmp_path.glob("*.png")))
+    expect(page.locator("#indexed")).to_contain_text("2 photos in clear")
+    page.get_by_label("Photo to search by").set_input_files(tmp_path / "clear.png")
+    expect(page.locator("#hits img")).to_have_count(2)
+    for hit in page.locator("#hits img").all():
+        encoded = (hit.get_attribute("src") or "").partition(",")[2]
+        with Image.open(io.BytesIO(base64.b64decode(encoded))) as shown:
+            assert shown.format == "JPEG"
+            assert min(shown.convert("L").tobytes()) > 250
+    held: list[Route] = []
+    page.route("**/search", lambda route: route.continue_() if held else held.append(route))
+    words = page.get_by_label("Words to search for")
+    for text in ("first", "second"):
+        words.fill(text)
+        words.press("Enter")
+    code = page.locator("#search-request pre")
+    expect(code).to_contain_text('"text":"second"')
+    with page.expect_response("**/search"):
+        held[0].continue_()
+    page.evaluate("new Promise((done) => setTimeout(done, 100))")
+    expect(code).to_contain_text('"text":"second"')
+
+
+@pytest.mark.weights
 def test_someone_without_photos_fits_and_searches_the_samples(page: Page) -> None:
     """The guide's first five minutes, click by click."""
     page.get_by_role("button", name="Sample: coffee").click()
@@ -395,7 +435,7 @@ def test_axe_finds_nothing(page: Page, folder: Path, look: str) -> None:
     expect(page.get_by_role("button", name="Remove brick-1.jpg")).to_be_visible()
     check("Classes of your own")
     page.get_by_role("tab", name="Search").click()
-    page.get_by_label("Collection", exact=True).fill(f"axe-{look}")
+    name_collection(page, f"axe-{look}")
     drop(page, page.locator("#collection .drop").first, folder)
     expect(page.locator("#indexed")).to_contain_text(f"4 photos in axe-{look}")
     page.get_by_label("Search in").select_option("folder")

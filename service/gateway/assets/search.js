@@ -12,6 +12,7 @@ const SIDE = 192, QUALITY = 0.6, MAX_THUMBNAIL = 16384; // pixels of a thumbnail
 const LOOKED_AT = 1000; // images whose metadata the filter suggests
 const OF_FILES = ["size", "modified_ms"]; // metadata of `vitrail index` that nobody looks for
 let last = null; // what was looked for
+let searches = 0; // the answer of an older one is not shown
 let fields = new Map(); // of the collection's metadata, each with its values by their text
 
 export async function show() {
@@ -71,7 +72,11 @@ function filter() {
 async function thumbnail(file) {
   const photo = await decode(file);
   if (!photo) return null;
-  const { canvas } = photoCanvas(photo, photo.width, photo.height, SIDE * Math.min(1, photo.width / photo.height), null);
+  const { width, height } = photo;
+  const { canvas, context } = photoCanvas(null, width, height, SIDE * Math.min(1, width / height), null);
+  context.fillStyle = "white"; // JPEG has no transparency
+  context.fillRect(0, 0, 2 * width, 2 * height); // also the last pixels, where the canvas is rounded up
+  context.drawImage(photo, 0, 0);
   photo.close();
   const small = await new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", QUALITY));
   return small && small.size <= MAX_THUMBNAIL ? small : null;
@@ -116,10 +121,11 @@ function again() {
 }
 
 async function find(what) {
-  const name = about.elements.name.value, asked = { ...what, ...filter(), k: HITS };
+  const name = about.elements.name.value, asked = { ...what, ...filter(), k: HITS }, number = ++searches;
   last = what;
   try {
     const found = await server().search(name, { ...asked, thumbnails: true });
+    if (number !== searches) return;
     showSearch(name, asked);
     hits.replaceChildren();
     if (!found.length) make("p", asked.filter ? "No photo has that." : `${name} is empty.`, hits);
@@ -129,7 +135,7 @@ async function find(what) {
       make("figcaption", `${id} ${score.toFixed(3)}`, figure);
     }
   } catch (error) {
-    showError(error, hits);
+    if (number === searches) showError(error, hits);
   }
 }
 
