@@ -15,7 +15,7 @@ from models.description import ModelDescription
 from service.changes import changes_since
 from service.describing import describe_each
 from service.errors import DeadlineExceededError, UnavailableError
-from service.remote.descriptions import worker_state
+from service.remote.descriptions import differences, worker_state
 from service.remote.heads import RemoteHeads
 from service.remote.merging import merge, run_all
 from service.remote.metrics import RemoteMetrics
@@ -93,7 +93,8 @@ class RemoteBackend:
         return self._workers.knows(model)
 
     def state(self) -> dict[str, Any]:
-        return {"workers": {worker.address: worker_state(worker) for worker in self._workers}}
+        left_out = self._workers.versions.left_out()
+        return {"workers": {w.address: worker_state(w, left_out.get(w, ())) for w in self._workers}}
 
     def health(self) -> Health:
         """Ready while every start-up model is, somewhere; live while it can answer."""
@@ -107,6 +108,8 @@ class RemoteBackend:
             reasons = ["draining before exit", *reasons]
         ready = not reasons
         reasons += [f"worker {w.address}: {why}" for w in workers for why in w.health.reasons]
+        for worker, models in self._workers.versions.left_out().items():
+            reasons += [f"worker {worker.address}: {why}" for why in differences(models)]
         return Health(live=True, ready=ready, reasons=reasons)
 
     # -- sending ---------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import asyncio
 import random
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -16,6 +15,7 @@ from service.errors import (
     ServiceError,
     UnavailableError,
 )
+from service.remote.versions import is_well
 from service.remote.worker import Worker
 from service.remote.workers import Workers
 from service.types import Call, InferRequest
@@ -113,17 +113,19 @@ class Router:
         For a model that many have, these are SAMPLE of them, unless none of those is good.
         """
         able: dict[Worker, list[int]] = {}
-        versions: dict[str, str | None] = {}
+        digests: dict[str, str | None] = {}
         for model in dict.fromkeys(models[i] for i in left):
-            having = self._workers.having(model)
+            if (version := self._workers.versions.serving(model)) is None:
+                continue
+            having = version.workers
             some = having if len(having) <= SAMPLE else random.sample(having, SAMPLE)
-            if not any(worker.has_ready(model) and _is_well(worker) for worker in some):
+            if not any(w.has_version(model, version.digest) and is_well(w) for w in some):
                 some = having
-            same = _of_one_version(model, some)
-            versions[model] = same[0].models[model].model_digest if same else None
-            able |= {worker: [] for worker in same}
+            digests[model] = version.digest
+            able |= {w: [] for w in some if w.has_version(model, version.digest)}
+        positions = [i for i in left if models[i] in digests]
         for worker, places in able.items():
-            places += [i for i in left if worker.has_version(models[i], versions[models[i]])]
+            places += [i for i in positions if worker.has_version(models[i], digests[models[i]])]
         return able
 
     def _with_model(self, call: Call) -> Call:
@@ -154,18 +156,3 @@ class Router:
         if not some:
             return UnavailableError("no worker can be reached", retry_after_s=1)
         return NotFoundError(f"no model {name!r} in the catalog; it has {some}", field="model")
-
-
-def _of_one_version(model: str, workers: Sequence[Worker]) -> list[Worker]:
-    """Those that have a model ready in the version that most of them have. Every gateway chooses
-    the same one, so a change takes over as a whole."""
-    ready = [worker for worker in workers if worker.has_ready(model)]
-    good = [worker for worker in ready if _is_well(worker)] or ready
-    counts = Counter(worker.models[model].model_digest for worker in good)
-    version = max(counts, key=lambda digest: (counts[digest], digest or ""), default=None)
-    return [worker for worker in ready if worker.models[model].model_digest == version]
-
-
-def _is_well(worker: Worker) -> bool:
-    """Whether nothing but its models speaks against a worker."""
-    return not worker.health.draining and not worker.ejected

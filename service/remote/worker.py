@@ -64,11 +64,13 @@ class Worker:
         metrics: RemoteMetrics,
         credentials: WorkerCredentials,
         on_change: Callable[[str], None],
+        on_state: Callable[[], None],
         name: str = "",
     ) -> None:
         """
         Args:
             on_change: called with the name of each model of which something else is known now.
+            on_state: called when the worker is lost, comes back, or begins or ceases to drain.
             name: the name that the worker's certificate must have; empty for that in the address.
         """
         self.address = address
@@ -79,6 +81,8 @@ class Worker:
         self.ejected = Ejection(address)
         self.refusals = Refusals()
         self._closed = False
+        self._on_state = on_state
+        self._state = (self.up, self.health.draining)
         self._metrics = metrics
         self._connection = Connection(address, name, credentials, worker_token(settings))
         self._probe_now = asyncio.Event()
@@ -236,6 +240,9 @@ class Worker:
 
     def _set_up(self, up: bool) -> None:
         self.up = up
+        if self._state != (state := (up, self.health.draining)):
+            self._state = state
+            self._on_state()
         if not self._closed:
             self._metrics.up.labels(self.address).set(up)
 

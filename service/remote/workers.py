@@ -13,6 +13,7 @@ from service.changes import ChangeLog
 from service.remote.descriptions import best_description
 from service.remote.discovery import Discovery
 from service.remote.metrics import RemoteMetrics
+from service.remote.versions import Versions
 from service.remote.worker import Worker
 from service.settings import Settings
 from service.tls import WorkerCredentials
@@ -27,10 +28,12 @@ class Workers:
 
     Attributes:
         changes: which models were added, changed or removed, on any worker.
+        versions: which of a model's workers answer.
     """
 
     def __init__(self, settings: Settings, metrics: RemoteMetrics) -> None:
         self.changes = ChangeLog()
+        self.versions = Versions(self.having)
         self._settings = settings
         self._metrics = metrics
         self._discovery = Discovery(settings.workers)
@@ -72,8 +75,9 @@ class Workers:
         return sorted(islice(self._holders, 10))
 
     def describe(self, model: str) -> ModelDescription | None:
-        """A model's description by the worker where it is closest to answering."""
-        return best_description(model, self.having(model))
+        """A model's description by a worker that answers, or where it is closest to answering."""
+        serving = self.versions.serving(model)
+        return best_description(model, self.having(model), serving.workers if serving else ())
 
     def default_model(self, task: str) -> str | None:
         """The model that does a task by default, by the first worker that has one."""
@@ -84,11 +88,19 @@ class Workers:
         worker, holders = self._by_address.get(address), self._holders[model]
         if worker is not None and model in worker.models:
             holders[address] = worker
+            self.versions.note(model, worker.models[model].model_digest)
         else:
             holders.pop(address, None)
+            self.versions.note(model, None)
             if not holders:
                 del self._holders[model]
+                self.versions.note_removed(model)
         self.changes.touch(model, removed=not self.knows(model))
+
+    def _note_state(self) -> None:
+        self.versions.note_worker()
+        for model in self.versions.differing:  # another version may answer now
+            self.changes.touch(model)
 
     async def _keep_discovering(self) -> None:
         while True:
@@ -105,7 +117,7 @@ class Workers:
                 name = self._discovery.names.get(address, "")
                 self._by_address[address] = Worker(
                     address, self._settings, self._metrics, self._credentials,
-                    partial(self._note_change, address), name,
+                    partial(self._note_change, address), self._note_state, name,
                 )  # fmt: skip
         for address in self._by_address.keys() - addresses:
             logger.info("worker %s was removed", address)

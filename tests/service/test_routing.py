@@ -1,40 +1,56 @@
 """Which worker is chosen, among many that exist only here."""
 
 import asyncio
+import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from prometheus_client import CollectorRegistry
 
+from models.description import ModelDescription, State
 from service.errors import NotFoundError, UnavailableError
 from service.remote.backend import RemoteBackend
+from service.remote.descriptions import differences
 from service.remote.metrics import RemoteMetrics
+from service.remote.models import WorkerModels
 from service.remote.routing import SAMPLE, Router
+from service.remote.versions import Versions
 from service.remote.worker import Worker
 from service.remote.workers import Workers
 from service.settings import Settings
+from service.tls import WorkerCredentials
 from service.types import Call, Health, InferRequest, InferResult, ModelUsed
 from service.versions import of_one_version
 
 NOBODY = frozenset[Worker]()
 
 
+def described(name: str, digest: str) -> ModelDescription:
+    """A ready model."""
+    return ModelDescription(
+        name=name, task="embed", tasks=("embed",), default_for=(), trunk="t", state=State.READY,
+        source="", device="cpu", dtype="float32", licence="", description="", model_digest=digest,
+    )  # fmt: skip
+
+
 class Known:
     """A worker, as a gateway knows it."""
 
     asked = 0
+    address = ""
 
     def __init__(
         self, *models: str, outstanding: int = 0, up: bool = True, version: str = "1"
     ) -> None:
-        self.models = dict.fromkeys(models, SimpleNamespace(model_digest=version))
+        self.models = {name: described(name, version) for name in models}
         self.outstanding = outstanding
         self.up = up
         self.ejected = False
         self.health = Health(live=True, ready=True)
+        self.known = WorkerModels()
 
     def has_ready(self, model: str) -> bool:
         Known.asked += 1
@@ -50,6 +66,10 @@ class Known:
 class Fleet(list[Known]):
     """Workers by model."""
 
+    def __init__(self, workers: Iterable[Known]) -> None:
+        super().__init__(workers)
+        self.versions = Versions(cast(Callable[[str], Sequence[Worker]], self.having))
+
     def having(self, model: str) -> Sequence[Known]:
         return [worker for worker in self if model in worker.models]
 
@@ -63,7 +83,11 @@ class Fleet(list[Known]):
         return next((name for worker in self for name in worker.models), None)
 
 
-def choose(fleet: Fleet, *models: str, avoid: Sequence[Known] = ()) -> list[tuple[Any, list[int]]]:
+def choose(
+    fleet: Fleet, *models: str, avoid: Sequence[Known] = (), changed: bool = True
+) -> list[tuple[Any, list[int]]]:
+    if changed:
+        fleet.versions.note_worker()
     router = Router(cast(Workers, fleet))
     chosen: list[tuple[Any, list[int]]] = []
     chosen += router._choose(models, frozenset(cast(Sequence[Worker], avoid)))
@@ -85,8 +109,8 @@ def test_a_request_goes_to_the_fewest_workers() -> None:
 def test_a_choice_among_many_asks_few() -> None:
     fleet = Fleet(Known("a", outstanding=number) for number in range(1000))
     Known.asked = 0
-    chosen = {choose(fleet, "a")[0][0].outstanding for _ in range(50)}
-    assert Known.asked <= 50 * 3 * SAMPLE
+    chosen = {choose(fleet, "a", changed=False)[0][0].outstanding for _ in range(50)}
+    assert Known.asked <= len(fleet) + 50 * 3 * SAMPLE  # versions are counted once
     assert max(chosen) < 900  # the least busy of 16, each time others
     assert len(chosen) > 10
 
@@ -113,6 +137,97 @@ def test_a_model_is_answered_in_the_version_that_most_workers_have() -> None:
     assert all(choose(fleet, "a")[0][0] is first for _ in range(20))  # also where as many have both
     first.health = Health(live=True, ready=True, draining=True)
     assert choose(fleet, "a")[0][0] not in (first, fleet[2])
+
+
+def test_among_many_the_version_of_most_answers_every_request() -> None:
+    random.seed(0)
+    few = [Known("a", outstanding=0, version="2") for _ in range(45)]
+    fleet = Fleet([*few, *(Known("a", outstanding=9) for _ in range(55))])
+    assert {choose(fleet, "a")[0][0].models["a"].model_digest for _ in range(50)} == {"1"}
+
+
+def test_a_failing_worker_does_not_change_the_version_unless_all_of_it_fail() -> None:
+    fleet = Fleet([Known("a"), Known("a"), Known("a", version="2")])
+    fleet[0].ejected = True
+    assert choose(fleet, "a") == [(fleet[1], [0])]
+    fleet[1].ejected = True
+    assert choose(fleet, "a", changed=False) == [(fleet[2], [0])]
+    fleet[2].ejected = True
+    assert choose(fleet, "a", changed=False)[0][0] in fleet[:2]
+
+
+class Gateway:
+    """A backend over workers that exist only here."""
+
+    def __init__(self, *workers: Known) -> None:
+        self.backend = RemoteBackend(Settings(), RemoteMetrics(CollectorRegistry()))
+        self.workers = self.backend._workers
+        for number, worker in enumerate(workers):
+            worker.address = f"w{number}"
+            self.workers._by_address[worker.address] = cast(Worker, worker)
+            self.note(worker)
+
+    def note(self, worker: Known) -> None:
+        for name in ("a", "b"):
+            self.workers._note_change(worker.address, name)
+
+
+def test_a_gateway_describes_the_version_that_answers_and_names_the_workers_left_out() -> None:
+    workers = Known("a", "b", version="2"), Known("a", "b"), Known("a", "b")
+    workers[0].models["b"] = workers[1].models["b"]
+    gateway = Gateway(*workers)
+
+    def digest() -> str | None:
+        return asyncio.run(gateway.backend.model("a")).model_digest
+
+    assert digest() == "1"
+    health = gateway.backend.health()
+    assert (health.ready, health.reasons) == (
+        True, ["worker w0: model a is in another version here"],
+    )  # fmt: skip
+    assert [known["reasons"] for known in gateway.backend.state()["workers"].values()] == [
+        ["model a is in another version here"], [], [],
+    ]  # fmt: skip
+
+    workers[1].up = workers[2].up = False
+    seen = gateway.workers.changes.since("").version
+    gateway.workers._note_state()
+    assert digest() == "2"
+    assert gateway.workers.changes.since(seen).names == ["a"]  # for those who follow it
+
+    workers[1].up = workers[2].up = True
+    workers[1].models = workers[2].models = workers[0].models
+    gateway.note(workers[1])
+    gateway.note(workers[2])
+    assert gateway.backend.health().reasons == []
+    workers[1].models = {"a": described("a", "3")}
+    gateway.note(workers[1])
+    assert gateway.backend.health().reasons == ["worker w1: model a is in another version here"]
+
+
+def test_a_worker_with_many_other_versions_is_described_in_short() -> None:
+    assert differences([str(number) for number in range(9)])[4:] == [
+        "model 4 is in another version here", "4 more models are in another version here",
+    ]  # fmt: skip
+
+
+def test_a_worker_says_when_it_is_lost_or_drains() -> None:
+    async def noted() -> list[tuple[bool, bool]]:
+        seen: list[tuple[bool, bool]] = []
+        settings = Settings()
+        worker = Worker(
+            "127.0.0.1:1", settings, RemoteMetrics(CollectorRegistry()),
+            WorkerCredentials(settings), lambda name: None,
+            lambda: seen.append((worker.up, worker.health.draining)),
+        )  # fmt: skip
+        for draining in (False, False, True):
+            worker.health = Health(live=True, ready=True, draining=draining)
+            worker._set_up(True)
+        worker._lose("gone")
+        await worker.close()
+        return seen
+
+    assert asyncio.run(noted()) == [(True, False), (True, True), (False, True)]
 
 
 def test_parts_of_a_request_are_sent_again_if_a_model_changed_between_them() -> None:
