@@ -16,6 +16,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from models.catalog import load_catalog
+from service.ray.groups import narrowed, trunk_groups
 from tests.conftest import free_port, wait_until
 from tests.helm_process import ask as ask_helm
 from tests.pods import (
@@ -146,6 +148,7 @@ def test_helm_finds_nothing_wrong_with_the_chart() -> None:
         {"drainSeconds": "60"},
         {"ray": {"placement": {"max_replica": 4}}},
         {"ray": {"enabled": True}, "catalogPollSeconds": 10},
+        {"ray": {"enabled": True}, "monitoring": {"enabled": True}},
     ],
 )
 def test_wrong_values_are_refused(values: dict[str, Any]) -> None:
@@ -257,14 +260,29 @@ def test_ray_replaces_gateways_and_workers() -> None:
     manifests = rendered("ray")
     assert not [m for m in manifests if m["kind"] in ("Deployment", "Service", "ScaledObject")]
     spec = one(manifests, "RayService", "demo")["spec"]
+    budget = one(manifests, "PodDisruptionBudget", "demo-ray")["spec"]
+    groups = spec["rayClusterConfig"]["workerGroupSpecs"]
+    assert budget["minAvailable"] == sum(group["replicas"] for group in groups)  # and a head
     [deployed] = ServeDeploySchema.model_validate(
         yaml.safe_load(spec["serveConfigV2"])
     ).applications
     module, _, name = deployed.import_path.partition(":")
     assert inspect.isfunction(getattr(importlib.import_module(module), name))
-    assert Placement(**deployed.args).gpus == 0.5
+    assert Placement(**deployed.args).gpus == 0.25
     workers = spec["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
     assert {"name": "VITRAIL_DEVICE", "value": "cuda"} in workers["containers"][0]["env"]
+
+
+def test_the_replicas_of_the_ray_example_fit_its_nodes() -> None:
+    ray = VALUES["ray"]["ray"]
+    placement, limits = Placement(**ray["placement"]), ray["resources"]["limits"]
+    groups = trunk_groups(narrowed(load_catalog(ray["catalog"]), ray["models"]))
+    assert len(groups) == len(ray["models"])
+    replicas = len(groups) * placement.max_replicas
+    assert replicas * placement.gpus <= ray["nodes"] * limits["nvidia.com/gpu"]
+    assert 1 % placement.gpus == 0  # no part of a GPU is left that is too small
+    cores = replicas * placement.cpus + ray["gateways"]
+    assert cores <= ray["nodes"] * int(limits["cpu"])
 
 
 def test_a_changed_catalog_replaces_pods_unless_they_watch_it() -> None:

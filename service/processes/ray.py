@@ -29,7 +29,7 @@ from service.processes.ports import check_free
 from service.processes.ray_replica import Replica
 from service.ray.backend import RayBackend
 from service.ray.group import Group
-from service.ray.groups import TrunkGroup, trunk_groups
+from service.ray.groups import TrunkGroup, narrowed, trunk_groups
 from service.ray.scaling import scale_by_queue
 from service.ray.state import find_state, start_state
 from service.rpc.server import RpcServer
@@ -99,7 +99,8 @@ def create_ray_app(settings: Settings, placement: Placement) -> Any:
 
 
 def read_catalog(settings: Settings) -> Catalog:
-    """The settings' catalog.
+    """The settings' catalog. If they name start-up models, only what shares trunks with those, so
+    that no replicas stand idle.
 
     Raises:
         CatalogError: it cannot be read, lacks a start-up model, or is to be watched.
@@ -112,7 +113,7 @@ def read_catalog(settings: Settings) -> Catalog:
     catalog = load_catalog(settings.catalog)
     for name in settings.models:
         catalog.model(name)
-    return catalog
+    return narrowed(catalog, settings.models)
 
 
 def heads_folder(settings: Settings) -> Path:

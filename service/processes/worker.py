@@ -23,6 +23,7 @@ from service.keys import Keys
 from service.limits import Budget
 from service.metrics import Metrics
 from service.processes.heartbeat import beating
+from service.ray.groups import narrowed
 from service.rpc.server import RpcServer
 from service.sampling import sampling
 from service.settings import Settings
@@ -38,14 +39,15 @@ def create_backend(
     """A backend for the settings' catalog, and the metrics of this process.
 
     Args:
-        only: the models that may be loaded at start; None for all.
+        only: the models that may be loaded at start; None for all. Of a replica on Ray, which knows
+            no others than the gateway does.
     """
     catalog = load_catalog(settings.catalog)
     worker_options = settings.worker_options
     startup = [catalog.model(name).name for name in settings.models] or catalog.startup
     if only is not None:
         chosen = tuple(name for name in startup if name in only)
-        catalog = replace(catalog, startup=chosen)
+        catalog = replace(narrowed(catalog, settings.models), startup=chosen)
         worker_options = replace(worker_options, startup=())
     options = settings.worker_options.resolve(resolve_device(settings.device).type)
     registry = Registry(

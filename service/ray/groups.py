@@ -1,7 +1,7 @@
 """Which trunks are placed together: those that one model uses."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from models.catalog import Catalog
 
@@ -37,3 +37,20 @@ def trunk_groups(catalog: Catalog) -> list[TrunkGroup]:
         for key, group in unique.items()
     ]
     return sorted(groups, key=lambda group: group.name)
+
+
+def narrowed(catalog: Catalog, models: Collection[str]) -> Catalog:
+    """The catalog with only those groups of trunks that these models are in, and with all models of
+    the groups; all of it if no models are named."""
+    if not models:
+        return catalog
+    groups = [group for group in trunk_groups(catalog) if not set(models).isdisjoint(group.models)]
+    trunks = {trunk for group in groups for trunk in group.trunks}
+    kept = {name for group in groups for name in group.models}
+    return replace(
+        catalog,
+        trunks={name: trunk for name, trunk in catalog.trunks.items() if name in trunks},
+        models={name: model for name, model in catalog.models.items() if name in kept},
+        defaults={task: name for task, name in catalog.defaults.items() if name in kept},
+        startup=tuple(name for name in catalog.startup if name in kept),
+    )

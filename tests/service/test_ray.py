@@ -167,6 +167,20 @@ def test_trunks_that_one_model_uses_are_placed_together(
     assert set(towers.models) == set(load_catalog(clip[0]).models)
 
 
+def test_only_groups_of_the_named_models_are_deployed(tiny_catalog: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own
+        from service.processes.ray import read_catalog
+
+    catalog = read_catalog(Settings(catalog=str(tiny_catalog), models=["tiny-embed"]))
+    assert [group.name for group in trunk_groups(catalog)] == ["tiny"]
+    assert list(catalog.models) == ["tiny", "tiny-embed"]
+    assert set(catalog.trunks) == {"tiny"}
+    assert {*catalog.defaults.values(), *catalog.startup} <= catalog.models.keys()
+    everything = read_catalog(Settings(catalog=str(tiny_catalog)))
+    assert len(trunk_groups(everything)) == 2
+
+
 class Context:
     """What Ray tells a policy."""
 
