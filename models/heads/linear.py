@@ -11,6 +11,7 @@ from itertools import accumulate
 from typing import Any, Self
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.checkpoints.checkpoint import HeadState
@@ -72,7 +73,9 @@ class Linear(Ranking):
     @classmethod
     def create(cls, trunk: Trunk, labels: Sequence[str], state: HeadState | None) -> Self:
         assert state is not None
-        return cls(trunk, labels, state)
+        head = cls(trunk, labels, state)
+        head.check_width()
+        return head
 
     @property
     def digests(self) -> list[str]:
@@ -94,6 +97,20 @@ class Linear(Ranking):
         self.last_blocks = int(state.settings.get("last_blocks", 0))
         if self.last_blocks:
             self.request = FeatureRequest(pixels=True, features=False)
+
+    def check_width(self) -> None:
+        """Raise CheckpointError if a plain ViT's features are not as many as are read."""
+        network: Any = self.trunk.network
+        if self.last_blocks or not isinstance(network, VisionTransformer):
+            return
+        parts = 1
+        if self.layers and self.mean not in ("alone", "unnormed"):
+            parts = len(self.layers) + (self.mean is not None)
+        elif not self.layers and type(network).forward_head is not VisionTransformer.forward_head:
+            return  # it pools in its own way
+        width, inputs = parts * network.embed_dim, first_size(self.network)
+        if inputs != width:
+            raise CheckpointError(f"the head reads {inputs} features; the trunk gives {width}")
 
     def features(self, output: TrunkOutput) -> Tensor:
         """(B, F) float32: the classifier's input."""

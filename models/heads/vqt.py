@@ -67,6 +67,9 @@ class Vqt(Linear):
         self.queries = self.trunk.add_queries(raw_LTD)
         self.request = FeatureRequest(queries=self.queries)
 
+    def check_width(self) -> None:
+        """Nothing is left to check: `selection` has done it."""
+
     @property
     def nbytes(self) -> int:
         attending = 0 if self.attend is None else parameter_bytes(self.attend)

@@ -15,6 +15,7 @@ Change = tuple[str, Any]  # what was changed, and the result
 # The last four mean something where a number or a truth value is expected.
 NONSENSE: tuple[Any, ...] = ("many", None, [1, 2], [], {"a": 1}, float("nan"), -3, 0, 1.5, True)
 ARCHITECTURES = ("vit_tiny_patch16_224", "resnet50", "ViT-B-32", "no_such_network", 7)
+FLAT = (".npz", ".safetensors")  # files that hold tensors by name, and nothing nested
 WRAPPERS = ("", "model", "state_dict", "teacher", "module")
 PREFIXES = ("module.", "backbone.", "encoder.", "model.")
 

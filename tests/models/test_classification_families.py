@@ -433,6 +433,7 @@ def test_esvits_linear_classifiers_read_the_means_of_blocks(
     weights = {f"module.linear.{key}": value for key, value in linear.state_dict().items()}
     path = saved(tmp_path / "linear.pth", {"state_dict": weights, "epoch": 1, "best_acc": 1.0})
     arguments = {"num_heads": [1, 2]}
+    assert read_checkpoint(tmp_path / "backbone.pth", arguments).assumed["shift"] is False
     found = load_checkpoint(path, arguments).run(pixels(64, 64))["logits"]
     features = torch.cat(network.block_means(pixels(64, 64)), 1)
     assert torch.allclose(found, linear(features), atol=1e-5)

@@ -160,11 +160,38 @@ def test_arguments_that_make_no_sense_are_refused(name: str, value: Any) -> None
 
 
 @pytest.mark.parametrize(
+    ("name", "argument", "value"),
+    [
+        ("tinymim", "last_heads", 0),
+        ("patchconvnet", "num_heads", 0),
+        ("vitgan", "token_width", 0),
+        ("vitgan_inr", "size", 0),
+        ("supmae", "global_pool", []),
+        ("scale_mae", "band_config", [56, 7]),
+        ("scale_mae", "band_config", [7]),
+    ],
+)
+def test_an_argument_that_only_outputs_would_show_is_refused(
+    name: str, argument: str, value: Any
+) -> None:
+    folder = GOLDENS / name
+    if not folder.is_dir():
+        pytest.skip(f"the fixture {name} is not here (shared/goldens)")
+    [path, *_] = files_of(folder)
+    with pytest.raises(CheckpointError, match=argument):
+        read_checkpoint(path, hyperparameters(folder) | {argument: value})
+
+
+@pytest.mark.parametrize(
     ("name", "key", "change"),
     [
         ("supmae", "cls_head.1.running_mean", lambda key, value: {key: torch.tensor(1.0)}),
         ("convnext_v2", "norm.bias", lambda key, value: {f"{key}.x": value}),
         ("vitgan", "convs.2.conv.weight", lambda key, value: {key: torch.cat([value, value])}),
+        ("supmae", "cls_head.0.weight", lambda key, value: {key: value[:, :-1].clone()}),
+        ("scale_mae_finetuned", "pos_embed", lambda key, value: {key: value.transpose(0, 1)}),
+        ("sit", "head_recons.convTrans.weight", lambda key, value: {key: value.transpose(0, 1)}),
+        ("sit", "head_recons.mlp.2.bias", lambda key, value: {}),
     ],
 )
 def test_one_tensor_that_is_not_as_it_should_be_is_seen(

@@ -165,7 +165,7 @@ def test_without_tables_the_description_of_the_stages_is_needed(tmp_path: Path) 
         ({"arch": arch.replace("h3", "h5")}, "5 heads of 12 channels"),
         ({"arch": "l1,h2"}, "arch has 1 stages"),
         ({"arch": arch, "sw_exact": 1}, "sw_exact is 1"),
-        ({"arch": arch, "mode": -1}, "mode is negative"),
+        ({"arch": arch, "mode": -1}, "mode is -1"),
     ):
         with pytest.raises(CheckpointError, match=message):
             load_checkpoint(tmp_path / "ape.pth", arguments)

@@ -30,8 +30,9 @@ def cvt_checkpoint(
 
     Args:
         arguments: by stage, as in upstream's configurations, `num_heads` (channels / 64),
-            `window_size` (7), `patch_stride` (4, 2, 2, 2) and `patch_padding` (2, 1, 1, 1), and
-            `img_size` in pixels (224). Those that are assumed are the published network's.
+            `window_size` (7), `patch_stride` (4, 2, 2, 2) and `patch_padding` (2, 1, 1, 1),
+            `shift` (false, or else refused), and `img_size` in pixels (224). Those that are assumed
+            are the published network's.
         dropped: keys that only training used.
 
     Raises:
@@ -59,8 +60,8 @@ def cvt_checkpoint(
     )
     if any(dim % number for dim, number in zip(dims, heads, strict=True)):
         raise CheckpointError(f"num_heads are {heads}; each must divide its stage's width, {dims}")
-    shift = known.find("shift")
-    shifts = shift if isinstance(shift, list | tuple) else [shift or False]
+    shift = known.get("shift", False)  # nothing in the file tells
+    shifts = shift if isinstance(shift, list | tuple) else [shift]
     if any(flag("shift", each) for each in shifts):
         raise CheckpointError("shift is true; CvTs are supported without it, as published")
     block = "stage{}.1.layers."
@@ -85,7 +86,7 @@ def cvt_checkpoint(
                 "patch_stride", known.get("patch_stride", [4, 2, 2, 2][:count]), count
             ),
             "paddings": _by_stage(
-                "patch_padding", known.get("patch_padding", [2, 1, 1, 1][:count]), count
+                "patch_padding", known.get("patch_padding", [2, 1, 1, 1][:count]), count, 0
             ),
             "bias": "stage0.1.layers.0.0.fn.qkv.pw.bias" in tensors,
             "relative": relative,
@@ -99,8 +100,8 @@ def cvt_checkpoint(
     )
 
 
-def _by_stage(name: str, value: Any, count: int) -> list[int]:
+def _by_stage(name: str, value: Any, count: int, least: int = 1) -> list[int]:
     values = list(value) if isinstance(value, list | tuple) else [value] * count
     if len(values) != count:
         raise CheckpointError(f"{name} is {value}; it needs a value for each of {count} stages")
-    return wholes(name, values)
+    return wholes(name, values, least)

@@ -9,26 +9,26 @@ from models.errors import CheckpointError
 MIN_SIDE = 8  # pixels of an image
 
 
-def whole(name: str, value: Any) -> int:
-    """An argument that is a whole number.
+def whole(name: str, value: Any, least: int = 1) -> int:
+    """An argument that is a whole number: a count or a length, and what else has a `least` value.
 
     Raises:
-        CheckpointError: it is none; 1.5 and True are not rounded, and counts are not negative.
+        CheckpointError: it is none, or less; 1.5 and True are not rounded.
     """
     found = number(name, value)
-    if found != int(found) or found < 0:
-        raise CheckpointError(f"{name} is {value!r}; it must be a whole number, 0 or more")
+    if found != int(found) or found < least:
+        raise CheckpointError(f"{name} is {value!r}; it must be a whole number, {least} or more")
     return int(found)
 
 
-def wholes(name: str, values: Any) -> list[int]:
-    """An argument that is a list of whole numbers.
+def wholes(name: str, values: Any, least: int = 1) -> list[int]:
+    """An argument that is a list of whole numbers, each as `whole` reads it.
 
     Raises:
         CheckpointError: it is none.
     """
     if isinstance(values, list | tuple):
-        return [whole(name, value) for value in values]
+        return [whole(name, value, least) for value in values]
     raise CheckpointError(f"{name} is {values!r}; it must be a list of whole numbers")
 
 

@@ -70,7 +70,7 @@ def vit_arguments(
     if "blocks.0.ls1.gamma" in tensors and rows != tokens + _side(rows - tokens) ** 2:
         positioned = 0
     side = _side(rows - positioned)
-    if rows != positioned + side**2:
+    if side < 1 or rows != positioned + side**2:
         raise CheckpointError(f"pos_embed has {rows} rows, which is not a square grid of patches")
     head = tensors.get("head.weight")
     registers = tensors.get("reg_token")

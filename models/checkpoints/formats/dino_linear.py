@@ -76,7 +76,7 @@ def _classifier(container: Container, arguments: Mapping[str, Any]) -> tuple[Ten
         known = Known(arguments, container.beside)
         count = len({key.split(".")[0] for key in tensors})
         usual = f"0 to {count - 1}"
-        number = whole("classifier", known.require("classifier", usual, "best_acc_hidx"))
+        number = whole("classifier", known.require("classifier", usual, "best_acc_hidx"), 0)
         matched = [(match, v) for k, v in tensors.items() if (match := MANY.match(k))]
         tensors = {match[2]: value for match, value in matched if int(match[1]) == number}
         if tensors.keys() != CLASSIFIER:

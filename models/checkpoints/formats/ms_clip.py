@@ -102,7 +102,7 @@ def _image_arguments(
     for name in ("PRALLEL_T2B_USECLS", "PARALLEL_RESNET", "EARLY_CONV_RES"):
         if not custom.get(name, True):
             raise CheckpointError(f"{name} is off; it must be on, as in MS-CLIP-S as published")
-    if any(wholes("PRALLEL_T2B_PADDINGS", custom.get("PRALLEL_T2B_PADDINGS", []))[:adapters]):
+    if any(wholes("PRALLEL_T2B_PADDINGS", custom.get("PRALLEL_T2B_PADDINGS", []), 0)[:adapters]):
         raise CheckpointError("PRALLEL_T2B_PADDINGS must be 0, as in MS-CLIP-S as published")
     _check_spans(strides, kernel_strides, patch)
     step = max(1, layers // (adapters + 1))

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
-from models.checkpoints.families.known import flag, number, whole
+from models.checkpoints.families.known import flag, number, whole, wholes
 from models.checkpoints.families.mae import ENCODER
 from models.checkpoints.families.vit import MARKS, vit_arguments
+from models.errors import CheckpointError
 from models.heads.reconstruct import Reconstruct
 from models.inputs.transforms import Preprocess
 from models.networks import OWN
@@ -93,9 +94,17 @@ def _decoder(container: Container, arguments: Mapping[str, Any]) -> HeadState:
     settings = {
         "num_heads": whole("decoder_num_heads", config.get("decoder_num_heads", 16)),
         "mask_ratio": number("mask_ratio", config.get("mask_ratio", 0.75)),
-        "band": int(config.get("band_config", (7, 56))[0]),
+        "band": _band(config.get("band_config", (7, 56))),
     }
     return HeadState(tensors, settings)
+
+
+def _band(stated: Any) -> int:
+    """The side of the low frequencies: the first of `band_config`, two sides in pixels."""
+    sides = wholes("band_config", stated)
+    if len(sides) != 2 or sides[0] >= sides[1]:
+        raise CheckpointError(f"band_config is {stated!r}; it must be a smaller and a larger side")
+    return sides[0]
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:

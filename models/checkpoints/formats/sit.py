@@ -8,14 +8,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import conv_transpose2d, gelu, linear
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
 from models.checkpoints.families.attention import attention_outputs
 from models.checkpoints.families.attention import attention_request as request
-from models.checkpoints.families.vit import choose_weights, split_prefix, vit_checkpoint
+from models.checkpoints.families.vit import (
+    PATCHES,
+    choose_weights,
+    split_prefix,
+    vit_checkpoint,
+)
+from models.checkpoints.strict import check_strictly
 from models.reference_outputs import ReferenceRun
 
 NAME = "sit"
@@ -34,6 +40,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     weights = choose_weights(container, arguments, "teacher")
     kept, others = split_prefix(weights, "backbone.")
     drawing, _ = split_prefix(weights, HEAD)
+    _check_drawing(drawing, *kept[PATCHES].shape[::3])
     return vit_checkpoint(
         NAME,
         kept,
@@ -42,6 +49,15 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         heads={"drawing": HeadState(drawing)},
         dropped=tuple(key for key in others if not key.startswith(HEAD)),
     )
+
+
+def _check_drawing(tensors: Mapping[str, Tensor], dim: int, patch: int) -> None:
+    """Raise CheckpointError unless the head that reconstructs the image is whole, and fits."""
+    with torch.device("meta"):
+        mlp = nn.Sequential(*(nn.Linear(dim, dim) if i % 2 == 0 else nn.GELU() for i in range(6)))
+        cells = nn.ConvTranspose2d(dim, 3, patch, stride=patch)
+        network = nn.ModuleDict({"mlp": mlp, "convTrans": cells})
+    check_strictly(network, tensors, "the head that reconstructs the image")
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:

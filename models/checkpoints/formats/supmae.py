@@ -10,6 +10,7 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
+from models.checkpoints.families.known import Known, flag
 from models.checkpoints.families.mae import decoder_assumed, decoder_state, request, without_decoder
 from models.checkpoints.families.mae import outputs as mae_outputs
 from models.checkpoints.families.vit import MARKS, vit_checkpoint
@@ -34,16 +35,14 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     head = {k.removeprefix("cls_head."): v for k, v in tensors.items() if k.startswith("cls_head.")}
     if "weight" in head:  # a single layer
         head = {f"0.{key}": value for key, value in head.items()}
-    script = container.script
-    mean = arguments.get("global_pool", script.get("global_pool", False))
+    known = Known(arguments, container.script)
+    mean = flag("global_pool", known.get("global_pool", False))
     settings: dict[str, Any] = {"layers": [-1], "mean": "alone" if mean else None}
     if "3.weight" in head:
         settings["activations"] = {"2": "relu"}
     classifier = {f"classifier.{key}": value for key, value in head.items()}
     heads = decoder_state(container, arguments) | {"linear": HeadState(classifier, settings)}
-    assumed = decoder_assumed(heads, container, arguments)
-    if "global_pool" not in {**script, **arguments}:
-        assumed["global_pool"] = False
+    assumed = decoder_assumed(heads, container, arguments) | known.assumed
     return vit_checkpoint(NAME, kept, arguments, positions="bicubic", heads=heads, assumed=assumed)
 
 
