@@ -11,7 +11,6 @@ from itertools import accumulate
 from typing import Any, Self
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.checkpoints.checkpoint import HeadState
@@ -99,18 +98,18 @@ class Linear(Ranking):
             self.request = FeatureRequest(pixels=True, features=False)
 
     def check_width(self) -> None:
-        """Raise CheckpointError if a plain ViT's features are not as many as are read."""
-        network: Any = self.trunk.network
-        if self.last_blocks or not isinstance(network, VisionTransformer):
+        """Raise CheckpointError if the trunk gives another number of features than are read."""
+        width = self.trunk.width(pooled=not self.layers)
+        if self.last_blocks or width is None:
             return
         parts = 1
         if self.layers and self.mean not in ("alone", "unnormed"):
             parts = len(self.layers) + (self.mean is not None)
-        elif not self.layers and type(network).forward_head is not VisionTransformer.forward_head:
-            return  # it pools in its own way
-        width, inputs = parts * network.embed_dim, first_size(self.network)
-        if inputs != width:
-            raise CheckpointError(f"the head reads {inputs} features; the trunk gives {width}")
+        inputs = first_size(self.network)
+        if inputs != parts * width:
+            raise CheckpointError(
+                f"the head reads {inputs} features; the trunk gives {parts * width}"
+            )
 
     def features(self, output: TrunkOutput) -> Tensor:
         """(B, F) float32: the classifier's input."""

@@ -133,6 +133,10 @@ class Trunk:
         """A pass's named tensors as the trunk's output."""
         raise NotImplementedError
 
+    def width(self, *, pooled: bool) -> int | None:
+        """The features of a token, or of `pool`; None where only a pass tells."""
+        return None
+
     def pool(self, output: TrunkOutput) -> Tensor:
         """(B, D): the backbone's own pooled representation, before any classifier."""
         raise NotImplementedError(f"{self.architecture} has no embedding")

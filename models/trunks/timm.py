@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from timm.layers import PatchEmbed, to_2tuple
+from timm.models.vision_transformer import VisionTransformer
 from timm.models.xcit import ConvPatchEmbed
 from torch import Tensor, nn
 
@@ -118,6 +119,12 @@ class TimmTrunk(ImageTrunk):
     def norm(self, layer_BTD: Tensor) -> Tensor:
         normed: Tensor = self.network.norm(layer_BTD)
         return normed
+
+    def width(self, *, pooled: bool) -> int | None:
+        if not isinstance(self.network, VisionTransformer):
+            return None
+        pools_itself = type(self.network).forward_head is not VisionTransformer.forward_head
+        return None if pooled and pools_itself else self.network.embed_dim
 
     def pool(self, output: TrunkOutput) -> Tensor:
         if self.exponents is not None:
