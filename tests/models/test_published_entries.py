@@ -55,6 +55,13 @@ def test_ibot(entry: str, size: str) -> None:
     check(checkpoint, num_heads=heads, patch_size=16, positions="dino", input_size=(224, 224))
 
 
+def drawing_head() -> nn.Module:
+    """SiT's, which reconstructs the image."""
+    mlp = (nn.Linear(384, 384), nn.GELU(), nn.Linear(384, 384), nn.GELU(), nn.Linear(384, 384))
+    cells = nn.ConvTranspose2d(384, 3, 16, stride=16)
+    return nn.ModuleDict({"mlp": nn.Sequential(*mlp), "convTrans": cells})
+
+
 @pytest.mark.parametrize(
     ("entry", "method"),
     [("dino-vits16-full", "dino"), ("attmask-high-300", "ibot"), ("sit-vits16", "sit")],
@@ -64,7 +71,7 @@ def test_training_runs_of_vits(entry: str, method: str) -> None:
     state = below("backbone.", vit("vit_small_patch16_224"))
     match method:
         case "sit":
-            state |= meta(head_recons__convTrans__weight=(384, 3, 16, 16))
+            state |= below("head_recons.", on_meta(drawing_head))
         case "ibot":
             state |= projection("head") | meta(head__last_layer2__weight_v=(1, 1))
         case _:
