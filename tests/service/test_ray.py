@@ -62,6 +62,7 @@ def tiny(tiny_catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         "VITRAIL_DEVICE": "cpu",
         "VITRAIL_LOG_LEVEL": "warning",
         "RAY_DEDUP_LOGS": "0",
+        "RAY_worker_niceness": "0",  # 15 by default: beside other tests replicas start for minutes
     }
     with process(*command, **environment) as server:
         wait_until(lambda: answers(f"{url}/readyz") or server.poll() is not None, 200)
