@@ -123,7 +123,7 @@ def validate(model: type[M], fields: Mapping[str, Any]) -> M:
 
 
 def _detail(error: Mapping[str, Any], model: type[BaseModel]) -> str:
-    """What is wrong with a field, in words that help whoever mistyped its name."""
+    """What is wrong with a field, with a hint for a mistyped name."""
     if error["type"] != "extra_forbidden":
         return str(error["msg"])
     name = str(error["loc"][-1])

@@ -41,11 +41,13 @@ class Receiving:
         # While a place is free, only clients that hold some wait: few are asked.
         while self._free and (client := next(filter(self._fits, self._waiting), None)) is not None:
             turns = self._waiting.pop(client)
-            turns.popleft().set_result(None)
-            self._held[client] += 1
-            self._free -= 1
+            turn = turns.popleft()
             if turns:
                 self._waiting[client] = turns  # behind the others
+            if not turn.cancelled():  # else its caller has not run yet to forget it
+                turn.set_result(None)
+                self._held[client] += 1
+                self._free -= 1
 
     def _give_back(self, client: str) -> None:
         self._free += 1
@@ -55,7 +57,8 @@ class Receiving:
         self._let_in()
 
     def _forget(self, client: str, turn: asyncio.Future[None]) -> None:
-        turns = self._waiting[client]
-        turns.remove(turn)
-        if not turns:
-            del self._waiting[client]
+        turns = self._waiting.get(client, deque())
+        if turn in turns:
+            turns.remove(turn)
+            if not turns:
+                del self._waiting[client]
