@@ -324,3 +324,21 @@ def test_a_streams_messages_wait_for_room_that_answers_give_back(
 def test_a_broken_message_is_what_protobuf_refuses() -> None:
     with pytest.raises(DecodeError):
         pb.TaskRequest.FromString(NOT_UTF8)
+
+
+def test_a_caller_that_is_cancelled_as_its_place_becomes_free_holds_nobody_up() -> None:
+    async def main() -> None:
+        receiving = Receiving(1)
+
+        async def receive() -> str:
+            async with receiving.place("b"):
+                return "received"
+
+        async with receiving.place("a"):
+            gone, next_one = asyncio.create_task(receive()), asyncio.create_task(receive())
+            await asyncio.sleep(0)  # both wait
+            gone.cancel()
+        assert await asyncio.wait_for(next_one, 10) == "received"
+        assert gone.cancelled()
+
+    asyncio.run(main())
