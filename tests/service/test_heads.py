@@ -586,7 +586,7 @@ def test_heads_and_unfinished_fits_survive_a_kill(
         )
         assert sent.status_code == 201
         before = ask("kept")
-        data = {"name": "begun", "trunk": "tiny", "epochs": 400, "patience": 400}
+        data = {"name": "begun", "trunk": "tiny", "epochs": 20, "patience": 20}
         sent = httpx.post(f"{url}/heads", files={"archive": tinted_zip(10)}, data=data)
         assert sent.status_code == 202
         first.kill()
