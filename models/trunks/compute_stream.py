@@ -25,8 +25,13 @@ class ComputeStream:
     @contextmanager
     def use(self) -> Iterator[torch.cuda.Stream]:
         """A context whose kernels are started on the stream, with no other thread's among them."""
-        with self.lock, torch.cuda.stream(self._stream):
+        with self.lock, on_stream(self._stream):
             yield self._stream
+
+    def keep(self, tensor: Tensor) -> None:
+        """Leave a tensor's memory alone until what the stream has been given so far has ended, also
+        if the tensor is freed before. Its memory belongs to another stream."""
+        tensor.record_stream(self._stream)
 
     def run(
         self, function: Callable[..., Mapping[str, Tensor]], inputs: tuple[Tensor, ...]
@@ -43,6 +48,17 @@ class ComputeStream:
         for tensor in outputs.values():
             tensor.record_stream(callers)  # its memory belongs to the other stream
         return outputs
+
+
+@contextmanager
+def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
+    """A context whose kernels and copies are started on a stream, on its device.
+
+    `torch.cuda.stream` alone would select the thread's former device again at its end. That is the
+    first GPU in threads that have selected none, and a CUDA context would be made on it.
+    """
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+        yield
 
 
 @cache

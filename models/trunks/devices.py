@@ -97,7 +97,7 @@ def resolve_device(device: str) -> torch.device:
     A GPU always has its number, so that one GPU is one device.
 
     Raises:
-        CatalogError: an unknown device, or a GPU where torch sees none.
+        CatalogError: an unknown device, or a GPU that torch does not see.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -109,7 +109,10 @@ def resolve_device(device: str) -> torch.device:
         return resolved
     if not torch.cuda.is_available():
         raise CatalogError(f"device {device!r} needs a GPU, and torch sees none")
-    return torch.device("cuda", resolved.index or 0)
+    index, count = resolved.index or 0, torch.cuda.device_count()
+    if index >= count:
+        raise CatalogError(f"device {device!r}: torch sees {count} GPUs, counted from cuda:0")
+    return torch.device("cuda", index)
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:

@@ -150,6 +150,7 @@ class QueryBatch:
                 slots_of[row] += queries.slots
         return slots_of
 
+    @torch.inference_mode(False)  # compiled programs are for inputs of one kind
     def inputs(self, bank: QueryBank) -> tuple[Tensor, ...]:
         """The bank's tensors, then for each group its rows (R,), unless it is the whole batch, and
         its slots (R, S), both int64."""

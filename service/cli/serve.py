@@ -70,10 +70,10 @@ def serve(
                 raise typer.BadParameter("more than one of --processes needs --workers")
             serve_embedded(settings)
         else:
-            from service.processes.child_settings import count_gpus
+            from service.processes.child_settings import find_gpus
             from service.processes.supervisor import supervise
 
-            count = max(1, count_gpus()) if workers == "auto" else int(workers)
+            count = max(1, len(find_gpus())) if workers == "auto" else int(workers)
             raise typer.Exit(supervise(settings, workers=count, processes=processes, grpc=True))
 
 

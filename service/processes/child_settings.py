@@ -4,6 +4,7 @@ import os
 import secrets
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import SecretStr
@@ -12,17 +13,28 @@ from service.settings import Settings
 from service.worker_options import usable_cores
 
 
-def count_gpus() -> int:
-    """The number of GPUs that torch finds. Runs in a subprocess, to keep torch out of this one."""
+def find_gpus() -> list[str]:
+    """The GPUs that torch finds, each by its name in CUDA_VISIBLE_DEVICES.
+
+    torch runs in a subprocess, to keep it out of this one. Of the named parts of divided GPUs
+    (MIG), a process sees only the first one, so all of them are taken to be there.
+    """
     program = "import torch; print(torch.cuda.device_count())"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False)
-    return int(result.stdout or 0)
+    count = int(result.stdout or 0)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "")
+    names = visible.split(",") if visible else [str(number) for number in range(count)]
+    return names if count and names[0].startswith("MIG-") else names[:count]
 
 
-def worker_settings(settings: Settings, index: int, count: int, gpus: int) -> Settings:
+def worker_settings(settings: Settings, count: int, gpu: str | None) -> Settings:
     """The settings of one of `count` local workers: an equal share of the cores, which decode
-    images also for GPUs, and a GPU if there is one. A device or numbers of threads in the settings
-    take precedence."""
+    images also for GPUs, and its GPU if there is one. Numbers of threads in the settings take
+    precedence.
+
+    Args:
+        gpu: of `assigned_gpus`.
+    """
     cores = max(1, usable_cores() // count)
     share: dict[str, Any] = {
         "metrics_port": 0,
@@ -30,9 +42,17 @@ def worker_settings(settings: Settings, index: int, count: int, gpus: int) -> Se
         "threads": settings.threads or cores,
         "decode_threads": settings.decode_threads or cores,
     }
-    if gpus and settings.device == "auto":
-        share["device"] = f"cuda:{index % gpus}"
+    if gpu is not None:
+        share["device"] = "cuda"
     return Settings(**{**_explicit(settings), **share})
+
+
+def assigned_gpus(settings: Settings, count: int) -> Sequence[str | None]:
+    """For each of `count` local workers the GPU that it sees, in turn; None for all if there is no
+    GPU, or the settings name a device. A worker that sees only its own GPU uses no memory of
+    others, and does not take another one when its own is gone."""
+    gpus = find_gpus() if count and settings.device == "auto" else []
+    return [gpus[number % len(gpus)] if gpus else None for number in range(count)]
 
 
 def with_worker_token(settings: Settings) -> Settings:

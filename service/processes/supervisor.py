@@ -10,8 +10,8 @@ from pathlib import Path
 from service.exit_status import MISCONFIGURED
 from service.processes.child import Child
 from service.processes.child_settings import (
+    assigned_gpus,
     child_environment,
-    count_gpus,
     with_worker_token,
     worker_settings,
 )
@@ -77,18 +77,21 @@ class _Supervisor:
         # The workers' standard input. It ends when this process and all gateways have, because
         # gateways that drain need workers.
         workers_stdin, held_by_gateways = os.pipe()
-        gpus = count_gpus() if workers and settings.device == "auto" else 0
         self._workers = [
             Child(
                 f"worker-{i}",
                 ["worker", "--address", address],
-                child_environment(worker_settings(settings, i, workers, gpus)) | shared,
+                child_environment(worker_settings(settings, workers, gpu))
+                | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+                | shared,
                 metrics=metrics,
                 files=(lock,),
                 stdin=workers_stdin,
                 health_address=address,
             )
-            for i, address in enumerate(sockets)
+            for i, (address, gpu) in enumerate(
+                zip(sockets, assigned_gpus(settings, workers), strict=True)
+            )
         ]
         addresses = ",".join([*settings.workers, *sockets])
         environment = child_environment(settings) | {"VITRAIL_WORKERS": addresses} | shared

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from models.started_pass import Row, StartedPass
-from models.trunks.compute_stream import compute_stream
+from models.trunks.compute_stream import compute_stream, on_stream
 from models.trunks.transfers import packed, unpacked
 
 Start = Callable[[Tensor], StartedPass]
@@ -87,21 +87,25 @@ class CudaStreams:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._compute = compute_stream(device)
         self._local = threading.local()
 
     def copy_in(self, batch: Tensor) -> tuple[Tensor, Any]:
-        with torch.cuda.stream(stream := self._copies()):
-            return batch.to(self._device, non_blocking=True), stream.record_event()
+        with on_stream(stream := self._copies()):
+            copy = batch.to(self._device, non_blocking=True)
+            # A pass that fails to start frees it while its first kernels may still read it.
+            self._compute.keep(copy)
+            return copy, stream.record_event()
 
     @contextmanager
     def computing(self, after: Any) -> Any:
-        with compute_stream(self._device).use() as stream:
+        with self._compute.use() as stream:
             stream.wait_event(after)
             yield
 
     def copy_out(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
         computed = torch.cuda.current_stream(self._device).record_event()
-        with torch.cuda.stream(stream := self._copies()):
+        with on_stream(stream := self._copies()):
             stream.wait_event(computed)
             copies = []
             for tensor in tensors:

@@ -3,12 +3,13 @@ themselves need a GPU: `python -m benchmarks.gpu --part fixtures` runs them."""
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from models.errors import EngineError
+from models.errors import CatalogError, EngineError
 from models.model import Model
 from models.trunks.devices import Placement, resolve_device, resolve_precision
 from models.trunks.engines.base import Pass
@@ -106,10 +107,11 @@ def test_padded_passes_have_the_outputs_of_plain_ones(vqt: Model, queries: bool)
 
 
 def test_a_bank_that_has_moved_is_captured_again() -> None:
-    captured = []
+    captured, alive = [], []
 
     def capture(own: tuple[Tensor, ...]) -> Program:
         captured.append(own)
+        alive.append(len(run._buckets))
         return lambda: {"sum": own[0] + own[1]}
 
     run = BucketedPass(capture, rows=(0,))
@@ -122,6 +124,7 @@ def test_a_bank_that_has_moved_is_captured_again() -> None:
     torch.testing.assert_close(run(rows, torch.zeros(2))["sum"], rows)
     assert len(captured) == 2
     assert len(run._buckets) == 1
+    assert alive == [0, 1]  # the pool of graphs would end with the last one of them
 
 
 @pytest.mark.parametrize(
@@ -163,8 +166,11 @@ def test_a_gpu_is_one_device_and_has_bfloat16_only_in_hardware(
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
     )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     numbers = [resolve_device(name).index for name in ("auto", "cuda", "cuda:0", "cuda:1")]
     assert numbers == [0, 0, 0, 1]
+    with pytest.raises(CatalogError, match=r"cuda:2.* torch sees 2 GPUs"):
+        resolve_device("cuda:2")
     assert resolve_precision("auto", torch.device("cuda", 0)) == "float32"
 
 
@@ -184,6 +190,37 @@ def test_networks_of_convolutions_have_channels_last_on_gpus() -> None:
     assert Placement().for_network(convolutions).memory_format == torch.contiguous_format
     rows = replace(gpu, channels_last=False).for_network(convolutions)
     assert rows.memory_format == torch.contiguous_format
+
+
+def test_passes_are_compiled_whole_and_for_all_sizes_at_once(
+    vqt: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the compiler's own front end; what it makes of the graphs takes minutes (nightly)."""
+    trunk, eager = vqt.trunk, vqt.trunk.engine
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    queries = vqt.heads["classify"].request
+    photos = trunk.collate(trunk.samples(3))
+
+    def plan(size: int) -> BatchRequest:
+        return merge([(queries, range(size))])
+
+    expected = {size: trunk.forward(photos[:size], plan(size)).features for size in (3, 1)}
+    try:
+        engine = with_engine(vqt, Compile)
+        # two programs a pass, whatever other passes have
+        with torch._dynamo.config.patch(recompile_limit=2):
+            trunk.build(plan(2))
+            trunk.build(BatchRequest())
+            assert engine.report().name == "compile", engine.report().reason
+            assert not engine.report().reason
+            with torch.inference_mode(), torch._dynamo.config.patch(error_on_recompile=True):
+                for size, features in expected.items():
+                    found = trunk.forward(photos[:size], plan(size))
+                    torch.testing.assert_close(found.features, features)
+                    torch.testing.assert_close(trunk.forward(photos[:size]).features, features)
+        assert engine.settled
+    finally:
+        trunk.engine = eager
 
 
 @pytest.mark.nightly

@@ -1,5 +1,6 @@
 """The order of work on a GPU's streams, with stand-ins that note it. Real streams need a GPU."""
 
+from contextlib import nullcontext
 from typing import Any, Self
 
 import pytest
@@ -40,6 +41,7 @@ class Output:
 def compute(monkeypatch: pytest.MonkeyPatch) -> ComputeStream:
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("compute"))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream.current)
     Stream.log, Stream.current = [], Stream("caller")
     return ComputeStream(torch.device("cuda", 0))

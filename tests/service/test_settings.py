@@ -1,7 +1,9 @@
+import subprocess
+
 import pytest
 from pydantic import ValidationError
 
-from service.processes.child_settings import child_environment, worker_settings
+from service.processes.child_settings import assigned_gpus, child_environment, worker_settings
 from service.settings import Settings
 from service.worker_options import WorkerOptions, usable_cores
 
@@ -46,7 +48,30 @@ def test_defaults_fit_the_machine() -> None:
 
 def test_local_workers_share_the_cores_whatever_their_device() -> None:
     cores = max(1, usable_cores() // 2)
-    for gpus, device in ((0, "auto"), (2, "cuda:1")):
-        share = worker_settings(Settings(), 1, 2, gpus)
+    for gpu, device in ((None, "auto"), ("1", "cuda")):
+        share = worker_settings(Settings(), 2, gpu)
         assert (share.threads, share.decode_threads, share.device) == (cores, cores, device)
-    assert worker_settings(Settings(decode_threads=5), 0, 2, 2).decode_threads == 5
+    assert worker_settings(Settings(decode_threads=5), 2, "0").decode_threads == 5
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen", "gpus"),
+    [
+        (None, 0, [None] * 3),
+        (None, 2, ["0", "1", "0"]),
+        ("2, 5", 2, ["2", "5", "2"]),
+        ("2,5,-1,6", 2, ["2", "5", "2"]),  # none is seen after one that is not there
+        ("MIG-a,MIG-b", 1, ["MIG-a", "MIG-b", "MIG-a"]),
+        ("MIG-a,MIG-b", 0, [None] * 3),
+    ],
+)
+def test_each_local_worker_sees_one_gpu(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, seen: int, gpus: list[str | None]
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    answer = subprocess.CompletedProcess([], 0, stdout=f"{seen}\n".encode())
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: answer)
+    assert assigned_gpus(Settings(), 3) == gpus
+    assert assigned_gpus(Settings(device="cuda:1"), 3) == [None] * 3

@@ -53,28 +53,39 @@ class BucketedPass:
             for number in self._rows:
                 bucket.inputs[number][:size].copy_(inputs[number], non_blocking=True)
             outputs = bucket.program()
-            padded = len(bucket.inputs[0])
-            return {name: _cut(name, tensor, size, padded) for name, tensor in outputs.items()}
+            rows = len(bucket.inputs[0])
+            return {name: _cut(name, tensor, size, rows) for name, tensor in outputs.items()}
 
     def _bucket(self, inputs: tuple[Tensor, ...]) -> _Bucket:
-        fixed = {number for number in range(len(inputs)) if number not in self._rows}
-        places = tuple(inputs[number].data_ptr() for number in sorted(fixed))
+        fixed = [tensor for number, tensor in enumerate(inputs) if number not in self._rows]
+        places = tuple(tensor.data_ptr() for tensor in fixed)
         shapes = (tuple(inputs[number].shape[1:]) for number in self._rows)
         key = (bucket_of(len(inputs[0])), *(n for shape in shapes for n in shape), *places)
         if key not in self._buckets:
-            moved = [old for old in self._buckets if old[len(old) - len(places) :] != places]
-            for old in moved:
-                del self._buckets[old]
-            own = tuple(
-                tensor if number in fixed else _padded(tensor, key[0])
-                for number, tensor in enumerate(inputs)
-            )
-            self._buckets[key] = _Bucket(own, self._capture(own))
+            own = example_inputs(inputs, self._rows, key[0])
+            made = _Bucket(own, self._capture(own))
+            # Those before are given up only now: graphs share a pool of memory, which ends with the
+            # last one of them.
+            kept = {old: bucket for old, bucket in self._buckets.items()
+                    if old[len(old) - len(places) :] == places}  # fmt: skip
+            self._buckets = {**kept, key: made}
         return self._buckets[key]
 
 
 @torch.inference_mode(False)  # so that they can be written to in any mode
-def _padded(tensor: Tensor, rows: int) -> Tensor:
+def example_inputs(inputs: Sequence[Tensor], rows: Sequence[int], size: int) -> tuple[Tensor, ...]:
+    """Inputs of a pass for `size` rows: zeros where a tensor has a row for each of the batch's.
+
+    Args:
+        rows: `row_inputs`.
+    """
+    return tuple(
+        _zeros_like(tensor, size) if number in rows else tensor
+        for number, tensor in enumerate(inputs)
+    )
+
+
+def _zeros_like(tensor: Tensor, rows: int) -> Tensor:
     """Zeros like a tensor, in its memory layout, with so many rows."""
     if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
         batch, channels, height, width = rows, *tensor.shape[1:]
@@ -82,8 +93,8 @@ def _padded(tensor: Tensor, rows: int) -> Tensor:
     return tensor.new_zeros(rows, *tensor.shape[1:])
 
 
-def _cut(name: str, output: Tensor, size: int, padded: int) -> Tensor:
+def _cut(name: str, output: Tensor, size: int, rows: int) -> Tensor:
     """A copy of the outputs of the first `size` rows."""
     if name == "queries":  # (L, N, D), N the tokens of all rows
-        return output[:, : output.shape[1] // padded * size].clone()
+        return output[:, : output.shape[1] // rows * size].clone()
     return output[:size].clone()

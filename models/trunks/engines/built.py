@@ -104,7 +104,8 @@ class BuiltEngine(Engine):
         if (built := self._passes.get(key)) is not None:
             return built(*inputs)
         if self._is_new(key):
-            copies = tuple(tensor.clone() for tensor in inputs)
+            with torch.inference_mode(False):  # of the kind that compiled programs are for
+                copies = tuple(tensor.clone() for tensor in inputs)
             finish_writes(self.placement.device)
             in_background(lambda: self.get(plan, copies))
         return self._eager.run(plan, inputs)
@@ -116,6 +117,11 @@ class BuiltEngine(Engine):
                 return False
             self._asked.add(key)
             return True
+
+    @property
+    def settled(self) -> bool:
+        with self._asking:
+            return self._asked <= self._passes.keys()
 
     def report(self) -> EngineReport:
         reason = next(iter(self._reasons.values()), "")

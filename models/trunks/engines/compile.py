@@ -7,14 +7,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from models.errors import EngineError
 from models.trunks.devices import Placement
 from models.trunks.engines import gpu_quantization
 from models.trunks.engines.base import Pass, PassSource
-from models.trunks.engines.bucketed_pass import row_inputs
+from models.trunks.engines.bucketed_pass import example_inputs, row_inputs
 from models.trunks.engines.buckets import buckets
 from models.trunks.engines.built import BuiltEngine
-from models.trunks.engines.cuda_graph import GraphCapture, graphed
+from models.trunks.engines.cuda_graph import MIXED_QUERIES, GraphCapture, graphed
 from models.trunks.features import PassPlan
+
+# Rows that passes are compiled for: one program for all sizes, whose kernels suit this one, and
+# one for a single row, which the compiler treats as a size of its own.
+EXAMPLE_ROWS = (16, 1)
 
 
 class Compile(BuiltEngine):
@@ -35,14 +40,20 @@ class Compile(BuiltEngine):
         return replace(placement, dtype=torch.float32)  # the compiled pass alone is quantised
 
     def build_pass(self, plan: PassPlan, module: nn.Module, inputs: tuple[Tensor, ...]) -> Pass:
-        # One program for all batch sizes but 1, which the compiler treats as a size of its own.
-        for number in row_inputs(plan) or ():
-            if len(inputs[number]) > 1:
-                torch._dynamo.mark_dynamic(inputs[number], 0)
+        if (rows := row_inputs(plan)) is None:
+            raise EngineError(MIXED_QUERIES)
         if self._quantizer is not None:
             module = self._quantizer(module)
-        compiled: Pass = torch.compile(module, fullgraph=True)
-        compiled(*inputs)
+        # Isolated, because all passes together would soon have too many programs.
+        compiled: Pass = torch.compile(  # type: ignore[call-overload]  # its overloads are older
+            module, fullgraph=True, isolate_recompiles=True
+        )
+        # Compiled here for all sizes: later, the lane that needs a program first would wait for it.
+        for size in EXAMPLE_ROWS:
+            examples = example_inputs(inputs, rows, size)
+            for number in rows if size > 1 else ():
+                torch._dynamo.mark_dynamic(examples[number], 0)
+            compiled(*examples)
         return graphed(plan, compiled, self._graphs) if inputs[0].is_cuda else compiled
 
     @property

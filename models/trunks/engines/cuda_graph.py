@@ -20,6 +20,7 @@ from models.trunks.features import PassPlan
 
 # Runs before the capture, in which libraries choose algorithms and allocate workspaces.
 WARM_UPS = 3
+MIXED_QUERIES = "the rows have different numbers of query tokens"
 
 
 class CudaGraph(BuiltEngine):
@@ -80,7 +81,7 @@ def graphed(
         EngineError: its rows cannot be padded.
     """
     if (rows := row_inputs(plan)) is None:
-        raise EngineError("the rows have different numbers of query tokens")
+        raise EngineError(MIXED_QUERIES)
     bucketed = BucketedPass(lambda inputs: capture(run, inputs), rows)
     # Callers other than lanes (comparisons with eager, the library) have streams of their own.
     return lambda *inputs: compute_stream(capture.device).run(bucketed, inputs)
