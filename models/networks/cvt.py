@@ -12,6 +12,8 @@ from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor, nn
 from torch.nn.functional import pad, softmax
 
+from models.networks.padded_swin import shift_mask
+
 
 class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x)."""
@@ -66,14 +68,17 @@ class WindowAttention(nn.Module):
 
     index: Tensor
 
-    def __init__(self, dim: int, heads: int, window: int, bias: bool, relative: bool) -> None:
+    def __init__(
+        self, dim: int, heads: int, window: int, bias: bool, relative: bool, shift: bool
+    ) -> None:
         """
         Args:
             bias: whether the pointwise convolution to queries, keys and values has a bias.
             relative: whether scores have a bias by relative position.
+            shift: whether scores have the mask of shifted windows. Upstream does not shift them.
         """
         super().__init__()
-        self.heads, self.window = heads, window
+        self.heads, self.window, self.shift = heads, window, shift
         self.scale = dim**-0.5
         self.qkv = nn.ModuleDict(
             {
@@ -90,6 +95,11 @@ class WindowAttention(nn.Module):
             index = get_relative_position_index(window, window)
             self.register_buffer("index", index, persistent=False)
 
+    @property
+    def is_fixed(self) -> bool:
+        """Whether its windows have one size, as scores have something for each pair of cells."""
+        return self.shift or self.rel_pos_bias_table is not None
+
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
         side = min(self.window, height, width)
@@ -105,6 +115,9 @@ class WindowAttention(nn.Module):
         scores = queries @ keys.transpose(-2, -1) * self.scale
         if self.rel_pos_bias_table is not None:
             scores = scores + self.rel_pos_bias_table[self.index].permute(2, 0, 1)
+        if self.shift:
+            mask = shift_mask(rows * side, columns * side, side, x)
+            scores = scores + torch.unflatten(mask, 0, (rows, columns)).unsqueeze(2)
         out = softmax(scores, -1) @ values
         out = torch.unflatten(out, 4, (side, side)).permute(0, 3, 6, 1, 4, 2, 5)
         out = out.flatten(5, 6).flatten(3, 4).flatten(1, 2)
@@ -181,6 +194,7 @@ class Cvt(nn.Module):
         paddings: Sequence[int],
         bias: bool = True,
         relative: bool = False,
+        shift: Sequence[bool] = (),
         conv_stem: bool = False,
         num_classes: int = 0,
     ) -> None:
@@ -190,7 +204,7 @@ class Cvt(nn.Module):
             hidden: widths of MLPs.
             windows: sides of attention's windows; on smaller maps they are as large as those.
             kernels, strides, paddings: of the convolutions that begin the stages.
-            bias, relative: see `WindowAttention`.
+            bias, relative, shift: see `WindowAttention`; no `shift` is false for all stages.
             conv_stem: whether the first stage begins with a `Stem`.
         """
         super().__init__()
@@ -211,11 +225,29 @@ class Cvt(nn.Module):
                 window=windows[number],
                 bias=bias,
                 relative=relative,
+                shift=bool(shift and shift[number]),
             )
             self.add_module(f"stage{number}", nn.Sequential(embed, blocks))
             inputs = dim
         self.norm = ChannelNorm(inputs, eps=1e-5)
         self.head = nn.Linear(inputs, num_classes) if num_classes else nn.Identity()
+
+    def check_size(self, height: int, width: int) -> str | None:
+        """What is wrong with inputs of that size, or None."""
+        sides = [height, width]
+        for number in range(self.stage_count):
+            embed, blocks = self.get_submodule(f"stage{number}").children()
+            for conv in embed.modules():
+                if isinstance(conv, nn.Conv2d):
+                    around = 2 * int(conv.padding[0]) - conv.kernel_size[0]
+                    sides = [(side + around) // conv.stride[0] + 1 for side in sides]
+            attention = next(m for m in blocks.modules() if isinstance(m, WindowAttention))
+            if attention.is_fixed and min(sides) < attention.window:
+                return (
+                    f"stage {number} has {sides[0]}x{sides[1]} cells of it, and a window "
+                    f"{attention.window}x{attention.window}"
+                )
+        return None
 
     def get_classifier(self) -> nn.Module:
         """The classifier."""

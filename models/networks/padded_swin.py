@@ -71,7 +71,7 @@ class Block(nn.Module):
         mask = None
         if shift:
             x = x.roll((-shift, -shift), (1, 2))
-            mask = self._mask(rows, columns, x)
+            mask = shift_mask(rows, columns, side, x)
         split = x.reshape(batch, rows // side, side, columns // side, side, -1)
         windows = split.transpose(2, 3).flatten(3, 4).flatten(1, 2)
         attended = torch.unflatten(self.attn(windows, mask), 2, (side, side))
@@ -81,19 +81,20 @@ class Block(nn.Module):
             x = x.roll((shift, shift), (1, 2))
         return x[:, :height, :width]
 
-    def _mask(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        """(windows, T, T): MASKED between cells that the shift brought together."""
-        side = self.window
 
-        def parts(length: int) -> Tensor:
-            place = torch.arange(length, device=like.device)
-            return (place >= length - side).int() + (place >= length - self.shift).int()
+def shift_mask(rows: int, columns: int, side: int, like: Tensor) -> Tensor:
+    """(windows, T, T) for windows of `side` cells: MASKED between cells that are neighbours only
+    once a map is shifted by half a window. Windows are counted row by row."""
 
-        numbers = 3 * parts(rows)[:, None] + parts(columns)
-        split = numbers.reshape(rows // side, side, columns // side, side)
-        windows = split.transpose(1, 2).reshape(-1, side * side)
-        apart = windows[:, None] != windows[:, :, None]
-        return apart.to(like.dtype) * MASKED
+    def parts(length: int) -> Tensor:
+        place = torch.arange(length, device=like.device)
+        return (place >= length - side).int() + (place >= length - side // 2).int()
+
+    numbers = 3 * parts(rows)[:, None] + parts(columns)
+    split = numbers.reshape(rows // side, side, columns // side, side)
+    windows = split.transpose(1, 2).reshape(-1, side * side)
+    apart = windows[:, None] != windows[:, :, None]
+    return apart.to(like.dtype) * MASKED
 
 
 class Merging(nn.Module):

@@ -26,7 +26,7 @@ from models.checkpoints.formats import detect_format
 from models.checkpoints.loading import read_checkpoint
 from models.checkpoints.strict import load_strictly
 from models.errors import CheckpointError, InputError
-from models.networks.cvt import Cvt
+from models.networks.cvt import Cvt, WindowAttention
 from models.networks.dhvt import Dhvt
 from models.networks.swin import Swin
 
@@ -418,14 +418,16 @@ def test_beits_script_fine_tunes_vits_of_ibot_and_slip(
     assert torch.allclose(found, network(pixels(32, 32)), atol=1e-5)
 
 
+CVT: dict[str, Any] = {"dims": [8, 16], "depths": [1, 2], "hidden": [16, 32], "heads": [1, 2],
+                       "windows": [7, 7], "kernels": [7, 3], "strides": [4, 2],
+                       "paddings": [2, 1]}  # fmt: skip
+
+
 @pytest.mark.parametrize("conv_stem", [False, True])
 def test_esvits_linear_classifiers_read_the_means_of_blocks(
     tmp_path: Path, conv_stem: bool
 ) -> None:
-    stages: dict[str, Any] = {"dims": [8, 16], "depths": [1, 2], "hidden": [16, 32],
-                              "heads": [1, 2], "windows": [7, 7], "kernels": [7, 3],
-                              "strides": [4, 2], "paddings": [2, 1]}  # fmt: skip
-    network = randomised(Cvt(**stages, conv_stem=conv_stem))
+    network = randomised(Cvt(**CVT, conv_stem=conv_stem))
     teacher = {f"module.{key}": value for key, value in network.state_dict().items()}
     teacher |= {"module.head.last_layer.weight_v": torch.ones(3, 16)}
     saved(tmp_path / "backbone.pth", {"student": teacher, "teacher": teacher, "epoch": 1})
@@ -437,6 +439,30 @@ def test_esvits_linear_classifiers_read_the_means_of_blocks(
     found = load_checkpoint(path, arguments).run(pixels(64, 64))["logits"]
     features = torch.cat(network.block_means(pixels(64, 64)), 1)
     assert torch.allclose(found, linear(features), atol=1e-5)
+
+
+@pytest.mark.parametrize(("shift", "first"), [(False, 4), (True, 6)])
+def test_a_cvts_shift_divides_its_last_windows(shift: bool, first: int) -> None:
+    attention = randomised(WindowAttention(8, 2, window=4, bias=True, relative=False, shift=shift))
+    x = torch.randn(1, 8, 8, 8)
+    changed = x.clone()
+    changed[..., 7, 7] += 1
+    reached = (attention(x) != attention(changed)).any(1)[0]
+    assert reached.nonzero().amin(0).tolist() == [first, first]
+
+
+def test_a_cvt_whose_windows_are_fixed_says_which_sizes_it_takes(tmp_path: Path) -> None:
+    network = randomised(Cvt(**CVT, shift=[True, True]))
+    teacher = {f"module.{key}": value for key, value in network.state_dict().items()}
+    teacher |= {"module.head.last_layer.weight_v": torch.ones(3, 16)}
+    path = saved(tmp_path / "c.pth", {"student": teacher, "teacher": teacher, "epoch": 1})
+    model = load_checkpoint(path, {"num_heads": [1, 2], "shift": [True, 1]})
+    pooled = network.forward_head(network.forward_features(pixels(64, 56)), pre_logits=True)
+    assert torch.equal(model.run(pixels(64, 56))["embedding"], pooled)
+    with pytest.raises(InputError, match="stage 1 has 7x6 cells of it, and a window 7x7"):
+        model.run(pixels(56, 48))
+    with pytest.raises(CheckpointError, match="it needs a value for each of 2"):
+        load_checkpoint(path, {"num_heads": [1, 2], "shift": [True]})
 
 
 def test_a_swins_last_window_tells_its_input_size(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from models import load_checkpoint
 from models.checkpoints.formats.resmlp import RENAMED
 from models.errors import CheckpointError
 from tests.models.test_classification_families import pixels, randomised, saved
+from tests.models.test_fixtures import fixture, folder_of
 
 RANDOM = np.random.default_rng(0)
 
@@ -176,3 +177,11 @@ def test_a_hybrid_may_have_a_stem_alone(tmp_path: Path) -> None:
     np.savez(tmp_path / "hybrid.npz", **content)
     model = load_checkpoint(tmp_path / "hybrid.npz")
     assert model.run(pixels(32, 32))["tokens"].shape == (2, 17, 32)
+
+
+def test_a_mixer_may_lie_in_its_optimizer(tmp_path: Path) -> None:
+    plain, golden, _ = fixture("mlp_mixer")
+    with np.load(folder_of("mlp_mixer") / "checkpoint.npz") as content:
+        np.savez(tmp_path / "all.npz", **{f"opt/target/{key}": content[key] for key in content})
+    found = load_checkpoint(tmp_path / "all.npz").run(golden["pixel_values"])
+    assert torch.equal(found["logits"], plain.run(golden["pixel_values"])["logits"])

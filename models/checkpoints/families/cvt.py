@@ -30,14 +30,13 @@ def cvt_checkpoint(
 
     Args:
         arguments: by stage, as in upstream's configurations, `num_heads` (channels / 64),
-            `window_size` (7), `patch_stride` (4, 2, 2, 2) and `patch_padding` (2, 1, 1, 1),
-            `shift` (false, or else refused), and `img_size` in pixels (224). Those that are assumed
-            are the published network's.
+            `window_size` (7), `patch_stride` (4, 2, 2, 2), `patch_padding` (2, 1, 1, 1) and `shift`
+            (false), and `img_size` in pixels (224). Those that are assumed are the published
+            network's.
         dropped: keys that only training used.
 
     Raises:
-        CheckpointError: an argument does not fit the stages, or they have options without a
-            published checkpoint.
+        CheckpointError: an argument does not fit the stages.
     """
     if not {STEM, PROJECTION.format(0)} & tensors.keys():
         raise CheckpointError("a CvT's stem has one convolution, or three; neither is in the file")
@@ -61,9 +60,9 @@ def cvt_checkpoint(
     if any(dim % number for dim, number in zip(dims, heads, strict=True)):
         raise CheckpointError(f"num_heads are {heads}; each must divide its stage's width, {dims}")
     shift = known.get("shift", False)  # nothing in the file tells
-    shifts = shift if isinstance(shift, list | tuple) else [shift]
-    if any(flag("shift", each) for each in shifts):
-        raise CheckpointError("shift is true; CvTs are supported without it, as published")
+    shifts = list(shift) if isinstance(shift, list | tuple) else [shift] * count
+    if len(shifts) != count:
+        raise CheckpointError(f"shift is {shift}; it needs a value for each of {count} stages")
     block = "stage{}.1.layers."
     head = tensors.get("head.weight")
     return Checkpoint(
@@ -90,6 +89,7 @@ def cvt_checkpoint(
             ),
             "bias": "stage0.1.layers.0.0.fn.qkv.pw.bias" in tensors,
             "relative": relative,
+            "shift": [flag("shift", each) for each in shifts],
             "conv_stem": STEM in tensors,
             "num_classes": 0 if head is None else head.shape[0],
         },

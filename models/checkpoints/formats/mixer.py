@@ -36,9 +36,14 @@ RENAMED = (
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
-    if {MARK, "stem/kernel"} <= container.tensors.keys():
+    if {MARK, "stem/kernel"} <= _tensors(container).keys():
         return "a stem and MixerBlocks"
     return None
+
+
+def _tensors(container: Container) -> dict[str, Tensor]:
+    """The tensors without an optimizer's prefix."""
+    return {key.removeprefix("opt/target/"): value for key, value in container.tensors.items()}
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
@@ -47,7 +52,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     Raises:
         CheckpointError: the tokens are not those of a square grid.
     """
-    tensors = {k.removeprefix("opt/target/"): v for k, v in container.tensors.items()}
+    tensors = _tensors(container)
     patch, _, _, dim = tensors["stem/kernel"].shape
     cells, tokens_hidden = tensors[MARK].shape
     side = math.isqrt(cells)
