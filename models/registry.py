@@ -51,6 +51,7 @@ class Registry:
         tf32: bool = False,
         threads: int = 0,
         streams: int = 1,
+        map_weights: bool = False,
         on_load: Hook | None = None,
         on_unload: Hook | None = None,
         on_change: Callable[[str], None] | None = None,
@@ -70,6 +71,7 @@ class Registry:
             transform=resolve_transform(transform),
             threads=threads,
             streams=streams,
+            map_weights=map_weights,
             cache=self.store.root / "engines",
         )
         base = catalog.path.parent

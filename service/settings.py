@@ -69,6 +69,12 @@ class Settings(BaseSettings):
     engine: str = Field(
         "auto", description="Engine that runs trunks' passes, unless the catalog sets one."
     )
+    map_weights: bool = Field(
+        False,
+        description="Share weights between processes: keep safetensors files of `file:` sources "
+        "mapped, which must not be written to then, only replaced by renaming. Those in the store "
+        "always are.",
+    )
     transform: Literal["exact", "fast"] = Field(
         "exact", description="How images are resized, unless the catalog sets it."
     )

@@ -19,10 +19,34 @@ UNFIT = (
 COUNTER = "num_batches_tracked"
 
 
-def load_strictly(network: nn.Module, state_dict: Mapping[str, Tensor], name: str) -> None:
-    """Load a state dict after `check_strictly`, and raise as it does."""
+def load_strictly(
+    network: nn.Module, state_dict: Mapping[str, Tensor], name: str, *, mapped: bool = False
+) -> None:
+    """Load a state dict after `check_strictly`, and raise as it does.
+
+    Args:
+        mapped: keep tensors that are views of a mapped file, as those of safetensors are. Processes
+            that map the same file then share its memory. It must not be written to any more.
+    """
     check_strictly(network, state_dict, name)
-    network.load_state_dict(dict(state_dict))
+    if mapped:
+        own = network.state_dict()
+        kept = {key: value for key, value in state_dict.items() if _can_be_kept(value, own[key])}
+        for key in own.keys() - kept.keys():
+            kept[key] = own[key].copy_(state_dict[key])
+        network.load_state_dict(kept, assign=True)
+    else:
+        network.load_state_dict(dict(state_dict))
+
+
+def _can_be_kept(tensor: Tensor, own: Tensor) -> bool:
+    """Whether a tensor may take the place of a network's own: it is in a file's mapping, which is not
+    torch's memory, and computing with it gives the same bits."""
+    return (
+        not tensor.untyped_storage().resizable()
+        and tensor.dtype == own.dtype
+        and tensor.stride() == own.stride()
+    )
 
 
 def check_strictly(network: nn.Module, state_dict: Mapping[str, Tensor], name: str) -> None:

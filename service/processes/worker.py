@@ -59,6 +59,7 @@ def create_backend(
         tf32=settings.tf32,
         threads=options.threads,
         streams=options.streams,
+        map_weights=settings.map_weights,
     )
     metrics = Metrics(CollectorRegistry())
     backend = LocalBackend(registry, worker_options, metrics)

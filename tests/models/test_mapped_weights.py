@@ -1,0 +1,81 @@
+"""Weights that processes share: views of a mapped file, where nobody writes to it."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models import Registry
+from tests.conftest import TINY_CATALOG
+
+
+@pytest.fixture
+def catalog(tiny_catalog: Path, tmp_path: Path) -> Path:
+    """The tiny catalog with files of its own."""
+    for name in ("tiny", "conv"):
+        shutil.copy(tiny_catalog.with_name(f"{name}.safetensors"), tmp_path)
+    (tmp_path / "tiny.toml").write_text(TINY_CATALOG)
+    return tmp_path / "tiny.toml"
+
+
+def embed(registry: Registry, photo: bytes) -> np.ndarray:
+    [embedded] = registry.get("tiny-embed").predict([photo])
+    return np.asarray(embedded["embedding"])
+
+
+def mapped(registry: Registry) -> list[bool]:
+    """For each parameter of the trunk, whether it is in a file's mapping."""
+    network = registry.load_trunk("tiny").trunk.network
+    return [not value.untyped_storage().resizable() for value in network.parameters()]
+
+
+def overwrite(path: Path) -> None:
+    """Write other weights of the same size over a file."""
+    tensors = {key: value + 1 for key, value in load_file(path).items()}
+    save_file(tensors, path.with_suffix(".new"))
+    with path.open("r+b") as file:
+        file.write(path.with_suffix(".new").read_bytes())
+
+
+def test_a_file_that_is_written_over_changes_no_loaded_weights(
+    catalog: Path, jpegs: dict[str, bytes]
+) -> None:
+    registry = Registry.from_catalog(catalog, device="cpu")
+    before = embed(registry, jpegs["coffee"])
+    overwrite(catalog.with_name("tiny.safetensors"))
+    assert np.array_equal(embed(registry, jpegs["coffee"]), before)
+    assert not any(mapped(registry))
+
+
+def test_mapped_weights_are_the_same_and_outlive_their_files_name(
+    catalog: Path, jpegs: dict[str, bytes]
+) -> None:
+    copied, shared = (
+        Registry.from_catalog(catalog, device="cpu", map_weights=way) for way in (False, True)
+    )
+    before = embed(copied, jpegs["coffee"])
+    assert np.array_equal(embed(shared, jpegs["coffee"]), before)
+    assert copied.load_trunk("tiny").trunk.digest == shared.load_trunk("tiny").trunk.digest
+    assert all(mapped(shared))
+    weights = catalog.with_name("tiny.safetensors")
+    assert str(weights) in Path("/proc/self/maps").read_text()
+    save_file({"other": torch.zeros(1)}, weights.with_suffix(".new"))
+    os.replace(weights.with_suffix(".new"), weights)
+    assert np.array_equal(embed(shared, jpegs["coffee"]), before)
+
+
+def test_weights_of_another_dtype_are_copied(catalog: Path, jpegs: dict[str, bytes]) -> None:
+    path = catalog.with_name("tiny.safetensors")
+    save_file({key: value.half() for key, value in load_file(path).items()}, path)
+    copied, shared = (
+        Registry.from_catalog(catalog, device="cpu", map_weights=way) for way in (False, True)
+    )
+    assert np.array_equal(embed(copied, jpegs["coffee"]), embed(shared, jpegs["coffee"]))
+    assert not any(mapped(shared))
+    assert {value.dtype for value in shared.load_trunk("tiny").trunk.network.parameters()} == {
+        torch.float32
+    }
