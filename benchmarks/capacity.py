@@ -1,7 +1,8 @@
 """How far `vitrail plan` is off: `python -m benchmarks.capacity [--fleet] [--worker]`.
 
 Prints the model's latencies beside those of the scheduler in virtual time. `--fleet` plans a
-thousand trunks with a hundred heads each, whose rates follow Zipf's law, and simulates all devices.
+thousand trunks with a hundred heads each, whose rates follow Zipf's law, and simulates all devices
+and each image's head.
 `--worker` sends photos at random times to a worker in this process, and compares the time that they
 spend in the queue and in passes with what is predicted from the passes that it measured; the
 machine should be idle.
@@ -32,8 +33,9 @@ IMAGES = 50_000
 SHARES = (0.2, 0.5, 0.7, 0.85)
 TRUNKS = 1000
 FLEET_RATE = 60_000.0
-# A pass takes so much longer where each image has one of many heads (docs/benchmarks.md).
-HEADS, HEADS_COST = 100, 1.01
+# A pass of 16 images for as many heads takes a hundredth longer than one for one head
+# (docs/benchmarks.md).
+HEADS, HEAD_COST = 100, 0.01 * PASSES[16] / 15
 # Images for each device.
 FLEET_IMAGES = 1000
 TARGET_S = 0.200
@@ -100,8 +102,18 @@ def fleet() -> None:
     seconds = time.perf_counter() - started
     latencies = np.concatenate([each.latencies for seen in simulated for each in seen])
     passes = sum(each.passes for seen in simulated for each in seen)
+    heads = {
+        (load.name, head)
+        for load, each in zip(
+            (load for device in devices for _ in range(device.count) for load in device.loads),
+            (each for seen in simulated for each in seen),
+            strict=True,
+        )
+        for head in each.heads
+    }
     print(
-        f"{FLEET_IMAGES * count} images in {passes} passes simulated in {seconds:.0f} s: p50 "
+        f"{FLEET_IMAGES * count} images for {len(heads)} heads in {passes} passes simulated in "
+        f"{seconds:.0f} s: p50 "
         f"{np.quantile(latencies, 0.5) * 1e3:.0f} ms, p99 {np.quantile(latencies, 0.99) * 1e3:.0f} "
         f"ms, {np.mean(latencies > TARGET_S):.2%} of the images later than the target"
     )
@@ -111,14 +123,13 @@ def fleet_loads() -> list[TrunkLoad]:
     """Trunks that are half to three times as slow as the one above."""
     chance = random.Random(0)
     weights = [1 / rank for rank in range(1, TRUNKS + 1)]
-    return [
-        TrunkLoad(str(n), FLEET_RATE * weight / sum(weights), slowed(chance.uniform(0.5, 3)))
-        for n, weight in enumerate(weights)
-    ]
-
-
-def slowed(factor: float) -> dict[int, float]:
-    return {images: seconds * factor * HEADS_COST for images, seconds in PASSES.items()}
+    loads = []
+    for n, weight in enumerate(weights):
+        slower = chance.uniform(0.5, 3)
+        passes = {images: seconds * slower for images, seconds in PASSES.items()}
+        rate = FLEET_RATE * weight / sum(weights)
+        loads.append(TrunkLoad(str(n), rate, passes, heads=HEADS, head_s=HEAD_COST * slower))
+    return loads
 
 
 async def worker() -> None:

@@ -31,3 +31,10 @@ def keep_freed_memory() -> bool:
         )
     ]
     return all(results)
+
+
+def return_freed_memory() -> None:
+    """Give what is free now back to the kernel, such as tensors that only loading needed."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

@@ -54,6 +54,13 @@ class Settings(BaseSettings):
     models: Names = Field(
         (), description="Models to load at start; if empty, the catalog's `startup` list."
     )
+    model_memory_mb: int = Field(
+        0,
+        ge=0,
+        description="If set, models that are not loaded at start are loaded when they are asked "
+        "for, and those that were asked for least recently are unloaded where weights take more "
+        "MiB than these.",
+    )
     device: str = Field("auto", description="Device of the models: auto, cpu, cuda or cuda:N.")
     precision: Literal["auto", "float32", "bfloat16", "float16", "int8", "fp8"] = Field(
         "auto",

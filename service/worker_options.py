@@ -32,6 +32,7 @@ class WorkerOptions:
     label_cache_bytes: int = 256 * 2**20
     heads_folder: str = ""
     catalog_poll_s: float = 0.0
+    model_memory_mb: int = 0
 
     @property
     def lane_threads(self) -> int:

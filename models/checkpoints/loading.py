@@ -192,7 +192,9 @@ def build_trunk(
         network = create_network(checkpoint)
     except UNFIT as error:
         raise _cannot_be_built(checkpoint, error) from error
-    load_strictly(network, checkpoint.state_dict, checkpoint.architecture, mapped=placement.map_weights)
+    load_strictly(
+        network, checkpoint.state_dict, checkpoint.architecture, mapped=placement.map_weights
+    )
     if hasattr(network, "latent_dim"):
         return Generator(checkpoint.architecture, network, placement)
     own = checkpoint.preprocess or preprocess_from_timm(network)

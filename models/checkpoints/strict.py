@@ -40,8 +40,8 @@ def load_strictly(
 
 
 def _can_be_kept(tensor: Tensor, own: Tensor) -> bool:
-    """Whether a tensor may take the place of a network's own: it is in a file's mapping, which is not
-    torch's memory, and computing with it gives the same bits."""
+    """Whether a tensor may take the place of a network's own: it is in a file's mapping, whose
+    memory torch did not allocate, and computing with it gives the same bits."""
     return (
         not tensor.untyped_storage().resizable()
         and tensor.dtype == own.dtype

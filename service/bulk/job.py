@@ -3,10 +3,12 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
@@ -17,6 +19,9 @@ from service.errors import InvalidInputError
 from service.types import ImageResult, ModelUsed
 
 MANIFEST = "job.json"
+# The table that `write_lance` makes, and the column of vectors in it.
+LANCE = "results"
+EMBEDDING = "embedding"
 NUMBERS = {
     "FP32": pa.float32(),
     "INT64": pa.int64(),
@@ -70,8 +75,7 @@ class Results:
         else:
             with self._filesystem.open_output_stream(path) as stream:
                 stream.write(json.dumps(asdict(self._job)).encode())
-        files = self._filesystem.get_file_info(fs.FileSelector(self._root))
-        return {file.base_name.removesuffix(".parquet") for file in files if _is_part(file)}
+        return {Path(path).stem for path in self._parts()}
 
     def write(self, shard: Shard, rows: Sequence[tuple[str, ImageResult]], used: ModelUsed) -> int:
         """Write a shard's results. Returns the number of images that failed."""
@@ -87,16 +91,46 @@ class Results:
         Raises:
             SourceFormatError: it was changed between two runs.
         """
-        files = self._filesystem.get_file_info(fs.FileSelector(self._root))
         digests = {
-            (pq.read_schema(f.path, filesystem=self._filesystem).metadata or {})[b"model_digest"]
-            for f in files
-            if _is_part(f)
+            (pq.read_schema(path, filesystem=self._filesystem).metadata or {})[b"model_digest"]
+            for path in self._parts()
         }
         if len(digests) > 1:
             raise SourceFormatError(
                 f"{self._job.output} has results of {len(digests)} versions of {self._job.model}"
             )
+
+    def write_lance(self) -> None:
+        """Write all results as the Lance table `results.lance` in the folder, in place of an
+        earlier one. It appears whole or not at all. Embeddings are vectors there."""
+        import lancedb  # takes a second, and most runs do without it
+
+        schema = self._vector_schema()
+        rows = (self._read(path).cast(schema) for path in self._parts())
+        batches = (batch for table in rows for batch in table.to_batches())
+        reader = pa.RecordBatchReader.from_batches(schema, batches)
+        database = lancedb.connect(self._job.output)
+        database.create_table(LANCE, reader, mode="overwrite")
+
+    def _vector_schema(self) -> pa.Schema:
+        """The schema of the results, with the length of embeddings in it."""
+        schema = pq.read_schema(self._parts()[0], filesystem=self._filesystem)
+        if schema.get_field_index(EMBEDDING) < 0:
+            return schema
+        for path in self._parts():
+            lengths = pc.list_value_length(self._read(path)[EMBEDDING])
+            if (length := pc.max(lengths).as_py()) is not None:
+                vector = pa.field(EMBEDDING, pa.list_(pa.float32(), length))
+                return schema.set(schema.get_field_index(EMBEDDING), vector)
+        return schema  # no image could be read
+
+    def _read(self, path: str) -> pa.Table:
+        return pq.read_table(path, filesystem=self._filesystem)
+
+    def _parts(self) -> list[str]:
+        """The paths of the shards' files that are done."""
+        files = self._filesystem.get_file_info(fs.FileSelector(self._root))
+        return sorted(file.path for file in files if _is_part(file))
 
 
 def create_table(job: Job, rows: Sequence[tuple[str, ImageResult]], used: ModelUsed) -> pa.Table:

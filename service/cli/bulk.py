@@ -21,6 +21,10 @@ def bulk(
     ] = None,
     catalog: Catalog = None,
     device: Device = None,
+    lance: Annotated[
+        bool,
+        typer.Option("--lance", help="At the end, write all rows as OUTPUT/results.lance, too."),
+    ] = False,
     shard_size: Annotated[int, typer.Option(min=1, help="Most image files in a shard.")] = 1000,
     ray: Annotated[
         str | None, typer.Option(help="Run on the Ray cluster of this address; auto, or local.")
@@ -70,6 +74,8 @@ def bulk(
                         images, failed = images + count, failed + bad
                         progress.advance(bar)
             results.check_digests()
+            if lance:
+                results.write_lance()
     except (SourceFormatError, ServiceError) as error:
         errors.print(f"vitrail: {error}", markup=False, highlight=False)
         raise typer.Exit(2) from error

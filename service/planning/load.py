@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,8 @@ class TrunkLoad:
         pass_s: seconds of a pass by the images in it, as measured for some sizes.
         max_batch_size: the most images in a pass.
         memory: bytes on the device.
+        heads: how many an image may be for, each as likely as the others.
+        head_s: seconds that a pass takes longer for each further head in it.
     """
 
     name: str
@@ -29,16 +31,20 @@ class TrunkLoad:
     pass_s: Mapping[int, float]
     max_batch_size: int = MAX_BATCH_SIZE
     memory: int = 0
+    heads: int = 1
+    head_s: float = 0.0
 
     def seconds(self) -> np.ndarray:
-        """(max_batch_size + 1,) seconds of passes of 0, 1, ... images. Between the measured sizes
-        they lie on a line, and beyond them an image costs what it does in the nearest one."""
+        """(max_batch_size + 1,) seconds of passes of 0, 1, ... images, each for another head as far
+        as there are heads. Between the measured sizes they lie on a line, and beyond them an image
+        costs what it does in the nearest one."""
         sizes = sorted(self.pass_s)
         times = [self.pass_s[size] for size in sizes]
         images = np.arange(self.max_batch_size + 1)
         seconds = np.interp(images, sizes, times)
         beyond = images > sizes[-1]
         seconds[beyond] = images[beyond] * times[-1] / sizes[-1]
+        seconds += self.head_s * np.maximum(0, np.minimum(images, self.heads) - 1)
         seconds[0] = 0.0
         return seconds
 
@@ -49,9 +55,7 @@ class TrunkLoad:
 
     def part(self, devices: int) -> "TrunkLoad":
         """What each of several devices gets."""
-        return TrunkLoad(
-            self.name, self.rate / devices, self.pass_s, self.max_batch_size, self.memory
-        )
+        return replace(self, rate=self.rate / devices)
 
 
 class _Trunk(BaseModel):

@@ -25,11 +25,13 @@ class Simulated:
 
     Args:
         latencies: seconds from arrival to result.
+        heads: those that images were for.
     """
 
     latencies: list[float] = field(default_factory=list)
     images: int = 0
     passes: int = 0
+    heads: set[int] = field(default_factory=set)
 
     def quantile(self, share: float) -> float:
         """The latency that this share of the images did not exceed."""
@@ -45,7 +47,7 @@ def simulate(
         images: how many, over all trunks. The first tenth are not counted.
         lanes: of a CPU, whose cores they share; 1 for a GPU.
     """
-    chance = random.Random(seed)
+    chance, heads_chance = random.Random(seed), random.Random(seed)
     scheduler = Scheduler(lanes=lanes, cpu=lanes > 1)
     queues = [BatchQueue(str(n), load.max_batch_size, CAPACITY) for n, load in enumerate(loads)]
     for queue in queues:
@@ -60,14 +62,15 @@ def simulate(
     while number < images or ends:
         if number < images and (not ends or arrival <= ends[0][0]):
             now, place = arrival, bisect(rates, chance.random() * total)
-            entry = Entry(place, flow=number, client="")
+            head = heads_chance.randrange(loads[place].heads)
+            entry = Entry((place, head), flow=number, client="")
             queues[place].places.take(entry.client, 1, bulk=False)
             queues[place].put(entry, now)
             arrival, number = now + chance.expovariate(total), number + 1
         else:
             now, _, batch = heapq.heappop(ends)
             scheduler.finish(batch, now)
-            place = batch.entries[0].payload
+            place, _ = batch.entries[0].payload
             results[place].images += len(batch.entries)
             results[place].passes += 1
             results[place].latencies += [
@@ -78,6 +81,10 @@ def simulate(
             if batch_or_none is None:
                 continue
             batch = batch_or_none
-            pass_s = seconds[batch.entries[0].payload][len(batch.entries)]
+            place, heads = batch.entries[0].payload[0], {e.payload[1] for e in batch.entries}
+            results[place].heads |= heads
+            load, count = loads[place], len(batch.entries)
+            shared = min(count, load.heads) - len(heads)  # images for heads that the pass has
+            pass_s = seconds[place][count] - shared * load.head_s
             heapq.heappush(ends, (now + pass_s / (lanes if batch.wide else 1), id(batch), batch))
     return results

@@ -29,7 +29,7 @@ from service.processes.ports import check_free
 from service.processes.ray_replica import Replica
 from service.ray.backend import RayBackend
 from service.ray.group import Group
-from service.ray.groups import TrunkGroup, narrowed, trunk_groups
+from service.ray.groups import TrunkGroup, multiplexed, narrowed, trunk_groups
 from service.ray.scaling import scale_by_queue
 from service.ray.state import find_state, start_state
 from service.rpc.server import RpcServer
@@ -90,7 +90,9 @@ def create_ray_app(settings: Settings, placement: Placement) -> Any:
     metrics = Metrics(CollectorRegistry())
     ProcessCollector(registry=metrics.registry)
     PlatformCollector(registry=metrics.registry)
-    backend = RayBackend(catalog, deploy(settings, trunk_groups(catalog), placement), find_state)
+    backend = RayBackend(
+        catalog, deploy(settings, groups_of(settings, catalog), placement), find_state
+    )
     keys, budget = Keys(settings), Budget(settings)
     memory = SharedMemory(settings.shared_memory)
     rpc = RpcServer(backend, settings, metrics, keys, budget, memory)
@@ -99,8 +101,8 @@ def create_ray_app(settings: Settings, placement: Placement) -> Any:
 
 
 def read_catalog(settings: Settings) -> Catalog:
-    """The settings' catalog. If they name start-up models, only what shares trunks with those, so
-    that no replicas stand idle.
+    """The settings' catalog. If they name start-up models and others are not loaded on demand, only
+    what shares trunks with those, so that no replicas stand idle.
 
     Raises:
         CatalogError: it cannot be read, lacks a start-up model, or is to be watched.
@@ -113,7 +115,15 @@ def read_catalog(settings: Settings) -> Catalog:
     catalog = load_catalog(settings.catalog)
     for name in settings.models:
         catalog.model(name)
-    return narrowed(catalog, settings.models)
+    return narrowed(catalog, () if settings.model_memory_mb else settings.models)
+
+
+def groups_of(settings: Settings, catalog: Catalog) -> list[TrunkGroup]:
+    """The groups of trunks that each get a deployment."""
+    groups = trunk_groups(catalog)
+    if not settings.model_memory_mb:
+        return groups
+    return multiplexed(groups, settings.models or catalog.startup)
 
 
 def heads_folder(settings: Settings) -> Path:

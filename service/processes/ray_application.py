@@ -17,12 +17,13 @@ from service.processes.ray import (
     MAX_ONGOING_REQUESTS,
     Placement,
     bind,
+    groups_of,
     heads_folder,
     read_catalog,
 )
 from service.ray.backend import RayBackend
 from service.ray.group import Group
-from service.ray.groups import TrunkGroup, trunk_groups
+from service.ray.groups import TrunkGroup
 from service.ray.state import find_state, start_state
 from service.settings import Settings
 
@@ -42,7 +43,7 @@ def application(arguments: dict[str, Any]) -> Application:
     """
     settings, placement = Settings(), Placement(**arguments)
     catalog = read_catalog(settings)
-    groups = trunk_groups(catalog)
+    groups = groups_of(settings, catalog)
     start_state(heads_folder(settings))
 
     def create() -> FastAPI:

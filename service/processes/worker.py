@@ -47,7 +47,8 @@ def create_backend(
     startup = [catalog.model(name).name for name in settings.models] or catalog.startup
     if only is not None:
         chosen = tuple(name for name in startup if name in only)
-        catalog = replace(narrowed(catalog, settings.models), startup=chosen)
+        named = () if settings.model_memory_mb else settings.models
+        catalog = replace(narrowed(catalog, named), startup=chosen)
         worker_options = replace(worker_options, startup=())
     options = settings.worker_options.resolve(resolve_device(settings.device).type)
     registry = Registry(

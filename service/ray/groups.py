@@ -39,6 +39,17 @@ def trunk_groups(catalog: Catalog) -> list[TrunkGroup]:
     return sorted(groups, key=lambda group: group.name)
 
 
+def multiplexed(groups: Sequence[TrunkGroup], startup: Collection[str]) -> list[TrunkGroup]:
+    """The groups, with all of those in one that have no start-up model: their replicas load models
+    when they are asked for."""
+    idle = [group for group in groups if set(startup).isdisjoint(group.models)]
+    if not idle:
+        return list(groups)
+    models = [model for group in idle for model in group.models]
+    shared = TrunkGroup(idle[0].name, frozenset[str]().union(*(g.trunks for g in idle)), models)
+    return [*(group for group in groups if group not in idle), shared]
+
+
 def narrowed(catalog: Catalog, models: Collection[str]) -> Catalog:
     """The catalog with only those groups of trunks that these models are in, and with all models of
     the groups; all of it if no models are named."""

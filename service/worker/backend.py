@@ -15,6 +15,7 @@ from models.heads.prompted import Prompted, with_class_embeddings
 from models.inputs.types import modality_of
 from models.model import Model
 from models.registry import Registry
+from service.allocator import return_freed_memory
 from service.changes import ChangeLog, changes_since
 from service.clients import client
 from service.decoding.pool import create_decoder
@@ -39,6 +40,7 @@ from service.worker.execution_plan import (
 from service.worker.fit_jobs import FitJobs
 from service.worker.head_store import HeadStore
 from service.worker.loader import Loader
+from service.worker.on_demand import OnDemand
 from service.worker.pipeline import Pipeline, until
 from service.worker.prompts import PromptCache
 from service.worker.runner import use_threads
@@ -93,6 +95,10 @@ class LocalBackend:
             on_change=self._note_change,
             metrics=metrics,
         )
+        self._on_demand = OnDemand(
+            registry, self.options.model_memory_mb, self._startup, self._loader.run, self._load,
+            self._unload,
+        )  # fmt: skip
         self._changes = ChangeLog()
         for name in registry.names():
             self._changes.touch(name)
@@ -145,6 +151,7 @@ class LocalBackend:
         return await self._infer(request)
 
     async def _infer(self, request: InferRequest) -> InferResult:
+        await self._on_demand.ensure(request.calls, request.deadline)
         inputs = request.readable
         modalities = dict.fromkeys(map(modality_of, inputs)) or {"image": None}
         # all at once, so that one version of a model does the whole request
@@ -270,6 +277,7 @@ class LocalBackend:
             self.registry.load(name)
         finally:
             leave_out_old_objects()
+            return_freed_memory()
 
     def _unload(self, name: str) -> None:
         look_at_all_objects()
@@ -277,6 +285,7 @@ class LocalBackend:
             self.registry.unload(name)
         finally:
             leave_out_old_objects()
+            return_freed_memory()
 
     def _spawn(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from models.catalog import ModelEntry
 from models.errors import ModelsError
 from models.heads.base import Head
 from models.inference import (
@@ -90,14 +91,20 @@ def resolve(registry: Registry, call: Call, modality: str) -> ResolvedCall:
             modality, or an option is out of range.
     """
     try:
-        entry = (
-            registry.catalog.model(call.model)
-            if call.model
-            else registry.default_model(str(call.task))
-        )
-        return resolve_for(registry.ready(entry.name), call, modality)
+        return resolve_for(registry.ready(model_entry(registry, call).name), call, modality)
     except ModelsError as error:
         raise from_library(error) from error
+
+
+def model_entry(registry: Registry, call: Call) -> ModelEntry:
+    """The catalog's entry of a call's model.
+
+    Raises:
+        ModelNotFoundError: there is none.
+    """
+    if call.model:
+        return registry.catalog.model(call.model)
+    return registry.default_model(str(call.task))
 
 
 def resolve_for(model: Model, call: Call, modality: str) -> ResolvedCall:

@@ -4,6 +4,7 @@ import io
 import tarfile
 from pathlib import Path
 
+import lancedb
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -89,10 +90,19 @@ def test_what_an_interruption_left_is_completed(
     _, second, third = sorted(output.glob("*.parquet"))
     second.rename(output / f".{second.stem}.partial")
     third.unlink()
-    again = bulk(tiny_catalog, "embed", folder, output, "--shard-size", "4")
+    again = bulk(tiny_catalog, "embed", folder, output, "--shard-size", "4", "--lance")
     assert "2 shards" in again.output
     assert "1 shards were done" in again.output
     check_equal(rows(output), rows(undisturbed))
+    bulk(tiny_catalog, "embed", folder, output, "--shard-size", "4", "--lance")  # in its place
+    table = lancedb.connect(output).open_table("results")
+    found = {row["id"]: row for row in table.to_arrow().to_pylist()}
+    assert table.count_rows() == len(found) == 10
+    check_equal(found, rows(output))
+    wanted = str(folder / "0/coffee.jpg")
+    hits = table.search(found[wanted]["embedding"]).limit(3).to_list()  # of three equal photos
+    assert wanted in [hit["id"] for hit in hits]
+    assert b"model_digest" in table.schema.metadata
 
 
 def check_equal(ours: dict[str, dict[str, object]], theirs: dict[str, dict[str, object]]) -> None:

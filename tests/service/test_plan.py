@@ -5,6 +5,7 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -43,6 +44,17 @@ def test_the_model_agrees_with_the_scheduler(share: float, lanes: int) -> None:
     assert len(seen.latencies) > 17_000
     assert predicted.p50 == pytest.approx(seen.quantile(0.5), rel=0.12)
     assert predicted.p99 == pytest.approx(seen.quantile(0.99), rel=0.15)
+
+
+def test_a_pass_takes_longer_for_each_further_head_in_it() -> None:
+    one = TrunkLoad("a", 100, {1: 0.01, 2: 0.02}, 4)
+    many = replace(one, heads=3, head_s=0.004)
+    assert many.seconds() - one.seconds() == pytest.approx([0, 0, 0.004, 0.008, 0.008])
+    [alone], [mixed] = (simulate([load], images=4000) for load in (one, many))
+    assert alone.heads == {0}
+    assert mixed.heads == {0, 1, 2}
+    everything = simulate([replace(one, pass_s={2: 0.028})], images=4000)[0]
+    assert alone.quantile(0.5) < mixed.quantile(0.5) < everything.quantile(0.5)
 
 
 def test_what_is_more_than_a_device_can_do_takes_forever() -> None:
