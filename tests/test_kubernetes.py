@@ -271,6 +271,8 @@ def test_ray_replaces_gateways_and_workers() -> None:
     assert Placement(**deployed.args).gpus == 0.25
     workers = spec["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]
     assert {"name": "VITRAIL_DEVICE", "value": "cuda"} in workers["containers"][0]["env"]
+    stop = workers["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert stop == ["sleep", "5"]
 
 
 def test_the_replicas_of_the_ray_example_fit_its_nodes() -> None:
