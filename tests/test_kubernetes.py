@@ -330,3 +330,23 @@ def test_containers_start_and_their_probes_are_answered(
             text = query["spec"]["triggers"][0]["metadata"]["query"]
             series = text.removeprefix("sum(").partition("{")[0]
             assert f"\n{series} " in httpx.get(f"http://{metrics}/metrics").text
+
+
+@pytest.mark.nightly
+def test_kserves_container_starts_and_its_probes_are_answered(
+    tiny_catalog: Path, tmp_path: Path
+) -> None:
+    spec = yaml.safe_load((ROOT / "deploy/kserve/servingruntime.yaml").read_text())["spec"]
+    pod = {
+        "kind": "Deployment",
+        "metadata": {"name": "kserve"},
+        "spec": {"template": {"spec": spec}},
+    }
+    ports = {"8080": str(free_port()), "8081": str(free_port())}
+    address = f"127.0.0.1:{ports['8080']}"
+    changes = {**ports, "VITRAIL_CATALOG": str(tiny_catalog)}
+    with container_process([pod], "kserve", tmp_path, **changes) as container:
+        wait_until(lambda: ask_http(container["startupProbe"], address))
+        assert ask_http(container["livenessProbe"], address)
+        assert ask_http(container["readinessProbe"], address)
+        assert httpx.get(f"http://{address}/v2/models/tiny/ready").status_code == 200

@@ -110,7 +110,8 @@ class Results:
         batches = (batch for table in rows for batch in table.to_batches())
         reader = pa.RecordBatchReader.from_batches(schema, batches)
         database = lancedb.connect(self._job.output)
-        database.create_table(LANCE, reader, mode="overwrite")
+        # those of images that could not be read are null, which LanceDB would refuse
+        database.create_table(LANCE, reader, mode="overwrite", on_bad_vectors="null")
 
     def _vector_schema(self) -> pa.Schema:
         """The schema of the results, with the length of embeddings in it."""

@@ -19,6 +19,7 @@ from service.bulk.runner import ShardRunner
 from service.bulk.shards import Shard, SourceFormatError, list_shards, read_shard
 from service.cli import app
 from service.settings import Settings
+from tests.conftest import process, wait_until
 
 
 def bulk(catalog: Path, *arguments: str | Path) -> Result:
@@ -103,6 +104,27 @@ def test_what_an_interruption_left_is_completed(
     hits = table.search(found[wanted]["embedding"]).limit(3).to_list()  # of three equal photos
     assert wanted in [hit["id"] for hit in hits]
     assert b"model_digest" in table.schema.metadata
+
+
+@pytest.mark.nightly
+def test_a_run_that_is_killed_loses_and_repeats_nothing(
+    tiny_catalog: Path, tmp_path: Path, jpegs: dict[str, bytes]
+) -> None:
+    source, output, undisturbed = (tmp_path / name for name in ("photos", "out", "undisturbed"))
+    source.mkdir()
+    for n in range(200):
+        (source / f"{n:03}.jpg").write_bytes(jpegs["coffee" if n % 2 else "rocket"])
+    flags = ("--catalog", str(tiny_catalog), "--device", "cpu", "--shard-size", "5")
+    command = ("bulk", "embed", str(source), str(output), *flags)
+    for done in (5, 15, 25):
+        with process(*command) as killed:
+            wait_until(lambda done=done: len(list(output.glob("*.parquet"))) > done)  # type: ignore[misc]
+            killed.kill()
+    with process(*command) as last:
+        assert last.wait(120) == 0
+    assert bulk(tiny_catalog, "embed", source, undisturbed).exit_code == 0
+    assert len(rows(output)) == 200
+    check_equal(rows(output), rows(undisturbed))
 
 
 def check_equal(ours: dict[str, dict[str, object]], theirs: dict[str, dict[str, object]]) -> None:
