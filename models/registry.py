@@ -57,10 +57,8 @@ class Registry:
         on_change: Callable[[str], None] | None = None,
     ) -> None:
         self._slots = Slots(catalog.models.values(), self._report)
-        # The models of the catalog's files; the others are heads.
-        self.declared = set(catalog.models)
-        # `add` and `remove` change its models.
-        self.catalog = replace(catalog, models=self._slots.entries)
+        self.declared = set(catalog.models)  # of the catalog's files; the other models are heads
+        self.catalog = replace(catalog, models=self._slots.entries)  # `add`, `remove` change them
         self.store = store or Store()
         self.device = resolve_device(device)
         defaults = Placement(
