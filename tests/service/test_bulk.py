@@ -116,9 +116,13 @@ def test_a_run_that_is_killed_loses_and_repeats_nothing(
         (source / f"{n:03}.jpg").write_bytes(jpegs["coffee" if n % 2 else "rocket"])
     flags = ("--catalog", str(tiny_catalog), "--device", "cpu", "--shard-size", "5")
     command = ("bulk", "embed", str(source), str(output), *flags)
-    for done in (5, 15, 25):
+
+    def wait_for_more(shards: int) -> None:
+        wait_until(lambda: len(list(output.glob("*.parquet"))) > shards)
+
+    for shards in (5, 15, 25):
         with process(*command) as killed:
-            wait_until(lambda done=done: len(list(output.glob("*.parquet"))) > done)  # type: ignore[misc]
+            wait_for_more(shards)
             killed.kill()
     with process(*command) as last:
         assert last.wait(120) == 0
