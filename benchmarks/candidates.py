@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.bodies import (
@@ -68,6 +68,7 @@ class Launcher:
         rival_batch: the most images in a rival's batch.
         device: `cpu` or `cuda`.
         engine: Vitrail's.
+        environment: Vitrail's further settings.
     """
 
     workload: Workload
@@ -77,6 +78,7 @@ class Launcher:
     rival_batch: int
     device: str = "cpu"
     engine: str = "auto"
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def server(self, name: str, model: str) -> Server:
         """A server of the model, which is started by entering it.
@@ -88,7 +90,7 @@ class Launcher:
         folder = self.logs / f"{name}-{model}"  # some servers write into their working folder
         folder.mkdir(parents=True, exist_ok=True)
         if name == VITRAIL:
-            command, environment = self._vitrail(model, port), {}
+            command, environment = self._vitrail(model, port), dict(self.environment)
         else:
             python = python_of(name, self.rivals)
             if not python.exists():

@@ -74,6 +74,10 @@ class StartedPass:
         for row, position in at:
             self._results[row][position] = error
 
+    def errors(self) -> list[Exception]:
+        """What heads have raised so far."""
+        return [each for row in self._results for each in row if isinstance(each, Exception)]
+
     def results(self, copies: Sequence[Tensor]) -> list[list[Row | Exception]]:
         """For each row, for each of its calls, the head's arrays, or the exception that it raised.
 

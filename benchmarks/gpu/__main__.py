@@ -5,25 +5,30 @@
     python -m benchmarks.gpu --device cpu --quick         # tries the benchmark itself
 
 Needs no download: networks have random weights, and the fixtures are read from `--shared`. Each
-part runs in a process of its own and is ended after eight minutes. Results are added to
+part runs in a process of its own and is ended after eight minutes, with all processes that it has
+started; one that has many checks goes on in a new process before that. Results are added to
 `bundle.json` in the folder, with a table (`table.md`) and a plot for each part. An interrupted run
 goes on where it was.
 """
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.gpu.bundle import line, load, report, save
 from benchmarks.gpu.networks import NETWORKS
-from benchmarks.gpu.options import Options, Row
-from benchmarks.gpu.parts import BY_NETWORK, BY_PRECISION, PARTS
+from benchmarks.gpu.options import Options, Row, UnfinishedError
+from benchmarks.gpu.parts import BY_NETWORK, BY_PRECISION, PARTS, RESUMABLE
 from models.trunks.devices import PRECISIONS, resolve_device
 
 PART_S = 480
+GO_ON_S = 360  # after so long, a part that can go on leaves the rest to another process
 FORMS = "; PART:NETWORK, PART:PRECISION and PART:NETWORK:PRECISION for less of one"
 
 
@@ -101,15 +106,30 @@ def names(options: Options) -> list[str]:
 
 
 def run_apart(name: str, path: Path) -> None:
-    """Run a part in a process of its own: a GPU's error ends that process alone."""
+    """Run a part in a process of its own: a GPU's error ends that process alone. Another one
+    follows while a part goes on."""
     command = [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:], "--part", name, "--is-child"]
-    try:
-        status = subprocess.run(command, timeout=PART_S, check=False).returncode
-        failure = f"ended with status {status}" if status else ""
-    except subprocess.TimeoutExpired:
-        failure = f"took more than {PART_S} s"
-    if failure:
-        note_failure(name, failure, path)
+    while "complete" not in (part := load(path)["parts"].get(name, {})):
+        before = len(part.get("rows", ()))
+        status = run_limited(command, PART_S)
+        part = load(path)["parts"].get(name, {})
+        if status is None:
+            return note_failure(name, f"took more than {PART_S} s", path)
+        if status or ("complete" not in part and len(part.get("rows", ())) == before):
+            return note_failure(name, f"ended with status {status}", path)
+    return None
+
+
+def run_limited(command: Sequence[str], seconds: float) -> int | None:
+    """The exit status of a command; None if it took longer, and was killed with its children."""
+    with subprocess.Popen(command, start_new_session=True) as process:
+        try:
+            return process.wait(seconds)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                return None
+            raise
 
 
 def run_here(name: str, options: Options, path: Path) -> None:
@@ -137,21 +157,29 @@ def run_part(name: str, options: Options, path: Path) -> None:
         raise SystemExit(f"{name}: no network or precision {', '.join(wrong)}")
     bundle = load(path)
     done = {key: value["rows"] for key, value in bundle["parts"].items()}
+    earlier = bundle["parts"].get(name, {})
+    goes_on = part in RESUMABLE and "complete" not in earlier
+    started = time.monotonic()
+    rows: list[Row] = list(earlier.get("rows", ())) if goes_on else []
     options = replace(
         options,
         done=done,
+        own=tuple(rows),
+        end=started + GO_ON_S,
         networks=tuple(each for each in only if each in NETWORKS) or options.networks,
         precisions=tuple(each for each in only if each in PRECISIONS) or options.precisions,
     )
-    started = time.monotonic()
-    rows: list[Row] = []
     print(f"== {name}", flush=True)
-    for row in PARTS[part](options):
-        print("  " + line(row), flush=True)
-        rows.append(row)
-        entry = {"rows": rows, "seconds": time.monotonic() - started, "arguments": sys.argv[1:]}
-        bundle["parts"][name] = entry
-        save(bundle, path)
+    try:
+        for row in PARTS[part](options):
+            print("  " + line(row), flush=True)
+            rows.append(row)
+            entry = {"rows": rows, "seconds": time.monotonic() - started, "arguments": sys.argv[1:]}
+            bundle["parts"][name] = entry
+            save(bundle, path)
+    except UnfinishedError:
+        print(f"  {name} goes on when it is called again", flush=True)
+        return
     bundle["parts"].setdefault(name, {"rows": []})["complete"] = True
     save(bundle, path)
 

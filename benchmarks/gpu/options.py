@@ -1,7 +1,8 @@
 """What all parts take."""
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,11 @@ import torch
 # One measurement or check.
 Row = dict[str, Any]
 Rows = Iterator[Row]
+
+
+class UnfinishedError(Exception):
+    """A part leaves its rest to another process: its time is up, or the device is lost. It goes on
+    where it was when it is called again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +41,18 @@ class Options:
     seconds: float
     quick: bool
     shared: Path
-    done: dict[str, Any] = field(default_factory=dict)  # earlier parts' rows, by part
+    done: dict[str, Any] = field(default_factory=dict)  # earlier rows, by part
+    own: Sequence[Row] = ()  # those of the part itself, if it goes on where it was
+    end: float = math.inf  # when a part that can go on later has to stop, in `time.monotonic`
 
     @property
     def is_gpu(self) -> bool:
         return self.device.type == "cuda"
+
+    @property
+    def judges(self) -> bool:
+        """Whether rates are held against what a large GPU should reach."""
+        return self.is_gpu and not self.quick
 
     @property
     def precision(self) -> str:

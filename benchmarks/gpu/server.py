@@ -9,10 +9,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from prometheus_client import CollectorRegistry
 
 from benchmarks.gpu.networks import catalog
 from benchmarks.gpu.options import Options
+from models.inference import decode
+from models.inputs.images import DEFAULT_LIMITS
 from models.inputs.types import Input
 from models.registry import Registry
 from models.trunks.base import Trunk
@@ -29,15 +32,35 @@ class Served:
 
     backend: LocalBackend
     network: str
+    max_batch: int
 
     @property
     def trunk(self) -> Trunk:
         return self.backend.registry.ready(self.network).trunk
 
-    async def run(
-        self, inputs: Sequence[Input], calls: Sequence[Sequence[Call]], clients: int, seconds: float
-    ) -> tuple[float, list[float]]:
-        """Requests per second of clients that send one input at a time, and each one's seconds."""
+    async def warm(self, inputs: Sequence[Input], calls: Sequence[Sequence[Call]], clients: int,
+                   seconds: float, images: int = 1) -> None:  # fmt: skip
+        """Load, until the engine has built the passes of such requests for all sizes of batches."""
+        await self.run(inputs, calls, clients, seconds, images)
+        await asyncio.to_thread(self._finish_building, inputs[0])
+        await self.run(inputs, calls, clients, seconds, images)
+
+    @torch.inference_mode()
+    def _finish_building(self, item: Input) -> None:
+        trunk = self.trunk
+        while not trunk.engine.settled:
+            time.sleep(0.1)
+        prepared = trunk.prepare(decode(item, DEFAULT_LIMITS))
+        for size in trunk.engine.warm_up_sizes(self.max_batch):
+            trunk.forward(trunk.collate([prepared] * size))
+
+    async def run(self, inputs: Sequence[Input], calls: Sequence[Sequence[Call]], clients: int,
+                  seconds: float, images: int = 1) -> tuple[float, list[float]]:  # fmt: skip
+        """Images per second of clients that send one request at a time, and each one's seconds.
+
+        Args:
+            images: of a request.
+        """
         turns = itertools.cycle(zip(itertools.cycle(inputs), itertools.cycle(calls), strict=False))
         latencies: list[float] = []
         started = time.monotonic()
@@ -45,20 +68,20 @@ class Served:
         async def client() -> None:
             while (sent := time.monotonic()) - started < seconds:
                 item, own = next(turns)
-                await self.infer(item, own)
+                await self.infer([item] * images, own)
                 latencies.append(time.monotonic() - sent)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(clients):
                 group.create_task(client())
-        return len(latencies) / (time.monotonic() - started), latencies
+        return images * len(latencies) / (time.monotonic() - started), latencies
 
-    async def infer(self, item: Input, calls: Sequence[Call]) -> None:
-        request = InferRequest(inputs=[item], calls=calls, deadline=math.inf)
-        [result] = (await self.backend.infer(request)).images
-        for output in [result.error] if result.error else result.outputs:
-            if isinstance(output, ServiceError):
-                raise output
+    async def infer(self, items: Sequence[Input], calls: Sequence[Call]) -> None:
+        request = InferRequest(inputs=items, calls=calls, deadline=math.inf)
+        for result in (await self.backend.infer(request)).images:
+            for output in [result.error] if result.error else result.outputs:
+                if isinstance(output, ServiceError):
+                    raise output
 
 
 @asynccontextmanager
@@ -84,6 +107,6 @@ async def served(
     try:
         for name in (network, f"{network}-embed"):
             await backend.load(name)
-        yield Served(backend, network)
+        yield Served(backend, network, worker.max_batch_size)
     finally:
         await backend.close()

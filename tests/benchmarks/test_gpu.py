@@ -2,14 +2,17 @@
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.__main__ import main, run_limited
 from benchmarks.gpu.bundle import load, report
-from benchmarks.gpu.options import Options, Rows
+from benchmarks.gpu.options import Options, Rows, UnfinishedError
 from benchmarks.gpu.parts.recovery import recovery
+from benchmarks.gpu.serving import busy_and_gap
+from tests.conftest import wait_until
 
 
 def test_a_part_is_measured_added_to_the_bundle_and_plotted(
@@ -65,6 +68,51 @@ def test_a_run_goes_on_with_what_is_neither_complete_nor_failed(
     assert parts["recovery"]["complete"]
     printed = capsys.readouterr().out
     assert "fails: RuntimeError: no kernel" in printed
+
+
+def test_a_part_whose_time_is_up_goes_on_after_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def two_at_a_time(options: Options) -> Rows:
+        done = len(options.own)
+        for number in range(done, min(done + 2, 5)):
+            yield {"fixture": number}
+        if done + 2 < 5:
+            raise UnfinishedError
+
+    monkeypatch.setattr("benchmarks.gpu.__main__.PARTS", {"fixtures": two_at_a_time})
+    command = ["gpu", "--device", "cpu", "--quick", "--folder", str(tmp_path), "--part", "fixtures"]
+    monkeypatch.setattr(sys, "argv", command)
+    path, counts = tmp_path / "bundle.json", []
+    while "complete" not in load(path)["parts"].get("fixtures", {}):
+        main()
+        counts.append(len(load(path)["parts"]["fixtures"]["rows"]))
+    assert counts == [2, 4, 5]
+    main()  # a complete one begins anew
+    assert len(load(path)["parts"]["fixtures"]["rows"]) == 2
+
+
+def test_a_part_that_takes_too_long_is_killed_with_what_it_has_started(tmp_path: Path) -> None:
+    assert run_limited(["sh", "-c", "exit 3"], 30) == 3
+    child = tmp_path / "child"
+    script = f"sleep 60 & echo $! > {child}.new && mv {child}.new {child}; sleep 60"
+    with ThreadPoolExecutor(1) as threads:
+        started = threads.submit(run_limited, ["sh", "-c", script], 2)
+        wait_until(child.exists)
+        assert started.result() is None
+    wait_until(lambda: not is_running(int(child.read_text())))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_busy_time_and_gaps_are_those_of_all_streams_together() -> None:
+    assert busy_and_gap([]) == (0.0, 0.0)
+    assert busy_and_gap([(10, 12), (11, 15), (20, 21), (14, 16)]) == (7.0, 4.0)
 
 
 def test_a_part_that_fails_is_in_the_table(tmp_path: Path) -> None:

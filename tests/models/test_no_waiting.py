@@ -121,8 +121,7 @@ def check(trunk: Trunk, batch: Tensor, calls: Sequence[Sequence[HeadCall]], *oth
             started = start_pass(trunk, on_host, calls)
         assert started.tensors
         assert all(tensor.device == GPU for tensor in started.tensors)
-    failed = [error for row in started._results for error in row if isinstance(error, Exception)]
-    assert not failed, failed[0]
+    assert not started.errors()
 
 
 def options_of(model: Model) -> list[tuple[str, Mapping[str, Any]]]:

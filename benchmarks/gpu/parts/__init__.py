@@ -31,3 +31,5 @@ PARTS: dict[str, Callable[[Options], Rows]] = {
 # Parts that run for one network, or in one precision, at a time, so that each ends within minutes.
 BY_NETWORK = ("waiting", "ceiling", "quantised", "tensor-in", "jpeg-in", "lone", "mixed", "heads")
 BY_PRECISION = ("waiting", "fixtures", "ceiling")
+# Parts that go on after their earlier rows when they have taken too long.
+RESUMABLE = ("fixtures",)

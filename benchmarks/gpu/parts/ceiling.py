@@ -7,6 +7,7 @@ from benchmarks.gpu.networks import blank_batch, load_trunk
 from benchmarks.gpu.options import Options, Rows
 from benchmarks.gpu.timing import rate_of
 from models.errors import ModelsError
+from models.trunks.device_errors import is_out_of_memory
 
 
 def ceiling(options: Options) -> Rows:
@@ -21,7 +22,13 @@ def ceiling(options: Options) -> Rows:
         report = trunk.engine.report()
         for batch in options.batches:
             pixels = blank_batch(trunk, batch).to(options.device)
-            rate = rate_of(options, partial(trunk.forward, pixels), batch)
+            try:
+                rate = rate_of(options, partial(trunk.forward, pixels), batch)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                yield {**row, "batch": batch, "refused": "out of memory"}
+                break
             yield {**row, "ran": report.name, "batch": batch, "images_per_s": rate,
                    "agreement": report.to_json(), "reason": report.reason}  # fmt: skip
 

@@ -1,16 +1,21 @@
 """The authors' own outputs on this device."""
 
+import itertools
 import json
+import time
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.gpu.options import Options, Rows
+from benchmarks.gpu.options import Options, Rows, UnfinishedError
 from models import load_checkpoint
 from models.inference import HeadCall, run_rows
 from models.model import Model
+from models.trunks.device_errors import is_lost
 from models.trunks.devices import Placement, resolve_precision
 from models.trunks.engines.registry import engine_class
 from models.trunks.features import LAST_OUTPUT
@@ -30,18 +35,25 @@ def fixtures(options: Options) -> Rows:
     if not folders:
         yield {"refused": f"no fixtures in {options.shared}"}
     engines = ("eager", "cuda-graph") if options.is_gpu else ("eager",)
+    done = {(row["fixture"], row["precision"], row["engine"]) for row in options.own}
     for folder in folders[::QUICK_STEP] if options.quick else folders:
-        for precision in options.precisions:
-            tolerance = TOLERANCES[precision]
-            for engine in engines:
-                row = {"fixture": folder.name, "precision": precision, "engine": engine}
-                try:
-                    worst = _fixture_error(options, folder, precision, engine)
-                except Exception as error:  # one that fails is a row of its own
-                    yield {**row, "failed": f"{type(error).__name__}: {error}"[:300]}
-                    continue
-                if worst is not None:
-                    yield {**row, "error": worst, "holds": worst <= tolerance}
+        for precision, engine in itertools.product(options.precisions, engines):
+            if (folder.name, precision, engine) in done:
+                continue
+            if time.monotonic() > options.end:
+                raise UnfinishedError
+            row = {"fixture": folder.name, "precision": precision, "engine": engine}
+            try:
+                worst = _fixture_error(options, folder, precision, engine)
+            except Exception as error:  # one that fails is a row of its own
+                yield {**row, "failed": f"{type(error).__name__}: {error}"[:300]}
+                if is_lost(error, options.device):
+                    raise UnfinishedError from error
+                continue
+            if worst is None:
+                yield {**row, "refused": "it has no outputs that are compared"}
+            else:
+                yield {**row, "error": worst, "holds": worst <= TOLERANCES[precision]}
 
 
 def _fixture_error(options: Options, folder: Path, precision: str, engine: str) -> float | None:
@@ -68,8 +80,8 @@ def _fixture_error(options: Options, folder: Path, precision: str, engine: str) 
     if precision == "float32":
         expected, outputs = golden, model.run(**inputs)
     else:  # of the float32 model, which has its own row
-        exact = load_checkpoint(path, arguments=meta["hyperparameters"])
-        expected, outputs = (_served_outputs(each, inputs) for each in (exact, model))
+        expected = _exact_outputs(path, json.dumps(meta["hyperparameters"]))
+        outputs = _served_outputs(model, inputs)
     errors = [
         float((outputs[name].float() - expected[name]).abs().max() / expected[name].abs().max())
         for name in OUTPUTS
@@ -78,7 +90,13 @@ def _fixture_error(options: Options, folder: Path, precision: str, engine: str) 
     return max(errors, default=None)
 
 
-def _served_outputs(model: Model, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+@lru_cache(maxsize=1)  # each engine is compared with them
+def _exact_outputs(path: Path, arguments: str) -> dict[str, torch.Tensor]:
+    golden = load_file(path.parent / "golden.safetensors")
+    return _served_outputs(load_checkpoint(path, arguments=json.loads(arguments)), golden)
+
+
+def _served_outputs(model: Model, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What heads answer with, which is all that reduced precisions have."""
     named: dict[str, torch.Tensor] = {}
     for task in ("classify", "embed"):

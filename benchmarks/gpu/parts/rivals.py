@@ -44,6 +44,8 @@ def rivals(options: Options) -> Rows:
                 rival_batch=batch,
                 device=options.device.type,
                 engine=engine,
+                environment={"VITRAIL_MAX_BATCH_SIZE": str(batch),
+                             "VITRAIL_MAX_QUEUE_SIZE": str(2 * options.clients)},
             )  # fmt: skip
             row: Row = {"network": model, "server": server, "engine": engine, "batch": batch}
             try:

@@ -27,9 +27,12 @@ def waiting(options: Options) -> Rows:
         torch.cuda.set_sync_debug_mode("error")
         try:
             with compute_stream(options.device).use():
-                start_pass(trunk, batch.to(options.device, non_blocking=True), calls)
+                moved = batch.to(options.device, non_blocking=True)
+                started = start_pass(trunk, moved, calls)
+            if failed := started.errors():
+                raise failed[0]
             yield {**row, "holds": True}
-        except RuntimeError as error:
+        except Exception as error:
             yield {**row, "holds": False, "reason": str(error)[:300]}
         finally:
             torch.cuda.set_sync_debug_mode("default")
