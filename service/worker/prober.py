@@ -44,9 +44,9 @@ class Prober:
         """
         for size in self._runners[name].trunk.engine.warm_up_sizes(largest):
             blanks = [self._runners[name].blank_item() for _ in range(size)]
-            self._batcher.admit(name, size)
-            for item, _ in blanks:
-                self._batcher.put(name, [Entry(item, "warm-up")])
+            # All at once: else an idle lane takes the first ones alone, and no batch has this size.
+            self._batcher.admit(name, 1)
+            self._batcher.put(name, [Entry(item, "warm-up") for item, _ in blanks])
             rows = [row for _, future in blanks for row in future.result().rows]
             if failed := next((row for row in rows if isinstance(row, Exception)), None):
                 raise CheckpointError(f"the trunk does not run: {failed}") from failed

@@ -2,12 +2,17 @@
 
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from models.trunks.engines.buckets import buckets
 from service.worker.batch_queue import BatchQueue, Entry
 from service.worker.batcher import Batcher
 from service.worker.places import QueueFull
+from service.worker.prober import Prober
+from service.worker.runner import Item, ItemResult
 from service.worker.scheduler import Batch, Scheduler
 from tests.conftest import wait_until
 
@@ -165,3 +170,26 @@ def test_a_stuck_device_is_noticed(device: FakeDevice) -> None:
     device.gate.release()
     made.close()
     assert made.stuck_for() == 0
+
+
+def test_a_gpus_warm_up_has_each_size_as_one_batch() -> None:
+    sizes: list[int] = []
+
+    def execute(batch: Batch) -> None:
+        sizes.append(len(batch.entries))
+        for entry in batch.entries:
+            entry.payload.done(ItemResult([], 0.0, 0.0, len(batch.entries)))
+
+    batcher = Batcher(Scheduler(lanes=2), execute=execute, drop=lambda entry: None)
+    batcher.add_queue(BatchQueue("q", max_batch_size=10, capacity=10))
+    runner = SimpleNamespace(
+        trunk=SimpleNamespace(engine=SimpleNamespace(warm_up_sizes=buckets)),
+        blank_item=lambda: Item.awaited("q", torch.zeros(1)),
+    )
+    prober = Prober(batcher, {"q": runner}, interval_s=1, limit_s=1)  # type: ignore[dict-item]
+    batcher.start()
+    try:
+        prober.warm_up("q", 10)
+    finally:
+        batcher.close()
+    assert sorted(sizes) == [1, 2, 2, 3, 4, 6, 8, 10]  # 12 rows fill the largest batch, and more
