@@ -183,13 +183,16 @@ def add_images(
     return _batched(path, items, body, lambda item: _image_size(item[0]))
 
 
-def add_folder(collection: str, folder: str, *, after: str | None = None) -> Call[dict[str, Any]]:
+def add_folder(
+    collection: str, folder: str, *, after: str | None = None, thumbnails: bool | None = None
+) -> Call[dict[str, Any]]:
     """Add the next new or changed images of a folder of the server, if it allows that.
 
     `{"results", "next"}`: for each file `{"id"}`, `{"id", "unchanged"}` or `{"id", "error"}`. The
-    other files come with `after=next`, until that is None.
+    other files come with `after=next`, until that is None. The server makes thumbnails of them,
+    unless `thumbnails` is False.
     """
-    content = {"json": given(folder=folder, after=after)}
+    content = {"json": given(folder=folder, after=after, thumbnails=thumbnails)}
     path = f"{_collection(collection)}/images"
     return Call(method="POST", path=path, body=lambda _: content, read=_first)
 

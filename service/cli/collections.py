@@ -80,7 +80,9 @@ def index(
             _create(client, collection, model)
             known = {} if on_server and not delete else _known(client, collection)
             if on_server:
-                outcome = _add_server_folders(client, collection, paths, show)
+                outcome = _add_server_folders(
+                    client, collection, paths, show, thumbnails=thumbnails
+                )
             else:
                 outcome = _add_files(client, collection, paths, known, thumbnails=thumbnails)
             if not outcome.ids:
@@ -168,14 +170,15 @@ def _add_files(
 
 
 def _add_server_folders(
-    client: Client, collection: str, paths: Sequence[Path], show: Show
+    client: Client, collection: str, paths: Sequence[Path], show: Show, *, thumbnails: bool
 ) -> Outcome:
     """Let the server add its folders, page after page."""
     outcome = Outcome()
+    options = {} if thumbnails else {"thumbnails": False}  # an older server makes none
     for folder in paths:
         after = None
         while True:
-            page = client.add_folder(collection, str(folder), after=after)
+            page = client.add_folder(collection, str(folder), after=after, **options)
             for result in page["results"]:
                 outcome.add(result["id"], result)
             show(len(outcome.ids), None)

@@ -9,7 +9,8 @@ from fastapi import FastAPI
 from service.backend import Backend
 from service.gateway import pages
 from service.gateway.collections import routes as collection_routes
-from service.gateway.dialects import cohere, immich, pooling, tei
+from service.gateway.collections.thumbnails import ThumbnailMaker
+from service.gateway.dialects import cohere, immich, infinity, pooling, tei
 from service.gateway.entrance import Entrance
 from service.gateway.error_responses import document_errors
 from service.gateway.fetch import ImageFetcher
@@ -58,6 +59,7 @@ def create_app(
         await app.state.fetcher.close()
         await app.state.collections.close()
         app.state.folder_threads.shutdown(wait=False, cancel_futures=True)
+        app.state.thumbnails.close()
 
     app = FastAPI(
         title="Vitrail",
@@ -79,6 +81,7 @@ def create_app(
     app.state.collections = StoreOpener(settings.collections)
     # Of their own: a network mount that hangs holds up requests for folders alone.
     app.state.folder_threads = ThreadPoolExecutor(2, "folders")
+    app.state.thumbnails = ThumbnailMaker(settings, metrics)
     install_handlers(app)
     modules = (
         task_routes,
@@ -91,6 +94,7 @@ def create_app(
         tei,
         cohere,
         immich,
+        infinity,
         pooling,
         system_routes,
         pages,

@@ -59,6 +59,17 @@ def embeddings(result: InferResult, field: str = "input") -> list[np.ndarray]:
     return [_vector(position, image, field) for position, image in enumerate(result.images)]
 
 
+def scores_with_first(result: InferResult, field: str = "input") -> np.ndarray:
+    """The cosine similarities of all inputs but the first with the first, (N - 1,).
+
+    Raises:
+        ServiceError: as `embeddings`.
+    """
+    first, *others = embeddings(result, field)
+    scores: np.ndarray = np.stack(others) @ first
+    return scores
+
+
 def _vector(position: int, image: ImageResult, field: str) -> np.ndarray:
     output = image.error or image.outputs[0]
     if isinstance(output, ServiceError):

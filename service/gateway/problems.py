@@ -26,7 +26,7 @@ def problem_response(error: ServiceError, path: str = "") -> JSONResponse:
     body = describe(error) | {"request_id": request_id.get()}
     if path.startswith("/v2/"):  # the Open Inference Protocol's member
         body["error"] = error.detail
-    if path.startswith("/v1/"):  # OpenAI's member
+    if path.startswith(("/v1/", "/infinity/")):  # OpenAI's member
         body["error"] = {"message": error.detail, "type": error.slug, "param": None, "code": None}
     if path.startswith("/tei/"):
         body |= {"error": error.detail, "error_type": error.slug}

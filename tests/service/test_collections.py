@@ -443,9 +443,17 @@ def test_a_folder_of_the_server_is_added_page_by_page(
         {"id": str(paths[3])}, again["results"][-1],
     ]  # fmt: skip
     assert "error" in again["results"][-1]  # and it alone does not fail the request
-    query = {"image": entry(jpegs["coffee"]), "filter": {"folder": "trip"}, "k": 1}
+    query = {
+        "image": entry(jpegs["coffee"]), "filter": {"folder": "trip"}, "k": 1, "thumbnails": True,
+    }  # fmt: skip
     [hit] = hits(server.client.post(f"{photos_collection}/search", json=query))
     assert hit["id"] == str(paths[3])
+    with Image.open(io.BytesIO(base64.b64decode(hit["thumbnail"]))) as small:
+        assert small.size == (192, 128)
+    os.utime(paths[3])
+    add(folder=str(folder), thumbnails=False)
+    [hit] = hits(server.client.post(f"{photos_collection}/search", json=query))
+    assert (hit["id"], hit["thumbnail"]) == (str(paths[3]), None)
     assert hit["score"] == pytest.approx(1, abs=1e-5)
 
 
@@ -680,7 +688,9 @@ def test_images_below_a_folder_that_cannot_be_read_are_not_gone() -> None:
             return {"results": [{"id": "/p/b.jpg"}, locked], "next": None}
 
     server: Any = Server()
-    outcome = _add_server_folders(server, "c", [Path("/p")], lambda done, total: None)
+    outcome = _add_server_folders(
+        server, "c", [Path("/p")], lambda done, total: None, thumbnails=True
+    )
     assert outcome.failed == {"/p/locked": "Permission denied"}
     names = ("/p/b.jpg", "/p/gone.jpg", "/p/locked/1.jpg", "/p/locked/in/2.jpg", "/p/locked2/3.jpg")
     known: dict[str, dict[str, Any]] = {name: {} for name in (*names, "/other/4.jpg")}

@@ -323,10 +323,6 @@ def test_the_official_client_sends_the_forms_of_infinity_and_vllm(
         answer = infinity.embeddings.create(
             model="clip", input=[uri], extra_body={"modality": "image"}
         )
-        # as infinity_client 0.0.78 sends it, which cannot be installed beside a newer httpx
-        own = {"model": "clip", "input": ["a cat"], "dimensions": 0, "modality": "text"}
-        [first] = server.client.post("/embeddings", json=own).json()["data"]
-        assert np.allclose(first["embedding"], text, atol=1e-5)
         assert np.allclose(answer.data[0].embedding, image, atol=1e-5)
         pooled = infinity.post(
             "/pooling", cast_to=object, body={"model": "clip", "input": ["a cat"]}
@@ -352,3 +348,40 @@ def test_vllms_pooling(server: Running, jpegs: dict[str, bytes]) -> None:
     answer = server.client.post("/pooling", json=body).json()
     assert [item["object"] for item in answer["data"]] == ["pooling"] * 2
     assert np.allclose(answer["data"][0]["data"], text, atol=1e-5)
+
+
+def test_infinitys_clients_embed_rerank_and_list(server: Running, jpegs: dict[str, bytes]) -> None:
+    """As infinity_client 0.0.78 sends it, which cannot be installed beside a newer httpx."""
+    uri = data_uri(jpegs["coffee"])
+    [image] = ours(server, model="clip", images=[image_entry(jpegs["coffee"])])
+    cat, dog = ours(server, model="clip", texts=["a cat", "a dog"])
+
+    def post(route: str, **body: Any) -> Any:
+        answer = server.client.post(f"/infinity/{route}", json=body)
+        assert answer.is_success, answer.text
+        return answer.json()
+
+    unspecified = "default/not-specified"
+    own = {"model": unspecified, "input": ["a cat"], "dimensions": 0, "modality": "text"}
+    answer = post("embeddings", **own)
+    assert np.allclose(answer["data"][0]["embedding"], cat, atol=1e-5)
+    assert answer.keys() >= {"object", "data", "model", "usage", "id", "created"}
+    answer = post("embeddings_image", input=uri, encoding_format="base64")
+    decoded = np.frombuffer(base64.b64decode(answer["data"][0]["embedding"]), "<f4")
+    assert np.allclose(decoded, image, atol=1e-5)
+    ranking = {"query": "a cat", "documents": ["a dog", uri, "a cat"], "model": unspecified}
+    ranked = post("rerank", **ranking, return_documents=True)
+    assert ranked["results"][0]["document"] == "a cat"
+    scores = {entry["index"]: entry["relevance_score"] for entry in ranked["results"]}
+    assert scores == pytest.approx(
+        {0: np.dot(cat, dog), 1: np.dot(cat, image), 2: 1.0}, abs=1e-4
+    )
+    assert [entry["index"] for entry in post("rerank", **ranking, top_n=1)["results"]] == [2]
+    assert server.client.get("/infinity/health").json()["unix"] > 0
+    listed = server.client.get("/infinity/models").json()["data"]
+    found = {model["id"]: model["capabilities"] for model in listed}
+    assert found["clip"] == ["embed", "image_embed", "rerank"]
+    assert found["texts"] == ["embed", "rerank"]
+    wrong = server.client.post("/infinity/embeddings", json={"input": "a", "modality": "audio"})
+    assert wrong.status_code == 422
+    assert "modality" in wrong.json()["error"]["message"]

@@ -124,7 +124,8 @@ export class Vitrail {
 
   /**
    * Add the next new or changed images of a folder of the server, if it allows that:
-   * `{ results, next }`. The other files come with `{ after: next }`, until that is null.
+   * `{ results, next }`. The other files come with `{ after: next }`, until that is null. The server
+   * makes thumbnails of them, unless `{ thumbnails: false }`.
    */
   async addFolder(collection, folder, options = {}) {
     return this.send("POST", `${collectionPath(collection)}/images`,

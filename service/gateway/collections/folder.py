@@ -19,6 +19,7 @@ from service.gateway.collections.bodies import (
 from service.gateway.collections.parameters import (
     FolderParameters,
 )
+from service.gateway.collections.thumbnails import ThumbnailMaker
 from service.limits import Share
 from service.search.collection import VectorStore
 from service.search.folders import ImageFile, ImageFolder, Unreadable
@@ -76,6 +77,7 @@ async def _read_page(
     folder = ImageFolder(settings.image_folders, parameters.folder)
     share: Share = request.scope["state"]["share"]
     threads: Executor = request.app.state.folder_threads
+    thumbnails: ThumbnailMaker = request.app.state.thumbnails
     files, last = await share.in_pool(threads, folder.look, parameters.after, MAX_FILES, deadline)
     known = await store.find(collection, [file.path for file in files])
     entries: list[tuple[str, Entry | None]] = []
@@ -92,7 +94,10 @@ async def _read_page(
             entry = Entry(file.path, file.error, {})
         else:
             image = await _read(threads, folder, file, settings, share)
-            entry = Entry(file.path, image, file.metadata)
+            thumbnail = None
+            if parameters.thumbnails and isinstance(image, bytes):
+                thumbnail = await share.in_pool(threads, thumbnails.make, image)
+            entry = Entry(file.path, image, file.metadata, thumbnail)
         entries.append((file.path, entry))
         added += 1
     return Page(entries, last)

@@ -29,6 +29,7 @@ class FolderParameters(BaseModel):
     after: str | None = Field(
         None, max_length=MAX_ID, description="The path after which to go on: an answer's `next`."
     )
+    thumbnails: bool = Field(True, description="Store a thumbnail of each of its images.")
 
 
 class ListParameters(BaseModel):

@@ -16,13 +16,19 @@ from service.accounting import Account
 from service.errors import InvalidInputError
 from service.gateway import dispatch
 from service.gateway.auth import require_key
-from service.gateway.embedding import embed_inputs, embeddings, image_or_text
+from service.gateway.embedding import (
+    embed_inputs,
+    embeddings,
+    image_or_text,
+    scores_with_first,
+)
 from service.gateway.entrance import refused_early
 from service.gateway.rest.content import read_body
 from service.gateway.rest.examples import PHOTO, json_body
 from service.gateway.rest.openapi import query_parameters
 from service.parameters import validate
 from service.payloads import parse_json_object
+from service.types import InferResult
 
 B = TypeVar("B", bound=BaseModel)
 
@@ -99,8 +105,8 @@ async def embed(request: Request) -> JSONResponse:
         if not texts:
             raise InvalidInputError("inputs is empty", field="inputs")
         options = {"normalize": body.normalize, "dimensions": body.dimensions}
-        vectors = await _embed(request, account, body.model, texts, options)
-        return JSONResponse([row.tolist() for row in vectors])
+        result = await _embed(request, account, body.model, texts, options)
+        return JSONResponse([row.tolist() for row in embeddings(result, "inputs")])
 
 
 @router.post("/similarity", openapi_extra=_SIMILARITY)
@@ -110,8 +116,8 @@ async def similarity(request: Request) -> JSONResponse:
     with dispatch.count_request(request, "embed") as account:
         body = await _read(request, SimilarityBody)
         texts = [body.inputs.source_sentence, *body.inputs.sentences]
-        source, *others = await _embed(request, account, body.model, texts, {})
-        return JSONResponse((np.stack(others) @ source).tolist())
+        result = await _embed(request, account, body.model, texts, {})
+        return JSONResponse(scores_with_first(result, "inputs").tolist())
 
 
 @router.post("/rerank", openapi_extra=_RERANK)
@@ -122,8 +128,8 @@ async def rerank(request: Request) -> JSONResponse:
     with dispatch.count_request(request, "embed") as account:
         body = await _read(request, RerankBody)
         texts = [body.query, *body.texts]
-        query, *others = await _embed(request, account, body.model, texts, {})
-        scores = np.stack(others) @ query
+        result = await _embed(request, account, body.model, texts, {})
+        scores = scores_with_first(result, "inputs")
         answer: list[dict[str, Any]] = []
         for place in np.argsort(-scores, kind="stable").tolist():
             entry = {"index": place, "score": float(scores[place])}
@@ -147,11 +153,11 @@ async def _embed(
     model: str | None,
     texts: Sequence[str],
     options: dict[str, Any],
-) -> list[np.ndarray]:
-    """The vectors of texts and images.
+) -> InferResult:
+    """The result for texts and images.
 
     Raises:
-        ServiceError: the request failed, or one of them.
+        ServiceError: as `embed_inputs`.
     """
     items = [image_or_text(text) for text in texts]
-    return embeddings(await embed_inputs(request, account, model, items, options), "inputs")
+    return await embed_inputs(request, account, model, items, options)

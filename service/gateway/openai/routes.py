@@ -9,18 +9,16 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 
 from models.description import ModelDescription
-from models.tasks.embed import encode_embedding
 from service.gateway import dispatch
 from service.gateway.auth import require_key
 from service.gateway.embedding import embed_inputs
-from service.gateway.embedding import embeddings as embeddings_of
 from service.gateway.entrance import refused_early
 from service.gateway.openai.inputs import EmbeddingsRequest, parse_inputs
+from service.gateway.openai.outputs import embeddings_answer
 from service.gateway.rest.content import read_body
 from service.gateway.rest.examples import EMBEDDINGS, ModelName, json_body
 from service.parameters import validate
 from service.payloads import parse_json_object
-from service.types import InferResult
 
 router = APIRouter(tags=["OpenAI"], dependencies=[Depends(require_key)])
 
@@ -52,27 +50,7 @@ async def embeddings(request: Request) -> JSONResponse:
         options = {"dimensions": body.dimensions or None, "truncate": body.truncate is True}
         inputs = parse_inputs(body)
         result = await embed_inputs(request, account, body.model, inputs, options)
-        return JSONResponse(_answer(result, body.encoding_format))
-
-
-def _answer(result: InferResult, encoding: str) -> dict[str, Any]:
-    used = result.models[0]
-    data = [
-        {
-            "object": "embedding",
-            "index": position,
-            "embedding": encode_embedding(vector, encoding),
-        }
-        for position, vector in enumerate(embeddings_of(result))
-    ]
-    return {
-        "object": "list",
-        "data": data,
-        "model": used.name,
-        "model_digest": used.model_digest,
-        "preprocess_digest": used.preprocess_digest,
-        "usage": {"prompt_tokens": 0, "total_tokens": 0},  # required by clients
-    }
+        return JSONResponse(embeddings_answer(result, body.encoding_format))
 
 
 def _model(model: ModelDescription) -> dict[str, Any]:
