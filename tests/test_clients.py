@@ -259,9 +259,7 @@ CALLS: dict[str, Call[Any]] = {
     "add_images": calls.add_images(
         "c", [b"x"], ids=["a/b?"], metadata=[{"n": 1}], thumbnail=lambda _: b"x"
     ),
-    "add_folder": calls.add_folder(
-        "c", "/photos", after="/photos/a.jpg", thumbnails=False
-    ),
+    "add_folder": calls.add_folder("c", "/photos", after="/photos/a.jpg", thumbnails=False),
     "delete_image": calls.delete_image("c", "a/b?"),
     "delete_images": calls.delete_images("c", ["a/b?", ".."]),
     "search": calls.search(

@@ -4,6 +4,9 @@ import base64
 import io
 import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,6 +118,42 @@ def test_a_photo_is_classified_and_the_request_shown(page: Page, folder: Path) -
     page.evaluate(COPY)
     page.keyboard.press("Control+V")
     expect(answer.locator(".bar").first).to_contain_text("cat")
+
+
+@pytest.mark.weights
+def test_the_shown_requests_run_as_they_are(page: Page, folder: Path) -> None:
+    """In a shell, in Python and in Node, from the photo's folder, whatever the labels are."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is not installed (apt-get install nodejs)")
+    page.get_by_role("tab", name="Zero-shot").click()
+    page.get_by_label("Labels").fill("""it's a cat, $HOME "quoted", `a` \\ cup""")
+    answer = choose(page, "Zero-shot", "lite0-minilm", folder / "coffee.jpg")
+    expect(answer.locator(".bar")).to_have_count(3)
+    code = answer.locator(".snippets pre")
+    shown = {}
+    for language in ("curl", "Python", "JavaScript"):
+        answer.get_by_role("button", name=language, exact=True).click()
+        shown[language] = code.inner_text()
+    (folder / "request.mjs").write_text(shown["JavaScript"])
+    commands: dict[str, list[str]] = {
+        "curl": ["bash", "-c", shown["curl"]],
+        "Python": [sys.executable, "-c", shown["Python"]],
+        "JavaScript": [node, "request.mjs"],
+    }
+    for command in commands.values():
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env=os.environ | {"VITRAIL_API_KEY": "admin"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("score") == 3, done.stdout
+        assert "it's a cat" in done.stdout
 
 
 @pytest.mark.weights

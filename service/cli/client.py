@@ -11,11 +11,13 @@ from typing import Annotated, Any
 
 import httpx
 import typer
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
 import vitrail_client
 from models.inputs.images import SUFFIXES
+from service.cli.pictures import Picture, picture_of
 from service.cli.tables import write_table
 from vitrail_client.protocol import DEFAULT_URL
 
@@ -40,6 +42,9 @@ Key = Annotated[
 ]
 Model = Annotated[str | None, typer.Option(help="A model of the server's catalog.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]
+Show = Annotated[
+    bool, typer.Option("--show", help="Show pictures in the terminal, if it has colours.")
+]
 Concurrency = Annotated[int, typer.Option(min=1, help="Requests at a time.")]
 
 DEFAULT_CONCURRENCY = 8
@@ -78,13 +83,20 @@ class Client:
         self._concurrency = concurrency
 
     def run(
-        self, paths: list[Path], as_json: bool, output: Path | None, line: Callable[[Entry], str]
+        self,
+        paths: list[Path],
+        as_json: bool,
+        output: Path | None,
+        line: Callable[[Entry], str],
+        *,
+        show: bool = False,
     ) -> None:
         """Print an entry for each image, or write them all to a table.
 
         Args:
             output: the table; None to print.
             line: an entry as a line of text, for `as_json` False.
+            show: print a picture of each entry, too.
 
         Raises:
             typer.Exit: there was no image, or a request failed.
@@ -117,6 +129,8 @@ class Client:
                     echo(json.dumps({"path": str(path), **entry}))
                 elif output is None and "error" not in entry:
                     echo(f"{path}: {line(entry)}")
+                if show and "error" not in entry:
+                    show_picture(picture_of(path, entry))
         if output is not None:
             write_table(rows, output)
             errors.print(f"{len(rows)} rows in {output}", highlight=False)
@@ -168,6 +182,16 @@ class Client:
             return {"error": f"{type(error).__name__}: {error}"}
         shared = {k: body[k] for k in ("model", "model_digest", "preprocess_digest") if k in body}
         return {**body["results"][0], **shared}
+
+
+def show_picture(picture: Image.Image | None, **options: Any) -> None:
+    """Print a picture above the progress bar, if there is one, and the terminal has colours.
+
+    Args:
+        options: of `Picture`.
+    """
+    if picture is not None and errors.color_system is not None:
+        errors.print(Picture(picture, **options))
 
 
 def check_server(url: str) -> None:

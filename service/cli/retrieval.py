@@ -1,18 +1,33 @@
 """`vitrail embed` writes an index of images; `vitrail search` searches it, or a collection of the
 server, by image or text."""
 
+import base64
 import json
 import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from PIL import Image
 from rich.progress import Progress
 
 from models.tasks.base import Task
-from service.cli.client import Client, Json, Key, Url, connect, errors, expand
+from service.cli.client import (
+    Client,
+    Json,
+    Key,
+    Show,
+    Url,
+    connect,
+    errors,
+    expand,
+    show_picture,
+)
+from service.cli.pictures import read_picture
 from service.cli.task_commands import Invocation, run_task
 from vitrail_client.protocol import DEFAULT_URL, Scalar
+
+HIT_COLUMNS = 24  # of the terminal, for a hit's picture
 
 
 def run_embed(task: Task, invocation: Invocation) -> None:
@@ -44,6 +59,7 @@ def search(
     url: Url = DEFAULT_URL,
     key: Key = None,
     as_json: Json = False,
+    show: Show = False,
 ) -> None:
     """Search an index or a collection for the nearest images, by cosine similarity."""
     if (image is None) == (text is None):
@@ -51,16 +67,28 @@ def search(
     if Path(index).suffix:  # collections' names have no dot
         if where:
             raise typer.BadParameter("--where is for collections; a file has no metadata")
-        matches = _search_file(Path(index), image, text, top, url, key)
+        found = _search_file(Path(index), image, text, top, url, key)
     else:
         with connect(url, key) as client:
-            hits = client.search(
-                index, image=image, text=text, k=top, where=dict(map(_condition, where or []))
-            )
-        matches = [(hit["id"], hit["score"]) for hit in hits]
-    for path, score in matches:
-        found = {"path": path, "score": score}
-        typer.echo(json.dumps(found) if as_json else f"{score:.3f}  {path}")
+            conditions = dict(map(_condition, where or []))
+            shown = {"thumbnails": True} if show else {}
+            found = client.search(index, image=image, text=text, k=top, where=conditions, **shown)
+    for hit in found:
+        path, score = hit["id"], hit["score"]
+        line = json.dumps({"path": path, "score": score}) if as_json else f"{score:.3f}  {path}"
+        typer.echo(line)
+        if show:
+            show_picture(_thumbnail(hit), columns=HIT_COLUMNS)
+
+
+def _thumbnail(hit: dict[str, Any]) -> Image.Image | None:
+    """A hit's thumbnail, or else its file; None if there is neither here."""
+    if encoded := hit.get("thumbnail"):
+        return read_picture(base64.b64decode(encoded))
+    try:
+        return read_picture(Path(hit["id"]).read_bytes())
+    except OSError:
+        return None
 
 
 def _condition(text: str) -> tuple[str, Scalar]:
@@ -81,8 +109,8 @@ def _condition(text: str) -> tuple[str, Scalar]:
 
 def _search_file(
     index: Path, image: Path | None, text: str | None, top: int, url: str, key: str | None
-) -> list[tuple[str, float]]:
-    """Exact search of a file's vectors."""
+) -> list[dict[str, Any]]:
+    """Exact search of a file's vectors; hits as a collection's have them, with paths for ids."""
     import numpy as np
     from usearch.index import MetricKind
     from usearch.index import search as nearest
@@ -110,7 +138,7 @@ def _search_file(
     count = min(top, len(contents.paths))
     matches = nearest(np.asarray(contents.vectors), query, count, MetricKind.Cos, exact=True)
     found = zip(matches.keys.tolist(), matches.distances.tolist(), strict=True)
-    return [(contents.paths[position], 1 - distance) for position, distance in found]
+    return [{"id": contents.paths[position], "score": 1 - distance} for position, distance in found]
 
 
 def _write_index(client: Client, paths: list[Path], output: Path, pooling: str | None) -> None:

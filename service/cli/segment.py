@@ -8,7 +8,7 @@ import typer
 
 from models.tasks.base import Task
 from service.cli.client import Client, Entry, expand
-from service.cli.task_commands import Invocation
+from service.cli.task_commands import Invocation, run_task
 
 
 def run_segment(task: Task, invocation: Invocation, *, overlays: bool) -> None:
@@ -18,8 +18,7 @@ def run_segment(task: Task, invocation: Invocation, *, overlays: bool) -> None:
     if overlays and folder is None:
         raise typer.BadParameter("--overlays needs a folder as --output")
     if folder is None:
-        client = invocation.client(task, Client)
-        client.run(invocation.paths, invocation.as_json, output, task.line)
+        run_task(task, invocation)
         return
     if invocation.options["output"] not in (None, "png"):
         raise typer.BadParameter("a folder as --output takes masks of --form png")
@@ -27,7 +26,7 @@ def run_segment(task: Task, invocation: Invocation, *, overlays: bool) -> None:
     masks = invocation.client(task, MaskClient)
     masks.folder, masks.overlays = folder, overlays
     masks.names = file_names(invocation.paths)
-    masks.run(invocation.paths, invocation.as_json, None, task.line)
+    masks.run(invocation.paths, invocation.as_json, None, task.line, show=invocation.show)
 
 
 class MaskClient(Client):

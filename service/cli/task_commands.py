@@ -19,6 +19,7 @@ from service.cli.client import (
     Key,
     Model,
     Paths,
+    Show,
     Url,
 )
 from vitrail_client.protocol import DEFAULT_URL
@@ -39,12 +40,16 @@ class Invocation:
     model: str | None
     as_json: bool
     output: Path | None
+    show: bool
     concurrency: int
     options: Mapping[str, Any]
 
     def client(self, task: Task, kind: type[C]) -> C:
         """A client of that class for the task's route."""
         parameters = {"model": self.model, **self.options}
+        printed = self.output is None and not self.as_json
+        if self.show and printed and "overlay" in task.forms:
+            parameters["output"] = parameters["output"] or "overlay"
         return kind(self.url, self.key, task.name, parameters, self.concurrency)
 
 
@@ -55,7 +60,9 @@ Run = Callable[..., None]
 def run_task(task: Task, invocation: Invocation) -> None:
     """Print a line for each image, or write a table."""
     client = invocation.client(task, Client)
-    client.run(invocation.paths, invocation.as_json, invocation.output, task.line)
+    client.run(
+        invocation.paths, invocation.as_json, invocation.output, task.line, show=invocation.show
+    )
 
 
 def task_command(
@@ -88,6 +95,7 @@ def task_command(
         flag_parameter("as_json", Json, False),
         flag_parameter("output", Annotated[Path | None, typer.Option(help=output_help)], None),
         *flags,
+        flag_parameter("show", Show, False),
         flag_parameter("concurrency", Concurrency, DEFAULT_CONCURRENCY),
     ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # PEP 362

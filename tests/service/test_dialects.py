@@ -373,9 +373,7 @@ def test_infinitys_clients_embed_rerank_and_list(server: Running, jpegs: dict[st
     ranked = post("rerank", **ranking, return_documents=True)
     assert ranked["results"][0]["document"] == "a cat"
     scores = {entry["index"]: entry["relevance_score"] for entry in ranked["results"]}
-    assert scores == pytest.approx(
-        {0: np.dot(cat, dog), 1: np.dot(cat, image), 2: 1.0}, abs=1e-4
-    )
+    assert scores == pytest.approx({0: np.dot(cat, dog), 1: np.dot(cat, image), 2: 1.0}, abs=1e-4)
     assert [entry["index"] for entry in post("rerank", **ranking, top_n=1)["results"]] == [2]
     assert server.client.get("/infinity/health").json()["unix"] > 0
     listed = server.client.get("/infinity/models").json()["data"]

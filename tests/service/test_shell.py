@@ -1,5 +1,6 @@
 """What a person sees in a terminal: the summary at start, tables, names of files, the doctor."""
 
+import base64
 import io
 import json
 import os
@@ -12,15 +13,18 @@ import sys
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from models.catalog import load_catalog
 from service.cli import summary
 from service.cli.doctor import check_settings
+from service.cli.pictures import Picture, picture_of
 from service.cli.segment import file_names
 from service.settings import Settings
-from tests.conftest import answers, free_port, process, running, wait_until
+from tests.conftest import answers, encode, free_port, process, running, wait_until
 
 VITRAIL = [sys.executable, "-m", "service.cli"]
 
@@ -133,17 +137,83 @@ def test_results_stand_on_lines_of_their_own_beside_the_bar(
         for piped in (False, True):
             ours, theirs = pty.openpty()
             output = subprocess.PIPE if piped else theirs
-            environment = os.environ | {"TERM": "xterm"}
+            environment = os.environ | {"TERM": "xterm", "COLORTERM": "truecolor"}
+            command += ["--show"] if piped else []  # pictures are no part of the results
             with subprocess.Popen(command, stdout=output, stderr=theirs, env=environment) as client:
                 os.close(theirs)
                 lines = client.stdout.read().decode().splitlines() if client.stdout else []
                 seen = read_terminal(ours, "\x1b[?25h")  # the cursor is back
             os.close(ours)
             assert "100%" in seen
+            assert ("▀" in seen) == piped
             if not piped:
                 parts = re.split(r"\n|\r|\x1b\[2K", seen)
                 lines = [part for part in parts if str(tmp_path) in part]
             assert [line.split(":")[0] for line in lines] == expected
+
+
+def blocks(text: str) -> Image.Image:
+    """The picture that half blocks show: two pixels a character."""
+    cell = re.compile(r"\x1b\[38;2;(\d+);(\d+);(\d+);48;2;(\d+);(\d+);(\d+)m▀")
+    rows = [cell.findall(line) for line in text.splitlines() if "▀" in line]
+    drawn = Image.new("RGB", (len(rows[0]), 2 * len(rows)))
+    for y, row in enumerate(rows):
+        for x, numbers in enumerate(row):
+            colours = [int(number) for number in numbers]
+            drawn.putpixel((x, 2 * y), tuple(colours[:3]))
+            drawn.putpixel((x, 2 * y + 1), tuple(colours[3:]))
+    return drawn
+
+
+def printed(picture: Picture) -> str:
+    """What a terminal with colours gets."""
+    console = Console(
+        file=io.StringIO(), force_terminal=True, color_system="truecolor", width=80, _environ={}
+    )
+    console.print(picture)
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text
+
+
+def test_pictures_are_half_blocks_or_the_terminals_own(
+    photos: dict[str, Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TERM", "TERM_PROGRAM", "TMUX", "STY"):
+        monkeypatch.delenv(name, raising=False)
+    coffee = photos["coffee"]  # 600 x 400
+    drawn = blocks(printed(Picture(coffee)))
+    assert list(drawn.getdata()) == list(coffee.resize((48, 32)).getdata())
+    assert blocks(printed(Picture(coffee.resize((50, 400))))).height <= 48  # a tall one
+    monkeypatch.setenv("TERM", "xterm-kitty")
+    text = printed(Picture(coffee))
+    chunks = re.findall(r"\x1b_G(?:a=T,f=100,q=2,c=48,r=16,)?m=([01]);([^\x1b]+)\x1b\\", text)
+    assert [more for more, _ in chunks] == ["1"] * (len(chunks) - 1) + ["0"]
+    assert max(len(chunk) for _, chunk in chunks) <= 4096
+    with Image.open(io.BytesIO(base64.b64decode("".join(chunk for _, chunk in chunks)))) as sent:
+        assert sent.size == (768, 512)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("TERM_PROGRAM", "iTerm.app")
+    assert "\x1b]1337;File=inline=1;width=48;height=16:iVBOR" in printed(Picture(coffee))
+    monkeypatch.setenv("TMUX", "/tmp/tmux")
+    assert "▀" in printed(Picture(coffee))
+
+
+def test_an_answers_own_pictures_are_shown_else_the_photo(
+    tmp_path: Path, jpegs: dict[str, bytes]
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpegs["coffee"])
+    shown = picture_of(tmp_path / "a.jpg", {"predictions": []})
+    assert shown is not None
+    assert shown.size == (600, 400)
+    deep = Image.fromarray(np.array([[0, 65535]], np.uint16))
+    red = Image.new("RGB", (1, 1), "red")
+    entry = {name: base64.b64encode(encode(image, "PNG")).decode()
+             for name, image in (("depth", deep), ("seen", red))}  # fmt: skip
+    both = picture_of(tmp_path / "a.jpg", {"width": 2, "model": "m", **entry})
+    assert both is not None
+    assert list(both.getdata()) == [(0, 0, 0), (255, 255, 255), (255, 0, 0)]
+    (tmp_path / "b.jpg").write_bytes(b"no image")
+    assert picture_of(tmp_path / "b.jpg", {}) is None
 
 
 def test_piped_lists_have_a_line_for_each_model() -> None:

@@ -79,7 +79,6 @@ async function fit() {
     path: "/heads",
     fields: [...fields, ...labels.slice(0, SHOWN_FILES)],
     files: files.map((file) => ["image", file.name]),
-    call: 'send("POST", "/heads", { body: form }) // a FormData with these fields',
   });
   fitted.replaceChildren();
   progress.textContent = "sending the photos";

@@ -142,20 +142,17 @@ async function find(what) {
 function showAdding(name, items) {
   const fields = items.slice(0, SHOWN_FILES).map(({ id }) => ["id", id]);
   const files = items.map(({ image }) => ["image", image.name]);
-  showRequest(name, "images", { fields, files }, "addImages", "[{ image: file, id: file.name }]");
+  showRequest(name, "images", { fields, files });
 }
 
 function showSearch(name, { image, ...given }) {
-  const argument = JSON.stringify(given);
-  if (!image) return showRequest(name, "search", { json: given }, "search", argument);
+  if (!image) return showRequest(name, "search", { json: given });
   const fields = Object.entries(given).map(([field, value]) => [field, field === "filter" ? JSON.stringify(value) : value]);
-  const sent = { fields, files: [["image", image.name]] };
-  showRequest(name, "search", sent, "search", `{ image: file, ${argument.slice(1, -1)} }`);
+  showRequest(name, "search", { fields, files: [["image", image.name]] });
 }
 
-function showRequest(name, route, sent, method, argument) {
-  const path = `/collections/${name}/${route}`, call = `${method}("${name}", ${argument})`;
-  showSnippets(document.getElementById("search-request"), { path, call, ...sent });
+function showRequest(name, route, sent) {
+  showSnippets(document.getElementById("search-request"), { path: `/collections/${name}/${route}`, ...sent });
 }
 
 for (const element of about.querySelectorAll(".drop")) takeFiles(element, add);

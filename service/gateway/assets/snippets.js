@@ -15,30 +15,54 @@ function python(value) {
 }
 
 /**
- * Texts by language of a POST request.
- * @param {{ path: string, fields?: [string, any][], files?: [string, string][], json?: object, call: string }} request
- *   `fields` and `files` (field and file name) of a form, or `json`; `call` of the JavaScript client
+ * Texts by language of a POST request. Each is a whole program, for files in its folder.
+ * @param {{ path: string, fields?: [string, any][], files?: [string, string][], json?: object }} request
+ *   `fields` and `files` (field and file name) of a form, or `json`
  */
-export function snippets({ path, fields = [], files = [], json, call }) {
+export function snippets({ path, fields = [], files = [], json }) {
   const url = location.origin + path, few = files.slice(0, SHOWN_FILES);
-  const others = files.length > SHOWN_FILES ? ` # and ${files.length - SHOWN_FILES} more files` : "";
+  const others = files.length > SHOWN_FILES ? `and ${files.length - SHOWN_FILES} more files` : "";
   const flat = fields.flatMap(([name, value]) => [value].flat().map((item) => [name, item]));
-  const parts = [...few.map(([name, file]) => [name, `@${file}`]), ...flat].map(([name, value]) => ` -F ${quoted(`${name}=${value}`)}`);
-  const curlKey = key() ? ` -H "Authorization: Bearer $VITRAIL_KEY"` : "";
-  const pythonKey = key() ? `, headers={"Authorization": f"Bearer {key}"}` : "";
-  const body = json ? ` --json ${quoted(JSON.stringify(json))}` : parts.join("");
-  const names = new Map();
-  for (const [name, value] of flat) names.set(name, [...(names.get(name) ?? []), value]);
-  const data = Object.fromEntries([...names].map(([name, values]) => [name, values.length > 1 ? values : values[0]]));
-  const opened = few.map(([name, file]) => `(${JSON.stringify(name)}, open(${JSON.stringify(file)}, "rb"))`).join(", ");
-  const sent = json ? `json=${python(json)}` : few.length ? `files=[${opened}], data=${python(data)}` : `json=${python(data)}`;
-  const keyed = key() ? `, { key }` : "";
   return {
-    curl: `curl${curlKey}${body} ${url}${others}`,
-    Python: `import httpx\n\nanswer = httpx.post("${url}", ${sent}${pythonKey}).json()${others}`,
-    JavaScript: `import { Vitrail } from "${location.origin}/assets/vitrail.js";\n\n` +
-      `const answer = await new Vitrail("${location.origin}"${keyed}).${call};${others.replace("#", "//")}`,
+    curl: curl(url, flat, few, json, others && ` # ${others}`),
+    Python: inPython(url, flat, few, json, others && `  # ${others}`),
+    JavaScript: inJavaScript(url, flat, few, json, others && ` // ${others}`),
   };
+}
+
+function curl(url, fields, files, json, comment) {
+  const parts = [...files.map(([name, file]) => [name, `@${file}`]), ...fields];
+  const body = json ? ` --json ${quoted(JSON.stringify(json))}`
+    : parts.map(([name, value]) => ` -F ${quoted(`${name}=${value}`)}`).join("");
+  return `curl${key() ? ` -H "Authorization: Bearer $VITRAIL_API_KEY"` : ""}${body} ${url}${comment}`;
+}
+
+function inPython(url, fields, files, json, comment) {
+  const names = new Map();
+  for (const [name, value] of fields) names.set(name, [...(names.get(name) ?? []), value]);
+  const data = python(Object.fromEntries([...names].map(([name, values]) => [name, values.length > 1 ? values : values[0]])));
+  const opened = files.map(([name, file]) => `(${JSON.stringify(name)}, open(${JSON.stringify(file)}, "rb"))`).join(", ");
+  const sent = json ? `json=${python(json)}` : files.length ? `files=[${opened}], data=${data}` : `json=${data}`;
+  const headers = key() ? `, headers={"Authorization": f"Bearer {os.environ['VITRAIL_API_KEY']}"}` : "";
+  return `${key() ? "import os\n\n" : ""}import httpx\n\n` +
+    `answer = httpx.post("${url}", ${sent}${headers}, timeout=60).json()${comment}\nprint(answer)`;
+}
+
+function inJavaScript(url, fields, files, json, comment) {
+  const lines = files.length ? [`import { readFile } from "node:fs/promises"; // in a page: a File of an <input>`, ""] : [];
+  if (!json) lines.push("const body = new FormData();");
+  for (const [name, file] of files)
+    lines.push(`body.append(${JSON.stringify(name)}, new Blob([await readFile(${JSON.stringify(file)})]), ${JSON.stringify(file)});`);
+  if (comment) lines.push(comment.trim());
+  if (!json) for (const [name, value] of fields) lines.push(`body.append(${JSON.stringify(name)}, ${JSON.stringify(String(value))});`);
+  const headers = [
+    ...(key() ? ["Authorization: `Bearer ${process.env.VITRAIL_API_KEY}`"] : []),
+    ...(json ? ['"Content-Type": "application/json"'] : []),
+  ];
+  const body = json ? `body: JSON.stringify(${JSON.stringify(json)})` : "body";
+  const options = ['method: "POST"', ...(headers.length ? [`headers: { ${headers.join(", ")} }`] : []), body];
+  lines.push(`const answer = await fetch("${url}", { ${options.join(", ")} });`, "console.log(await answer.json());");
+  return lines.join("\n");
 }
 
 let language = "curl"; // the one that was chosen last

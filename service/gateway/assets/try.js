@@ -152,8 +152,7 @@ async function askOne(model, current) {
     timing.replaceChildren();
   }
   const sent = files.map((one) => ["image", one.name]);
-  const call = `task("${route()}", [${files.length ? "file" : ""}], ${JSON.stringify(given)})`;
-  showSnippets(code, { path: `/${route()}`, fields: Object.entries(given), files: sent, call });
+  showSnippets(code, { path: `/${route()}`, fields: Object.entries(given), files: sent });
   return article;
 }
 

@@ -31,7 +31,7 @@ UNSPECIFIED = ("model", "default/not-specified")
 
 
 class RerankBody(BaseModel):
-    """Infinity's members. Others are ignored; with and without `raw_scores`, scores are the same."""
+    """Infinity's members. Others are ignored; `raw_scores` changes nothing."""
 
     query: str
     documents: list[str] = Field(min_length=1)
