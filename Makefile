@@ -52,8 +52,9 @@ format: $(VENV)/dev.stamp ## Format, and fix what ruff can fix
 docs: $(VENV)/docs.stamp ## Build the documentation into site/
 	$(BIN)/python -m mkdocs build --strict --quiet
 
-screenshots: $(VENV)/dev.stamp ## Take the screenshots of the page for the documentation
-	VITRAIL_SCREENSHOTS=docs/images $(BIN)/python -m pytest tests/test_playground.py
+screenshots: $(VENV)/dev.stamp ## Take the documentation's screenshots of the page and the dashboard
+	VITRAIL_SCREENSHOTS=docs/images $(BIN)/python -m pytest -m '' tests/test_playground.py \
+		tests/test_deploy.py::test_grafanas_components_draw_every_panel
 
 proto: $(VENV)/dev.stamp ## Generate service/stubs from proto/
 	$(BIN)/python -m grpc_tools.protoc \

@@ -1,15 +1,18 @@
 """What can be proven of the deployment without a Docker engine: the compose file's own commands
 and environments run as processes, and the real Prometheus scrapes the real service."""
 
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 import venv
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,8 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from PIL import Image
+from playwright.sync_api import Browser
 from prometheus_client import CollectorRegistry
 
 from models import Registry
@@ -344,3 +349,59 @@ def test_the_dashboard_uses_the_provisioned_data_source() -> None:
     )["datasources"][0]
     assert all(panel["datasource"]["uid"] == provisioned["uid"] for panel in DASHBOARD["panels"])
     assert provisioned["url"] == "http://prometheus:9090"
+
+
+DRAWING = ROOT / "docs/images/dashboard"
+SECONDS = 60  # of traffic that the dashboard shows
+
+
+def send_mixed_traffic(service: str, jpegs: dict[str, bytes], seconds: int) -> None:
+    """Requests of several tasks, some of them wrong, in waves from eight clients."""
+    end = time.monotonic() + seconds
+
+    def client(number: int) -> None:
+        with httpx.Client(base_url=f"http://{service}", timeout=60) as connection:
+            while time.monotonic() < end:
+                path = ("/classify", "/embed", "/segment", "/classify?model=none")[number % 4]
+                connection.post(path, content=jpegs["coffee"])
+                time.sleep(0.2 * (1 + number % 3))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(client, range(8)))
+
+
+@pytest.mark.nightly
+@pytest.mark.weights
+def test_grafanas_components_draw_every_panel(
+    after_traffic: str, service: str, jpegs: dict[str, bytes], browser: Browser, tmp_path: Path
+) -> None:
+    """With @grafana/ui from npm, for want of Grafana itself, and what the real Prometheus says."""
+    if shutil.which("npm") is None:
+        pytest.skip("npm is not installed (apt-get install npm)")
+    for name in ("package.json", "dashboard.jsx"):
+        shutil.copy(DRAWING / name, tmp_path)
+    install = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund"]
+    if subprocess.run(install, cwd=tmp_path, check=False).returncode:
+        pytest.skip("Grafana's components cannot be installed here")
+    options = ["--bundle", "--format=esm", "--outfile=drawn.js"]
+    bundle = ["node_modules/.bin/esbuild", "dashboard.jsx", *options]
+    production = '--define:process.env.NODE_ENV="production"'
+    subprocess.run([*bundle, production, "--minify"], cwd=tmp_path, check=True)
+    send_mixed_traffic(service, jpegs, SECONDS)
+    page = browser.new_page(viewport={"width": 1600, "height": 1000})
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    given = {"DASHBOARD": DASHBOARD, "PROMETHEUS": after_traffic, "SECONDS": SECONDS}
+    page.set_content("<!doctype html><title>Vitrail</title>")
+    page.evaluate("given => Object.assign(window, given)", given)
+    page.add_script_tag(path=tmp_path / "drawn.js", type="module")
+    page.wait_for_function("window.EMPTY", timeout=60_000)
+    titles = {panel["title"] for panel in DASHBOARD["panels"]}
+    page.locator("canvas").nth(len(titles) - 1).wait_for()  # a plot each
+    assert page.evaluate("window.EMPTY") == []
+    assert {title.inner_text() for title in page.get_by_role("heading").all()} == titles
+    assert problems == []
+    if folder := os.environ.get("VITRAIL_SCREENSHOTS"):
+        with Image.open(io.BytesIO(page.screenshot(full_page=True))) as shown:
+            shown.convert("RGB").save(Path(folder) / "dashboard.webp", quality=80)
+    page.close()
