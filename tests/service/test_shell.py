@@ -138,14 +138,16 @@ def test_results_stand_on_lines_of_their_own_beside_the_bar(
             ours, theirs = pty.openpty()
             output = subprocess.PIPE if piped else theirs
             environment = os.environ | {"TERM": "xterm", "COLORTERM": "truecolor"}
-            command += ["--show"] if piped else []  # pictures are no part of the results
-            with subprocess.Popen(command, stdout=output, stderr=theirs, env=environment) as client:
+            shown = [] if piped else ["--show"]
+            with subprocess.Popen(
+                [*command, *shown], stdout=output, stderr=theirs, env=environment
+            ) as client:
                 os.close(theirs)
                 lines = client.stdout.read().decode().splitlines() if client.stdout else []
                 seen = read_terminal(ours, "\x1b[?25h")  # the cursor is back
             os.close(ours)
             assert "100%" in seen
-            assert ("▀" in seen) == piped
+            assert ("▀" in seen) == bool(shown)
             if not piped:
                 parts = re.split(r"\n|\r|\x1b\[2K", seen)
                 lines = [part for part in parts if str(tmp_path) in part]

@@ -71,14 +71,18 @@ async function fit() {
     return showError(new Error("Two classes or more need photos. Drop some on their piles, or use the sample piles."), fitted);
   const name = form.elements.name.value, body = new FormData();
   const fields = Object.entries({ name, trunk: form.trunk.value, kind: form.kind.value, replace: true });
-  const files = [...contents.values()].flat();
-  const labels = [...contents].flatMap(([pile, own]) => own.map(() => ["label", pile.querySelector("input").value.trim()]));
-  for (const [field, value] of [...fields, ...labels]) body.append(field, value);
-  for (const file of files) body.append("image", file);
+  const photos = [...contents].flatMap(([pile, own]) => {
+    const label = pile.querySelector("input").value.trim();
+    return own.map((file, place) => ({ file, place, label }));
+  });
+  for (const [field, value] of fields) body.append(field, value);
+  for (const { label } of photos) body.append("label", label);
+  for (const { file } of photos) body.append("image", file);
+  const shown = [...photos].sort((one, other) => (one.place > 1) - (other.place > 1)); // of several classes
   showSnippets(document.getElementById("fit-request"), {
     path: "/heads",
-    fields: [...fields, ...labels.slice(0, SHOWN_FILES)],
-    files: files.map((file) => ["image", file.name]),
+    fields: [...fields, ...shown.slice(0, SHOWN_FILES).map(({ label }) => ["label", label])],
+    files: shown.map(({ file }) => ["image", file.name]),
   });
   fitted.replaceChildren();
   progress.textContent = "sending the photos";

@@ -123,6 +123,7 @@ async function ask() {
     return form.labels.focus();
   }
   preview.hidden = !camera && (isDrawn() || Object.hasOwn(FIXED, task)); // those are drawn on the photo
+  if (!answers.querySelector("article")) answers.replaceChildren(make("p", "Waiting for the answer."));
   const articles = await Promise.all(names.map((model) => askOne(model, current)));
   if (current !== asked) return;
   // what stays in its place keeps the focus
