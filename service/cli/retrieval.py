@@ -71,8 +71,9 @@ def search(
     else:
         with connect(url, key) as client:
             conditions = dict(map(_condition, where or []))
-            shown = {"thumbnails": True} if show else {}
-            found = client.search(index, image=image, text=text, k=top, where=conditions, **shown)
+            found = client.search(
+                index, image=image, text=text, k=top, where=conditions, thumbnails=show
+            )
     for hit in found:
         path, score = hit["id"], hit["score"]
         line = json.dumps({"path": path, "score": score}) if as_json else f"{score:.3f}  {path}"
