@@ -72,7 +72,7 @@ def search(
         with connect(url, key) as client:
             conditions = dict(map(_condition, where or []))
             found = client.search(
-                index, image=image, text=text, k=top, where=conditions, thumbnails=show
+                index, image=image, text=text, k=top, where=conditions, thumbnails=show or None
             )
     for hit in found:
         path, score = hit["id"], hit["score"]
