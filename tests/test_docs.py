@@ -4,12 +4,14 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
+import httpx
 import pytest
 import timm
 from PIL import Image
@@ -153,6 +155,29 @@ def test_the_example_with_qdrant_finds_the_photo(demo_server: str, folder: Path)
         "photos/coffee.jpg",
         "photos/cat.jpg",
     ]
+
+
+@pytest.mark.weights
+def test_the_examples_of_the_clients_run(own_demo: httpx.Client, folder: Path) -> None:
+    own_demo.put("/collections/photos", json={"model": "lite0-minilm"}).raise_for_status()
+    for name in ("cat.jpg", "coffee.jpg"):
+        content, to = (folder / name).read_bytes(), f"/collections/photos/images?id={name}"
+        own_demo.post(to, content=content).raise_for_status()
+    page, url = ROOT / "docs/guides/clients.md", str(own_demo.base_url)
+    examples = "\n".join(blocks(page, "python"))
+    for given in ('Client("http://localhost:8000")', "Client()"):
+        examples = examples.replace(given, f'Client("{url}", key="admin")')
+    found = run([sys.executable, "-c", f"paths = ['cat.jpg', 'coffee.jpg']\n{examples}"], folder)
+    lines = found.splitlines()
+    assert lines[:3] == ["cat.jpg tiger cat", "coffee.jpg espresso", "cat.jpg coffee.jpg"]
+    assert lines[3].startswith("404 no model 'none'")
+    if node := shutil.which("node"):
+        (folder / "vitrail.mjs").write_bytes(own_demo.get("/assets/vitrail.js").content)
+        [example] = blocks(page, "js")
+        given, own = '"http://localhost:8000", {', f'"{url}", {{ key: "admin",'
+        (folder / "example.mjs").write_text(example.replace(given, own))
+        assert "'coffee.jpg 0." in run([node, "example.mjs"], folder)
+    own_demo.delete("/collections/photos")
 
 
 def test_the_readmes_catalog_serves_a_checkpoint(
