@@ -61,7 +61,7 @@ function inJavaScript(url, fields, files, json, comment) {
   ];
   const body = json ? `body: JSON.stringify(${JSON.stringify(json)})` : "body";
   const options = ['method: "POST"', ...(headers.length ? [`headers: { ${headers.join(", ")} }`] : []), body];
-  lines.push(`const answer = await fetch("${url}", { ${options.join(", ")} });`, "console.log(await answer.json());");
+  lines.push(`const answer = await fetch("${url}", { ${options.join(", ")} });`, "console.log(await answer.text());");
   return lines.join("\n");
 }
 
