@@ -372,6 +372,7 @@ def send_mixed_traffic(service: str, jpegs: dict[str, bytes], seconds: int) -> N
 
 @pytest.mark.nightly
 @pytest.mark.weights
+@pytest.mark.timeout(600)
 def test_grafanas_components_draw_every_panel(
     after_traffic: str, service: str, jpegs: dict[str, bytes], browser: Browser, tmp_path: Path
 ) -> None:
@@ -391,9 +392,12 @@ def test_grafanas_components_draw_every_panel(
     page = browser.new_page(viewport={"width": 1600, "height": 1000})
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
-    given = {"DASHBOARD": DASHBOARD, "PROMETHEUS": after_traffic, "SECONDS": SECONDS}
-    page.set_content("<!doctype html><title>Vitrail</title>")
+    empty, address = "<!doctype html><title>Vitrail</title>", f"{after_traffic}/vitrail"
+    page.route(address, lambda route: route.fulfill(body=empty, content_type="text/html"))
+    page.goto(address)
+    given = {"DASHBOARD": DASHBOARD, "SECONDS": SECONDS}
     page.evaluate("given => Object.assign(window, given)", given)
+    page.add_style_tag(path=tmp_path / "drawn.css")
     page.add_script_tag(path=tmp_path / "drawn.js", type="module")
     page.wait_for_function("window.EMPTY", timeout=60_000)
     titles = {panel["title"] for panel in DASHBOARD["panels"]}

@@ -24,14 +24,7 @@ def describe(error: ServiceError) -> dict[str, Any]:
 def problem_response(error: ServiceError, path: str = "") -> JSONResponse:
     """The error as the response to a request of `path`."""
     body = describe(error) | {"request_id": request_id.get()}
-    if path.startswith("/v2/"):  # the Open Inference Protocol's member
-        body["error"] = error.detail
-    if path.startswith(("/v1/", "/infinity/")):  # OpenAI's member
-        body["error"] = {"message": error.detail, "type": error.slug, "param": None, "code": None}
-    if path.startswith("/tei/"):
-        body |= {"error": error.detail, "error_type": error.slug}
-    if path.startswith("/cohere/"):
-        body["message"] = error.detail
+    body |= _members_of_dialect(path, error.detail, error.slug)
     if error.fields:
         body["errors"] = [item._asdict() for item in error.fields]
     headers = {}
@@ -42,6 +35,17 @@ def problem_response(error: ServiceError, path: str = "") -> JSONResponse:
     if error.status in (408, 413):  # the rest of the body is not read
         headers["Connection"] = "close"
     return JSONResponse(body, error.status, headers=headers, media_type="application/problem+json")
+
+
+def _members_of_dialect(path: str, detail: str, slug: str) -> dict[str, Any]:
+    """Where the clients of other servers look for what is wrong."""
+    if path.startswith("/v2/"):  # the Open Inference Protocol
+        return {"error": detail}
+    if path.startswith(("/v1/", "/infinity/")):  # OpenAI
+        return {"error": {"message": detail, "type": slug, "param": None, "code": None}}
+    if path.startswith("/tei/"):
+        return {"error": detail, "error_type": slug}
+    return {"message": detail} if path.startswith("/cohere/") else {}
 
 
 def internal_problem() -> JSONResponse:
@@ -60,15 +64,17 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http_exception(request: Request, error: HTTPException) -> JSONResponse:
+        path = request.url.path
+        detail = f"{request.method} {path}: {error.detail}"
         body = {
             "type": "about:blank",
             "title": str(error.detail),
             "status": error.status_code,
-            "detail": f"{request.method} {request.url.path}: {error.detail}",
+            "detail": detail,
             "request_id": request_id.get(),
         }
         return JSONResponse(
-            body,
+            body | _members_of_dialect(path, detail, "not-found"),
             error.status_code,
             headers=dict(error.headers or {}),
             media_type="application/problem+json",

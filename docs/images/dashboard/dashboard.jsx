@@ -1,11 +1,12 @@
 // Draws a dashboard of Grafana's with Grafana's own components and what a Prometheus answers.
-// The page has set `window.DASHBOARD`, `window.PROMETHEUS` (its URL) and `window.SECONDS` to show.
+// The page is of the Prometheus' own origin, and has set `window.DASHBOARD` and `window.SECONDS` to show.
 import { createTheme, dateTime, FieldType, getDisplayProcessor, ThemeContext, toDataFrame } from "@grafana/data";
 import { GlobalStyles, PanelChrome, TimeSeries } from "@grafana/ui";
 import React from "react";
 import { createRoot } from "react-dom/client";
+import "uplot/dist/uPlot.min.css";
 
-const { DASHBOARD, PROMETHEUS, SECONDS } = window;
+const { DASHBOARD, SECONDS } = window;
 const WIDTH = 1600, COLUMNS = 24, ROW = 30, MARGIN = 8; // pixels, as in Grafana
 const RATE_INTERVAL = "20s"; // four scrapes of the compose file's, as Grafana computes it
 const theme = createTheme({ colors: { mode: "light" } });
@@ -15,7 +16,7 @@ timeRange.raw = { from: timeRange.from, to: timeRange.to };
 
 async function query({ expr, legendFormat }) {
   const parameters = { query: expr.replaceAll("$__rate_interval", RATE_INTERVAL), start: since, end: until, step: 1 };
-  const answer = await (await fetch(`${PROMETHEUS}/api/v1/query_range?${new URLSearchParams(parameters)}`)).json();
+  const answer = await (await fetch(`/api/v1/query_range?${new URLSearchParams(parameters)}`)).json();
   if (answer.status !== "success") throw new Error(`${expr}: ${answer.error}`);
   return answer.data.result.map(({ metric, values }) => ({
     name: legendFormat.replaceAll(/{{\s*(\w+)\s*}}/g, (_, label) => metric[label] ?? ""),
