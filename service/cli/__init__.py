@@ -1,5 +1,6 @@
 """The `vitrail` command. Heavy imports wait until a command needs them."""
 
+from importlib import metadata
 from typing import Annotated, Any
 
 import typer
@@ -26,7 +27,6 @@ from service.cli.segment import run_segment
 from service.cli.task_commands import flag_parameter, task_command
 
 app = typer.Typer(
-    help="Serve vision transformers: any published checkpoint in, exact output out.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -47,14 +47,13 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 START, SERVE, IMAGES, MODELS = "Start here", "Serve", "Images, with a server", "Models"
 
+for name, command in (("demo", demo.demo), ("doctor", doctor.doctor), ("serve", serve.serve)):
+    app.command(name, rich_help_panel=START)(command)  # the first panel is shown first
 for task in tasks().values():
     if "image" in task.modalities:
         made = task_command(task, **SPECIAL.get(task.name, {}))
         app.command(task.name, rich_help_panel=IMAGES)(made)
 for name, command, panel in (
-    ("demo", demo.demo, START),
-    ("doctor", doctor.doctor, START),
-    ("serve", serve.serve, START),
     ("gateway", serve.gateway, SERVE),
     ("worker", serve.worker, SERVE),
     ("ray", ray.ray, SERVE),
@@ -70,6 +69,22 @@ for name, command, panel in (
 models.app.command("verify")(verify.verify)
 app.add_typer(models.app, name="models", rich_help_panel=MODELS)
 app.add_typer(keys.app, name="keys", rich_help_panel=SERVE)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vitrail {metadata.version('vitrail')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
+    """Serve vision transformers: any published checkpoint in, exact output out."""
 
 
 def main() -> None:

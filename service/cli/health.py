@@ -24,7 +24,8 @@ def health(
         credentials = channel_credentials(Settings())
         serving = check_health(address, service, timeout_s, credentials)
     except grpc.RpcError as error:
-        typer.echo(f"{address}: {error}", err=True)
+        said = error.details() if isinstance(error, grpc.Call) else str(error)
+        typer.echo(f"{address}: {said}", err=True)
         raise typer.Exit(1) from error
     typer.echo("serving" if serving else "not serving")
     raise typer.Exit(0 if serving else 1)

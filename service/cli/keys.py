@@ -10,7 +10,9 @@ from pydantic import ValidationError
 from service.cli.starting import report_errors
 from service.key_file import SCOPES, create_key, read_keys, revoke_key
 
-app = typer.Typer(help="API keys with scopes, quotas and expiry, hashed in a file.")
+app = typer.Typer(
+    help="API keys with scopes, quotas and expiry, hashed in a file.", no_args_is_help=True
+)
 
 File = Annotated[
     Path, typer.Option("--file", envvar="VITRAIL_KEYS_FILE", help="The server's file of keys.")

@@ -44,8 +44,9 @@ def verify(
     transform: TransformName = "exact",
     as_json: Json = False,
 ) -> None:
-    """Compare a model, as a server would run it, with eager float32 and with the library that has
-    its network. The exit status is 1 if they do not agree.
+    """Compare a model as it is served with eager float32, and with the library of its network.
+
+    The exit status is 1 if they do not agree.
     """
     comparisons = []
 

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
+from typer.testing import CliRunner
 
 from models.catalog import load_catalog
-from service.cli import summary
+from service.cli import app, summary
 from service.cli.doctor import check_settings
 from service.cli.pictures import Picture, picture_of
 from service.cli.segment import file_names
@@ -112,6 +113,18 @@ def test_tables_and_help_fit_the_terminal() -> None:
                 columns != "60",
                 columns == "120",
             )
+
+
+def test_a_newcomer_sees_where_to_start_and_plain_errors() -> None:
+    def said(*arguments: str) -> str:
+        return CliRunner().invoke(app, arguments).output
+
+    assert re.fullmatch(r"vitrail \d+\.\d+\.\d+\n", said("--version"))
+    assert said("--help").index("Start here") < said("--help").index("Images, with a server")
+    assert "create" in said("keys")  # its help
+    refused = said("health", f"127.0.0.1:{free_port()}")
+    assert "Connection refused" in refused
+    assert len(refused.splitlines()) == 1
 
 
 @pytest.mark.nightly
