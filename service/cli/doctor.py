@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import shutil
-import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
+from service.cli.starting import check_port
 from service.cli.tables import table_console
 
 GIB = 2**30
@@ -99,13 +99,11 @@ def check_settings() -> Iterator[Finding]:
 
 
 def _check_port(name: str, host: str, port: int) -> Finding:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        socket.create_server((host, port), family=family).close()
+        check_port(host, port, "--port" if name.startswith("REST") else "--grpc-port")
     except OSError as error:
-        flag = "--port" if name.startswith("REST") else "--grpc-port"
-        advice = f"stop what listens there (`ss -ltnp`), or choose another one with {flag}"
-        return Finding(name, "bad", f"{host}:{port}: {error.strerror}", advice)
+        found, _, advice = str(error).partition("; ")
+        return Finding(name, "bad", found, advice)
     return Finding(name, "ok", f"{host}:{port} is free")
 
 

@@ -24,7 +24,7 @@ def health(
         credentials = channel_credentials(Settings())
         serving = check_health(address, service, timeout_s, credentials)
     except grpc.RpcError as error:
-        said = error.details() if isinstance(error, grpc.Call) else str(error)
+        said = (error.details() or error.code().name) if isinstance(error, grpc.Call) else error
         typer.echo(f"{address}: {said}", err=True)
         raise typer.Exit(1) from error
     typer.echo("serving" if serving else "not serving")

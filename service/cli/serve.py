@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli.starting import read_settings, report_errors
+from service.cli.starting import check_port, read_settings, report_errors
 from service.cli.summary import summarize_when_ready
 from service.settings import Settings
 
@@ -63,8 +63,10 @@ def serve(
     )  # fmt: skip
     if workers != "auto" and not workers.isdigit():
         raise typer.BadParameter(f"--workers is {workers!r}; it must be a number or auto")
-    summarize_when_ready(settings)
     with report_errors():
+        check_port(settings.host, settings.port, "--port")
+        check_port(settings.host, settings.grpc_port, "--grpc-port")
+        summarize_when_ready(settings)
         if workers == "0":
             if processes > 1:
                 raise typer.BadParameter("more than one of --processes needs --workers")

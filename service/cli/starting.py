@@ -1,5 +1,6 @@
 """Settings and error reports of the commands that start a process."""
 
+import socket
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,25 @@ def read_settings(flags: Mapping[str, Any]) -> Settings:
         raise typer.Exit(2) from error
     configure_logs(settings.log_level)
     return settings
+
+
+def check_port(host: str, port: int, flag: str) -> None:
+    """Check that nothing else listens on a port, before models are loaded.
+
+    Args:
+        flag: the option that chooses another one.
+
+    Raises:
+        OSError: something does, or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise OSError(
+            f"{host}:{port}: {error.strerror}; stop what listens there (`ss -ltnp`), or choose "
+            f"another one with {flag}"
+        ) from error
 
 
 @contextmanager

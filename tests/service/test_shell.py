@@ -260,6 +260,10 @@ def test_the_doctor_says_what_is_wrong_and_what_to_do() -> None:
         environment = os.environ | {"VITRAIL_PORT": port, "VITRAIL_CATALOG": "nowhere"}
         command = [*VITRAIL, "doctor", "--json"]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        serve = [*VITRAIL, "serve", "--port", port]
+        refused = subprocess.run(serve, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"vitrail: 127.0.0.1:{port}: Address already in use")
     assert done.returncode == 1
     findings = {finding["subject"]: finding for finding in json.loads(done.stdout)}
     assert findings["Python"]["found"].startswith(".".join(map(str, sys.version_info[:2])))
