@@ -141,6 +141,11 @@ def _open_torch(path: Path) -> Container:
         with torch.serialization.safe_globals(ALLOWED_TYPES):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        with path.open("rb") as file:
+            if not file.read(2).startswith((b"PK", b"\x80")):  # a zip archive, a pickle
+                raise CheckpointError(
+                    f"{path}: not a checkpoint: neither safetensors, nor npz, ONNX or a torch file"
+                ) from error
         raise CheckpointError(
             f"{path}: holds Python objects other than tensors and plain values; loading those "
             "could run code. Save its state dict alone, preferably as .safetensors."

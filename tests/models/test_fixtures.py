@@ -428,11 +428,14 @@ def test_files_that_are_no_checkpoints_say_so(tmp_path: Path) -> None:
     truncated.write_bytes(truncated.read_bytes()[:2000])
     evil = tmp_path / "evil.pth"
     evil.write_bytes(b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R.")
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(b"\xff\xd8\xff\xe0" + bytes(100))
     foreign = tmp_path / "foreign.pth"
     torch.save({"something": torch.ones(3), "else": torch.ones(3)}, foreign)
     for path, message in (
         (truncated, "not a readable torch file"),
         (evil, "could run code"),
+        (photo, "not a checkpoint"),
         (foreign, "no known format"),
     ):
         with pytest.raises(CheckpointError, match=message):
