@@ -47,8 +47,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 START, SERVE, IMAGES, MODELS = "Start here", "Serve", "Images, with a server", "Models"
 
-for name, command in (("demo", demo.demo), ("doctor", doctor.doctor), ("serve", serve.serve)):
-    app.command(name, rich_help_panel=START)(command)  # the first panel is shown first
+# The first panel is shown first.
+app.command("demo", rich_help_panel=START)(demo.demo)
+app.command("doctor", rich_help_panel=START)(doctor.doctor)
+app.command("serve", rich_help_panel=START)(serve.serve)
 for task in tasks().values():
     if "image" in task.modalities:
         made = task_command(task, **SPECIAL.get(task.name, {}))

@@ -197,7 +197,7 @@ def test_pictures_are_half_blocks_or_the_terminals_own(
         monkeypatch.delenv(name, raising=False)
     coffee = photos["coffee"]  # 600 x 400
     drawn = blocks(printed(Picture(coffee)))
-    assert list(drawn.getdata()) == list(coffee.resize((48, 32)).getdata())
+    assert drawn.tobytes() == coffee.resize((48, 32)).tobytes()
     assert blocks(printed(Picture(coffee.resize((50, 400))))).height <= 48  # a tall one
     monkeypatch.setenv("TERM", "xterm-kitty")
     text = printed(Picture(coffee))
@@ -226,7 +226,7 @@ def test_an_answers_own_pictures_are_shown_else_the_photo(
              for name, image in (("depth", deep), ("seen", red))}  # fmt: skip
     both = picture_of(tmp_path / "a.jpg", {"width": 2, "model": "m", **entry})
     assert both is not None
-    assert list(both.getdata()) == [(0, 0, 0), (255, 255, 255), (255, 0, 0)]
+    assert both.tobytes() == bytes([0, 0, 0, 255, 255, 255, 255, 0, 0])
     (tmp_path / "b.jpg").write_bytes(b"no image")
     assert picture_of(tmp_path / "b.jpg", {}) is None
 
