@@ -61,6 +61,22 @@ class Broken(BuiltEngine):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
 
+class Failing(BuiltEngine):
+    """Its passes raise `error` while there is one."""
+
+    name = "failing"
+    error: Exception | None = None
+
+    def build_pass(self, plan: PassPlan, module: nn.Module, inputs: tuple[Tensor, ...]) -> Pass:
+        def run(*tensors: Tensor) -> Mapping[str, Tensor]:
+            if self.error is not None:
+                raise self.error
+            outputs: Mapping[str, Tensor] = module(*tensors)
+            return outputs
+
+        return run
+
+
 @pytest.fixture(scope="module")
 def vqt() -> Model:
     return fixture("vqt")[0]
@@ -148,6 +164,30 @@ def test_what_cannot_be_built_or_differs_runs_eagerly(
         trunk.engine = eager
 
 
+def test_a_pass_that_fails_later_runs_eagerly_unless_memory_ran_out(vqt: Model) -> None:
+    trunk, eager = vqt.trunk, vqt.trunk.engine
+    photos = trunk.collate(trunk.samples(2))
+    expected = trunk.forward(photos).features
+    try:
+        made = with_engine(vqt, Failing)
+        assert isinstance(made, Failing)
+        trunk.build(BatchRequest())
+        made.error = torch.OutOfMemoryError("CUDA out of memory")
+        with pytest.raises(torch.OutOfMemoryError):  # the lane halves its batch
+            trunk.forward(photos)
+        assert made.report().name == "failing"
+        made.error = RuntimeError("too many programs\nand more")
+        assert torch.equal(trunk.forward(photos).features, expected)
+        report = made.report()
+        assert (report.name, report.agreement) == ("eager", None)
+        assert report.reason == "failing failed: too many programs"
+        made.error = None
+        assert torch.equal(trunk.forward(photos).features, expected)
+        assert made.report().name == "eager"
+    finally:
+        trunk.engine = eager
+
+
 def test_rows_with_different_numbers_of_query_tokens_are_not_padded() -> None:
     assert row_inputs(PassPlan(query_groups=(False, False))) is None
     with pytest.raises(EngineError, match="different numbers"):
@@ -192,6 +232,7 @@ def test_networks_of_convolutions_have_channels_last_on_gpus() -> None:
     assert rows.memory_format == torch.contiguous_format
 
 
+@pytest.mark.nightly
 def test_passes_are_compiled_whole_and_for_all_sizes_at_once(
     vqt: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +246,7 @@ def test_passes_are_compiled_whole_and_for_all_sizes_at_once(
         return merge([(queries, range(size))])
 
     expected = {size: trunk.forward(photos[:size], plan(size)).features for size in (3, 1)}
+    threads = torch.get_num_threads()
     try:
         engine = with_engine(vqt, Compile)
         # two programs a pass, whatever other passes have
@@ -213,13 +255,20 @@ def test_passes_are_compiled_whole_and_for_all_sizes_at_once(
             trunk.build(BatchRequest())
             assert engine.report().name == "compile", engine.report().reason
             assert not engine.report().reason
+            raw_LTD = trunk.network.pos_embed.new_zeros(
+                len(trunk.blocks), 64, trunk.network.embed_dim
+            )
+            others = trunk.add_queries(raw_LTD)  # the bank grows
+            torch.set_num_threads(1 + threads % 2)  # lanes have their own numbers of threads
             with torch.inference_mode(), torch._dynamo.config.patch(error_on_recompile=True):
                 for size, features in expected.items():
                     found = trunk.forward(photos[:size], plan(size))
                     torch.testing.assert_close(found.features, features)
                     torch.testing.assert_close(trunk.forward(photos[:size]).features, features)
         assert engine.settled
+        assert len(others.slots) == 64
     finally:
+        torch.set_num_threads(threads)
         trunk.engine = eager
 
 

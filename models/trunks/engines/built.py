@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import EngineError
+from models.trunks.device_errors import is_cuda_error, is_out_of_memory
 from models.trunks.devices import DTYPES
 from models.trunks.engines.auto import in_background
 from models.trunks.engines.base import Engine, Pass, PassKey, PassSource, pass_key
@@ -102,13 +103,30 @@ class BuiltEngine(Engine):
         """Run a pass; eagerly until it is built, in the background unless `prepare` has done so."""
         key = pass_key(plan, inputs)
         if (built := self._passes.get(key)) is not None:
-            return built(*inputs)
+            try:
+                return built(*inputs)
+            except Exception as error:
+                if is_out_of_memory(error) or is_cuda_error(error) or not self._eager_has_precision:
+                    raise
+                return self._replace(key, inputs, error)
         if self._is_new(key):
             with torch.inference_mode(False):  # of the kind that compiled programs are for
                 copies = tuple(tensor.clone() for tensor in inputs)
             finish_writes(self.placement.device)
             in_background(lambda: self.get(plan, copies))
         return self._eager.run(plan, inputs)
+
+    def _replace(
+        self, key: PassKey, inputs: tuple[Tensor, ...], error: Exception
+    ) -> Mapping[str, Tensor]:
+        """Run a pass eagerly, from now on: what was built of it has failed."""
+        plan, *_ = key
+        outputs = self._eager.run(plan, inputs)  # raises if the inputs are at fault
+        logger.warning("%s failed, and the pass runs eagerly: %s", self.name, error)
+        self._reasons[key] = f"{self.name} failed: {str(error).partition(chr(10))[0]}"
+        self._agreements.pop(key, None)
+        self._passes[key] = lambda *tensors: self._eager.run(plan, tensors)
+        return outputs
 
     def _is_new(self, key: PassKey) -> bool:
         """Whether nobody has asked for this pass before. Beyond MAX_PASSES none is new."""

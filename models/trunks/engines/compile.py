@@ -2,13 +2,14 @@
 https://docs.pytorch.org/docs/stable/torch.compiler.html
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from models.errors import EngineError
-from models.trunks.devices import Placement
+from models.trunks.devices import Placement, one_thread
 from models.trunks.engines import gpu_quantization
 from models.trunks.engines.base import Pass, PassSource
 from models.trunks.engines.bucketed_pass import example_inputs, row_inputs
@@ -48,13 +49,21 @@ class Compile(BuiltEngine):
         compiled: Pass = torch.compile(  # type: ignore[call-overload]  # its overloads are older
             module, fullgraph=True, isolate_recompiles=True
         )
+
+        def run(*tensors: Tensor) -> Mapping[str, Tensor]:
+            with one_thread():  # for another number of CPU threads it would be compiled again
+                return compiled(*tensors)
+
         # Compiled here for all sizes: later, the lane that needs a program first would wait for it.
         for size in EXAMPLE_ROWS:
             examples = example_inputs(inputs, rows, size)
-            for number in rows if size > 1 else ():
-                torch._dynamo.mark_dynamic(examples[number], 0)
-            compiled(*examples)
-        return graphed(plan, compiled, self._graphs) if inputs[0].is_cuda else compiled
+            for number, tensor in enumerate(examples):
+                if number not in rows:  # a bank of query tokens, which grows
+                    torch._dynamo.mark_dynamic(tensor, 1)
+                elif size > 1:
+                    torch._dynamo.mark_dynamic(tensor, 0)
+            run(*examples)
+        return graphed(plan, run, self._graphs) if inputs[0].is_cuda else run
 
     @property
     def nbytes(self) -> int:
