@@ -35,6 +35,8 @@ class SeparatePorts:
         port, path = (scope.get("server") or ("", 0))[1], scope["path"]
         if path in _HEALTH:
             return True
+        if path.endswith("\n"):  # the patterns of routes end with `$`, which matches before it
+            return False
         if self._admin and _ADMIN.fullmatch(path):
             return bool(port == self._admin)
         if self._metrics and _METRICS.fullmatch(path):

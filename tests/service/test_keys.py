@@ -253,13 +253,16 @@ def test_admin_and_metrics_can_have_ports_of_their_own(tiny_catalog: Path) -> No
                 httpx.get(url(number, "/metrics")).status_code,
                 httpx.get(url(number, "/models")).status_code,
                 httpx.get(url(number, "/healthz")).status_code,
+                # patterns of routes match before a final newline, too
+                httpx.post(url(number, f"{load}%0A"), headers=boss).status_code,
+                httpx.get(url(number, "/metrics%0A")).status_code,
             )
             for where, number in (("rest", port), ("admin", admin), ("metrics", metrics))
         }
         assert statuses == {
-            "rest": (404, 404, 200, 200),
-            "admin": (200, 404, 404, 200),
-            "metrics": (404, 200, 404, 200),
+            "rest": (404, 404, 200, 200, 404, 404),
+            "admin": (200, 404, 404, 200, 404, 404),
+            "metrics": (404, 200, 404, 200, 404, 404),
         }
         with grpc.insecure_channel(f"127.0.0.1:{rpc}") as channel:
             vision: Any = VisionStub(channel)
