@@ -14,6 +14,9 @@ from service.errors import BadRequestError, InvalidInputError, PayloadTooLargeEr
 
 # Decoding more than this takes milliseconds, so it is done in a thread.
 SLOW_BASE64_CHARACTERS = 256 * 1024
+# The same of counting JSON text; a thread lets others run between pieces.
+SLOW_JSON_BYTES = 2**20
+JSON_PIECE_BYTES = 2**18
 # How often characters may occur in JSON, wherever they stand: a body at these limits is parsed in
 # about 0.1 s. Arrays, objects and strings cost most. Commas bound the numbers, such as those of
 # preprocessed images.
@@ -28,7 +31,11 @@ async def parse_json_object(content: bytes) -> dict[str, Any]:
     Raises:
         PayloadTooLargeError, InvalidInputError, BadRequestError: as `parse_json`; or not an object.
     """
-    fields = parse_json(content)
+    if len(content) <= SLOW_JSON_BYTES:
+        check_json(content)
+    else:
+        await asyncio.to_thread(check_json, content)
+    fields = _parse(content)
     if not isinstance(fields, dict):
         raise BadRequestError("the JSON body must be an object")
     return fields
@@ -43,6 +50,10 @@ def parse_json(content: bytes) -> Any:
         BadRequestError: not JSON; NaN and Infinity are not.
     """
     check_json(content)
+    return _parse(content)
+
+
+def _parse(content: bytes) -> Any:
     try:
         return from_json(content, allow_inf_nan=False, cache_strings="none")
     except ValueError as error:
@@ -57,16 +68,21 @@ def check_json(content: bytes) -> None:
     Raises:
         PayloadTooLargeError: too many values.
     """
-    marks = sum(content.count(mark) for mark in (b"[", b"{", b'"'))
+    marks = commas = escapes = 0
+    for start in range(0, len(content), JSON_PIECE_BYTES):
+        piece = content[start : start + JSON_PIECE_BYTES]
+        marks += sum(piece.count(mark) for mark in (b"[", b"{", b'"'))
+        commas += piece.count(b",")
+        escapes += piece.count(b"\\")
     if marks > MAX_JSON_MARKS:
         raise PayloadTooLargeError(
             f"the JSON body has {marks} brackets, braces and quotes; the limit is {MAX_JSON_MARKS}"
         )
-    if content.count(b",") > MAX_JSON_COMMAS:
+    if commas > MAX_JSON_COMMAS:
         raise PayloadTooLargeError(
             f"the JSON body has more than {MAX_JSON_COMMAS} values; send tensors as binary data"
         )
-    if content.count(b"\\") > MAX_JSON_ESCAPES:
+    if escapes > MAX_JSON_ESCAPES:
         raise PayloadTooLargeError(f"the JSON body has more than {MAX_JSON_ESCAPES} escapes")
 
 

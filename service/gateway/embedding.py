@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from fastapi import Request
+from pydantic import BeforeValidator
 
 from models.tasks.embed import MAX_TEXTS
 from service.accounting import Account
@@ -19,6 +20,26 @@ from service.types import ImageResult, InferRequest, InferResult
 
 # A text, or an image as `{"base64": ...}` or `{"url": ...}`.
 EmbeddingInput = str | dict[str, str]
+
+
+def _check_length(value: Any) -> Any:
+    if isinstance(value, list):
+        check_length(value)
+    return value
+
+
+def check_length(inputs: Sequence[Any]) -> None:
+    """
+    Raises:
+        PayloadTooLargeError: too many inputs.
+    """
+    if len(inputs) > MAX_TEXTS:
+        raise PayloadTooLargeError(f"{len(inputs)} inputs; the limit is {MAX_TEXTS}")
+
+
+# For the lists of bodies: pydantic has an error of its own for each element that is wrong, so they
+# are counted before it looks at them.
+COUNTED = BeforeValidator(_check_length)
 
 
 async def embed_inputs(
@@ -39,8 +60,7 @@ async def embed_inputs(
     state = request.app.state
     deadline, bulk = dispatch.read_deadline(request), dispatch.read_priority(request)
     account.models = [model or ""]
-    if len(inputs) > MAX_TEXTS:
-        raise PayloadTooLargeError(f"{len(inputs)} inputs; the limit is {MAX_TEXTS}")
+    check_length(inputs)
     check_input_count(state.settings, sum(not isinstance(item, str) for item in inputs))
     given = {name: value for name, value in options.items() if value is not None}
     call = validated_call(model, "embed", given)

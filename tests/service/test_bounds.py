@@ -16,11 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.datastructures import Headers
 
-from service.errors import ServiceError
+from service.errors import InvalidParametersError, ServiceError
+from service.gateway.collections.parameters import QueryParameters
 from service.gateway.open_inference.codec import parse_infer_request
 from service.gateway.rest.body import parse_form
 from service.open_inference.inputs import InputTensor, to_inputs
 from service.open_inference.shared_memory import SharedMemory
+from service.parameters import validate
 from service.payloads import MAX_JSON_MARKS, decode_base64, parse_json_object
 from service.settings import Settings
 from service.stubs import open_inference_pb2 as oip
@@ -161,6 +163,39 @@ def test_json_is_counted_before_it_is_parsed(tiny: Running, content: bytes) -> N
         headers = {"Content-Type": "application/json"}
         refused(tiny.client.post(path, content=content, headers=headers), 413)
     assert peak_of(lambda: asyncio.run(parse_json_object(content))) < MIB
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/tei/embed", {"inputs": []}),
+        ("/tei/similarity", {"inputs": {"source_sentence": "a", "sentences": []}}),
+        ("/tei/rerank", {"query": "a", "texts": []}),
+        ("/cohere/v2/embed", {"texts": []}),
+        ("/cohere/v2/embed", {"images": []}),
+        ("/cohere/v2/embed", {"inputs": []}),
+        ("/cohere/v2/embed", {"texts": ["a"], "embedding_types": []}),
+    ],
+)
+def test_elements_are_counted_before_each_is_checked(
+    tiny: Running, path: str, fields: dict[str, Any]
+) -> None:
+    """A wrong element has an error of its own: a million of them take seconds."""
+    content = json.dumps(fields).replace("[]", "[" + "1," * 100_000 + "1]")
+    refused(tiny.client.post(path, content=content), 413)
+
+
+def test_a_wrong_vector_has_one_error() -> None:
+    with pytest.raises(InvalidParametersError) as caught:
+        validate(QueryParameters, {"vector": ["a"] * 1000})
+    assert len(caught.value.fields) == 1
+
+
+def test_what_looks_like_a_boundary_is_counted(tiny: Running) -> None:
+    part = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+    content = part + b"\r\n--bX" * 100_000 + b"\r\n--b--\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    refused(tiny.client.post("/classify", content=content, headers=headers), 413)
 
 
 @pytest.mark.parametrize("count", [900, 30_000])

@@ -1,8 +1,8 @@
 """The fields of collections' bodies and queries."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from service.search.collection import MAX_HITS, MAX_ID
 
@@ -55,7 +55,7 @@ class QueryParameters(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     text: str | None = Field(None, min_length=1, description="For models that embed texts, too.")
-    vector: list[float] | None = Field(None, max_length=65536)
+    vector: Annotated[list[float] | None, FailFast()] = Field(None, max_length=65536)
     image: dict[str, str] | None = Field(None, description='`{"base64"}` or `{"url"}`.')
     k: int = Field(10, ge=1, le=MAX_HITS, description="Most hits.")
     filter: dict[str, Any] = Field({}, description="Values that the hits' metadata has.")

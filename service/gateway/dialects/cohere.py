@@ -1,6 +1,6 @@
 """Cohere's `/v2/embed`. https://docs.cohere.com/v2/reference/embed"""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Depends, Request
@@ -11,7 +11,13 @@ from models.tasks.embed import encode_embedding, quantize
 from service.errors import InvalidInputError
 from service.gateway import dispatch
 from service.gateway.auth import require_key
-from service.gateway.embedding import EmbeddingInput, embed_inputs, embeddings, image_input
+from service.gateway.embedding import (
+    COUNTED,
+    EmbeddingInput,
+    embed_inputs,
+    embeddings,
+    image_input,
+)
 from service.gateway.entrance import refused_early
 from service.gateway.rest.content import read_body
 from service.gateway.rest.examples import PHOTO, json_body
@@ -29,10 +35,10 @@ class CohereBody(BaseModel):
 
     model: str | None = None
     input_type: str | None = None
-    texts: list[str] | None = None
-    images: list[str] | None = None
-    inputs: list[dict[str, Any]] | None = None
-    embedding_types: list[Encoding] = Field(["float"], min_length=1)
+    texts: Annotated[list[str], COUNTED] | None = None
+    images: Annotated[list[str], COUNTED] | None = None
+    inputs: Annotated[list[dict[str, Any]], COUNTED] | None = None
+    embedding_types: Annotated[list[Encoding], COUNTED] = Field(["float"], min_length=1)
     output_dimension: int | None = None
 
 
@@ -53,7 +59,7 @@ async def embed(request: Request) -> JSONResponse:
     """Embed `texts`, `images` or `inputs` of one text or image each, in one or several types."""
     with dispatch.count_request(request, "embed") as account:
         body = validate(CohereBody, await parse_json_object(await read_body(request)))
-        items = _items(body)
+        items = parse_items(body)
         options = {"dimensions": body.output_dimension}
         result = await embed_inputs(request, account, body.model, items, options)
         vectors = embeddings(result)
@@ -75,7 +81,7 @@ async def embed(request: Request) -> JSONResponse:
     )
 
 
-def _items(body: CohereBody) -> list[EmbeddingInput]:
+def parse_items(body: CohereBody) -> list[EmbeddingInput]:
     """The inputs, in order.
 
     Raises:

@@ -17,6 +17,7 @@ from service.errors import InvalidInputError
 from service.gateway import dispatch
 from service.gateway.auth import require_key
 from service.gateway.embedding import (
+    COUNTED,
     embed_inputs,
     embeddings,
     image_or_text,
@@ -41,7 +42,7 @@ MODEL: Any = Field(None, description="Not in TEI, which has one model.")
 class EmbedBody(BaseModel):
     """TEI's members. Others, such as `truncate`, are ignored: texts are always truncated."""
 
-    inputs: str | list[str]
+    inputs: str | Annotated[list[str], COUNTED]
     normalize: bool = True
     dimensions: int | None = None
     model: str | None = MODEL
@@ -51,7 +52,7 @@ class Sentences(BaseModel):
     """What to compare with what."""
 
     source_sentence: str
-    sentences: list[str] = Field(min_length=1)
+    sentences: Annotated[list[str], COUNTED] = Field(min_length=1)
 
 
 class SimilarityBody(BaseModel):
@@ -66,7 +67,7 @@ class RerankBody(BaseModel):
     """TEI's members, of which others are ignored."""
 
     query: str
-    texts: list[str] = Field(min_length=1)
+    texts: Annotated[list[str], COUNTED] = Field(min_length=1)
     return_text: bool = False
     model: str | None = MODEL
 

@@ -1,6 +1,7 @@
 """A request body to an `InferRequest` and its parameters: multipart, raw, form or JSON."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from service.errors import (
 )
 from service.gateway.dispatch import read_deadline, read_priority
 from service.gateway.fetch import Fetch, ImageFetcher
-from service.gateway.rest.content import PIECE_BYTES, read_body
+from service.gateway.rest.content import read_body
 from service.limits import check_input_count
 from service.parameters import Parameters, TaskParameters, list_fields, validate
 from service.payloads import decode_base64_apart, parse_json_object
@@ -34,6 +35,9 @@ P = TypeVar("P", bound=Parameters)
 MAX_FIELDS = 2000
 MAX_FIELD_BYTES = 64 * 1024
 MAX_URLENCODED_BYTES = 4 * 2**20
+# Of a form, so many bytes are parsed at once, and for so long until the event loop has a turn.
+FORM_PIECE_BYTES = 2**16
+FORM_TURN_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +98,21 @@ async def parse_form(
     """
 
     async def stream() -> AsyncGenerator[bytes, None]:
-        for start in range(0, len(content), PIECE_BYTES):
-            yield content[start : start + PIECE_BYTES]
-            await asyncio.sleep(0)
+        began = time.monotonic()
+        for start in range(0, len(content), FORM_PIECE_BYTES):
+            yield content[start : start + FORM_PIECE_BYTES]
+            if time.monotonic() > began + FORM_TURN_S:
+                await asyncio.sleep(0)
+                began = time.monotonic()
 
+    _, options = parse_options_header(headers["content-type"])
     # With other codecs, text can hold what is not Unicode.
-    charset = parse_options_header(headers["content-type"])[1].get(b"charset", b"utf-8")
-    if charset.lower() != b"utf-8":
+    if options.get(b"charset", b"utf-8").lower() != b"utf-8":
         raise UnsupportedMediaTypeError("a multipart body's charset can only be utf-8")
+    # What looks like a boundary takes the parser as long as one, wherever it stands.
+    boundaries = content.count(b"\r\n--" + options.get(b"boundary", b""))
+    if boundaries > max_files + max_fields + 1:
+        raise PayloadTooLargeError(f"multipart body: {boundaries} boundaries are too many")
     parser = MultiPartParser(
         headers,
         stream(),
