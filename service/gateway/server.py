@@ -5,14 +5,17 @@ import contextlib
 import json
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.main import STARTUP_FAILURE
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.backend import Backend
@@ -22,12 +25,17 @@ from service.garbage import leave_out_old_objects
 from service.gateway.disconnect import disconnect
 from service.gateway.loop_turns import LoopTurns
 from service.gateway.ports import separate_listeners
+from service.gateway.tls_listener import TlsListener
 from service.holdings import Holdings
 from service.settings import Settings
 from service.tls import server_context
 
 # Of the headers of a request, and of its trailers.
 MAX_HEADER_BYTES = 64 * 1024
+# Every look at a header goes through all of them.
+MAX_HEADERS = 256
+# Requests that wait on a connection for the answers of those before them.
+MAX_PIPELINED = 32
 # Time for the answer that a body was too slow, before its connection is closed.
 ANSWER_MARGIN_S = 2.0
 POLL_S = 0.1
@@ -70,11 +78,10 @@ def create_server(app: FastAPI, settings: Settings) -> "DrainingServer":
         log_config=None,
         access_log=False,
         server_header=False,
-        ssl_context_factory=None if context is None else lambda *_: context,
         timeout_keep_alive=75,  # longer than load balancers', so that they close first
         timeout_graceful_shutdown=int(settings.drain_timeout_s),
     )
-    return DrainingServer(config, app.state.backend, settings, app.state.stop_beside)
+    return DrainingServer(config, app.state.backend, settings, app.state.stop_beside, context)
 
 
 def run_server(
@@ -94,7 +101,7 @@ def run_server(
     # uvicorn drains and then raises the signal again for the handler that was set before it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     listeners = list(separate_listeners(settings))
-    if listener is None and listeners:
+    if listener is None and (listeners or settings.tls_cert):
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     leave_out_old_objects()
@@ -117,12 +124,36 @@ class DrainingServer(uvicorn.Server):
         backend: Backend,
         settings: Settings,
         stop_beside: Callable[[float], Awaitable[None]] | None,
+        context: ssl.SSLContext | None,
     ) -> None:
         super().__init__(config)
+        self._context = context
         self._backend = backend
         self._settings = settings
         self._stop_beside = stop_beside
         self.supervised = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, but with `TlsListener` where there is a certificate."""
+        if self._context is None:
+            await super().startup(sockets)
+            return
+        assert sockets is not None
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            sys.exit(STARTUP_FAILURE)
+        create_protocol = partial(
+            self.config.http_protocol_class,
+            config=self.config,
+            server_state=self.server_state,
+            app_state=self.lifespan.state,
+        )
+        timeout_s = self._settings.header_timeout_s
+        self.servers = [
+            TlsListener(each, create_protocol, self._context, timeout_s)  # type: ignore[misc]
+            for each in sockets
+        ]
+        self.started = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         is_second = self.should_exit
@@ -183,16 +214,29 @@ class ImpatientProtocol(HttpToolsProtocol):
     _in_body = False
     _has_begun = False
 
+    def count(self, address: str) -> bool:
+        """Count the connection among those of its client; False if there are too many."""
+        if not self.held.fits(address, 1):
+            return False
+        self.held.take(address, 1)
+        self._address = address
+        return True
+
+    def give_back(self) -> None:
+        """Count the connection no more, if it was counted."""
+        if self._address is not None:
+            self.held.give_back(self._address, 1)
+            self._address = None
+
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._pieces: list[bytes] = []  # of a body, received and not passed on
-        address = identify(None, self.client[0] if self.client else "")
-        if not self.held.fits(address, 1):
+        if self._address is None and not self.count(
+            identify(None, self.client[0] if self.client else "")
+        ):
             self.transport.write(_TOO_MANY_CONNECTIONS)
             self.transport.close()
             return
-        self.held.take(address, 1)
-        self._address = address
         self._start_timer(self.header_timeout_s)
 
     def data_received(self, data: bytes) -> None:
@@ -200,15 +244,19 @@ class ImpatientProtocol(HttpToolsProtocol):
             return
         self.turns.received(self.loop)
         is_idle = self.cycle is not None and self.cycle.response_complete
-        self._has_begun = self._in_message
+        was_in_message, self._has_begun = self._in_message, False
         super().data_received(data)
         self._pass_on_pieces()
         if self._in_message and not self._in_body:
-            self._count(len(data))
-        elif is_idle and not self._has_begun and self._timer is None:
+            if not self._has_begun:  # else most of it may be of the messages before
+                self._count(len(data))
+        elif is_idle and not (was_in_message or self._has_begun) and self._timer is None:
             self._start_timer(self.header_timeout_s)  # uvicorn has stopped its own
 
     def on_message_begin(self) -> None:
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self.transport.close()
+            raise ValueError("too many requests wait")  # ends the parsing
         super().on_message_begin()
         self.scope["state"]["started"] = time.monotonic() - self.turns.seconds()
         self._in_message, self._in_body, self._has_begun = True, False, True
@@ -217,8 +265,10 @@ class ImpatientProtocol(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._in_body:  # a trailer; nobody reads them
             self._count(len(name) + len(value))
-        else:
-            super().on_header(name, value)
+            return
+        if len(self.headers) >= MAX_HEADERS:
+            raise ValueError("too many headers")  # answered with 400
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._in_body, self._header_bytes = True, 0
@@ -253,8 +303,7 @@ class ImpatientProtocol(HttpToolsProtocol):
         self._stop_timer()
         self._stop_write_timer()
         super().connection_lost(error)
-        if self._address is not None:
-            self.held.give_back(self._address, 1)
+        self.give_back()
         if (request := self._answering) is not None and not request.response_complete:
             request.disconnected = True  # what it writes from now on is dropped
             disconnect(request.scope)

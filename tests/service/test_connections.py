@@ -20,7 +20,13 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service.errors import UnavailableError
-from service.gateway.server import DrainingServer, create_server
+from service.gateway.server import (
+    MAX_HEADER_BYTES,
+    MAX_HEADERS,
+    MAX_PIPELINED,
+    DrainingServer,
+    create_server,
+)
 from service.limits import MAX_RETRY_AFTER_S, RETRY_AFTER_S, Budget
 from service.sampling import INTERVAL_S
 from service.settings import Settings
@@ -113,13 +119,35 @@ def test_an_idle_connection_is_kept_for_the_next_request(server: Running) -> Non
             time.sleep(1)
 
 
+def test_pipelined_requests_are_answered_whatever_they_have_together(server: Running) -> None:
+    request = GET[:-2] + b"X-Long: %s\r\n\r\n" % (b"x" * (MAX_HEADER_BYTES // 10))
+    with connect(server) as client:
+        client.sendall(request * 30)
+        received = b""
+        while received.count(b"HTTP/1.1 200") < 30 and (part := client.recv(65536)):
+            received += part
+    assert received.count(b"HTTP/1.1 200") == 30
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [GET * (MAX_PIPELINED + 2), GET[:-2] + b"a: b\r\n" * (MAX_HEADERS + 1) + b"\r\n"],
+    ids=["requests", "headers"],
+)
+def test_many_requests_or_headers_at_once_are_cut(server: Running, sent: bytes) -> None:
+    with connect(server) as client:
+        client.sendall(sent)
+        assert is_closed(client)
+    assert is_served(server)
+
+
 def test_an_answer_that_is_never_read_is_cut(
     server: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
     with connect(server) as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         # more than the kernel keeps for a client that does not read
-        client.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 400)
+        client.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * MAX_PIPELINED)
         wait_until(lambda: _is_reset(client))
     wait_until(lambda: server.metric("vitrail_requests_in_flight", protocol="http") <= 1)
     assert "unhandled error" not in caplog.text  # also those that waited behind the first one

@@ -1,6 +1,7 @@
 """TLS for REST and gRPC, and between gateway and worker, with certificates that are renewed."""
 
 import shutil
+import socket
 import ssl
 import subprocess
 from collections.abc import Iterator
@@ -141,6 +142,24 @@ def test_clients_need_a_certificate_where_a_ca_is_set(
             vision: Any = VisionStub(channel)
             with pytest.raises(grpc.RpcError):
                 vision.ListModels(pb.ListModelsRequest(), timeout=2)
+
+
+def test_connections_count_before_their_handshake(authority: Authority) -> None:
+    cert, key = authority.issue("server")
+    settings = Settings(
+        workers=("127.0.0.1:1",), tls_cert=cert, tls_key=key, max_connections=4,
+        header_timeout_s=0.5,
+    )  # fmt: skip
+    metrics = Metrics(CollectorRegistry())
+    backend = RemoteBackend(settings, RemoteMetrics(metrics.registry))
+    with serving(create_app(settings, backend, metrics), settings) as (url, _):
+        host, port = url.removeprefix("http://").split(":")
+        silent = [socket.create_connection((host, int(port)), timeout=20) for _ in range(8)]
+        for one in silent:
+            with one:
+                assert one.recv(1) == b""  # the last four at once, the others when time is up
+        with client(f"https://{host}:{port}", authority) as session:
+            assert session.get("/healthz").status_code == 200
 
 
 def test_gateways_and_workers_show_each_other_certificates(
