@@ -82,11 +82,14 @@ def _check(count: int, size: tuple[int, int], limits: ImageLimits) -> None:
             field="video",
         )
     if count * width * height > MAX_CLIP_PIXELS:
-        raise ImageTooLargeError(
-            f"the video has {count} frames of {width} x {height} pixels, more than can be decoded "
-            "in time; send a shorter or a smaller one",
-            field="video",
-        )
+        raise _too_long(f"{count} frames of {width} x {height} pixels")
+
+
+def _too_long(what: str) -> ImageTooLargeError:
+    return ImageTooLargeError(
+        f"the video has {what}, more than can be decoded in time; send a shorter or a smaller one",
+        field="video",
+    )
 
 
 def _pick(data: bytes, name: str, indices: np.ndarray, limits: ImageLimits) -> list[Image.Image]:
@@ -111,7 +114,12 @@ def _decoded(data: bytes, name: str, limits: ImageLimits) -> Iterator[Any]:
         stream.codec_context.thread_count = 1  # clips are spread over threads already
         # frames may turn out larger than the container says
         stream.codec_context.options = {"max_pixels": str(limits.max_pixels)}
-        yield from container.decode(stream)
+        pixels = 0
+        for frame in container.decode(stream):
+            pixels += frame.width * frame.height
+            if pixels > MAX_CLIP_PIXELS:
+                raise _too_long("frames that are larger than it says")
+            yield frame
 
 
 def _stream(container: Any) -> Any:

@@ -1,6 +1,7 @@
 """Clips: which frames are taken, and what is refused before it costs anything."""
 
 import io
+from fractions import Fraction
 from typing import Any
 
 import av
@@ -66,6 +67,42 @@ def test_clips_that_take_too_long_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("models.inputs.video.MAX_CLIP_PIXELS", 39 * 64 * 48)
     with pytest.raises(ImageTooLargeError, match="40 frames of 64 x 48"):
         decode_clip(clip(), SPEC)
+
+
+def growing_clip(sizes: list[tuple[int, int]]) -> bytes:
+    """A WebM with two key frames of each size; its header has the first size."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="webm") as container:
+        stream: Any = container.add_stream("libvpx", rate=30)
+        stream.width, stream.height = sizes[0]
+        stream.pix_fmt = "yuv420p"
+        for number, (width, height) in enumerate(sizes):
+            encoder: Any = av.CodecContext.create("libvpx", "w")
+            encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuv420p"
+            encoder.time_base = Fraction(1, 30)
+            frames = []
+            for place in range(2):
+                pixels = np.zeros((height, width, 3), np.uint8)
+                frames.append(
+                    av.VideoFrame.from_ndarray(pixels, "rgb24").reformat(format="yuv420p")
+                )
+                frames[-1].pts = place
+            packets = [packet for frame in [*frames, None] for packet in encoder.encode(frame)]
+            for place, packet in enumerate(packets):
+                packet.pts = packet.dts = 2 * number + place
+                packet.time_base, packet.stream = Fraction(1, 30), stream
+                container.mux(packet)
+    return buffer.getvalue()
+
+
+def test_frames_that_are_larger_than_the_file_says_are_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = growing_clip([(16, 16), (320, 320), (320, 320)])
+    assert len(decode_clip(data, SPEC)) == 4
+    monkeypatch.setattr("models.inputs.video.MAX_CLIP_PIXELS", 3 * 320 * 320)
+    with pytest.raises(ImageTooLargeError, match="larger than it says"):
+        decode_clip(data, SPEC)
 
 
 def test_a_file_without_video_is_told() -> None:
