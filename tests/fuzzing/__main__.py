@@ -109,6 +109,8 @@ def main() -> None:
     for name in BYTES:
         if arguments.seconds and name in kinds and not _covered(name, arguments):
             failed.append(name)
+    tried = sum(state.of(name).tried for name in kinds)
+    print(f"{tried} inputs of {len(kinds)} kinds; failures in: {', '.join(failed) or 'none'}")
     sys.exit(1 if failed else 0)
 
 

@@ -20,16 +20,22 @@ from models.checkpoints.peft import read_archive as read_adapter
 from models.errors import ModelsError
 from models.fitting.examples import read_archive
 from models.heads.files import decode_head
+from models.inputs.canvas import canvas_size
 from models.inputs.images import ImageLimits, decode_image
+from models.inputs.jpeg_work import pixel_scans
 from models.inputs.transforms import ClipPreprocess
 from models.inputs.video import decode_clip
-from service.errors import ServiceError, from_library
+from service.errors import InvalidInputError, ServiceError, from_library
+from service.gateway.dialects.cohere import CohereBody, parse_items
+from service.gateway.dialects.tei import EmbedBody, RerankBody, SimilarityBody
 from service.gateway.open_inference.codec import parse_infer_request
+from service.gateway.openai.inputs import EmbeddingsRequest, parse_inputs
 from service.gateway.rest.body import parse_form
 from service.key_file import read_keys
 from service.open_inference.inputs import to_inputs
 from service.open_inference.shared_memory import SharedMemory
-from service.payloads import parse_json
+from service.parameters import validate
+from service.payloads import parse_json, parse_json_object
 from service.rpc.reading import parse
 from service.search.collection import check_metadata
 from service.settings import Settings
@@ -42,6 +48,15 @@ CLIP = ClipPreprocess(input_size=(32, 32), frames=4, sampling_rate=4)
 MAX_ARCHIVE_BYTES = 2**24
 MAX_REGION_BYTES = 2**20
 METADATA = {"year": 1992, "name": "a", "score": 0.5, "is_good": True, "none": None}
+EMBEDDING = {
+    "model": "a",
+    "input": ["b", {"text": "c"}, {"image": "data:image/png;base64,AA=="}],
+    "texts": ["d", "e"],
+    "embedding_types": ["float", "int8"],
+    "inputs": {"source_sentence": "f", "sentences": ["g"]},
+    "query": "h",
+    "dimensions": 8,
+}
 OK = "ok"
 
 
@@ -66,6 +81,12 @@ def outcome_of(attempt: Callable[[], Any]) -> str:
 
 def try_image(data: bytes) -> None:
     decode_image(data, LIMITS)
+
+
+def try_header(data: bytes) -> None:
+    """What is read of an image's header before a library sees it."""
+    canvas_size(data)
+    pixel_scans(data)
 
 
 def try_clip(data: bytes) -> None:
@@ -133,6 +154,19 @@ def try_json(data: bytes) -> None:
     parse_json(data)
 
 
+def try_embedding(data: bytes) -> None:
+    """A body in the forms of OpenAI, Cohere and TEI: refused if none of them can be."""
+    fields = _run(parse_json_object(data))
+    readers: Sequence[Callable[[], Any]] = (
+        lambda: parse_inputs(validate(EmbeddingsRequest, fields)),
+        lambda: parse_items(validate(CohereBody, fields)),
+        *(partial(validate, kind, fields) for kind in (EmbedBody, RerankBody, SimilarityBody)),
+    )
+    outcomes = [outcome_of(read) for read in readers]
+    if OK not in outcomes:
+        raise InvalidInputError("none of the forms")
+
+
 def try_metadata(value: Any) -> None:
     check_metadata(value)
 
@@ -155,6 +189,7 @@ PARSERS: dict[str, Callable[[int], None]] = {
     "gRPC messages": lambda n: try_message(*bodies.hostile_message(n)),
     "forms": lambda n: try_form(bodies.hostile_form(Random(n), ["image", "model", "texts"])),
     "JSON": lambda n: try_json(to_json(mutate_value(Random(n), METADATA))),
+    "embedding bodies": lambda n: try_embedding(to_json(mutate_value(Random(n), EMBEDDING))),
     "metadata": lambda n: try_metadata(mutate_value(Random(n), METADATA)),
 }
 # Coverage-guided: inputs to begin with, by number, and what is tried with the bytes of a fuzzer.
@@ -174,6 +209,13 @@ BYTES: dict[str, tuple[Callable[[int], bytes], Callable[[bytes], None]]] = {
     ),
     "forms": (lambda n: bodies.hostile_form(Random(n), ["image", "model"]), try_form),
     "JSON": (lambda n: to_json(mutate_value(Random(n), METADATA)), try_json),
+    "embedding bodies": (lambda n: to_json(mutate_value(Random(n), EMBEDDING)), try_embedding),
+    "images": (images.hostile_image, try_header),
+    "clips": (files.hostile_clip, try_clip),
+    "checkpoints": (
+        lambda n: files.hostile_checkpoint(n)[1],
+        partial(try_checkpoint, ".safetensors"),
+    ),
 }
 
 
