@@ -15,7 +15,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.main import STARTUP_FAILURE
+from uvicorn.config import STARTUP_FAILURE
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.backend import Backend
@@ -142,17 +142,18 @@ class DrainingServer(uvicorn.Server):
         await self.lifespan.startup()
         if self.lifespan.should_exit:
             sys.exit(STARTUP_FAILURE)
+        protocol: Any = self.config.http_protocol_class
         create_protocol = partial(
-            self.config.http_protocol_class,
+            protocol,
             config=self.config,
             server_state=self.server_state,
             app_state=self.lifespan.state,
         )
         timeout_s = self._settings.header_timeout_s
-        self.servers = [
-            TlsListener(each, create_protocol, self._context, timeout_s)  # type: ignore[misc]
-            for each in sockets
+        servers: list[Any] = [
+            TlsListener(each, create_protocol, self._context, timeout_s) for each in sockets
         ]
+        self.servers = servers
         self.started = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
