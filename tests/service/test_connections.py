@@ -20,13 +20,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service.errors import UnavailableError
-from service.gateway.server import (
-    MAX_HEADER_BYTES,
-    MAX_HEADERS,
-    MAX_PIPELINED,
-    DrainingServer,
-    create_server,
-)
+from service.gateway.protocol import MAX_HEADER_BYTES, MAX_HEADERS, MAX_PIPELINED
+from service.gateway.server import DrainingServer, create_server
 from service.limits import MAX_RETRY_AFTER_S, RETRY_AFTER_S, Budget
 from service.sampling import INTERVAL_S
 from service.settings import Settings
@@ -34,7 +29,7 @@ from service.stubs import open_inference_pb2 as oip
 from service.stubs import vision_pb2 as pb
 from service.stubs.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from service.stubs.vision_pb2_grpc import VisionStub
-from tests.conftest import Running, running, wait_until
+from tests.conftest import Running, gateway, running, wait_until
 from tests.service.test_engine import post
 
 CHUNKED = b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
@@ -151,6 +146,21 @@ def test_an_answer_that_is_never_read_is_cut(
         wait_until(lambda: _is_reset(client))
     wait_until(lambda: server.metric("vitrail_requests_in_flight", protocol="http") <= 1)
     assert "unhandled error" not in caplog.text  # also those that waited behind the first one
+
+
+def test_answers_that_are_never_read_are_bounded_together() -> None:
+    settings = Settings(max_bytes_in_flight=2**20, max_request_bytes=2**20, body_timeout_s=600)
+    with gateway(settings, "127.0.0.1:1") as (url, client), ExitStack() as stack:
+        address = httpx.URL(url)
+        deaf = []
+        for _ in range(20):
+            one = stack.enter_context(socket.socket())
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            one.connect((address.host, address.port))
+            one.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * MAX_PIPELINED)
+            deaf.append(one)
+        wait_until(lambda: any(_is_reset(one) for one in deaf))
+        assert client.get("/healthz").status_code == 200
 
 
 def _is_reset(client: socket.socket, sent: bytes = b"\r\n") -> bool:

@@ -27,7 +27,7 @@ from service.settings import Settings
 from service.stubs import vision_pb2 as pb
 from service.stubs.vision_pb2_grpc import VisionStub
 from service.worker.backend import LocalBackend
-from tests.conftest import free_port, serving, serving_rpc, wait_until
+from tests.conftest import free_port, gateway, serving, serving_rpc, wait_until
 
 
 class Authority:
@@ -146,13 +146,8 @@ def test_clients_need_a_certificate_where_a_ca_is_set(
 
 def test_connections_count_before_their_handshake(authority: Authority) -> None:
     cert, key = authority.issue("server")
-    settings = Settings(
-        workers=("127.0.0.1:1",), tls_cert=cert, tls_key=key, max_connections=4,
-        header_timeout_s=0.5,
-    )  # fmt: skip
-    metrics = Metrics(CollectorRegistry())
-    backend = RemoteBackend(settings, RemoteMetrics(metrics.registry))
-    with serving(create_app(settings, backend, metrics), settings) as (url, _):
+    settings = Settings(tls_cert=cert, tls_key=key, max_connections=4, header_timeout_s=0.5)
+    with gateway(settings, "127.0.0.1:1") as (url, _):
         host, port = url.removeprefix("http://").split(":")
         silent = [socket.create_connection((host, int(port)), timeout=20) for _ in range(8)]
         for one in silent:
