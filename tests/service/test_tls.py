@@ -154,7 +154,14 @@ def test_connections_count_before_their_handshake(authority: Authority) -> None:
             with one:
                 assert one.recv(1) == b""  # the last four at once, the others when time is up
         with client(f"https://{host}:{port}", authority) as session:
-            assert session.get("/healthz").status_code == 200
+
+            def is_served() -> bool:
+                try:
+                    return session.get("/healthz").status_code == 200
+                except httpx.TransportError:  # its place is not given back yet
+                    return False
+
+            wait_until(is_served)
 
 
 def test_gateways_and_workers_show_each_other_certificates(
