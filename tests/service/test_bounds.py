@@ -171,6 +171,7 @@ def test_json_is_counted_before_it_is_parsed(tiny: Running, content: bytes) -> N
         ("/tei/embed", {"inputs": []}),
         ("/tei/similarity", {"inputs": {"source_sentence": "a", "sentences": []}}),
         ("/tei/rerank", {"query": "a", "texts": []}),
+        ("/infinity/rerank", {"query": "a", "documents": []}),
         ("/cohere/v2/embed", {"texts": []}),
         ("/cohere/v2/embed", {"images": []}),
         ("/cohere/v2/embed", {"inputs": []}),

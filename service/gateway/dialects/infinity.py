@@ -4,7 +4,7 @@ https://github.com/michaelfeil/infinity. Its clients take this server's `/infini
 """
 
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, Request
@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from models.description import ModelDescription
 from service.gateway import dispatch
 from service.gateway.auth import require_key
-from service.gateway.embedding import embed_inputs, image_or_text, scores_with_first
+from service.gateway.embedding import COUNTED, embed_inputs, image_or_text, scores_with_first
 from service.gateway.entrance import refused_early
 from service.gateway.openai.inputs import EmbeddingsRequest, parse_inputs
 from service.gateway.openai.outputs import embeddings_answer
@@ -34,7 +34,7 @@ class RerankBody(BaseModel):
     """Infinity's members. Others are ignored; `raw_scores` changes nothing."""
 
     query: str
-    documents: list[str] = Field(min_length=1)
+    documents: Annotated[list[str], COUNTED] = Field(min_length=1)
     model: str | None = None
     return_documents: bool = False
     top_n: int | None = Field(None, ge=1)
