@@ -366,7 +366,7 @@ def test_someone_without_photos_fits_and_searches_the_samples(page: Page) -> Non
     page.get_by_role("button", name="Use sample piles").click()
     expect(page.get_by_role("button", name=re.compile("Remove .*jpg"))).to_have_count(24)
     page.get_by_role("button", name="Fit").click()
-    expect(page.locator("#progress")).to_contain_text("my-classes is ready")
+    expect(page.locator("#progress")).to_contain_text("my-classes is ready", timeout=60_000)
     expect(page.get_by_role("img", name="How accuracy grew")).to_be_visible()
     page.get_by_role("button", name="Try grass-9.jpg").click()  # it was in no pile
     expect(page.locator("#fitted .bar").first).to_contain_text("grass")
