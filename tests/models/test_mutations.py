@@ -42,7 +42,8 @@ SOME = ("cait", "dino_backbone", "lit_text_transformer", "mvit_in21k", "open_cli
 # Tables of a configuration, whose code has defaults for what they leave out; arguments that make
 # another model of the file; and the weights that are served where a file has them.
 STATED = ("backbone", "neck", "decode_head", "test_cfg", "vision_cfg", "text_cfg", "MVIT", "DATA",
-          "logit_multiplier", "band_config", "state_dict_ema")  # fmt: skip
+          "logit_multiplier", "band_config", "state_dict_ema", "out_indices",
+          "patch_padding")  # fmt: skip
 
 
 class Fixture:

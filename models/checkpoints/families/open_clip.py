@@ -13,6 +13,7 @@ from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
 from models.checkpoints.containers import Container
+from models.checkpoints.families.known import whole, wholes
 from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
 
@@ -20,6 +21,7 @@ FILE = "open_clip_config.json"
 MODES = {"shortest": "center", "squash": "squash", "longest": "border"}
 # What OpenAI's archives hold beside the weights.
 OPENAI_SETTINGS = ("input_resolution", "context_length", "vocab_size")
+COUNTS = ("layers", "width", "heads", "head_width", "num_heads", "depth", "embed_dim")
 PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
 
 
@@ -150,8 +152,17 @@ def _check(container: Container, model: Mapping[str, Any]) -> None:
                 f"{container.path}: {name} has options that open_clip does not have: "
                 f"{', '.join(unknown)}"
             )
+        _check_counts(name, config)
+        _check_counts(name, config.get("timm_model_kwargs"))
     if not isinstance(model.get("embed_dim"), int):
         raise CheckpointError(f"{container.path}: its configuration has no embed_dim")
+
+
+def _check_counts(name: str, config: Any) -> None:
+    """Refuse numbers of layers, channels and heads that are none."""
+    for key, value in config.items() if isinstance(config, Mapping) else ():
+        if key in COUNTS and value is not None:
+            (wholes if isinstance(value, list) else whole)(f"{name}.{key}", value)
 
 
 def architectures_like(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -16,6 +16,8 @@ from torch.nn.functional import layer_norm, linear
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
 from models.checkpoints.families.beit import beit_checkpoint
+from models.checkpoints.families.known import whole
+from models.errors import CheckpointError
 from models.networks.beit import Beit
 from models.reference_outputs import ReferenceRun
 
@@ -38,11 +40,11 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     tensors = {k: v for k, v in container.tensors.items() if not k.startswith(CODES)}
     codes = {k: v for k, v in container.tensors.items() if k.startswith(CODES)}
     config = {**container.script, **arguments}
-    settings = {"early_layers": int(config.get("early_layers") or 0)}
+    early = whole("early_layers", config.get("early_layers") or 0, 0)
     # v2 is trained on ImageNet-1k alone, and so is the first version's file of absolute positions
     by_imagenet = "pos_embed" in tensors or any(key.startswith(CLASS_LAYERS) for key in codes)
-    heads = {"codes": HeadState(codes, settings)}
-    return beit_checkpoint(
+    heads = {"codes": HeadState(codes, {"early_layers": early})}
+    checkpoint = beit_checkpoint(
         NAME,
         container,
         tensors,
@@ -51,6 +53,9 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         global_pool="token",
         by_imagenet=by_imagenet,
     )
+    if early > (depth := checkpoint.arguments["depth"]):
+        raise CheckpointError(f"early_layers is {early}; the network has {depth} blocks")
+    return checkpoint
 
 
 def outputs(run: ReferenceRun) -> dict[str, Tensor]:

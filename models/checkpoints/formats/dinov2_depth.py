@@ -12,7 +12,7 @@ from typing import Any
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
 from models.checkpoints.families.dinov2 import dinov2_checkpoint, open_backbone
-from models.checkpoints.families.known import Known, whole
+from models.checkpoints.families.known import Known, number, whole
 from models.checkpoints.families.vit import split_prefix
 from models.errors import CheckpointError
 
@@ -61,6 +61,13 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         count = 4
         usual = "10 of NYU's heads, 80 of KITTI's"
         settings["maximum"] = known.require("max_depth", usual)
+    least = number("min_depth", settings["minimum"])
+    most = number("max_depth", settings["maximum"])
+    if not 0 < least < most:
+        raise CheckpointError(
+            f"min_depth is {least:g} and max_depth {most:g}; depths are above 0, and the first is "
+            "the smaller one"
+        )
     settings["layers"] = _blocks(known, depth, count)
     return replace(
         checkpoint,

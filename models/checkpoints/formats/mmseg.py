@@ -12,6 +12,7 @@ from torch import Tensor
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
 from models.checkpoints.families.backbones import convert_backbone, in_timms_names
+from models.checkpoints.families.known import wholes
 from models.checkpoints.families.segmentors import SCALE, Segmentor, Table, read_segmentor
 from models.checkpoints.families.vit import split_prefix
 from models.errors import CheckpointError
@@ -21,6 +22,8 @@ from models.segmentation.decoders import HEAD_TYPES, below, class_count
 
 NAME = "mmsegmentation"
 KEPT = ("decode_head.", "neck.")
+# Pixels between the positions of a pyramid's coarsest map.
+STRIDE = 32
 # By mmsegmentation's names of Segmenter's decoder, those of its authors.
 RENAMED = {
     "dec_proj.": "proj_dec.",
@@ -57,7 +60,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         "inputs": list(backbone.dims),
         **backbone.settings,
         **labels(config, class_count(head)),
-        "windows": windows(config, backbone.window),
+        "windows": windows(config, backbone.window, backbone.settings.get("patch", STRIDE)),
     }
     head = in_segmenters_names(head)
     settings |= decoder_settings(config, head, len(backbone.layers))
@@ -208,11 +211,17 @@ def in_segmenters_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def windows(config: Segmentor, window: tuple[int, int] | None) -> dict[str, Any]:
+def windows(
+    config: Segmentor, window: tuple[int, int] | None, least: int = STRIDE
+) -> dict[str, Any]:
     """Sliding windows: of the one size that the trunk takes, else of the test configuration.
 
+    Args:
+        least: the side of the smallest window that the trunk takes.
+
     Raises:
-        CheckpointError: the configuration does not say whether windows slide.
+        CheckpointError: the configuration does not say whether windows slide, or they are too
+            small.
     """
     test = config.test_cfg
     usual = "'whole', or 'slide' with crop_size and stride"
@@ -221,7 +230,7 @@ def windows(config: Segmentor, window: tuple[int, int] | None) -> dict[str, Any]
     if window is not None:
         crop = list(window)
     elif mode != "whole":
-        crop = [int(n) for n in test.require("crop_size", "[512, 512]")]
+        crop = wholes("test_cfg.crop_size", test.require("crop_size", "[512, 512]"), least)
     scale = config.scale
     if scale is None:
         scale = (4 * min(crop), min(crop)) if crop else SCALE

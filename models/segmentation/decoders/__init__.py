@@ -17,6 +17,7 @@ from models.segmentation.decoders.necks import (
     SelectLevels,
     Steps,
     TinyMimNeck,
+    check_plain,
     create_neck,
 )
 
@@ -62,6 +63,8 @@ def create_decoder(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -
         raise ValueError(f"inputs must be up to {MAX_MAPS} numbers from 1 to {MAX_CHANNELS}")
     steps: dict[str, nn.Module] = {}
     levels = below(tensors, "levels.")
+    if any(key.startswith("fpn1.") for key in levels):
+        check_plain(inputs)
     if (added := levels.get("conv1x1.1.weight")) is not None:
         steps["levels"] = TinyMimNeck(inputs[0], added.shape[0])
         inputs = [4 * inputs[0]] * 4

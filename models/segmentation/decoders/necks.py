@@ -11,9 +11,20 @@ from models.segmentation.decoders.layers import ChannelNorm, ConvModule, Pyramid
 
 # `ConvModule` of (inputs, outputs, size).
 Conv = Callable[[int, int, int], nn.Module]
-# The factors of a plain ViT's levels in mmsegmentation's Feature2Pyramid, in its names.
+# Levels that are made of as many maps of a plain ViT, and their factors in mmsegmentation's
+# Feature2Pyramid, in its names.
+LEVELS = 4
 PYRAMID_STEPS = ("upsample_4x", "upsample_2x", "identity", "downsample_2x")
 COARSE_STEPS = ("upsample_2x", "identity", "downsample_2x", "downsample_4x")
+
+
+def check_plain(inputs: Sequence[int]) -> None:
+    """
+    Raises:
+        ValueError: there are not as many of a plain ViT's maps as a pyramid has levels.
+    """
+    if len(inputs) != LEVELS:
+        raise ValueError(f"the neck makes {LEVELS} levels of as many maps, not of {len(inputs)}")
 
 
 class BeitNeck(nn.Module):
@@ -184,6 +195,7 @@ def create_neck(
         )
         return MlaNeck(inputs, width, eps, conv), [width] * len(inputs)
     if "upsample_2x.0.weight" in tensors:
+        check_plain(inputs)
         from_four = "upsample_4x.0.weight" in tensors
         return FeaturePyramid(inputs[0], from_four=from_four), list(inputs)
     if "lateral_convs.0.conv.weight" not in tensors:

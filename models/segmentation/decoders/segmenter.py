@@ -55,6 +55,8 @@ def create(
         KeyError: there are no `num_heads`, which no shape determines.
         ValueError: they do not divide the channels.
     """
+    if len(inputs) != 1:
+        raise ValueError(f"in_index has {len(inputs)} levels; the head reads one")
     _, classes, dim = tensors["cls_emb"].shape
     heads = int(settings["num_heads"])
     if heads < 1 or dim % heads:

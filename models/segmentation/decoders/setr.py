@@ -73,6 +73,8 @@ def create(
     first = tensors[MARK]
     if "norm.weight" not in tensors:
         return SetrMlaHead(inputs, first.shape[0], joined, classes, scale=scale)
+    if len(inputs) != 1:
+        raise ValueError(f"in_index has {len(inputs)} levels; the head reads one")
     return SetrUpHead(
         inputs[0],
         joined,
