@@ -2,12 +2,14 @@
 themselves need a GPU: `python -m benchmarks.gpu --part fixtures` runs them."""
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from models.errors import CatalogError, EngineError
 from models.model import Model
@@ -265,7 +267,13 @@ def test_passes_are_compiled_whole_and_for_all_sizes_at_once(
                     found = trunk.forward(photos[:size], plan(size))
                     torch.testing.assert_close(found.features, features)
                     torch.testing.assert_close(trunk.forward(photos[:size]).features, features)
+        programs = counters["stats"]["unique_graphs"]
+        with ThreadPoolExecutor(1) as lane:
+            found = lane.submit(torch.inference_mode()(trunk.forward), photos, plan(3)).result()
+        torch.testing.assert_close(found.features, expected[3])
+        assert counters["stats"]["unique_graphs"] == programs
         assert engine.settled
+        assert engine.report().name == "compile", engine.report().reason
         assert len(others.slots) == 64
     finally:
         torch.set_num_threads(threads)

@@ -2,8 +2,9 @@
 https://docs.pytorch.org/docs/stable/torch.compiler.html
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,10 @@ class Compile(BuiltEngine):
             module = self._quantizer(module)
         # Isolated, because all passes together would soon have too many programs.
         compiled: Pass = torch.compile(  # type: ignore[call-overload]  # its overloads are older
-            module, fullgraph=True, isolate_recompiles=True
+            module,
+            fullgraph=True,
+            isolate_recompiles=True,
+            options={"guard_filter_fn": _same_in_all_threads},
         )
 
         def run(*tensors: Tensor) -> Mapping[str, Tensor]:
@@ -71,3 +75,10 @@ class Compile(BuiltEngine):
 
     def warm_up_sizes(self, largest: int) -> list[int]:
         return buckets(largest) if self.placement.device.type == "cuda" else [1, largest]
+
+
+def _same_in_all_threads(guards: Sequence[Any]) -> list[bool]:
+    """Which guards of a program are kept: not those on what hooks hold for each thread
+    (`PerThread`). A pass begins with nothing there, but a thread's first one would be compiled
+    again, since the attributes are not there yet."""
+    return ["_local" not in guard.name for guard in guards]
