@@ -27,7 +27,7 @@ class Conv(nn.Module):
         super().__init__()
         self.preactivate = preactivate
         self.conv = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=bias and not norm)
-        self.bn = nn.BatchNorm2d(outputs) if norm else nn.Identity()
+        self.bn: nn.Module = nn.BatchNorm2d(outputs) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         convolved: Tensor = self.bn(self.conv(relu(x) if self.preactivate else x))

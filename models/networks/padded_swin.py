@@ -15,6 +15,8 @@ from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from models.networks.vit import bicubic_rule
+
 MASKED = -100.0  # upstream's, not minus infinity
 
 
@@ -150,6 +152,8 @@ class PaddedSwin(nn.Module):
         window_size: cells along a window's side.
         patch_norm: whether a norm follows the patch embedding.
         norm_eps: epsilon of every layer norm.
+        positions: the shape of the table of absolute positions, none without one: (1, D, h, w) as
+            upstream has it, resized to the input's grid, or (1, N, D) for N patches alone.
     """
 
     num_classes = 0
@@ -166,9 +170,12 @@ class PaddedSwin(nn.Module):
         qkv_bias: bool = True,
         patch_norm: bool = True,
         norm_eps: float = 1e-5,
+        positions: Sequence[int] = (),
     ) -> None:
         super().__init__()
         norm = partial(nn.LayerNorm, eps=norm_eps)
+        table = nn.Parameter(torch.zeros(*positions)) if positions else None
+        self.absolute_pos_embed = table
         self.patch_embed = PatchEmbed(
             patch_size, embed_dim, norm=norm if patch_norm else nn.Identity
         )
@@ -188,9 +195,26 @@ class PaddedSwin(nn.Module):
         self.num_features = embed_dim * 2 ** (len(stages) - 1)
         self.norm = norm(self.num_features)
 
+    def check_size(self, height: int, width: int) -> str | None:
+        """What is wrong with inputs of that size, or None."""
+        table, patch = self.absolute_pos_embed, self.patch_embed.patch_size[0]
+        cells = -(-height // patch) * -(-width // patch)
+        if table is None or table.dim() == 4 or cells == table.shape[1]:
+            return None
+        return f"its positions are for {table.shape[1]} patches, and it has {cells}"
+
+    def positioned(self, x: Tensor) -> Tensor:
+        """The map of patches (B, D, h, w) with their absolute positions, if it has them."""
+        table = self.absolute_pos_embed
+        if table is None:
+            return x
+        if table.dim() == 3:
+            return x + table.transpose(1, 2).reshape(1, *x.shape[1:])
+        return x + bicubic_rule(table, (x.shape[2], x.shape[3]))
+
     def forward_features(self, x: Tensor) -> Tensor:
         """The last stage's map after the norm, (B, D, h, w)."""
-        x = self.layers(self.patch_embed(x))
+        x = self.layers(self.positioned(self.patch_embed(x)))
         normed: Tensor = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return normed
 

@@ -434,8 +434,12 @@ def test_esvits_linear_classifiers_read_the_means_of_blocks(
     linear = randomised(nn.Linear(8 + 16 + 16, 7))
     weights = {f"module.linear.{key}": value for key, value in linear.state_dict().items()}
     path = saved(tmp_path / "linear.pth", {"state_dict": weights, "epoch": 1, "best_acc": 1.0})
-    arguments = {"num_heads": [1, 2]}
+    arguments = {"num_heads": [1, 2], "window_size": 7}
     assert read_checkpoint(tmp_path / "backbone.pth", arguments).assumed["shift"] is False
+    for missing in arguments:
+        others = {name: value for name, value in arguments.items() if name != missing}
+        with pytest.raises(CheckpointError, match=f"does not say {missing}"):
+            read_checkpoint(tmp_path / "backbone.pth", others)
     found = load_checkpoint(path, arguments).run(pixels(64, 64))["logits"]
     features = torch.cat(network.block_means(pixels(64, 64)), 1)
     assert torch.allclose(found, linear(features), atol=1e-5)
@@ -456,13 +460,14 @@ def test_a_cvt_whose_windows_are_fixed_says_which_sizes_it_takes(tmp_path: Path)
     teacher = {f"module.{key}": value for key, value in network.state_dict().items()}
     teacher |= {"module.head.last_layer.weight_v": torch.ones(3, 16)}
     path = saved(tmp_path / "c.pth", {"student": teacher, "teacher": teacher, "epoch": 1})
-    model = load_checkpoint(path, {"num_heads": [1, 2], "shift": [True, 1]})
+    stated = {"num_heads": [1, 2], "window_size": 7}
+    model = load_checkpoint(path, {**stated, "shift": [True, 1]})
     pooled = network.forward_head(network.forward_features(pixels(64, 56)), pre_logits=True)
     assert torch.equal(model.run(pixels(64, 56))["embedding"], pooled)
     with pytest.raises(InputError, match="stage 1 has 7x6 cells of it, and a window 7x7"):
         model.run(pixels(56, 48))
     with pytest.raises(CheckpointError, match="it needs a value for each of 2"):
-        load_checkpoint(path, {"num_heads": [1, 2], "shift": [True]})
+        load_checkpoint(path, {**stated, "shift": [True]})
 
 
 def test_a_swins_last_window_tells_its_input_size(tmp_path: Path) -> None:

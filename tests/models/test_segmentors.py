@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 from timm.models.swin_transformer import SwinTransformer
-from torch import nn
-from torch.nn.functional import conv2d
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, group_norm
 
 from models import load_checkpoint
 from models.checkpoints.containers import open_container
@@ -213,6 +213,63 @@ def test_a_padded_swin_is_timms_where_nothing_is_padded() -> None:
         found = own.get_submodule("norm") and own.forward_features(pixels)  # type: ignore[operator]
         expected = reference.forward_features(pixels).permute(0, 3, 1, 2)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_a_swin_may_have_absolute_positions(tmp_path: Path) -> None:
+    """A constant table is as the bias of the norm before it."""
+    loaded = content("seg_upernet_swin_mmseg")
+    model = model_of(loaded)["model"]
+    model["backbone"]["pretrain_img_size"] = 64
+    loaded["meta"]["config"] = f"model = {model!r}"
+    state, constant = loaded["state_dict"], torch.rand(1, 12, 1, 1)
+    bias = state["backbone.patch_embed.norm.bias"]
+    bias += constant.flatten()
+    torch.save(loaded, tmp_path / "bias.pth")
+    bias -= constant.flatten()
+
+    def run(table: Tensor, pixels: Tensor) -> Tensor:
+        state["backbone.absolute_pos_embed"] = table
+        torch.save(loaded, tmp_path / "table.pth")
+        return load_checkpoint(tmp_path / "table.pth").run(pixels)["mask_logits"]
+
+    same, larger = torch.randn(1, 3, 64, 64), torch.randn(1, 3, 72, 96)
+    expected = load_checkpoint(tmp_path / "bias.pth").run(larger)["mask_logits"]
+    assert torch.allclose(run(constant.repeat(1, 1, 16, 16), larger), expected, atol=1e-5)
+    varied = torch.randn(1, 12, 16, 16)
+    by_patch = varied.flatten(2).transpose(1, 2)  # mmsegmentation's
+    assert torch.equal(run(by_patch, same), run(varied, same))
+    with pytest.raises(InputError, match="no smaller"):
+        run(by_patch, torch.randn(1, 3, 40, 40))
+
+
+def test_heads_may_have_group_norms(tmp_path: Path) -> None:
+    loaded = content("seg_upernet_swin_mmseg")
+    state = {
+        key.replace(".bn.", ".gn.") if key.startswith("decode_head.") else key: value
+        for key, value in loaded["state_dict"].items()
+        if not (key.startswith("decode_head.") and ".running_" in key)
+    }
+    state = {key: value for key, value in state.items() if not key.endswith("batches_tracked")}
+    loaded["state_dict"] = state
+
+    def load(norm: dict[str, Any]) -> Any:
+        config = model_of(loaded)
+        config["model"]["decode_head"]["norm_cfg"] = norm
+        loaded["meta"]["config"] = "\n".join(f"{k} = {v!r}" for k, v in config.items())
+        torch.save(loaded, tmp_path / "groups.pth")
+        return load_checkpoint(tmp_path / "groups.pth")
+
+    decoder = load({"type": "GN", "num_groups": 4}).heads["segment"].network
+    x, prefix = torch.randn(1, 12, 9, 9), "decode_head.lateral_convs.0"
+    weight, bias = state[f"{prefix}.gn.weight"], state[f"{prefix}.gn.bias"]
+    normed = group_norm(conv2d(x, state[f"{prefix}.conv.weight"]), 4, weight, bias)
+    assert torch.allclose(decoder.decode_head.lateral_convs[0](x), normed.relu(), atol=1e-6)
+    with pytest.raises(CheckpointError, match="num_groups is None"):
+        load({"type": "GN"})
+    with pytest.raises(CheckpointError, match="does not say their groups"):
+        load({"type": "BN"})
+    with pytest.raises(CheckpointError, match="incomplete"):
+        load({"type": "GN", "num_groups": 5})
 
 
 @pytest.mark.parametrize("size", [(61, 64), (40, 90), (7, 5)])

@@ -15,6 +15,7 @@ from models.networks import OWN
 MARK = "stage0.1.layers.0.0.fn.qkv.dw.weight"
 TABLE = "stage{}.1.layers.0.0.fn.rel_pos_bias_table"
 INDEX = ".rel_pos_idx"
+PUBLISHED = [64, 192, 384, 768]  # widths of the only published network
 STEM, PROJECTION = "stage0.0.stem.6.weight", "stage{}.0.proj.weight"
 
 
@@ -29,10 +30,10 @@ def cvt_checkpoint(
     """A CvT as a checkpoint of format `name`.
 
     Args:
-        arguments: by stage, as in upstream's configurations, `num_heads` (channels / 64),
-            `window_size` (7), `patch_stride` (4, 2, 2, 2), `patch_padding` (2, 1, 1, 1) and `shift`
-            (false), and `img_size` in pixels (224). Those that are assumed are the published
-            network's.
+        arguments: by stage, as in upstream's configurations, `num_heads` (channels / 64) and
+            `window_size` (7), which only the published network may leave out, `patch_stride`
+            (4, 2, 2, 2), `patch_padding` (2, 1, 1, 1) and `shift` (false), and `img_size` in pixels
+            (224). Those that are assumed are the published network's.
         dropped: keys that only training used.
 
     Raises:
@@ -51,12 +52,19 @@ def cvt_checkpoint(
     windows = [7] * count
     if relative:
         windows = [round((len(tensors[TABLE.format(s)]) ** 0.5 + 1) / 2) for s in stages]
-    else:
+    elif dims == PUBLISHED:
         windows = _by_stage("window_size", known.get("window_size", windows), count)
-    heads = [tensors[TABLE.format(s)].shape[1] for s in stages] if relative else None
-    heads = heads or _by_stage(
-        "num_heads", known.get("num_heads", [max(1, dim // 64) for dim in dims]), count
-    )
+    else:
+        stated = known.require("window_size", "7 or 14 cells, or a list by stage")
+        windows = _by_stage("window_size", stated, count)
+    usual = [max(1, dim // 64) for dim in dims]
+    if relative:
+        heads = [tensors[TABLE.format(s)].shape[1] for s in stages]
+    elif dims == PUBLISHED:
+        heads = _by_stage("num_heads", known.get("num_heads", usual), count)
+    else:
+        stated = known.require("num_heads", f"a list by stage, such as {usual}")
+        heads = _by_stage("num_heads", stated, count)
     if any(dim % number for dim, number in zip(dims, heads, strict=True)):
         raise CheckpointError(f"num_heads are {heads}; each must divide its stage's width, {dims}")
     shift = known.get("shift", False)  # nothing in the file tells

@@ -12,7 +12,7 @@ from torch import Tensor
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
 from models.checkpoints.families.backbones import convert_backbone, in_timms_names
-from models.checkpoints.families.known import wholes
+from models.checkpoints.families.known import whole, wholes
 from models.checkpoints.families.segmentors import SCALE, Segmentor, Table, read_segmentor
 from models.checkpoints.families.vit import split_prefix
 from models.errors import CheckpointError
@@ -62,15 +62,21 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         **labels(config, class_count(head)),
         "windows": windows(config, backbone.window, backbone.settings.get("patch", STRIDE)),
     }
-    head = in_segmenters_names(head)
+    has_groups = any(".gn." in key for key in head)
+    head = {k.replace(".gn.", ".bn."): v for k, v in in_segmenters_names(head).items()}
     settings |= decoder_settings(config, head, len(backbone.layers))
+    if has_groups and not {"neck_groups", "decode_head_groups"} & settings.keys():
+        raise CheckpointError(
+            "the file has group norms and does not say their groups; set arguments = {decode_head "
+            "= {norm_cfg = {type = 'GN', num_groups = ...}}}: 32 in most code"
+        )
     reads_tokens = "readout" in settings
     config.backbone.only("output_cls_token", reads_tokens)
     if reads_tokens:
         if not backbone.arguments.get("class_token"):
             raise CheckpointError("decode_head is a DPTHead, which reads a plain ViT's class token")
         settings |= {"class_tokens": True, "inputs": [2 * dim for dim in backbone.dims]}
-    size = backbone.arguments.get("img_size", min(config.scale or SCALE))
+    size = backbone.window or backbone.arguments.get("img_size", min(config.scale or SCALE))
     return Checkpoint(
         format=NAME,
         architecture=backbone.architecture,
@@ -120,18 +126,22 @@ def decoder_settings(
     if "act_cfg" in table.values and table.find("act_cfg") is None:
         raise CheckpointError("decode_head.act_cfg is None; supported: 'ReLU'")
     neck.only("add_extra_convs", False)
+    settings: dict[str, Any] = {}
     for each in (table, neck):
         norm = each.find("norm_cfg")
         if not isinstance(norm, Mapping) or norm.get("type") == "LN":
             continue
-        if norm.get("type") not in (None, "BN", "SyncBN"):
-            raise CheckpointError(f"{each.name}.norm_cfg is {norm['type']}; supported: BN, SyncBN")
+        if norm.get("type") not in (None, "BN", "SyncBN", "GN"):
+            raise CheckpointError(
+                f"{each.name}.norm_cfg is {norm['type']}; supported: BN, SyncBN, GN"
+            )
         each.only_eps("norm_cfg", 1e-5)
+        if norm.get("type") == "GN":
+            settings[f"{each.name}_groups"] = whole("num_groups", norm.get("num_groups"))
     if class_count(tensors) == 1:
         raise CheckpointError(
             "decode_head has one output with a threshold; only classes are supported"
         )
-    settings: dict[str, Any] = {}
     if any(key.startswith("neck.convs.") for key in tensors):
         scales = neck.require("scales", "[4, 2, 1, 0.5]", [0.5, 1, 2, 4])
         settings["scales"] = [float(n) for n in scales]

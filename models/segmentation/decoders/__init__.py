@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from models.segmentation.decoders import dpt, fcn, fpn, segmenter, setr, uper
+from models.segmentation.decoders.layers import use_group_norms
 from models.segmentation.decoders.necks import (
     BeitNeck,
     LevelNorms,
@@ -52,7 +53,8 @@ def create_decoder(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -
             (optional) and `decode_head.*`.
         settings: `inputs`, the channels of each map; `patch`, the patch size, for a `BeitNeck`;
             `levels_norm_eps` of `LevelNorms` (1e-6); `in_index`, the levels that the head reads
-            (all); and those of `create_neck` and of the heads.
+            (all); `neck_groups` and `decode_head_groups`, of group norms in place of batch norms;
+            and those of `create_neck` and of the heads.
 
     Raises:
         KeyError: a tensor or a setting is missing.
@@ -86,4 +88,7 @@ def create_decoder(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -
     if family is None:
         raise ValueError(f"no head has tensors named {', '.join(list(head)[:5])}")
     steps["decode_head"] = family.create(head, inputs, settings)
+    for name in ("neck", "decode_head"):
+        if name in steps and f"{name}_groups" in settings:
+            use_group_norms(steps[name], int(settings[f"{name}_groups"]))
     return Steps(steps)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, layer_norm
 
+from models.networks.dpt import Conv
+
 # Maps (B, C, h, w), finest first.
 Pyramid = Sequence[Tensor]
 
@@ -52,12 +54,25 @@ class ConvModule(nn.Module):
         self.conv = nn.Conv2d(
             inputs, outputs, size, padding=size // 2 * dilation, dilation=dilation, bias=not norm
         )
-        self.bn = nn.BatchNorm2d(outputs) if norm else nn.Identity()
+        self.bn: nn.Module = nn.BatchNorm2d(outputs) if norm else nn.Identity()
         self.activate = nn.ReLU(inplace=True) if activate else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         activated: Tensor = self.activate(self.bn(self.conv(x)))
         return activated
+
+
+def use_group_norms(decoder: nn.Module, groups: int) -> None:
+    """Replace the batch norms of convolutions by group norms.
+
+    Raises:
+        ValueError: the groups do not divide the channels.
+    """
+    if groups < 1:
+        raise ValueError(f"there are {groups} groups of channels; there must be 1 or more")
+    for module in decoder.modules():
+        if isinstance(module, ConvModule | Conv) and isinstance(module.bn, nn.BatchNorm2d):
+            module.bn = nn.GroupNorm(groups, module.bn.num_features)
 
 
 class Upsample(nn.Module):

@@ -130,20 +130,21 @@ def sides(value: Any) -> tuple[int, int] | None:
     return None
 
 
-def grid_of(table: Table, cells: int, patch: int) -> tuple[int, int]:
-    """Rows and columns of a table of `cells` positions: by `img_size`, or else of a square.
+def grid_of(table: Table, cells: int, patch: int, name: str = "img_size") -> tuple[int, int]:
+    """Rows and columns of a table of `cells` positions: by the size called `name`, or else of a
+    square.
 
     Raises:
         CheckpointError: neither fits.
     """
-    if (size := sides(table.find("img_size"))) is not None:
+    if (size := sides(table.find(name))) is not None:
         rows, columns = size[0] // patch, size[1] // patch
     else:
         rows = columns = round(max(cells, 0) ** 0.5)
     if cells < 1 or rows * columns != cells:
         raise CheckpointError(
-            f"the positions are of {cells} patches, which {table.name}.img_size must say; it is "
-            f"{table.find('img_size')}"
+            f"the positions are of {cells} patches, which {table.name}.{name} must say; it is "
+            f"{table.find(name)}"
         )
     return rows, columns
 

@@ -6,7 +6,7 @@ import torch
 from timm.models.swin_transformer import get_relative_position_index
 from torch import Tensor
 
-from models.checkpoints.families.backbones import Backbone, norm_eps
+from models.checkpoints.families.backbones import Backbone, grid_of, norm_eps
 from models.checkpoints.families.ratios import mlp_ratio
 from models.checkpoints.families.segmentors import Table
 from models.checkpoints.families.swin import BUFFERS, MARK
@@ -14,6 +14,7 @@ from models.errors import CheckpointError
 
 TYPES = ("SwinTransformer",)
 INDEX = "relative_position_index"
+POSITIONS = "absolute_pos_embed"
 
 
 def matches(tensors: Mapping[str, Tensor]) -> bool:
@@ -21,15 +22,14 @@ def matches(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def convert(tensors: Mapping[str, Tensor], table: Table, by_mmseg: bool) -> Backbone:
-    """`table`: `norm_cfg`; everything else is in the shapes.
+    """`table`: `norm_cfg`, and `pretrain_img_size` of mmsegmentation's absolute positions;
+    everything else is in the shapes.
 
     Raises:
-        CheckpointError: absolute positions, or windows that are not square.
+        CheckpointError: windows that are not square.
     """
     table.only("qk_scale", None)
     table.only("act_cfg", "GELU")
-    if "absolute_pos_embed" in tensors:
-        raise CheckpointError("a Swin with absolute positions is not supported")
     rows, _ = tensors[MARK].shape
     window = round((rows**0.5 + 1) / 2)
     if (2 * window - 1) ** 2 != rows:
@@ -63,6 +63,10 @@ def convert(tensors: Mapping[str, Tensor], table: Table, by_mmseg: bool) -> Back
     state["norm.weight"] = levels.get(f"{norm}.weight", torch.ones(last))
     state["norm.bias"] = levels.get(f"{norm}.bias", torch.zeros(last))
     eps = norm_eps(table, 1e-5)
+    positions, only_size = tensors.get(POSITIONS), None
+    if positions is not None and positions.dim() == 3:  # mmsegmentation's, which has no rule
+        grid = grid_of(table, positions.shape[1], patch, "pretrain_img_size")
+        only_size = grid[0] * patch, grid[1] * patch
     return Backbone(
         architecture="padded-swin",
         arguments={
@@ -75,10 +79,12 @@ def convert(tensors: Mapping[str, Tensor], table: Table, by_mmseg: bool) -> Back
             "qkv_bias": "layers.0.blocks.0.attn.qkv.bias" in state,
             "patch_norm": "patch_embed.norm.weight" in state,
             "norm_eps": eps,
+            "positions": [] if positions is None else list(positions.shape),
         },
         state_dict=state,
         layers=layers,
         dims=[dim * 2**layer for layer in layers],
+        window=only_size,
         levels=levels,
         settings={"levels_norm_eps": eps},
         dropped=tuple(key for key in tensors if key.endswith(BUFFERS)),
