@@ -438,6 +438,32 @@ console.log(JSON.stringify(sent));
 """
 
 
+PATIENT = """
+import { createServer } from "node:http";
+import { Vitrail } from "%(module)s";
+const server = createServer((request, response) => {
+  if (request.url === "/models") response.end('{"models": ["late"]}'); // others wait for ever
+});
+const listen = (port) => new Promise((done) => server.listen(port, "127.0.0.1", done));
+await listen(0);
+const { port } = server.address(), sent = fetch;
+await new Promise((done) => server.close(done));
+let tries = 0;
+globalThis.fetch = async (...given) => {
+  if (++tries === 2) await listen(port);
+  return sent(...given);
+};
+const url = `http://127.0.0.1:${port}`, failure = (promise) => promise.catch((error) => error);
+const refused = await failure(new Vitrail(url, { maxTries: 1 }).models());
+tries = 0;
+const late = await new Vitrail(url).models();
+const slow = await failure(new Vitrail(url, { timeoutS: 0.1 }).collections());
+server.closeAllConnections();
+server.close();
+console.log(JSON.stringify({ refused: refused.cause.code, late, slow: slow.name, tries }));
+"""
+
+
 def node(script: str, folder: Path, **places: str) -> Any:
     """What a script prints as JSON that imports our module."""
     program = shutil.which("node")
@@ -459,6 +485,16 @@ def test_javascript_requests_are_those_of_the_document(
     assert {re.sub("[A-Z]", lambda m: f"_{m[0].lower()}", name) for name in sent} == CALLS.keys()
     for request in sent.values():
         check_request(document, *request)
+
+
+def test_the_javascript_client_waits_for_a_server_that_starts_but_not_for_ever(
+    tmp_path: Path,
+) -> None:
+    answers = node(PATIENT, tmp_path)
+    assert answers["refused"] == "ECONNREFUSED"
+    assert answers["late"] == ["late"]
+    assert answers["slow"] == "TimeoutError"
+    assert answers["tries"] == 3  # one of them was refused
 
 
 def test_the_javascript_client(

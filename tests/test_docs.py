@@ -27,6 +27,7 @@ from .conftest import Running
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+CLIENTS = ROOT / "docs/guides/clients.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 DEMO_URL = "localhost:8000"
 
@@ -157,27 +158,38 @@ def test_the_example_with_qdrant_finds_the_photo(demo_server: str, folder: Path)
     ]
 
 
-@pytest.mark.weights
-def test_the_examples_of_the_clients_run(own_demo: httpx.Client, folder: Path) -> None:
+@pytest.fixture
+def indexed(own_demo: httpx.Client, folder: Path) -> Iterator[str]:
+    """The URL of a demo whose collection `photos` has the photos."""
     own_demo.put("/collections/photos", json={"model": "lite0-minilm"}).raise_for_status()
     for name in ("cat.jpg", "coffee.jpg"):
         content, to = (folder / name).read_bytes(), f"/collections/photos/images?id={name}"
         own_demo.post(to, content=content).raise_for_status()
-    page, url = ROOT / "docs/guides/clients.md", str(own_demo.base_url)
-    examples = "\n".join(blocks(page, "python"))
+    yield str(own_demo.base_url)
+    own_demo.delete("/collections/photos")
+
+
+@pytest.mark.weights
+def test_the_examples_of_the_python_clients_run(indexed: str, folder: Path) -> None:
+    examples = "\n".join(blocks(CLIENTS, "python"))
     for given in ('Client("http://localhost:8000")', "Client()"):
-        examples = examples.replace(given, f'Client("{url}", key="admin")')
+        examples = examples.replace(given, f'Client("{indexed}", key="admin")')
     found = run([sys.executable, "-c", f"paths = ['cat.jpg', 'coffee.jpg']\n{examples}"], folder)
     lines = found.splitlines()
     assert lines[:3] == ["cat.jpg tiger cat", "coffee.jpg espresso", "cat.jpg coffee.jpg"]
     assert lines[3].startswith("404 no model 'none'")
-    if node := shutil.which("node"):
-        (folder / "vitrail.mjs").write_bytes(own_demo.get("/assets/vitrail.js").content)
-        [example] = blocks(page, "js")
-        given, own = '"http://localhost:8000", {', f'"{url}", {{ key: "admin",'
-        (folder / "example.mjs").write_text(example.replace(given, own))
-        assert "'coffee.jpg 0." in run([node, "example.mjs"], folder)
-    own_demo.delete("/collections/photos")
+
+
+@pytest.mark.weights
+def test_the_example_of_the_javascript_client_runs(indexed: str, folder: Path) -> None:
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is not installed (apt-get install nodejs)")
+    (folder / "vitrail.mjs").write_bytes(httpx.get(f"{indexed}/assets/vitrail.js").content)
+    [example] = blocks(CLIENTS, "js")
+    given, own = '"http://localhost:8000", {', f'"{indexed}", {{ key: "admin",'
+    (folder / "example.mjs").write_text(example.replace(given, own))
+    assert "'coffee.jpg 0." in run([node, "example.mjs"], folder)
 
 
 def test_the_readmes_catalog_serves_a_checkpoint(

@@ -190,7 +190,7 @@ def show_picture(picture: Image.Image | None, **options: Any) -> None:
     Args:
         options: of `Picture`.
     """
-    if picture is not None and errors.color_system is not None:
+    if picture is not None and errors.color_system is not None and not errors.no_color:
         errors.print(Picture(picture, **options))
 
 

@@ -27,6 +27,7 @@ from service.cli.pictures import read_picture
 from service.cli.task_commands import Invocation, run_task
 from vitrail_client.protocol import DEFAULT_URL, Scalar
 
+MAX_SHOWN = 100  # hits with which servers send thumbnails
 HIT_COLUMNS = 24  # of the terminal, for a hit's picture
 
 
@@ -64,30 +65,39 @@ def search(
     """Search an index or a collection for the nearest images, by cosine similarity."""
     if (image is None) == (text is None):
         raise typer.BadParameter("search by --image, or by --text")
-    if Path(index).suffix:  # collections' names have no dot
+    is_file = bool(Path(index).suffix)  # collections' names have no dot
+    if is_file:
         if where:
             raise typer.BadParameter("--where is for collections; a file has no metadata")
         found = _search_file(Path(index), image, text, top, url, key)
     else:
         with connect(url, key) as client:
             conditions = dict(map(_condition, where or []))
+            thumbnails = (show and top <= MAX_SHOWN) or None
             found = client.search(
-                index, image=image, text=text, k=top, where=conditions, thumbnails=show or None
+                index, image=image, text=text, k=top, where=conditions, thumbnails=thumbnails
             )
+        if show and not thumbnails:
+            errors.print(f"pictures are shown with --top {MAX_SHOWN} or less", highlight=False)
     for hit in found:
         path, score = hit["id"], hit["score"]
         line = json.dumps({"path": path, "score": score}) if as_json else f"{score:.3f}  {path}"
         typer.echo(line)
         if show:
-            show_picture(_thumbnail(hit), columns=HIT_COLUMNS)
+            picture = _file_picture(Path(path)) if is_file else _thumbnail(hit)
+            show_picture(picture, columns=HIT_COLUMNS)
 
 
 def _thumbnail(hit: dict[str, Any]) -> Image.Image | None:
-    """A hit's thumbnail, or else its file; None if there is neither here."""
-    if encoded := hit.get("thumbnail"):
-        return read_picture(base64.b64decode(encoded))
+    """The thumbnail of a collection's hit. Its id is no path here, whatever it looks like."""
+    encoded = hit.get("thumbnail")
+    return read_picture(base64.b64decode(encoded)) if encoded else None
+
+
+def _file_picture(path: Path) -> Image.Image | None:
+    """The picture of an index file's hit; None if it is not here any more."""
     try:
-        return read_picture(Path(hit["id"]).read_bytes())
+        return read_picture(path.read_bytes()) if path.is_file() else None
     except OSError:
         return None
 

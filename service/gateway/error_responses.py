@@ -29,6 +29,7 @@ SCHEMA: dict[str, Any] = {
 }
 
 OPEN_TAGS = ("system",)
+OPEN_PATHS = ("/v2", "/infinity/health", "/immich/ping")
 # Routes that run models, by their tag or the end of their path.
 RUNNING_TAGS = ("tasks", "OpenAI", "dialects", "collections")
 MAKING_TAGS = ("heads", "collections")
@@ -59,7 +60,7 @@ def statuses(path: str, method: str, operation: dict[str, Any]) -> set[int]:
     """The statuses of the errors that an operation can answer with."""
     tag = operation["tags"][0]
     found = {500}
-    if tag not in OPEN_TAGS and "/health/" not in path and path != "/v2":
+    if tag not in OPEN_TAGS and "/health/" not in path and path not in OPEN_PATHS:
         found |= {*KEY, 503}
     if "{" in path:
         found |= {404, 422}

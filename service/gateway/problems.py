@@ -1,6 +1,7 @@
 """Errors as RFC 9457 `application/problem+json`."""
 
 import math
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -65,6 +66,7 @@ def install_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def _http_exception(request: Request, error: HTTPException) -> JSONResponse:
         path = request.url.path
+        slug = HTTPStatus(error.status_code).phrase.lower().replace(" ", "-")
         detail = f"{request.method} {path}: {error.detail}"
         body = {
             "type": "about:blank",
@@ -74,7 +76,7 @@ def install_handlers(app: FastAPI) -> None:
             "request_id": request_id.get(),
         }
         return JSONResponse(
-            body | _members_of_dialect(path, detail, "not-found"),
+            body | _members_of_dialect(path, detail, slug),
             error.status_code,
             headers=dict(error.headers or {}),
             media_type="application/problem+json",

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import httpx
@@ -34,7 +35,9 @@ from service.errors import (
     InvalidInputError,
     NotFoundError,
 )
-from service.gateway.collections.folder import _read
+from service.gateway.collections import folder as folder_pages
+from service.gateway.collections.folder import _read, read_page
+from service.gateway.collections.parameters import FolderParameters
 from service.limits import Budget
 from service.search.collection import Collection, Item
 from service.search.folders import ImageFile, ImageFolder, Unreadable
@@ -632,6 +635,39 @@ def test_listing_ends_at_the_deadline(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").touch()
     with pytest.raises(DeadlineExceededError):
         ImageFolder([str(tmp_path)], str(tmp_path)).look(None, 10, time.monotonic() - 1)
+
+
+def test_slow_thumbnails_leave_the_model_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abcd":
+        (tmp_path / f"{name}.jpg").write_bytes(b"photo")
+    began = now = time.monotonic()
+    clock = SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr(folder_pages, "time", clock)
+
+    def make(content: bytes) -> bytes:
+        nonlocal now
+        now += 15
+        return b"small"
+
+    async def find(collection: str, ids: list[str]) -> dict[str, Any]:
+        return {}
+
+    async def read() -> list[Any]:
+        settings = Settings(image_folders=(str(tmp_path),))
+        with Budget(settings).request("http", "") as share, ThreadPoolExecutor(1) as pool:
+            thumbnails = SimpleNamespace(make=make)
+            state = SimpleNamespace(settings=settings, folder_threads=pool, thumbnails=thumbnails)
+            request: Any = SimpleNamespace(
+                app=SimpleNamespace(state=state), scope={"state": {"share": share}}
+            )
+            store: Any = SimpleNamespace(find=find)
+            asked = FolderParameters(folder=str(tmp_path))
+            page = await read_page(request, store, "photos", asked, began + 60)
+            return [entry.thumbnail for _, entry in page.entries if entry is not None]
+
+    assert asyncio.run(read()) == [b"small", b"small", None, None]  # after 20 s
 
 
 def test_a_request_reports_folders_that_cannot_be_read(

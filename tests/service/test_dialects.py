@@ -383,5 +383,7 @@ def test_infinitys_clients_embed_rerank_and_list(server: Running, jpegs: dict[st
     wrong = server.client.post("/infinity/embeddings", json={"input": "a", "modality": "audio"})
     assert wrong.status_code == 422
     assert "modality" in wrong.json()["error"]["message"]
-    none = server.client.post("/infinity/classify", json={})
-    assert (none.status_code, "classify" in none.json()["error"]["message"]) == (404, True)
+    none = server.client.post("/infinity/classify", json={}).json()["error"]
+    assert (none["type"], "classify" in none["message"]) == ("not-found", True)
+    other = server.client.get("/infinity/rerank").json()["error"]
+    assert other["type"] == "method-not-allowed"

@@ -74,7 +74,11 @@ def test_a_key_permits_its_scope_and_no_other(
     assert statuses(keys["admin"]) == permitted
     assert set(statuses("vitrail-0000-guess").values()) == {403}
     assert guarded.client.get("/metrics").status_code == 401
-    assert guarded.client.get("/healthz").status_code == 200
+    for path in ("/healthz", "/infinity/health", "/immich/ping"):
+        assert guarded.client.get(path).status_code == 200
+    assert guarded.client.get("/infinity/models").status_code == 401
+    for path in ("/infinity/embeddings", "/immich/predict"):
+        assert guarded.client.post(path).status_code == 401
 
 
 def test_grpc_checks_the_same_keys(

@@ -10,7 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -20,7 +22,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from models.catalog import load_catalog
-from service.cli import app, summary
+from service.cli import app, retrieval, summary
+from service.cli.client import show_picture
 from service.cli.doctor import check_settings
 from service.cli.pictures import Picture, picture_of
 from service.cli.segment import file_names
@@ -150,7 +153,13 @@ def test_results_stand_on_lines_of_their_own_beside_the_bar(
         for piped in (False, True):
             ours, theirs = pty.openpty()
             output = subprocess.PIPE if piped else theirs
-            environment = os.environ | {"TERM": "xterm", "COLORTERM": "truecolor"}
+            terminal = {
+                "TERM": "xterm",
+                "TERM_PROGRAM": "",
+                "NO_COLOR": "",
+                "COLORTERM": "truecolor",
+            }
+            environment = os.environ | terminal
             shown = [] if piped else ["--show"]
             with subprocess.Popen(
                 [*command, *shown], stdout=output, stderr=theirs, env=environment
@@ -211,6 +220,69 @@ def test_pictures_are_half_blocks_or_the_terminals_own(
     assert "\x1b]1337;File=inline=1;width=48;height=16:iVBOR" in printed(Picture(coffee))
     monkeypatch.setenv("TMUX", "/tmp/tmux")
     assert "▀" in printed(Picture(coffee))
+
+
+@pytest.mark.parametrize("colours", [True, False])
+def test_pictures_are_shown_where_colours_are_wanted(
+    monkeypatch: pytest.MonkeyPatch, colours: bool
+) -> None:
+    written = io.StringIO()
+    wanted = {} if colours else {"NO_COLOR": "1"}
+    console = Console(
+        file=written, force_terminal=True, color_system="truecolor", width=80, _environ=wanted
+    )
+    monkeypatch.setattr("service.cli.client.errors", console)
+    show_picture(Image.new("RGB", (4, 4)))
+    assert bool(written.getvalue()) == colours
+
+
+class Hits:
+    """A client whose server finds a photo, and sends no thumbnails with more than 100 hits."""
+
+    def __init__(self, photo: Path, small: str | None) -> None:
+        self._hit = {"id": str(photo), "score": 1.0, "thumbnail": small}
+
+    def search(self, collection: str, *, k: int, thumbnails: bool | None, **_: Any) -> list[Any]:
+        assert not thumbnails or k <= 100
+        return [self._hit]
+
+
+def test_a_collections_hits_are_shown_by_their_thumbnails_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, jpegs: dict[str, bytes]
+) -> None:
+    """A server's ids may be those of other files here."""
+    photo, small = tmp_path / "a.jpg", Image.new("RGB", (3, 2))
+    photo.write_bytes(jpegs["coffee"])
+    shown: list[Any] = []
+    monkeypatch.setattr(retrieval, "show_picture", lambda picture, **_: shown.append(picture))
+    search = ["search", "photos", "--text", "a cup", "--show"]
+
+    def run(encoded: str | None, *more: str) -> str:
+        hits = nullcontext(Hits(photo, encoded))
+        monkeypatch.setattr(retrieval, "connect", lambda *_: hits)
+        done = CliRunner().invoke(app, [*search, *more])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    run(None)
+    assert shown == [None]
+    assert "--top" not in run(base64.b64encode(encode(small, "PNG")).decode(), "--top", "100")
+    assert shown[1].size == small.size
+    assert "--top 100 or less" in run(None, "--top", "101")
+
+
+def test_the_hits_of_an_index_are_shown_by_their_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, jpegs: dict[str, bytes]
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(jpegs["coffee"])
+    os.mkfifo(tmp_path / "b.jpg")  # reading it would wait for ever
+    found = [{"id": str(tmp_path / name), "score": 1.0} for name in ("a.jpg", "b.jpg", "c.jpg")]
+    shown: list[Any] = []
+    monkeypatch.setattr(retrieval, "show_picture", lambda picture, **_: shown.append(picture))
+    monkeypatch.setattr(retrieval, "_search_file", lambda *_: found)
+    done = CliRunner().invoke(app, ["search", "index.npy", "--text", "a cup", "--show"])
+    assert done.exit_code == 0, done.output
+    assert [picture and picture.size for picture in shown] == [(600, 400), None, None]
 
 
 def test_an_answers_own_pictures_are_shown_else_the_photo(

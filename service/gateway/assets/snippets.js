@@ -31,9 +31,10 @@ export function snippets({ path, fields = [], files = [], json }) {
 }
 
 function curl(url, fields, files, json, comment) {
-  const parts = [...files.map(([name, file]) => [name, `@${file}`]), ...fields];
+  // in double quotes, or `,` and `;` would end a file's name; plain -F would read more than text in a value
+  const opened = files.map(([name, file]) => ` -F ${quoted(`${name}=@"${file.replace(/["\\]/g, "\\$&")}"`)}`);
   const body = json ? ` --json ${quoted(JSON.stringify(json))}`
-    : parts.map(([name, value]) => ` -F ${quoted(`${name}=${value}`)}`).join("");
+    : [...opened, ...fields.map(([name, value]) => ` --form-string ${quoted(`${name}=${value}`)}`)].join("");
   return `curl${key() ? ` -H "Authorization: Bearer $VITRAIL_API_KEY"` : ""}${body} ${url}${comment}`;
 }
 

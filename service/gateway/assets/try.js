@@ -64,6 +64,7 @@ export async function show() {
 
 const title = (name) => NAMES[name] ?? name[0].toUpperCase() + name.slice(1);
 const route = () => (task === PATCHES ? "embed" : task);
+const part = (one) => (one.type.startsWith("video/") ? "video" : "image"); // of a request
 const isDrawn = () => task === "generate"; // from noise instead of a photo
 
 function takes(model, name) {
@@ -138,7 +139,7 @@ async function askOne(model, current) {
   const given = optionsFor(model), files = isDrawn() ? [] : [file];
   try {
     const body = new FormData();
-    for (const one of files) body.append(one.type.startsWith("video/") ? "video" : "image", one);
+    for (const one of files) body.append(part(one), one);
     for (const [name, value] of Object.entries({ ...given, timing: true }))
       for (const item of [value].flat()) body.append(name, item);
     const began = performance.now();
@@ -152,7 +153,7 @@ async function askOne(model, current) {
     showError(error, answer);
     timing.replaceChildren();
   }
-  const sent = files.map((one) => ["image", one.name]);
+  const sent = files.map((one) => [part(one), one.name]);
   showSnippets(code, { path: `/${route()}`, fields: Object.entries(given), files: sent });
   return article;
 }

@@ -10,6 +10,9 @@
  */
 
 const RETRY_STATUSES = [429, 503];
+// Node's words for a server that got nothing of the request; browsers say none.
+const UNREACHED_CODES = ["ECONNREFUSED", "EHOSTUNREACH", "ENETUNREACH", "ENOTFOUND", "EAI_AGAIN",
+  "UND_ERR_CONNECT_TIMEOUT"];
 const FIRST_WAIT_MS = 500, MAX_WAIT_MS = 30_000;
 // Bytes of the images of one request; they may be a third more in JSON. Servers take 64 MiB.
 const MAX_BATCH_BYTES = 32 * 2 ** 20;
@@ -33,14 +36,16 @@ export class Vitrail {
   /**
    * @param {string} url the server; empty for the one that a page came from
    * @param {{ key?: string, batchSize?: number, concurrency?: number, maxTries?: number,
-   *           progress?: (done: number, all: number) => void }} [options]
+   *           timeoutS?: number, progress?: (done: number, all: number) => void }} [options]
+   *   `timeoutS` is for each request with its answer; none by default
    */
-  constructor(url = "", { key = "", batchSize = 16, concurrency = 4, maxTries = 5, progress } = {}) {
+  constructor(url = "", { key = "", batchSize = 16, concurrency = 4, maxTries = 5, timeoutS, progress } = {}) {
     this.url = url.replace(/\/$/, "");
     this.key = key;
     this.batchSize = batchSize;
     this.concurrency = concurrency;
     this.maxTries = maxTries;
+    this.timeoutS = timeoutS;
     this.progress = progress;
   }
 
@@ -167,13 +172,21 @@ export class Vitrail {
     return (await this.send("POST", `${collectionPath(collection)}/search`, json(query))).hits;
   }
 
-  /** Send a request, again while the server is busy; its JSON, or null without any. */
+  /** Send a request, again while the server is busy or, in Node, unreachable; its JSON, or null without any. */
   async send(method, path, { body, headers = {} } = {}) {
     if (this.key) headers = { ...headers, Authorization: `Bearer ${this.key}` };
     for (let attempt = 0; ; attempt++) {
-      const response = await fetch(this.url + path, { method, body, headers });
-      const busy = RETRY_STATUSES.includes(response.status);
-      if (busy && attempt < this.maxTries - 1) {
+      const isLast = attempt >= this.maxTries - 1;
+      const signal = this.timeoutS ? AbortSignal.timeout(1000 * this.timeoutS) : undefined;
+      let response;
+      try {
+        response = await fetch(this.url + path, { method, body, headers, signal });
+      } catch (error) {
+        if (isLast || !UNREACHED_CODES.includes(error.cause?.code)) throw error;
+        await pause(waitBeforeRetry(attempt, null));
+        continue;
+      }
+      if (RETRY_STATUSES.includes(response.status) && !isLast) {
         await response.arrayBuffer();
         await pause(waitBeforeRetry(attempt, response.headers.get("Retry-After")));
         continue;

@@ -28,6 +28,8 @@ from service.settings import Settings
 # Entries that a request looks at, files and folders, and images of them that it embeds.
 MAX_FILES = 1000
 MAX_ENTRIES = 32
+# Of the time to the deadline, for reading and decoding; after it thumbnails are left out.
+THUMBNAILS_SHARE = 1 / 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,8 @@ async def _read_page(
     files, last = await share.in_pool(threads, folder.look, parameters.after, MAX_FILES, deadline)
     known = await store.find(collection, [file.path for file in files])
     entries: list[tuple[str, Entry | None]] = []
+    now = time.monotonic()
+    thumbnails_end = now + THUMBNAILS_SHARE * (deadline - now)
     added = 0
     for file in files:
         if isinstance(file, ImageFile) and file.is_unchanged(known.get(file.path, {})):
@@ -95,7 +99,8 @@ async def _read_page(
         else:
             image = await _read(threads, folder, file, settings, share)
             thumbnail = None
-            if parameters.thumbnails and isinstance(image, bytes):
+            wanted = parameters.thumbnails and time.monotonic() < thumbnails_end
+            if wanted and isinstance(image, bytes):
                 thumbnail = await share.in_pool(threads, thumbnails.make, image)
             entry = Entry(file.path, image, file.metadata, thumbnail)
         entries.append((file.path, entry))

@@ -26,7 +26,8 @@ from service.gateway.rest.content import read_body
 from service.parameters import validated_call
 from service.types import InferRequest
 
-router = APIRouter(prefix="/immich", tags=["dialects"], dependencies=[Depends(require_key)])
+router = APIRouter(prefix="/immich", tags=["dialects"])
+keyed = [Depends(require_key)]
 
 _FORM = {
     "requestBody": {
@@ -54,11 +55,11 @@ _FORM = {
 
 @router.get("/ping", response_class=PlainTextResponse)
 async def ping() -> str:
-    """Immich's health check."""
+    """Immich's health check. Needs no key."""
     return "pong"
 
 
-@router.post("/predict", openapi_extra=_FORM)
+@router.post("/predict", dependencies=keyed, openapi_extra=_FORM)
 @refused_early("embed")
 async def predict(request: Request) -> JSONResponse:
     """Embed an image or a text for Immich's search. Faces and text in images are not recognized."""

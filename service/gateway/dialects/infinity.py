@@ -24,7 +24,8 @@ from service.logs import request_id
 from service.parameters import validate
 from service.payloads import parse_json_object
 
-router = APIRouter(prefix="/infinity", tags=["dialects"], dependencies=[Depends(require_key)])
+router = APIRouter(prefix="/infinity", tags=["dialects"])
+keyed = [Depends(require_key)]
 
 # What Infinity's clients send where no model was named.
 UNSPECIFIED = ("model", "default/not-specified")
@@ -57,32 +58,32 @@ _RERANK = json_body(
 
 @router.get("/health")
 async def health() -> dict[str, float]:
-    """Infinity's health check: the time."""
+    """Infinity's health check: the time. Needs no key."""
     return {"unix": time.time()}
 
 
-@router.get("/models")
+@router.get("/models", dependencies=keyed)
 async def list_models(request: Request) -> dict[str, Any]:
     """List the models that embed, in Infinity's form."""
     found = await request.app.state.backend.models()
     return {"object": "list", "data": [_model(model) for model in found if "embed" in model.tasks]}
 
 
-@router.post("/embeddings", openapi_extra=_EMBED)
+@router.post("/embeddings", dependencies=keyed, openapi_extra=_EMBED)
 @refused_early("embed")
 async def embeddings(request: Request) -> JSONResponse:
     """As `/v1/embeddings`: texts, or with `modality: image` URLs and `data:` URIs of images."""
     return await _embed(request, {})
 
 
-@router.post("/embeddings_image", openapi_extra=_EMBED_IMAGE)
+@router.post("/embeddings_image", dependencies=keyed, openapi_extra=_EMBED_IMAGE)
 @refused_early("embed")
 async def embeddings_image(request: Request) -> JSONResponse:
     """Embed URLs and `data:` URIs of images, as `/embeddings` with `modality: image`."""
     return await _embed(request, {"modality": "image"})
 
 
-@router.post("/rerank", openapi_extra=_RERANK)
+@router.post("/rerank", dependencies=keyed, openapi_extra=_RERANK)
 @refused_early("embed")
 async def rerank(request: Request) -> JSONResponse:
     """Order documents, texts or `data:` URIs of images, by the cosine similarity of their
