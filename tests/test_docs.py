@@ -161,6 +161,7 @@ def test_the_example_with_qdrant_finds_the_photo(demo_server: str, folder: Path)
 @pytest.fixture
 def indexed(own_demo: httpx.Client, folder: Path) -> Iterator[str]:
     """The URL of a demo whose collection `photos` has the photos."""
+    own_demo.delete("/collections/photos")  # tests of the page leave one
     own_demo.put("/collections/photos", json={"model": "lite0-minilm"}).raise_for_status()
     for name in ("cat.jpg", "coffee.jpg"):
         content, to = (folder / name).read_bytes(), f"/collections/photos/images?id={name}"
