@@ -12,6 +12,8 @@ from models.trunks.compute_stream import compute_stream
 CUDA = ("CUDA error", "CUDA driver error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error")
 # What torch writes when the machine's memory ran out, for which it has no type.
 CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+# What compilers write, in errors of their own types: Triton's, and Inductor's around torch's.
+COMPILERS_MEMORY = ("Triton Error [CUDA]: out of memory", "CUDA out of memory")
 # CUDA's words for errors that stay, from `cudaGetErrorString`. A call after one of these may hang,
 # so they are known by name.
 # https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html
@@ -47,7 +49,9 @@ def is_cuda_error(error: BaseException) -> bool:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device's memory ran out: in torch's allocator, or in CUDA itself. The capture of
     a graph in which that happens ends with an error of its own, whose context it is."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or CPU_MEMORY in str(error):
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if any(words in str(error) for words in (CPU_MEMORY, *COMPILERS_MEMORY)):
         return True
     if not is_cuda_error(error):
         return False

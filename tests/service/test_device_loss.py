@@ -53,6 +53,8 @@ class Failing(Eager):
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), False, True),
         (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), False, True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), False, True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), False, True),
+        (ValueError("OutOfMemoryError: CUDA out of memory. Tried to allocate"), False, True),
         (RuntimeError("the shapes do not match: unknown error"), False, False),
         (ValueError("CUDA error: unspecified launch failure"), False, False),
     ],
