@@ -1,7 +1,7 @@
 """Where and how a trunk computes: device, precision, memory layout and engine."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -136,14 +136,19 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Run torch's operators in the calling thread alone.
-
-    Small operators gain nothing from more threads, and OpenMP's spin for milliseconds after each.
-    """
+def cpu_threads(count: int) -> Iterator[None]:
+    """Run torch's operators on so many CPU threads when called from this thread."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def one_thread() -> AbstractContextManager[None]:
+    """Run torch's operators in the calling thread alone.
+
+    Small operators gain nothing from more threads, and OpenMP's spin for milliseconds after each.
+    """
+    return cpu_threads(1)

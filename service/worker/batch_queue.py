@@ -54,6 +54,7 @@ class BatchQueue:
         max_delay_s: how long a partial batch waits for more images while the device is idle.
         gathering_lanes: the lanes for which a CPU's batches gather images while decoding takes all
             cores; 0 on other devices.
+        runs_wide: whether a lone image may run on all of a CPU's cores.
     """
 
     name: str
@@ -61,6 +62,7 @@ class BatchQueue:
     capacity: int
     max_delay_s: float = 0.0
     gathering_lanes: int = 0
+    runs_wide: bool = True
     # The most images in a batch now.
     limit: BatchLimit = field(init=False)
     costs: BatchCosts = field(default_factory=BatchCosts)

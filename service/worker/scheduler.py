@@ -153,7 +153,7 @@ class Scheduler:
         soon, and two images side by side in their lanes finish sooner than two wide batches one
         after the other.
         """
-        if not self.cpu or self.lanes == 1 or self.running:
+        if not self.cpu or self.lanes == 1 or self.running or not queue.runs_wide:
             return False
         alone = len(self._waiting) == 1 and len(queue) == 1 and not queue.decodes_on_all_cores
         return alone and queue.oldest() >= self.idle_since

@@ -119,6 +119,7 @@ class ServedTrunks:
             max_batch_size=entry.batch_cap(self._registry.device.type) or options.max_batch_size,
             capacity=options.max_queue_size,
             max_delay_s=(options.max_queue_delay_ms if delay_ms is None else delay_ms) / 1e3,
+            runs_wide=trunk.engine.runs_wide,
         )
 
     def _drop_trunk(self, key: str) -> None:

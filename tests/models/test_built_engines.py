@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from models.catalog import TrunkEntry
 from models.errors import CatalogError, EngineError
 from models.model import Model
 from models.trunks.devices import Placement, resolve_device, resolve_precision
@@ -232,6 +233,34 @@ def test_networks_of_convolutions_have_channels_last_on_gpus() -> None:
     assert Placement().for_network(convolutions).memory_format == torch.contiguous_format
     rows = replace(gpu, channels_last=False).for_network(convolutions)
     assert rows.memory_format == torch.contiguous_format
+
+
+@pytest.mark.parametrize(("cap", "rows"), [(None, 16), (4, 4), (1, 2), (64, 16)])
+def test_passes_are_compiled_for_a_lanes_threads_and_no_more_rows_than_batches_have(
+    vqt: Model, monkeypatch: pytest.MonkeyPatch, cap: int | None, rows: int
+) -> None:
+    calls: list[tuple[int, int]] = []
+
+    def compile(module: Pass, *, fullgraph: bool, options: object) -> Pass:
+        """Of torch before it could isolate programs."""
+
+        def compiled(*tensors: Tensor) -> Mapping[str, Tensor]:
+            calls.append((len(tensors[0]), torch.get_num_threads()))
+            return module(*tensors)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    trunk = vqt.trunk
+    entry = TrunkEntry(name="x", source="x", max_batch_size=cap)
+    monkeypatch.setattr(trunk, "entry", entry)
+    monkeypatch.setattr(trunk, "placement", replace(trunk.placement, threads=6, streams=2))
+    monkeypatch.setattr(trunk, "engine", Compile(trunk))
+    trunk.build(BatchRequest())
+    trunk.forward(trunk.collate(trunk.samples(3)))
+    assert trunk.engine.report().name == "compile", trunk.engine.report().reason
+    assert [size for size, _ in calls] == [rows, 1, 2, 3]
+    assert {threads for _, threads in calls} == {3}
 
 
 @pytest.mark.nightly

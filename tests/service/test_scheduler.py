@@ -189,6 +189,15 @@ def test_a_lone_image_has_all_cores_in_lane_0_while_the_others_keep_still() -> N
     assert not narrow.wide
 
 
+def test_what_cannot_take_more_threads_never_runs_wide() -> None:
+    q = queue(runs_wide=False)
+    policy = scheduler(q, lanes=2, cpu=True)
+    put(q, "a", now=1)
+    batch, _ = policy.next_batch(1, lane=1)
+    assert batch is not None
+    assert not batch.wide
+
+
 def test_company_in_any_queue_means_narrow_lanes() -> None:
     a, b = queue("a"), queue("b")
     policy = scheduler(a, b, lanes=2, cpu=True)

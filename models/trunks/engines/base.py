@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from models.catalog import TrunkEntry
 from models.errors import EngineError
 from models.trunks.devices import DTYPES, Placement
 from models.trunks.engines.report import EngineReport
@@ -32,6 +33,8 @@ class PassSource(Protocol):
     placement: Placement
     # Changes whenever a plan's module may compute something else.
     identity: str
+    # Its entry in the catalog that it was loaded from, if there is one.
+    entry: TrunkEntry | None
 
     def create_pass(self, plan: PassPlan) -> nn.Module:
         """The module of a plan's pass. Modules share the network's weights."""
@@ -64,10 +67,13 @@ class Engine:
     `max_padded_queries`: all rows of a batch are padded to equally many query tokens if the longest
     has at most so many. An engine with fixed graphs then needs one graph, not one for each grouping
     of rows.
+    `runs_wide`: whether a pass may be called with any number of CPU threads. If not, a lane never
+    runs it on all cores.
     """
 
     name: ClassVar[str]
     max_padded_queries: ClassVar[int] = 0
+    runs_wide: ClassVar[bool] = True
 
     def __init__(self, source: PassSource) -> None:
         """

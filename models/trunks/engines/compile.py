@@ -2,6 +2,8 @@
 https://docs.pytorch.org/docs/stable/torch.compiler.html
 """
 
+import inspect
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.errors import EngineError
-from models.trunks.devices import Placement, one_thread
+from models.trunks.devices import Placement, cpu_threads
 from models.trunks.engines import gpu_quantization
 from models.trunks.engines.base import Pass, PassSource
 from models.trunks.engines.bucketed_pass import example_inputs, row_inputs
@@ -19,13 +21,13 @@ from models.trunks.engines.built import BuiltEngine
 from models.trunks.engines.cuda_graph import MIXED_QUERIES, GraphCapture, graphed
 from models.trunks.features import PassPlan
 
-# Rows that passes are compiled for: one program for all sizes, whose kernels suit this one, and
-# one for a single row, which the compiler treats as a size of its own.
-EXAMPLE_ROWS = (16, 1)
+# The rows that a pass's kernels suit, if its batches have as many.
+MAX_ROWS = 16
 
 
 class Compile(BuiltEngine):
     name = "compile"
+    runs_wide = False  # for another number of CPU threads a pass would be compiled again
 
     def __init__(self, source: PassSource) -> None:
         super().__init__(source)
@@ -46,20 +48,22 @@ class Compile(BuiltEngine):
             raise EngineError(MIXED_QUERIES)
         if self._quantizer is not None:
             module = self._quantizer(module)
-        # Isolated, because all passes together would soon have too many programs.
-        compiled: Pass = torch.compile(  # type: ignore[call-overload]  # its overloads are older
+        compiled: Pass = torch.compile(
             module,
             fullgraph=True,
-            isolate_recompiles=True,
             options={"guard_filter_fn": _same_in_all_threads},
+            **_isolated(),
         )
+        threads = self._threads
 
         def run(*tensors: Tensor) -> Mapping[str, Tensor]:
-            with one_thread():  # for another number of CPU threads it would be compiled again
+            with cpu_threads(threads):
                 return compiled(*tensors)
 
         # Compiled here for all sizes: later, the lane that needs a program first would wait for it.
-        for size in EXAMPLE_ROWS:
+        # One program is for any number of rows, one for a single row, which the compiler treats as
+        # a size of its own.
+        for size in (self._example_rows, 1):
             examples = example_inputs(inputs, rows, size)
             for number, tensor in enumerate(examples):
                 if number not in rows:  # a bank of query tokens, which grows
@@ -70,11 +74,33 @@ class Compile(BuiltEngine):
         return graphed(plan, run, self._graphs) if inputs[0].is_cuda else run
 
     @property
+    def _threads(self) -> int:
+        """The CPU threads of a pass: a lane's share. On a GPU they would do nothing."""
+        if self.placement.device.type != "cpu":
+            return 1
+        threads = self.placement.threads or len(os.sched_getaffinity(0))
+        return max(1, threads // self.placement.streams)
+
+    @property
+    def _example_rows(self) -> int:
+        """No more than the trunk's batches have, for which alone there may be memory."""
+        entry = self.source.entry
+        cap = None if entry is None else entry.batch_cap(self.placement.device.type)
+        return max(2, min(MAX_ROWS, cap or MAX_ROWS))
+
+    @property
     def nbytes(self) -> int:
         return 0 if self._quantizer is None else self._quantizer.nbytes
 
     def warm_up_sizes(self, largest: int) -> list[int]:
         return buckets(largest) if self.placement.device.type == "cuda" else [1, largest]
+
+
+def _isolated() -> dict[str, Any]:
+    """Each pass has programs of its own: all together would soon be too many for torch's limit. Its
+    older releases cannot do that."""
+    known = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    return {"isolate_recompiles": True} if known else {}
 
 
 def _same_in_all_threads(guards: Sequence[Any]) -> list[bool]:
