@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import time
 from typing import Any
 
@@ -13,6 +14,8 @@ from service.gateway.disconnect import disconnect
 from service.gateway.loop_turns import LoopTurns
 from service.holdings import Holdings
 
+logger = logging.getLogger(__name__)
+
 # Of the headers of a request, and of its trailers.
 MAX_HEADER_BYTES = 64 * 1024
 # Every look at a header goes through all of them.
@@ -21,6 +24,10 @@ MAX_HEADERS = 256
 MAX_PIPELINED = 32
 # Time for the answer that a body was too slow, before its connection is closed.
 ANSWER_MARGIN_S = 2.0
+# Time for a client of TLS to say that it has seen the end of its idle connection.
+CLOSE_S = 2.0
+# What is written to TLS at once.
+PIECE_BYTES = 64 * 1024
 
 _TOO_MANY = json.dumps(
     {
@@ -37,12 +44,30 @@ _TOO_MANY_CONNECTIONS = (
 )
 
 
+class InPieces:
+    """A TLS transport that is written to in pieces: of what it gets at once, all is passed on to
+    the transport below, and nothing counts as unsent."""
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        transport.set_write_buffer_limits(high=PIECE_BYTES)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        view = memoryview(data)
+        for start in range(0, len(view), PIECE_BYTES):
+            self._transport.write(view[start : start + PIECE_BYTES])
+
+
 class ImpatientProtocol(HttpToolsProtocol):
     """Closes connections that are too slow or send too much, which uvicorn does not limit, and
     cancels the work of requests whose connection is lost.
 
     A connection waits for one thing at a time, which one timer limits: for headers, for a body with
-    its trailers, or after stray bytes for the next request. Reading of the answer has another.
+    its trailers, or after stray bytes for the next request. It does not close a connection whose
+    requests before are being answered. Reading of the answer, also after `close`, has another.
     uvicorn limits the time of connections that are idle after an answer, `read_body` answers to
     bodies that are too slow.
     """
@@ -57,6 +82,7 @@ class ImpatientProtocol(HttpToolsProtocol):
     # uvicorn's `cycle` is the last of them.
     _answering: RequestResponseCycle | None = None
     _timer: asyncio.TimerHandle | None = None
+    _timer_s = 0.0
     _write_timer: asyncio.TimerHandle | None = None
     _unread_bytes = 0
     _header_bytes = 0
@@ -79,13 +105,15 @@ class ImpatientProtocol(HttpToolsProtocol):
             self._address = None
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        is_tls = transport.get_extra_info("sslcontext") is not None
+        super().connection_made(InPieces(transport) if is_tls else transport)  # type: ignore[arg-type]
         self._pieces: list[bytes] = []  # of a body, received and not passed on
         if self._address is None and not self.count(
             identify(None, self.client[0] if self.client else "")
         ):
             self.transport.write(_TOO_MANY_CONNECTIONS)
             self.transport.close()
+            self._abort_after(self.body_timeout_s)
             return
         self._start_timer(self.header_timeout_s)
 
@@ -93,15 +121,20 @@ class ImpatientProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         self.turns.received(self.loop)
-        is_idle = self.cycle is not None and self.cycle.response_complete
         was_in_message, self._has_begun = self._in_message, False
         super().data_received(data)
         self._pass_on_pieces()
-        if self._in_message and not self._in_body:
-            if not self._has_begun:  # else most of it may be of the messages before
-                self._count(len(data))
-        elif is_idle and not (was_in_message or self._has_begun) and self._timer is None:
-            self._start_timer(self.header_timeout_s)  # uvicorn has stopped its own
+        if self._in_message and not (self._in_body or self._has_begun):
+            self._count(len(data))  # if it has begun, most may be of the messages before
+        if self.transport.is_closing():
+            self._abort_after(self.body_timeout_s)
+        elif not self._in_message and self._is_without_timer():  # uvicorn has stopped its own
+            if was_in_message:  # the rest of a request that was answered before
+                self.timeout_keep_alive_task = self.loop.call_later(
+                    self.timeout_keep_alive, self.timeout_keep_alive_handler
+                )
+            else:
+                self._start_timer(self.header_timeout_s)
 
     def on_message_begin(self) -> None:
         if len(self.pipeline) >= MAX_PIPELINED:
@@ -130,6 +163,10 @@ class ImpatientProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         if self.pipeline:
             self._answering = self.pipeline[-1][0]
+        if self.transport.is_closing():
+            self._abort_after(self.body_timeout_s)
+        elif self._timer is not None and (self.pipeline or not self._in_body):
+            self._restart_timer()  # for what is behind this request, and may not have been read
         super().on_response_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -143,17 +180,23 @@ class ImpatientProtocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        size = self.transport.get_write_buffer_size()
-        if self._address is None or not self.unread.fits(self._address, size):
-            self._abort()
-            return
-        self.unread.take(self._address, size)
-        self._unread_bytes = size
-        self._write_timer = self.loop.call_later(self.body_timeout_s, self._abort)
+        self._abort_after(self.body_timeout_s)
+        self.loop.call_soon(self._count_unread)  # when all pieces have been written
 
     def resume_writing(self) -> None:
         self._stop_write_timer()
         super().resume_writing()
+        if self.transport.is_closing():
+            self._abort_after(self.body_timeout_s)
+
+    def shutdown(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self._close_idle()
+        else:
+            super().shutdown()
+
+    def timeout_keep_alive_handler(self) -> None:
+        self._close_idle()
 
     def connection_lost(self, error: Exception | None) -> None:
         self._stop_timer()
@@ -177,9 +220,31 @@ class ImpatientProtocol(HttpToolsProtocol):
         if self._header_bytes > MAX_HEADER_BYTES:
             self.transport.close()
 
+    def _is_without_timer(self) -> bool:
+        """Whether an answered connection waits without end."""
+        return (
+            self.cycle is not None
+            and self.cycle.response_complete
+            and self._timer is None
+            and self.timeout_keep_alive_task is None
+        )
+
     def _start_timer(self, seconds: float) -> None:
         self._stop_timer()
-        self._timer = self.loop.call_later(seconds, self.transport.close)
+        self._timer_s = seconds
+        self._restart_timer()
+
+    def _restart_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(self._timer_s, self._time_out)
+
+    def _time_out(self) -> None:
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if self.flow.read_paused or self.pipeline or (is_answering and not self._in_body):
+            self._restart_timer()
+        else:
+            self._close_idle()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -187,15 +252,45 @@ class ImpatientProtocol(HttpToolsProtocol):
             self._timer = None
             self._header_bytes = 0
 
-    def _abort(self) -> None:
+    def _close_idle(self) -> None:
+        if not self.transport.is_closing():
+            is_unsent = self.transport.get_write_buffer_size() > 0
+            self.transport.close()
+            self._abort_after(self.body_timeout_s if is_unsent else CLOSE_S)
+
+    def _abort_after(self, seconds: float) -> None:
+        """Abort the connection if its client has not read everything until then."""
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(seconds, self._abort, "its time is over")
+
+    def _abort(self, reason: str) -> None:
         if self._answering is not None:
             self._answering.disconnected = True
+        if unsent := self.transport.get_write_buffer_size():
+            logger.warning("closing a connection with %d unread bytes: %s", unsent, reason)
         self.transport.abort()
+
+    def _count_unread(self) -> None:
+        """Count what waits to be read. An answer of any size may wait if no other does."""
+        if not self.flow.write_paused:
+            return
+        self._give_back_unread()
+        size = self.transport.get_write_buffer_size()
+        if self._address is None or (
+            self.unread.taken and not self.unread.fits(self._address, size)
+        ):
+            self._abort("too many bytes wait to be read")
+        else:
+            self.unread.take(self._address, size)
+            self._unread_bytes = size
 
     def _stop_write_timer(self) -> None:
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
+        self._give_back_unread()
+
+    def _give_back_unread(self) -> None:
         if self._address is not None and self._unread_bytes:
             self.unread.give_back(self._address, self._unread_bytes)
             self._unread_bytes = 0

@@ -124,9 +124,9 @@ class DrainingServer(uvicorn.Server):
             server_state=self.server_state,
             app_state=self.lifespan.state,
         )
-        timeout_s = self._settings.header_timeout_s
+        timeouts_s = (self._settings.header_timeout_s, self._settings.body_timeout_s)
         servers: list[Any] = [
-            TlsListener(each, create_protocol, self._context, timeout_s) for each in sockets
+            TlsListener(each, create_protocol, self._context, *timeouts_s) for each in sockets
         ]
         self.servers = servers
         self.started = True

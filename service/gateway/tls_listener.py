@@ -19,8 +19,6 @@ logger = logging.getLogger(__name__)
 MAX_ACCEPTED = 64
 # Until the next try, where the process can have no more files.
 PAUSE_S = 1.0
-# Time for a client to say that it has seen the end of its connection.
-SHUTDOWN_S = 2.0
 
 
 class TlsListener:
@@ -33,17 +31,20 @@ class TlsListener:
         create_protocol: Callable[[], Any],
         context: ssl.SSLContext,
         handshake_timeout_s: float,
+        close_timeout_s: float,
     ) -> None:
         """
         Args:
             create_protocol: an `asyncio.Protocol` with two more methods. `count(address)` counts
                 the connection, or returns False if there are too many; `give_back()` counts it no
                 more.
+            close_timeout_s: for a closed connection, with what was not read of its answer.
         """
         self._listener = listener
         self._create_protocol = create_protocol
         self._context = context
         self._handshake_timeout_s = handshake_timeout_s
+        self._close_timeout_s = close_timeout_s
         self._loop = asyncio.get_running_loop()
         self._handshakes: set[asyncio.Task[None]] = set()
         self._is_closed = False
@@ -92,8 +93,10 @@ class TlsListener:
                 connection,
                 ssl=self._context,
                 ssl_handshake_timeout=self._handshake_timeout_s,
-                ssl_shutdown_timeout=SHUTDOWN_S,
+                ssl_shutdown_timeout=self._close_timeout_s,
             )
-        except OSError as error:  # of TLS, too; and a time that is over
-            logger.debug("a TLS handshake failed: %s", error)
+        except Exception as error:
+            # an OSError: of TLS, too; and a time that is over
+            level = logging.DEBUG if isinstance(error, OSError) else logging.WARNING
+            logger.log(level, "a TLS handshake failed: %r", error)
             protocol.give_back()

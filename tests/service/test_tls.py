@@ -1,5 +1,6 @@
 """TLS for REST and gRPC, and between gateway and worker, with certificates that are renewed."""
 
+import asyncio
 import shutil
 import socket
 import ssl
@@ -19,6 +20,7 @@ from models import Registry
 from models.checkpoints.store import Store
 from service.cli import app as command_line
 from service.gateway.app import create_app
+from service.gateway.tls_listener import TlsListener
 from service.metrics import Metrics
 from service.remote.backend import RemoteBackend
 from service.remote.metrics import RemoteMetrics
@@ -162,6 +164,36 @@ def test_connections_count_before_their_handshake(authority: Authority) -> None:
                     return False
 
             wait_until(is_served)
+
+
+def test_a_handshake_that_fails_otherwise_gives_its_place_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    given_back = []
+
+    class Protocol:
+        def count(self, address: str) -> bool:
+            return True
+
+        def give_back(self) -> None:
+            given_back.append(self)
+
+    async def case() -> None:
+        async def fail(_: Any, connection: socket.socket, **options: Any) -> None:
+            connection.close()
+            assert options["ssl_shutdown_timeout"] == 30
+            raise ValueError("odd")
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "connect_accepted_socket", fail)
+        accepting = socket.create_server(("127.0.0.1", 0))
+        listener = TlsListener(accepting, Protocol, ssl.create_default_context(), 10, 30)
+        with socket.create_connection(accepting.getsockname()):
+            while not given_back:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+        listener.close()
+
+    asyncio.run(asyncio.wait_for(case(), 20))
+    assert "ValueError('odd')" in caplog.text
 
 
 def test_gateways_and_workers_show_each_other_certificates(

@@ -1,0 +1,184 @@
+"""The HTTP protocol's timers and its counting of unread answers, without a network."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+from service.gateway.loop_turns import LoopTurns
+from service.gateway.protocol import PIECE_BYTES, ImpatientProtocol
+from service.holdings import Holdings
+
+HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n"
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+LONG_S = 600.0
+
+
+class Wire:
+    """A transport whose client reads nothing; the loop's transports tell the protocol to pause."""
+
+    def __init__(self, is_tls: bool = False) -> None:
+        self.is_tls = is_tls
+        self.written: list[bytes] = []
+        self.protocol: Any = None
+        self.ended: list[str] = []
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return object() if self.is_tls and name == "sslcontext" else default
+
+    def set_write_buffer_limits(self, high: int) -> None:
+        assert high == PIECE_BYTES
+
+    def get_write_buffer_size(self) -> int:
+        return sum(map(len, self.written))
+
+    def write(self, data: bytes) -> None:
+        self.written.append(bytes(data))
+        if self.get_write_buffer_size() > PIECE_BYTES and not self.protocol.flow.write_paused:
+            self.protocol.pause_writing()
+
+    def close(self) -> None:
+        self.ended.append("closed")
+
+    def abort(self) -> None:
+        self.ended.append("aborted")
+
+    def is_closing(self) -> bool:
+        return bool(self.ended)
+
+    def pause_reading(self) -> None:
+        """Nothing comes by itself."""
+
+    resume_reading = pause_reading
+
+    async def end(self, how: str) -> None:
+        while how not in self.ended:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+async def begin(
+    body: bytes = b"",
+    wire: Wire | None = None,
+    *,
+    gate: asyncio.Event | None = None,
+    header_timeout_s: float = LONG_S,
+    body_timeout_s: float = LONG_S,
+    unread: Holdings | None = None,
+) -> tuple[Any, Wire]:
+    """A connection to an application that answers all requests with this body."""
+
+    async def app(scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
+        if gate is not None:
+            await gate.wait()
+        headers = [(b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": 404, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    class Protocol(ImpatientProtocol):
+        held = Holdings(10)
+        turns = LoopTurns()
+
+    Protocol.header_timeout_s, Protocol.body_timeout_s = header_timeout_s, body_timeout_s
+    Protocol.unread = unread or Holdings(10**6)
+    config = uvicorn.Config(app, timeout_keep_alive=int(LONG_S), ws="none", log_config=None)
+    protocol: Any = Protocol(config, ServerState(), {})
+    wire = wire or Wire()
+    wire.protocol = protocol
+    protocol.connection_made(wire)
+    return protocol, wire
+
+
+async def answered(wire: Wire) -> None:
+    while not wire.protocol.cycle.response_complete:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+
+
+def run(case: Awaitable[None]) -> None:
+    async def limited() -> None:
+        await asyncio.wait_for(case, 20)
+
+    asyncio.run(limited())
+
+
+def test_a_body_after_its_answer_leaves_the_time_to_the_next_request() -> None:
+    async def case() -> None:
+        protocol, wire = await begin()
+        protocol.data_received(HEAD)
+        await answered(wire)
+        protocol.timeout_keep_alive = 0
+        protocol.data_received(b"body")
+        await wire.end("closed")
+
+    run(case())
+
+
+@pytest.mark.parametrize("behind", [b"G", HEAD], ids=["head", "body"])
+def test_what_is_behind_a_request_waits_for_its_answer(
+    behind: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.gateway.protocol.ANSWER_MARGIN_S", 0)
+
+    async def case() -> None:
+        gate = asyncio.Event()
+        protocol, wire = await begin(gate=gate, header_timeout_s=0.01, body_timeout_s=0.01)
+        protocol.data_received(GET + behind)
+        fired = protocol._timer
+        while protocol._timer is fired:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        assert not wire.ended
+        gate.set()
+        await wire.end("closed")
+
+    run(case())
+
+
+def test_one_answer_of_any_size_may_wait_but_no_further_one() -> None:
+    async def case() -> None:
+        unread = Holdings(100_000)
+        wires = []
+        for _ in range(2):
+            protocol, wire = await begin(bytes(200_000), unread=unread)
+            protocol.data_received(GET)
+            await answered(wire)
+            await asyncio.sleep(0)
+            wires.append(wire)
+        assert [wire.ended for wire in wires] == [[], ["aborted"]]
+        assert unread.taken == wires[0].get_write_buffer_size()
+        wires[0].protocol.resume_writing()
+        assert unread.taken == 0
+
+    run(case())
+
+
+def test_answers_over_tls_are_written_in_pieces_and_counted_whole() -> None:
+    async def case() -> None:
+        body = bytes(range(250)) * 1000
+        protocol, wire = await begin(body, Wire(is_tls=True))
+        protocol.data_received(GET)
+        await answered(wire)
+        await asyncio.sleep(0)
+        assert max(map(len, wire.written)) == PIECE_BYTES
+        assert b"".join(wire.written).endswith(b"\r\n\r\n" + body)
+        assert protocol.unread.taken == wire.get_write_buffer_size()
+
+    run(case())
+
+
+@pytest.mark.parametrize("closing", [False, True])
+def test_what_is_never_read_does_not_keep_a_closed_connection(
+    closing: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def case() -> None:
+        protocol, wire = await begin(b"small", body_timeout_s=0.01)
+        protocol.data_received(GET.replace(b"1.1", b"1.0") if closing else GET)
+        await answered(wire)
+        if not closing:
+            protocol.shutdown()
+        await wire.end("aborted")
+        assert wire.ended == ["closed", "aborted"]
+
+    run(case())
+    assert "unread bytes" in caplog.text
