@@ -38,6 +38,8 @@ def main() -> None:
     path = options.folder / "bundle.json"
     if arguments.part:
         for name in arguments.part.split(","):
+            if not arguments.is_child:
+                drop_failures(name, path)
             run_part(name, options, path)
         if arguments.is_child:
             return
@@ -146,6 +148,14 @@ def note_failure(name: str, failure: str, path: Path) -> None:
     rows = bundle["parts"].get(name, {}).get("rows", [])
     bundle["parts"][name] = {"failed": failure, "rows": rows}
     save(bundle, path)
+
+
+def drop_failures(name: str, path: Path) -> None:
+    """Have a part that goes on try again what has failed in it."""
+    bundle = load(path)
+    if (part := bundle["parts"].get(name)) is not None and "complete" not in part:
+        part["rows"] = [row for row in part["rows"] if "failed" not in row]
+        save(bundle, path)
 
 
 def run_part(name: str, options: Options, path: Path) -> None:

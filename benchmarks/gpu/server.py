@@ -25,6 +25,17 @@ from service.types import Call, InferRequest
 from service.worker.backend import LocalBackend
 from service.worker_options import WorkerOptions
 
+# How long an engine may take to build or choose its passes: less than a part may take.
+SETTLE_S = 300
+
+
+def check_end(trunk: Trunk, end: float) -> None:
+    """Raises:
+    TimeoutError: it is later than `end`, in seconds of `time.monotonic`.
+    """
+    if time.monotonic() > end:
+        raise TimeoutError(f"{trunk.engine.name} has not built its passes in {SETTLE_S} s")
+
 
 @dataclass(slots=True)
 class Served:
@@ -41,15 +52,18 @@ class Served:
     async def warm(self, inputs: Sequence[Input], calls: Sequence[Sequence[Call]], clients: int,
                    seconds: float, images: int = 1) -> None:  # fmt: skip
         """Load, until the engine has built the passes of such requests for all sizes of batches."""
+        end = time.monotonic() + SETTLE_S
         await self.run(inputs, calls, clients, seconds, images)
-        await asyncio.to_thread(self._finish_building, inputs[0])
+        while not self.trunk.engine.settled:
+            check_end(self.trunk, end)
+            await asyncio.sleep(0.1)
+            await self.run(inputs, calls, clients, 0.1, images)  # some engines choose by passes
+        await asyncio.to_thread(self._run_sizes, inputs[0])
         await self.run(inputs, calls, clients, seconds, images)
 
     @torch.inference_mode()
-    def _finish_building(self, item: Input) -> None:
+    def _run_sizes(self, item: Input) -> None:
         trunk = self.trunk
-        while not trunk.engine.settled:
-            time.sleep(0.1)
         prepared = trunk.prepare(decode(item, DEFAULT_LIMITS))
         for size in trunk.engine.warm_up_sizes(self.max_batch):
             trunk.forward(trunk.collate([prepared] * size))

@@ -1,18 +1,29 @@
 """`benchmarks.gpu` itself, with one tiny network on the CPU."""
 
+import asyncio
 import json
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from benchmarks.gpu.__main__ import main, run_limited
 from benchmarks.gpu.bundle import load, report
 from benchmarks.gpu.options import Options, Rows, UnfinishedError
+from benchmarks.gpu.parts.heads import heads
 from benchmarks.gpu.parts.recovery import recovery
+from benchmarks.gpu.server import Served
 from benchmarks.gpu.serving import busy_and_gap
+from models.trunks.engines.eager import Eager
+from models.trunks.features import PassPlan
 from tests.conftest import wait_until
+from tests.models.test_fixtures import fixture
 
 
 def test_a_part_is_measured_added_to_the_bundle_and_plotted(
@@ -90,6 +101,83 @@ def test_a_part_whose_time_is_up_goes_on_after_its_rows(
     assert counts == [2, 4, 5]
     main()  # a complete one begins anew
     assert len(load(path)["parts"]["fixtures"]["rows"]) == 2
+
+
+@pytest.mark.parametrize("is_child", [False, True])
+def test_what_has_failed_in_a_part_is_tried_again_when_the_part_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_child: bool
+) -> None:
+    def one(options: Options) -> Rows:
+        done = {row["fixture"] for row in options.own}
+        return iter([{"fixture": name} for name in ("a", "b") if name not in done])
+
+    monkeypatch.setattr("benchmarks.gpu.__main__.PARTS", {"fixtures": one})
+    path = tmp_path / "bundle.json"
+    rows = [{"fixture": "a"}, {"fixture": "b", "failed": "RuntimeError: no kernel"}]
+    path.write_text(json.dumps({**load(path), "parts": {"fixtures": {"rows": rows}}}))
+    command = ["gpu", "--device", "cpu", "--quick", "--folder", str(tmp_path), "--part", "fixtures"]
+    monkeypatch.setattr(sys, "argv", [*command, *(["--is-child"] if is_child else [])])
+    main()
+    assert load(path)["parts"]["fixtures"]["rows"] == (
+        rows if is_child else [{"fixture": "a"}, {"fixture": "b"}]
+    )
+
+
+def test_an_engine_that_chooses_by_passes_gets_them_and_has_a_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Waits(Eager):
+        left = 3
+
+        def run(self, plan: PassPlan, inputs: tuple[Tensor, ...]) -> Mapping[str, Tensor]:
+            self.left -= 1
+            return super().run(plan, inputs)
+
+        @property
+        def settled(self) -> bool:
+            return self.left <= 0
+
+    trunk = fixture("vqt")[0].trunk
+    engine = Waits(trunk)
+    monkeypatch.setattr(trunk, "engine", engine)
+    module = sys.modules[heads.__module__]
+    monkeypatch.setattr(module, "load_trunk", lambda *options: trunk)
+    options = Options(
+        folder=tmp_path, device=torch.device("cpu"), networks=("x",), engines=("eager",),
+        precisions=("float32",), batches=(1,), clients=1, seconds=0.1, quick=True, shared=tmp_path,
+    )  # fmt: skip
+    assert [row["heads"] for row in heads(options)] == [1, 4]
+    engine.left = 10**6
+    monkeypatch.setattr(module, "SETTLE_S", -1)
+    with pytest.raises(TimeoutError, match="has not built its passes"):
+        list(heads(options))
+
+
+def test_a_served_engine_that_chooses_by_passes_gets_them_and_has_a_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ran: list[float] = []
+
+    class Noted(Served):
+        @property
+        def trunk(self) -> Any:
+            return SimpleNamespace(engine=SimpleNamespace(name="auto", settled=len(ran) > 3))
+
+        def _run_sizes(self, item: object) -> None:
+            ran.append(0)
+
+        async def run(self, inputs: Any, calls: Any, clients: int, seconds: float,
+                      images: int = 1) -> tuple[float, list[float]]:  # fmt: skip
+            ran.append(seconds)
+            return 0.0, []
+
+    served = Noted(None, "x", 1)  # type: ignore[arg-type]
+    asyncio.run(served.warm([b""], [[]], 1, 2.0))
+    assert ran == [2.0, 0.1, 0.1, 0.1, 0, 2.0]
+    ran.clear()
+    monkeypatch.setattr("benchmarks.gpu.server.SETTLE_S", -1)
+    with pytest.raises(TimeoutError, match="auto has not built"):
+        asyncio.run(served.warm([b""], [[]], 1, 2.0))
 
 
 def test_a_part_that_takes_too_long_is_killed_with_what_it_has_started(tmp_path: Path) -> None:
