@@ -3,8 +3,10 @@ themselves need a GPU: `python -m benchmarks.gpu --part fixtures` runs them."""
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from models.trunks.engines.bucketed_pass import BucketedPass, Program, row_input
 from models.trunks.engines.buckets import bucket_of, buckets
 from models.trunks.engines.built import BuiltEngine
 from models.trunks.engines.compile import Compile
-from models.trunks.engines.cuda_graph import CudaGraph, graphed
+from models.trunks.engines.cuda_graph import CudaGraph, GraphCapture, graphed
 from models.trunks.features import BatchRequest, FeatureRequest, PassPlan, merge
 from tests.models.test_fixtures import fixture
 
@@ -144,6 +146,56 @@ def test_a_bank_that_has_moved_is_captured_again() -> None:
     assert len(captured) == 2
     assert len(run._buckets) == 1
     assert alive == [0, 1]  # the pool of graphs would end with the last one of them
+
+
+def test_memory_that_runs_out_when_a_bank_has_moved_is_taken_from_the_old_programs() -> None:
+    error: Exception | None = None
+
+    def capture(own: tuple[Tensor, ...]) -> Program:
+        if error is not None:
+            raise error
+        return lambda: {"sum": own[0] + own[1]}
+
+    run = BucketedPass(capture, rows=(0,))
+    bank = torch.ones(2)
+    for size in (4, 2, 1):
+        run(torch.ones(size, 2), bank)
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        run(torch.ones(3, 2), bank)  # a further size: the others are still of use
+    assert len(run._buckets) == 3
+    with pytest.raises(torch.OutOfMemoryError):
+        run(torch.ones(4, 2), torch.zeros(2))
+    assert [key[0] for key in run._buckets] == [1]
+    error = None
+    torch.testing.assert_close(run(torch.ones(2, 2), torch.zeros(2))["sum"], torch.ones(2, 2))
+
+
+def test_graphs_after_the_last_one_has_gone_have_a_new_pool(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Graph:
+        def replay(self) -> None:
+            pass
+
+    pools, used = iter("ab"), []
+
+    def captured(graph: Graph, pool: str, **options: str) -> AbstractContextManager[None]:
+        used.append(pool)
+        return nullcontext()
+
+    stream = SimpleNamespace(use=nullcontext)
+    monkeypatch.setattr("models.trunks.engines.cuda_graph.compute_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", captured)
+    capture = GraphCapture(torch.device("cuda", 0))
+    programs = [capture(dict, ()) for _ in range(2)]
+    del programs[0]
+    programs.append(capture(dict, ()))
+    programs.clear()
+    programs.append(capture(dict, ()))
+    assert used == ["a", "a", "a", "b"]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.trunks.device_errors import is_out_of_memory
 from models.trunks.engines.buckets import bucket_of
 from models.trunks.features import PassPlan
 
@@ -63,13 +64,24 @@ class BucketedPass:
         key = (bucket_of(len(inputs[0])), *(n for shape in shapes for n in shape), *places)
         if key not in self._buckets:
             own = example_inputs(inputs, self._rows, key[0])
-            made = _Bucket(own, self._capture(own))
+            try:
+                made = _Bucket(own, self._capture(own))
+            except Exception as error:
+                if is_out_of_memory(error):
+                    self._give_up_old(places)
+                raise
             # Those before are given up only now: graphs share a pool of memory, which ends with the
             # last one of them.
             kept = {old: bucket for old, bucket in self._buckets.items()
                     if old[len(old) - len(places) :] == places}  # fmt: skip
             self._buckets = {**kept, key: made}
         return self._buckets[key]
+
+    def _give_up_old(self, places: tuple[int, ...]) -> None:
+        """Free those for inputs that have moved but the smallest one, which holds the pool."""
+        if any(key[len(key) - len(places) :] != places for key in self._buckets):
+            smallest = min(self._buckets)
+            self._buckets = {smallest: self._buckets[smallest]}
 
 
 @torch.inference_mode(False)  # so that they can be written to in any mode

@@ -5,6 +5,7 @@ https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 
 from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +51,13 @@ class GraphCapture:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool: Any = None
+        # Those that are in use: the pool ends with the last of them.
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def __call__(
         self, run: Callable[..., Mapping[str, Tensor]], inputs: tuple[Tensor, ...]
     ) -> Program:
-        if self._pool is None:
+        if not self._graphs:
             self._pool = torch.cuda.graph_pool_handle()
         # No other thread starts kernels meanwhile.
         with compute_stream(self.device).use(), torch.inference_mode():
@@ -64,6 +67,7 @@ class GraphCapture:
             # Other threads go on copying batches.
             with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
                 outputs = run(*inputs)
+        self._graphs.add(graph)
 
         def program() -> Mapping[str, Tensor]:
             graph.replay()
