@@ -575,6 +575,16 @@ def test_what_a_linear_depth_head_assumes_is_listed() -> None:
         read_checkpoint(path, {**given, "out_index": [3]})
 
 
+def test_depths_begin_at_0_or_above() -> None:
+    path = folder_of("dinov2_nyu_linear4") / "checkpoint.pth"
+    given = {"num_heads": 3, "out_index": [0, 1, 2, 3], "img_size": 84}
+    checkpoint = read_checkpoint(path, {**given, "min_depth": 0})
+    assert checkpoint.heads["depth"].settings["minimum"] == 0
+    for wrong in (-0.1, 80, float("nan")):
+        with pytest.raises(CheckpointError, match="min_depth is"):
+            read_checkpoint(path, {**given, "min_depth": wrong})
+
+
 def test_dinov2s_segmentation_heads_read_the_last_blocks(tmp_path: Path) -> None:
     """Those of several scales read four; the file's configuration may be missing."""
     folder = folder_of("dinov2_ade20k_linear")

@@ -63,10 +63,10 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         settings["maximum"] = known.require("max_depth", usual)
     least = number("min_depth", settings["minimum"])
     most = number("max_depth", settings["maximum"])
-    if not 0 < least < most:
+    if not 0 <= least < most:
         raise CheckpointError(
-            f"min_depth is {least:g} and max_depth {most:g}; depths are above 0, and the first is "
-            "the smaller one"
+            f"min_depth is {least:g} and max_depth {most:g}; depths are not below 0, and the "
+            "first is the smaller one"
         )
     settings["layers"] = _blocks(known, depth, count)
     return replace(
