@@ -16,6 +16,8 @@ from models.inputs.images import DEFAULT_LIMITS, SUFFIXES
 from models.inputs.samples import sample_photos
 from models.model import Model
 from models.trunks.base import Trunk
+from models.trunks.engines.built import BuiltEngine
+from models.trunks.features import LAST_OUTPUT
 from models.verification.comparison import (
     FLOAT32_TOLERANCE,
     Comparison,
@@ -119,10 +121,12 @@ def settle(trunk: Trunk) -> None:
     """Run samples until the engine has chosen how it runs the trunk's passes.
 
     Raises:
-        EngineError: it takes too long.
+        EngineError: it takes too long, or cannot run them in a precision that eager does not have.
     """
     end = time.monotonic() + SETTLE_S
     batch = trunk.collate(trunk.samples(1))
+    if isinstance(trunk.engine, BuiltEngine):  # faster alone than beside eager passes
+        trunk.build(LAST_OUTPUT)
     with torch.inference_mode():
         trunk.forward(batch)
         while not trunk.engine.settled:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +10,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from models import load_checkpoint
 from models.errors import EngineError, InputError
+from models.trunks.engines.base import Pass
+from models.trunks.engines.built import BuiltEngine
+from models.trunks.features import PassPlan
 from models.verification.comparison import compare_outputs
 from models.verification.targets import ServedAs, Target, catalog_target, file_target
-from models.verification.verify import read_photos, verify
+from models.verification.verify import read_photos, settle, verify
 from service.cli import app
 from tests.conftest import encode
 from tests.models.test_fixtures import folder_of
@@ -38,6 +43,21 @@ def test_a_model_agrees_with_itself_and_with_timm(tiny_catalog: Path) -> None:
     assert timms.passed
     assert timms.errors.keys() == {"logits", "embedding"}
     assert "reads the file itself" in timms.reference
+
+
+def test_passes_that_are_built_are_built_at_once_not_beside_eager_ones(tiny_catalog: Path) -> None:
+    class Threaded(BuiltEngine):
+        name = "threaded"
+        built_in: tuple[int, ...] = ()
+
+        def build_pass(self, plan: PassPlan, module: nn.Module, inputs: tuple[Tensor, ...]) -> Pass:
+            self.built_in += (threading.get_ident(),)
+            return module
+
+    trunk = catalog_target("tiny", str(tiny_catalog), EAGER).served.trunk
+    trunk.engine = engine = Threaded(trunk)
+    settle(trunk)
+    assert engine.built_in == (threading.get_ident(),)
 
 
 def test_another_network_in_the_same_place_fails(tiny_catalog: Path) -> None:
