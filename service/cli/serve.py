@@ -150,6 +150,7 @@ def worker(
     address: Annotated[
         str | None, typer.Option(help="unix:path to listen on, instead of host and port.")
     ] = None,
+    assigned_gpu: Annotated[bool, typer.Option("--assigned-gpu", hidden=True)] = False,
     supervised: Supervised = None,
 ) -> None:
     """Serve a catalog over gRPC on one device, for gateways or clients.
@@ -170,7 +171,10 @@ def worker(
     keep_freed_memory()
     with report_errors():
         from service.processes.worker import serve
+        from service.worker.device_loss import require_gpu
 
+        if assigned_gpu:
+            require_gpu()
         serve(settings, address or settings.rpc_address(), heartbeat=supervised)
 
 

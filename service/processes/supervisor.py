@@ -80,7 +80,7 @@ class _Supervisor:
         self._workers = [
             Child(
                 f"worker-{i}",
-                ["worker", "--address", address],
+                ["worker", "--address", address, *([] if gpu is None else ["--assigned-gpu"])],
                 child_environment(worker_settings(settings, workers, gpu))
                 | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
                 | shared,

@@ -93,6 +93,17 @@ def test_memory_that_runs_out_in_a_capture_is_told_by_its_context() -> None:
     assert not is_out_of_memory(other)
 
 
+def test_a_worker_whose_assigned_gpu_cannot_be_used_exits_for_a_restart() -> None:
+    """Not with the status of wrong settings, at which the supervisor stops all workers."""
+    command = [sys.executable, "-m", "service.cli", "worker", "--assigned-gpu"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert ended.returncode == DEVICE_LOST, ended.stderr
+    assert "torch sees none" in ended.stderr
+
+
 def test_the_batch_limit_recovers_and_waits_longer_each_time_that_memory_runs_out() -> None:
     limit = BatchLimit(64)
     limit.ran(64)

@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +26,8 @@ from service.processes.heartbeat import (
     SILENCE_S,
 )
 from service.processes.run_folder import LOCK, run_folder
+from service.processes.supervisor import _Supervisor
+from service.settings import Settings
 from service.types import Health
 from tests.conftest import answers, free_port, process, wait_until
 from tests.service.test_remote import load, more, post
@@ -108,6 +111,20 @@ def alive(pids: list[int]) -> list[int]:
         except FileNotFoundError:
             pass
     return found
+
+
+@pytest.mark.parametrize("gpu", [None, "1"])
+def test_a_worker_knows_that_its_gpu_was_assigned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: str | None
+) -> None:
+    """It may start again if that GPU is not there, while others serve."""
+    gpus = "service.processes.supervisor.assigned_gpus"
+    monkeypatch.setattr(gpus, lambda settings, count: [gpu] * count)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        made = _Supervisor(Settings(), tmp_path, 0, listener, 1, 1, False)
+    [worker] = made._workers
+    assert ("--assigned-gpu" in worker._arguments) is (gpu is not None)
+    assert gpu is None or worker._environment["CUDA_VISIBLE_DEVICES"] == gpu
 
 
 def test_workers_restart_one_by_one_and_after_a_crash_and_nothing_fails(
