@@ -167,6 +167,20 @@ def test_answers_over_tls_are_written_in_pieces_and_counted_whole() -> None:
     run(case())
 
 
+def test_an_idle_connection_that_does_not_end_is_aborted_soon(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.gateway.protocol.CLOSE_S", 0.01)
+
+    async def case() -> None:
+        protocol, wire = await begin(wire=Wire(is_tls=True))
+        protocol.shutdown()
+        await wire.end("aborted")
+        assert wire.ended == ["closed", "aborted"]
+
+    run(case())
+
+
 @pytest.mark.parametrize("closing", [False, True])
 def test_what_is_never_read_does_not_keep_a_closed_connection(
     closing: bool, caplog: pytest.LogCaptureFixture
