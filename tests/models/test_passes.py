@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models.catalog import TrunkEntry
 from models.errors import EngineError
 from models.trunks.devices import Placement
 from models.trunks.engines.comparison import compare, largest_error, run_both
@@ -23,6 +24,7 @@ class Source:
 
     placement = Placement()
     identity = "doubled"
+    entry: TrunkEntry | None = None
     is_classifier = False
 
     def create_pass(self, plan: PassPlan) -> nn.Module:
