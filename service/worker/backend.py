@@ -15,7 +15,6 @@ from models.heads.prompted import Prompted, with_class_embeddings
 from models.inputs.types import modality_of
 from models.model import Model
 from models.registry import Registry
-from service.allocator import return_freed_memory
 from service.changes import ChangeLog, changes_since
 from service.clients import client
 from service.decoding.pool import create_decoder
@@ -25,7 +24,7 @@ from service.errors import (
     ServiceError,
     from_library,
 )
-from service.garbage import leave_out_old_objects, look_at_all_objects
+from service.garbage import look_at_all_objects
 from service.limits import check_answer_size
 from service.metrics import Metrics
 from service.types import Health, InferRequest, InferResult, ModelChanges
@@ -39,7 +38,7 @@ from service.worker.execution_plan import (
 )
 from service.worker.fit_jobs import FitJobs
 from service.worker.head_store import HeadStore
-from service.worker.loader import Loader
+from service.worker.loader import Loader, load_model, unload_models
 from service.worker.on_demand import OnDemand
 from service.worker.pipeline import Pipeline, until
 from service.worker.prompts import PromptCache
@@ -96,9 +95,14 @@ class LocalBackend:
             metrics=metrics,
         )
         self._on_demand = OnDemand(
-            registry, self.options.model_memory_mb, self._startup, self._loader.run, self._load,
-            self._unload,
-        )  # fmt: skip
+            registry,
+            self.options.model_memory_mb,
+            startup=lambda: options.startup or registry.catalog.startup,
+            fitted_on=self._fit_jobs.trunks,
+            in_loader=self._loader.run,
+            load=partial(load_model, registry=registry),
+            unload=self._evict,
+        )
         self._changes = ChangeLog()
         for name in registry.names():
             self._changes.touch(name)
@@ -118,6 +122,7 @@ class LocalBackend:
         for name in self._startup:
             self.registry.catalog.model(name)
             self._spawn(self._load_quietly(name))
+        self._spawn(self._on_demand.run())
         self._spawn(self.heads.run())
         self._spawn(self.trunks.prober.run())
         if self.options.catalog_poll_s:
@@ -145,13 +150,16 @@ class LocalBackend:
     async def infer(self, request: InferRequest) -> InferResult:
         for _ in range(MAX_REPLANS):
             try:
-                return await self._infer(request)
+                return await self._infer_loaded(request)
             except UnloadedError:  # if the model was replaced, the new one serves the request
                 await asyncio.sleep(0)
-        return await self._infer(request)
+        return await self._infer_loaded(request)
+
+    async def _infer_loaded(self, request: InferRequest) -> InferResult:
+        async with self._on_demand.loaded(request.calls, request.deadline):
+            return await self._infer(request)
 
     async def _infer(self, request: InferRequest) -> InferResult:
-        await self._on_demand.ensure(request.calls, request.deadline)
         inputs = request.readable
         modalities = dict.fromkeys(map(modality_of, inputs)) or {"image": None}
         # all at once, so that one version of a model does the whole request
@@ -200,11 +208,13 @@ class LocalBackend:
         )
 
     async def load(self, name: str) -> ModelDescription:
-        await self._loader.run(self._load, name)
+        self._on_demand.allow(name)
+        await self._loader.run(load_model, name, self.registry)
         return await self.model(name)
 
     async def unload(self, name: str) -> ModelDescription:
-        await self._loader.run(self._unload, name)
+        self._on_demand.stop(name)
+        await self._loader.run(unload_models, [name], self.registry)
         return await self.model(name)
 
     def knows(self, model: str) -> bool:
@@ -272,20 +282,9 @@ class LocalBackend:
     def _note_change(self, name: str) -> None:
         self._changes.touch(name, removed=not self.knows(name))
 
-    def _load(self, name: str) -> None:
-        try:
-            self.registry.load(name)
-        finally:
-            leave_out_old_objects()
-            return_freed_memory()
-
-    def _unload(self, name: str) -> None:
-        look_at_all_objects()
-        try:
-            self.registry.unload(name)
-        finally:
-            leave_out_old_objects()
-            return_freed_memory()
+    def _evict(self, names: Sequence[str]) -> None:
+        unload_models(names, self.registry)
+        self.heads.wait_for_trunks(names)
 
     def _spawn(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -294,6 +293,6 @@ class LocalBackend:
 
     async def _load_quietly(self, name: str) -> None:
         try:
-            await self._loader.run(self._load, name)
+            await self._loader.run(load_model, name, self.registry)
         except ServiceError as error:
             logger.error("model %s did not load: %s", name, error.detail)

@@ -89,10 +89,14 @@ class FitJobs:
         """The heads whose fit has ended, in success or not."""
         return [name for name, job in list(self._jobs.items()) if job.finished]
 
+    def trunks(self) -> set[str]:
+        """The trunks that heads wait to be fitted on, or are being fitted on."""
+        jobs = [job for job in list(self._jobs.values()) if not job.finished]
+        return {str(job.request.get("trunk")) for job in jobs}
+
     def is_busy(self, name: str) -> bool:
         """Whether a head of that name waits to be fitted, or is being fitted."""
-        job = self._jobs.get(name)
-        return job is not None and not job.finished
+        return (job := self._jobs.get(name)) is not None and not job.finished
 
     def accept(self, request: FitRequest) -> None:
         """Check a request, without running a pass, and store it as a job.
@@ -102,10 +106,8 @@ class FitJobs:
             OSError: the disk is full.
         """
         if len(list(self._folder.glob(f"*{SUFFIX}"))) >= MAX_FITS:
-            raise QueueFullError(
-                f"{MAX_FITS} heads are being fitted or wait for it; try again later",
-                retry_after_s=FULL_RETRY_AFTER_S,
-            )
+            detail = f"{MAX_FITS} heads are being fitted or wait for it; try again later"
+            raise QueueFullError(detail, retry_after_s=FULL_RETRY_AFTER_S)
         trunk = self._registry.loaded_trunk(request.trunk)
         if request.trunk not in self._registry.catalog.trunks:
             names = ", ".join(self._registry.catalog.trunks)
@@ -123,8 +125,7 @@ class FitJobs:
             names = ", ".join(FitOptions.__dataclass_fields__)
             raise InvalidInputError(f"unknown option; the options are {names}") from error
         except ModelsError as error:
-            field_name = getattr(error, "field", None)
-            raise InvalidInputError(str(error), field=field_name) from error
+            raise InvalidInputError(str(error), field=getattr(error, "field", None)) from error
         job = {"name": request.name, "trunk": request.trunk, "options": asdict(options)}
         content = io.BytesIO(request.archive)
         with zipfile.ZipFile(content, "a") as archive:
@@ -136,8 +137,7 @@ class FitJobs:
 
     def cancel(self, name: str) -> bool:
         """Cancel a job. Returns whether there was one."""
-        job = self._jobs.pop(name, None)
-        if job is None:
+        if (job := self._jobs.pop(name, None)) is None:
             return False
         job.cancelled.set()
         job.path.unlink(missing_ok=True)
@@ -145,8 +145,7 @@ class FitJobs:
 
     def forget(self, name: str) -> None:
         """Discard a finished job's status once a head with its name exists."""
-        job = self._jobs.get(name)
-        if job is not None and job.finished:
+        if (job := self._jobs.get(name)) is not None and job.finished:
             del self._jobs[name]
 
     def poll(self) -> None:

@@ -36,6 +36,7 @@ MAX_HEADS = 200_000
 # Most bytes of all heads' files, which are also in memory while their trunks are loaded.
 MAX_BYTES = 4 * 2**30
 
+# Runs a function in the loader's thread.
 InLoader = Callable[..., Awaitable[Any]]
 
 
@@ -49,10 +50,6 @@ class HeadStore:
     def __init__(
         self, registry: Registry, folder: Path, fit_jobs: FitJobs, in_loader: InLoader
     ) -> None:
-        """
-        Args:
-            in_loader: runs a function in the loader's thread.
-        """
         self._registry = registry
         self._folder = HeadFolder(folder)
         self._fit_jobs = fit_jobs
@@ -87,8 +84,7 @@ class HeadStore:
         return list(filter(None, described.values()))
 
     async def get(self, name: str) -> HeadDescription:
-        head = self._describe(name)
-        if head is None:
+        if (head := self._describe(name)) is None:
             raise NotFoundError(f"no head {name!r}", field="name")
         return head
 
@@ -122,6 +118,11 @@ class HeadStore:
         """Have the heads that are not served tried again, now that trunks have changed."""
         self._stale = dict.fromkeys(filter(self._is_unserved, self._folder.names()))
 
+    def wait_for_trunks(self, names: Sequence[str]) -> None:
+        """Have those of these models that are heads loaded again with their trunks."""
+        for name in filter(self._folder.__contains__, names):
+            self._unloaded[self._registry.catalog.model(name).trunk][name] = None
+
     def _is_unserved(self, name: str) -> bool:
         if name in self._failures or name not in self._registry.catalog.models:
             return True
@@ -150,8 +151,7 @@ class HeadStore:
             raise ConflictError(
                 f"a head {name!r} already exists; set replace=true, or delete it", field="name"
             )
-        old = self._registry.catalog.models.get(name)
-        if old is not None and old.trunk != trunk:
+        if (old := self._registry.catalog.models.get(name)) and old.trunk != trunk:
             raise ConflictError(
                 f"the head {name!r} is for the trunk {old.trunk!r}; delete it first", field="name"
             )

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 import torch
 
 from models.errors import ModelsError
+from models.registry import Registry
 from models.trunks.device_errors import is_lost
+from service.allocator import return_freed_memory
 from service.errors import (
     DISK_FULL,
     InsufficientStorageError,
@@ -18,6 +20,7 @@ from service.errors import (
     UnavailableError,
     from_library,
 )
+from service.garbage import leave_out_old_objects, look_at_all_objects
 from service.worker.device_loss import exit_for_restart
 from service.worker.runner import use_threads
 
@@ -68,3 +71,23 @@ class Loader:
     def close(self) -> None:
         """Cancel what has not started. Does not wait for what is running."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def load_model(name: str, registry: Registry) -> None:
+    """Load a model, and return the memory that only its load needed."""
+    try:
+        registry.load(name)
+    finally:
+        leave_out_old_objects()
+        return_freed_memory()
+
+
+def unload_models(names: Sequence[str], registry: Registry) -> None:
+    """Unload models, and return their memory."""
+    look_at_all_objects()
+    try:
+        for name in names:
+            registry.unload(name)
+    finally:
+        leave_out_old_objects()
+        return_freed_memory()

@@ -1,14 +1,32 @@
 """Models that are loaded when a request asks for them, within a memory budget."""
 
-from collections.abc import Iterator
+import asyncio
+import shutil
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from models.catalog import load_catalog
+from models.checkpoints.checkpoint import HeadState
+from models.description import State
+from models.heads.files import HeadFile, encode_head
+from models.model import Model
+from models.registry import Registry
+from service.errors import DeadlineExceededError, QueueFullError, UnavailableError
 from service.ray.groups import multiplexed, trunk_groups
-from tests.conftest import Running, running
+from service.types import Call
+from service.worker import on_demand
+from service.worker.loader import Loader
+from service.worker.on_demand import OnDemand
+from tests.conftest import Running, running, wait_until
 
 # Two trunks of 1.5 MB fit into 4 MiB, three do not.
 BUDGET_MB = 4
@@ -85,3 +103,181 @@ def test_on_ray_what_is_loaded_on_demand_shares_a_group(catalog: Path) -> None:
     assert (kept.models, shared.models) == (["first"], ["second", "third"])
     assert shared.trunks == {"second", "third"}
     assert multiplexed(groups, ["first", "second", "third"]) == groups
+
+
+def test_heads_come_back_with_their_trunk(server: Running, jpegs: dict[str, bytes]) -> None:
+    def ask(model: str) -> int:
+        return server.client.post(f"/classify?model={model}", content=jpegs["coffee"]).status_code
+
+    assert ask("second") == 200
+    trunk = server.backend.registry.load_trunk("second").trunk
+    depth, dim = len(trunk.blocks), trunk.blocks[0].attn.qkv.in_features
+    weights = {
+        "queries": torch.zeros(depth, 1, dim),
+        "classifier.0.weight": torch.zeros(2, dim * (1 + depth)),
+        "classifier.0.bias": torch.zeros(2),
+    }
+    head = HeadFile(
+        kind="vqt",
+        trunk="second",
+        trunk_digest=trunk.digest,
+        preprocess_digest=trunk.preprocess.digest,
+        labels=("cat", "dog"),
+        state=HeadState(weights),
+    )
+    fields = {"name": "pets"}
+    answer = server.client.post("/heads", files={"file": encode_head(head)}, data=fields)
+    assert answer.status_code == 201, answer.text
+    assert ask("third") == 200
+    assert (states(server)["second"], states(server)["pets"]) == ("unloaded", "unloaded")
+    assert ask("second") == 200
+    wait_until(lambda: states(server)["pets"] == "ready")
+    assert server.client.delete("/heads/pets").status_code == 204
+
+
+class Loading:
+    """Six trunks, of which two fit, loaded on demand without a server."""
+
+    def __init__(self, weights: Path) -> None:
+        tables = [
+            f'[trunks.{name}]\nsource = "file:{weights}"\narchitecture = "test_vit"\n'
+            f'[models.{name}]\ntrunk = "{name}"\ntask = "classify"\n'
+            for name in "abcdef"
+        ]
+        path = weights.with_name("catalog.toml")
+        path.write_text("startup = []\n" + "".join(tables))
+        self.weights = weights
+        self.registry = Registry.from_catalog(path, device="cpu", on_load=self._note)
+        self.loader = Loader(self.registry.device)
+        self.fits: set[str] = set()
+        self.most = 0
+        self.on_demand = OnDemand(
+            self.registry,
+            BUDGET_MB,
+            startup=list,
+            fitted_on=lambda: self.fits,
+            in_loader=self.loader.run,
+            load=self.registry.load,
+            unload=lambda names: [self.registry.unload(name) for name in names],
+        )
+
+    def _note(self, model: Model) -> None:
+        self.most = max(self.most, len(self.loaded) + 1)
+
+    @property
+    def loaded(self) -> set[str]:
+        return {n for n in self.registry.names() if self.registry.state(n) is State.READY}
+
+    @asynccontextmanager
+    async def using(self, *names: str, seconds: float = 60) -> AsyncIterator[None]:
+        """As a request for models that runs within the context."""
+        calls = [Call(name, None) for name in names]
+        async with self.on_demand.loaded(calls, time.monotonic() + seconds):
+            yield
+
+    async def use(self, *names: str, seconds: float = 60) -> None:
+        async with self.using(*names, seconds=seconds):
+            assert self.loaded.issuperset(names)
+
+
+def on_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    @wraps(test)
+    def run(*arguments: Any, **fixtures: Any) -> None:
+        asyncio.run(test(*arguments, **fixtures))
+
+    return run
+
+
+@pytest.fixture
+def loading(tiny_catalog: Path, tmp_path: Path) -> Iterator[Loading]:
+    made = Loading(Path(shutil.copy(tiny_catalog.with_name("tiny.safetensors"), tmp_path)))
+    yield made
+    made.loader.close()
+
+
+@on_a_loop
+async def test_room_is_made_before_each_load(loading: Loading) -> None:
+    await asyncio.gather(*map(loading.use, "abcd"))
+    assert loading.most == 2
+    assert loading.loaded == {"c", "d"}
+
+
+@on_a_loop
+async def test_a_trunk_in_use_stays(loading: Loading) -> None:
+    async with loading.using("a"), loading.using("b"):
+        async with loading.using("c"):  # one may exceed the budget
+            with pytest.raises(UnavailableError, match="no room for 'd'") as refused:
+                await loading.use("d")
+        assert refused.value.retry_after_s
+        await loading.use("d")
+        assert loading.loaded == {"a", "b", "d"}
+    await loading.use("c")
+    assert loading.most == 3
+    assert len(loading.loaded) == 2
+
+
+@on_a_loop
+async def test_a_trunk_that_a_head_is_fitted_on_stays(loading: Loading) -> None:
+    loading.fits = {"a"}
+    await loading.use("a")
+    for name in "bcd":
+        await loading.use(name)
+    assert loading.loaded == {"a", "d"}
+
+
+@on_a_loop
+async def test_the_trunk_of_a_fit_is_loaded_after_a_restart(loading: Loading) -> None:
+    loading.fits = {"b"}
+    running = asyncio.create_task(loading.on_demand.run())
+    await asyncio.to_thread(wait_until, lambda: "b" in loading.loaded)
+    running.cancel()
+
+
+@on_a_loop
+async def test_what_failed_is_loaded_once_it_can_be(
+    loading: Loading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = loading.weights.read_bytes()
+    loading.weights.unlink()
+    for _ in range(2):  # the second time it is not tried
+        with pytest.raises(UnavailableError) as failed:
+            await loading.use("a")
+        assert 0 < (failed.value.retry_after_s or 0) <= on_demand.RETRY_S
+        loading.weights.write_bytes(weights)
+    monkeypatch.setattr(on_demand, "RETRY_S", 0)
+    await loading.use("a")
+
+
+@on_a_loop
+async def test_few_loads_wait_and_none_that_nobody_waits_for(loading: Loading) -> None:
+    go = threading.Event()
+    blocking = asyncio.create_task(loading.loader.run(go.wait))
+    waiting = [asyncio.create_task(loading.use(name)) for name in "abc"]
+    with pytest.raises(DeadlineExceededError):
+        await loading.use("d", seconds=0.05)
+    with pytest.raises(QueueFullError, match="4 models are being loaded"):
+        await loading.use("e")
+    go.set()
+    await asyncio.gather(blocking, *waiting)
+    await loading.use("f")  # after what was asked for before
+    assert loading.registry.state("d") is State.UNLOADED
+    assert loading.registry.describe("d").load_seconds is None
+
+
+@on_a_loop
+async def test_what_an_admin_unloaded_stays_so(loading: Loading) -> None:
+    await loading.use("a")
+    loading.on_demand.stop("a")
+    loading.registry.unload("a")
+    async with loading.using("a"):
+        assert loading.registry.state("a") is State.UNLOADED
+    loading.on_demand.allow("a")
+    await loading.use("a")
+
+
+@on_a_loop
+async def test_what_was_never_asked_for_makes_room_first(loading: Loading) -> None:
+    await loading.use("a")
+    loading.registry.load("b")
+    await loading.use("c")
+    assert loading.loaded == {"a", "c"}
