@@ -51,7 +51,7 @@ class Registry:
         tf32: bool = False,
         threads: int = 0,
         streams: int = 1,
-        map_weights: bool = False,
+        map_weights: bool | None = None,
         on_load: Hook | None = None,
         on_unload: Hook | None = None,
         on_change: Callable[[str], None] | None = None,
@@ -139,8 +139,7 @@ class Registry:
         with slot.lock:
             model, slot.model = slot.model, None
             self._slots.set_state(slot, State.UNLOADED)
-            if model is not None:
-                self._retire(model)
+            self._retire(model)
             del model  # so that its memory can be freed below
         self._trunks.drop(slot.entry.trunks, self._slots.is_used)
 
@@ -157,8 +156,7 @@ class Registry:
             ModelsError: the replacement does not load. The old model remains.
         """
         self.catalog.trunk(entry.trunk)
-        old = self._slots.get(entry.name)
-        if old is not None and old.model is not None and old.entry.trunk != entry.trunk:
+        if (old := self._slots.get(entry.name)) and old.model and old.entry.trunk != entry.trunk:
             raise CatalogError(f"{entry.name} uses {old.entry.trunk!r}; remove it first")
         self._replace({}, {entry.name: entry})
 
@@ -168,8 +166,7 @@ class Registry:
         with slot.lock:
             model = self._slots.remove(slot)
             self.declared.discard(name)
-            if model is not None:
-                self._retire(model)
+            self._retire(model)
             del model  # so that its memory can be freed below
         self._trunks.drop(slot.entry.trunks, self._slots.is_used)
 
@@ -223,10 +220,13 @@ class Registry:
         Raises:
             ModelNotFoundError: no model does the task.
         """
-        first = self._slots.first(task)
-        if task not in self.catalog.defaults and first is not None:
+        if task not in self.catalog.defaults and (first := self._slots.first(task)):
             return first
         return self.catalog.default_model(task)
+
+    def choose_defaults_among(self, may_be: Callable[[ModelEntry], bool]) -> None:
+        """Let only some models do the tasks that the catalog has no default for."""
+        self._slots.may_be_first = may_be
 
     def names(self, start: int = 0, count: int | None = None) -> list[str]:
         """Names of models, in the catalog's order: `count` from place `start` on, or all."""
@@ -295,6 +295,6 @@ class Registry:
         if self.on_load:
             self.on_load(model)
 
-    def _retire(self, model: Model) -> None:
-        if self.on_unload:
+    def _retire(self, model: Model | None) -> None:
+        if self.on_unload and model is not None:
             self.on_unload(model)

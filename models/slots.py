@@ -51,6 +51,8 @@ class Slots:
         """
         self.entries: dict[str, ModelEntry] = {}
         self._on_change: Callable[[str], None] = lambda name: None
+        # Which models may be a task's first.
+        self.may_be_first: Callable[[ModelEntry], bool] = lambda entry: True
         self._positions = count()
         # Protects everything here, and the slots' states.
         self._lock = threading.Lock()
@@ -154,7 +156,8 @@ class Slots:
         for trunk in slot.entry.trunks:
             (self._users[trunk].add if in_use else self._users[trunk].discard)(name)
         changed = {name}
-        for task in () if slot.model is None else slot.model.heads:
+        model = slot.model if self.may_be_first(slot.entry) else None
+        for task in () if model is None else model.heads:
             first = self._first.get(task)
             if first is None or slot.position <= first.position:
                 self._first[task] = slot
@@ -166,7 +169,8 @@ class Slots:
         ]
         for task in lost:
             del self._first[task]
-            following = (other for other in self._by_name.values() if other.does(task))
+            doing = (other for other in self._by_name.values() if other.does(task))
+            following = (other for other in doing if self.may_be_first(other.entry))
             if (other := next(following, None)) is not None:
                 self._first[task] = other
                 changed.add(other.entry.name)

@@ -76,11 +76,11 @@ class Settings(BaseSettings):
     engine: str = Field(
         "auto", description="Engine that runs trunks' passes, unless the catalog sets one."
     )
-    map_weights: bool = Field(
-        False,
-        description="Share weights between processes: keep safetensors files of `file:` sources "
-        "mapped, which must not be written to then, only replaced by renaming. Those in the store "
-        "always are.",
+    map_weights: bool | None = Field(
+        None,
+        description="Share weights between processes: keep safetensors files mapped, which must "
+        "not be written to then, only replaced by renaming. If not set, those in the store are, "
+        "and those of `file:` sources are not.",
     )
     transform: Literal["exact", "fast"] = Field(
         "exact", description="How images are resized, unless the catalog sets it."

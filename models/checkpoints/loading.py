@@ -87,8 +87,8 @@ def load_trunk(entry: TrunkEntry, store: Store, base: Path, placement: Placement
     path = fetch(source, store, base)
     if entry.origin and not path.is_file():
         raise SourceError(f"{path}: no such file; get it from {entry.origin}")
-    if source.scheme != "file":  # the store replaces its files by others, and never writes to them
-        placement = replace(placement, map_weights=True)
+    if placement.map_weights is None:  # the store replaces its files, and never writes to them
+        placement = replace(placement, map_weights=source.scheme != "file")
     if entry.library == "sentence":
         if entry.tokenizer is None:
             raise SourceError(f"{entry.name}: a sentence encoder needs tokenizer = 'SOURCE'")
@@ -193,7 +193,7 @@ def build_trunk(
     except UNFIT as error:
         raise _cannot_be_built(checkpoint, error) from error
     load_strictly(
-        network, checkpoint.state_dict, checkpoint.architecture, mapped=placement.map_weights
+        network, checkpoint.state_dict, checkpoint.architecture, mapped=bool(placement.map_weights)
     )
     if hasattr(network, "latent_dim"):
         return Generator(checkpoint.architecture, network, placement)

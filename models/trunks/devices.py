@@ -37,8 +37,8 @@ class Placement:
     # The largest error over the largest value, compared with eager float32, that an engine may
     # have; None: 1e-5 for float32, and no limit for other precisions.
     tolerance: float | None = None
-    # Whether weights of safetensors files stay in the files' mappings.
-    map_weights: bool = False
+    # Whether weights of safetensors files stay in the files' mappings; None: those of the store.
+    map_weights: bool | None = None
     # The images that int8 is calibrated on.
     calibration: CalibrationSet | None = None
     # The memory layout that convolutions prefer; None: on GPUs, for networks of convolutions.

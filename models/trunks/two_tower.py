@@ -72,9 +72,9 @@ def towers_of_two(checkpoint: Checkpoint, placement: Placement) -> Towers:
     if scalars.keys() - {"logit_scale", "logit_bias"}:
         raise CheckpointError(f"left over: {', '.join(sorted(scalars)[:10])}")
     vision = create_own(**checkpoint.arguments["image"])
-    load_strictly(vision, towers["image"], "the image tower", mapped=placement.map_weights)
+    load_strictly(vision, towers["image"], "the image tower", mapped=bool(placement.map_weights))
     language = create_own(**{"architecture": "clip-text", **checkpoint.arguments["text"]})
-    load_strictly(language, towers["text"], "the text tower", mapped=placement.map_weights)
+    load_strictly(language, towers["text"], "the text tower", mapped=bool(placement.map_weights))
     length = int(getattr(language, "context_length", 77))
     tokenizer = create_tokenizer(**{"context_length": length, **checkpoint.arguments["tokenizer"]})
     spec = TextPreprocess(tokenizer.context_length, _tokenizer_digest(tokenizer))
@@ -158,7 +158,7 @@ def load_sentence_encoder(
         raise CheckpointError(
             f"{path}: not a BERT saved by sentence-transformers; missing or unexpected: {names}"
         )
-    load_strictly(network, tensors, str(path), mapped=placement.map_weights)
+    load_strictly(network, tensors, str(path), mapped=bool(placement.map_weights))
     context_length = int(arguments.get("context_length", 256))
     content = tokenizer_path.read_text(encoding="utf-8")
     tokenize = fast_tokenizer(Tokenizer.from_str(content), context_length)

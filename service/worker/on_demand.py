@@ -84,6 +84,8 @@ class OnDemand:
         # Loads, and the latest deadline of those who wait for each.
         self._loads: dict[str, asyncio.Future[None]] = {}
         self._deadlines: dict[str, float] = {}
+        if budget_mb:  # otherwise it would depend on what others have had loaded
+            registry.choose_defaults_among(self._stays)
 
     @asynccontextmanager
     async def loaded(self, calls: Sequence[Call], deadline: float) -> AsyncIterator[None]:
@@ -263,10 +265,12 @@ class OnDemand:
                 on_trunk = [name for name, each in models if trunk in each.trunks]
                 ready = [name for name in on_trunk if self._is_ready(name)]
                 self._unload(ready)
-                self._stopped.difference_update(ready)  # somebody loaded them again meanwhile
             finally:
                 self._leaving.discard(trunk)
             kept.add(trunk)
+
+    def _stays(self, entry: ModelEntry) -> bool:
+        return self._trunks_of(self._startup()).issuperset(entry.trunks)
 
     def _is_ready(self, name: str) -> bool:
         return self._registry.state(name) is State.READY

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import Registry
+from models.checkpoints import sources
+from models.checkpoints.store import Store, file_digest
 from tests.conftest import TINY_CATALOG
 
 
@@ -83,3 +85,18 @@ def test_weights_of_another_dtype_are_copied(catalog: Path, jpegs: dict[str, byt
     assert {value.dtype for value in shared.load_trunk("tiny").trunk.network.parameters()} == {
         torch.float32
     }
+
+
+@pytest.mark.parametrize("way", [None, True, False])
+def test_what_is_in_the_store_is_mapped_unless_that_is_turned_off(
+    catalog: Path, monkeypatch: pytest.MonkeyPatch, way: bool | None
+) -> None:
+    """On a file system where files change below those who map them it has to be off."""
+    weights = catalog.with_name("tiny.safetensors")
+    source = f"https://models.example/tiny.safetensors#sha256={file_digest(weights)}"
+    monkeypatch.setattr(sources, "_download", lambda source, target: shutil.copy(weights, target))
+    catalog.write_text(catalog.read_text().replace("file:tiny.safetensors", source))
+    store = Store(catalog.parent / "store")
+    registry = Registry.from_catalog(catalog, store=store, device="cpu", map_weights=way)
+    registry.load_trunk("tiny")
+    assert all(mapped(registry, store.path(source, ".safetensors"))) == (way is not False)
