@@ -6,6 +6,7 @@ else runs. What a body holds is therefore counted before it is parsed.
 
 import asyncio
 import binascii
+import re
 from typing import Any
 
 from pydantic_core import from_json
@@ -23,6 +24,10 @@ JSON_PIECE_BYTES = 2**18
 MAX_JSON_MARKS = 200_000
 MAX_JSON_COMMAS = 1_000_000
 MAX_JSON_ESCAPES = 1_000_000
+# The time for an integer grows with the square of its digits. What large bodies may hold of them is
+# looked for where a number may begin; small ones are parsed in milliseconds whatever they hold.
+MAX_DIGITS = 100
+LONG_NUMBER = re.compile(rb"[\[,:\s-]\d{%d}" % (MAX_DIGITS + 1))
 
 
 async def parse_json_object(content: bytes) -> dict[str, Any]:
@@ -66,7 +71,7 @@ def check_json(content: bytes) -> None:
     """Count what JSON text holds.
 
     Raises:
-        PayloadTooLargeError: too many values.
+        PayloadTooLargeError: too many values, or a number that is too long.
     """
     marks = commas = escapes = 0
     for start in range(0, len(content), JSON_PIECE_BYTES):
@@ -74,6 +79,8 @@ def check_json(content: bytes) -> None:
         marks += sum(piece.count(mark) for mark in (b"[", b"{", b'"'))
         commas += piece.count(b",")
         escapes += piece.count(b"\\")
+        if len(content) > SLOW_JSON_BYTES and LONG_NUMBER.search(piece):
+            raise PayloadTooLargeError(f"the JSON body has a number of over {MAX_DIGITS} digits")
     if marks > MAX_JSON_MARKS:
         raise PayloadTooLargeError(
             f"the JSON body has {marks} brackets, braces and quotes; the limit is {MAX_JSON_MARKS}"

@@ -344,3 +344,12 @@ def test_json_at_its_limits_is_read() -> None:
     assert len(asyncio.run(parse_json_object(content))["a"]) == MAX_JSON_MARKS - 9
     numbers = json.dumps({"a": np.zeros(10**6).tolist()}).encode()
     assert len(asyncio.run(parse_json_object(numbers))["a"]) == 10**6
+
+
+def test_large_json_holds_no_endless_numbers() -> None:
+    long = b"9" * 4000
+    content = b'{"a": [' + b", ".join([long] * 300) + b"]}"
+    with pytest.raises(ServiceError, match="a number of over 100 digits"):
+        asyncio.run(parse_json_object(content))
+    text = b'{"a": "' + long * 300 + b'"}'
+    assert len(asyncio.run(parse_json_object(text))["a"]) == 4000 * 300
