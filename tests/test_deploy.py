@@ -376,7 +376,7 @@ def send_mixed_traffic(service: str, jpegs: dict[str, bytes], seconds: int) -> N
 def test_grafanas_components_draw_every_panel(
     after_traffic: str, service: str, jpegs: dict[str, bytes], browser: Browser, tmp_path: Path
 ) -> None:
-    """With @grafana/ui from npm, for want of Grafana itself, and what the real Prometheus says."""
+    """Drawn by @grafana/ui from npm, not by Grafana itself, with the data of a real Prometheus."""
     if shutil.which("npm") is None:
         pytest.skip("npm is not installed (apt-get install npm)")
     for name in ("package.json", "dashboard.jsx"):

@@ -67,9 +67,7 @@ def embed_texts(
 ) -> Call[list[Entry]]:
     """`{"embedding": [...]}` for each text, of a model that embeds texts, too."""
     options = given(model=model, dimensions=dimensions)
-    return _batched(
-        "/embed", texts, lambda batch: {"json": {"texts": list(batch), **options}}, _text_size
-    )
+    return _batched("/embed", texts, lambda batch: {"json": {"texts": list(batch), **options}}, len)
 
 
 def segment(
@@ -295,7 +293,3 @@ def _collection(name: str) -> str:
 
 def _image_size(image: Image) -> int:
     return len(image) if isinstance(image, bytes) else Path(image).stat().st_size
-
-
-def _text_size(text: str) -> int:
-    return len(text)

@@ -135,6 +135,24 @@ def test_a_changed_checkpoint_is_refused_or_the_same(name: str, tmp_path: Path) 
         fixture.check(how, fixture.path, arguments, stated=subject(how) in STATED)
 
 
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("beit2_pretrain", "early_layers = -3"),
+        ("seg_fcn_beit", "backbone: out_indices = [1, 2]"),
+        ("seg_ibot_upernet", "test_cfg: crop_size = [1, 2]"),
+        ("seg_setr_naive", "decode_head: in_index = [1, 2]"),
+        ("open_clip_coca", "text_cfg: heads = True"),
+        ("open_clip_siglip", "vision_cfg: timm_model_kwargs: num_heads = -3"),
+    ],
+)
+def test_arguments_that_once_broke_a_pass_are_refused(name: str, how: str, tmp_path: Path) -> None:
+    fixture = Fixture(name, tmp_path)
+    [arguments] = [each for said, each in nonsense_arguments(fixture.arguments) if said == how]
+    with pytest.raises(ModelsError):
+        load_checkpoint(fixture.path, arguments)
+
+
 def subject(how: str) -> str:
     """The argument that a change is about."""
     return how.removeprefix("without ").partition(" ")[0].removesuffix(":")

@@ -159,7 +159,10 @@ def _check(container: Container, model: Mapping[str, Any]) -> None:
 
 
 def _check_counts(name: str, config: Any) -> None:
-    """Refuse numbers of layers, channels and heads that are none."""
+    """
+    Raises:
+        CheckpointError: a number of layers, channels or heads is not a whole number from 1.
+    """
     for key, value in config.items() if isinstance(config, Mapping) else ():
         if key in COUNTS and value is not None:
             (wholes if isinstance(value, list) else whole)(f"{name}.{key}", value)
