@@ -7,11 +7,12 @@ else runs. What a body holds is therefore counted before it is parsed.
 import asyncio
 import binascii
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic_core import from_json
 
-from service.errors import BadRequestError, InvalidInputError, PayloadTooLargeError
+from service.errors import BadRequestError, InvalidInputError, PayloadTooLargeError, ServiceError
 
 # Decoding more than this takes milliseconds, so it is done in a thread.
 SLOW_BASE64_CHARACTERS = 256 * 1024
@@ -37,9 +38,9 @@ async def parse_json_object(content: bytes) -> dict[str, Any]:
         PayloadTooLargeError, InvalidInputError, BadRequestError: as `parse_json`; or not an object.
     """
     if len(content) <= SLOW_JSON_BYTES:
-        check_json(content)
+        _check_json(content)
     else:
-        await asyncio.to_thread(check_json, content)
+        await asyncio.to_thread(_check_json, content)
     fields = _parse(content)
     if not isinstance(fields, dict):
         raise BadRequestError("the JSON body must be an object")
@@ -50,11 +51,11 @@ def parse_json(content: bytes) -> Any:
     """The value of JSON text.
 
     Raises:
-        PayloadTooLargeError: too many values.
+        PayloadTooLargeError: too many values, or a large text with a number that is too long.
         InvalidInputError: a string is not Unicode.
         BadRequestError: not JSON; NaN and Infinity are not.
     """
-    check_json(content)
+    _check_json(content)
     return _parse(content)
 
 
@@ -67,20 +68,47 @@ def _parse(content: bytes) -> Any:
         raise BadRequestError(f"the body is not valid JSON: {error}") from error
 
 
-def check_json(content: bytes) -> None:
-    """Count what JSON text holds.
+def parse_json_lines(content: bytes) -> list[Any]:
+    """The value of each line of NDJSON that is not empty; the error of a line that has none.
 
     Raises:
-        PayloadTooLargeError: too many values, or a number that is too long.
+        PayloadTooLargeError: too many values in all.
+    """
+    _check_counts(content)
+    is_large = len(content) > SLOW_JSON_BYTES
+    values: list[Any] = []
+    for line in content.split(b"\n"):
+        if not line.strip():
+            continue
+        try:
+            if is_large:
+                _check_numbers(line)
+            values.append(_parse(line))
+        except ServiceError as error:
+            values.append(error)
+    return values
+
+
+def _check_json(content: bytes) -> None:
+    """
+    Raises:
+        PayloadTooLargeError: as `parse_json`.
+    """
+    _check_counts(content)
+    if len(content) > SLOW_JSON_BYTES:
+        _check_numbers(content)
+
+
+def _check_counts(content: bytes) -> None:
+    """
+    Raises:
+        PayloadTooLargeError: too many values.
     """
     marks = commas = escapes = 0
-    for start in range(0, len(content), JSON_PIECE_BYTES):
-        piece = content[start : start + JSON_PIECE_BYTES]
+    for piece in _pieces(content):
         marks += sum(piece.count(mark) for mark in (b"[", b"{", b'"'))
         commas += piece.count(b",")
         escapes += piece.count(b"\\")
-        if len(content) > SLOW_JSON_BYTES and LONG_NUMBER.search(piece):
-            raise PayloadTooLargeError(f"the JSON body has a number of over {MAX_DIGITS} digits")
     if marks > MAX_JSON_MARKS:
         raise PayloadTooLargeError(
             f"the JSON body has {marks} brackets, braces and quotes; the limit is {MAX_JSON_MARKS}"
@@ -91,6 +119,20 @@ def check_json(content: bytes) -> None:
         )
     if escapes > MAX_JSON_ESCAPES:
         raise PayloadTooLargeError(f"the JSON body has more than {MAX_JSON_ESCAPES} escapes")
+
+
+def _check_numbers(content: bytes) -> None:
+    """
+    Raises:
+        PayloadTooLargeError: a number is too long.
+    """
+    if any(LONG_NUMBER.search(piece) for piece in _pieces(content)):
+        raise PayloadTooLargeError(f"the JSON body has a number of over {MAX_DIGITS} digits")
+
+
+def _pieces(content: bytes) -> Iterator[bytes]:
+    for start in range(0, len(content), JSON_PIECE_BYTES):
+        yield content[start : start + JSON_PIECE_BYTES]
 
 
 def decode_base64(text: str, field: str) -> bytes:

@@ -23,7 +23,12 @@ from service.gateway.rest.body import parse_form
 from service.open_inference.inputs import InputTensor, to_inputs
 from service.open_inference.shared_memory import SharedMemory
 from service.parameters import validate
-from service.payloads import MAX_JSON_MARKS, decode_base64, parse_json_object
+from service.payloads import (
+    MAX_JSON_MARKS,
+    decode_base64,
+    parse_json_lines,
+    parse_json_object,
+)
 from service.settings import Settings
 from service.stubs import open_inference_pb2 as oip
 from service.stubs import vision_pb2 as pb
@@ -353,3 +358,12 @@ def test_large_json_holds_no_endless_numbers() -> None:
         asyncio.run(parse_json_object(content))
     text = b'{"a": "' + long * 300 + b'"}'
     assert len(asyncio.run(parse_json_object(text))["a"]) == 4000 * 300
+
+
+def test_lines_with_endless_numbers_fail_alone() -> None:
+    long = b'{"id": ' + b"9" * 400 + b"}"
+    many = [b'{"id": "%d", "a": "%s"}' % (n, b"x" * 2**16) for n in range(20)]
+    values = parse_json_lines(b"\n".join([*many, long, b"{not json", b""]))
+    assert [value["id"] for value in values[:20]] == [str(n) for n in range(20)]
+    assert "over 100 digits" in str(values[20])
+    assert "not valid JSON" in str(values[21])

@@ -31,7 +31,7 @@ from service.gateway.rest.body import MAX_FIELDS, collect, load_image, parse_for
 from service.gateway.rest.content import read_body
 from service.limits import check_input_count
 from service.parameters import validate
-from service.payloads import check_json, decode_base64, parse_json, parse_json_object
+from service.payloads import decode_base64, parse_json_lines, parse_json_object
 from service.search.collection import (
     MAX_THUMBNAIL,
     Metadata,
@@ -203,18 +203,10 @@ async def _parts(request: Request, content: bytes) -> tuple[list[bytes], list[tu
 
 
 def _lines(content: bytes) -> list[Any]:
-    """The JSON value of each line; None for one that is not JSON."""
+    """The JSON value of each line; the error of one that is not JSON."""
     if (count := content.count(b"\n")) > MAX_LINES:
         raise PayloadTooLargeError(f"{count} lines; the limit is {MAX_LINES}")
-    check_json(content)
-    lines = [line for line in content.split(b"\n") if line.strip()]
-    values = []
-    for line in lines:
-        try:
-            values.append(parse_json(line))
-        except (BadRequestError, InvalidInputError):
-            values.append(None)
-    return values
+    return parse_json_lines(content)
 
 
 def _fetch(request: Request) -> Fetch:
@@ -223,11 +215,13 @@ def _fetch(request: Request) -> Fetch:
 
 
 async def _entries_of_json(request: Request, items: Sequence[Any]) -> list[Entry]:
-    """Objects of an image with `id`, `metadata` and `thumbnail`. A wrong one does not fail the
-    others."""
+    """Objects of an image with `id`, `metadata` and `thumbnail`, or the error of one that could not
+    be read. A wrong one does not fail the others."""
     fetch = _fetch(request)
 
     async def entry(item: Any) -> Entry:
+        if isinstance(item, ServiceError):
+            return Entry("", item, {})
         if not isinstance(item, Mapping):
             return Entry("", InvalidInputError("not a JSON object", field="images"), {})
         parts = dict(item)
