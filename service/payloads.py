@@ -35,7 +35,9 @@ async def parse_json_object(content: bytes) -> dict[str, Any]:
     """The JSON object of a request body.
 
     Raises:
-        PayloadTooLargeError, InvalidInputError, BadRequestError: as `parse_json`; or not an object.
+        PayloadTooLargeError: too many values, or a large body with a number that is too long.
+        InvalidInputError: a string is not Unicode.
+        BadRequestError: not JSON, or not an object; NaN and Infinity are not JSON.
     """
     if len(content) <= SLOW_JSON_BYTES:
         _check_json(content)
@@ -45,18 +47,6 @@ async def parse_json_object(content: bytes) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise BadRequestError("the JSON body must be an object")
     return fields
-
-
-def parse_json(content: bytes) -> Any:
-    """The value of JSON text.
-
-    Raises:
-        PayloadTooLargeError: too many values, or a large text with a number that is too long.
-        InvalidInputError: a string is not Unicode.
-        BadRequestError: not JSON; NaN and Infinity are not.
-    """
-    _check_json(content)
-    return _parse(content)
 
 
 def _parse(content: bytes) -> Any:
@@ -92,7 +82,7 @@ def parse_json_lines(content: bytes) -> list[Any]:
 def _check_json(content: bytes) -> None:
     """
     Raises:
-        PayloadTooLargeError: as `parse_json`.
+        PayloadTooLargeError: too many values, or a large body with a number that is too long.
     """
     _check_counts(content)
     if len(content) > SLOW_JSON_BYTES:

@@ -151,7 +151,7 @@ def try_form(data: bytes) -> None:
 
 
 def try_json(data: bytes) -> None:
-    parse_json(data)
+    parse_json_lines(data)
 
 
 def try_embedding(data: bytes) -> None:
