@@ -35,7 +35,7 @@ from service.key_file import read_keys
 from service.open_inference.inputs import to_inputs
 from service.open_inference.shared_memory import SharedMemory
 from service.parameters import validate
-from service.payloads import parse_json, parse_json_object
+from service.payloads import parse_json_lines, parse_json_object
 from service.rpc.reading import parse
 from service.search.collection import check_metadata
 from service.settings import Settings
@@ -151,7 +151,9 @@ def try_form(data: bytes) -> None:
 
 
 def try_json(data: bytes) -> None:
-    parse_json_lines(data)
+    for value in parse_json_lines(data):
+        if isinstance(value, ServiceError):
+            raise value
 
 
 def try_embedding(data: bytes) -> None:
