@@ -20,6 +20,9 @@ from models.errors import CheckpointError
 # Keys that common training scripts nest the weights under.
 WRAPPERS = ("state_dict", "model", "module", "model_state_dict", "model_state", "teacher")
 
+# What wrappers of modules add to names, the inner one last.
+PREFIXES = ("_orig_mod.", "module.", "_orig_mod.")
+
 # Types beside tensors that torch may load, since constructing them runs no code: the training
 # script's arguments, and numpy's scalars under their names in numpy 1 and 2.
 _SCALAR = np._core.multiarray.scalar  # type: ignore[attr-defined]
@@ -73,6 +76,8 @@ def open_container(path: Path) -> Container:
     Raises:
         CheckpointError: the file is missing, damaged, or a pickle that needs code to be run.
     """
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; name the checkpoint file in it")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     match path.suffix:
@@ -186,8 +191,14 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def _unwrapped(state_dict: Mapping[Any, Tensor]) -> dict[str, Tensor]:
-    """A state dict without the prefix that data-parallel training adds to its names."""
-    return {str(key).removeprefix("module."): value for key, value in state_dict.items()}
+    """A state dict without the prefixes that data-parallel training and `torch.compile` add."""
+    named = {}
+    for key, value in state_dict.items():
+        name = str(key)
+        for prefix in PREFIXES:
+            name = name.removeprefix(prefix)
+        named[name] = value
+    return named
 
 
 def _find_state_dict(path: Path, content: Any) -> tuple[dict[str, Tensor], str]:

@@ -6,12 +6,17 @@ weights and in their authors' containers, and nothing has memory.
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from tests.models.test_published_sizes import VITS, State, check, from_timm, read
+from tests.models.published import State, check, from_timm, meta, read, with_values
+from tests.models.test_published_sizes import VITS
+
+__all__ = ["with_values"]
 
 SWINS = {"tiny": ([2, 2, 6, 2], [3, 6, 12, 24]), "small": ([2, 2, 18, 2], [3, 6, 12, 24]),
          "base": ([2, 2, 18, 2], [4, 8, 16, 32])}  # fmt: skip
@@ -20,7 +25,7 @@ TWO_HEADS = {**HEADS, "head.last_layer2.weight_v": (4, 4)}
 
 
 def zeros(shapes: Mapping[str, tuple[int, ...]]) -> State:
-    return {name: torch.zeros(shape, device="meta") for name, shape in shapes.items()}
+    return meta(**shapes)
 
 
 def two_networks(state: State) -> dict[str, Any]:
@@ -31,7 +36,7 @@ def two_networks(state: State) -> dict[str, Any]:
 def swin(size: str, window: int, input_size: int = 224) -> State:
     """timm's Swin under the authors' names: patch merging ends a stage."""
     state = from_timm(f"swin_{size}_patch4_window7_224", window_size=window, img_size=input_size,
-                      num_classes=0)  # fmt: skip
+                      norm_layer=partial(nn.LayerNorm, eps=1e-6), num_classes=0)  # fmt: skip
 
     def theirs(match: re.Match[str]) -> str:
         return f"layers.{int(match[1]) - 1}.downsample"
@@ -150,7 +155,7 @@ def test_beits_of_pre_training_share_a_table(size: str, heads: int) -> None:
 def test_jaxs_vits(entry: str, name: str, heads: int, classes: int) -> None:
     """Heads are an axis of attention's kernels."""
     state: State = {}
-    for key, value in from_timm(name, num_classes=classes).items():
+    for key, value in from_timm(name, num_classes=classes, act_layer="gelu_tanh").items():
         theirs = in_jax_names(key, value, heads)
         state |= theirs
     checkpoint = read(entry, state)
@@ -181,14 +186,14 @@ def in_jax_names(key: str, value: torch.Tensor, heads: int) -> State:
     if part in PARTS:
         return {f"{block}/{PARTS[part]}": value.T if value.dim() == 2 else value}
     attention = f"{block}/MultiHeadDotProductAttention_1"
-    dim = value.shape[-1] if "weight" in part else value.shape[0]
+    names = ("query", "key", "value")
     match part:
         case "attn.qkv.weight":
-            kernel = torch.zeros(dim, heads, dim // heads, device="meta")
-            return {f"{attention}/{name}/kernel": kernel for name in ("query", "key", "value")}
+            kernels = (rows.T.reshape(len(rows.T), heads, -1) for rows in value.chunk(3))
+            return {f"{attention}/{n}/kernel": k for n, k in zip(names, kernels, strict=True)}
         case "attn.qkv.bias":
-            bias = torch.zeros(heads, dim // 3 // heads, device="meta")
-            return {f"{attention}/{name}/bias": bias for name in ("query", "key", "value")}
+            biases = (rows.reshape(heads, -1) for rows in value.chunk(3))
+            return {f"{attention}/{n}/bias": b for n, b in zip(names, biases, strict=True)}
         case "attn.proj.weight":
-            return {f"{attention}/out/kernel": value.T.reshape(heads, -1, dim)}
+            return {f"{attention}/out/kernel": value.T.reshape(heads, -1, len(value))}
     return {f"{attention}/out/bias": value}

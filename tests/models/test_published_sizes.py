@@ -5,58 +5,25 @@ weights; no memory is allocated for either.
 """
 
 import re
-from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import open_clip
 import pytest
-import timm
 import torch
-from torch import Tensor
 
-from models.catalog import load_catalog
-from models.checkpoints.checkpoint import Checkpoint
-from models.checkpoints.containers import Container
-from models.checkpoints.formats import detect_format
-from models.networks import create_network, create_own
+from models.networks import create_own
+from tests.models.published import (
+    check,
+    compare_towers,
+    from_timm,
+    in_convnexts_names,
+    on_meta,
+    read,
+    reference,
+    with_values,
+)
 
-CATALOG = load_catalog("published")
-State = dict[str, Tensor]
-
-
-def on_meta(create: Callable[[], Any]) -> State:
-    with torch.device("meta"):
-        state: State = create().state_dict()
-    return state
-
-
-def from_timm(name: str, **options: Any) -> State:
-    return on_meta(lambda: timm.create_model(name, **options))
-
-
-def read(entry: str, tensors: Mapping[str, Tensor], wrapper: str = "", **more: Any) -> Checkpoint:
-    """What the catalog's entry makes of a file with these weights."""
-    container = Container(Path("/nowhere/file.pth"), tensors, wrapper=wrapper, **more)
-    arguments = dict(CATALOG.trunks[entry].arguments)
-    found, _ = detect_format(container, arguments)
-    return found.convert(container, arguments)
-
-
-def check(checkpoint: Checkpoint, **expected: Any) -> None:
-    """Every weight has its place, and what no shape tells is as published."""
-    with torch.device("meta"):
-        network = create_network(checkpoint)
-    own = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    assert {key: tuple(value.shape) for key, value in checkpoint.state_dict.items()} == own
-    for name, value in expected.items():
-        if name in ("input_size", "crop_pct", "mean", "std", "interpolation"):
-            assert getattr(checkpoint.preprocess, name) == value, name
-        else:
-            found = checkpoint.arguments[name]
-            assert (list(found) if isinstance(found, list | tuple) else found) == value, name
-
+__all__ = ["with_values"]
 
 VITS = {"vits": ("vit_small", 6), "vitb": ("vit_base", 12), "vitl": ("vit_large", 16)}
 
@@ -181,7 +148,7 @@ CLIPS = {"rn50": "RN50", "rn101": "RN101", "rn50x4": "RN50x4", "rn50x16": "RN50x
 def test_clip(name: str) -> None:
     config = open_clip.get_model_config(CLIPS[name])
     text, vision = config["text_cfg"], config["vision_cfg"]
-    state = on_meta(lambda: open_clip.model.CLIP(**config | {"quick_gelu": True}))
+    state = reference(lambda: open_clip.model.CLIP(**config | {"quick_gelu": True}))
     for setting in ("input_resolution", "context_length", "vocab_size"):
         state[setting] = torch.zeros((), device="meta")
     checkpoint = read(f"clip-{name}-image", state)
@@ -202,6 +169,7 @@ def test_clip(name: str) -> None:
     size = vision["image_size"]
     assert checkpoint.preprocess is not None
     assert checkpoint.preprocess.input_size == (size, size)
+    compare_towers(checkpoint)
 
 
 @pytest.mark.parametrize(("size", "heads"), [("base", 12), ("large", 16)])
@@ -221,29 +189,8 @@ CONVNEXTS = {"atto": ([2, 2, 6, 2], 40), "femto": ([2, 2, 6, 2], 48), "pico": ([
 
 @pytest.mark.parametrize("size", CONVNEXTS)
 def test_convnext_v2(size: str) -> None:
+    state = in_convnexts_names(from_timm(f"convnextv2_{size}", conv_mlp=False))
     depths, first = CONVNEXTS[size]
-    shapes: dict[str, tuple[int, ...]] = {}
-    for stage, depth in enumerate(depths):
-        dim = first * 2**stage
-        before = 3 if stage == 0 else dim // 2
-        kernel, norm = (4, dim) if stage == 0 else (2, before)
-        conv, place = (0, 1) if stage == 0 else (1, 0)
-        shapes |= {
-            f"downsample_layers.{stage}.{conv}.weight": (dim, before, kernel, kernel),
-            f"downsample_layers.{stage}.{conv}.bias": (dim,),
-            f"downsample_layers.{stage}.{place}.weight": (norm,),
-            f"downsample_layers.{stage}.{place}.bias": (norm,),
-        }
-        for number in range(depth):
-            block = f"stages.{stage}.{number}."
-            shapes |= {
-                f"{block}dwconv.weight": (dim, 1, 7, 7), f"{block}dwconv.bias": (dim,),
-                f"{block}norm.weight": (dim,), f"{block}norm.bias": (dim,),
-                f"{block}pwconv1.weight": (4 * dim, dim), f"{block}pwconv1.bias": (4 * dim,),
-                f"{block}grn.gamma": (1, 1, 1, 4 * dim), f"{block}grn.beta": (1, 1, 1, 4 * dim),
-                f"{block}pwconv2.weight": (dim, 4 * dim), f"{block}pwconv2.bias": (dim,),
-            }  # fmt: skip
-    shapes |= {"norm.weight": (8 * first,), "norm.bias": (8 * first,),
-               "head.weight": (1000, 8 * first), "head.bias": (1000,)}  # fmt: skip
-    state = {key: torch.zeros(shape, device="meta") for key, shape in shapes.items()}
-    check(read(f"convnextv2-{size}-in1k", state, "model"), input_size=(224, 224))
+    checkpoint = read(f"convnextv2-{size}-in1k", state, "model")
+    dims = [first * 2**stage for stage in range(4)]
+    check(checkpoint, depths=depths, dims=dims, use_grn=True, input_size=(224, 224))

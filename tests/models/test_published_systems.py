@@ -1,7 +1,6 @@
 """Further entries of the catalog `published` at full size, see `test_published_sizes.py`: CLIP's
 descendants, small CaiTs, DHVT, and networks of segmentation."""
 
-import re
 from functools import partial
 
 import open_clip
@@ -12,8 +11,21 @@ from torch import nn
 from models.networks import create_own
 from models.segmentation.decoders.necks import BeitNeck
 from models.segmentation.decoders.uper import UperHead
-from tests.models.test_published_entries import below, meta, vit
-from tests.models.test_published_sizes import State, check, from_timm, on_meta, read
+from tests.models.published import (
+    BUILDING,
+    State,
+    below,
+    check,
+    from_timm,
+    in_convnexts_names,
+    meta,
+    on_meta,
+    read,
+    with_values,
+)
+from tests.models.test_published_entries import vit
+
+__all__ = ["with_values"]
 
 
 def clip(name: str) -> State:
@@ -96,6 +108,7 @@ def upernet(
     entry: str, backbone: State, dims: list[int], channels: int, kind: str, side: int
 ) -> None:
     """Read a segmentor, and check its decoder and its windows."""
+    BUILDING.reference = None  # which has a norm and a pooling that the decoder does not read
     head = on_meta(lambda: UperHead(dims, channels, 150, (1, 2, 3, 6)))
     state = below("backbone.", backbone) | below("decode_head.", head)
     stride = side * 2 // 3
@@ -113,8 +126,6 @@ def upernet(
     assert settings["windows"]["stride"] == [stride, stride]
 
 
-IN_CONVNEXT = ((".blocks.", "."), ("conv_dw", "dwconv"), ("mlp.fc1", "pwconv1"),
-               ("mlp.fc2", "pwconv2"))  # fmt: skip
 CONVNEXTS = {"tiny": 96, "small": 96, "base": 128, "large": 192, "xlarge": 256}
 
 
@@ -126,15 +137,8 @@ CONVNEXTS = {"tiny": 96, "small": 96, "base": 128, "large": 192, "xlarge": 256}
 def test_upernet_on_convnext(name: str) -> None:
     size, side = name.split("-")[0], int(name[-3:])
     dims = [CONVNEXTS[size] * 2**stage for stage in range(4)]
-    state: State = {}
-    for key, value in from_timm(f"convnext_{size}", num_classes=0).items():
-        if key.startswith("head."):
-            continue
-        key = re.sub(r"^stem\.", "downsample_layers.0.", key)
-        key = re.sub(r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1.", key)
-        for ours, theirs in IN_CONVNEXT:
-            key = key.replace(ours, theirs)
-        state[key] = value
+    state = in_convnexts_names(from_timm(f"convnext_{size}", num_classes=0))
+    state = {key: value for key, value in state.items() if not key.startswith("norm.")}
     for stage, dim in enumerate(dims):
         state |= below(f"norm{stage}.", on_meta(partial(nn.LayerNorm, dim)))
     upernet(f"upernet-convnext-{name}", state, dims, 512, "type='ConvNeXt'", side)

@@ -10,7 +10,9 @@ from models.errors import CheckpointError
 
 TOWER = "text.transformer."
 # By the kind of network what a hub's name has, and heads of published networks by channels.
-KINDS = {"roberta": "roberta", "bert": "bert", "mt5": "mt5", "nllb": "m2m_100", "m2m100": "m2m_100"}
+# The Chinese RoBERTas of hfl are BERTs.
+KINDS = {"chinese-roberta": "bert", "roberta": "roberta", "bert": "bert", "mt5": "mt5",
+         "nllb": "m2m_100", "m2m100": "m2m_100"}  # fmt: skip
 HEADS = {"roberta": {768: 12, 1024: 16}, "bert": {768: 12, 1024: 16}, "m2m_100": {1024: 16}}
 # open_clip's without `hf_pooler_type`, and where that is null: others' is that of the class token.
 POOLER = "mean_pooler"

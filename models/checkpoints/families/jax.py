@@ -23,6 +23,8 @@ PREPROCESS = Preprocess(
     mean=HALF,
     std=HALF,
 )
+# Upstream publishes files with the same tensors, SAM's and GSAM's, that were evaluated otherwise.
+ASSUMED = {"preprocess": {"crop_mode": "squash", "interpolation": "bilinear"}}
 # `resize(SIZE)|value_range(-1, 1)` of github.com/google-research/big_vision, and
 # vit_jax/preprocess.py: the resize is cast to uint8.
 TRUNCATED = replace(PREPROCESS, truncate=True)

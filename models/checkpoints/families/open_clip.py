@@ -84,11 +84,15 @@ def read_configuration(container: Container, arguments: Mapping[str, Any]) -> Co
         model |= {name: arguments.get(name) for name in ("vision_cfg", "text_cfg")}
         given = arguments.get("preprocess_cfg") or stored.get("preprocess_cfg")
     elif architecture in open_clip.list_models():
-        return _by_name(str(architecture))
+        return _by_name(container, str(architecture), arguments.get("pretrained"))
     else:
         model = stored.get("model_cfg", stored)
         given = stored.get("preprocess_cfg")
     _check(container, model)
+    if is_openai(container):
+        if model.get("quick_gelu") is False:
+            raise CheckpointError(f"{container.path}: quick_gelu is false; OpenAI's have QuickGELU")
+        model = {**model, "quick_gelu": True}
     preprocess, assumed = _preprocess(given)
     return Configuration(model, preprocess, assumed)
 
@@ -106,16 +110,30 @@ def _read_file(container: Container) -> dict[str, Any]:
     return content
 
 
-def _by_name(architecture: str) -> Configuration:
-    """The configuration that open_clip has under that name, with the transform that all its
-    published weights share."""
+def _by_name(container: Container, architecture: str, tag: Any) -> Configuration:
+    """The configuration that open_clip has under that name, with the activation and the transform
+    of its published weights: those of the `tag`, OpenAI's of a file of theirs, or what all share.
+
+    Raises:
+        CheckpointError: open_clip has no weights of that tag.
+    """
     model = deepcopy(open_clip.get_model_config(architecture))
-    tags = [
-        get_pretrained_cfg(architecture, tag) for tag in list_pretrained_tags_by_model(architecture)
-    ]
-    transforms = [{name: tag.get(name) for name in PREPROCESS} for tag in tags]
+    tags = list_pretrained_tags_by_model(architecture)
+    if tag is not None and tag not in tags:
+        raise CheckpointError(
+            f"open_clip has no weights {tag!r} of {architecture}; it has {', '.join(tags)}"
+        )
+    if tag is None and is_openai(container):
+        tag, model["quick_gelu"] = "openai" if "openai" in tags else None, True
+    published = [get_pretrained_cfg(architecture, name) for name in tags if tag in (None, name)]
+    transforms = [{name: each.get(name) for name in PREPROCESS} for each in published]
     alike = transforms and all(transform == transforms[0] for transform in transforms)
     preprocess, assumed = _preprocess(transforms[0] if alike else None)
+    if not model.get("quick_gelu", False) and any(each.get("quick_gelu") for each in published):
+        if tag is None:  # open_clip has the same name for weights of either activation
+            assumed["quick_gelu"] = False
+        else:
+            model["quick_gelu"] = True
     return Configuration(model, preprocess, assumed)
 
 

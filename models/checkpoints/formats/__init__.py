@@ -9,6 +9,7 @@ A format is a module that has the members of `CheckpointFormat`, and may have tw
         What `outputs` needs of a pass besides its last output, such as a block's attention.
 """
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, Protocol, cast
@@ -20,6 +21,12 @@ from models.errors import CheckpointError
 from models.reference_outputs import FormatOutputs
 from models.trunks.base import Trunk
 from models.trunks.features import NO_EXTRAS, FeatureRequest
+
+# Names of networks of images in transformers (ViT, BEiT, DINOv2, Swin, SegFormer, ConvNeXt, CLIP).
+TRANSFORMERS = re.compile(
+    r"(^|\.)(embeddings\.(patch_embeddings|patch_embedding|class_embedding)|vision_model\.encoder\.layers"
+    r"|encoder\.(patch_embeddings|stages)\.\d)\b"
+)
 
 
 class CheckpointFormat(Protocol):
@@ -73,6 +80,11 @@ def detect_format(
     if matching:
         names = ", ".join(candidate.NAME for candidate, _ in matching)
         raise CheckpointError(f"{container.path}: several formats match: {names}")
+    if any(TRANSFORMERS.search(key) for key in container.tensors):
+        raise CheckpointError(
+            f"{container.path}: these are transformers' names for the weights, which are not read. "
+            "Use the file of the authors, or that of timm or open_clip"
+        )
     known = ", ".join(candidate.NAME for candidate in checkpoint_formats())
     keys = ", ".join(list(container.tensors)[:5])
     raise CheckpointError(

@@ -23,6 +23,7 @@ from torch.nn.functional import linear
 from models.checkpoints.checkpoint import Checkpoint, HeadState
 from models.checkpoints.containers import Container
 from models.checkpoints.families.jax import (
+    ASSUMED,
     POSITIONS,
     PREPROCESS,
     from_jax,
@@ -73,6 +74,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         positions="corners",
         heads=heads,
         preprocess=PREPROCESS,
+        assumed=ASSUMED,
         **built,
     )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
-from models.checkpoints.families.jax import PREPROCESS
+from models.checkpoints.families.jax import ASSUMED, PREPROCESS
 from models.checkpoints.families.ratios import mlp_ratio
 from models.errors import CheckpointError
 from models.networks import OWN
@@ -76,6 +76,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         },
         state_dict=dict(_in_timms_names(key, value) for key, value in tensors.items()),
         preprocess=replace(PREPROCESS, input_size=size),
+        assumed=ASSUMED,
     )
 
 

@@ -59,6 +59,7 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     dropped = tuple(key for key in container.tensors if key.startswith(PRETRAINING))
     tensors = _named({k: v for k, v in container.tensors.items() if k not in dropped})
     mvit, data = config["MVIT"], config.get("DATA", {})
+    _check_task(container, config)
     if mvit.get("NORM", "layernorm") != "layernorm":
         raise CheckpointError(f"{container.path}: MVIT.NORM must be layernorm, as upstream has it")
     if "TRAIN_CROP_SIZE" not in data:
@@ -169,6 +170,25 @@ def _config(container: Container, arguments: Mapping[str, Any]) -> dict[str, Any
             "MVIT and DATA to those tables of its YAML file"
         )
     return config
+
+
+def _check_task(container: Container, config: Mapping[str, Any]) -> None:
+    """Refuse detectors, and classifiers of several classes at once, whose weights look alike.
+
+    Raises:
+        CheckpointError: the configuration is of one of these.
+    """
+    detection, model = config.get("DETECTION") or {}, config.get("MODEL") or {}
+    if detection.get("ENABLE"):
+        raise CheckpointError(
+            f"{container.path}: DETECTION.ENABLE is true; only classifiers of whole clips are "
+            "supported"
+        )
+    if (activation := model.get("HEAD_ACT", "softmax")) != "softmax":
+        raise CheckpointError(
+            f"{container.path}: MODEL.HEAD_ACT is {activation!r}, for several classes at once; "
+            "only softmax is supported"
+        )
 
 
 def _assumed(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""A plain timm state dict: the keys of `timm.create_model(architecture)`, and no others."""
+"""A plain timm state dict: the keys of `timm.create_model(architecture)`, and no others.
+
+Of a checkpoint of timm's training script the exponential average is served, as timm loads it.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,9 +12,11 @@ import torch
 
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
+from models.checkpoints.families.vit import choose_weights
 from models.errors import CheckpointError
 
 NAME = "timm"
+AVERAGE = "state_dict_ema"
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
@@ -34,16 +39,21 @@ def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
 
 
 def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
-    """`arguments`: `architecture`, `img_size`."""
+    """`arguments`: `architecture`, `img_size`, `weights` (`state_dict_ema`, if the file has it)."""
     architecture = str(arguments["architecture"])
     classifier = timm.get_pretrained_cfg(architecture).classifier
-    weight = container.tensors.get(f"{classifier}.weight")
+    default = AVERAGE if AVERAGE in container.sets else container.wrapper
+    tensors = container.tensors
+    if default == AVERAGE or "weights" in arguments:
+        tensors = choose_weights(container, arguments, default)
+    weight = tensors.get(f"{classifier}.weight")
     known = {key: arguments[key] for key in ("img_size",) if key in arguments}
     return Checkpoint(
         format=NAME,
         architecture=architecture,
         arguments={"num_classes": 0 if weight is None else weight.shape[0], **known},
-        state_dict=dict(container.tensors),
+        state_dict=dict(tensors),
+        assumed={"weights": AVERAGE} if default == AVERAGE and "weights" not in arguments else {},
     )
 
 

@@ -30,6 +30,7 @@ def convert(tensors: Mapping[str, Tensor], table: Table, by_mmseg: bool) -> Back
     """
     table.only("qk_scale", None)
     table.only("act_cfg", "GELU")
+    table.only("strides", [4, 2, 2, 2], (4, 2, 2, 2))
     rows, _ = tensors[MARK].shape
     window = round((rows**0.5 + 1) / 2)
     if (2 * window - 1) ** 2 != rows:
