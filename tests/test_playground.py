@@ -290,6 +290,11 @@ def test_piles_are_filled_and_fitting_needs_a_key(page: Page, tmp_path: Path) ->
         expect(first).to_have_count(2)
         first.first.click()
         expect(first).to_have_count(1)
+    page.get_by_role("button", name="Remove red-1.png").drag_to(page.locator(".pile").nth(1))
+    photos = [page.locator(".pile").nth(number).locator(".photo") for number in (0, 1)]
+    expect(photos[0]).to_have_count(2)
+    expect(photos[1]).to_have_count(4)
+    drop(page, page.locator("h1"), tmp_path / "red" / "red-0.png")  # the page stays
     page.get_by_label("API key").fill("")
     page.get_by_role("button", name="Fit").click()
     expect(page.locator("#classes .error")).to_contain_text("the field at the top of the page")

@@ -27,6 +27,9 @@ KINDS = {
     "latent": "FP32",
 }
 
+# The levels of a request's priority; the lower one comes first.
+INTERACTIVE, BULK = 1, 2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputTensor:
@@ -161,6 +164,21 @@ def timeout_ms(value: Any) -> float | None:
         return value / 1e3
     except (TypeError, OverflowError) as error:
         raise InvalidInputError("timeout is a number of microseconds", field="timeout") from error
+
+
+def is_bulk(value: Any) -> bool | None:
+    """Whether the parameter `priority`, whose levels are Triton's, is that of bulk; None for the
+    default level.
+
+    Raises:
+        InvalidInputError: no such level.
+    """
+    if value not in (None, 0, INTERACTIVE, BULK) or isinstance(value, bool | float):
+        raise InvalidInputError(
+            f"priority is {INTERACTIVE} (interactive), {BULK} (bulk) or 0 for the default",
+            field="priority",
+        )
+    return value == BULK if value else None
 
 
 def _elements(tensor: InputTensor) -> Sequence[Any]:

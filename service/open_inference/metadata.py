@@ -6,7 +6,7 @@ from typing import Any
 
 from models.description import ModelDescription, State
 from service.errors import NotFoundError
-from service.open_inference.inputs import FLOAT_TYPES
+from service.open_inference.inputs import BULK, FLOAT_TYPES, INTERACTIVE
 from service.open_inference.outputs import outputs_of
 from service.statistics import ModelStatistics
 
@@ -84,6 +84,7 @@ def model_config(model: ModelDescription, max_images: int) -> dict[str, Any]:
         "max_batch_size": max_images,
         "input": tensors("inputs"),
         "output": tensors("outputs"),
+        "dynamic_batching": {"priority_levels": BULK, "default_priority_level": INTERACTIVE},
     }
 
 

@@ -9,7 +9,7 @@ from google.protobuf.json_format import ParseDict
 from service.accounting import counted
 from service.errors import InvalidInputError
 from service.limits import Share
-from service.open_inference.inputs import InputTensor, read_inputs, timeout_ms
+from service.open_inference.inputs import InputTensor, is_bulk, read_inputs, timeout_ms
 from service.open_inference.metadata import (
     VERSION,
     check_version,
@@ -163,6 +163,7 @@ class OpenInference(GRPCInferenceServiceServicer):
                 options = _values(request.parameters)
                 timeout = timeout_ms(options.pop("timeout", 0)) or 0.0
                 account.deadline = caller.deadline(deps.settings, timeout)
+                bulk = bool(is_bulk(options.pop("priority", None)))
                 outputs = [_requested(output) for output in request.outputs]
                 selection = OutputSelection(model, outputs, options)
                 memory = deps.memory.of(caller.key)
@@ -171,7 +172,12 @@ class OpenInference(GRPCInferenceServiceServicer):
                 inputs = await read_inputs(tensors, deps.settings, caller.share)
                 deps.keys.count_images(caller.key, len(inputs))
                 result = await deps.backend.infer(
-                    InferRequest(inputs=inputs, calls=selection.calls, deadline=account.deadline)
+                    InferRequest(
+                        inputs=inputs,
+                        calls=selection.calls,
+                        deadline=account.deadline,
+                        bulk=bulk,
+                    )
                 )
                 account.answered(result)
                 arrays = selection.collect(result)

@@ -35,6 +35,7 @@ from service.open_inference.shared_memory import (
 )
 from service.stubs import open_inference_pb2 as oip
 from service.stubs.open_inference_pb2_grpc import GRPCInferenceServiceStub
+from service.types import InferRequest, InferResult
 from tests.conftest import Running, running
 from tests.service import triton_shared_memory
 from tests.test_architecture import ROOT
@@ -94,6 +95,36 @@ def test_a_configuration_names_batches_types_and_sizes(client: Any, server: Runn
         {"name": "pixel_values", "data_type": "TYPE_FP32", "dims": [3, *size]},
     ]
     assert {"name": "score", "data_type": "TYPE_FP32", "dims": [-1]} in config["output"]
+    levels = {"priority_levels": 2, "default_priority_level": 1}
+    assert config["dynamic_batching"] == levels
+
+
+@pytest.fixture
+def priorities(server: Running, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each request to the backend was bulk."""
+    seen: list[bool] = []
+    infer = server.backend.infer
+
+    async def note(request: InferRequest) -> InferResult:
+        seen.append(request.bulk)
+        return await infer(request)
+
+    monkeypatch.setattr(server.backend, "infer", note)
+    return seen
+
+
+def test_the_second_level_of_priority_is_bulk(
+    client: Any, jpegs: dict[str, bytes], priorities: list[bool]
+) -> None:
+    image = uint8(encoded(jpegs["coffee"]))
+    for level in (0, 1, 2):
+        client.infer("tiny-embed", [image], priority=level)
+    bulk = {"X-Priority": "bulk"}
+    for level in (0, 1):  # the body's level replaces the header's
+        client.infer("tiny-embed", [image], headers=bulk, priority=level)
+    assert priorities == [False, False, True, True, False]
+    with pytest.raises(InferenceServerException, match="priority is 1"):
+        client.infer("tiny-embed", [image], priority=3)
 
 
 def test_statistics_count_requests_images_and_failures(
@@ -352,7 +383,11 @@ def test_regions_are_owned_over_rest_and_grpc(
 
 
 def test_tritonclient_uses_the_extensions_over_grpc(
-    server: Running, embedding: Any, jpegs: dict[str, bytes], tmp_path: Path
+    server: Running,
+    embedding: Any,
+    jpegs: dict[str, bytes],
+    tmp_path: Path,
+    priorities: list[bool],
 ) -> None:
     path = tmp_path / "chelsea.jpg"
     path.write_bytes(jpegs["chelsea"])
@@ -360,6 +395,7 @@ def test_tritonclient_uses_the_extensions_over_grpc(
     command = [sys.executable, "-m", "tests.service.triton_grpc_extensions", *arguments]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     assert ran.returncode == 0, ran.stderr.decode()
+    assert priorities == [True, False]
     seen = json.loads(ran.stdout)
     assert np.allclose(seen["embedding"][0], embedding, atol=1e-6)
     assert np.allclose(seen["shared"][0], embedding, atol=1e-6)
@@ -368,6 +404,7 @@ def test_tritonclient_uses_the_extensions_over_grpc(
     assert seen["after"] == []
     assert "not supported" in seen["cuda"]
     assert seen["config"]["max_batch_size"] == 64
+    assert int(seen["config"]["dynamic_batching"]["priority_levels"]) == 2
     assert seen["config"]["input"][0]["data_type"] == "TYPE_STRING"
     [entry] = seen["statistics"]["model_stats"]
     assert int(entry["inference_count"]) >= 2

@@ -23,7 +23,9 @@ def main(address: str, path: str, key: str) -> dict[str, Any]:
     plain = triton.InferInput("image", encoded.shape, "UINT8")
     plain.set_data_from_numpy(encoded)
     outputs = [triton.InferRequestedOutput("embedding")]
-    packed = client.infer("tiny-embed", [plain], outputs=outputs, compression_algorithm="gzip")
+    packed = client.infer(
+        "tiny-embed", [plain], outputs=outputs, priority=2, compression_algorithm="gzip"
+    )
 
     region = shared.create_shared_memory_region("in", key, encoded.nbytes)
     shared.set_shared_memory_region(region, [encoded])

@@ -11,6 +11,7 @@ const POLL_MS = 400;
 const contents = new Map(); // the photos of each pile
 let toTry = []; // samples that are in no pile
 let count = 0; // piles so far
+let dragged = null; // a photo, on its way to another pile
 
 export async function show() {
   try {
@@ -30,6 +31,13 @@ function addPile(label, files = []) {
   const shown = make("div", "", pile, { className: "photos" });
   contents.set(pile, files);
   showPile(pile, shown);
+  pile.addEventListener("drop", () => {
+    if (!dragged) return;
+    dragged.remove();
+    contents.get(pile).push(dragged.file);
+    dragged = null; // what was removed tells no end
+    showPile(pile, shown);
+  });
   takeFiles(pile, (more) => {
     more = more.filter((file) => file.type.startsWith("image/"));
     const folder = more[0]?.path?.split("/").at(-2);
@@ -57,11 +65,18 @@ function showPile(pile, shown) {
   shown.replaceChildren(...(own.length ? [] : [make("p", "Drop photos here.")]));
   for (const file of own) {
     const title = `Remove ${file.name}`, button = make("button", "", shown, { type: "button", title, className: "photo" });
-    picture(file, title, button);
-    button.addEventListener("click", () => {
+    const remove = () => {
       own.splice(own.indexOf(file), 1);
       showPile(pile, shown);
+    };
+    button.draggable = true;
+    picture(file, title, button).draggable = false; // or a copy of the photo would be dropped
+    button.addEventListener("click", remove);
+    button.addEventListener("dragstart", (event) => {
+      dragged = { file, remove };
+      event.dataTransfer.setData("text/plain", file.name); // Firefox drags nothing without data
     });
+    button.addEventListener("dragend", () => (dragged = null));
   }
 }
 

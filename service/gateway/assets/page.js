@@ -14,6 +14,10 @@ function open(tab) {
   TABS[name].show();
 }
 
+// A file that is dropped beside its target would be opened in place of the page.
+for (const type of ["dragover", "drop"])
+  document.addEventListener(type, (event) => event.dataTransfer.types.includes("Files") && event.preventDefault());
+
 const select = tablist(pages, open);
 document.getElementById("key").addEventListener("change", () => open(pages.querySelector("[aria-selected=true]")));
 select(pages.firstElementChild);

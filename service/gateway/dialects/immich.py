@@ -1,13 +1,14 @@
 """The machine-learning service of Immich, for its smart search: `/ping` and `/predict`.
 
 https://github.com/immich-app/immich. Immich's server sends a form: `entries` names the task and the
-model, and `image` or `text` is what to embed. Set its machine learning URL to this server's
-`/immich`, and its CLIP model to a two-tower model of the catalog.
+model, and `image` or `text` is what to embed. It drops the path of the URL that it is given, so it
+asks `/ping` and `/predict` at the root, whatever that is; `/predict` tells its forms from others.
 """
 
 import asyncio
 import io
 import json
+import re
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
@@ -16,6 +17,7 @@ from PIL import Image
 from starlette.datastructures import UploadFile
 
 from models.tasks.embed import encode_embedding
+from service.accounting import Account
 from service.errors import BadRequestError, InvalidInputError, UnsupportedMediaTypeError
 from service.gateway import dispatch
 from service.gateway.auth import require_key
@@ -26,8 +28,11 @@ from service.gateway.rest.content import read_body
 from service.parameters import validated_call
 from service.types import InferRequest
 
-router = APIRouter(prefix="/immich", tags=["dialects"])
+router = APIRouter(tags=["dialects"])
 keyed = [Depends(require_key)]
+
+# How a form begins whose first part is `entries`.
+_BEGINNING = re.compile(rb'--[^\r\n]{1,200}\r\nContent-Disposition: form-data; name="entries"\r\n')
 
 _FORM = {
     "requestBody": {
@@ -53,37 +58,52 @@ _FORM = {
 }
 
 
-@router.get("/ping", response_class=PlainTextResponse)
+@router.get("/ping", response_class=PlainTextResponse, include_in_schema=False)
+@router.get("/immich/ping", response_class=PlainTextResponse)
 async def ping() -> str:
     """Immich's health check. Needs no key."""
     return "pong"
 
 
-@router.post("/predict", dependencies=keyed, openapi_extra=_FORM)
+@router.post("/immich/predict", dependencies=keyed, openapi_extra=_FORM)
 @refused_early("embed")
 async def predict(request: Request) -> JSONResponse:
     """Embed an image or a text for Immich's search. Faces and text in images are not recognized."""
-    deadline = dispatch.read_deadline(request)
     with dispatch.count_request(request, "embed") as account:
-        model, content = await _read(request)
-        infer_request = InferRequest(
-            inputs=[content], calls=[validated_call(model, "embed", {})], deadline=deadline
-        )
-        result = await dispatch.infer(request, infer_request, account)
-        result.raise_if_all_failed()
-        [vector] = embeddings(result, "image")
-    answer: dict[str, Any] = {"clip": json.dumps(encode_embedding(vector, "float"))}
+        return await answer(request, await read_body(request), account)
+
+
+def is_form(body: bytes) -> bool:
+    """Whether a body is a form that Immich's server sends."""
+    return _BEGINNING.match(body) is not None
+
+
+async def answer(request: Request, body: bytes, account: Account) -> JSONResponse:
+    """The answer to a form of Immich's server.
+
+    Raises:
+        ServiceError: malformed, for a task that is not served, or the model failed.
+    """
+    deadline = dispatch.read_deadline(request)
+    model, content = await _read(request, body)
+    infer_request = InferRequest(
+        inputs=[content], calls=[validated_call(model, "embed", {})], deadline=deadline
+    )
+    result = await dispatch.infer(request, infer_request, account)
+    result.raise_if_all_failed()
+    [vector] = embeddings(result, "image")
+    members: dict[str, Any] = {"clip": json.dumps(encode_embedding(vector, "float"))}
     if isinstance(content, bytes):
         width, height = await asyncio.to_thread(_size, content)
-        answer |= {"imageWidth": width, "imageHeight": height}
-    return JSONResponse(answer)
+        members |= {"imageWidth": width, "imageHeight": height}
+    return JSONResponse(members)
 
 
-async def _read(request: Request) -> tuple[str, str | bytes]:
+async def _read(request: Request, body: bytes) -> tuple[str, str | bytes]:
     """The model's name, and the text or the encoded image."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise UnsupportedMediaTypeError("send multipart/form-data with entries")
-    form = await parse_form(request.headers, await read_body(request), max_files=1, max_fields=4)
+    form = await parse_form(request.headers, body, max_files=1, max_fields=4)
     try:
         image, text, entries = form.get("image"), form.get("text"), form.get("entries")
         content = await image.read() if isinstance(image, UploadFile) else text

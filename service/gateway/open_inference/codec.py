@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 from starlette.datastructures import Headers
 
 from service.errors import BadRequestError, InvalidInputError
-from service.open_inference.inputs import InputTensor, timeout_ms
+from service.open_inference.inputs import InputTensor, is_bulk, timeout_ms
 from service.open_inference.metadata import VERSION
 from service.open_inference.outputs import MAX_OUTPUTS, RequestedOutput
 from service.open_inference.shared_memory import Place, place_of
@@ -71,6 +71,7 @@ class InferenceRequest:
     Args:
         options: the task's, by the names of the REST parameters.
         timeout_ms: None if the body has none.
+        bulk: as `is_bulk` says.
         binary: whether outputs are binary by default.
     """
 
@@ -80,6 +81,7 @@ class InferenceRequest:
     # The task's options, by the names of the REST parameters.
     options: Mapping[str, Any]
     timeout_ms: float | None
+    bulk: bool | None
     # Whether outputs are binary unless they say otherwise.
     binary: bool
 
@@ -101,11 +103,12 @@ async def parse_infer_request(headers: Headers, content: bytes, read: Read) -> I
     length = len(content) if header is None else int(header)
     if header is not None and length == 0:
         image = InputTensor(name="image", datatype="BYTES", shape=[1], raw=pack([content]))
-        return InferenceRequest("", [image], [], {}, None, binary=False)
+        return InferenceRequest("", [image], [], {}, None, None, binary=False)
     parsed = validate(_InferRequest, await parse_json_object(content[:length]))
     options = dict(parsed.parameters)
     binary = options.pop("binary_data_output", False)
     timeout = timeout_ms(options.pop("timeout", None))
+    bulk = is_bulk(options.pop("priority", None))
     if not isinstance(binary, bool):
         raise InvalidInputError("binary_data_output is a boolean", field="binary_data_output")
     return InferenceRequest(
@@ -114,6 +117,7 @@ async def parse_infer_request(headers: Headers, content: bytes, read: Read) -> I
         [_requested(output) for output in parsed.outputs],
         options,
         timeout,
+        bulk,
         binary,
     )
 

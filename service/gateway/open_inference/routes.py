@@ -120,6 +120,8 @@ async def infer(request: Request, name: ModelName, version: str = "") -> Respons
         )
         if parsed.timeout_ms is not None:
             deadline = dispatch.deadline_after(request, parsed.timeout_ms)
+        if parsed.bulk is not None:
+            bulk = parsed.bulk
         selection = OutputSelection(model, parsed.outputs, parsed.options)
         share: Share = request.scope["state"]["share"]
         inputs = await read_inputs(parsed.inputs, request.app.state.settings, share)

@@ -48,8 +48,13 @@ class _Body:
     fields: dict[str, Any]
 
 
-async def read_request(request: Request, parameters: type[P]) -> tuple[P, InferRequest]:
+async def read_request(
+    request: Request, parameters: type[P], content: bytes | None = None
+) -> tuple[P, InferRequest]:
     """Parse and validate a whole request: its headers first, then its body and query.
+
+    Args:
+        content: the body, if it has been read.
 
     Raises:
         ServiceError: malformed, over a limit, too slow, or with invalid parameters.
@@ -57,7 +62,9 @@ async def read_request(request: Request, parameters: type[P]) -> tuple[P, InferR
     """
     deadline, bulk = read_deadline(request), read_priority(request)
     lists = list_fields(parameters)
-    body = await _read_body(request, lists, deadline)
+    if content is None:
+        content = await read_body(request)
+    body = await _parse_body(request, content, lists, deadline)
     fields = _accepted_form(request, parameters)
     fields |= collect(request.query_params.multi_items(), lists) | body.fields
     validated = validate(parameters, fields)
@@ -161,8 +168,9 @@ def collect(items: list[tuple[str, str]], lists: frozenset[str]) -> dict[str, An
     return fields
 
 
-async def _read_body(request: Request, lists: frozenset[str], deadline: float) -> _Body:
-    content = await read_body(request)
+async def _parse_body(
+    request: Request, content: bytes, lists: frozenset[str], deadline: float
+) -> _Body:
     settings: Settings = request.app.state.settings
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     match content_type.partition("/"):

@@ -8,8 +8,10 @@ from models.tasks.base import Task
 from models.tasks.table import tasks
 from service.gateway import dispatch
 from service.gateway.auth import require_key
+from service.gateway.dialects import immich
 from service.gateway.entrance import NDJSON, refused_early
 from service.gateway.rest.body import read_request
+from service.gateway.rest.content import read_body
 from service.gateway.rest.examples import PREDICT
 from service.gateway.rest.ndjson import stream_task
 from service.gateway.rest.openapi import image_body, task_body, task_description
@@ -52,7 +54,10 @@ for _task in tasks().values():
 async def predict(request: Request) -> Response:
     """Run several models on the same images. Models on one trunk share a pass."""
     with dispatch.count_request(request, "predict") as account:
-        parameters, infer_request = await read_request(request, PredictParameters)
+        body = await read_body(request)
+        if immich.is_form(body):
+            return await immich.answer(request, body, account)
+        parameters, infer_request = await read_request(request, PredictParameters, body)
         result = await dispatch.infer(request, infer_request, account)
         result.raise_if_all_failed()
         return predict_response(request, parameters, result)
