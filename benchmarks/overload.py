@@ -8,10 +8,15 @@ answered, and what became of the rest. `--full` takes five minutes for each row 
 The load generator is a process on the same machine. Its own processor time, which the server then
 lacks, is in the column `load`; `others` is what the machine's other processes took, which should be
 next to nothing. All are in cores.
+
+Refusing takes time, too. What one refusal costs is measured first, with requests whose deadline
+nothing can meet. `of what is left` is goodput as a share of the capacity less what the refusals of
+the row and the generator's further work took.
 """
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from benchmarks.bodies import image_or_form
 from benchmarks.load import Load, build_requests, percentile
@@ -22,10 +27,11 @@ from benchmarks.servers import Server, demo_server, free_port
 
 CONNECTIONS = 32
 CAPACITY_S = 10.0
+HOPELESS_MS = 1  # no deadline that anything meets
 FULL_S = 300.0
 COLUMNS = (
-    "offered", "deadline", "goodput", "of capacity", "p50", "p99", "200", "429", "504", "other",
-    "unanswered", "load", "server", "others", "memory",
+    "offered", "deadline", "goodput", "of capacity", "of left", "p50", "p99", "200", "429", "504",
+    "other", "unanswered", "load", "server", "others", "memory",
 )  # fmt: skip
 
 
@@ -39,24 +45,24 @@ def main() -> None:
     arguments = parser.parse_args()
     seconds = FULL_S if arguments.full else arguments.seconds
     with LoadProcess() as generator, demo_server(free_port(), arguments.model) as server:
-        rate = capacity(generator, server, arguments.model)
-        print(f"capacity: {rate:.1f} photos a second", flush=True)
+        full = capacity(generator, server, arguments.model)
+        print(
+            f"capacity: {full.rate:.1f} photos a second, "
+            f"{1000 * full.refusal_cpu_s:.2f} ms of processor time for a refusal",
+            flush=True,
+        )
         print(row(COLUMNS), flush=True)
         for deadline in numbers(arguments.deadlines):
-            requests = build_requests(
-                f"/classify?model={arguments.model}",
-                [image_or_form([jpeg]) for jpeg in jpegs()],
-                f"X-Timeout-Ms: {1000 * deadline:g}\r\n",
-            )
+            requests = photos(arguments.model, deadline)
             for factor in numbers(arguments.factors):
                 before, busy_s = server.usage(), machine_cpu_s()
-                load = generator.open(server.port, requests, factor * rate, seconds)
+                load = generator.open(server.port, requests, factor * full.rate, seconds)
                 after, busy_s = server.usage(), machine_cpu_s() - busy_s
                 server_s = after.cpu_s - before.cpu_s
                 print(
                     row(
                         (
-                            *cells(load, factor, deadline, rate, seconds),
+                            *cells(load, factor, deadline, full, seconds),
                             *cores(load, server_s, busy_s, seconds),
                             f"{after.resident_bytes / 2**20:.0f} MiB",
                         )
@@ -65,30 +71,71 @@ def main() -> None:
                 )
 
 
-def capacity(generator: LoadProcess, server: Server, model: str) -> float:
-    """Photos a second in a closed loop."""
-    requests = build_requests(
-        f"/classify?model={model}", [image_or_form([jpeg]) for jpeg in jpegs()]
-    )
-    generator.closed(server.port, requests, CONNECTIONS, CAPACITY_S / 2)
-    return generator.closed(server.port, requests, CONNECTIONS, CAPACITY_S).rate
-
-
-def cells(load: Load, factor: float, deadline: float, rate: float, seconds: float) -> Iterator[str]:
-    """One row of the table.
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What a server can do that has 32 requests at a time.
 
     Args:
-        rate: the capacity, in photos a second.
+        rate: photos a second.
+        server_cores, load_cores: what the server and the load generator take of the processor then.
+        refusal_cpu_s: the server's processor time for one refusal, in seconds.
     """
+
+    rate: float
+    server_cores: float
+    load_cores: float
+    refusal_cpu_s: float
+
+    def left(self, refusals: float, load_cores: float) -> float:
+        """Photos a second beside `refusals` a second and a generator that takes `load_cores`."""
+        taken = refusals * self.refusal_cpu_s + load_cores - self.load_cores
+        return self.rate * (1 - taken / self.server_cores)
+
+
+def capacity(generator: LoadProcess, server: Server, model: str) -> Capacity:
+    generator.closed(server.port, photos(model), CONNECTIONS, CAPACITY_S / 2)
+    before = server.usage()
+    load = generator.closed(server.port, photos(model), CONNECTIONS, CAPACITY_S)
+    server_s = server.usage().cpu_s - before.cpu_s
+    before = server.usage()
+    hopeless = photos(model, HOPELESS_MS / 1000)
+    refused = generator.closed(server.port, hopeless, CONNECTIONS, CAPACITY_S / 2)
+    refusing_s = server.usage().cpu_s - before.cpu_s
+    return Capacity(
+        load.rate,
+        server_s / CAPACITY_S,
+        load.cpu_s / CAPACITY_S,
+        refusing_s / refused.statuses.total(),
+    )
+
+
+def photos(model: str, deadline: float | None = None) -> list[bytes]:
+    """Requests to classify a photo each.
+
+    Args:
+        deadline: in seconds.
+    """
+    header = "" if deadline is None else f"X-Timeout-Ms: {1000 * deadline:g}\r\n"
+    bodies = [image_or_form([jpeg]) for jpeg in jpegs()]
+    return build_requests(f"/classify?model={model}", bodies, header)
+
+
+def cells(
+    load: Load, factor: float, deadline: float, full: Capacity, seconds: float
+) -> Iterator[str]:
+    """One row of the table."""
+    span = max(seconds, load.span)
     in_time = sum(latency <= deadline for latency in load.latencies)
-    goodput = in_time / max(seconds, load.span)
+    goodput = in_time / span
+    statuses = load.statuses
+    refused = statuses.total() - statuses[0] - statuses[200]
     yield f"{factor:g}x"
     yield f"{deadline:g} s"
     yield f"{goodput:.1f}/s"
-    yield f"{100 * goodput / rate:.0f} %"
+    yield f"{100 * goodput / full.rate:.0f} %"
+    yield f"{100 * goodput / full.left(refused / span, load.cpu_s / span):.0f} %"
     yield f"{1000 * percentile(load.latencies, 0.5):.0f} ms"
     yield f"{1000 * percentile(load.latencies, 0.99):.0f} ms"
-    statuses = load.statuses
     for status in (200, 429, 504):
         yield str(statuses[status])
     yield str(statuses.total() - sum(statuses[status] for status in (0, 200, 429, 504)))

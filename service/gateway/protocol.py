@@ -1,15 +1,12 @@
 """The protocol of an HTTP connection."""
 
 import asyncio
-import json
 import logging
 import time
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from service.clients import identify
-from service.errors import UnavailableError
 from service.gateway.disconnect import disconnect
 from service.gateway.loop_turns import LoopTurns
 from service.holdings import Holdings
@@ -28,20 +25,6 @@ ANSWER_MARGIN_S = 2.0
 CLOSE_S = 2.0
 # What is written to TLS at once.
 PIECE_BYTES = 64 * 1024
-
-_TOO_MANY = json.dumps(
-    {
-        "type": f"urn:vitrail:problem:{UnavailableError.slug}",
-        "title": UnavailableError.title,
-        "status": UnavailableError.status,
-        "detail": "too many connections",
-    }
-).encode()
-_TOO_MANY_CONNECTIONS = (
-    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/problem+json\r\n"
-    b"Retry-After: 1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
-    % (len(_TOO_MANY), _TOO_MANY)
-)
 
 
 class InPieces:
@@ -108,13 +91,6 @@ class ImpatientProtocol(HttpToolsProtocol):
         is_tls = transport.get_extra_info("sslcontext") is not None
         super().connection_made(InPieces(transport) if is_tls else transport)  # type: ignore[arg-type]
         self._pieces: list[bytes] = []  # of a body, received and not passed on
-        if self._address is None and not self.count(
-            identify(None, self.client[0] if self.client else "")
-        ):
-            self.transport.write(_TOO_MANY_CONNECTIONS)
-            self.transport.close()
-            self._abort_after(self.body_timeout_s)
-            return
         self._start_timer(self.header_timeout_s)
 
     def data_received(self, data: bytes) -> None:

@@ -18,10 +18,10 @@ from uvicorn.config import STARTUP_FAILURE
 
 from service.backend import Backend
 from service.garbage import leave_out_old_objects
+from service.gateway.listener import Listener
 from service.gateway.loop_turns import LoopTurns
 from service.gateway.ports import separate_listeners
 from service.gateway.protocol import ImpatientProtocol
-from service.gateway.tls_listener import TlsListener
 from service.holdings import Holdings
 from service.settings import Settings
 from service.tls import server_context
@@ -76,12 +76,12 @@ def run_server(
     # uvicorn drains and then raises the signal again for the handler that was set before it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     listeners = list(separate_listeners(settings))
-    if listener is None and (listeners or settings.tls_cert):
+    if listener is None:
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     leave_out_old_objects()
     with contextlib.suppress(KeyboardInterrupt):
-        server.run(None if listener is None else [listener, *listeners])
+        server.run([listener, *listeners])
 
 
 class DrainingServer(uvicorn.Server):
@@ -109,10 +109,7 @@ class DrainingServer(uvicorn.Server):
         self.supervised = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's, but with `TlsListener` where there is a certificate."""
-        if self._context is None:
-            await super().startup(sockets)
-            return
+        """As uvicorn's for listening sockets, but with `Listener`."""
         assert sockets is not None
         await self.lifespan.startup()
         if self.lifespan.should_exit:
@@ -126,7 +123,7 @@ class DrainingServer(uvicorn.Server):
         )
         timeouts_s = (self._settings.header_timeout_s, self._settings.body_timeout_s)
         servers: list[Any] = [
-            TlsListener(each, create_protocol, self._context, *timeouts_s) for each in sockets
+            Listener(each, create_protocol, self._context, *timeouts_s) for each in sockets
         ]
         self.servers = servers
         self.started = True

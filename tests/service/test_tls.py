@@ -20,7 +20,7 @@ from models import Registry
 from models.checkpoints.store import Store
 from service.cli import app as command_line
 from service.gateway.app import create_app
-from service.gateway.tls_listener import TlsListener
+from service.gateway.listener import Listener
 from service.metrics import Metrics
 from service.remote.backend import RemoteBackend
 from service.remote.metrics import RemoteMetrics
@@ -186,7 +186,7 @@ def test_a_handshake_that_fails_otherwise_gives_its_place_back(
 
         monkeypatch.setattr(asyncio.get_running_loop(), "connect_accepted_socket", fail)
         accepting = socket.create_server(("127.0.0.1", 0))
-        listener = TlsListener(accepting, Protocol, ssl.create_default_context(), 10, 30)
+        listener = Listener(accepting, Protocol, ssl.create_default_context(), 10, 30)
         with socket.create_connection(accepting.getsockname()):
             while not given_back:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)

@@ -1,7 +1,8 @@
-"""Accepts TLS connections, which count from the start.
+"""Accepts connections.
 
-The servers of event loops show a connection only after its TLS handshake: those who never end one
-would be neither counted nor cut off soon.
+uvloop accepts one connection a turn of the loop: a busy server whose turns are long would let new
+clients wait for seconds. And it shows a connection of TLS only after the handshake: those who never
+end one would be neither counted nor cut off soon.
 """
 
 import asyncio
@@ -12,16 +13,18 @@ from collections.abc import Callable
 from typing import Any
 
 from service.clients import identify
+from service.gateway.refused import RefusedConnections
 
 logger = logging.getLogger(__name__)
 
-# Connections that are accepted until the event loop has a turn.
-MAX_ACCEPTED = 64
+# Connections that are accepted in one turn of the loop. Few, because several gateways may accept
+# from one socket, and each should get its share of those that arrive together.
+MAX_ACCEPTED = 16
 # Until the next try, where the process can have no more files.
 PAUSE_S = 1.0
 
 
-class TlsListener:
+class Listener:
     """Accepts the connections of a listening socket on the running event loop, until closed. Has
     the methods of `asyncio.Server` that uvicorn calls."""
 
@@ -29,7 +32,7 @@ class TlsListener:
         self,
         listener: socket.socket,
         create_protocol: Callable[[], Any],
-        context: ssl.SSLContext,
+        context: ssl.SSLContext | None,
         handshake_timeout_s: float,
         close_timeout_s: float,
     ) -> None:
@@ -38,7 +41,8 @@ class TlsListener:
             create_protocol: an `asyncio.Protocol` with two more methods. `count(address)` counts
                 the connection, or returns False if there are too many; `give_back()` counts it no
                 more.
-            close_timeout_s: for a closed connection, with what was not read of its answer.
+            context: of TLS; None for plain HTTP.
+            close_timeout_s: for a closed connection of TLS, with what was not read of its answer.
         """
         self._listener = listener
         self._create_protocol = create_protocol
@@ -46,7 +50,8 @@ class TlsListener:
         self._handshake_timeout_s = handshake_timeout_s
         self._close_timeout_s = close_timeout_s
         self._loop = asyncio.get_running_loop()
-        self._handshakes: set[asyncio.Task[None]] = set()
+        self._beginning: set[asyncio.Task[None]] = set()
+        self._refused = RefusedConnections()
         self._is_closed = False
         listener.setblocking(False)
         self._listen()
@@ -57,6 +62,7 @@ class TlsListener:
             self._is_closed = True
             self._loop.remove_reader(self._listener)
             self._listener.close()
+            self._refused.close()
 
     async def wait_closed(self) -> None:
         """Return at once: uvicorn itself waits for its connections."""
@@ -78,25 +84,32 @@ class TlsListener:
                 return
             protocol = self._create_protocol()
             if not protocol.count(identify(None, peer[0])):
-                connection.close()
+                self._refuse(connection)
                 continue
             task = self._loop.create_task(self._begin(connection, protocol))
-            self._handshakes.add(task)
-            task.add_done_callback(self._handshakes.discard)
+            self._beginning.add(task)
+            task.add_done_callback(self._beginning.discard)
+
+    def _refuse(self, connection: socket.socket) -> None:
+        if self._context is None:
+            self._refused.refuse(connection)
+        else:
+            connection.close()
 
     async def _begin(self, connection: socket.socket, protocol: Any) -> None:
-        """Make the handshake, after which the protocol has the connection."""
+        """Make the handshake, if any, after which the protocol has the connection."""
+        tls: dict[str, Any] = {}
+        if self._context is not None:
+            tls = {
+                "ssl": self._context,
+                "ssl_handshake_timeout": self._handshake_timeout_s,
+                "ssl_shutdown_timeout": self._close_timeout_s,
+            }
         try:
             connection.setblocking(False)
-            await self._loop.connect_accepted_socket(
-                lambda: protocol,
-                connection,
-                ssl=self._context,
-                ssl_handshake_timeout=self._handshake_timeout_s,
-                ssl_shutdown_timeout=self._close_timeout_s,
-            )
+            await self._loop.connect_accepted_socket(lambda: protocol, connection, **tls)
         except Exception as error:
             # an OSError: of TLS, too; and a time that is over
             level = logging.DEBUG if isinstance(error, OSError) else logging.WARNING
-            logger.log(level, "a TLS handshake failed: %r", error)
+            logger.log(level, "a connection could not be begun: %r", error)
             protocol.give_back()
