@@ -479,6 +479,9 @@ def test_axe_finds_nothing(page: Page, folder: Path, look: str) -> None:
     ):
         choose(page, task, model)
         check(task)
+    page.get_by_label("Model to compare with").select_option("lite0-minilm")
+    expect(page.get_by_role("article")).to_have_count(2)
+    check("two models")
     page.get_by_role("tab", name="Classes of your own").click()
     page.get_by_role("button", name="Use sample piles").click()
     expect(page.get_by_role("button", name="Remove brick-1.jpg")).to_be_visible()

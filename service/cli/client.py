@@ -205,10 +205,13 @@ def check_server(url: str) -> None:
 
 
 @contextmanager
-def connect(url: str, key: str | None, **options: Any) -> Iterator[vitrail_client.Client]:
+def connect(
+    url: str, key: str | None, *, advice: str = "", **options: Any
+) -> Iterator[vitrail_client.Client]:
     """A client whose errors are printed, and end the command.
 
     Args:
+        advice: what to do when the server gives no answer.
         options: further arguments of `vitrail_client.Client`.
     """
     check_server(url)
@@ -217,6 +220,8 @@ def connect(url: str, key: str | None, **options: Any) -> Iterator[vitrail_clien
             yield client
     except vitrail_client.VitrailError as error:
         text = f"{error.status} {error.problem.get('detail', '')}"
+    except httpx.TransportError as error:
+        text = f"the server at {url} gave no answer ({error}){advice}"
     except (httpx.HTTPError, OSError, ValueError) as error:
         text = f"{type(error).__name__}: {error}"
     else:

@@ -16,6 +16,7 @@ from vitrail_client.call import INPUT_STATUSES
 from vitrail_client.protocol import DEFAULT_URL
 
 DELETED = 1000  # images that one request deletes
+CONTINUE = "; what was added stays: run the command again to add the rest"
 # What an image's metadata is compared with, by its id.
 Known = dict[str, dict[str, Any]]
 Show = Callable[[int, int | None], None]
@@ -76,7 +77,7 @@ def index(
         def show(done: int, total: int | None) -> None:
             progress.update(bar, completed=done, total=total)
 
-        with connect(url, key, progress=show) as client:
+        with connect(url, key, advice=CONTINUE, progress=show) as client:
             _create(client, collection, model)
             known = {} if on_server and not delete else _known(client, collection)
             if on_server:

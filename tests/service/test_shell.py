@@ -10,7 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from contextlib import nullcontext
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +130,29 @@ def test_a_newcomer_sees_where_to_start_and_plain_errors() -> None:
     refused = said("health", f"127.0.0.1:{free_port()}")
     assert "Connection refused" in refused
     assert len(refused.splitlines()) == 1
+
+
+def test_an_index_whose_server_goes_away_says_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").touch()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/healthz":  # then it closes the connection without an answer
+                self.send_response(200)
+                self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        command = ["index", str(tmp_path), "--collection", "all", "--url", url]
+        said = CliRunner().invoke(app, command)
+        server.shutdown()
+    assert said.exit_code == 1
+    assert f"the server at {url} gave no answer" in said.output
+    assert "run the command again" in said.output
 
 
 @pytest.mark.nightly

@@ -28,7 +28,7 @@ function drawOther(result, photo, parent) {
     }
   if (Array.isArray(result.embedding)) {
     const numbers = result.embedding.map((value) => value.toFixed(4)).join(" ");
-    make("pre", `${result.embedding.length} dimensions\n${numbers}`, parent, { tabIndex: 0, role: "region", ariaLabel: "Embedding" });
+    make("pre", `${result.embedding.length} dimensions\n${numbers}`, parent, { tabIndex: 0, role: "group", ariaLabel: "Embedding" });
   }
 }
 

@@ -73,7 +73,7 @@ export function showSnippets(parent, request) {
   const texts = snippets(request);
   if (parent.dataset.shown === texts.curl) return; // buttons keep the focus
   parent.dataset.shown = texts.curl;
-  const code = make("pre", "", null, { tabIndex: 0, role: "region", ariaLabel: "The request as code" });
+  const code = make("pre", "", null, { tabIndex: 0, role: "group", ariaLabel: "The request as code" });
   const buttons = Object.keys(texts).map((name) => make("button", name, null, { type: "button" }));
   const choose = (name) => {
     language = name;

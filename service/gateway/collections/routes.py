@@ -190,12 +190,17 @@ async def search(request: Request, name: Name) -> dict[str, Any]:
         vector = vector_of(result.images[0])
     hits = await store.search(name, vector, query.count, query.where, thumbnails=query.thumbnails)
     found: list[dict[str, Any]] = [
-        {"id": hit.id, "score": hit.score, "metadata": hit.metadata} for hit in hits
+        {"id": hit.id, "score": _cosine(hit.score), "metadata": hit.metadata} for hit in hits
     ]
     if query.thumbnails:
         for entry, hit in zip(found, hits, strict=True):
             entry["thumbnail"] = hit.thumbnail and base64.b64encode(hit.thumbnail).decode()
     return {"model": collection.model, "hits": found}
+
+
+def _cosine(score: float) -> float:
+    """A score that rounding has taken out of a cosine's range, back in it."""
+    return min(max(score, -1.0), 1.0)
 
 
 async def _store(request: Request) -> VectorStore:
