@@ -1,7 +1,7 @@
 """The libraries that networks come from, as further references: timm, open_clip, transformers.
 
-Each builds the network itself, with its own transform or tokenizer. It also reads the file itself
-if it knows the layout. Otherwise it gets the weights as Vitrail has converted them.
+Each builds the network itself. timm and open_clip also have their own transform, and read the file
+themselves if they know the layout. Otherwise they get the weights as Vitrail has converted them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +29,7 @@ from models.heads.embed import Embed
 from models.inputs.transforms import Preprocess
 from models.model import Model
 from models.verification.comparison import Outputs
+from models.verification.huggingface import transformers_encoder
 
 # Of Vitrail's own ViT: parts that timm's class does not have, and options that change nothing where
 # an image has the size that the network was trained at.
@@ -58,14 +59,17 @@ def libraries_of(model: Model, checkpoint: Checkpoint, path: Path) -> Iterator[L
         checkpoint: the file as Vitrail has read it.
         path: the file.
     """
+    found = _transformers(model, checkpoint)
     others = any(checkpoint.arguments.get(name) for name in OWN_PARTS)
     plain_vit = checkpoint.architecture == "vit" and not others
     if checkpoint.library == "timm" or plain_vit:
         yield _timm(model, checkpoint, path)
     elif _has_open_clip_towers(checkpoint):
         yield _open_clip(checkpoint, path)
-    else:
+    elif found is None:
         yield Library(f"no library has {checkpoint.architecture}: not compared with one")
+    if found is not None:
+        yield found
 
 
 def _timm(model: Model, checkpoint: Checkpoint, path: Path) -> Library:
@@ -77,7 +81,7 @@ def _timm(model: Model, checkpoint: Checkpoint, path: Path) -> Library:
     name = f"timm {version('timm')}"
     if not any(heads.values()):
         return Library(f"{name}: not compared; the heads are Vitrail's")
-    if not isinstance(spec, Preprocess) or spec.crop_mode == "letterbox" or not spec.antialias:
+    if (transform := _timms_transform(spec)) is None:
         return Library(f"{name}: not compared; it has no such transform")
     if _side(checkpoint.arguments.get("img_size")) not in (None, tuple(spec.input_size)):
         return Library(f"{name}: not compared; it resizes positions by a rule of its own")
@@ -86,17 +90,8 @@ def _timm(model: Model, checkpoint: Checkpoint, path: Path) -> Library:
         name += ", which reads the file itself"
     except Exception:  # timm raises errors of many kinds for layouts that it does not know
         network = _built_by_timm(checkpoint)
-        network.load_state_dict(dict(checkpoint.state_dict))
         name += ", with the converted weights"
     network = network.eval()
-    transform = create_transform(
-        input_size=(3, *spec.input_size),
-        interpolation=spec.interpolation,
-        crop_pct=spec.crop_pct,
-        crop_mode=spec.crop_mode,
-        mean=spec.mean,
-        std=spec.std,
-    )
 
     @torch.inference_mode()
     def run(image: Image.Image) -> Outputs:
@@ -108,6 +103,45 @@ def _timm(model: Model, checkpoint: Checkpoint, path: Path) -> Library:
         return _rows({key: pooled[key] for key, comparable in heads.items() if comparable})
 
     return Library(name, run)
+
+
+def _transformers(model: Model, checkpoint: Checkpoint) -> Library | None:
+    """transformers' network behind timm's transform, if it has the network, and the embedding is
+    what it pools."""
+    spec = model.trunk.preprocess
+    transform = _timms_transform(spec)
+    size = _side(checkpoint.arguments.get("img_size"))
+    if transform is None or not _plain_embedding(model) or size not in (None, spec.input_size):
+        return None
+    library = f"transformers {version('transformers')}"
+    try:
+        found = transformers_encoder(checkpoint)
+    except Exception as error:  # transformers raises errors of many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return Library(f"{library}: not compared; {reason}")
+    if found is None:
+        return None
+    name, encode = found
+
+    @torch.inference_mode()
+    def run(image: Image.Image) -> Outputs:
+        return _rows({"embedding": encode(transform(image)[None])})
+
+    return Library(f"{library}'s {name}, with the converted weights", run)
+
+
+def _timms_transform(spec: Any) -> Any:
+    """timm's transform; None for one that it has not."""
+    if not isinstance(spec, Preprocess) or spec.crop_mode == "letterbox" or not spec.antialias:
+        return None
+    return create_transform(
+        input_size=(3, *spec.input_size),
+        interpolation=spec.interpolation,
+        crop_pct=spec.crop_pct,
+        crop_mode=spec.crop_mode,
+        mean=spec.mean,
+        std=spec.std,
+    )
 
 
 def _side(size: Any) -> tuple[int, int] | None:
@@ -131,13 +165,24 @@ def _read_by_timm(checkpoint: Checkpoint, path: Path) -> Any:
 
 
 def _built_by_timm(checkpoint: Checkpoint) -> Any:
-    """timm's network without weights; for Vitrail's own ViT the class that it derives from."""
+    """timm's network with the converted weights; for Vitrail's own ViT the class that it derives
+    from."""
+    state = dict(checkpoint.state_dict)
+    network: Any
     if checkpoint.library == "timm":
-        return timm.create_model(checkpoint.architecture, **checkpoint.arguments)
-    own = {*OWN_PARTS, *OWN_OPTIONS}
-    arguments = {key: value for key, value in checkpoint.arguments.items() if key not in own}
-    norm_layer = partial(nn.LayerNorm, eps=checkpoint.arguments.get("norm_eps", 1e-6))
-    return VisionTransformer(**arguments, norm_layer=norm_layer)
+        network = timm.create_model(checkpoint.architecture, **checkpoint.arguments)
+    else:
+        own = {*OWN_PARTS, *OWN_OPTIONS}
+        arguments = {key: value for key, value in checkpoint.arguments.items() if key not in own}
+        if arguments.get("reg_tokens") and not arguments["no_embed_class"]:
+            # timm's registers have positions if class tokens have; adding these first is the same
+            arguments["no_embed_class"], table = True, state["pos_embed"]
+            state["cls_token"] = state["cls_token"] + table[:, :1]
+            state["pos_embed"] = table[:, 1:]
+        norm_layer = partial(nn.LayerNorm, eps=checkpoint.arguments.get("norm_eps", 1e-6))
+        network = VisionTransformer(**arguments, norm_layer=norm_layer)
+    network.load_state_dict(state)
+    return network
 
 
 def _plain_embedding(model: Model) -> bool:

@@ -21,8 +21,6 @@ from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.containers import Container
 from models.checkpoints.formats import detect_format
 from models.checkpoints.loading import build_towers, build_trunk
-from models.heads.embed import Embed
-from models.model import Model
 from models.networks import create_network
 from models.trunks.devices import Placement
 
@@ -132,16 +130,17 @@ def check(checkpoint: Checkpoint, **expected: Any) -> None:
 
 @torch.inference_mode()
 def compare(checkpoint: Checkpoint) -> None:
-    """Compare a model's logits, or else its embedding, with those of the reference."""
+    """Compare a network's logits and embedding with those of the reference."""
     trunk = build_trunk(checkpoint, Placement())
-    model = Model("published", trunk, Embed(trunk))
     pixels = samples(trunk.preprocess.input_size)
-    outputs = model.run(pixel_values=pixels)
-    network = BUILDING.reference
-    if checkpoint.arguments.get("num_classes"):
-        assert_close(trunk.network(pixels), network(pixels))
-    features = network.forward_features(pixels)
-    assert_close(outputs["embedding"], network.forward_head(features, pre_logits=True))
+    networks = trunk.network, BUILDING.reference
+    features = [network.forward_features(pixels) for network in networks]
+    for pre_logits in (False, True):
+        pooled = [
+            network.forward_head(tokens, pre_logits=pre_logits)
+            for network, tokens in zip(networks, features, strict=True)
+        ]
+        assert_close(*pooled)
 
 
 @torch.inference_mode()

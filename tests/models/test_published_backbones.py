@@ -118,7 +118,7 @@ def test_maes_with_their_decoders(size: str, heads: int) -> None:
 def test_mocos_classifiers() -> None:
     for size in ("vits", "vitb"):
         beside = {"arch": "vit", "best_acc1": None, "epoch": 3}
-        state = vit(size, num_classes=1000)
+        state = vit(size, num_classes=1000, num_heads=12)
         entry = f"mocov3-{size}-linear"
         checkpoint = read(entry, state, "state_dict", beside=beside)
         check(checkpoint, num_heads=12, num_classes=1000, input_size=(224, 224))

@@ -50,7 +50,8 @@ def test_mae(size: str, heads: int) -> None:
 @pytest.mark.parametrize("size", ["s", "b"])
 def test_moco_v3(size: str) -> None:
     """Its ViT-S has 12 heads of 32 channels."""
-    base = from_timm({"s": "vit_small", "b": "vit_base"}[size] + "_patch16_224", num_classes=0)
+    name = {"s": "vit_small", "b": "vit_base"}[size]
+    base = from_timm(f"{name}_patch16_224", num_heads=12, num_classes=0)
     state = {f"{part}_encoder.{k}": v for part in ("base", "momentum") for k, v in base.items()}
     check(read(f"mocov3-vit{size}", state, "state_dict"), num_heads=12, input_size=(224, 224))
 

@@ -23,6 +23,7 @@ from models.verification.targets import ServedAs, Target, catalog_target, file_t
 from models.verification.verify import read_photos, settle, verify
 from service.cli import app
 from tests.conftest import encode
+from tests.models.test_classification_families import dinov2_vit, in_dinov2s_names, saved
 from tests.models.test_fixtures import folder_of
 
 EAGER = ServedAs(device="cpu", engine="eager")
@@ -89,11 +90,12 @@ def test_a_clip_is_compared_in_both_towers_and_with_open_clip(
     target = file_target(clip[0].parent / "clip.pt", {}, EAGER)
     compared = list(verify(target.served, target.eager, target.libraries, read_photos(None)))
     assert all(comparison.passed for comparison in compared)
-    images, texts, library = compared
+    images, texts, library, hub = compared
     assert (images.inputs, texts.inputs) == (8, 4)
     assert "of texts" in texts.reference
     assert library.reference.startswith("open_clip")
     assert library.errors.keys() == {"embedding"}
+    assert "CLIPVisionModelWithProjection" in hub.reference
 
 
 def test_the_command_prints_and_exits_by_the_verdict(tiny_catalog: Path, tmp_path: Path) -> None:
@@ -163,7 +165,7 @@ def test_vits_with_options_of_ours_are_timms_where_they_change_nothing(
     settings = json.loads((folder / "meta.json").read_text())["hyperparameters"]
     [path] = folder.glob("checkpoint.*")
     target = file_target(path, settings, EAGER)
-    [library] = target.libraries
+    library, *_ = target.libraries
     assert re.search(reference, library.name)
     photos = read_photos(None)[:1]
     assert all(c.passed or not c.errors for c in
@@ -178,3 +180,47 @@ def test_texts_without_their_tokenizer_are_not_compared() -> None:
     images, texts = verify(target.served, target.eager, (), read_photos(None)[:1])
     assert images.passed
     assert "of texts: not compared; this model takes token ids alone" in texts.reference
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("beit_finetuned", "BeitModel"),
+        ("clip", "CLIPVisionModelWithProjection"),
+        ("convnext_v1", "ConvNextModel"),
+        ("convnext_v2", "ConvNextV2Model"),
+        ("deit_iii", "Dinov2Model"),
+        ("mae_finetuned", "ViTModel"),
+        ("segmenter_original_linear", "DeiTModel"),
+    ],
+)
+def test_transformers_networks_pool_the_same(name: str, kind: str) -> None:
+    folder = folder_of(name)
+    settings = json.loads((folder / "meta.json").read_text())["hyperparameters"]
+    [path] = folder.glob("checkpoint.p*")
+    target = file_target(path, settings, EAGER)
+    [library] = [each for each in target.libraries if each.name.startswith("transformers")]
+    assert re.search(rf"'s {kind}, with the converted weights", library.name)
+    *_, found = verify(target.served, target.eager, (library,), read_photos(None)[:1])
+    assert found.passed
+    assert found.errors.keys() == {"embedding"}
+
+
+@pytest.mark.parametrize(("registers", "gated"), [(0, True), (2, False), (2, True)])
+def test_transformers_has_dinov2_with_registers_and_swiglu(
+    registers: int, gated: bool, tmp_path: Path
+) -> None:
+    state = in_dinov2s_names(dinov2_vit(registers, gated))
+    if gated:
+        renamed = {".mlp.fc1.": ".mlp.w12.", ".mlp.fc2.": ".mlp.w3."}
+        for ours, theirs in renamed.items():
+            state = {key.replace(ours, theirs): value for key, value in state.items()}
+    target = file_target(saved(tmp_path / "dinov2.pth", state), {"num_heads": 6}, EAGER)
+    [*_, library] = target.libraries
+    assert library.name.startswith("transformers")
+    assert all(
+        comparison.passed
+        for comparison in verify(
+            target.served, target.eager, target.libraries, read_photos(None)[:1]
+        )
+    )
