@@ -83,6 +83,8 @@ class ModelDescription:
     update_error: str | None = None
     # Whether a server loads it at start. Known to servers, not to the library.
     startup: bool | None = None
+    # Whether a request loads it where it is not loaded. Known to servers, and absent if not.
+    on_demand: bool | None = None
     # Members that only a newer worker knows. `to_json` returns them unchanged.
     others: Mapping[str, Any] = field(default_factory=dict)
 

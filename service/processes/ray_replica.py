@@ -16,10 +16,10 @@ from models.description import ModelDescription, State
 from models.heads.files import write_whole
 from service.clients import client
 from service.errors import InternalError, ServiceError, UnavailableError
+from service.head_file import trunk_of
 from service.logs import configure_logs, request_id
 from service.processes.worker import create_backend
 from service.ray.groups import TrunkGroup
-from service.ray.head_file import trunk_of
 from service.ray.messages import Caller, Sent, Snapshot
 from service.ray.scaling import QUEUE_SECONDS
 from service.ray.state import SUFFIX, Changes, Version, ask, find_state

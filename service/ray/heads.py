@@ -5,8 +5,8 @@ from typing import Any
 
 from models.description import HeadDescription
 from service.errors import NotFoundError, ServiceError, UnavailableError
+from service.head_file import trunk_of
 from service.ray.group import Group, raise_error
-from service.ray.head_file import trunk_of
 from service.ray.state import ask
 from service.types import FitRequest, HeadUpload
 

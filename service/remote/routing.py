@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
+from zlib import crc32
 
 from models.description import State
 from service.errors import (
@@ -91,7 +92,7 @@ class Router:
         left = list(range(len(models)))
         parts: list[tuple[Worker, list[int]]] = []
         while left or not parts:
-            able = self._able(models, left)
+            able = self._able(models, left, avoid)
             if any(not worker.health.draining for worker in able):
                 able = {w: places for w, places in able.items() if not w.health.draining}
             if not able:
@@ -106,16 +107,22 @@ class Router:
             left = [i for i in left if i not in able[chosen]]
         return parts
 
-    def _able(self, models: Sequence[str], left: Sequence[int]) -> dict[Worker, list[int]]:
+    def _able(
+        self, models: Sequence[str], left: Sequence[int], avoid: frozenset[Worker]
+    ) -> dict[Worker, list[int]]:
         """Workers that have any of the models ready, each with the positions of those models. They
-        have them in one version.
+        have them in one version. A model that no worker has ready is loaded by one of them, if it
+        loads models on demand.
 
         For a model that many have, these are SAMPLE of them, unless none of those is good.
         """
         able: dict[Worker, list[int]] = {}
         digests: dict[str, str | None] = {}
+        loading: dict[str, Worker] = {}
         for model in dict.fromkeys(models[i] for i in left):
             if (version := self._workers.versions.serving(model)) is None:
+                if (worker := self._loader_of(model, avoid)) is not None:
+                    able[worker], loading[model] = [], worker
                 continue
             having = version.workers
             some = having if len(having) <= SAMPLE else random.sample(having, SAMPLE)
@@ -126,7 +133,20 @@ class Router:
         positions = [i for i in left if models[i] in digests]
         for worker, places in able.items():
             places += [i for i in positions if worker.has_version(models[i], digests[models[i]])]
+            places += [i for i in left if loading.get(models[i]) is worker]
         return able
+
+    def _loader_of(self, model: str, avoid: frozenset[Worker]) -> Worker | None:
+        """The worker that a model is loaded on, by a request for it. All gateways choose the same
+        one while the workers are the same (rendezvous hashing), so that one copy is loaded."""
+        return min(
+            (worker for worker in self._workers.having(model) if worker.would_load(model)),
+            key=lambda w: (
+                w in avoid, not is_well(w), w.models[model].state == State.FAILED,
+                crc32(f"{w.address} {model}".encode()),
+            ),
+            default=None,
+        )  # fmt: skip
 
     def _with_model(self, call: Call) -> Call:
         if call.model is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from models.description import HeadDescription, ModelDescription, head_from_json
+from models.description import HeadDescription, ModelDescription, State, head_from_json
 from service import tracing
 from service.errors import (
     DeadlineExceededError,
@@ -102,6 +102,11 @@ class Worker:
     def has_ready(self, model: str) -> bool:
         """Whether the worker is up, and the model was ready at the last probe."""
         return self.up and model in self.models and self.models[model].is_ready
+
+    def would_load(self, model: str) -> bool:
+        """Whether the worker is up, and would load the model for a request."""
+        known = self.models.get(model) if self.up else None
+        return known is not None and known.state != State.READY and bool(known.on_demand)
 
     def has_version(self, model: str, digest: str | None) -> bool:
         """Whether the worker has the model ready, in the version of this digest."""

@@ -19,11 +19,7 @@ from service.changes import ChangeLog, changes_since
 from service.clients import client
 from service.decoding.pool import create_decoder
 from service.describing import describe_each
-from service.errors import (
-    DeadlineExceededError,
-    ServiceError,
-    from_library,
-)
+from service.errors import DeadlineExceededError, ServiceError, from_library
 from service.garbage import look_at_all_objects
 from service.limits import check_answer_size
 from service.metrics import Metrics
@@ -74,7 +70,10 @@ class LocalBackend:
         self._loader = Loader(registry.device)
         folder = Path(options.heads_folder or registry.store.root / "heads")
         self._fit_jobs = FitJobs(registry, folder, self.batcher, self._limits, metrics)
-        self.heads = HeadStore(registry, folder, self._fit_jobs, self._loader.run)
+        self.heads = HeadStore(
+            registry, folder, self._fit_jobs, self._loader.run,
+            lambda trunk: self._on_demand.trunk_loaded(trunk),
+        )  # fmt: skip
         self._pipeline = Pipeline(
             self.batcher, metrics, self._pool, self.options.decode_threads, self._limits,
             self.decoder,
@@ -99,6 +98,7 @@ class LocalBackend:
             self.options.model_memory_mb,
             startup=lambda: options.startup or registry.catalog.startup,
             fitted_on=self._fit_jobs.trunks,
+            head_bytes=self.trunks.head_bytes,
             in_loader=self._loader.run,
             load=partial(load_model, registry=registry),
             unload=self._evict,
@@ -203,13 +203,13 @@ class LocalBackend:
         return replace(
             description,
             startup=description.name in self._startup,
+            on_demand=self._on_demand.loads(description.name) or None,
             reason=failure or description.reason,
             update_error=self.watch.failures.get(description.name),
         )
 
     async def load(self, name: str) -> ModelDescription:
-        self._on_demand.allow(name)
-        await self._loader.run(load_model, name, self.registry)
+        await self._on_demand.load(name)
         return await self.model(name)
 
     async def unload(self, name: str) -> ModelDescription:

@@ -5,6 +5,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,9 @@ from models.heads.lora import LORA
 from models.registry import Registry
 from service.backend import PARTS
 from service.describing import describe_each
-from service.errors import (
-    ConflictError,
-    InsufficientStorageError,
-    InvalidInputError,
-    NotFoundError,
-)
+from service.errors import ConflictError, InsufficientStorageError, InvalidInputError, NotFoundError
 from service.garbage import leave_out_old_objects
+from service.head_file import trunk_of
 from service.types import FitRequest, HeadUpload
 from service.worker.fit_jobs import FitJobs
 from service.worker.head_folder import INTERVAL_S, NAME, Change, HeadFolder
@@ -36,9 +33,6 @@ MAX_HEADS = 200_000
 # Most bytes of all heads' files, which are also in memory while their trunks are loaded.
 MAX_BYTES = 4 * 2**30
 
-# Runs a function in the loader's thread.
-InLoader = Callable[..., Awaitable[Any]]
-
 
 class HeadStore:
     """Keeps the registry's heads in sync with a folder, which several processes may share.
@@ -48,12 +42,16 @@ class HeadStore:
     """
 
     def __init__(
-        self, registry: Registry, folder: Path, fit_jobs: FitJobs, in_loader: InLoader
-    ) -> None:
+        self, registry: Registry, folder: Path, fit_jobs: FitJobs,
+        in_loader: Callable[..., Awaitable[Any]],  # runs a function in the loader's thread
+        trunk_loaded: Callable[[str], AbstractAsyncContextManager[None]] = nullcontext,
+    ) -> None:  # fmt: skip
         self._registry = registry
         self._folder = HeadFolder(folder)
         self._fit_jobs = fit_jobs
         self._in_loader = in_loader
+        # A context in which a trunk is loaded, if it can be loaded on demand.
+        self._trunk_loaded = trunk_loaded
         # Whether heads have been loaded since the garbage collector was told.
         self._has_loaded = False
         # Declared heads whose trunk was not loaded yet, by trunk.
@@ -89,7 +87,8 @@ class HeadStore:
         return head
 
     async def put(self, upload: HeadUpload) -> HeadDescription:
-        await self._in_loader(self._put, upload)
+        async with self._trunk_loaded(upload.trunk or trunk_of(upload.content)):
+            await self._in_loader(self._put, upload)
         return await self.get(upload.name)
 
     async def fit(self, request: FitRequest) -> HeadDescription:
@@ -97,7 +96,8 @@ class HeadStore:
             self._check_name(request.name, request.trunk, request.replace)
             self._fit_jobs.accept(request)
 
-        await self._in_loader(accept)
+        async with self._trunk_loaded(request.trunk):
+            await self._in_loader(accept)
         return await self.get(request.name)
 
     async def delete(self, name: str) -> None:

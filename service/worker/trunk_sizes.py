@@ -1,8 +1,7 @@
-"""How much memory trunks take, and what loading a model will add."""
+"""How much memory trunks take with their heads, and what loading them will add."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from models.catalog import ModelEntry
 from models.checkpoints.sources import parse_source
 from models.errors import ModelsError
 from models.registry import Registry
@@ -11,10 +10,16 @@ MIB = 2**20
 
 
 class TrunkSizes:
-    """Bytes of a registry's trunks: their weights, and those that their engines hold besides."""
+    """Bytes of a registry's trunks: their weights, those that their engines hold besides, and those
+    of the heads on them."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, head_bytes: Callable[[str], int]) -> None:
+        """
+        Args:
+            head_bytes: bytes of the loaded heads on a trunk.
+        """
         self._registry = registry
+        self._head_bytes = head_bytes
         # Of trunks that have been loaded, as they were then.
         self._known: dict[str, int] = {}
 
@@ -27,10 +32,10 @@ class TrunkSizes:
         """Bytes of trunks by their names; 0 for one that has never been loaded."""
         return sum(map(self._size, trunks))
 
-    def expected(self, entry: ModelEntry) -> int:
-        """Bytes that loading a model adds: of its trunks when they were loaded last, otherwise of
-        their files; 0 for other sources, whose sizes are not known before."""
-        new = set(entry.trunks) - self.loaded()
+    def expected(self, trunks: Iterable[str]) -> int:
+        """Bytes that loading trunks adds: what they had when they were loaded last, otherwise the
+        size of their files; 0 for other sources, whose sizes are not known before."""
+        new = set(trunks) - self.loaded()
         catalog = self._registry.catalog
         # A set, since the towers of a CLIP are two trunks of one file.
         sources = {catalog.trunk(trunk).source for trunk in new if not self._size(trunk)}
@@ -38,7 +43,8 @@ class TrunkSizes:
 
     def _size(self, trunk: str) -> int:
         if (loaded := self._registry.loaded_trunk(trunk)) is not None:
-            self._known[trunk] = loaded.trunk.nbytes + loaded.trunk.engine.nbytes
+            own = loaded.trunk.nbytes + loaded.trunk.engine.nbytes
+            self._known[trunk] = own + self._head_bytes(trunk)
         return self._known.get(trunk, 0)
 
     def _file_bytes(self, source: str) -> int:

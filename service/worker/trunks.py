@@ -84,6 +84,13 @@ class ServedTrunks:
             return []
         return [key for key in trunks if key in self.runners]
 
+    def head_bytes(self, trunk: str) -> int:
+        """Bytes of the heads of the loaded models on a trunk, by its name."""
+        if (loaded := self._registry.loaded_trunk(trunk)) is None:
+            return 0
+        users = list(self._users.get(key_of(loaded.trunk), ()))
+        return sum(model.head_bytes for model in users if model.trunk is loaded.trunk)
+
     def failure(self, trunk: str) -> str | None:
         """Why the last probe of a trunk, by its name, failed, if it did."""
         loaded = self._registry.loaded_trunk(trunk)

@@ -96,6 +96,18 @@ def test_a_load_past_the_deadline_goes_on(server: Running, jpegs: dict[str, byte
     assert ask() == 200
 
 
+def test_a_gateways_workers_load_on_demand(catalog: Path, jpegs: dict[str, bytes]) -> None:
+    with running(catalog, apart=True, model_memory_mb=BUDGET_MB) as server:
+        server.wait_ready()
+        for model in ("second", "third", "second", "first"):
+            answer = server.client.post(f"/classify?model={model}", content=jpegs["coffee"])
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["model"] == model
+        models = {"models": ["first", "second"]}
+        answer = server.client.post("/predict", params=models, content=jpegs["coffee"])
+        assert answer.json()["results"][0]["outputs"].keys() == {"first", "second"}
+
+
 def test_on_ray_what_is_loaded_on_demand_shares_a_group(catalog: Path) -> None:
     groups = trunk_groups(load_catalog(catalog))
     assert [group.name for group in groups] == ["first", "second", "third"]
@@ -128,8 +140,10 @@ def test_heads_come_back_with_their_trunk(server: Running, jpegs: dict[str, byte
         state=HeadState(weights),
     )
     fields = {"name": "pets"}
+    assert ask("third") == 200  # the upload brings its trunk back
     answer = server.client.post("/heads", files={"file": encode_head(head)}, data=fields)
     assert answer.status_code == 201, answer.text
+    assert server.backend.trunks.head_bytes("second") > sum(t.nbytes for t in weights.values())
     assert ask("third") == 200
     assert (states(server)["second"], states(server)["pets"]) == ("unloaded", "unloaded")
     assert ask("second") == 200
@@ -159,6 +173,7 @@ class Loading:
             BUDGET_MB,
             startup=lambda: self.startup,
             fitted_on=lambda: self.fits,
+            head_bytes=lambda trunk: 0,
             in_loader=self.loader.run,
             load=self._load,
             unload=self._unload,
@@ -191,11 +206,23 @@ class Loading:
 
 
 def on_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """A test on an event loop, on which those who wait are served."""
+
+    async def serve(loading: Loading, **fixtures: Any) -> None:
+        serving = asyncio.create_task(loading.on_demand.run())
+        await test(loading=loading, **fixtures)
+        serving.cancel()
+        await asyncio.wait([serving])
+
     @wraps(test)
-    def run(*arguments: Any, **fixtures: Any) -> None:
-        asyncio.run(test(*arguments, **fixtures))
+    def run(**fixtures: Any) -> None:
+        asyncio.run(serve(**fixtures))
 
     return run
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    await asyncio.to_thread(wait_until, condition)
 
 
 @pytest.fixture
@@ -207,26 +234,62 @@ def loading(tiny_catalog: Path, tmp_path: Path) -> Iterator[Loading]:
 
 @on_a_loop
 async def test_room_is_made_before_each_load(loading: Loading) -> None:
-    results = await asyncio.gather(*map(loading.use, "abcd"), return_exceptions=True)
-    assert all(result is None or isinstance(result, UnavailableError) for result in results)
-    assert loading.most <= 3  # one may exceed the budget while two are in use
-    await loading.use("e")
-    assert "e" in loading.loaded
-    assert len(loading.loaded) == 2
+    await asyncio.gather(*map(loading.use, "abcdef" * 3))
+    assert loading.most == 2
+    assert not loading.on_demand._memory.in_use
 
 
 @on_a_loop
-async def test_a_trunk_in_use_stays(loading: Loading) -> None:
-    async with loading.using("a"), loading.using("b"):
-        async with loading.using("c"):  # one may exceed the budget
-            with pytest.raises(UnavailableError, match="no room for 'd'") as refused:
-                await loading.use("d")
-        assert refused.value.retry_after_s
-        await loading.use("d")
-        assert loading.loaded == {"a", "b", "d"}
-    await loading.use("c")
-    assert loading.most == 3
-    assert len(loading.loaded) == 2
+async def test_requests_for_a_trunk_that_makes_room_wait_for_their_turn(loading: Loading) -> None:
+    end, order = asyncio.Event(), list[str]()
+
+    async def hold(name: str) -> None:
+        async with loading.using(name):
+            await end.wait()
+
+    async def ask(name: str) -> None:
+        async with loading.using(name):
+            order.append(name)
+
+    holding = [asyncio.create_task(hold(name)) for name in "ab"]
+    await until(lambda: loading.loaded == {"a", "b"})
+    with pytest.raises(DeadlineExceededError, match="model 'd' waited for memory"):
+        await loading.use("d", seconds=0.05)
+    asking = [asyncio.create_task(ask("c"))]
+    await until(lambda: loading.on_demand._memory.leaving == "a")
+    asking.append(asyncio.create_task(ask("a")))
+    await loading.use("b")  # it stays
+    end.set()
+    await asyncio.gather(*holding, *asking)
+    assert order == ["c", "a"]
+    assert loading.most == 2
+
+
+@on_a_loop
+async def test_who_is_cancelled_while_waiting_holds_nothing(loading: Loading) -> None:
+    go = threading.Event()
+    blocking = asyncio.create_task(loading.loader.run(go.wait))
+    waiting = [asyncio.create_task(loading.use(name)) for name in "abc"]
+    await until(lambda: len(loading.on_demand._queue) == 3)
+    for task in waiting[1:]:
+        task.cancel()
+    go.set()
+    await asyncio.gather(blocking, *waiting, return_exceptions=True)
+    await loading.use("d")
+    assert loading.loaded == {"a", "d"}
+    assert not loading.on_demand._memory.in_use
+
+
+@on_a_loop
+async def test_memory_beyond_the_budget_is_given_back(
+    loading: Loading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_demand, "INTERVAL_S", 0.01)
+    for name in "abc":
+        loading.registry.load(name)
+    async with loading.using("b"):
+        await until(lambda: len(loading.loaded) == 2)
+        assert "b" in loading.loaded
 
 
 @on_a_loop
@@ -236,14 +299,18 @@ async def test_a_trunk_that_a_head_is_fitted_on_stays(loading: Loading) -> None:
     for name in "bcd":
         await loading.use(name)
     assert loading.loaded == {"a", "d"}
+    loading.fits = {"a", "d"}
+    await loading.use("b")  # one may exceed the budget
+    loading.fits = {"a", "b", "d"}
+    with pytest.raises(UnavailableError, match="no room") as refused:
+        await loading.use("c")
+    assert refused.value.retry_after_s
 
 
 @on_a_loop
 async def test_the_trunk_of_a_fit_is_loaded_after_a_restart(loading: Loading) -> None:
     loading.fits = {"b"}
-    running = asyncio.create_task(loading.on_demand.run())
-    await asyncio.to_thread(wait_until, lambda: "b" in loading.loaded)
-    running.cancel()
+    await until(lambda: "b" in loading.loaded)
 
 
 @on_a_loop
@@ -262,13 +329,16 @@ async def test_what_failed_is_loaded_once_it_can_be(
 
 
 @on_a_loop
-async def test_few_loads_wait_and_none_that_nobody_waits_for(loading: Loading) -> None:
+async def test_few_models_wait_and_none_is_loaded_that_nobody_waits_for(
+    loading: Loading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_demand, "MAX_WAITING", 4)
     go = threading.Event()
     blocking = asyncio.create_task(loading.loader.run(go.wait))
     waiting = [asyncio.create_task(loading.use(name)) for name in "abc"]
     with pytest.raises(DeadlineExceededError):
         await loading.use("d", seconds=0.05)
-    with pytest.raises(QueueFullError, match="4 models are being loaded"):
+    with pytest.raises(QueueFullError, match="4 other models wait"):
         await loading.use("e")
     go.set()
     await asyncio.gather(blocking, *waiting)
@@ -284,8 +354,10 @@ async def test_what_an_admin_unloaded_stays_so(loading: Loading) -> None:
     loading.registry.unload("a")
     async with loading.using("a"):
         assert loading.registry.state("a") is State.UNLOADED
-    loading.on_demand.allow("a")
-    await loading.use("a")
+    assert not loading.on_demand.loads("a")
+    await loading.on_demand.load("a")
+    assert loading.loaded == {"a"}
+    assert loading.on_demand.loads("a")
 
 
 @on_a_loop
@@ -311,7 +383,7 @@ async def test_start_up_models_that_do_not_fit_are_told(
     loading.startup = list("abc")
     for name in loading.startup:
         loading.registry.load(name)
-    loading.on_demand._check_startup()
+    loading.on_demand._memory.check_startup()
     assert "more than VITRAIL_MODEL_MEMORY_MB" in caplog.text
     await loading.use("d")
     await loading.use("e")

@@ -14,8 +14,8 @@ import pytest
 from models.catalog import load_catalog
 from models.heads.files import HeadFile, encode_head
 from service.errors import DeadlineExceededError, UnavailableError
+from service.head_file import trunk_of
 from service.ray.groups import TrunkGroup, trunk_groups
-from service.ray.head_file import trunk_of
 from service.ray.scaling import scale_by_queue
 from service.settings import Settings
 from tests.conftest import Running, answers, free_port, process, running, wait_until

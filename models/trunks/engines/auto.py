@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -159,7 +160,7 @@ class Auto(Engine):
         """Build with a copy of these inputs, which the pass is compared with eager on."""
         if (choice := self._new_choice(pass_key(plan, inputs))) is not None:
             copies = tuple(tensor.clone() for tensor in inputs)
-            in_background(lambda: self._build(choice, plan, copies))
+            in_background(self._build, choice, plan, copies)
 
     def _build(self, choice: _Choice, plan: PassPlan, inputs: tuple[Tensor, ...]) -> None:
         try:
@@ -190,19 +191,31 @@ class Auto(Engine):
             choice.candidate, choice.chosen, choice.reason = None, False, reason
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A method to call, unless its object is gone."""
+
+    method: "WeakMethod[Callable[..., object]]"
+    arguments: tuple[object, ...]
+
+    def run(self) -> None:
+        if (method := self.method()) is not None:
+            method(*self.arguments)
+
+
 @cache
-def _jobs() -> "queue.SimpleQueue[Callable[[], object] | None]":
+def _jobs() -> "queue.SimpleQueue[_Job | None]":
     """The jobs of the process's one background thread.
 
     An exit waits for the job that runs, up to EXIT_WAIT_S: a thread that the interpreter stops
     within OpenVINO's code aborts the process. It is a daemon, so that the exit waits no longer.
     """
-    jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+    jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
 
     def work() -> None:
         torch.set_num_threads(1)
         while (job := jobs.get()) is not None:
-            job()
+            job.run()
 
     def stop() -> None:
         with contextlib.suppress(queue.Empty):
@@ -217,6 +230,7 @@ def _jobs() -> "queue.SimpleQueue[Callable[[], object] | None]":
     return jobs
 
 
-def in_background(job: Callable[[], object]) -> None:
-    """Run a job in the background thread, after those before it."""
-    _jobs().put(job)
+def in_background(method: Callable[..., object], *arguments: object) -> None:
+    """Call a method in the background thread, after those before it. Nothing is called if its
+    object is gone by then, as the engine of a trunk that was unloaded: it is not kept in memory."""
+    _jobs().put(_Job(WeakMethod(method), arguments))

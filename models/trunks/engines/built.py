@@ -113,7 +113,7 @@ class BuiltEngine(Engine):
             with torch.inference_mode(False):  # of the kind that compiled programs are for
                 copies = tuple(tensor.clone() for tensor in inputs)
             finish_writes(self.placement.device)
-            in_background(lambda: self.get(plan, copies))
+            in_background(self.get, plan, copies)
         return self._eager.run(plan, inputs)
 
     def _replace(
