@@ -44,7 +44,7 @@ class HeadStore:
     def __init__(
         self, registry: Registry, folder: Path, fit_jobs: FitJobs,
         in_loader: Callable[..., Awaitable[Any]],  # runs a function in the loader's thread
-        trunk_loaded: Callable[[str], AbstractAsyncContextManager[None]] = nullcontext,
+        trunk_loaded: Callable[[str], AbstractAsyncContextManager[object]] = nullcontext,
     ) -> None:  # fmt: skip
         self._registry = registry
         self._folder = HeadFolder(folder)

@@ -67,6 +67,11 @@ class MemoryBudget:
         # Set when a request ceases to use a trunk, or to wait for one.
         self._ceased = Event()
 
+    def are_loaded(self, trunks: Collection[str]) -> bool:
+        """Whether trunks are loaded and stay so once they are in use."""
+        loaded = all(self._registry.loaded_trunk(trunk) is not None for trunk in trunks)
+        return loaded and self.leaving not in trunks
+
     @property
     def in_use(self) -> set[str]:
         """The trunks that requests use now."""
@@ -108,13 +113,12 @@ class MemoryBudget:
         """Whether a model is on trunks of models that are loaded at start."""
         return self._startup_trunks().issuperset(entry.trunks)
 
-    async def make_room(self, entries: Sequence[ModelEntry], is_wanted: Callable[[], bool]) -> None:
-        """Unload what must go before models are loaded. Returns early if they are not wanted.
+    async def make_room(self, trunks: frozenset[str], is_wanted: Callable[[], bool]) -> None:
+        """Unload what must go before trunks are loaded. Returns early if they are not wanted.
 
         Raises:
             UnavailableError: the budget is exceeded already, and nothing can be unloaded.
         """
-        trunks = _trunks_of(entries)
         kept = trunks | self._startup_trunks()
         await self._unload_until(self._budget - self._sizes.expected(trunks), kept, is_wanted)
         loaded = self._sizes.loaded()
@@ -126,10 +130,9 @@ class MemoryBudget:
                 retry_after_s=LOADING_RETRY_AFTER_S,
             )
 
-    async def correct(self, entries: Sequence[ModelEntry]) -> None:
-        """Unload others once models are loaded, since their sizes may not have been known."""
-        kept = _trunks_of(entries) | self._startup_trunks()
-        await self._unload_until(self._budget, kept, lambda: True)
+    async def correct(self, trunks: frozenset[str]) -> None:
+        """Unload others once trunks are loaded, since their sizes may not have been known."""
+        await self._unload_until(self._budget, trunks | self._startup_trunks(), lambda: True)
 
     async def tidy(self) -> None:
         """Unload what is beyond the budget and has not been used for a while."""

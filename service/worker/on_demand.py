@@ -1,9 +1,9 @@
 """Models that are loaded when a request asks for them, within a memory budget.
 
-Requests whose models are loaded go on at once. Others wait, in the order in which their models were
-first asked for, and are served one after another: room is made, the models are loaded, and everyone
-who waits for them goes on. So a model that is always busy cannot keep the others out. All of this
-is on the event loop; only loading and unloading themselves are in the loader's thread.
+Requests whose models are loaded go on at once. Others wait for their trunks' turn, in the order in
+which trunks were first asked for: room is made, the models are loaded, and everyone who waits for
+them goes on. So a model that is always busy cannot keep the others out. All of this is on the event
+loop; only loading and unloading themselves are in the loader's thread.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from models.catalog import ModelEntry
@@ -34,7 +34,7 @@ from service.worker.pipeline import until
 
 logger = logging.getLogger(__name__)
 
-# Most models, or groups of them that one request names, that requests wait for.
+# Most trunks, or groups of them that one request needs, that requests wait for.
 MAX_WAITING = 32
 # A model that did not load is tried again after this time.
 RETRY_S = 60.0
@@ -42,22 +42,12 @@ RETRY_S = 60.0
 INTERVAL_S = 5.0
 
 
-@dataclass(slots=True, eq=False)
-class _Waiting:
-    """Requests that wait for the same models."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiter:
+    """A request that waits for models."""
 
     entries: Sequence[ModelEntry]
-    requests: list["asyncio.Future[None]"] = field(default_factory=list)
-
-    def is_wanted(self) -> bool:
-        """Whether a request still waits."""
-        return any(not request.done() for request in self.requests)
-
-    def fail(self, error: ServiceError) -> None:
-        """Let the requests that still wait fail."""
-        for request in self.requests:
-            if not request.done():
-                request.set_exception(error)
+    loaded: "asyncio.Future[None]"
 
 
 class OnDemand:
@@ -90,10 +80,9 @@ class OnDemand:
             registry, budget_mb, startup=startup, fitted_on=fitted_on, head_bytes=head_bytes,
             in_loader=in_loader, unload=unload,
         )  # fmt: skip
-        # By the models' names, those that were asked for first at the front.
-        self._queue: dict[frozenset[str], _Waiting] = {}
-        # Set when a request begins to wait.
-        self._arrived = asyncio.Event()
+        # By the trunks they need, those that were asked for first at the front.
+        self._queue: dict[frozenset[str], list[_Waiter]] = {}
+        self._arrived = asyncio.Event()  # set when a request begins to wait
         # Models that an admin unloaded.
         self._stopped: set[str] = set()
         # When models did not load, in `time.monotonic` seconds.
@@ -142,11 +131,10 @@ class OnDemand:
         """
         self._stopped.discard(name)
         self._failed.pop(name, None)
-        if not self._is_on:
-            await self._in_loader(self._load, name)
-            return
-        async with self.loaded([Call(name, None)], math.inf):
-            pass
+        if self._is_on:
+            async with self.loaded([Call(name, None)], math.inf):
+                return
+        await self._in_loader(self._load, name)
 
     def stop(self, name: str) -> None:
         """Note that an admin unloads a model. It is not loaded on demand from now on."""
@@ -172,55 +160,61 @@ class OnDemand:
                     async with asyncio.timeout(INTERVAL_S):
                         await self._arrived.wait()
         finally:
-            for waiting in self._queue.values():
-                waiting.fail(UnavailableError("the server is stopping", retry_after_s=1))
+            for waiters in self._queue.values():
+                _fail(waiters, UnavailableError("the server is stopping", retry_after_s=1))
 
     # -- requests --------------------------------------------------------------------------
 
     @asynccontextmanager
     async def _holding(self, entries: Sequence[ModelEntry], deadline: float) -> AsyncIterator[None]:
-        trunks = {trunk for entry in entries for trunk in entry.trunks}
+        trunks = frozenset(trunk for entry in entries for trunk in entry.trunks)
         try:
-            is_loaded = not any(map(self._is_missing, entries))
+            async with until(deadline):
+                if self._memory.are_loaded(trunks) or not any(map(self._is_missing, entries)):
+                    await self._use(entries, trunks)
+                else:
+                    await self._wait(entries, trunks)
+        except TimeoutError as error:
+            names = ", ".join(dict.fromkeys(repr(entry.name) for entry in entries))
+            raise DeadlineExceededError(
+                f"the deadline passed while a model waited for memory or was loading: {names}"
+            ) from error
         except ModelsError as error:
             raise from_library(error) from error
-        if is_loaded:
-            self._memory.use(trunks)
-        else:
-            await self._wait(entries, trunks, deadline)
         try:
             yield
         finally:
             self._memory.release(trunks)
 
-    async def _wait(
-        self, entries: Sequence[ModelEntry], trunks: Collection[str], deadline: float
-    ) -> None:
+    async def _use(self, entries: Sequence[ModelEntry], trunks: frozenset[str]) -> None:
+        """Use trunks that are loaded, and load the models on them that are not."""
+        self._memory.use(trunks)
+        try:
+            for entry in entries:
+                await self._load_missing(entry)
+        except BaseException:
+            self._memory.release(trunks)
+            raise
+
+    async def _wait(self, entries: Sequence[ModelEntry], trunks: frozenset[str]) -> None:
         """Wait until models are loaded. Their trunks are in use then."""
         self._memory.check_fit(entries)
-        names = frozenset(entry.name for entry in entries)
-        if (waiting := self._queue.get(names)) is None:
-            if len(self._queue) >= MAX_WAITING:
-                raise QueueFullError(
-                    f"{MAX_WAITING} other models wait to be loaded; try again later",
-                    retry_after_s=LOADING_RETRY_AFTER_S,
-                )
-            waiting = self._queue[names] = _Waiting(entries)
-        request = asyncio.get_running_loop().create_future()
-        waiting.requests.append(request)
+        if trunks not in self._queue and len(self._queue) >= MAX_WAITING:
+            raise QueueFullError(
+                f"{MAX_WAITING} other models wait to be loaded; try again later",
+                retry_after_s=LOADING_RETRY_AFTER_S,
+            )
+        waiter = _Waiter(entries, asyncio.get_running_loop().create_future())
+        self._queue.setdefault(trunks, []).append(waiter)
         self._arrived.set()
         try:
-            async with until(deadline):
-                await request
-        except BaseException as error:
-            if request.done() and not request.cancelled() and request.exception() is None:
+            await waiter.loaded
+        except BaseException:
+            loaded = waiter.loaded
+            if loaded.done() and not loaded.cancelled() and loaded.exception() is None:
                 self._memory.release(trunks)  # it got them at the same moment
-            request.cancel()
+            loaded.cancel()
             self._memory.wake()
-            if isinstance(error, TimeoutError):
-                raise DeadlineExceededError(
-                    f"the deadline passed while {_named(names)} waited for memory or was loading"
-                ) from error
             raise
 
     def _is_missing(self, entry: ModelEntry) -> bool:
@@ -239,51 +233,58 @@ class OnDemand:
             raise UnavailableError(
                 f"model {entry.name!r} is failed: {reason}", retry_after_s=wait_s
             )
-        return state is not State.READY or self._memory.leaving in entry.trunks
+        return state is not State.READY or not self._memory.are_loaded(entry.trunks)
 
     # -- those who wait --------------------------------------------------------------------
 
-    async def _serve(self, names: frozenset[str]) -> None:
-        """Let those go on who wait for models, once these are loaded; or fail for all of them."""
-        waiting = self._queue[names]
+    async def _serve(self, trunks: frozenset[str]) -> None:
+        """Make room for trunks, and let those go on who wait for models on them."""
+        waiters = self._queue[trunks]
         try:
-            await self._bring(waiting.entries, waiting.is_wanted)
-        except ServiceError as error:
-            waiting.fail(error)
-        except ModelsError as error:
-            waiting.fail(from_library(error))
-        except Exception:
-            logger.exception("%s could not be loaded", _named(names))
-            waiting.fail(UnavailableError("the model could not be loaded", retry_after_s=RETRY_S))
+            await self._memory.make_room(
+                trunks, lambda: any(not waiter.loaded.done() for waiter in waiters)
+            )
+            for waiter in waiters:  # others may come meanwhile
+                await self._serve_one(waiter, trunks)
+        except Exception as error:
+            if not isinstance(error, ServiceError):
+                logger.exception("models on %s could not be loaded", ", ".join(sorted(trunks)))
+                error = UnavailableError("the model could not be loaded", retry_after_s=RETRY_S)
+            _fail(waiters, error)
         finally:
-            del self._queue[names]
-        for request in waiting.requests:
-            if not request.done():
-                self._memory.use({trunk for entry in waiting.entries for trunk in entry.trunks})
-                request.set_result(None)
-        await self._memory.correct(waiting.entries)
+            del self._queue[trunks]
+        await self._memory.correct(trunks)
 
-    async def _bring(self, entries: Sequence[ModelEntry], is_wanted: Callable[[], bool]) -> None:
-        """Load models, with room made for them."""
-        self._memory.check_fit(entries)
-        await self._memory.make_room(entries, is_wanted)
-        for entry in entries:
-            if not is_wanted() or not self._is_missing(entry):
-                continue
-            try:
-                await self._in_loader(self._load, entry.name)
-            except ServiceError as error:
-                self._failed[entry.name] = time.monotonic()
-                error.retry_after_s = error.retry_after_s or RETRY_S
-                raise
-            self._failed.pop(entry.name, None)
+    async def _serve_one(self, waiter: _Waiter, trunks: frozenset[str]) -> None:
+        try:
+            for entry in waiter.entries:
+                if not waiter.loaded.done():
+                    await self._load_missing(entry)
+        except (ServiceError, ModelsError) as error:
+            _fail([waiter], from_library(error) if isinstance(error, ModelsError) else error)
+        if not waiter.loaded.done():
+            self._memory.use(trunks)
+            waiter.loaded.set_result(None)
+
+    async def _load_missing(self, entry: ModelEntry) -> None:
+        """Load a model for which there is room, if it is not loaded."""
+        if not self._is_missing(entry):
+            return
+        try:
+            await self._in_loader(self._load, entry.name)
+        except ServiceError as error:
+            self._failed[entry.name] = time.monotonic()
+            error.retry_after_s = error.retry_after_s or RETRY_S
+            raise
+        self._failed.pop(entry.name, None)
 
     async def _load_for_fits(self) -> None:
         """Load the trunks that fits wait for after a restart."""
         for trunk in self._fitted_on():
             if (entry := self._first_on(trunk)) and not self._registry.loaded_trunk(trunk):
                 with suppress(ServiceError, ModelsError):  # it is tried again
-                    await self._bring([entry], lambda: True)
+                    await self._memory.make_room(frozenset(entry.trunks), lambda: True)
+                    await self._load_missing(entry)
 
     def _first_on(self, trunk: str) -> ModelEntry | None:
         """A model on a trunk that may be loaded, if there is one."""
@@ -292,7 +293,7 @@ class OnDemand:
         return next((entry for entry in on_trunk if entry.name in may_load), None)
 
 
-def _named(names: Collection[str]) -> str:
-    """Up to ten models, for people."""
-    some = ", ".join(repr(name) for name in sorted(names)[:10])
-    return f"model {some}" if len(names) == 1 else f"models {some}"
+def _fail(waiters: Sequence[_Waiter], error: ServiceError) -> None:
+    for waiter in waiters:
+        if not waiter.loaded.done():
+            waiter.loaded.set_exception(error)

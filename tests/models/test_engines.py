@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from models.heads.vqt import Vqt
 from models.inputs.transforms import Preprocess
 from models.trunks.devices import Placement
 from models.trunks.engines import openvino as openvino_engine
-from models.trunks.engines.auto import WINS, Auto, _Choice
+from models.trunks.engines.auto import WINS, Auto, _Choice, in_background
 from models.trunks.engines.compiled_pass import CompiledPass
 from models.trunks.features import LAST_OUTPUT, FeatureRequest, merge
 from models.trunks.timm import TimmTrunk
@@ -288,3 +289,18 @@ def test_layers_and_attention_are_outputs_of_the_graph() -> None:
     assert actual.pixels is not None
     assert expected.pixels is not None
     assert_close(actual.pixels, expected.pixels)
+
+
+def test_nothing_is_built_for_a_trunk_that_was_unloaded() -> None:
+    class Unloaded:
+        def build(self) -> None:
+            built.append(1)
+
+    built: list[int] = []
+    go, done = threading.Event(), threading.Event()
+    in_background(go.wait)
+    in_background(Unloaded().build)
+    in_background(done.set)
+    go.set()
+    assert done.wait(60)
+    assert built == []

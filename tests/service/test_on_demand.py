@@ -253,7 +253,7 @@ async def test_requests_for_a_trunk_that_makes_room_wait_for_their_turn(loading:
 
     holding = [asyncio.create_task(hold(name)) for name in "ab"]
     await until(lambda: loading.loaded == {"a", "b"})
-    with pytest.raises(DeadlineExceededError, match="model 'd' waited for memory"):
+    with pytest.raises(DeadlineExceededError, match="waited for memory or was loading: 'd'"):
         await loading.use("d", seconds=0.05)
     asking = [asyncio.create_task(ask("c"))]
     await until(lambda: loading.on_demand._memory.leaving == "a")
