@@ -64,10 +64,12 @@ class LoadedTrunks:
 
     def drop(self, names: Iterable[str], is_used: Callable[[str], bool]) -> None:
         """Free the memory of those of these trunks that no model uses."""
+        dropped = False
         for name in names:
             with self._locks[name]:
-                if not is_used(name) and self._loaded.pop(name, None) is not None:
-                    gc.collect()  # a trunk, its engine and its hooks refer to each other
+                dropped |= not is_used(name) and self._loaded.pop(name, None) is not None
+        if dropped:
+            gc.collect()  # a trunk, its engine and its hooks refer to each other
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

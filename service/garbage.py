@@ -10,15 +10,24 @@ import gc
 YOUNG_OBJECTS = 10_000
 
 
-def leave_out_old_objects() -> None:
+def leave_out_old_objects(*, collect: bool = True) -> None:
     """Let the collector look only at objects that are made from now on.
 
     Objects are still freed when nothing refers to them. Only cycles among the old ones stay, until
     `look_at_all_objects`; those that are garbage already are freed now.
+
+    Args:
+        collect: false if a full collection has just been made.
     """
     gc.set_threshold(YOUNG_OBJECTS)
-    gc.collect()
+    if collect:
+        gc.collect()
     gc.freeze()
+
+
+def full_collections() -> int:
+    """How many full collections there have been."""
+    return int(gc.get_stats()[-1]["collections"])
 
 
 def look_at_all_objects() -> None:

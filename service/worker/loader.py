@@ -20,7 +20,7 @@ from service.errors import (
     UnavailableError,
     from_library,
 )
-from service.garbage import leave_out_old_objects, look_at_all_objects
+from service.garbage import full_collections, leave_out_old_objects, look_at_all_objects
 from service.worker.device_loss import exit_for_restart
 from service.worker.runner import use_threads
 
@@ -85,9 +85,10 @@ def load_model(name: str, registry: Registry) -> None:
 def unload_models(names: Sequence[str], registry: Registry) -> None:
     """Unload models, and return their memory."""
     look_at_all_objects()
+    before = full_collections()
     try:
         for name in names:
             registry.unload(name)
-    finally:
-        leave_out_old_objects()
+    finally:  # the registry has collected if it dropped a trunk
+        leave_out_old_objects(collect=full_collections() == before)
         return_freed_memory()
