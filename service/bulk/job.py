@@ -18,7 +18,8 @@ from service.bulk.shards import Shard, SourceFormatError, open_source
 from service.errors import InvalidInputError
 from service.types import ImageResult, ModelUsed
 
-MANIFEST = "job.json"
+# Readers of Parquet folders leave out files whose names begin so.
+MANIFEST = "_job.json"
 # The table that `write_lance` makes, and the column of vectors in it.
 LANCE = "results"
 EMBEDDING = "embedding"
@@ -73,8 +74,10 @@ class Results:
             if other != json.loads(json.dumps(asdict(self._job))):
                 raise SourceFormatError(f"{self._job.output} holds the results of another job")
         else:
-            with self._filesystem.open_output_stream(path) as stream:
+            partial = f"{self._root}/.{MANIFEST}.partial"
+            with self._filesystem.open_output_stream(partial) as stream:
                 stream.write(json.dumps(asdict(self._job)).encode())
+            self._filesystem.move(partial, path)
         return {Path(path).stem for path in self._parts()}
 
     def write(self, shard: Shard, rows: Sequence[tuple[str, ImageResult]], used: ModelUsed) -> int:
