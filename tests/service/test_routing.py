@@ -4,6 +4,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -54,7 +55,10 @@ class Known:
 
     def has_ready(self, model: str) -> bool:
         Known.asked += 1
-        return self.up and model in self.models
+        return self.up and model in self.models and self.models[model].state == State.READY
+
+    def would_load(self, model: str) -> bool:
+        return Worker.would_load(cast(Worker, self), model)
 
     def has_version(self, model: str, digest: str | None) -> bool:
         return self.has_ready(model) and self.models[model].model_digest == digest
@@ -98,6 +102,29 @@ def test_the_least_busy_worker_that_has_the_model_is_chosen() -> None:
     fleet = Fleet([Known("a", outstanding=2), Known("a", outstanding=1), Known("b")])
     assert choose(fleet, "a") == [(fleet[1], [0])]
     assert choose(fleet, "a", avoid=[fleet[1]]) == [(fleet[0], [0])]
+
+
+def test_a_model_that_none_has_ready_is_loaded_by_one_worker() -> None:
+    fleet = Fleet(Known("a", "b") for _ in range(8))
+    for number, worker in enumerate(fleet):
+        worker.address = f"worker-{number}:8001"
+        unloaded = replace(worker.models["a"], state=State.UNLOADED, model_digest=None)
+        worker.models["a"] = replace(unloaded, on_demand=True)
+    [(first, _)] = choose(fleet, "a")
+    others = Fleet(reversed(fleet))  # as another gateway knows them
+    assert {choose(others, "a")[0][0] for _ in range(20)} == {first}
+    assert sorted(i for _, places in choose(fleet, "a", "b") for i in places) == [0, 1]
+    assert choose(fleet, "a", avoid=[first])[0][0] is not first
+    first.up = False
+    [(second, _)] = choose(fleet, "a")
+    assert second is not first
+    second.models["a"] = described("a", "1")
+    first.up = True
+    assert choose(fleet, "a") == [(second, [0])]
+    for worker in fleet:
+        worker.models["a"] = unloaded  # by an admin
+    with pytest.raises(NotFoundError):
+        choose(fleet, "a")
 
 
 def test_a_request_goes_to_the_fewest_workers() -> None:
