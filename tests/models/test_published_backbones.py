@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from tests.models.published import State, check, from_timm, meta, read, with_values
+from tests.models.published import State, check, from_timm, meta, on_meta, read, with_values
 from tests.models.test_published_sizes import VITS
 
 __all__ = ["with_values"]
@@ -96,19 +97,28 @@ def test_whole_runs_with_swins(entry: str, size: str, window: int) -> None:
     check(checkpoint, depths=depths, num_heads=heads, window_size=window, input_size=(224, 224))
 
 
+def decoder(dim: int, cells: int, patch: int) -> State:
+    """MAE's decoder: eight blocks of 512 channels."""
+    network = on_meta(
+        lambda: VisionTransformer(embed_dim=512, depth=8, num_heads=16, num_classes=0)
+    )
+    state = {f"decoder_{k}": v for k, v in network.items() if k.startswith("blocks.")}
+    pixels = 3 * patch**2
+    return state | zeros(
+        {
+            "mask_token": (1, 1, 512), "decoder_pos_embed": (1, 1 + cells, 512),
+            "decoder_norm.weight": (512,), "decoder_norm.bias": (512,),
+            "decoder_embed.weight": (512, dim), "decoder_embed.bias": (512,),
+            "decoder_pred.weight": (pixels, 512), "decoder_pred.bias": (pixels,),
+        }
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(("size", "heads"), [("base", 12), ("large", 16), ("huge", 16)])
 def test_maes_with_their_decoders(size: str, heads: int) -> None:
     patch = 14 if size == "huge" else 16
     encoder = from_timm(f"vit_{size}_patch{patch}_224", num_classes=0)
-    decoder = from_timm("vit_small_patch16_224", embed_dim=512, depth=8, num_heads=16,
-                        num_classes=0)  # fmt: skip
-    state = encoder | {f"decoder_{k}": v for k, v in decoder.items() if k.startswith("blocks.")}
-    pixels, cells = 3 * patch**2, (224 // patch) ** 2
-    state |= zeros({"mask_token": (1, 1, 512), "decoder_pos_embed": (1, 1 + cells, 512),
-                    "decoder_norm.weight": (512,), "decoder_norm.bias": (512,),
-                    "decoder_embed.weight": (512, encoder["norm.weight"].shape[0]),
-                    "decoder_embed.bias": (512,), "decoder_pred.weight": (pixels, 512),
-                    "decoder_pred.bias": (pixels,)})  # fmt: skip
+    state = encoder | decoder(encoder["norm.weight"].shape[0], (224 // patch) ** 2, patch)
     checkpoint = read(f"mae-vit-{size}-draws", state, "model")
     check(checkpoint, num_heads=heads, patch_size=patch)
     assert checkpoint.heads["decoder"].settings["num_heads"] == 16
