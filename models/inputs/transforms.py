@@ -51,7 +51,9 @@ class Preprocess:
     then play no part. `mean` and `std` are for pixels scaled to 0..1, in the order red, green,
     blue; `channels` is the order in which the network takes them. Without `antialias` an image is
     squashed by TensorFlow's bilinear resize, which skips pixels where it shrinks; its values are
-    rounded to whole numbers, or down with `truncate`, which plays no part otherwise.
+    rounded to whole numbers, or down with `truncate`, which plays no part otherwise. An odd pixel
+    beside the crop is on either side, as torchvision has it, or with `crop_early` below and on the
+    right, as transformers has it.
     """
 
     input_size: tuple[int, int] = (224, 224)
@@ -63,18 +65,22 @@ class Preprocess:
     channels: ChannelOrder = "rgb"
     antialias: bool = True
     truncate: bool = False
+    crop_early: bool = False
     # Not part of a checkpoint: a trunk sets it, see `Placement`.
     transform: TransformName = "exact"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings by name. `transform`, `channels`, `antialias` and `truncate` are left out
-        where they are `exact`, `rgb`, true and false, so that files and digests are as before."""
+        """The settings by name. `transform`, `channels`, `antialias`, `truncate` and `crop_early`
+        are left out where they are `exact`, `rgb`, true, false and false, so that files and digests
+        are as before."""
         settings = asdict(self)
         if self.antialias:
             del settings["antialias"]
         if self.antialias or not self.truncate:
             del settings["truncate"]
+        if not self.crop_early:
+            del settings["crop_early"]
         if self.transform == "exact":
             del settings["transform"]
         if self.channels == "rgb":
@@ -278,5 +284,5 @@ def _crop_transform(spec: Preprocess) -> Transform:
     mean = IMAGENET_DEFAULT_MEAN if spec.crop_mode == "border" else (0.0, 0.0, 0.0)
     red, green, blue = (round(255 * value) for value in mean)
     return create_crop_transform(
-        spec.input_size, spec.interpolation, (red, green, blue), spec.resized
+        spec.input_size, spec.interpolation, (red, green, blue), spec.resized, early=spec.crop_early
     )

@@ -42,5 +42,6 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
         state_dict=trunk,
         heads={n: HeadState(heads.get(n, {}), settings.get(n, {})) for n in {**settings, **heads}},
         preprocess=preprocess_from_mapping(preprocess) if preprocess else None,
+        labels=tuple(metadata.get("labels", ())),
         reason=metadata["reason"],
     )

@@ -1,0 +1,215 @@
+"""Files of transformers are served as transformers itself computes them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor
+
+from models.assembly import load_checkpoint
+from models.catalog import load_catalog
+from models.checkpoints.checkpoint import save_checkpoint
+from models.checkpoints.families.transformers_configuration import read_preprocess
+from models.checkpoints.loading import build_towers, read_checkpoint
+from models.errors import CheckpointError
+from models.inputs.normalize import Normalize
+from models.inputs.transforms import create_transform
+from models.registry import Registry
+from models.trunks.devices import Placement
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 72,
+    "image_size": 32,
+    "patch_size": 8,
+}
+DINO = {key: value for key, value in SIZES.items() if key != "intermediate_size"} | {"mlp_ratio": 2}
+STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}
+TEXT = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "intermediate_size": 96,
+    "max_position_embeddings": 16,
+}
+SQUASHED = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32},
+            "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
+CROPPED = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 36},
+           "crop_size": {"height": 32, "width": 32}, "do_center_crop": True, "resample": 3,
+           "image_mean": [0.4, 0.5, 0.6], "image_std": [0.3, 0.2, 0.1]}  # fmt: skip
+NETWORKS: dict[str, tuple[Any, Any, Mapping[str, Any]]] = {
+    "vit": (
+        transformers.ViTConfig(**SIZES, num_labels=5),
+        transformers.ViTForImageClassification,
+        SQUASHED,
+    ),
+    "deit": (
+        transformers.DeiTConfig(**SIZES, num_labels=5),
+        transformers.DeiTForImageClassification,
+        CROPPED,
+    ),
+    "distilled": (
+        transformers.DeiTConfig(**SIZES, num_labels=5),
+        transformers.DeiTForImageClassificationWithTeacher,
+        CROPPED,
+    ),
+    "dinov2": (
+        transformers.Dinov2Config(**DINO | {"image_size": 56}, num_labels=5),
+        transformers.Dinov2ForImageClassification,
+        CROPPED,
+    ),
+    "registers": (
+        transformers.Dinov2WithRegistersConfig(
+            **DINO | {"image_size": 56}, num_labels=5, use_swiglu_ffn=True, num_register_tokens=3
+        ),
+        transformers.Dinov2WithRegistersForImageClassification,
+        CROPPED,
+    ),
+    "convnext": (
+        transformers.ConvNextConfig(**STAGES, num_labels=5),
+        transformers.ConvNextForImageClassification,
+        {**CROPPED, "image_processor_type": "ConvNextImageProcessor"},
+    ),
+    "convnextv2": (
+        transformers.ConvNextV2Config(**STAGES, num_labels=5),
+        transformers.ConvNextV2ForImageClassification,
+        {**CROPPED, "image_processor_type": "ConvNextImageProcessor", "size": 384},
+    ),
+}
+
+
+def saved(folder: Path, network: Any, processor: Mapping[str, Any]) -> Path:
+    """A network with random weights, none of which are at their initial values, and its files."""
+    generator = torch.Generator().manual_seed(3)
+    for value in network.parameters():
+        value.data.add_(torch.randn(value.shape, generator=generator), alpha=0.1)
+    network.eval().save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder / "model.safetensors"
+
+
+def assert_close(ours: Tensor, theirs: Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    config, network_class, processor = NETWORKS[name]
+    network = network_class(config)
+    path = saved(tmp_path, network, processor)
+    checkpoint = read_checkpoint(path, {})
+    assert checkpoint.format == "transformers"
+    assert not checkpoint.assumed
+    model = load_checkpoint(path)
+    pixels = torch.randn(2, 3, *model.trunk.preprocess.input_size)
+    with torch.inference_mode():
+        assert_close(model.run(pixel_values=pixels)["logits"], network(pixels).logits)
+
+
+def test_both_towers_are_those_of_transformers(tmp_path: Path) -> None:
+    config = transformers.CLIPConfig(text_config=TEXT, vision_config=SIZES, projection_dim=24)
+    network: Any = transformers.CLIPModel(config)
+    path = saved(tmp_path, network, {**CROPPED, "image_processor_type": "CLIPImageProcessor"})
+    checkpoint = read_checkpoint(path, {})
+    assert (checkpoint.format, checkpoint.assumed) == ("transformers", {})
+    towers = build_towers(checkpoint, Placement())
+    pixels = torch.randn(2, 3, *towers.image.preprocess.input_size)
+    ids = torch.randint(1, 1000, (2, 16))
+    ids[0, 9] = ids[1, 15] = 49407  # the end of a text
+    with torch.inference_mode():
+        theirs = network(input_ids=ids, pixel_values=pixels)
+        for ours, other in (
+            (towers.image.network(pixels), theirs.image_embeds),
+            (towers.text.network(ids), theirs.text_embeds),
+        ):
+            assert_close(torch.nn.functional.normalize(ours), other)
+    assert towers.scale == pytest.approx(float(network.logit_scale.detach().exp()))
+
+
+PROCESSORS = {
+    "vit": (transformers.ViTImageProcessorPil, {}),
+    "clip": (transformers.CLIPImageProcessorPil, {"size": {"shortest_edge": 32}, "crop_size": 32}),
+    "deit": (transformers.DeiTImageProcessorPil, {}),
+    "dinov2": (
+        transformers.BitImageProcessorPil,
+        {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}},
+    ),
+    "convnext": (transformers.ConvNextImageProcessorPil, {"size": {"shortest_edge": 224}}),
+    "convnext-384": (transformers.ConvNextImageProcessorPil, {"size": {"shortest_edge": 384}}),
+}
+
+
+@pytest.mark.parametrize("width", [70, 79, 303])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_pixels_are_those_of_transformers(tmp_path: Path, name: str, width: int) -> None:
+    processor_class, options = PROCESSORS[name]
+    processor: Any = processor_class(**options)
+    processor.save_pretrained(tmp_path)
+    preprocess = read_preprocess(tmp_path / "model.safetensors")
+    pixels = np.random.default_rng(3).integers(0, 255, (200, width, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    theirs = processor(image, return_tensors="pt")["pixel_values"]
+    ours = Normalize(preprocess)(create_transform(preprocess)(image)[None])
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"config.json": None}, "config.json is missing"),
+        ({"preprocessor_config.json": None}, "preprocessor_config.json is missing"),
+        ({"config.json": {"model_type": "swin"}}, "'swin' is not supported"),
+        ({"config.json": {"hidden_act": "relu"}}, "only gelu"),
+        ({"config.json": {"num_attention_heads": None}}, "num_attention_heads"),
+        ({"config.json": {"num_channels": 1}}, "num_channels"),
+        ({"preprocessor_config.json": {"resample": 0}}, "resample is 0"),
+        ({"preprocessor_config.json": {"do_resize": False}}, "do_resize"),
+        ({"preprocessor_config.json": {"rescale_factor": 1}}, "not scaled to 0..1"),
+        ({"preprocessor_config.json": {"size": {"longest_edge": 32}}}, "size is"),
+        ({"preprocessor_config.json": {"image_mean": 0.5}}, "image_mean"),
+        ({"preprocessor_config.json": {"do_center_crop": True, "crop_size": 40}}, "crop_size"),
+    ],
+)
+def test_what_the_files_do_not_determine_is_refused(
+    tmp_path: Path, changed: Mapping[str, Any], said: str
+) -> None:
+    config, network_class, processor = NETWORKS["vit"]
+    path = saved(tmp_path, network_class(config), processor)
+    for name, change in changed.items():
+        file = tmp_path / name
+        if change is None:
+            file.unlink()
+        else:
+            file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(CheckpointError, match=said):
+        load_checkpoint(path)
+
+
+def test_a_repository_of_the_hub_is_served_with_its_class_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = tmp_path / "models--stub--hotdog" / "snapshots" / "0"
+    (tmp_path / "models--stub--hotdog" / "refs").mkdir(parents=True)
+    (tmp_path / "models--stub--hotdog" / "refs" / "main").write_text("0")
+    names = {0: "hot dog", 1: "not hot dog"}
+    config = transformers.ViTConfig(**SIZES, id2label=names)
+    saved(snapshot, transformers.ViTForImageClassification(config), SQUASHED)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "catalog.toml").write_text(
+        '[trunks.hotdog]\nsource = "hf-hub:stub/hotdog"\n'
+        '[models.hotdog]\ntrunk = "hotdog"\ntask = "classify"\n'
+    )
+    model = Registry(load_catalog(tmp_path / "catalog.toml"), device="cpu").get("hotdog")
+    answer = model.predict([Image.new("RGB", (50, 50), "red")])
+    assert {p["label"] for p in answer[0]["predictions"]} == set(names.values())
+    converted = tmp_path / "converted.safetensors"
+    save_checkpoint(read_checkpoint(snapshot / "model.safetensors", {}), converted)
+    assert read_checkpoint(converted, {}).labels == tuple(names.values())
