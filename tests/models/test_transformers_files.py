@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
+import transformers as _transformers
 from PIL import Image
 from torch import Tensor
 
@@ -23,7 +23,9 @@ from models.inputs.transforms import create_transform
 from models.registry import Registry
 from models.trunks.devices import Placement
 
-SIZES = {
+transformers: Any = _transformers  # whose configurations take more than their types say
+
+SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -31,9 +33,11 @@ SIZES = {
     "image_size": 32,
     "patch_size": 8,
 }
-DINO = {key: value for key, value in SIZES.items() if key != "intermediate_size"} | {"mlp_ratio": 2}
-STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}
-TEXT = {
+DINO: dict[str, Any] = {
+    key: value for key, value in SIZES.items() if key != "intermediate_size"
+} | {"mlp_ratio": 2}
+STAGES: dict[str, Any] = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}
+TEXT: dict[str, Any] = {
     "hidden_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 6,
@@ -134,7 +138,7 @@ def test_both_towers_are_those_of_transformers(tmp_path: Path) -> None:
     assert towers.scale == pytest.approx(float(network.logit_scale.detach().exp()))
 
 
-PROCESSORS = {
+PROCESSORS: dict[str, tuple[Any, dict[str, Any]]] = {
     "vit": (transformers.ViTImageProcessorPil, {}),
     "clip": (transformers.CLIPImageProcessorPil, {"size": {"shortest_edge": 32}, "crop_size": 32}),
     "deit": (transformers.DeiTImageProcessorPil, {}),
