@@ -175,6 +175,7 @@ def test_pixels_are_those_of_transformers(tmp_path: Path, name: str, width: int)
         ({"config.json": {"num_attention_heads": None}}, "num_attention_heads"),
         ({"config.json": {"num_channels": 1}}, "num_channels"),
         ({"preprocessor_config.json": {"resample": 0}}, "resample is 0"),
+        ({"preprocessor_config.json": {"resample": None}}, "resample is None"),
         ({"preprocessor_config.json": {"do_resize": False}}, "do_resize"),
         ({"preprocessor_config.json": {"rescale_factor": 1}}, "not scaled to 0..1"),
         ({"preprocessor_config.json": {"size": {"longest_edge": 32}}}, "size is"),

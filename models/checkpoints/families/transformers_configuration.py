@@ -82,7 +82,7 @@ def _preprocess(config: Mapping[str, Any]) -> Preprocess:
     scale = number("rescale_factor", config.get("rescale_factor", 1 / 255))
     if not flag("do_rescale", config.get("do_rescale", True)) or abs(scale * 255 - 1) > 1e-6:
         raise CheckpointError("pixels are not scaled to 0..1, which is not supported")
-    resample = config.get("resample", 2)
+    resample = config.get("resample")
     interpolation = RESAMPLING.get(resample) if isinstance(resample, int) else None
     if interpolation not in INTERPOLATIONS:
         raise CheckpointError(f"resample is {resample!r}, which is not supported")
@@ -126,7 +126,7 @@ def _geometry(config: Mapping[str, Any]) -> tuple[CropMode, tuple[int, int], flo
         if resized[0] >= CONVNEXT_WHOLE:
             return "squash", resized, 1.0
         return mode, resized, number("crop_pct", config.get("crop_pct") or 224 / 256)
-    if not flag("do_center_crop", config.get("do_center_crop", False)):
+    if not flag("do_center_crop", config.get("do_center_crop", "crop_size" in config)):
         if mode == "center":
             raise CheckpointError("images keep their shape without a crop, which is not supported")
         return mode, resized, 1.0
