@@ -64,6 +64,7 @@ class Budget:
 
     Attributes:
         by_protocol: requests in flight, by the entrance they came by.
+        peak_bytes: the most bytes since it was last set.
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
@@ -71,6 +72,7 @@ class Budget:
         self._requests = Holdings(settings.max_requests_in_flight)
         self._bytes = Holdings(max(settings.max_bytes_in_flight, settings.max_request_bytes))
         self._max_request_bytes = settings.max_request_bytes
+        self.peak_bytes = 0
         self._clock = clock
         # Moving sums over requests that have ended: their bytes, and these times their seconds.
         self._ended_bytes = self._ended_byte_seconds = 0.0
@@ -129,6 +131,7 @@ class Budget:
     def count(self, share: "Share", size: int) -> None:
         """Count bytes that a request holds from now on; less than 0 if it gives some back."""
         self._bytes.take(share.client, size)
+        self.peak_bytes = max(self.peak_bytes, self.bytes)
 
     def check(self, share: "Share", size: int) -> None:
         """Check whether `size` more bytes of a request can be held. Raises as `Share.add`."""

@@ -99,10 +99,13 @@ class Settings(BaseSettings):
         "auto",
         description="Where images are decoded: in processes, which are killed over a bad image, or "
         "in threads of the worker. `auto`: JPEG files in threads if their header says that they "
-        "are quick to decode, other files in processes.",
+        "are quick to decode, other files and clips in processes.",
     )
     decode_cpu_s: float = Field(
-        5, gt=0, description="Seconds of processor time to decode an image in a process."
+        5,
+        gt=0,
+        description="Seconds of processor time to decode an image in a process; a clip may take six "
+        "times as much.",
     )
     max_batch_size: int = Field(
         0, ge=0, description="Most images in a batch; 0 for 16, or 64 on a GPU."

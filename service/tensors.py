@@ -44,7 +44,7 @@ def from_bytes(name: str, datatype: str, shape: Sequence[int], contents: bytes) 
     count = element_count(name, shape)
     if datatype == "BYTES":
         texts = [element.decode(errors="replace") for element in unpack(name, contents, count)]
-        return np.array(texts, dtype=str).reshape(shape)
+        return np.array(texts, dtype=object).reshape(shape)
     width = 2 if datatype == "BF16" else np.dtype(_dtype(name, datatype)).itemsize
     if len(contents) != count * width:
         raise InvalidInputError(

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from models.archives import count_members
 from models.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
@@ -27,6 +28,7 @@ MAX_CONFIG_BYTES = 256 * 1024
 MAX_HEADER_BYTES = 4 * 2**20
 MAX_WEIGHT_BYTES = 512 * 2**20
 MAX_TENSORS = 8192
+MAX_FILES = 1000
 MAX_RANK = 512
 DTYPES = ("F32", "F16", "BF16")
 PREFIX = "base_model.model."
@@ -72,6 +74,8 @@ def read_archive(content: bytes) -> PeftAdapter:
     """
     limits = {CONFIG: MAX_CONFIG_BYTES, WEIGHTS: MAX_WEIGHT_BYTES}
     files: dict[str, bytes] = {}
+    if count_members(content) > MAX_FILES:
+        raise CheckpointError(f"the archive has more than {MAX_FILES} files")
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             for entry in archive.infolist():

@@ -108,8 +108,10 @@ def split(labels: Sequence[str], holdout: float, seed: int) -> tuple[np.ndarray,
     random = np.random.default_rng(seed)
     kept: list[int] = []
     held: list[int] = []
-    for label in sorted(set(labels)):
-        positions = [i for i, other in enumerate(labels) if other == label]
+    by_label: dict[str, list[int]] = {}
+    for place, label in enumerate(labels):
+        by_label.setdefault(label, []).append(place)
+    for _, positions in sorted(by_label.items()):
         random.shuffle(positions)
         count = min(len(positions) - 1, max(1, round(holdout * len(positions))))
         held += positions[:count]

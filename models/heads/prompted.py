@@ -11,6 +11,9 @@ from models.inputs.prompts import check_labels, expand_templates
 from models.trunks.base import Trunk
 from models.trunks.text import TextTrunk
 
+# An answer has the labels once for each image; a number takes some twenty characters.
+CHARACTERS_PER_VALUE = 20
+
 
 @dataclass(frozen=True, slots=True)
 class Similarity:
@@ -63,6 +66,10 @@ class Prompted(Head):
             check_labels(labels)
         if options.get("templates") is not None:
             expand_templates(options["templates"])
+
+    def answer_values(self, options: Mapping[str, Any]) -> int:
+        characters = sum(map(len, options.get("labels") or ()))
+        return characters // CHARACTERS_PER_VALUE
 
     def prompt(self, options: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The labels and templates of a request's options."""

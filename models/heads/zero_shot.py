@@ -95,7 +95,9 @@ class ZeroShot(Prompted):
         index = np.argsort(-logits, kind="stable")
         return {
             "index": index,
-            "label": np.array(labels)[index],
+            "label": np.array(labels, dtype=object)[
+                index
+            ],  # as texts each is as long as the longest
             "score": scores[index].astype(np.float32),
         }
 

@@ -12,6 +12,7 @@ import regex
 import torch
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch import Tensor
 
 from models.errors import CheckpointError, InputError
@@ -49,6 +50,20 @@ class CuttingTokenizer(OpenAITokenizer):
             ids = [self.sot_token_id, *self.encode(text), self.eot_token_id][:length]
             row[: len(ids)] = torch.tensor(ids)
         return result
+
+
+def bound_words(tokenizer: Any) -> None:
+    """Have a tokenizer of open_clip's take words apart by another library, into the same pieces: by
+    its own code a word takes the square of its length, and every word that ever came is kept."""
+    if not isinstance(tokenizer, SimpleTokenizer):
+        return
+    special = dict(tokenizer.cache)
+    words = BPE(tokenizer.encoder, list(tokenizer.bpe_ranks), end_of_word_suffix="</w>")
+
+    def pieces(word: str) -> str:
+        return special.get(word) or " ".join(piece.value for piece in words.tokenize(word))
+
+    tokenizer.bpe = pieces
 
 
 class FileTokenizer:

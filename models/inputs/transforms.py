@@ -25,14 +25,13 @@ from models.inputs.crop_transform import INTERPOLATIONS, OVERSAMPLING, create_cr
 from models.inputs.images import cut_sliver
 from models.inputs.letterbox import create_letterbox_transform, letterbox
 from models.inputs.sampling import create_sampling_transform
+from models.inputs.video import FrameChoice
 
 CropMode = Literal["center", "squash", "border", "letterbox"]
 TransformName = Literal["exact", "fast"]
 ChannelOrder = Literal["rgb", "bgr"]
 # From an RGB image; the fast transform also takes a `ReducedImage`.
 Transform = Callable[[Any], torch.Tensor]
-
-TARGET_FPS = 30
 
 # Settings that need antialiasing, see `create_sampling_transform`.
 CROP = {"crop_mode", "crop_pct", "interpolation"}
@@ -170,18 +169,15 @@ class Preprocess:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipPreprocess(Preprocess):
-    """An evaluation transform of clips: `frames` from a window around the middle, of which every
-    `sampling_rate`th of 30 a second is taken (SlowFast's, with a single view)."""
+    """An evaluation transform of clips, frame by frame."""
 
     frames: int
     sampling_rate: int = 4
 
-    def indices(self, count: int, fps: float) -> np.ndarray:
-        """Which of `count` frames, (frames,) int64; of shorter clips the last one stands in."""
-        window = self.frames * self.sampling_rate * fps / TARGET_FPS
-        start = max(0.0, (count - window) / 2)
-        chosen = np.linspace(start, start + window - 1, self.frames)
-        return np.clip(chosen, 0, count - 1).astype(np.int64)
+    @property
+    def choice(self) -> FrameChoice:
+        """The frames that are taken."""
+        return FrameChoice(self.frames, self.sampling_rate)
 
 
 @lru_cache(maxsize=1024)

@@ -1,47 +1,68 @@
-"""Short clips: MP4, WebM or GIF bytes to the frames that a video trunk takes."""
+"""Short clips: MP4, WebM or GIF bytes to the frames that a video trunk takes. Needs no torch."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import av
 import numpy as np
-import torch
 from av.error import FFmpegError
 from PIL import Image
-from torch import Tensor
 
 from models.errors import ImageTooLargeError, InputError
 from models.inputs.images import DEFAULT_LIMITS, ImageLimits
-from models.inputs.transforms import TARGET_FPS, ClipPreprocess, create_transform
 
+TARGET_FPS = 30
 # Pixels decoded for one clip: about 20 seconds of 1080p.
 MAX_CLIP_PIXELS = 1_200_000_000
+# Frames of one clip: small ones take longer than their pixels.
+MAX_CLIP_FRAMES = 20_000
 # Offset, magic bytes, demuxer. Only these demuxers are used: others of FFmpeg may open files that
 # a clip names.
 CONTAINERS = ((4, b"ftyp", "mp4"), (0, b"\x1a\x45\xdf\xa3", "matroska"), (0, b"GIF8", "gif"))
 
-ClipTransform = Callable[[bytes, ImageLimits], Tensor]
 
+@dataclass(frozen=True, slots=True)
+class FrameChoice:
+    """Which frames a trunk takes: `frames` from a window around the middle, of which every
+    `sampling_rate`th of 30 a second is taken (SlowFast's, with a single view)."""
 
-def create_clip_transform(spec: ClipPreprocess) -> ClipTransform:
-    """Build the transform: an encoded clip to (T, 3, height, width) uint8."""
-    transform = create_transform(spec)
+    frames: int
+    sampling_rate: int
 
-    def clip_transform(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Tensor:
-        return torch.stack([transform(frame) for frame in decode_clip(data, spec, limits)])
-
-    return clip_transform
+    def indices(self, count: int, fps: float) -> np.ndarray:
+        """Which of `count` frames, (frames,) int64, in order; of shorter clips the last one stands
+        in."""
+        window = self.frames * self.sampling_rate * fps / TARGET_FPS
+        start = max(0.0, (count - window) / 2)
+        chosen = np.linspace(start, start + window - 1, self.frames)
+        return np.clip(chosen, 0, count - 1).astype(np.int64)
 
 
 def decode_clip(
-    data: bytes, spec: ClipPreprocess, limits: ImageLimits = DEFAULT_LIMITS
-) -> list[Image.Image]:
-    """The frames of a clip that the transform takes, as RGB images.
+    data: bytes, choice: FrameChoice, limits: ImageLimits = DEFAULT_LIMITS
+) -> Iterator[Image.Image]:
+    """The chosen frames of a clip, as RGB images, one at a time.
 
     Raises:
         ImageTooLargeError: over a limit of bytes, of a frame's size, or too long to decode.
         InputError: not a clip, in a container that is not served, or damaged.
+    """
+    name = check_clip(data, limits)
+    try:
+        count, fps, size = _measure(data, name)
+        _check(count, size, limits)
+        yield from _pick(data, name, choice.indices(count, fps).tolist(), limits)
+    except (FFmpegError, ValueError, OverflowError) as error:
+        raise InputError(f"the video cannot be decoded: {error}", field="video") from error
+
+
+def check_clip(data: bytes, limits: ImageLimits) -> str:
+    """The name of a clip's container, by its first bytes.
+
+    Raises:
+        ImageTooLargeError, InputError: over the limit of bytes, empty, or not a clip.
     """
     if not data:
         raise InputError("the video is empty (0 bytes)", field="video")
@@ -52,13 +73,7 @@ def decode_clip(
     name = next((n for at, magic, n in CONTAINERS if data[at:].startswith(magic)), None)
     if name is None:
         raise InputError("not a video in a served container (MP4, WebM, GIF)", field="video")
-    try:
-        count, fps, size = _measure(data, name)
-        _check(count, size, limits)
-        indices = spec.indices(count, fps)
-        return _pick(data, name, indices, limits)
-    except (FFmpegError, ValueError, OverflowError) as error:
-        raise InputError(f"the video cannot be decoded: {error}", field="video") from error
+    return name
 
 
 def _measure(data: bytes, name: str) -> tuple[int, float, tuple[int, int]]:
@@ -67,7 +82,11 @@ def _measure(data: bytes, name: str) -> tuple[int, float, tuple[int, int]]:
         stream = _stream(container)
         fps = float(stream.average_rate or stream.guessed_rate or TARGET_FPS)
         size = (stream.codec_context.width, stream.codec_context.height)
-        count = sum(packet.size > 0 for packet in container.demux(stream))
+        count = 0
+        for packet in container.demux(stream):
+            count += packet.size > 0
+            if count > MAX_CLIP_FRAMES:
+                raise _too_long(f"more than {MAX_CLIP_FRAMES} frames")
     if count == 0:
         raise InputError("the video has no frames", field="video")
     return count, fps, size
@@ -92,20 +111,23 @@ def _too_long(what: str) -> ImageTooLargeError:
     )
 
 
-def _pick(data: bytes, name: str, indices: np.ndarray, limits: ImageLimits) -> list[Image.Image]:
-    frames: dict[int, Image.Image] = {}
+def _pick(data: bytes, name: str, places: list[int], limits: ImageLimits) -> Iterator[Image.Image]:
+    """The frames at these places, which are in order."""
+    left = iter(places)
+    place = next(left, None)
     last: Any = None
-    places, final = set(indices.tolist()), int(indices.max())
     for number, frame in enumerate(_decoded(data, name, limits)):
         last = frame
-        if number in places:
-            frames[number] = frame.to_image()
-        if number >= final:
-            break
+        while place == number:
+            yield frame.to_image()
+            place = next(left, None)
+        if place is None:
+            return
     if last is None:
         raise InputError("the video has no frame that can be decoded", field="video")
-    ending = last.to_image()  # for packets that turned out to hold none
-    return [frames.get(place, ending) for place in indices.tolist()]
+    while place is not None:  # for packets that turned out to hold none
+        yield last.to_image()
+        place = next(left, None)
 
 
 def _decoded(data: bytes, name: str, limits: ImageLimits) -> Iterator[Any]:

@@ -1,7 +1,7 @@
 """Generation: images from seeds or latent vectors."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -12,6 +12,9 @@ from models.tasks.rendering import first_of, image_size, to_base64
 
 MAX_IMAGES = 64
 MAX_LATENT = 8192
+
+# One error for all of its numbers that are wrong.
+Vector = Annotated[list[float], Field(max_length=MAX_LATENT, fail_fast=True)]
 
 
 class GenerateOptions(Options):
@@ -24,10 +27,9 @@ class GenerateOptions(Options):
         lt=2**53,
         description="The first image's seed (0); each further image's is one more.",
     )
-    latent: list[float] | list[list[float]] | None = Field(
+    latent: Vector | Annotated[list[Vector], Field(max_length=MAX_IMAGES)] | None = Field(
         None,
         min_length=1,
-        max_length=MAX_LATENT,
         description="Instead of a seed: a latent vector, or several. No noise is added.",
     )
 
@@ -37,11 +39,6 @@ class GenerateOptions(Options):
             return self
         if self.seed is not None or self.n is not None:
             raise ValueError("latent excludes seed and n")
-        if isinstance(self.latent[0], list):
-            if len(self.latent) > MAX_IMAGES:
-                raise ValueError(f"{len(self.latent)} latent vectors; the limit is {MAX_IMAGES}")
-            if any(len(row) > MAX_LATENT for row in self.latent if isinstance(row, list)):
-                raise ValueError(f"a latent vector has at most {MAX_LATENT} numbers")
         return self
 
     def inputs(self) -> Sequence[Input]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.checkpoints.checkpoint import Checkpoint
 from models.checkpoints.strict import load_strictly
 from models.errors import CheckpointError
-from models.inputs.tokenizers import MissingTokenizer, create_tokenizer
+from models.inputs.tokenizers import MissingTokenizer, bound_words, create_tokenizer
 from models.inputs.transforms import Preprocess, preprocess_from_mapping
 from models.networks import create_own
 from models.networks.text_encoders import create_encoder
@@ -195,6 +195,7 @@ def split_towers(
 
 
 def _single(tokenizer: Any) -> Tokenize:
+    bound_words(tokenizer)
     return lambda text: tokenizer([text])[0]
 
 

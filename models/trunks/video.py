@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.inputs.images import DEFAULT_LIMITS, ImageLimits
 from models.inputs.samples import sample_photos
 from models.inputs.transforms import ClipPreprocess
-from models.inputs.video import create_clip_transform
+from models.inputs.types import Video
+from models.inputs.video import decode_clip
 from models.trunks.base import Trunk
-from models.trunks.devices import Placement
 from models.trunks.features import PassPlan
 from models.trunks.pixel_input import PixelInput
 from models.trunks.timm import TimmPass, TimmTrunk
@@ -31,20 +31,15 @@ class VideoTrunk(TimmTrunk):
     modality = "video"
     preprocess: ClipPreprocess
 
-    def __init__(
-        self, architecture: str, network: nn.Module, preprocess: ClipPreprocess,
-        placement: Placement,
-    ) -> None:  # fmt: skip
-        super().__init__(architecture, network, preprocess, placement)
-        self._clip_transform = create_clip_transform(self.preprocess)
-
-    def create_pass(self, plan: PassPlan) -> nn.Module:
+    def create_pass(self, plan: PassPlan) -> TimmPass:
         clip_input = ClipInput(self.preprocess, self.placement)
         return TimmPass(self.network, self._hooks, plan, clip_input)
 
     def prepare(self, item: Any, limits: ImageLimits = DEFAULT_LIMITS) -> Tensor:
-        """A `Video` as uint8 (T, 3, H, W)."""
-        return self._clip_transform(item.content, limits)
+        """A `Video`, or the frames of its `choice` as images, as uint8 (T, 3, H, W)."""
+        if isinstance(item, Video):
+            item = decode_clip(item.content, self.preprocess.choice, limits)
+        return torch.stack([self._transform(frame) for frame in item])
 
     def collate(self, inputs: Sequence[Tensor], *, pin_memory: bool = False) -> Tensor:
         return Trunk.collate(self, inputs, pin_memory=pin_memory)

@@ -9,13 +9,17 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
+
+from PIL import Image
 
 from models.errors import ImageTooLargeError, InputError
 from models.inputs.images import ImageLimits, decoding_errors, open_image, to_upright_rgb
 from models.inputs.jpeg import jpeg_pixels
 from service.decoding.memory import SharedMemory
-from service.decoding.messages import MAX_BYTES, Decoded, Job
+from service.decoding.messages import CLIP_TIMES, MAX_BYTES, Decoded, Job
 
 # Pillow needs several images at once to composite alpha, and some decoders need buffers of the
 # image's size.
@@ -34,10 +38,15 @@ def main() -> None:
     with suppress(ConnectionError):  # the worker was killed
         while message := channel.recv(MAX_BYTES):
             job = Job.decode(message)
-            signal.setitimer(signal.ITIMER_PROF, float(cpu_s))
-            decoded = _decode(bytes(memory.view[: job.length]), job, limits, memory.pixels)
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            channel.send(decoded.encode())
+            times = 1 if job.choice is None else CLIP_TIMES
+            signal.setitimer(signal.ITIMER_PROF, times * float(cpu_s))
+            data = bytes(memory.view[: job.length])
+            for decoded in _decode(data, job, limits, memory.pixels):
+                if not decoded.more:
+                    signal.setitimer(signal.ITIMER_PROF, 0)
+                channel.send(decoded.encode())
+                if decoded.more and not channel.recv(MAX_BYTES):
+                    return
 
 
 def _limit_memory(limits: ImageLimits) -> None:
@@ -48,14 +57,17 @@ def _limit_memory(limits: ImageLimits) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def _decode(data: bytes, job: Job, limits: ImageLimits, pixels: memoryview) -> Decoded:
+def _decode(data: bytes, job: Job, limits: ImageLimits, pixels: memoryview) -> Iterator[Decoded]:
     try:
-        return _decode_into(pixels, data, job, limits)
+        if job.choice is None:
+            yield _decode_into(pixels, data, job, limits)
+        else:
+            yield from _frames_into(pixels, data, job.choice, limits)
     except InputError as error:
         detail = str(error)[:MAX_ERROR_CHARACTERS]
-        return Decoded(error=detail, too_large=isinstance(error, ImageTooLargeError))
+        yield Decoded(error=detail, too_large=isinstance(error, ImageTooLargeError))
     except MemoryError:
-        return Decoded(error="decoding the image takes too much memory")
+        yield Decoded(error="decoding the image takes too much memory")
 
 
 def _decode_into(pixels: memoryview, data: bytes, job: Job, limits: ImageLimits) -> Decoded:
@@ -66,10 +78,24 @@ def _decode_into(pixels: memoryview, data: bytes, job: Job, limits: ImageLimits)
             height, width, _ = jpeg.pixels_HWC.shape
             return Decoded(None, False, width, height, jpeg.transposition, jpeg.factor, *jpeg.size)
         header.load()
-        image = to_upright_rgb(header)
-        content = image.tobytes("raw", "RGBX")
-        pixels[: len(content)] = content
-        return Decoded(None, False, *image.size, None, 1, *image.size)
+        return _put(pixels, to_upright_rgb(header))
+
+
+def _frames_into(
+    pixels: memoryview, data: bytes, choice: tuple[int, int], limits: ImageLimits
+) -> Iterator[Decoded]:
+    """The same frames as `decode_clip`, one at a time, and a last answer without any."""
+    from models.inputs.video import FrameChoice, decode_clip  # loads FFmpeg, for clips alone
+
+    for frame in decode_clip(data, FrameChoice(*choice), limits):
+        yield replace(_put(pixels, frame), more=True)
+    yield Decoded()
+
+
+def _put(pixels: memoryview, image: Image.Image) -> Decoded:
+    content = image.tobytes("raw", "RGBX")
+    pixels[: len(content)] = content
+    return Decoded(None, False, *image.size, None, 1, *image.size)
 
 
 if __name__ == "__main__":

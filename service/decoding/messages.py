@@ -4,6 +4,9 @@ import json
 from dataclasses import asdict, dataclass
 
 MAX_BYTES = 16 * 1024
+NEXT = b"next"
+# How many times the processor time of an image a clip may take.
+CLIP_TIMES = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,10 +16,12 @@ class Job:
     Args:
         length: its bytes.
         min_side: as `decode_reduced` takes it; None for all pixels.
+        choice: of a clip, the `frames` and the `sampling_rate` of `FrameChoice`.
     """
 
     length: int
-    min_side: int | None
+    min_side: int | None = None
+    choice: tuple[int, int] | None = None
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -37,6 +42,8 @@ class Decoded:
         transposition: of `Image.Transpose`; None for upright pixels.
         factor: by how much the pixels are reduced.
         full_width, full_height: of the whole image, upright.
+        more: it is a frame of a clip, and `NEXT` asks for another answer. The last answer to a clip
+            has no pixels.
     """
 
     error: str | None = None
@@ -47,6 +54,7 @@ class Decoded:
     factor: int = 1
     full_width: int = 0
     full_height: int = 0
+    more: bool = False
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self)).encode()

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -19,7 +19,8 @@ from models.inputs.images import (
 )
 from models.inputs.jpeg_work import pixel_scans
 from models.inputs.pixels import image_from
-from service.decoding.messages import Decoded
+from models.inputs.video import FrameChoice, check_clip, decode_clip
+from service.decoding.messages import CLIP_TIMES, Decoded
 from service.decoding.process import DecoderDied, DecodingProcess
 from service.metrics import Metrics
 
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # JPEG files of at most as much work are decoded in threads: a third of a second on a slow core.
 MAX_THREAD_WORK = 2**25
+
+Frames = Generator[Image.Image, None, None]
 
 
 class ImageDecoder(Protocol):
@@ -42,6 +45,10 @@ class ImageDecoder(Protocol):
         Raises:
             InputError: it cannot be decoded, or is over a limit.
         """
+
+    def frames(self, data: bytes, choice: FrameChoice) -> Frames:
+        """The frames of a clip, as `decode_clip` returns them. The pixels of each must not be used
+        after the next one was asked for, or after `close`."""
 
     def close(self) -> None:
         """Stop decoding."""
@@ -63,6 +70,9 @@ class ThreadDecoder:
         else:
             yield decode_reduced(data, self._limits, min_side)
 
+    def frames(self, data: bytes, choice: FrameChoice) -> Frames:
+        yield from decode_clip(data, choice, self._limits)
+
     def close(self) -> None:
         pass
 
@@ -71,7 +81,7 @@ class ProcessDecoder:
     """Decodes in processes, of which there are as many as images are decoded at the same time.
 
     A process that dies or hangs is replaced. If the image took too much processor time, that is the
-    image's error; otherwise it is tried once more in a new process.
+    image's error; otherwise it is tried once more in a new process. Clips are treated as images.
     """
 
     def __init__(self, limits: ImageLimits, cpu_s: float, metrics: Metrics) -> None:
@@ -97,6 +107,38 @@ class ProcessDecoder:
         finally:
             process.memory.trim(len(data), pixel_bytes)
             self._give_back(process)
+
+    def frames(self, data: bytes, choice: FrameChoice) -> Frames:
+        check_clip(data, self._limits)
+        shown = 0
+        for attempt in range(2):
+            process = self._take(new=attempt > 0)
+            pixel_bytes = 0
+            try:
+                for number, decoded in enumerate(process.frames(data, choice)):
+                    pixel_bytes = max(pixel_bytes, 4 * decoded.width * decoded.height)
+                    if decoded.more and number == shown:
+                        yield _image(process, decoded).image
+                        shown += 1
+            except DecoderDied as died:
+                self._lose(process, died.reason)
+                if died.reason == "time":
+                    raise InputError(
+                        f"decoding the video takes more than {CLIP_TIMES * self._cpu_s:g} s of "
+                        "processor time",
+                        field="video",
+                    ) from died
+                continue
+            except BaseException:  # nobody asks for the other frames
+                self._discard(process)
+                raise
+            process.memory.trim(len(data), pixel_bytes)
+            self._give_back(process)
+            if decoded.error is not None:
+                kind = ImageTooLargeError if decoded.too_large else InputError
+                raise kind(decoded.error, field="video")
+            return
+        raise InputError("the video cannot be decoded: it crashes the decoder", field="video")
 
     def close(self) -> None:
         with self._lock:
@@ -145,6 +187,11 @@ class ProcessDecoder:
                 return
         process.stop()
 
+    def _discard(self, process: DecodingProcess) -> None:
+        with self._lock:
+            self._busy.discard(process)
+        process.stop()
+
     def _lose(self, process: DecodingProcess, reason: str) -> None:
         with self._lock:
             self._busy.discard(process)
@@ -168,6 +215,9 @@ class MixedDecoder:
         if work is not None and work <= MAX_THREAD_WORK:
             return self._threads.decoded(data, min_side)
         return self._processes.decoded(data, min_side)
+
+    def frames(self, data: bytes, choice: FrameChoice) -> Frames:
+        return self._processes.frames(data, choice)
 
     def close(self) -> None:
         self._processes.close()

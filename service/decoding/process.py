@@ -6,12 +6,14 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from models.inputs.images import ImageLimits
+from models.inputs.video import FrameChoice
 from service.decoding.memory import SharedMemory
-from service.decoding.messages import MAX_BYTES, Decoded, Job
+from service.decoding.messages import MAX_BYTES, NEXT, Decoded, Job
 
 # A process that owes an answer and has used no processor time for so long hangs, or was stopped.
 HUNG_S = 5
@@ -71,14 +73,22 @@ class DecodingProcess:
             DecoderDied: the process is dead.
         """
         self.memory.view[: len(data)] = data
-        try:
-            self._channel.send(Job(len(data), min_side).encode())
-            message = self._receive()
-        except OSError as error:
-            raise self._died() from error
-        if not message:
-            raise self._died()
-        return Decoded.decode(message)
+        return self._ask(Job(len(data), min_side).encode())
+
+    def frames(self, data: bytes, choice: FrameChoice) -> Iterator[Decoded]:
+        """Decode a clip. The pixels of each frame stay in the memory until the next one is asked
+        for. The last answer has none, and perhaps an error.
+
+        Raises:
+            DecoderDied: the process is dead.
+        """
+        self.memory.view[: len(data)] = data
+        job = Job(len(data), choice=(choice.frames, choice.sampling_rate))
+        decoded = self._ask(job.encode())
+        while decoded.more:
+            yield decoded
+            decoded = self._ask(NEXT)
+        yield decoded
 
     def stop(self) -> None:
         """Let the process end, or kill it."""
@@ -88,6 +98,16 @@ class DecodingProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def _ask(self, question: bytes) -> Decoded:
+        try:
+            self._channel.send(question)
+            answer = self._receive()
+        except OSError as error:
+            raise self._died() from error
+        if not answer:
+            raise self._died()
+        return Decoded.decode(answer)
 
     def _receive(self) -> bytes:
         idle_s, used = 0, -1

@@ -9,7 +9,7 @@ from google.protobuf.json_format import ParseDict
 from service.accounting import counted
 from service.errors import InvalidInputError
 from service.limits import Share
-from service.open_inference.inputs import InputTensor, is_bulk, read_inputs, timeout_ms
+from service.open_inference.inputs import MAX_ID, InputTensor, is_bulk, read_inputs, timeout_ms
 from service.open_inference.metadata import (
     VERSION,
     check_version,
@@ -159,6 +159,8 @@ class OpenInference(GRPCInferenceServiceServicer):
             with counted(deps.metrics, knows, "open-inference", caller.started) as account:
                 account.models = [request.model_name]
                 check_version(request.model_version)
+                if len(request.id) > MAX_ID:
+                    raise InvalidInputError(f"the id has more than {MAX_ID} characters", field="id")
                 model = await deps.backend.model(request.model_name)
                 options = _values(request.parameters)
                 timeout = timeout_ms(options.pop("timeout", 0)) or 0.0

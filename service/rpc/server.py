@@ -101,9 +101,11 @@ class RpcServer:
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_allowed_incoming_connections", settings.max_connections),
                 ("grpc.so_reuseport", int(shared)),
+                # more calls of a connection wait at its client
+                ("grpc.max_concurrent_streams", settings.max_requests_in_flight),
                 # allow pings as frequent as the gateway's, by which both ends detect a dead peer
                 ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 4000),
+                ("grpc.http2.min_ping_interval_without_data_ms", 4000),
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.max_connection_idle_ms", IDLE_MS),

@@ -167,10 +167,13 @@ class LocalBackend:
             modality: [resolve(self.registry, call, modality) for call in request.calls]
             for modality in modalities
         }
+        values = {
+            kind: sum(call.answer_values for call in calls) for kind, calls in resolved.items()
+        }
+        check_answer_size(sum(values[modality_of(item)] for item in inputs))
         plans = {
             kind: await self._plan(calls, request.deadline) for kind, calls in resolved.items()
         }
-        check_answer_size(sum(plans[modality_of(item)].answer_values for item in inputs))
         claim = Claim(client.get(), request.bulk, request.deadline)
         results = await self._pipeline.run(plans, inputs, claim)
         first = next(iter(plans.values()))

@@ -1,7 +1,7 @@
 """A request's calls, resolved to heads and grouped into the trunk passes that they share."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from models.inference import (
 )
 from models.inputs.images import ImageLimits
 from models.inputs.tiling import View
-from models.inputs.types import Input
+from models.inputs.types import Input, Video
 from models.model import Model
 from models.registry import Registry
 from models.trunks.adapters import Adapter
@@ -44,6 +44,11 @@ class ResolvedCall:
     head: Head
     head_call: HeadCall
     finish_options: dict[str, Any]
+
+    @property
+    def answer_values(self) -> int:
+        """The most numbers in the answer for one input, if the answer may be large; else 0."""
+        return self.head.answer_values({**dict(self.head_call.options), **self.finish_options})
 
     @property
     def used(self) -> ModelUsed:
@@ -76,11 +81,6 @@ class ExecutionPlan:
 
     calls: Sequence[ResolvedCall]
     passes: Sequence[TrunkPass]
-
-    @property
-    def answer_values(self) -> int:
-        """The most numbers in the answer for one input, of the calls whose answers are large."""
-        return sum(call.head.answer_values(dict(call.head_call.options)) for call in self.calls)
 
 
 def resolve(registry: Registry, call: Call, modality: str) -> ResolvedCall:
@@ -144,7 +144,16 @@ def prepare_all(
     Raises:
         InputError: the input cannot be decoded, or the trunk does not take it.
     """
+    if isinstance(item, Video):
+        return [[_prepare_clip(item, each.trunk, limits, decoder)] for each in passes], (0, 0)
     min_side = least_side([(each.trunk, each.view) for each in passes])
     with decoder.decoded(item, min_side) if isinstance(item, bytes) else nullcontext(item) as image:
         prepared = [prepare_pieces(image, each.trunk, each.view, limits) for each in passes]
         return prepared, image_size(image)
+
+
+def _prepare_clip(
+    clip: Video, trunk: Trunk, limits: ImageLimits, decoder: ImageDecoder
+) -> torch.Tensor:
+    with closing(decoder.frames(clip.content, trunk.preprocess.choice)) as frames:
+        return trunk.prepare(frames, limits)

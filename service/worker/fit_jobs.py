@@ -15,10 +15,11 @@ from typing import Any
 
 from torch import Tensor
 
+from models.archives import count_members
 from models.description import UnservedHead
 from models.errors import InputError, ModelsError
 from models.fitting.dataset import Progress
-from models.fitting.examples import check_classes, read_archive
+from models.fitting.examples import MAX_MEMBERS, check_classes, read_archive
 from models.fitting.features import ReadFeatures
 from models.fitting.fit import Fitted, create_reader, fit
 from models.fitting.options import FitOptions
@@ -290,6 +291,8 @@ class FitJobs:
 
 
 def _examples(archive: bytes) -> Any:
+    if count_members(archive) > MAX_MEMBERS:
+        raise InputError(f"the archive has more than {MAX_MEMBERS} files", field="archive")
     return read_archive(io.BytesIO(archive), MAX_EXPANSION * len(archive) + MARGIN_BYTES)
 
 

@@ -23,8 +23,7 @@ from models.heads.files import decode_head
 from models.inputs.canvas import canvas_size
 from models.inputs.images import ImageLimits, decode_image
 from models.inputs.jpeg_work import pixel_scans
-from models.inputs.transforms import ClipPreprocess
-from models.inputs.video import decode_clip
+from models.inputs.video import FrameChoice, decode_clip
 from service.errors import InvalidInputError, ServiceError, from_library
 from service.gateway.dialects.cohere import CohereBody, parse_items
 from service.gateway.dialects.tei import EmbedBody, RerankBody, SimilarityBody
@@ -44,7 +43,7 @@ from tests.fuzzing import bodies, files, images
 from tests.fuzzing.mutations import mutate_value, to_json
 
 LIMITS = ImageLimits(max_pixels=1_000_000)
-CLIP = ClipPreprocess(input_size=(32, 32), frames=4, sampling_rate=4)
+CLIP = FrameChoice(frames=4, sampling_rate=4)
 MAX_ARCHIVE_BYTES = 2**24
 MAX_REGION_BYTES = 2**20
 METADATA = {"year": 1992, "name": "a", "score": 0.5, "is_good": True, "none": None}
@@ -90,7 +89,8 @@ def try_header(data: bytes) -> None:
 
 
 def try_clip(data: bytes) -> None:
-    decode_clip(data, CLIP, LIMITS)
+    for _ in decode_clip(data, CLIP, LIMITS):
+        pass
 
 
 def try_archive(data: bytes) -> None:

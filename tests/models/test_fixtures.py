@@ -6,6 +6,7 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from models.checkpoints.loading import read_checkpoint
 from models.checkpoints.store import Store
 from models.errors import CheckpointError
 from models.inference import HeadCall, run_rows
-from models.inputs.tokenizers import CuttingTokenizer, OpenAITokenizer
+from models.inputs.tokenizers import CuttingTokenizer, OpenAITokenizer, bound_words
 from models.model import Model
 from models.networks.vitgan import Modulated
 
@@ -255,6 +256,19 @@ def test_tokenizers_are_upstreams(name: str, tokenizer: type[OpenAITokenizer]) -
     cases = json.loads(path.read_text())["cases"]
     ids = tokenizer(77)([case["text"] for case in cases])
     assert ids.tolist() == [case["token_ids"] for case in cases]
+
+
+def test_words_are_taken_apart_as_by_open_clip_and_not_kept() -> None:
+    own, bounded = OpenAITokenizer(77), OpenAITokenizer(77)
+    bound_words(bounded)
+    kept = len(bounded.cache)
+    random = Random(0)
+    letters = "aaabcdeeefghijklmnoopqrstuvwxyz'éß日本0123456789.,!?-<|>"
+    texts = ["".join(random.choices(letters, k=random.randrange(1, 60))) for _ in range(2000)]
+    texts += ["<|endoftext|> <|startoftext|>a", "a" * 3000, "lol" * 500]
+    for text in texts:
+        assert bounded.encode(text) == own.encode(text), text
+    assert len(bounded.cache) == kept
 
 
 def test_ggem_is_a_pooling_that_can_be_asked_for() -> None:

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from models.errors import ImageTooLargeError, InputError
-from models.inputs.images import DEFAULT_LIMITS, ImageLimits
-from models.inputs.transforms import ClipPreprocess
-from models.inputs.video import create_clip_transform, decode_clip
+from models.inputs.images import ImageLimits
+from models.inputs.video import FrameChoice, decode_clip
 
-SPEC = ClipPreprocess(input_size=(32, 32), frames=4, sampling_rate=4)
+CHOICE = FrameChoice(frames=4, sampling_rate=4)
 
 
 def clip(count: int = 40, rate: int = 30, size: tuple[int, int] = (64, 48)) -> bytes:
@@ -44,14 +43,13 @@ def clip(count: int = 40, rate: int = 30, size: tuple[int, int] = (64, 48)) -> b
 def test_frames_are_from_a_window_around_the_middle(
     count: int, fps: float, wanted: list[int]
 ) -> None:
-    assert SPEC.indices(count, fps).tolist() == wanted
+    assert CHOICE.indices(count, fps).tolist() == wanted
 
 
 def test_the_frames_are_those_that_were_chosen() -> None:
-    frames = decode_clip(clip(), SPEC)
+    frames = list(decode_clip(clip(), CHOICE))
     levels = [float(np.asarray(frame).mean()) / 6 for frame in frames]
-    assert np.abs(np.array(levels) - SPEC.indices(40, 30)).max() < 1
-    assert create_clip_transform(SPEC)(clip(), DEFAULT_LIMITS).shape == (4, 3, 32, 32)
+    assert np.abs(np.array(levels) - CHOICE.indices(40, 30)).max() < 1
 
 
 @pytest.mark.parametrize(
@@ -60,13 +58,13 @@ def test_the_frames_are_those_that_were_chosen() -> None:
 )
 def test_clips_over_a_limit_are_refused(limits: ImageLimits) -> None:
     with pytest.raises(ImageTooLargeError):
-        decode_clip(clip(), SPEC, limits)
+        list(decode_clip(clip(), CHOICE, limits))
 
 
 def test_clips_that_take_too_long_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("models.inputs.video.MAX_CLIP_PIXELS", 39 * 64 * 48)
     with pytest.raises(ImageTooLargeError, match="40 frames of 64 x 48"):
-        decode_clip(clip(), SPEC)
+        list(decode_clip(clip(), CHOICE))
 
 
 def growing_clip(sizes: list[tuple[int, int]]) -> bytes:
@@ -99,10 +97,16 @@ def test_frames_that_are_larger_than_the_file_says_are_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data = growing_clip([(16, 16), (320, 320), (320, 320)])
-    assert len(decode_clip(data, SPEC)) == 4
+    assert len(list(decode_clip(data, CHOICE))) == 4
     monkeypatch.setattr("models.inputs.video.MAX_CLIP_PIXELS", 3 * 320 * 320)
     with pytest.raises(ImageTooLargeError, match="larger than it says"):
-        decode_clip(data, SPEC)
+        list(decode_clip(data, CHOICE))
+
+
+def test_many_small_frames_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.inputs.video.MAX_CLIP_FRAMES", 39)
+    with pytest.raises(ImageTooLargeError, match="more than 39 frames"):
+        list(decode_clip(clip(), CHOICE))
 
 
 def test_a_file_without_video_is_told() -> None:
@@ -114,4 +118,4 @@ def test_a_file_without_video_is_told() -> None:
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
     with pytest.raises(InputError, match="holds no video"):
-        decode_clip(buffer.getvalue(), SPEC)
+        list(decode_clip(buffer.getvalue(), CHOICE))

@@ -16,14 +16,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.datastructures import Headers
 
-from service.errors import InvalidParametersError, ServiceError
+from service.errors import InvalidParametersError, PayloadTooLargeError, ServiceError
 from service.gateway.collections.parameters import QueryParameters
-from service.gateway.open_inference.codec import parse_infer_request
+from service.gateway.open_inference.codec import (
+    InferenceRequest,
+    parse_infer_request,
+    write_infer_response,
+)
 from service.gateway.rest.body import parse_form
+from service.limits import MAX_ANSWER_VALUES
 from service.open_inference.inputs import InputTensor, to_inputs
+from service.open_inference.outputs import RequestedOutput
 from service.open_inference.shared_memory import SharedMemory
-from service.parameters import validate
+from service.parameters import task_parameters, validate
 from service.payloads import (
+    BASE64_PIECE,
     MAX_JSON_MARKS,
     decode_base64,
     parse_json_lines,
@@ -102,6 +109,28 @@ def test_elements_beyond_the_limit_are_never_made() -> None:
     nothing = InputTensor(name="pixel_values", datatype="FP32", shape=[10**6, 3, 0, 0], raw=b"")
     for item in (empty, nothing):
         assert peak_of(partial(to_inputs, [item], Settings())) < MIB
+
+
+def test_numbers_with_a_text_among_them_do_not_become_texts() -> None:
+    values = ["A" * 4000, *[0] * (3 * 64 * 64 - 1)]
+    sent = InputTensor(name="pixel_values", datatype="FP32", shape=[1, 3, 64, 64], values=values)
+    assert peak_of(partial(to_inputs, [sent], Settings())) < MIB
+
+
+def test_numbers_of_an_answer_in_json_are_counted() -> None:
+    request = InferenceRequest("", [], [], {}, None, binary=False)
+    arrays = [np.zeros((64, MAX_ANSWER_VALUES // 128 + 1), np.float32)] * 2
+    as_json = [RequestedOutput("a"), RequestedOutput("b")]
+    write: Any = None
+    with pytest.raises(PayloadTooLargeError):
+        write_infer_response("tiny", request, as_json, arrays, write)
+    one_binary = [RequestedOutput("a"), RequestedOutput("b", binary=True)]
+    assert len(write_infer_response("tiny", request, one_binary, arrays, write).body) > MIB
+
+
+def test_an_id_that_is_returned_is_short(tiny: Running) -> None:
+    body = tensor("image", "BYTES", [1], data=["AA=="]) | {"id": "a" * 5000}
+    refused(tiny.client.post(INFER, json=body))
 
 
 @pytest.mark.parametrize("shape", [[3, 0, 0], [0, 3, 2**62], [1] * 9, [2**62, 2**62]])
@@ -195,6 +224,26 @@ def test_a_wrong_vector_has_one_error() -> None:
     with pytest.raises(InvalidParametersError) as caught:
         validate(QueryParameters, {"vector": ["a"] * 1000})
     assert len(caught.value.fields) == 1
+
+
+@pytest.mark.parametrize("latent", [[None] * 10_000, [[None] * 10_000], [[None] * 5000] * 64])
+def test_a_wrong_latent_vector_has_one_error(latent: list[Any]) -> None:
+    with pytest.raises(InvalidParametersError) as caught:
+        validate(task_parameters("generate"), {"latent": latent})
+    cause: Any = caught.value.__cause__
+    assert cause.error_count() < 100
+
+
+def test_a_wrong_image_of_a_search_has_one_error() -> None:
+    assert validate(QueryParameters, {"image": {str(n): n for n in range(1000)}}).image is not None
+
+
+@pytest.mark.parametrize("before", [b"", b"x" * 2**16])
+def test_spaces_after_a_boundary_are_bounded(tiny: Running, before: bytes) -> None:
+    part = b'--b\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n'
+    content = part + before + b"\r\n--b" + b" " * 100_000 + b"\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    refused(tiny.client.post("/classify", content=content, headers=headers), 413)
 
 
 def test_what_looks_like_a_boundary_is_counted(tiny: Running) -> None:
@@ -342,6 +391,20 @@ def test_any_form_is_read_or_refused(content: bytes, boundary: str) -> None:
     headers = Headers({"content-type": f"multipart/form-data; boundary={boundary}"})
     body = b'--b\r\nContent-Disposition: form-data; name="a"\r\n' + content + b"--b--"
     tolerate(lambda: asyncio.run(parse_form(headers, body, max_files=2, max_fields=2)))
+
+
+@pytest.mark.parametrize("size", [0, 1, 2**18, 3 * 2**16, 2**19 + 5])
+def test_large_base64_is_decoded_in_pieces(size: int) -> None:
+    content = bytes(range(256)) * (size // 256 + 1)
+    text = base64.b64encode(content[:size]).decode()
+    assert decode_base64(text, "images") == content[:size]
+    assert decode_base64(f"data:image/png;base64,{text}", "images") == content[:size]
+
+
+@pytest.mark.parametrize("padding", ["AA==", "AAA="])
+def test_padding_before_the_end_of_base64_is_refused(padding: str) -> None:
+    with pytest.raises(ServiceError, match="base64 does not decode"):
+        decode_base64("A" * (BASE64_PIECE - 4) + padding + "AAAA", "images")
 
 
 def test_json_at_its_limits_is_read() -> None:

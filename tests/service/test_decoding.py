@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,13 @@ from prometheus_client import CollectorRegistry
 
 from models.errors import ImageTooLargeError, InputError
 from models.inputs.images import ImageLimits, decode_image, decode_reduced
+from models.inputs.video import decode_clip
 from service.decoding import process as process_module
 from service.decoding.pool import MixedDecoder, ProcessDecoder, ThreadDecoder
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.conftest import encode, running, wait_until
+from tests.models.test_video import CHOICE, clip
 
 LIMITS = ImageLimits(max_pixels=4_000_000)
 CPU_S = 0.5
@@ -170,6 +173,50 @@ def test_processes_end_with_their_worker() -> None:
 
 def state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_frames_are_those_of_the_library(decoder: ProcessDecoder) -> None:
+    for count in (40, 2):
+        data = clip(count)
+        expected = list(decode_clip(data, CHOICE, LIMITS))
+        found = [np.array(frame) for frame in decoder.frames(data, CHOICE)]
+        assert len(found) == len(expected) == CHOICE.frames
+        assert all(map(np.array_equal, found, map(np.array, expected)))
+
+
+@pytest.mark.parametrize("data", [b"", b"no clip", clip()[:900], clip(size=(4000, 16))])
+def test_errors_of_clips_are_those_of_the_library(decoder: ProcessDecoder, data: bytes) -> None:
+    limits = replace(LIMITS, max_side=3000)
+    with pytest.raises(InputError) as expected:
+        list(decode_clip(data, CHOICE, limits))
+    decoder = ProcessDecoder(limits, CPU_S, Metrics(CollectorRegistry()))
+    with pytest.raises(type(expected.value)) as caught:
+        list(decoder.frames(data, CHOICE))
+    assert (str(caught.value), caught.value.field) == (str(expected.value), "video")
+    decoder.close()
+
+
+def test_a_clip_goes_on_in_another_process(decoder: ProcessDecoder, metrics: Metrics) -> None:
+    data = clip()
+    expected = [np.array(frame) for frame in decode_clip(data, CHOICE)]
+    before = deaths(metrics, "crash")
+    found = []
+    for frame in decoder.frames(data, CHOICE):
+        found.append(np.array(frame))
+        if len(found) == 2:
+            for pid in decoder.pids():
+                os.kill(pid, signal.SIGKILL)
+    assert all(map(np.array_equal, found, expected))
+    assert len(found) == len(expected)
+    assert deaths(metrics, "crash") > before
+
+
+def test_the_rest_of_a_clip_may_be_left(decoder: ProcessDecoder) -> None:
+    frames = decoder.frames(clip(), CHOICE)
+    next(frames)
+    busy = set(decoder.pids())
+    frames.close()
+    assert len(busy - set(decoder.pids())) == 1
 
 
 def test_the_processes_do_not_know_the_keys(

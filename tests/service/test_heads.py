@@ -377,6 +377,23 @@ def test_a_damaged_archive_is_the_clients_error(server: Running) -> None:
     assert refused.status_code == 422, refused.text
 
 
+@pytest.mark.parametrize("kind", [{}, {"kind": "lora"}])
+def test_the_files_of_an_archive_are_counted_before_they_are_listed(
+    server: Running, kind: dict[str, str]
+) -> None:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("a", b"")
+    whole = content.getvalue()
+    listed, end = whole.index(b"PK\x01\x02"), whole.index(b"PK\x05\x06")
+    many = whole[:listed] + whole[listed:end] * 100_001 + whole[end:]
+    headers = {"Content-Type": "application/zip"}
+    parameters = {"name": "many", "trunk": "tiny", **kind}
+    refused = server.client.post("/heads", content=many, params=parameters, headers=headers)
+    assert refused.status_code == 422
+    assert "more than" in refused.json()["detail"]
+
+
 def test_the_series_of_deleted_heads_are_removed(
     server: Running, make: Callable[..., HeadFile], jpegs: dict[str, bytes]
 ) -> None:

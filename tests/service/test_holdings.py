@@ -1,10 +1,15 @@
 """Shares of what all clients hold together."""
 
+import asyncio
+
 import pytest
+from prometheus_client import CollectorRegistry
 
 from service.errors import UnavailableError
 from service.holdings import Holdings
 from service.limits import Budget
+from service.metrics import Metrics
+from service.sampling import LARGE_BYTES, sampling
 from service.settings import Settings
 
 
@@ -78,3 +83,24 @@ def test_one_clients_requests_and_bytes_leave_room_for_others() -> None:
                 other.add(1)
         assert budget.bytes == 4000
     assert (budget.bytes, budget.requests) == (0, 0)
+
+
+def test_the_memory_of_large_bodies_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    returned = []
+
+    async def case() -> None:
+        budget = Budget(Settings())
+        with budget.request("http", "a") as share:
+            share.add(LARGE_BYTES)
+        assert budget.peak_bytes == LARGE_BYTES
+        async with sampling(Metrics(CollectorRegistry()), budget):
+            await asyncio.sleep(0.05)
+            assert not returned
+            with budget.request("http", "a") as share:
+                share.add(LARGE_BYTES + 1)
+            while not returned or budget.peak_bytes:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+
+    monkeypatch.setattr("service.sampling.INTERVAL_S", 0.005)
+    monkeypatch.setattr("service.sampling.return_freed_memory", lambda: returned.append(1))
+    asyncio.run(asyncio.wait_for(case(), 20))

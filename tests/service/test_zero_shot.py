@@ -14,6 +14,7 @@ import open_clip
 import pytest
 import torch
 from google.protobuf.struct_pb2 import Struct
+from PIL import Image
 from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
@@ -24,7 +25,7 @@ from models.inputs.tokenizers import OpenAITokenizer
 from service.stubs import vision_pb2 as pb
 from service.stubs.vision_pb2_grpc import VisionStub
 from service.tensors import from_bytes
-from tests.conftest import Running, running, wait_until
+from tests.conftest import Running, encode, running, wait_until
 
 LABELS = ["cat", "dog", "coffee", "rocket"]
 
@@ -223,6 +224,13 @@ def test_a_catalogs_label_set_is_ready_before_the_first_request(
         assert labels == {"cat", "dog", "coffee"}
         assert hits(fresh) == (1, 0)
         assert passes(fresh) == 0
+
+
+def test_an_answer_with_long_labels_is_bounded(server: Running) -> None:
+    image = {"base64": base64.b64encode(encode(Image.new("RGB", (8, 8)))).decode()}
+    body = {"labels": [f"{number} {'x' * 700}" for number in range(1000)], "images": [image] * 64}
+    answer = server.client.post("/zero-shot", json=body)
+    assert answer.status_code == 413, answer.text[:300]
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ class QueryParameters(BaseModel):
 
     text: str | None = Field(None, min_length=1, description="For models that embed texts, too.")
     vector: Annotated[list[float] | None, FailFast()] = Field(None, max_length=65536)
-    image: dict[str, str] | None = Field(None, description='`{"base64"}` or `{"url"}`.')
+    image: dict[str, Any] | None = Field(None, description='`{"base64"}` or `{"url"}`.')
     k: int = Field(10, ge=1, le=MAX_HITS, description="Most hits.")
     filter: dict[str, Any] = Field({}, description="Values that the hits' metadata has.")
     thumbnails: bool = Field(

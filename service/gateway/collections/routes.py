@@ -39,6 +39,7 @@ from service.gateway.collections.vectors import (
     vector_of,
 )
 from service.gateway.entrance import refused_early
+from service.gateway.json_response import JsonResponse
 from service.gateway.problems import describe
 from service.gateway.rest.content import read_body
 from service.gateway.rest.examples import PHOTO
@@ -126,7 +127,7 @@ async def list_images(request: Request, name: Name) -> dict[str, Any]:
 
 @router.post("/collections/{name}/images", openapi_extra=ADD)
 @refused_early("embed", scope="collections", patient=True)
-async def add_images(request: Request, name: Name) -> dict[str, Any]:
+async def add_images(request: Request, name: Name) -> JsonResponse:
     """Embed images and add them: parts `image`, one raw image, JSON's `images`, or a line of NDJSON
     each. They may have an `id`, else it is made from the content, and `metadata`; in JSON and
     NDJSON also a `thumbnail`, which searches return. One with an id that is there replaces the
@@ -139,10 +140,8 @@ async def add_images(request: Request, name: Name) -> dict[str, Any]:
     collection, count = await _get(store, name)
     entries = await read_entries(request)
     if not isinstance(entries, FolderParameters):
-        return {
-            "model": collection.model,
-            "results": await _add(request, store, collection, count, entries, deadline),
-        }
+        results = await _add(request, store, collection, count, entries, deadline)
+        return JsonResponse({"model": collection.model, "results": results})
     page = await read_page(request, store, name, entries, deadline)
     new = [entry for _, entry in page.entries if entry is not None]
     added = await _add(request, store, collection, count, new, deadline, alone=False) if new else []
@@ -151,7 +150,7 @@ async def add_images(request: Request, name: Name) -> dict[str, Any]:
         {"id": path, "unchanged": True} if entry is None else next(in_order)
         for path, entry in page.entries
     ]
-    return {"model": collection.model, "results": results, "next": page.next}
+    return JsonResponse({"model": collection.model, "results": results, "next": page.next})
 
 
 @router.delete("/collections/{name}/images/{image:path}", status_code=204)

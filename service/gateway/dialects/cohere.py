@@ -1,10 +1,10 @@
 """Cohere's `/v2/embed`. https://docs.cohere.com/v2/reference/embed"""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from models.tasks.embed import encode_embedding, quantize
@@ -19,11 +19,13 @@ from service.gateway.embedding import (
     image_input,
 )
 from service.gateway.entrance import refused_early
+from service.gateway.json_response import JsonResponse, made_of
 from service.gateway.rest.content import read_body
 from service.gateway.rest.examples import PHOTO, json_body
 from service.logs import request_id
 from service.parameters import validate
 from service.payloads import parse_json_object
+from service.types import InferResult
 
 router = APIRouter(prefix="/cohere", tags=["dialects"], dependencies=[Depends(require_key)])
 
@@ -55,22 +57,28 @@ _EMBED = json_body(
 
 @router.post("/v2/embed", openapi_extra=_EMBED)
 @refused_early("embed")
-async def embed(request: Request) -> JSONResponse:
+async def embed(request: Request) -> JsonResponse:
     """Embed `texts`, `images` or `inputs` of one text or image each, in one or several types."""
     with dispatch.count_request(request, "embed") as account:
         body = validate(CohereBody, await parse_json_object(await read_body(request)))
         items = parse_items(body)
         options = {"dimensions": body.output_dimension}
         result = await embed_inputs(request, account, body.model, items, options)
-        vectors = embeddings(result)
+        return await made_of(result, _answer, result, items, body.embedding_types)
+
+
+def _answer(
+    result: InferResult, items: Sequence[EmbeddingInput], encodings: Sequence[Encoding]
+) -> JsonResponse:
+    vectors = embeddings(result)
     texts = [item for item in items if isinstance(item, str)]
-    return JSONResponse(
+    return JsonResponse(
         {
             "id": request_id.get(),
             "response_type": "embeddings_by_type",
             "embeddings": {
                 encoding: [_encoded(vector, encoding) for vector in vectors]
-                for encoding in dict.fromkeys(body.embedding_types)
+                for encoding in dict.fromkeys(encodings)
             },
             "texts": texts,
             "meta": {

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from models.description import ModelDescription
@@ -16,6 +15,7 @@ from service.gateway import dispatch
 from service.gateway.auth import require_key
 from service.gateway.embedding import COUNTED, embed_inputs, image_or_text, scores_with_first
 from service.gateway.entrance import refused_early
+from service.gateway.json_response import JsonResponse, made_of
 from service.gateway.openai.inputs import EmbeddingsRequest, parse_inputs
 from service.gateway.openai.outputs import embeddings_answer
 from service.gateway.rest.content import read_body
@@ -71,21 +71,21 @@ async def list_models(request: Request) -> dict[str, Any]:
 
 @router.post("/embeddings", dependencies=keyed, openapi_extra=_EMBED)
 @refused_early("embed")
-async def embeddings(request: Request) -> JSONResponse:
+async def embeddings(request: Request) -> JsonResponse:
     """As `/v1/embeddings`: texts, or with `modality: image` URLs and `data:` URIs of images."""
     return await _embed(request, {})
 
 
 @router.post("/embeddings_image", dependencies=keyed, openapi_extra=_EMBED_IMAGE)
 @refused_early("embed")
-async def embeddings_image(request: Request) -> JSONResponse:
+async def embeddings_image(request: Request) -> JsonResponse:
     """Embed URLs and `data:` URIs of images, as `/embeddings` with `modality: image`."""
     return await _embed(request, {"modality": "image"})
 
 
 @router.post("/rerank", dependencies=keyed, openapi_extra=_RERANK)
 @refused_early("embed")
-async def rerank(request: Request) -> JSONResponse:
+async def rerank(request: Request) -> JsonResponse:
     """Order documents, texts or `data:` URIs of images, by the cosine similarity of their
     embeddings to the query's, best first."""
     with dispatch.count_request(request, "embed") as account:
@@ -98,7 +98,7 @@ async def rerank(request: Request) -> JSONResponse:
             entry = {"index": place, "relevance_score": float(scores[place])}
             document = {"document": body.documents[place]} if body.return_documents else {}
             found.append(entry | document)
-        return JSONResponse(
+        return JsonResponse(
             {
                 "object": "rerank",
                 "results": found,
@@ -109,13 +109,16 @@ async def rerank(request: Request) -> JSONResponse:
         )
 
 
-async def _embed(request: Request, members: dict[str, str]) -> JSONResponse:
+async def _embed(request: Request, members: dict[str, str]) -> JsonResponse:
     """The answer of `/embeddings` to the body with other `members`."""
     with dispatch.count_request(request, "embed") as account:
         body = validate(EmbeddingsRequest, await _read(request) | members)
         options = {"dimensions": body.dimensions or None}
         result = await embed_inputs(request, account, body.model, parse_inputs(body), options)
-        return JSONResponse(embeddings_answer(result, body.encoding_format) | _identity())
+        return await made_of(
+            result,
+            lambda: JsonResponse(embeddings_answer(result, body.encoding_format) | _identity()),
+        )
 
 
 async def _read(request: Request) -> dict[str, Any]:

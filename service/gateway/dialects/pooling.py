@@ -7,42 +7,42 @@ import time
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse
 
 from models.tasks.embed import encode_embedding
 from service.gateway import dispatch
 from service.gateway.auth import require_key
 from service.gateway.embedding import embed_inputs, embeddings
 from service.gateway.entrance import refused_early
+from service.gateway.json_response import JsonResponse, made_of
 from service.gateway.openai.inputs import EmbeddingsRequest, parse_inputs
 from service.gateway.rest.content import read_body
 from service.gateway.rest.examples import EMBEDDINGS, json_body
 from service.logs import request_id
 from service.parameters import validate
 from service.payloads import parse_json_object
+from service.types import InferResult
 
 router = APIRouter(tags=["dialects"], dependencies=[Depends(require_key)])
 
 
 @router.post("/pooling", openapi_extra=json_body(EMBEDDINGS, EmbeddingsRequest.model_json_schema()))
 @refused_early("embed")
-async def pooling(request: Request) -> JSONResponse:
+async def pooling(request: Request) -> JsonResponse:
     """Embed texts and images, in vLLM's form."""
     with dispatch.count_request(request, "embed") as account:
         body = validate(EmbeddingsRequest, await parse_json_object(await read_body(request)))
         options: dict[str, Any] = {"dimensions": body.dimensions}
         inputs = parse_inputs(body)
         result = await embed_inputs(request, account, body.model, inputs, options)
-        vectors = embeddings(result)
+        return await made_of(result, _answer, result, body.encoding_format)
+
+
+def _answer(result: InferResult, encoding: str) -> JsonResponse:
     data = [
-        {
-            "index": position,
-            "object": "pooling",
-            "data": encode_embedding(vector, body.encoding_format),
-        }
-        for position, vector in enumerate(vectors)
+        {"index": position, "object": "pooling", "data": encode_embedding(vector, encoding)}
+        for position, vector in enumerate(embeddings(result))
     ]
-    return JSONResponse(
+    return JsonResponse(
         {
             "id": f"pool-{request_id.get()}",
             "object": "list",

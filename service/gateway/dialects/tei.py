@@ -9,7 +9,6 @@ from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field, WithJsonSchema
 
 from service.accounting import Account
@@ -24,6 +23,7 @@ from service.gateway.embedding import (
     scores_with_first,
 )
 from service.gateway.entrance import refused_early
+from service.gateway.json_response import JsonResponse, made_of
 from service.gateway.rest.content import read_body
 from service.gateway.rest.examples import PHOTO, json_body
 from service.gateway.rest.openapi import query_parameters
@@ -98,7 +98,7 @@ _RERANK = _body(
 
 @router.post("/embed", openapi_extra=_EMBED)
 @refused_early("embed")
-async def embed(request: Request) -> JSONResponse:
+async def embed(request: Request) -> JsonResponse:
     """Embed texts and images: a list of vectors."""
     with dispatch.count_request(request, "embed") as account:
         body = await _read(request, EmbedBody)
@@ -107,23 +107,25 @@ async def embed(request: Request) -> JSONResponse:
             raise InvalidInputError("inputs is empty", field="inputs")
         options = {"normalize": body.normalize, "dimensions": body.dimensions}
         result = await _embed(request, account, body.model, texts, options)
-        return JSONResponse([row.tolist() for row in embeddings(result, "inputs")])
+        return await made_of(
+            result, lambda: JsonResponse([row.tolist() for row in embeddings(result, "inputs")])
+        )
 
 
 @router.post("/similarity", openapi_extra=_SIMILARITY)
 @refused_early("embed")
-async def similarity(request: Request) -> JSONResponse:
+async def similarity(request: Request) -> JsonResponse:
     """Compare texts and images with a source sentence: a list of cosine similarities."""
     with dispatch.count_request(request, "embed") as account:
         body = await _read(request, SimilarityBody)
         texts = [body.inputs.source_sentence, *body.inputs.sentences]
         result = await _embed(request, account, body.model, texts, {})
-        return JSONResponse(scores_with_first(result, "inputs").tolist())
+        return JsonResponse(scores_with_first(result, "inputs").tolist())
 
 
 @router.post("/rerank", openapi_extra=_RERANK)
 @refused_early("embed")
-async def rerank(request: Request) -> JSONResponse:
+async def rerank(request: Request) -> JsonResponse:
     """Order texts and images by their similarity to the query, best first. The scores are cosine
     similarities of embeddings, with and without `raw_scores`."""
     with dispatch.count_request(request, "embed") as account:
@@ -135,7 +137,7 @@ async def rerank(request: Request) -> JSONResponse:
         for place in np.argsort(-scores, kind="stable").tolist():
             entry = {"index": place, "score": float(scores[place])}
             answer.append(entry | ({"text": body.texts[place]} if body.return_text else {}))
-        return JSONResponse(answer)
+        return JsonResponse(answer)
 
 
 async def _read(request: Request, kind: type[B]) -> B:

@@ -4,7 +4,6 @@ https://github.com/triton-inference-server/server/blob/main/docs/protocol/extens
 """
 
 import base64
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +13,12 @@ from typing import Any
 import numpy as np
 from fastapi import Response
 from pydantic import BaseModel, Field
+from pydantic_core import to_json
 from starlette.datastructures import Headers
 
 from service.errors import BadRequestError, InvalidInputError
-from service.open_inference.inputs import InputTensor, is_bulk, timeout_ms
+from service.limits import check_answer_size
+from service.open_inference.inputs import MAX_ID, InputTensor, is_bulk, timeout_ms
 from service.open_inference.metadata import VERSION
 from service.open_inference.outputs import MAX_OUTPUTS, RequestedOutput
 from service.open_inference.shared_memory import Place, place_of
@@ -46,7 +47,7 @@ class _Output(BaseModel):
 
 
 class _InferRequest(BaseModel):
-    id: str = ""
+    id: str = Field("", max_length=MAX_ID)
     parameters: Parameters = {}
     inputs: list[_Input] = Field(max_length=16)
     outputs: list[_Output] = Field([], max_length=MAX_OUTPUTS)
@@ -143,7 +144,17 @@ def write_infer_response(
 
     Args:
         write: writes an output to shared memory.
+
+    Raises:
+        PayloadTooLargeError: too many numbers would be JSON.
     """
+    check_answer_size(
+        sum(
+            array.size
+            for output, array in zip(outputs, arrays, strict=True)
+            if output.place is None and not _is_binary(output, request)
+        )
+    )
     described: list[dict[str, Any]] = []
     binary: list[bytes] = []
     for output, array in zip(outputs, arrays, strict=True):
@@ -160,7 +171,7 @@ def write_infer_response(
                 "shared_memory_offset": output.place.offset,
                 "shared_memory_byte_size": len(content),
             }
-        elif request.binary if output.binary is None else output.binary:
+        elif _is_binary(output, request):
             binary.append(to_bytes(array))
             entry["parameters"] = {"binary_data_size": len(binary[-1])}
         else:
@@ -169,7 +180,7 @@ def write_infer_response(
     answer = {"model_name": model, "model_version": VERSION, "outputs": described}
     if request.id:
         answer["id"] = request.id
-    head = json.dumps(answer, separators=(",", ":"), allow_nan=False).encode()
+    head = to_json(answer)
     if not binary:
         return Response(head, media_type="application/json")
     return Response(
@@ -177,6 +188,10 @@ def write_infer_response(
         media_type="application/octet-stream",
         headers={HEADER_LENGTH: str(len(head))},
     )
+
+
+def _is_binary(output: RequestedOutput, request: InferenceRequest) -> bool:
+    return request.binary if output.binary is None else output.binary
 
 
 def _inputs(inputs: Sequence[_Input], binary: memoryview, read: Read) -> list[InputTensor]:

@@ -12,6 +12,7 @@ from service.backend import Backend
 from service.gateway import dispatch
 from service.gateway.auth import require_admin_key, require_key
 from service.gateway.entrance import refused_early
+from service.gateway.json_response import made_of
 from service.gateway.open_inference.codec import (
     parse_index_request,
     parse_infer_request,
@@ -129,10 +130,13 @@ async def infer(request: Request, name: ModelName, version: str = "") -> Respons
             inputs=inputs, calls=selection.calls, deadline=deadline, bulk=bulk
         )
         result = await dispatch.infer(request, infer_request, account)
-        arrays = selection.collect(result)
-        response = write_infer_response(
-            name, parsed, selection.requested, arrays, memory_of(request).write
-        )
+        write = memory_of(request).write
+
+        def respond() -> Response:
+            arrays = selection.collect(result)
+            return write_infer_response(name, parsed, selection.requested, arrays, write)
+
+        response = await made_of(result, respond)
         return await compressed(response, request.headers.get("accept-encoding", ""))
 
 

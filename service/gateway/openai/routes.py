@@ -6,13 +6,13 @@ https://platform.openai.com/docs/api-reference/embeddings
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse
 
 from models.description import ModelDescription
 from service.gateway import dispatch
 from service.gateway.auth import require_key
 from service.gateway.embedding import embed_inputs
 from service.gateway.entrance import refused_early
+from service.gateway.json_response import JsonResponse, made_of
 from service.gateway.openai.inputs import EmbeddingsRequest, parse_inputs
 from service.gateway.openai.outputs import embeddings_answer
 from service.gateway.rest.content import read_body
@@ -41,7 +41,7 @@ async def get_model(request: Request, name: ModelName) -> dict[str, Any]:
 @router.post("/v1/embeddings", openapi_extra=_BODY)
 @router.post("/embeddings", openapi_extra=_BODY)
 @refused_early("embed")
-async def embeddings(request: Request) -> JSONResponse:
+async def embeddings(request: Request) -> JsonResponse:
     """Embed texts and images. `input`: strings, `data:` URIs of images (and URLs with
     `modality: image`), or objects `{"text"}` and `{"image"}`; or `messages` with one text or image.
     """
@@ -50,7 +50,9 @@ async def embeddings(request: Request) -> JSONResponse:
         options = {"dimensions": body.dimensions or None, "truncate": body.truncate is True}
         inputs = parse_inputs(body)
         result = await embed_inputs(request, account, body.model, inputs, options)
-        return JSONResponse(embeddings_answer(result, body.encoding_format))
+        return await made_of(
+            result, lambda: JsonResponse(embeddings_answer(result, body.encoding_format))
+        )
 
 
 def _model(model: ModelDescription) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A request body to an `InferRequest` and its parameters: multipart, raw, form or JSON."""
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ MAX_URLENCODED_BYTES = 4 * 2**20
 # Of a form, so many bytes are parsed at once, and for so long until the event loop has a turn.
 FORM_PIECE_BYTES = 2**16
 FORM_TURN_S = 0.005
+# Spaces after a boundary.
+MAX_PADDING = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +119,12 @@ async def parse_form(
     # With other codecs, text can hold what is not Unicode.
     if options.get(b"charset", b"utf-8").lower() != b"utf-8":
         raise UnsupportedMediaTypeError("a multipart body's charset can only be utf-8")
-    # What looks like a boundary takes the parser as long as one, wherever it stands.
-    boundaries = content.count(b"\r\n--" + options.get(b"boundary", b""))
-    if boundaries > max_files + max_fields + 1:
-        raise PayloadTooLargeError(f"multipart body: {boundaries} boundaries are too many")
+    boundary = b"\r\n--" + options.get(b"boundary", b"")
+    most = max_files + max_fields + 1
+    if len(content) <= FORM_PIECE_BYTES:
+        _check_boundaries(content, boundary, most)
+    else:
+        await asyncio.to_thread(_check_boundaries, content, boundary, most)
     parser = MultiPartParser(
         headers,
         stream(),
@@ -136,6 +141,27 @@ async def parse_form(
         raise BadRequestError(f"multipart body: {error.message}") from error
     except (KeyError, UnicodeError, ValueError) as error:
         raise BadRequestError("the multipart body cannot be parsed") from error
+
+
+def _check_boundaries(content: bytes, boundary: bytes, most: int) -> None:
+    """Check what looks like a boundary of a form, which takes the parser as long as one, wherever
+    it stands; and the spaces that may follow it, each of which takes it as long.
+
+    Raises:
+        PayloadTooLargeError: there are too many.
+    """
+    count = 0
+    for start in range(0, len(content), FORM_PIECE_BYTES):
+        end = start + FORM_PIECE_BYTES + len(boundary) - 1  # those that begin in the piece
+        count += content.count(boundary, start, end)
+    if count > most:
+        raise PayloadTooLargeError(f"multipart body: {count} boundaries are too many")
+    padding = re.escape(boundary[2:]) + rb"[ \t]{%d}" % MAX_PADDING
+    if any(
+        re.search(padding, content[start : start + FORM_PIECE_BYTES + len(boundary) + MAX_PADDING])
+        for start in range(0, len(content), FORM_PIECE_BYTES)
+    ):
+        raise PayloadTooLargeError("multipart body: too many spaces after a boundary")
 
 
 async def load_image(item: Any, fetch: Fetch) -> bytes | ServiceError:

@@ -1,15 +1,16 @@
 """NDJSON responses: one line for each input, in order, sent as soon as it is ready."""
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
+from pydantic_core import to_json
 
 from models.tasks.base import Task
 from service.accounting import Account
@@ -18,6 +19,7 @@ from service.errors import QueueFullError, ServiceError
 from service.gateway import dispatch
 from service.gateway.auth import count_images
 from service.gateway.entrance import NDJSON
+from service.gateway.json_response import made_of
 from service.gateway.problems import describe
 from service.gateway.rest.body import read_request
 from service.gateway.rest.responses import digests, first_output
@@ -91,7 +93,8 @@ async def _lines(
                 output = first_output(result.images[0])
                 if isinstance(output, ServiceError):
                     raise output
-                line |= digests(task, used) | task.render(output, **options)
+                line |= digests(task, used)
+                line |= await made_of(result, partial(task.render, output, **options))
             except ServiceError as error:
                 line["error"] = describe(error)
-            yield json.dumps(line, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+            yield to_json(line) + b"\n"

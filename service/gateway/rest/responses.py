@@ -1,6 +1,5 @@
 """A backend's result as a response: JSON, or a task's other media types."""
 
-import json
 import time
 from typing import Any
 
@@ -9,6 +8,7 @@ from fastapi import Request, Response
 from models.tasks.base import Arrays, Task
 from models.tasks.table import get_task
 from service.errors import ServiceError
+from service.gateway.json_response import JsonResponse
 from service.gateway.problems import describe
 from service.parameters import PredictParameters, TaskParameters
 from service.types import ImageResult, InferResult, ModelUsed
@@ -93,9 +93,7 @@ def _json(request: Request, answer: dict[str, Any], result: InferResult, timing:
     if timing:
         started: float = request.scope["state"]["started"]
         answer["timing"] = _timing(result, time.monotonic() - started)
-    return Response(
-        json.dumps(answer, separators=(",", ":"), allow_nan=False), media_type="application/json"
-    )
+    return JsonResponse(answer)
 
 
 def _timing(result: InferResult, total_s: float) -> dict[str, float]:

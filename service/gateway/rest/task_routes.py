@@ -10,6 +10,7 @@ from service.gateway import dispatch
 from service.gateway.auth import require_key
 from service.gateway.dialects import immich
 from service.gateway.entrance import NDJSON, refused_early
+from service.gateway.json_response import made_of
 from service.gateway.rest.body import read_request
 from service.gateway.rest.content import read_body
 from service.gateway.rest.examples import PREDICT
@@ -35,7 +36,7 @@ async def _answer_task(request: Request, task: Task) -> Response:
         parameters, infer_request = await read_request(request, task_parameters(task.name))
         result = await dispatch.infer(request, infer_request, account)
         result.raise_if_all_failed()
-        return task_response(request, task, parameters, result)
+        return await made_of(result, task_response, request, task, parameters, result)
 
 
 for _task in tasks().values():
@@ -60,4 +61,4 @@ async def predict(request: Request) -> Response:
         parameters, infer_request = await read_request(request, PredictParameters, body)
         result = await dispatch.infer(request, infer_request, account)
         result.raise_if_all_failed()
-        return predict_response(request, parameters, result)
+        return await made_of(result, predict_response, request, parameters, result)
