@@ -102,10 +102,7 @@ class Settings(BaseSettings):
         "are quick to decode, other files and clips in processes.",
     )
     decode_cpu_s: float = Field(
-        5,
-        gt=0,
-        description="Seconds of processor time to decode an image in a process; a clip may take six "
-        "times as much.",
+        5, gt=0, description="Processor seconds to decode an image in a process; clips: six times."
     )
     max_batch_size: int = Field(
         0, ge=0, description="Most images in a batch; 0 for 16, or 64 on a GPU."

@@ -1,6 +1,7 @@
 """Labelled images, from folders named after classes, a CSV file, or a zip archive of folders."""
 
 import csv
+import io
 import lzma
 import struct
 import zipfile
@@ -13,10 +14,14 @@ from typing import BinaryIO
 
 import numpy as np
 
+from models.archives import count_members
 from models.errors import InputError
 from models.inputs.images import SUFFIXES
 
 MAX_MEMBERS = 100_000
+# Archives that expand by more than this factor are rejected: images are compressed already.
+MAX_EXPANSION = 4
+MARGIN_BYTES = 16 * 2**20
 # What zipfile raises for damaged and unsupported archives.
 DAMAGED = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, EOFError,
@@ -78,6 +83,13 @@ def read_archive(file: BinaryIO, max_bytes: int) -> list[Example]:
             return _of_archive(archive, max_bytes)
     except DAMAGED as error:
         raise InputError(f"the archive cannot be read: {error}", field="archive") from error
+
+
+def read_upload(content: bytes) -> list[Example]:
+    """The examples in an archive that a caller sent. Raises as `read_archive`."""
+    if count_members(content) > MAX_MEMBERS:
+        raise InputError(f"the archive has more than {MAX_MEMBERS} files", field="archive")
+    return read_archive(io.BytesIO(content), MAX_EXPANSION * len(content) + MARGIN_BYTES)
 
 
 def check_classes(examples: Sequence[Example]) -> None:

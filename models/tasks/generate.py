@@ -13,8 +13,9 @@ from models.tasks.rendering import first_of, image_size, to_base64
 MAX_IMAGES = 64
 MAX_LATENT = 8192
 
-# One error for all of its numbers that are wrong.
-Vector = Annotated[list[float], Field(max_length=MAX_LATENT, fail_fast=True)]
+# One error for all that is wrong in one.
+Vector = Annotated[list[float], Field(fail_fast=True)]
+Vectors = Annotated[list[Vector], Field(fail_fast=True)]
 
 
 class GenerateOptions(Options):
@@ -27,9 +28,10 @@ class GenerateOptions(Options):
         lt=2**53,
         description="The first image's seed (0); each further image's is one more.",
     )
-    latent: Vector | Annotated[list[Vector], Field(max_length=MAX_IMAGES)] | None = Field(
+    latent: Vector | Vectors | None = Field(
         None,
         min_length=1,
+        max_length=MAX_LATENT,
         description="Instead of a seed: a latent vector, or several. No noise is added.",
     )
 
@@ -39,6 +41,11 @@ class GenerateOptions(Options):
             return self
         if self.seed is not None or self.n is not None:
             raise ValueError("latent excludes seed and n")
+        if isinstance(self.latent[0], list):
+            if len(self.latent) > MAX_IMAGES:
+                raise ValueError(f"{len(self.latent)} latent vectors; the limit is {MAX_IMAGES}")
+            if any(len(row) > MAX_LATENT for row in self.latent if isinstance(row, list)):
+                raise ValueError(f"a latent vector has at most {MAX_LATENT} numbers")
         return self
 
     def inputs(self) -> Sequence[Input]:

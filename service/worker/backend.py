@@ -29,6 +29,7 @@ from service.worker.catalog_watch import CatalogWatch
 from service.worker.execution_plan import (
     ExecutionPlan,
     ResolvedCall,
+    answer_values,
     plan_execution,
     resolve,
 )
@@ -167,10 +168,7 @@ class LocalBackend:
             modality: [resolve(self.registry, call, modality) for call in request.calls]
             for modality in modalities
         }
-        values = {
-            kind: sum(call.answer_values for call in calls) for kind, calls in resolved.items()
-        }
-        check_answer_size(sum(values[modality_of(item)] for item in inputs))
+        check_answer_size(answer_values(resolved, inputs))
         plans = {
             kind: await self._plan(calls, request.deadline) for kind, calls in resolved.items()
         }

@@ -1,6 +1,6 @@
 """A request's calls, resolved to heads and grouped into the trunk passes that they share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ from models.inference import (
 )
 from models.inputs.images import ImageLimits
 from models.inputs.tiling import View
-from models.inputs.types import Input, Video
+from models.inputs.types import Input, Video, modality_of
 from models.model import Model
 from models.registry import Registry
 from models.trunks.adapters import Adapter
@@ -117,6 +117,12 @@ def resolve_for(model: Model, call: Call, modality: str) -> ResolvedCall:
     head = model.head_for(modality, call.task, call.options)
     head_call = HeadCall.of(head, call.options)
     return ResolvedCall(model, modality, head, head_call, finish_options(head, call.options))
+
+
+def answer_values(resolved: Mapping[str, Sequence[ResolvedCall]], inputs: Sequence[Input]) -> int:
+    """The most numbers in the answer for all inputs, of the calls of their modalities."""
+    each = {kind: sum(call.answer_values for call in calls) for kind, calls in resolved.items()}
+    return sum(each[modality_of(item)] for item in inputs)
 
 
 def plan_execution(calls: Sequence[ResolvedCall]) -> ExecutionPlan:

@@ -15,11 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from models.archives import count_members
 from models.description import UnservedHead
 from models.errors import InputError, ModelsError
 from models.fitting.dataset import Progress
-from models.fitting.examples import MAX_MEMBERS, check_classes, read_archive
+from models.fitting.examples import check_classes, read_archive, read_upload
 from models.fitting.features import ReadFeatures
 from models.fitting.fit import Fitted, create_reader, fit
 from models.fitting.options import FitOptions
@@ -47,9 +46,6 @@ from service.worker.trunk_keys import key_of, name_of
 
 logger = logging.getLogger(__name__)
 
-# Archives that expand by more than this factor are rejected: images are compressed already.
-MAX_EXPANSION = 4
-MARGIN_BYTES = 16 * 2**20
 # Most fits that wait or run, over all processes that share the folder. Each keeps its archive on
 # disk and a lock's file descriptor.
 MAX_FITS = 16
@@ -121,7 +117,7 @@ class FitJobs:
         try:
             options = FitOptions(**request.options).check()
             create_reader(trunk.trunk, request.trunk, options)
-            check_classes(_examples(request.archive))
+            check_classes(read_upload(request.archive))
         except TypeError as error:
             names = ", ".join(FitOptions.__dataclass_fields__)
             raise InvalidInputError(f"unknown option; the options are {names}") from error
@@ -288,12 +284,6 @@ class FitJobs:
     def _check(self, job: FitJob) -> None:
         if job.cancelled.is_set() or self._closing.is_set():
             raise CancelledError
-
-
-def _examples(archive: bytes) -> Any:
-    if count_members(archive) > MAX_MEMBERS:
-        raise InputError(f"the archive has more than {MAX_MEMBERS} files", field="archive")
-    return read_archive(io.BytesIO(archive), MAX_EXPANSION * len(archive) + MARGIN_BYTES)
 
 
 def _lower_priority() -> None:

@@ -86,7 +86,7 @@ def test_one_clients_requests_and_bytes_leave_room_for_others() -> None:
 
 
 def test_the_memory_of_large_bodies_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    returned = []
+    returned: list[int] = []
 
     async def case() -> None:
         budget = Budget(Settings())
