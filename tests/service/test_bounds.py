@@ -118,7 +118,7 @@ def test_numbers_with_a_text_among_them_do_not_become_texts() -> None:
 
 
 def test_numbers_of_an_answer_in_json_are_counted() -> None:
-    request = InferenceRequest("", [], [], {}, None, binary=False)
+    request = InferenceRequest("", [], [], {}, None, binary=False, bulk=False)
     arrays = [np.zeros((64, MAX_ANSWER_VALUES // 128 + 1), np.float32)] * 2
     as_json = [RequestedOutput("a"), RequestedOutput("b")]
     write: Any = None
