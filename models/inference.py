@@ -156,7 +156,7 @@ def _groups(places: Mapping[HeadCall, Places]) -> list[dict[HeadCall, Places]]:
     rows: dict[Hashable, int] = defaultdict(int)
     for call, at in places.items():
         key: Hashable = call
-        if call.head.shared is not None:
+        if call.is_ranked and call.head.shared is not None:
             shared = (call.head.shared, call.options)
             rows[shared] += len(at)
             key = (shared, rows[shared] // MAX_TOGETHER)
@@ -174,15 +174,17 @@ def _start_heads(
         _start_head(started, output, call, at)
         return
     try:
-        outputs = _forward_together(output, places)
+        parts = _forward_together(output, places, started.top_k(places.values()))
     except Exception as error:
         if is_out_of_memory(error) or is_cuda_error(error):  # not the heads' fault
             raise
         for call, at in places.items():
             _start_head(started, output, call, at)
     else:
-        for (call, at), tensors in zip(places.items(), outputs, strict=True):
-            started.add(at, tensors, is_ranked=call.is_ranked)
+        own = list(places.values())
+        for numbers, tensors in parts:
+            at = [place for number in numbers for place in own[number]]
+            started.add(at, tensors, is_unranked="logits" in tensors)
 
 
 def _start_head(started: StartedPass, output: TrunkOutput, call: HeadCall, at: Places) -> None:
@@ -191,7 +193,7 @@ def _start_head(started: StartedPass, output: TrunkOutput, call: HeadCall, at: P
     try:
         with nullcontext() if call.head.forward_is_slow else one_thread():
             outputs = call.head.forward(rows, **dict(call.options))
-        started.add(at, outputs, is_ranked=call.is_ranked)
+        started.add(at, outputs, is_unranked=call.is_ranked)
     except Exception as error:
         if is_out_of_memory(error) or is_cuda_error(error):  # not the head's fault
             raise
@@ -199,15 +201,15 @@ def _start_head(started: StartedPass, output: TrunkOutput, call: HeadCall, at: P
 
 
 def _forward_together(
-    output: TrunkOutput, places: Mapping[HeadCall, Places]
-) -> list[dict[str, Tensor]]:
-    """The outputs of heads that compute together, each for its own rows."""
+    output: TrunkOutput, places: Mapping[HeadCall, Places], best: int
+) -> Sequence[tuple[Sequence[int], Mapping[str, Tensor]]]:
+    """What heads that compute together return, see `Head.forward_together`."""
     heads = [call.head for call in places]
     distinct = sorted({row for at in places.values() for row, _ in at})
     number = {row: position for position, row in enumerate(distinct)}
     index = [[number[row] for row, _ in at] for at in places.values()]
     with one_thread():
-        return heads[0].forward_together(heads, output.rows(distinct), index)
+        return heads[0].forward_together(heads, output.rows(distinct), index, best)
 
 
 def run_pass(

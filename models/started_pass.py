@@ -1,7 +1,7 @@
 """What the heads of a batch have put on a device, and the rows that it becomes on the host."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -37,21 +37,25 @@ class StartedPass:
         # By their number of classes: the logits to rank, with their rows.
         self._unranked: dict[int, list[tuple[Places, Tensor]]] = defaultdict(list)
 
-    def add(self, at: Places, outputs: Mapping[str, Tensor], *, is_ranked: bool = False) -> None:
-        """Add a head's outputs for these rows.
+    def add(self, at: Places, outputs: Mapping[str, Tensor], *, is_unranked: bool = False) -> None:
+        """Add outputs for these rows.
 
         Args:
-            is_ranked: its logits are to be ranked.
+            is_unranked: they are logits that are still to be ranked.
         """
         tensors = {name: tensor.float() for name, tensor in outputs.items()}
         if any(len(tensor) < len(at) for tensor in tensors.values()):
             raise ValueError(f"a head returned fewer than {len(at)} rows")
-        if is_ranked:
+        if is_unranked:
             logits_NK = tensors["logits"]
             self._unranked[logits_NK.shape[1]].append((at, logits_NK))
             return
         self.tensors += tensors.values()
         self._outputs.append((at, list(tensors)))
+
+    def top_k(self, places: Iterable[Places]) -> int:
+        """How many of the best classes any of these calls has."""
+        return max(self._top_k[row][position] for at in places for row, position in at)
 
     def rank(self) -> None:
         """Replace logits by their best classes: at once for all heads with equally many classes,

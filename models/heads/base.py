@@ -128,13 +128,18 @@ class Head:
 
     @classmethod
     def forward_together(
-        cls, heads: Sequence[Any], output: TrunkOutput, index: Sequence[Sequence[int]]
-    ) -> list[dict[str, Tensor]]:
-        """What `forward` of each head returns for its rows.
+        cls, heads: Sequence[Any], output: TrunkOutput, index: Sequence[Sequence[int]], best: int
+    ) -> list[tuple[Sequence[int], Mapping[str, Tensor]]]:
+        """The best classes of heads that rank them, each for its own rows.
 
         Args:
             output: for all rows of the heads.
             index: for each head its rows of `output`.
+            best: how many of the best classes are needed.
+
+        Returns:
+            Numbers of heads, with what they return for their rows, one head's after another's:
+            `index` and `score`, or `logits` that are still to be ranked.
         """
         raise NotImplementedError
 

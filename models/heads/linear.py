@@ -5,10 +5,8 @@ without the mean of the last one's patch tokens, as in evaluations of self-super
 """
 
 import json
-from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from itertools import accumulate
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +15,7 @@ from models.checkpoints.checkpoint import HeadState
 from models.checkpoints.strict import UNFIT
 from models.errors import CheckpointError
 from models.heads.ranking import Ranking
+from models.heads.stacked import Part, StackedClassifier, classify_together, stacked
 from models.trunks.base import Trunk
 from models.trunks.features import NO_EXTRAS, FeatureRequest
 from models.trunks.output import TrunkOutput
@@ -24,9 +23,6 @@ from models.trunks.transfers import index_tensor
 from models.trunks.weights import state_digest
 
 CLASSIFIER = "classifier."
-# Classifiers of more weights are not stacked with others. On a CPU, copying more costs more than
-# starting a product for each of them. On a GPU the bound is for memory: a batch's classifiers.
-MAX_STACKED = {"cpu": 2**15, "cuda": 2**20}
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "relu": nn.ReLU,
@@ -62,12 +58,13 @@ class Linear(Ranking):
         """
         super().__init__(labels)
         self.trunk = trunk
-        self.network = create_classifier(state).to(trunk.placement.device)
-        outputs = last_size(self.network)
+        classifier = create_classifier(state).to(trunk.placement.device)
+        self.feature_count, outputs = first_size(classifier), last_size(classifier)
         if outputs != len(labels):
             raise CheckpointError(f"the head has {len(labels)} labels for {outputs} outputs")
         self._digest = state_digest(state.tensors) + json.dumps(state.settings, sort_keys=True)
         self.read_settings(state)
+        self.network = stacked(classifier, trunk)
 
     @classmethod
     def create(cls, trunk: Trunk, labels: Sequence[str], state: HeadState | None) -> Self:
@@ -79,6 +76,11 @@ class Linear(Ranking):
     @property
     def digests(self) -> list[str]:
         return [self._digest]
+
+    @property
+    def nbytes(self) -> int:
+        network = self.network
+        return network.nbytes if isinstance(network, StackedClassifier) else super().nbytes
 
     def read_settings(self, state: HeadState) -> None:
         depth = len(self.trunk.blocks)
@@ -105,10 +107,9 @@ class Linear(Ranking):
         parts = 1
         if self.layers and self.mean not in ("alone", "unnormed"):
             parts = len(self.layers) + (self.mean is not None)
-        inputs = first_size(self.network)
-        if inputs != parts * width:
+        if self.feature_count != parts * width:
             raise CheckpointError(
-                f"the head reads {inputs} features; the trunk gives {parts * width}"
+                f"the head reads {self.feature_count} features; the trunk gives {parts * width}"
             )
 
     def features(self, output: TrunkOutput) -> Tensor:
@@ -145,57 +146,13 @@ class Linear(Ranking):
 
     @classmethod
     def forward_together(
-        cls, heads: Sequence[Self], output: TrunkOutput, index: Sequence[Sequence[int]]
-    ) -> list[dict[str, Tensor]]:
+        cls, heads: Sequence[Self], output: TrunkOutput, index: Sequence[Sequence[int]], best: int
+    ) -> list[Part]:
         """One computation of the features, then the heads' classifiers."""
         features = heads[0].features(output)
         rows = index_tensor([row for rows in index for row in rows], features.device)
         parts = features[rows].split_with_sizes([len(rows) for rows in index])
-        return classify_together([head.network for head in heads], parts)
-
-
-def classify_together(
-    networks: Sequence[nn.Sequential], parts: Sequence[Tensor]
-) -> list[dict[str, Tensor]]:
-    """The `logits` of each classifier for its features (R, F), as it would return them. Small ones
-    of equal sizes are one product of stacked matrices."""
-    stacks: dict[Hashable, list[int]] = defaultdict(list)
-    for number, network in enumerate(networks):
-        stacks[_stack_key(network) or number].append(number)
-    logits: list[Tensor] = [parts[0]] * len(networks)
-    for numbers in stacks.values():
-        if len(numbers) == 1:
-            [number] = numbers
-            logits[number] = networks[number](parts[number])
-            continue
-        layers: list[Any] = [networks[number][0] for number in numbers]
-        weights_HKF = torch.stack([layer.weight for layer in layers])
-        products_HRK = _rows_of([parts[number] for number in numbers]) @ weights_HKF.mT
-        if layers[0].bias is not None:
-            products_HRK = products_HRK + torch.stack([layer.bias for layer in layers])[:, None]
-        for number, own in zip(numbers, products_HRK, strict=True):
-            logits[number] = own[: len(parts[number])]
-    return [{"logits": own} for own in logits]
-
-
-def _stack_key(network: nn.Sequential) -> Hashable:
-    """Equal for classifiers that are stacked; None for those that are not."""
-    layer: Any = network[0]
-    if len(network) > 1 or layer.weight.numel() > MAX_STACKED[layer.weight.device.type]:
-        return None
-    return layer.weight.shape, layer.bias is None
-
-
-def _rows_of(parts: Sequence[Tensor]) -> Tensor:
-    """(H, R, F): the rows of each part, repeated if it has fewer than the longest."""
-    lengths = [len(part) for part in parts]
-    features, longest = torch.cat(list(parts)), max(lengths)
-    if min(lengths) == longest:
-        return features.view(len(parts), longest, -1)
-    starts = accumulate([0, *lengths[:-1]])
-    rows = [[start + row % n for row in range(longest)]
-            for start, n in zip(starts, lengths, strict=True)]  # fmt: skip
-    return features[index_tensor(rows, features.device)]
+        return classify_together(heads[0].trunk, [head.network for head in heads], parts, best)
 
 
 def check_has_blocks(trunk: Trunk) -> None:

@@ -4,6 +4,7 @@ The features are the trunk's pooled output and each block's query outputs, each 
 length. A classifier follows, on all features or on those that training has selected.
 """
 
+from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import Self
@@ -17,7 +18,8 @@ from torch.nn.functional import normalize
 from models.checkpoints.checkpoint import HeadState
 from models.checkpoints.strict import load_strictly
 from models.errors import CheckpointError
-from models.heads.linear import Linear, check_has_blocks, classify_together, first_size
+from models.heads.linear import Linear, check_has_blocks
+from models.heads.stacked import Part, classify_together
 from models.trunks.features import FeatureRequest
 from models.trunks.output import TrunkOutput
 from models.trunks.transfers import index_tensor
@@ -61,7 +63,7 @@ class Vqt(Linear):
         if self.attend is not None:
             self.attend.to(placement.device)
         count = dim if self.attend is not None else dim * (1 + depth * tokens)
-        self.indices = selection(state, count, first_size(self.network))
+        self.indices = selection(state, count, self.feature_count)
         if self.indices is not None:
             self.indices = self.indices.to(placement.device)
         self.queries = self.trunk.add_queries(raw_LTD)
@@ -94,16 +96,35 @@ class Vqt(Linear):
 
     @classmethod
     def forward_together(
-        cls, heads: Sequence[Self], output: TrunkOutput, index: Sequence[Sequence[int]]
-    ) -> list[dict[str, Tensor]]:
+        cls, heads: Sequence[Self], output: TrunkOutput, index: Sequence[Sequence[int]], best: int
+    ) -> list[Part]:
         """One computation of the features, then the heads' classifiers."""
         queries = output.queries.joined([head.queries for head in heads])
         rows = index_tensor([row for rows in index for row in rows], queries.device)
-        pooled = heads[0].trunk.pool(output)[rows]
-        features = vqt_features(pooled, queries, None, heads[0].normalize)
+        trunk = heads[0].trunk
+        features = vqt_features(trunk.pool(output)[rows], queries, None, heads[0].normalize)
         parts = features.split_with_sizes([len(rows) for rows in index])
-        selected = [head._selected(part) for head, part in zip(heads, parts, strict=True)]
-        return classify_together([head.network for head in heads], selected)
+        selected = _select_together([head.indices for head in heads], parts)
+        return classify_together(trunk, [head.network for head in heads], selected, best)
+
+
+def _select_together(indices: Sequence[Tensor | None], parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The selected features (R, F) of each head's rows: at once for all heads that select equally
+    many."""
+    selected = list(parts)
+    by_count: dict[int, list[int]] = defaultdict(list)
+    for number, own in enumerate(indices):
+        if own is not None:
+            by_count[len(own)].append(number)
+    for numbers in by_count.values():
+        lengths = [len(parts[number]) for number in numbers]
+        owners = [place for place, length in enumerate(lengths) for _ in range(length)]
+        indices_HF = torch.stack([own for n in numbers if (own := indices[n]) is not None])
+        rows = torch.cat([parts[number] for number in numbers])
+        chosen = rows.gather(1, indices_HF[index_tensor(owners, rows.device)])
+        for number, own in zip(numbers, chosen.split_with_sizes(lengths), strict=True):
+            selected[number] = own
+    return selected
 
 
 class Attending(nn.Module):

@@ -26,6 +26,7 @@ from models.trunks.engines.registry import engine_class
 from models.trunks.features import LAST_OUTPUT, BatchRequest, FeatureRequest, PassPlan
 from models.trunks.output import TrunkOutput
 from models.trunks.query_tokens import QueryBatch, QuerySet
+from models.trunks.slot_bank import SlotBank
 from models.trunks.weights import parameter_bytes, state_digest
 
 
@@ -53,6 +54,7 @@ class Trunk:
         digest: SHA-256 over the weights, which does not depend on the precision.
         feature_values: numbers in one input's last output, once a pass has run.
         adapters: the hooks that add low-rank adapters to its linear layers.
+        classifiers: the weights of heads' linear classifiers by their number of features.
         identity: changes whenever a plan's pass may compute something else in float32.
         entry: its entry in the catalog that it was loaded from, if there is one.
         version: how often its entry was replaced before, while a registry served.
@@ -83,6 +85,7 @@ class Trunk:
         self.identity = f"{architecture} {self.digest} {preprocess.digest}"
         self.engine = engine(self)
         self.adapters = AdapterHooks(self.network)
+        self.classifiers: dict[int, SlotBank] = {}
         # no other engine runs the hooks
         self._adapter_engine = self.engine if engine is Eager else Eager(self)
 
@@ -150,13 +153,8 @@ class Trunk:
         raise NotImplementedError(f"the blocks of {self.architecture} cannot be read")
 
     def summary(self, batch: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
-        """The logits (B, K) of the own classifier and True, otherwise the last output (B, D) and
-        False. Engines are compared by it.
-
-        Args:
-            batch: as `forward` takes it.
-            tensors: the outputs of a pass.
-        """
+        """For a batch and the outputs of its pass the logits (B, K) of the own classifier and True,
+        otherwise the last output (B, D) and False. Engines are compared by it."""
         output = self.output(batch, tensors)
         if self.num_classes and "features" in tensors:
             return self.classify(output), True

@@ -43,8 +43,10 @@ class ComputeStream:
             if callers == stream:
                 return function(*inputs)
             stream.wait_stream(callers)
-            outputs = function(*inputs)
-        callers.wait_stream(stream)
+            try:
+                outputs = function(*inputs)
+            finally:  # also if it fails: the caller then frees what started kernels may still read
+                callers.wait_stream(stream)
         for tensor in outputs.values():
             tensor.record_stream(callers)  # its memory belongs to the other stream
         return outputs

@@ -95,7 +95,10 @@ def merge(requests: Iterable[tuple[FeatureRequest, Sequence[int]]]) -> BatchRequ
     )
     if len({query_set for query_set, _ in queries}) < len(queries):
         raise ValueError("a head with query tokens is called twice in one pass")
-    return BatchRequest(plan, queries, _adapters(pairs))
+    adapters = _adapters(pairs)
+    if queries and adapters:  # their layers take query tokens, which belong to other heads
+        raise ValueError("adapters and query tokens need passes of their own")
+    return BatchRequest(plan, queries, adapters)
 
 
 def _adapters(

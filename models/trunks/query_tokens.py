@@ -11,9 +11,7 @@ Shape suffixes: B rows, L blocks, C capacity, N query tokens of a batch, S of a 
 K image tokens, D embedding, h attention heads, d channels per head.
 """
 
-import threading
-import weakref
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,78 +19,38 @@ import torch
 from torch import Tensor
 
 from models.trunks.attention import attend, finish_block, keys_values, project
-from models.trunks.transfers import finish_writes, index_tensor
-
-FIRST_CAPACITY = 64
+from models.trunks.slot_bank import SlotBank, Slots
+from models.trunks.transfers import index_tensor
 
 
 class QuerySet:
     """A head's query tokens in a trunk's bank, compared by identity.
 
-    Args:
+    Attributes:
         slots: the T consecutive places in the bank.
         nbytes: bytes of the tokens on the device.
     """
 
-    def __init__(self, slots: range, nbytes: int) -> None:
-        self.slots = slots
-        self.nbytes = nbytes
+    def __init__(self, held: Slots) -> None:
+        self._held = held
+        self.slots = held.places
+        self.nbytes = held.nbytes
 
 
-class QueryBank:
+class QueryBank(SlotBank):
     """The query tokens of all heads on one trunk: raw (L, C, D), and projected to what each block's
-    attention takes (L, C, h, d). The capacity C doubles when it is used up."""
+    attention takes (L, C, h, d)."""
 
     def __init__(self, blocks: Sequence[Any]) -> None:
+        super().__init__(dimension=1)
         self._blocks = blocks
-        self._lock = threading.Lock()
-        self._free: list[range] = []
-        # The garbage collector may run in a thread that holds the lock, so it only appends here.
-        self._released: deque[range] = deque()
-        self.tensors: tuple[Tensor, Tensor] | None = None
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def add(self, raw_LTD: Tensor) -> QuerySet:
         """Store query tokens (L, T, D) until the returned set is garbage-collected."""
         projected = [project(block, raw) for block, raw in zip(self._blocks, raw_LTD, strict=True)]
-        projected_LThd = torch.stack(projected)
-        with self._lock:
-            slots = self._take(raw_LTD, projected_LThd)
-            assert self.tensors is not None
-            for bank, tokens in zip(self.tensors, (raw_LTD, projected_LThd), strict=True):
-                bank[:, slots.start : slots.stop] = tokens
-        finish_writes(raw_LTD.device)
-        queries = QuerySet(slots, raw_LTD.nbytes + projected_LThd.nbytes)
-        weakref.finalize(queries, self._released.append, slots).atexit = False
-        return queries
-
-    def _take(self, raw_LTD: Tensor, projected_LThd: Tensor) -> range:
-        count = raw_LTD.shape[1]
-        while self._released:
-            self._free.append(self._released.popleft())
-        self._free = _joined(self._free)
-        while True:
-            for position, free in enumerate(self._free):
-                if len(free) >= count:
-                    self._free[position] = free[count:]
-                    return free[:count]
-            self._grow(raw_LTD, projected_LThd)
-
-    def _grow(self, raw_LTD: Tensor, projected_LThd: Tensor) -> None:
-        """Replace the tensors by larger ones. Passes in flight keep the old ones."""
-        old = 0 if self.tensors is None else self.tensors[0].shape[1]
-        new = max(FIRST_CAPACITY, 2 * old, old + raw_LTD.shape[1])
-        larger = tuple(
-            like.new_zeros(like.shape[0], new, *like.shape[2:])
-            for like in (raw_LTD, projected_LThd)
-        )
-        if self.tensors is not None:
-            for target, source in zip(larger, self.tensors, strict=True):
-                target[:, :old] = source
-            finish_writes(raw_LTD.device)
-        self.tensors = (larger[0], larger[1])
-        self._free = _joined([*self._free, range(old, new)])
+        return QuerySet(self.store(raw_LTD, torch.stack(projected)))
 
 
 class QueryBatch:
@@ -154,13 +112,7 @@ class QueryBatch:
     def inputs(self, bank: QueryBank) -> tuple[Tensor, ...]:
         """The bank's tensors, then for each group its rows (R,), unless it is the whole batch, and
         its slots (R, S), both int64."""
-        assert bank.tensors is not None
-        tensors = list(bank.tensors)
-        if self._device.type == "cuda":
-            # The bank may grow and free them before this pass has ended.
-            stream = torch.cuda.current_stream(self._device)
-            for tensor in tensors:
-                tensor.record_stream(stream)
+        tensors = list(bank.for_pass())
         for (rows, slots), whole in zip(self.groups, self.whole, strict=True):
             tensors += [] if whole else [self._indices(rows)]
             tensors.append(self._indices(slots))
@@ -252,14 +204,3 @@ class QueryPass:
     def output(self) -> Tensor:
         """(L, N, D): every block's query outputs."""
         return torch.stack(self._outputs)
-
-
-def _joined(ranges: Sequence[range]) -> list[range]:
-    """Ranges in order, with neighbours joined and empty ones removed."""
-    joined: list[range] = []
-    for free in sorted((r for r in ranges if len(r)), key=lambda r: r.start):
-        if joined and joined[-1].stop == free.start:
-            joined[-1] = range(joined[-1].start, free.stop)
-        else:
-            joined.append(free)
-    return joined

@@ -63,6 +63,11 @@ class Item:
     done: "Done"
     trace: "SpanContext | None" = None
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether its pass goes through an adapter: all of its heads' or none's."""
+        return any(call.head.request.adapter for call in self.calls[:1])
+
     @classmethod
     def awaited(
         cls, trunk: str, prepared: Tensor, calls: Sequence[HeadCall] = ()
@@ -185,24 +190,23 @@ class Runner:
         return [self._run_safely(queue, [item])[0] for item in items]
 
     def _run(self, items: Sequence[Item]) -> list[list[Row | Exception]]:
-        """Run items, in one pass for each input size. Those that the trunk's engine leaves to
-        another one have passes of their own."""
+        """Run items, in one pass for each input size. Those with adapters have passes of their own
+        if the trunk's engine leaves them to another one, or if others have query tokens, which the
+        adapters would change."""
         if self.trunk.modality == "text":  # texts are padded to one size
             return self._run_pass(items)
+        splits = self.trunk.splits_adapters or any(
+            call.head.request.queries is not None for item in items for call in item.calls
+        )
         sizes: dict[tuple[torch.Size, bool], list[int]] = defaultdict(list)
         for place, item in enumerate(items):
-            sizes[item.prepared.shape, self._is_apart(item)].append(place)
+            sizes[item.prepared.shape, splits and item.has_adapter].append(place)
         results: list[list[Row | Exception]] = [[]] * len(items)
         for places in sizes.values():
             passed = self._run_pass([items[place] for place in places])
             for place, rows in zip(places, passed, strict=True):
                 results[place] = rows
         return results
-
-    def _is_apart(self, item: Item) -> bool:
-        """Whether an item has an adapter that the trunk's engine does not take."""
-        adapters = [call.head.request.adapter for call in item.calls[:1]]
-        return self.trunk.splits_adapters and any(adapters)
 
     def _run_pass(self, items: Sequence[Item]) -> list[list[Row | Exception]]:
         with one_thread():

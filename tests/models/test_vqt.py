@@ -17,7 +17,6 @@ from torch.nn.functional import normalize
 from models.checkpoints.checkpoint import HeadState
 from models.errors import CheckpointError
 from models.heads.base import Head
-from models.heads.linear import classify_together, create_classifier, first_size
 from models.heads.registry import create_head
 from models.heads.vqt import Vqt, vqt_features
 from models.inference import HeadCall, run_pass
@@ -301,7 +300,9 @@ def test_mixed_heads_compute_their_features_together(
         linear_head(trunk, 6),
         linear_head(trunk, 7, layers=[1]),
     ]
-    calls = [[HeadCall(heads[(row + turn) % 7]) for turn in range(2 + row)] for row in range(5)]
+    calls = [
+        [HeadCall.of(heads[(row + turn) % 7], {}) for turn in range(2 + row)] for row in range(5)
+    ]
     computed: list[int] = []
 
     def counting(pooled_BD: Tensor, *others: Any) -> Tensor:
@@ -319,38 +320,18 @@ def test_mixed_heads_compute_their_features_together(
         for one, other in zip(found, expected, strict=True):
             assert not isinstance(one, Exception)
             assert not isinstance(other, Exception)
-            np.testing.assert_allclose(one["logits"], other["logits"], atol=1e-5)
-
-
-def test_stacked_classifiers_return_what_each_returns() -> None:
-    torch.manual_seed(0)
-    sizes = [(8, 3, True)] * 4 + [(8, 2, True), (8, 3, False), (8, 3, False), (900, 90, True)]
-    states = []
-    for inputs, outputs, bias in sizes:
-        tensors = {"classifier.0.weight": torch.randn(outputs, inputs)}
-        states.append(tensors | ({"classifier.0.bias": torch.randn(outputs)} if bias else {}))
-    networks = [create_classifier(HeadState(tensors)) for tensors in states]
-    mlp = {"classifier.0.weight": torch.randn(5, 8), "classifier.2.weight": torch.randn(3, 5)}
-    networks.append(create_classifier(HeadState(mlp, {"activations": {"1": "relu"}})))
-    called: list[int] = []
-    for number, network in enumerate(networks):
-        network.register_forward_hook(lambda *_, number=number: called.append(number))
-    for lengths in ([1] * 9, [2, 1, 3, 1, 2, 4, 1, 2, 1]):
-        parts = [torch.randn(n, first_size(network))
-                 for n, network in zip(lengths, networks, strict=True)]  # fmt: skip
-        called.clear()
-        found = classify_together(networks, parts)
-        assert sorted(called) == [4, 7, 8]  # of another size, too large, and of two layers
-        for one, network, part in zip(found, networks, parts, strict=True):
-            torch.testing.assert_close(one["logits"], network(part))
+            count = len(other["index"])
+            np.testing.assert_array_equal(one["index"][:count], other["index"])
+            np.testing.assert_allclose(one["score"][:count], other["score"], atol=1e-6)
 
 
 def test_a_head_that_fails_among_others_fails_alone(pixels: Tensor) -> None:
     trunk = small_trunk(*KINDS["class token"])
     good, bad = random_head(trunk, 1), random_head(trunk, 2)
     bad.network = torch.nn.Linear(5, 4)
-    rows = run_pass(trunk, pixels[:2], [[HeadCall(good)], [HeadCall(bad), HeadCall(good)]])
+    calls = [HeadCall.of(head, {}) for head in (good, bad)]
+    rows = run_pass(trunk, pixels[:2], [calls[:1], calls[::-1]])
     assert isinstance(rows[1][0], RuntimeError)
     for arrays in (rows[0][0], rows[1][1]):
         assert not isinstance(arrays, Exception)
-        assert arrays["logits"].shape == (4,)
+        assert arrays["index"].shape == (4,)

@@ -14,6 +14,7 @@ import timm
 import torch
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from prometheus_client import CollectorRegistry
 from safetensors.torch import load_file, save
 
 from models import Registry, load_checkpoint
@@ -23,9 +24,14 @@ from models.errors import CheckpointError
 from models.heads.lora import create_lora, lora_state
 from models.inference import HeadCall, run_pass
 from models.model import Model
+from models.trunks.adapting import create_adapter
+from service.metrics import Metrics
 from service.stubs import vision_pb2 as pb
 from service.stubs.vision_pb2_grpc import VisionStub
+from service.worker.device import CpuDevice
+from service.worker.runner import Item, Runner, Threads
 from tests.conftest import Running, encode, running
+from tests.models.test_vqt import KINDS, linear_head, random_head, small_trunk
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Files = Mapping[str, bytes]
@@ -236,6 +242,26 @@ def test_rows_of_many_adapters_share_a_batch(
         assert not isinstance(row, Exception)
         expected = logits_of(networks[position % len(networks)], images[number])
         assert close(row["logits"], expected), position
+
+
+def test_an_adapter_leaves_query_tokens_of_other_rows_alone() -> None:
+    trunk = small_trunk(*KINDS["class token"])
+    layer = trunk.adapters.layers["blocks.0.mlp.fc1"]
+    matrices = torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2)
+    adapted = linear_head(trunk, 1)
+    adapted.adapt(create_adapter(trunk, {"blocks.0.mlp.fc1": matrices}))
+    # as many query tokens as rows, so that no layer can tell them apart
+    calls = [[HeadCall(random_head(trunk, 2, queries=2))], [HeadCall(adapted)]]
+    runner = Runner("x", trunk, CpuDevice(), Threads(1, 1), Metrics(CollectorRegistry()))
+    items = [Item.awaited("x", trunk.blank(), own)[0] for own in calls]
+    together = runner._run(items)
+    for item, rows in zip(items, together, strict=True):
+        assert not isinstance(rows[0], Exception)
+        [[alone]] = runner._run([item])
+        assert not isinstance(alone, Exception)
+        np.testing.assert_allclose(rows[0]["logits"], alone["logits"], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="passes of their own"):
+        run_pass(trunk, trunk.collate([item.prepared for item in items]), calls)
 
 
 def test_the_windows_of_a_swin_keep_their_row(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ changes no module.
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Protocol
 
@@ -134,6 +134,16 @@ class Engine:
             EngineError: the engine cannot run the module.
         """
         raise NotImplementedError
+
+    def recorded(self, key: Hashable, function: Pass, rows: Sequence[int]) -> Pass:
+        """A function of tensors that follows a pass, as this engine runs it: as it is.
+
+        Args:
+            key: equal for functions that do the same.
+            rows: which inputs have a row for each row of the batch, and the first one has. Outputs
+                have these rows, too. The other inputs are used where they are.
+        """
+        return function
 
     def warm_up_sizes(self, largest: int) -> Sequence[int]:
         """Batch sizes to run before serving, up to the largest one that will be served: those that

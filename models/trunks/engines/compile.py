@@ -4,7 +4,7 @@ https://docs.pytorch.org/docs/stable/torch.compiler.html
 
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,12 @@ from models.trunks.engines.base import Pass, PassSource
 from models.trunks.engines.bucketed_pass import example_inputs, row_inputs
 from models.trunks.engines.buckets import buckets
 from models.trunks.engines.built import BuiltEngine
-from models.trunks.engines.cuda_graph import MIXED_QUERIES, GraphCapture, graphed
+from models.trunks.engines.cuda_graph import (
+    MIXED_QUERIES,
+    GraphCapture,
+    GraphedFunctions,
+    graphed,
+)
 from models.trunks.features import PassPlan
 
 # The rows that a pass's kernels suit, if its batches have as many.
@@ -32,6 +37,7 @@ class Compile(BuiltEngine):
     def __init__(self, source: PassSource) -> None:
         super().__init__(source)
         self._graphs = GraphCapture(self.placement.device)
+        self._functions = GraphedFunctions(self._graphs)
         precision = self.placement.precision
         is_quantized = precision in gpu_quantization.CAPABILITIES
         self._quantizer = gpu_quantization.Quantizer(precision) if is_quantized else None
@@ -91,6 +97,11 @@ class Compile(BuiltEngine):
     @property
     def nbytes(self) -> int:
         return 0 if self._quantizer is None else self._quantizer.nbytes
+
+    def recorded(self, key: Hashable, function: Pass, rows: Sequence[int]) -> Pass:
+        if self.placement.device.type != "cuda":
+            return function
+        return self._functions.get(key, function, rows)
 
     def warm_up_sizes(self, largest: int) -> list[int]:
         return buckets(largest) if self.placement.device.type == "cuda" else [1, largest]

@@ -3,7 +3,9 @@ one call. Small networks, whose kernels take less time than starting them, gain 
 https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -12,12 +14,15 @@ from torch import Tensor, nn
 
 from models.errors import EngineError
 from models.trunks.compute_stream import compute_stream
+from models.trunks.device_errors import is_out_of_memory
 from models.trunks.devices import Placement
 from models.trunks.engines.base import Pass, PassSource
 from models.trunks.engines.bucketed_pass import BucketedPass, Program, row_inputs
 from models.trunks.engines.buckets import buckets
 from models.trunks.engines.built import BuiltEngine
 from models.trunks.features import PassPlan
+
+logger = logging.getLogger(__name__)
 
 # Runs before the capture, in which libraries choose algorithms and allocate workspaces.
 WARM_UPS = 3
@@ -30,6 +35,7 @@ class CudaGraph(BuiltEngine):
     def __init__(self, source: PassSource) -> None:
         super().__init__(source)
         self._graphs = GraphCapture(self.placement.device)
+        self._functions = GraphedFunctions(self._graphs)
 
     @classmethod
     def place(cls, placement: Placement) -> Placement:
@@ -39,6 +45,9 @@ class CudaGraph(BuiltEngine):
 
     def build_pass(self, plan: PassPlan, module: nn.Module, inputs: tuple[Tensor, ...]) -> Pass:
         return graphed(plan, module, self._graphs)
+
+    def recorded(self, key: Hashable, function: Pass, rows: Sequence[int]) -> Pass:
+        return self._functions.get(key, function, rows)
 
     def warm_up_sizes(self, largest: int) -> list[int]:
         return buckets(largest)
@@ -89,3 +98,32 @@ def graphed(
     bucketed = BucketedPass(lambda inputs: capture(run, inputs), rows)
     # Callers other than lanes (comparisons with eager, the library) have streams of their own.
     return lambda *inputs: compute_stream(capture.device).run(bucketed, inputs)
+
+
+class GraphedFunctions:
+    """Functions of tensors that follow passes, as graphs. One whose capture or replay fails is
+    called as it is from then on."""
+
+    def __init__(self, capture: GraphCapture) -> None:
+        self._capture = capture
+        self._runs: dict[Hashable, Pass] = {}
+
+    def get(self, key: Hashable, function: Pass, rows: Sequence[int]) -> Pass:
+        """The function as graphs, see `Engine.recorded`."""
+        if (run := self._runs.get(key)) is None:
+            bucketed = BucketedPass(lambda inputs: self._capture(function, inputs), rows)
+            run = self._runs.setdefault(key, partial(self._run, key, function, bucketed))
+        return run
+
+    def _run(
+        self, key: Hashable, function: Pass, bucketed: BucketedPass, *inputs: Tensor
+    ) -> Mapping[str, Tensor]:
+        try:
+            return compute_stream(self._capture.device).run(bucketed, inputs)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            outputs = function(*inputs)  # raises if the device is lost
+            logger.warning("%s is not run as a graph: %s", key, error)
+            self._runs[key] = function
+            return outputs
