@@ -184,7 +184,7 @@ def _start_heads(
         own = list(places.values())
         for numbers, tensors in parts:
             at = [place for number in numbers for place in own[number]]
-            started.add(at, tensors, is_unranked="logits" in tensors)
+            started.add(at, tensors, is_ranked="logits" in tensors)
 
 
 def _start_head(started: StartedPass, output: TrunkOutput, call: HeadCall, at: Places) -> None:
@@ -193,7 +193,7 @@ def _start_head(started: StartedPass, output: TrunkOutput, call: HeadCall, at: P
     try:
         with nullcontext() if call.head.forward_is_slow else one_thread():
             outputs = call.head.forward(rows, **dict(call.options))
-        started.add(at, outputs, is_unranked=call.is_ranked)
+        started.add(at, outputs, is_ranked=call.is_ranked)
     except Exception as error:
         if is_out_of_memory(error) or is_cuda_error(error):  # not the head's fault
             raise

@@ -37,16 +37,16 @@ class StartedPass:
         # By their number of classes: the logits to rank, with their rows.
         self._unranked: dict[int, list[tuple[Places, Tensor]]] = defaultdict(list)
 
-    def add(self, at: Places, outputs: Mapping[str, Tensor], *, is_unranked: bool = False) -> None:
+    def add(self, at: Places, outputs: Mapping[str, Tensor], *, is_ranked: bool = False) -> None:
         """Add outputs for these rows.
 
         Args:
-            is_unranked: they are logits that are still to be ranked.
+            is_ranked: their logits are to be ranked.
         """
         tensors = {name: tensor.float() for name, tensor in outputs.items()}
         if any(len(tensor) < len(at) for tensor in tensors.values()):
             raise ValueError(f"a head returned fewer than {len(at)} rows")
-        if is_unranked:
+        if is_ranked:
             logits_NK = tensors["logits"]
             self._unranked[logits_NK.shape[1]].append((at, logits_NK))
             return

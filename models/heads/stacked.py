@@ -2,7 +2,7 @@
 
 The weights of all small classifiers of equally many features on a trunk are rows of one matrix. For
 each row of a batch its classifier's rows are gathered, so that a batch takes equally many kernels
-for one head as for 64, however many classes each has.
+for two heads as for 64, however many classes each has.
 
 Shape suffixes: B rows of a batch, C rows of the matrix, K classes, F features.
 """
@@ -20,9 +20,9 @@ from models.trunks.base import Trunk
 from models.trunks.slot_bank import SlotBank, Slots
 from models.trunks.transfers import index_tensor
 
-# Classifiers of more weights stay apart, each with a product of its own. On a CPU, gathering more
-# costs more than starting these. On a GPU the bound is for memory: one for each row of a batch.
-MAX_STACKED = {"cpu": 2**15, "cuda": 2**20}
+# Classifiers of more weights stay apart, each with a product of its own. On a CPU all do: starting
+# a product costs less than gathering. On a GPU the bound is for memory, per row of a batch.
+MAX_STACKED = {"cpu": 0, "cuda": 2**19}
 # Numbers of heads, and what they return for their rows, one head's after another's.
 Part = tuple[Sequence[int], Mapping[str, Tensor]]
 
@@ -119,7 +119,7 @@ def rank_rows(
         places_B2: for each row the first row of its classifier in the matrix, and its classes.
         classes: at least as many as any row has.
     """
-    first_B1, classes_B1 = places_B2.split(1, 1)
+    first_B1, classes_B1 = places_B2[:, :1], places_B2[:, 1:]
     numbers_K = torch.arange(classes, device=features_BF.device)
     # beyond a row's own classes are those of others, or the end of the matrix
     slots_BK = (first_B1 + numbers_K).clamp(max=len(weight_CF) - 1)

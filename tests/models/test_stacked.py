@@ -13,7 +13,12 @@ from models.heads.base import Head
 from models.heads.embed import Embed
 from models.heads.linear import create_classifier, first_size
 from models.heads.ranking import best_classes
-from models.heads.stacked import StackedClassifier, classify_together, stacked
+from models.heads.stacked import (
+    MAX_STACKED,
+    StackedClassifier,
+    classify_together,
+    stacked,
+)
 from models.inference import HeadCall, run_pass
 from models.trunks.adapting import create_adapter
 from models.trunks.engines.base import Pass
@@ -30,7 +35,8 @@ LARGE = (900, 90, True)
 
 
 @pytest.fixture
-def trunk() -> TimmTrunk:
+def trunk(monkeypatch: pytest.MonkeyPatch) -> TimmTrunk:
+    monkeypatch.setitem(MAX_STACKED, "cpu", 2**15)  # as GPUs do
     return small_trunk(*KINDS["class token"])
 
 
@@ -72,6 +78,11 @@ def test_classifiers_together_find_what_each_finds(trunk: TimmTrunk, best: int) 
                     found = tensors[name][start : start + len(logits), :count]
                     torch.testing.assert_close(found, own, atol=1e-6, rtol=1e-5)
                 start += len(logits)
+
+
+def test_a_cpu_gathers_nothing() -> None:
+    plain = classifier(8, 3, True)
+    assert stacked(plain, small_trunk(*KINDS["class token"])) is plain
 
 
 def test_a_classifier_keeps_its_weights_when_others_come_and_go(trunk: TimmTrunk) -> None:

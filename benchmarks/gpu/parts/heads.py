@@ -66,9 +66,10 @@ def _largest_error(trunk: Trunk, calls: Sequence[HeadCall]) -> float:
     apart = run_pass(trunk, batch, [[HeadCall(call.head)] for call in calls])
     errors = []
     for [found], [own] in zip(together, apart, strict=True):
-        for row in (found, own):
-            if isinstance(row, Exception):
-                raise row
+        if isinstance(found, Exception):
+            raise found
+        if isinstance(own, Exception):
+            raise own
         powers = np.exp(own["logits"] - own["logits"].max())
         expected = (powers / powers.sum())[found["index"].astype(int)]
         errors.append(float(np.abs(found["score"] - expected).max()))

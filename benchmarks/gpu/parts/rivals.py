@@ -18,18 +18,25 @@ from benchmarks.servers import StartError
 from benchmarks.workload import Workload
 
 RIVAL = "litserve"
+# Those that cannot be installed beside the torch that is measured, and why.
+REFUSED = {
+    "infinity": "infinity-emb 0.0.78 needs colpali-engine for images, which needs torch < 2.14",
+    "vllm": "vllm 0.33.0 needs torch 2.14.0",
+}
 # Images in a batch of the rival's. Its processes decode the images of a batch one by one.
 RIVAL_BATCHES = (8, 32)
 
 
 def rivals(options: Options) -> Rows:
-    """Vitrail by each engine, and LitServe with a process for each core."""
+    """Vitrail by each engine, and LitServe with a process for each core; why others are missing."""
     model, _ = NETWORKS[options.networks[0]]
     folder = options.folder.absolute()
     workload = Workload(folder / "workload", "small")
     command = [sys.executable, "-m", "benchmarks.prepare", "--folder", str(workload.folder),
                "--models", model, "--no-convert"]  # fmt: skip
     subprocess.run(command, check=True)
+    for name, reason in REFUSED.items():
+        yield {"server": name, "refused": reason}
     if problem := _install(options):
         yield {"server": RIVAL, "refused": problem}
     loads = Loads([options.clients], [], options.seconds, options.seconds / 2)
