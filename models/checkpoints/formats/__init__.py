@@ -82,8 +82,8 @@ def detect_format(
         raise CheckpointError(f"{container.path}: several formats match: {names}")
     if any(TRANSFORMERS.search(key) for key in container.tensors):
         raise CheckpointError(
-            f"{container.path}: these are transformers' names for the weights, which are not read. "
-            "Use the file of the authors, or that of timm or open_clip"
+            f"{container.path}: these are transformers' names for the weights of a network that is "
+            "not supported. Use the file of the authors, or that of timm or open_clip"
         )
     known = ", ".join(candidate.NAME for candidate in checkpoint_formats())
     keys = ", ".join(list(container.tensors)[:5])
