@@ -74,9 +74,11 @@ def parse_json_lines(content: bytes) -> list[Any]:
             continue
         try:
             if is_large:
-                _check_numbers(line)
+                _check_numbers(b"\n" + line)
             values.append(_parse(line))
         except ServiceError as error:
+            # Its frames hold the whole body, and this list, which holds the error.
+            error.__traceback__ = error.__cause__ = error.__context__ = None
             values.append(error)
     return values
 

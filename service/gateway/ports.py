@@ -1,5 +1,6 @@
 """Admin and metrics routes on ports of their own."""
 
+import errno
 import re
 import socket
 from collections.abc import Iterator
@@ -42,6 +43,29 @@ class SeparatePorts:
         if self._metrics and _METRICS.fullmatch(path):
             return bool(port == self._metrics)
         return not port or port not in (self._admin, self._metrics)
+
+
+def listeners(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets of all addresses of a host that this machine has.
+
+    Raises:
+        OSError: the port is taken, or the machine has none of the addresses.
+    """
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets: list[socket.socket] = []
+    missing: OSError | None = None
+    for family, _, _, _, address in found:
+        try:
+            sockets.append(socket.create_server(address[:2], family=family, backlog=2048))
+        except OSError as error:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                for each in sockets:
+                    each.close()
+                raise
+            missing = error
+    if missing is not None and not sockets:
+        raise missing
+    return sockets
 
 
 def separate_listeners(settings: Settings) -> Iterator[socket.socket]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import signal
 import socket
 import ssl
@@ -20,11 +21,13 @@ from service.backend import Backend
 from service.garbage import leave_out_old_objects
 from service.gateway.listener import Listener
 from service.gateway.loop_turns import LoopTurns
-from service.gateway.ports import separate_listeners
+from service.gateway.ports import listeners, separate_listeners
 from service.gateway.protocol import ImpatientProtocol
 from service.holdings import Holdings
 from service.settings import Settings
 from service.tls import server_context
+
+logger = logging.getLogger(__name__)
 
 POLL_S = 0.1
 
@@ -75,13 +78,11 @@ def run_server(
     server.supervised = supervised
     # uvicorn drains and then raises the signal again for the handler that was set before it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    listeners = list(separate_listeners(settings))
-    if listener is None:
-        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        listener = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    sockets = listeners(settings.host, settings.port) if listener is None else [listener]
+    sockets += separate_listeners(settings)
     leave_out_old_objects()
     with contextlib.suppress(KeyboardInterrupt):
-        server.run([listener, *listeners])
+        server.run(sockets)
 
 
 class DrainingServer(uvicorn.Server):
@@ -126,6 +127,8 @@ class DrainingServer(uvicorn.Server):
             Listener(each, create_protocol, self._context, *timeouts_s) for each in sockets
         ]
         self.servers = servers
+        for each in sockets:
+            logger.info("HTTP on %s, port %d", *each.getsockname()[:2])
         self.started = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -101,8 +101,9 @@ class RpcServer:
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_allowed_incoming_connections", settings.max_connections),
                 ("grpc.so_reuseport", int(shared)),
-                # more calls of a connection wait at its client
-                ("grpc.max_concurrent_streams", settings.max_requests_in_flight),
+                # More calls of a connection wait at its client. A gateway's share one connection,
+                # so that it is the budget that refuses.
+                ("grpc.max_concurrent_streams", 2 * settings.max_requests_in_flight + 100),
                 # allow pings as frequent as the gateway's, by which both ends detect a dead peer
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 4000),

@@ -430,3 +430,6 @@ def test_lines_with_endless_numbers_fail_alone() -> None:
     assert [value["id"] for value in values[:20]] == [str(n) for n in range(20)]
     assert "over 100 digits" in str(values[20])
     assert "not valid JSON" in str(values[21])
+    assert values[21].__traceback__ is values[21].__cause__ is None  # whose frames hold the body
+    [bare] = parse_json_lines(b"9" * 2**21)
+    assert "over 100 digits" in str(bare)
