@@ -1,6 +1,6 @@
 """From trunks and weights to a model: for a catalog's entry, or for a checkpoint file alone."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class Assembly:
         labels = self._labels(entry)
         if not labels and entry.task == "classify":
             count = class_count(loaded.trunk, state)
-            labels = (loaded.labels if state is None else ()) or numbered_labels(count)
+            labels = loaded.labels if len(loaded.labels) == count else numbered_labels(count)
         head = create_head(kind, loaded.trunk, labels, state)
         text = self._text(entry)
         return Model(entry.name, loaded.trunk, head, text=text, states=loaded.heads)
@@ -178,8 +178,10 @@ def load_checkpoint(
     state = head_state(kind, states)
     # other heads' files name their own classes
     has_count = head_class(kind).task == "classify"
-    own = checkpoint.labels if state is None else ()
-    labels = (own or numbered_labels(class_count(trunk, state))) if has_count else ()
+    labels: Sequence[str] = ()
+    if has_count:
+        count = class_count(trunk, state)
+        labels = checkpoint.labels if len(checkpoint.labels) == count else numbered_labels(count)
     head = create_head(kind, trunk, labels, state)
     outputs, request = format_outputs(checkpoint.format, trunk)
     return Model(name, trunk, head, format_outputs=outputs, format_request=request, states=states)

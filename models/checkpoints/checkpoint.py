@@ -40,7 +40,7 @@ class Checkpoint:
         preprocess: how the network expects its images; None for the library's default.
         dropped: keys of the file that only training uses.
         assumed: values that neither the file nor the caller gave, by argument.
-        labels: class names of the network's own classifier, if the file or one beside it has them.
+        labels: class names of its classifier, if the file or one beside it has them.
         reason: how the format was recognised.
     """
 

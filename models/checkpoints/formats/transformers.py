@@ -38,13 +38,14 @@ MARK = re.compile(
 )
 # What only training, captions or poolers that transformers trains anew use.
 DROPPED = ("pooler.", "embeddings.mask_token")
+CLASSIFIERS = ("classifier", "cls_classifier")
 BUFFERS = ("position_ids",)
 
 __all__ = ["NAME", "convert", "matches", "outputs", "request"]
 
 
 def matches(container: Container, arguments: Mapping[str, Any]) -> str | None:
-    if any(MARK.match(key) for key in container.tensors):
+    if container.graph is None and any(MARK.match(key) for key in container.tensors):
         return "transformers' names of a patch embedding"
     return None
 
@@ -68,8 +69,25 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
             f"{', '.join(CONVERTERS)}; of others, use the file of the authors, timm or open_clip"
         )
     checkpoint = CONVERTERS[kind](container, config)
-    preprocess = read_preprocess(container.path)
+    _check_task(container, config)
+    preprocess = read_preprocess(container.path, kind)
     return replace(checkpoint, preprocess=preprocess, labels=read_labels(config))
+
+
+def _check_task(container: Container, config: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        CheckpointError: a classifier whose scores are not those of a softmax.
+    """
+    found = (container.tensors.get(f"{name}.weight") for name in CLASSIFIERS)
+    classes = [len(weight) for weight in found if weight is not None]
+    problem = config.get("problem_type")
+    if classes and problem not in (None, "single_label_classification"):
+        raise CheckpointError(
+            f"{container.path}: problem_type is {problem}, which is not supported"
+        )
+    if 1 in classes:
+        raise CheckpointError(f"{container.path}: a classifier of one class is not supported")
 
 
 def _vit(container: Container, config: Mapping[str, Any]) -> Checkpoint:
@@ -102,6 +120,9 @@ def _vit(container: Container, config: Mapping[str, Any]) -> Checkpoint:
 
 
 def _convnext(container: Container, config: Mapping[str, Any]) -> Checkpoint:
+    # that of the final norm; the others have a fixed one
+    if (eps := number("layer_norm_eps", config.get("layer_norm_eps", 1e-12))) > 1e-6:
+        raise CheckpointError(f"{container.path}: layer_norm_eps is {eps}, more than 1e-6")
     kept, dropped = _kept(container, config)
     known = Known({"img_size": config.get("image_size", 224)})
     return convnext_checkpoint(NAME, renamed(kept, CONVNEXT, ""), known, dropped)
@@ -133,7 +154,7 @@ def _clip(container: Container, config: Mapping[str, Any]) -> Checkpoint:
         "context_length": whole("max_position_embeddings", text.get("max_position_embeddings", 77)),
         "vocab_size": whole("vocab_size", text.get("vocab_size", 49408)),
     }
-    preprocess = read_preprocess(container.path)
+    preprocess = read_preprocess(container.path, "clip")
     model = {
         "embed_dim": whole("projection_dim", config.get("projection_dim", 512)),
         "quick_gelu": act == "quick_gelu",
