@@ -271,6 +271,8 @@ def test_methods_without_a_key_take_small_messages(channel: grpc.Channel, path: 
 def test_calls_of_methods_without_a_key_are_bounded(channel: grpc.Channel) -> None:
     stub: Any = health_pb2_grpc.HealthStub(channel)
     request = health_pb2.HealthCheckRequest()
+    # it is reported a while after HTTP answers
+    wait_until(lambda: stub.Check(request).status == health_pb2.HealthCheckResponse.SERVING)
     watching = [stub.Watch(request) for _ in range(8)]
     for watch in watching:
         assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
