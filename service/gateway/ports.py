@@ -54,9 +54,10 @@ def listeners(host: str, port: int) -> list[socket.socket]:
     found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     sockets: list[socket.socket] = []
     missing: OSError | None = None
-    for family, _, _, _, address in found:
+    # a file of hosts may name an address twice
+    for family, address in dict.fromkeys((each[0], each[4][:2]) for each in found):
         try:
-            sockets.append(socket.create_server(address[:2], family=family, backlog=2048))
+            sockets.append(socket.create_server(address, family=family, backlog=2048))
         except OSError as error:
             if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                 for each in sockets:

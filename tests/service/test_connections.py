@@ -21,6 +21,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service.errors import UnavailableError
+from service.gateway.ports import listeners
 from service.gateway.protocol import MAX_HEADER_BYTES, MAX_HEADERS, MAX_PIPELINED
 from service.gateway.server import DrainingServer, create_server
 from service.limits import MAX_RETRY_AFTER_S, RETRY_AFTER_S, Budget
@@ -508,6 +509,20 @@ def test_a_second_signal_ends_the_waiting(tiny_catalog: Path, made: list[Drainin
             client.settimeout(20)
             assert is_closed(client)
             wait_until(stream.done, 20)
+
+
+def test_all_addresses_of_a_host_are_listened_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = socket.SOCK_STREAM
+    one, other = (socket.AF_INET, kind, 6, "", ("127.0.0.1", 0)), ("127.0.0.2", 0)
+    absent = (socket.AF_INET, kind, 6, "", ("192.0.2.1", 0))  # no machine's
+    found = [one, absent, (*one[:4], other), one]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(each) for each in listeners("name", 0)]
+        assert [each.getsockname()[0] for each in sockets] == ["127.0.0.1", "127.0.0.2"]
+    found[:] = [absent]
+    with pytest.raises(OSError, match="address"):
+        listeners("name", 0)
 
 
 def test_grpc_connections_beyond_the_limit_are_closed(tiny_catalog: Path) -> None:
