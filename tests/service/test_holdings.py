@@ -9,7 +9,13 @@ from service.errors import UnavailableError
 from service.holdings import Holdings
 from service.limits import Budget
 from service.metrics import Metrics
-from service.sampling import LARGE_BYTES, sampling
+from service.sampling import (
+    IDLE_SAMPLES,
+    LARGE_BYTES,
+    RETURN_INTERVAL_S,
+    MemoryReturn,
+    sampling,
+)
 from service.settings import Settings
 
 
@@ -104,3 +110,20 @@ def test_the_memory_of_large_bodies_is_given_back(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("service.sampling.INTERVAL_S", 0.005)
     monkeypatch.setattr("service.sampling.return_freed_memory", lambda: returned.append(1))
     asyncio.run(asyncio.wait_for(case(), 20))
+
+
+def test_memory_is_not_given_back_while_requests_come() -> None:
+    budget = Budget(Settings())
+    memory = MemoryReturn(budget)
+    with budget.request("http", "a") as share:
+        share.add(LARGE_BYTES + 1)
+    for _ in range(IDLE_SAMPLES):
+        with budget.request("grpc", "b"):  # a small one, of which the network may be running
+            assert not any(memory.is_due(0.0) for _ in range(2 * IDLE_SAMPLES))
+        assert not any(memory.is_due(0.0) for _ in range(IDLE_SAMPLES - 1))
+    assert memory.is_due(0.0)
+    assert not any(memory.is_due(RETURN_INTERVAL_S) for _ in range(2 * IDLE_SAMPLES))
+    with budget.request("http", "a") as share:
+        share.add(LARGE_BYTES + 1)
+    assert not memory.is_due(RETURN_INTERVAL_S / 2)  # too early
+    assert memory.is_due(RETURN_INTERVAL_S)
