@@ -20,6 +20,8 @@ from service.types import ImageResult, ModelUsed
 
 # Readers of Parquet folders leave out files whose names begin so.
 MANIFEST = "_job.json"
+# Its name in folders of former versions.
+FORMER_MANIFEST = "job.json"
 # The table that `write_lance` makes, and the column of vectors in it.
 LANCE = "results"
 EMBEDDING = "embedding"
@@ -67,12 +69,14 @@ class Results:
             SourceFormatError: the folder holds the results of another job.
         """
         self._filesystem.create_dir(self._root, recursive=True)
-        path = f"{self._root}/{MANIFEST}"
-        if self._filesystem.get_file_info(path).is_file:
-            with self._filesystem.open_input_stream(path) as stream:
+        path, former = f"{self._root}/{MANIFEST}", f"{self._root}/{FORMER_MANIFEST}"
+        if found := next(filter(self._is_file, (path, former)), None):
+            with self._filesystem.open_input_stream(found) as stream:
                 other = json.loads(stream.read())
             if other != json.loads(json.dumps(asdict(self._job))):
                 raise SourceFormatError(f"{self._job.output} holds the results of another job")
+            if found == former:
+                self._filesystem.move(former, path)
         else:
             partial = f"{self._root}/.{MANIFEST}.partial"
             with self._filesystem.open_output_stream(partial) as stream:
@@ -127,6 +131,9 @@ class Results:
                 vector = pa.field(EMBEDDING, pa.list_(pa.float32(), length))
                 return schema.set(schema.get_field_index(EMBEDDING), vector)
         return schema  # no image could be read
+
+    def _is_file(self, path: str) -> bool:
+        return bool(self._filesystem.get_file_info(path).is_file)
 
     def _read(self, path: str) -> pa.Table:
         return pq.read_table(path, filesystem=self._filesystem)

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import lancedb
@@ -196,6 +197,17 @@ def test_a_table_without_images_is_told(tiny_catalog: Path, tmp_path: Path) -> N
     result = bulk(tiny_catalog, "classify", tmp_path / "numbers.parquet", tmp_path / "out")
     assert result.exit_code == 2, result.output
     assert "image" in result.output
+
+
+def test_a_folder_of_a_former_version_is_continued_by_its_job_only(tmp_path: Path) -> None:
+    job = Job(task="embed", model="tiny", source="photos", output=str(tmp_path))
+    Results(job).open()
+    former = (tmp_path / "_job.json").rename(tmp_path / "job.json")
+    with pytest.raises(SourceFormatError, match="another job"):
+        Results(replace(job, model="conv")).open()
+    assert former.exists()
+    assert Results(job).open() == set()
+    assert [path.name for path in tmp_path.iterdir()] == ["_job.json"]
 
 
 def test_results_of_two_versions_of_a_model_are_told_apart(
