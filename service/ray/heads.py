@@ -1,5 +1,6 @@
 """Heads over all replicas. Uploads reach the running ones at once, and later ones by the state."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,7 +30,8 @@ class RayHeads:
         return head
 
     async def put(self, upload: HeadUpload) -> HeadDescription:
-        group = self._group_with(upload.trunk or trunk_of(upload.content))
+        trunk = await asyncio.to_thread(lambda: upload.trunk or trunk_of(upload.content))
+        group = self._group_with(trunk)
         content = _first(await group.every("put_head", upload))
         await ask(self._state, "put_head", upload.name, content)
         return await self.get(upload.name)

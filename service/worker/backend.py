@@ -73,7 +73,7 @@ class LocalBackend:
         self._fit_jobs = FitJobs(registry, folder, self.batcher, self._limits, metrics)
         self.heads = HeadStore(
             registry, folder, self._fit_jobs, self._loader.run,
-            lambda trunk: self._on_demand.trunk_loaded(trunk),
+            lambda find: self._on_demand.trunk_loaded(find),
         )  # fmt: skip
         self._pipeline = Pipeline(
             self.batcher, metrics, self._pool, self.options.decode_threads, self._limits,

@@ -44,13 +44,13 @@ class HeadStore:
     def __init__(
         self, registry: Registry, folder: Path, fit_jobs: FitJobs,
         in_loader: Callable[..., Awaitable[Any]],  # runs a function in the loader's thread
-        trunk_loaded: Callable[[str], AbstractAsyncContextManager[object]] = nullcontext,
+        trunk_loaded: Callable[[Callable[[], str]], AbstractAsyncContextManager[Any]] = nullcontext,
     ) -> None:  # fmt: skip
         self._registry = registry
         self._folder = HeadFolder(folder)
         self._fit_jobs = fit_jobs
         self._in_loader = in_loader
-        # A context in which a trunk is loaded, if it can be loaded on demand.
+        # A context in which the trunk that a function finds is loaded, if it may be on demand.
         self._trunk_loaded = trunk_loaded
         # Whether heads have been loaded since the garbage collector was told.
         self._has_loaded = False
@@ -87,7 +87,7 @@ class HeadStore:
         return head
 
     async def put(self, upload: HeadUpload) -> HeadDescription:
-        async with self._trunk_loaded(upload.trunk or trunk_of(upload.content)):
+        async with self._trunk_loaded(lambda: upload.trunk or trunk_of(upload.content)):
             await self._in_loader(self._put, upload)
         return await self.get(upload.name)
 
@@ -96,7 +96,7 @@ class HeadStore:
             self._check_name(request.name, request.trunk, request.replace)
             self._fit_jobs.accept(request)
 
-        async with self._trunk_loaded(request.trunk):
+        async with self._trunk_loaded(lambda: request.trunk):
             await self._in_loader(accept)
         return await self.get(request.name)
 

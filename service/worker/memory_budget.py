@@ -6,10 +6,12 @@ import time
 from asyncio import Event
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence, Set
+from contextlib import suppress
 from typing import Any
 
 from models.catalog import ModelEntry
 from models.description import State
+from models.errors import ModelNotFoundError
 from models.registry import Registry
 from service.errors import LOADING_RETRY_AFTER_S, UnavailableError
 from service.worker.trunk_sizes import MIB, TrunkSizes
@@ -64,7 +66,9 @@ class MemoryBudget:
         self._users: Counter[str] = Counter()
         # When requests last began or ceased to use each trunk, in `time.monotonic` seconds.
         self._used: dict[str, float] = {}
-        # Set when a request ceases to use a trunk, or to wait for one.
+        # The trunks that may be unloaded once nobody uses them.
+        self._victims: Set[str] = frozenset()
+        # Set when nobody uses one of those any more, or a request ceases to wait for a trunk.
         self._ceased = Event()
 
     def are_loaded(self, trunks: Collection[str]) -> bool:
@@ -86,7 +90,8 @@ class MemoryBudget:
         """Note that a request uses trunks no more."""
         self._users.subtract(trunks)
         self._used |= dict.fromkeys(trunks, time.monotonic())
-        self._ceased.set()
+        if any(trunk in self._victims and self._users[trunk] <= 0 for trunk in trunks):
+            self._ceased.set()
 
     def wake(self) -> None:
         """Note that a request waits no more."""
@@ -159,11 +164,12 @@ class MemoryBudget:
         """Unload trunks until the others have at most these bytes, if possible."""
         try:
             while is_wanted() and self._sizes.total(loaded := self._sizes.loaded()) > most:
-                victims = loaded - kept - set(self._fitted_on())
+                victims = loaded - kept - self._needed_for_fits()
                 if not victims:
                     return
                 idle = victims - self.in_use
                 self.leaving = min(idle or victims, key=lambda t: self._used.get(t, -math.inf))
+                self._victims = victims
                 self._ceased.clear()
                 if idle:
                     await self._in_loader(self._evict, self.leaving)
@@ -171,19 +177,37 @@ class MemoryBudget:
                 else:
                     await self._ceased.wait()
         finally:
-            self.leaving = None
+            self.leaving, self._victims = None, frozenset()
 
     def _evict(self, trunk: str) -> None:
         """Unload a trunk, in the loader's thread."""
-        if trunk in self._fitted_on():  # since it was chosen
+        if trunk in self._needed_for_fits():  # since it was chosen
             return
         models = list(self._registry.catalog.models.items())
         on_trunk = [name for name, entry in models if trunk in entry.trunks]
         self._unload([n for n in on_trunk if self._registry.state(n) is State.READY])
 
+    def _needed_for_fits(self) -> set[str]:
+        """The trunks that heads are fitted on, and the other trunks of loaded models on them: one
+        tower of a CLIP goes with the other."""
+        fitted = set(self._fitted_on())
+        if not fitted:
+            return fitted
+        names = list(self._registry.declared)  # heads have one trunk
+        declared = filter(None, map(self._registry.catalog.models.get, names))
+        on_fitted = [entry for entry in declared if not fitted.isdisjoint(entry.trunks)]
+        return fitted | _trunks_of([e for e in on_fitted if is_ready(self._registry, e)])
+
     def _startup_trunks(self) -> set[str]:
         models = self._registry.catalog.models
         return _trunks_of([models[name] for name in self._startup() if name in models])
+
+
+def is_ready(registry: Registry, entry: ModelEntry) -> bool:
+    """Whether a model is loaded."""
+    with suppress(ModelNotFoundError):  # removed meanwhile
+        return registry.state(entry.name) is State.READY
+    return False
 
 
 def _trunks_of(entries: Sequence[ModelEntry]) -> set[str]:

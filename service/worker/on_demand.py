@@ -9,14 +9,12 @@ loop; only loading and unloading themselves are in the loader's thread.
 import asyncio
 import logging
 import math
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from models.catalog import ModelEntry
-from models.description import State
 from models.errors import ModelsError
 from models.registry import Registry
 from service.errors import (
@@ -30,16 +28,16 @@ from service.errors import (
 from service.types import Call
 from service.worker.execution_plan import model_entry
 from service.worker.memory_budget import MemoryBudget
+from service.worker.model_loads import RETRY_S, ModelLoads
 from service.worker.pipeline import until
 
 logger = logging.getLogger(__name__)
 
 # Most trunks, or groups of them that one request needs, that requests wait for.
 MAX_WAITING = 32
-# A model that did not load is tried again after this time.
-RETRY_S = 60.0
 # How often the trunks of fits are looked after, and memory that is still beyond the budget.
 INTERVAL_S = 5.0
+STOPPING = "the server is stopping"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,24 +73,21 @@ class OnDemand:
         self._is_on = budget_mb > 0
         self._fitted_on = fitted_on
         self._in_loader = in_loader
-        self._load = load
         self._memory = MemoryBudget(
             registry, budget_mb, startup=startup, fitted_on=fitted_on, head_bytes=head_bytes,
             in_loader=in_loader, unload=unload,
         )  # fmt: skip
+        self._models = ModelLoads(registry, self._memory, in_loader, load)
         # By the trunks they need, those that were asked for first at the front.
         self._queue: dict[frozenset[str], list[_Waiter]] = {}
         self._arrived = asyncio.Event()  # set when a request begins to wait
-        # Models that an admin unloaded.
-        self._stopped: set[str] = set()
-        # When models did not load, in `time.monotonic` seconds.
-        self._failed: dict[str, float] = {}
+        self._closed = False  # True once nobody serves those who wait
         if budget_mb:  # otherwise it would depend on what others have had loaded
             registry.choose_defaults_among(self._memory.stays)
 
     def loads(self, name: str) -> bool:
         """Whether a request for a model of the catalog would load it, if it is not loaded."""
-        return self._is_on and name not in self._stopped
+        return self._is_on and self._models.may_load(name)
 
     @asynccontextmanager
     async def loaded(self, calls: Sequence[Call], deadline: float) -> AsyncIterator[None]:
@@ -113,13 +108,16 @@ class OnDemand:
             yield
 
     @asynccontextmanager
-    async def trunk_loaded(self, trunk: str) -> AsyncIterator[None]:
+    async def trunk_loaded(self, find: Callable[[], str]) -> AsyncIterator[None]:
         """Load a trunk with a model on it, if one may be loaded, and keep it within the context.
+
+        Args:
+            find: returns the trunk's name. It runs in a thread, if models are loaded on demand.
 
         Raises:
             ServiceError: as `loaded`.
         """
-        entry = self._first_on(trunk) if self._is_on else None
+        entry = self._models.first_on(await asyncio.to_thread(find)) if self._is_on else None
         async with self._holding([entry] if entry else [], math.inf):
             yield
 
@@ -129,17 +127,16 @@ class OnDemand:
         Raises:
             ServiceError: as `loaded`.
         """
-        self._stopped.discard(name)
-        self._failed.pop(name, None)
+        self._models.allow(name)
         if self._is_on:
             async with self.loaded([Call(name, None)], math.inf):
                 return
-        await self._in_loader(self._load, name)
+        await self._models.load(name)
 
     def stop(self, name: str) -> None:
         """Note that an admin unloads a model. It is not loaded on demand from now on."""
         if name in self._registry.catalog.models:
-            self._stopped.add(name)
+            self._models.stop(name)
 
     async def run(self) -> None:
         """Serve those who wait, until cancelled."""
@@ -156,12 +153,14 @@ class OnDemand:
                     await self._memory.tidy()
                 except Exception:  # the next round goes on
                     logger.exception("loading models on demand failed")
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(INTERVAL_S):
-                        await self._arrived.wait()
+                if not self._queue:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(INTERVAL_S):
+                            await self._arrived.wait()
         finally:
+            self._closed = True
             for waiters in self._queue.values():
-                _fail(waiters, UnavailableError("the server is stopping", retry_after_s=1))
+                _fail(waiters, UnavailableError(STOPPING, retry_after_s=1))
 
     # -- requests --------------------------------------------------------------------------
 
@@ -170,7 +169,8 @@ class OnDemand:
         trunks = frozenset(trunk for entry in entries for trunk in entry.trunks)
         try:
             async with until(deadline):
-                if self._memory.are_loaded(trunks) or not any(map(self._is_missing, entries)):
+                is_missing = self._models.is_missing
+                if self._memory.are_loaded(trunks) or not any(map(is_missing, entries)):
                     await self._use(entries, trunks)
                 else:
                     await self._wait(entries, trunks)
@@ -191,13 +191,15 @@ class OnDemand:
         self._memory.use(trunks)
         try:
             for entry in entries:
-                await self._load_missing(entry)
+                await self._models.load_missing(entry)
         except BaseException:
             self._memory.release(trunks)
             raise
 
     async def _wait(self, entries: Sequence[ModelEntry], trunks: frozenset[str]) -> None:
         """Wait until models are loaded. Their trunks are in use then."""
+        if self._closed:
+            raise UnavailableError(STOPPING, retry_after_s=1)
         self._memory.check_fit(entries)
         if trunks not in self._queue and len(self._queue) >= MAX_WAITING:
             raise QueueFullError(
@@ -217,24 +219,6 @@ class OnDemand:
             self._memory.wake()
             raise
 
-    def _is_missing(self, entry: ModelEntry) -> bool:
-        """Whether a model is to be loaded.
-
-        Raises:
-            ModelNotFoundError: it was removed from the catalog.
-            UnavailableError: it failed a short while ago.
-        """
-        if entry.name in self._stopped:
-            return False
-        state = self._registry.state(entry.name)
-        wait_s = self._failed.get(entry.name, -math.inf) + RETRY_S - time.monotonic()
-        if state is State.FAILED and wait_s > 0:
-            reason = self._registry.describe(entry.name).reason
-            raise UnavailableError(
-                f"model {entry.name!r} is failed: {reason}", retry_after_s=wait_s
-            )
-        return state is not State.READY or not self._memory.are_loaded(entry.trunks)
-
     # -- those who wait --------------------------------------------------------------------
 
     async def _serve(self, trunks: frozenset[str]) -> None:
@@ -251,46 +235,28 @@ class OnDemand:
                 logger.exception("models on %s could not be loaded", ", ".join(sorted(trunks)))
                 error = UnavailableError("the model could not be loaded", retry_after_s=RETRY_S)
             _fail(waiters, error)
-        finally:
-            del self._queue[trunks]
+        del self._queue[trunks]  # not if cancelled: `run` tells all who are in the queue
         await self._memory.correct(trunks)
 
     async def _serve_one(self, waiter: _Waiter, trunks: frozenset[str]) -> None:
         try:
             for entry in waiter.entries:
                 if not waiter.loaded.done():
-                    await self._load_missing(entry)
+                    await self._models.load_missing(entry)
         except (ServiceError, ModelsError) as error:
             _fail([waiter], from_library(error) if isinstance(error, ModelsError) else error)
         if not waiter.loaded.done():
             self._memory.use(trunks)
             waiter.loaded.set_result(None)
 
-    async def _load_missing(self, entry: ModelEntry) -> None:
-        """Load a model for which there is room, if it is not loaded."""
-        if not self._is_missing(entry):
-            return
-        try:
-            await self._in_loader(self._load, entry.name)
-        except ServiceError as error:
-            self._failed[entry.name] = time.monotonic()
-            error.retry_after_s = error.retry_after_s or RETRY_S
-            raise
-        self._failed.pop(entry.name, None)
-
     async def _load_for_fits(self) -> None:
         """Load the trunks that fits wait for after a restart."""
         for trunk in self._fitted_on():
-            if (entry := self._first_on(trunk)) and not self._registry.loaded_trunk(trunk):
+            if (entry := self._models.first_on(trunk)) and not self._registry.loaded_trunk(trunk):
                 with suppress(ServiceError, ModelsError):  # it is tried again
-                    await self._memory.make_room(frozenset(entry.trunks), lambda: True)
-                    await self._load_missing(entry)
-
-    def _first_on(self, trunk: str) -> ModelEntry | None:
-        """A model on a trunk that may be loaded, if there is one."""
-        may_load = self._registry.declared - self._stopped
-        on_trunk = [e for e in list(self._registry.catalog.models.values()) if trunk in e.trunks]
-        return next((entry for entry in on_trunk if entry.name in may_load), None)
+                    if self._models.is_missing(entry):  # otherwise no room is needed
+                        await self._memory.make_room(frozenset(entry.trunks), lambda: True)
+                        await self._models.load_missing(entry)
 
 
 def _fail(waiters: Sequence[_Waiter], error: ServiceError) -> None:

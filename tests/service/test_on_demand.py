@@ -4,7 +4,7 @@ import asyncio
 import shutil
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import wraps
@@ -17,15 +17,16 @@ import torch
 from models.catalog import load_catalog
 from models.checkpoints.checkpoint import HeadState
 from models.description import State
-from models.errors import ModelNotFoundError
+from models.errors import CheckpointError, ModelNotFoundError
 from models.heads.files import HeadFile, encode_head
 from models.model import Model
 from models.registry import Registry
 from service.errors import DeadlineExceededError, QueueFullError, UnavailableError
 from service.ray.groups import multiplexed, trunk_groups
 from service.types import Call
-from service.worker import on_demand
+from service.worker import model_loads, on_demand
 from service.worker.loader import Loader
+from service.worker.memory_budget import MemoryBudget
 from service.worker.on_demand import OnDemand
 from tests.conftest import Running, running, wait_until
 
@@ -158,6 +159,7 @@ class Loading:
         tables = [
             f'[trunks.{name}]\nsource = "file:{weights}"\narchitecture = "test_vit"\n'
             f'[models.{name}]\ntrunk = "{name}"\ntask = "classify"\n'
+            f'[models.{name}-again]\ntrunk = "{name}"\ntask = "classify"\n'
             for name in "abcdef"
         ]
         path = weights.with_name("catalog.toml")
@@ -203,6 +205,14 @@ class Loading:
     async def use(self, *names: str, seconds: float = 60) -> None:
         async with self.using(*names, seconds=seconds):
             assert self.loaded.issuperset(names)
+
+    async def fail(self, name: str) -> None:
+        """Have a model fail to load."""
+        weights = self.weights.read_bytes()
+        self.weights.unlink()
+        with pytest.raises(UnavailableError):
+            await self.use(name)
+        self.weights.write_bytes(weights)
 
 
 def on_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
@@ -322,9 +332,9 @@ async def test_what_failed_is_loaded_once_it_can_be(
     for _ in range(2):  # the second time it is not tried
         with pytest.raises(UnavailableError) as failed:
             await loading.use("a")
-        assert 0 < (failed.value.retry_after_s or 0) <= on_demand.RETRY_S
+        assert 0 < (failed.value.retry_after_s or 0) <= model_loads.RETRY_S
         loading.weights.write_bytes(weights)
-    monkeypatch.setattr(on_demand, "RETRY_S", 0)
+    monkeypatch.setattr(model_loads, "RETRY_S", 0)
     await loading.use("a")
 
 
@@ -388,3 +398,155 @@ async def test_start_up_models_that_do_not_fit_are_told(
     await loading.use("d")
     await loading.use("e")
     assert loading.loaded == {"a", "b", "c", "e"}
+
+
+@on_a_loop
+async def test_one_attempt_to_load_a_model_serves_all_who_ask_for_it(
+    loading: Loading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = list[str]()
+
+    def fail(name: str) -> None:
+        attempts.append(name)
+        loading.registry.load(name)
+
+    def refuse(model: Model) -> None:
+        raise CheckpointError("it does not fit")
+
+    await loading.use("a")
+    loading.registry.on_load = refuse
+    monkeypatch.setattr(loading.on_demand._models, "_load", fail)
+    asking = (loading.use("a-again") for _ in range(20))
+    answers = await asyncio.gather(*asking, return_exceptions=True)
+    assert [type(answer) for answer in answers] == [UnavailableError] * 20
+    assert attempts == ["a-again"]
+
+
+@on_a_loop
+async def test_an_upload_needs_any_model_on_its_trunk(loading: Loading) -> None:
+    await loading.fail("a")
+    async with loading.on_demand.trunk_loaded(lambda: "a"):
+        assert loading.loaded == {"a-again"}
+    loading.registry.load("b-again")
+    async with loading.on_demand.trunk_loaded(lambda: "b"):
+        assert loading.loaded == {"a-again", "b-again"}
+
+
+@on_a_loop
+async def test_no_room_is_made_for_the_trunk_of_a_fit_that_has_just_failed(
+    loading: Loading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await loading.fail("c")
+    await loading.fail("c-again")
+    await loading.use("a", "b")
+    loading.fits = {"c"}
+    await loading.on_demand._load_for_fits()
+    assert loading.loaded == {"a", "b"}
+
+
+@on_a_loop
+async def test_others_are_served_at_once_after_an_error(
+    loading: Loading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next round is not after an interval that never ends."""
+    monkeypatch.setattr(on_demand, "INTERVAL_S", 10_000)
+    correct, errors = loading.on_demand._memory.correct, [OSError()]
+
+    async def fail_once(trunks: frozenset[str]) -> None:
+        if errors:
+            raise errors.pop()
+        await correct(trunks)
+
+    monkeypatch.setattr(loading.on_demand._memory, "correct", fail_once)
+    await asyncio.gather(loading.use("a", seconds=30), loading.use("b", seconds=30))
+    assert not errors
+
+
+def test_who_waits_when_the_server_stops_is_told(loading: Loading) -> None:
+    async def stop() -> None:
+        serving = asyncio.create_task(loading.on_demand.run())
+        await loading.use("d")
+        go = threading.Event()
+        blocking = asyncio.create_task(loading.loader.run(go.wait))
+        waiting = [asyncio.create_task(loading.use(name)) for name in "ab"]
+        await until(lambda: len(loading.loader._unfinished) == 2)  # "a" is being served
+        assert len(loading.on_demand._queue) == 2
+        serving.cancel()
+        await asyncio.wait([serving])
+        waiting.append(asyncio.create_task(loading.use("c")))
+        for task in waiting:
+            with pytest.raises(UnavailableError, match="stopping"):
+                await asyncio.wait_for(task, 30)
+        go.set()
+        await blocking
+
+    asyncio.run(stop())
+
+
+def test_without_a_budget_no_upload_is_read(loading: Loading) -> None:
+    async def upload() -> None:
+        made = OnDemand(
+            loading.registry, 0, startup=list, fitted_on=set, head_bytes=lambda trunk: 0,
+            in_loader=loading.loader.run, load=loading._load, unload=loading._unload,
+        )  # fmt: skip
+        async with made.trunk_loaded(lambda: pytest.fail("it is read")):
+            pass
+
+    asyncio.run(upload())
+
+
+def clip_budget(
+    clip: tuple[Path, Any], loader: Loader, fits: set[str]
+) -> tuple[Registry, MemoryBudget]:
+    """A loaded CLIP, for which there is no room."""
+    registry = Registry.from_catalog(clip[0], device="cpu")
+    registry.load("clip")
+
+    def unload(names: Sequence[str]) -> None:
+        for name in names:
+            registry.unload(name)
+
+    return registry, MemoryBudget(
+        registry, 0, startup=list, fitted_on=lambda: fits, head_bytes=lambda trunk: 0,
+        in_loader=loader.run, unload=unload,
+    )  # fmt: skip
+
+
+def test_a_tower_of_a_clip_stays_while_a_head_is_fitted_on_the_other(
+    loading: Loading, clip: tuple[Path, Any]
+) -> None:
+    fits = {"clip-image"}
+    registry, memory = clip_budget(clip, loading.loader, fits)
+    asyncio.run(memory.tidy())
+    memory._evict("clip-text")  # as if the fit had begun since it was chosen
+    assert registry.loaded_trunk("clip-image")
+    fits.clear()
+    asyncio.run(memory.tidy())
+    assert not registry.loaded_trunk("clip-image")
+
+
+def test_sizes_are_counted_again_only_once_a_trunk_can_go(
+    loading: Loading, clip: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, memory = clip_budget(clip, loading.loader, set())
+    counts = list[Iterable[str]]()
+    total = memory._sizes.total
+
+    def count(trunks: Iterable[str]) -> int:
+        counts.append(trunks)
+        return total(trunks)
+
+    monkeypatch.setattr(memory._sizes, "total", count)
+
+    async def use() -> None:
+        for trunks in (["clip-image", "clip-text"], ["clip-text"], ["other"]):
+            memory.use(trunks)
+        leaving = asyncio.create_task(memory.correct(frozenset()))
+        for trunks in ([], ["clip-text"], ["other"]):
+            memory.release(trunks)
+            await asyncio.sleep(0)
+        assert len(counts) == 1
+        memory.release(["clip-image", "clip-text"])
+        await leaving
+
+    asyncio.run(use())
