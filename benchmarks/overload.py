@@ -46,6 +46,8 @@ def main() -> None:
     seconds = FULL_S if arguments.full else arguments.seconds
     with LoadProcess() as generator, demo_server(free_port(), arguments.model) as server:
         full = capacity(generator, server, arguments.model)
+        if not full.rate:
+            raise SystemExit("the server answered nothing")
         print(
             f"capacity: {full.rate:.1f} photos a second, "
             f"{1000 * full.refusal_cpu_s:.2f} ms of processor time for a refusal",
@@ -87,9 +89,10 @@ class Capacity:
     refusal_cpu_s: float
 
     def left(self, refusals: float, load_cores: float) -> float:
-        """Photos a second beside `refusals` a second and a generator that takes `load_cores`."""
+        """Photos a second beside `refusals` a second and a generator that takes `load_cores`; not
+        above 0 if these take all."""
         taken = refusals * self.refusal_cpu_s + load_cores - self.load_cores
-        return self.rate * (1 - taken / self.server_cores)
+        return self.rate * (1 - taken / self.server_cores) if self.server_cores else 0.0
 
 
 def capacity(generator: LoadProcess, server: Server, model: str) -> Capacity:
@@ -105,7 +108,7 @@ def capacity(generator: LoadProcess, server: Server, model: str) -> Capacity:
         load.rate,
         server_s / CAPACITY_S,
         load.cpu_s / CAPACITY_S,
-        refusing_s / refused.statuses.total(),
+        refusing_s / max(1, refused.statuses.total()),
     )
 
 
@@ -132,14 +135,19 @@ def cells(
     yield f"{factor:g}x"
     yield f"{deadline:g} s"
     yield f"{goodput:.1f}/s"
-    yield f"{100 * goodput / full.rate:.0f} %"
-    yield f"{100 * goodput / full.left(refused / span, load.cpu_s / span):.0f} %"
+    yield share(goodput, full.rate)
+    yield share(goodput, full.left(refused / span, load.cpu_s / span))
     yield f"{1000 * percentile(load.latencies, 0.5):.0f} ms"
     yield f"{1000 * percentile(load.latencies, 0.99):.0f} ms"
     for status in (200, 429, 504):
         yield str(statuses[status])
     yield str(statuses.total() - sum(statuses[status] for status in (0, 200, 429, 504)))
     yield str(statuses[0])
+
+
+def share(goodput: float, rate: float) -> str:
+    """Percent of a rate, if there is any."""
+    return f"{100 * goodput / rate:.0f} %" if rate > 0 else "-"
 
 
 def cores(load: Load, server_s: float, busy_s: float, seconds: float) -> Iterator[str]:

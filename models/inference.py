@@ -150,18 +150,20 @@ def start_pass(trunk: Trunk, batch: Tensor, calls: Sequence[Sequence[HeadCall]])
 
 
 def _groups(places: Mapping[HeadCall, Places]) -> list[dict[HeadCall, Places]]:
-    """The calls of a batch, those together whose heads compute together. A new group begins after
-    MAX_TOGETHER rows."""
-    groups: dict[Hashable, dict[HeadCall, Places]] = {}
-    rows: dict[Hashable, int] = defaultdict(int)
+    """The calls of a batch, those together whose heads compute together. Several calls in a group
+    have at most MAX_TOGETHER rows."""
+    groups: list[dict[HeadCall, Places]] = []
+    latest: dict[Hashable, dict[HeadCall, Places]] = {}
     for call, at in places.items():
         key: Hashable = call
         if call.is_ranked and call.head.shared is not None:
-            shared = (call.head.shared, call.options)
-            rows[shared] += len(at)
-            key = (shared, rows[shared] // MAX_TOGETHER)
-        groups.setdefault(key, {})[call] = at
-    return list(groups.values())
+            key = call.head.shared, call.options
+        group = latest.get(key)
+        if group is None or sum(map(len, group.values())) + len(at) > MAX_TOGETHER:
+            group = latest[key] = {}
+            groups.append(group)
+        group[call] = at
+    return groups
 
 
 def _start_heads(

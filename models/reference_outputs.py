@@ -5,7 +5,7 @@ checkpoint formats return in addition to their heads' outputs.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class ReferenceRun:
         heads: the model's heads by task.
         output: what the trunk returned for `inputs`.
         inputs: named tensors, such as `pixel_values` (B, 3, H, W) and `noise` (B, N).
-        states: weights that came in the checkpoint besides the trunk's, by name.
+        states: weights that came in the checkpoint besides the trunk's, by name, float32.
     """
 
     trunk: Trunk
@@ -90,8 +90,14 @@ class Parts:
         """What the checkpoint's format returns for a pass."""
         if self.format_outputs is None:
             return {}
-        run = ReferenceRun(self.trunk, self.heads, output, inputs, self.states)
-        return self.format_outputs(run)
+        states = {name: _in_float32(state) for name, state in self.states.items()}
+        return self.format_outputs(ReferenceRun(self.trunk, self.heads, output, inputs, states))
+
+
+def _in_float32(state: HeadState) -> HeadState:
+    """A head's weights as the heads have theirs, whatever the file has."""
+    tensors = {k: t.float() if t.is_floating_point() else t for k, t in state.tensors.items()}
+    return replace(state, tensors=tensors)
 
 
 def image_outputs(parts: Parts, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

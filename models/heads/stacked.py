@@ -17,12 +17,16 @@ from torch.nn.functional import linear
 
 from models.heads.ranking import best_classes
 from models.trunks.base import Trunk
+from models.trunks.engines.base import Pass
 from models.trunks.slot_bank import SlotBank, Slots
 from models.trunks.transfers import index_tensor
 
 # Classifiers of more weights stay apart, each with a product of its own. On a CPU all do: starting
-# a product costs less than gathering. On a GPU the bound is for memory, per row of a batch.
+# a product costs less than gathering. On a GPU the bound is for memory, per row of a batch, where
+# classes are rounded up to a power of two.
 MAX_STACKED = {"cpu": 0, "cuda": 2**19}
+# As many of the best classes are recorded, or all; a row that needs more has kernels of its own.
+RECORDED_BEST = 16
 # Numbers of heads, and what they return for their rows, one head's after another's.
 Part = tuple[Sequence[int], Mapping[str, Tensor]]
 
@@ -54,9 +58,10 @@ def stacked(classifier: nn.Sequential, trunk: Trunk) -> nn.Module:
     layer = classifier[0]
     if len(classifier) > 1 or not isinstance(layer, nn.Linear):
         return classifier
-    if layer.weight.numel() > MAX_STACKED[layer.weight.device.type]:
-        return classifier
     features = layer.in_features
+    padded = _next_power(layer.out_features) * features
+    if padded > MAX_STACKED.get(layer.weight.device.type, 0):
+        return classifier
     bank = trunk.classifiers.setdefault(features, SlotBank())
     bias_K = layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias
     return StackedClassifier(bank, bank.store(layer.weight, bias_K), features)
@@ -100,12 +105,13 @@ def _classify_stacked(
         places += [(own.start, len(own))] * len(part)
     assert bank is not None
     features_BF = torch.cat(list(parts))
-    # Powers of two, so that there are few programs of different sizes to record.
+    # A power of two, so that there are few programs of different sizes to record.
     classes = _next_power(max(count for _, count in places))
-    count = min(_next_power(best), classes)
-    function = partial(rank_rows, classes=classes, count=count)
-    key = "classify", features_BF.shape[1], classes, count
-    run = trunk.engine.recorded(key, function, rows=(0, 1))
+    count = min(max(best, RECORDED_BEST), classes)
+    run: Pass = partial(rank_rows, classes=classes, count=count)
+    if best <= RECORDED_BEST:
+        key = "classify", features_BF.shape[1], classes
+        run = trunk.engine.recorded(key, run, rows=(0, 1))
     return run(features_BF, index_tensor(places, features_BF.device), *bank.for_pass())
 
 

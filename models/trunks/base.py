@@ -200,8 +200,9 @@ class Trunk:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights on the device."""
-        return parameter_bytes(self.network)
+        """Bytes on the device: the weights, and room that is kept for heads."""
+        banks = list(self.classifiers.values())
+        return parameter_bytes(self.network) + sum(bank.spare_bytes for bank in banks)
 
     @property
     def parameter_count(self) -> int:

@@ -74,10 +74,24 @@ class SlotBank:
                 tensor.record_stream(stream)
         return tensors
 
-    def _take(self, count: int, parts: Sequence[Tensor]) -> range:
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes of the places that are free."""
+        with self._lock:
+            self._take_back()
+            if self.tensors is None:
+                return 0
+            capacity = self.tensors[0].shape[self._dimension]
+            return sum(map(len, self._free)) * sum(t.nbytes for t in self.tensors) // capacity
+
+    def _take_back(self) -> None:
+        """Make the places free that nothing holds any more."""
         while self._released:
             self._free.append(self._released.popleft())
         self._free = _joined(self._free)
+
+    def _take(self, count: int, parts: Sequence[Tensor]) -> range:
+        self._take_back()
         while True:
             for position, free in enumerate(self._free):
                 if len(free) >= count:

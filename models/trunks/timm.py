@@ -67,6 +67,10 @@ class TimmTrunk(ImageTrunk):
         self.num_prefix_tokens = int(getattr(self.network, "num_prefix_tokens", 0))
         self._bank = QueryBank(self.blocks)
 
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self._bank.spare_bytes
+
     def create_pass(self, plan: PassPlan) -> nn.Module:
         pixel_input = PixelInput(self.preprocess, self.placement)
         return TimmPass(self.network, self._hooks, plan, pixel_input)

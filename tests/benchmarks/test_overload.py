@@ -2,6 +2,8 @@
 
 from collections import Counter
 
+import pytest
+
 from benchmarks.load import Load
 from benchmarks.overload import COLUMNS, Capacity, cells, cores
 
@@ -21,3 +23,14 @@ def test_only_answers_in_time_count_and_every_request_is_accounted_for() -> None
     assert counts == ["80", "15", "3", "1", "1"]
     taken = [values[name] for name in ("load", "server", "others")]
     assert taken == ["0.10", "1.20", "0.20"]
+
+
+@pytest.mark.parametrize(
+    ("rate", "server_cores", "expected"), [(10.0, 0.2, "60 %"), (0.0, 1.9, "-"), (0.0, 0.0, "-")]
+)
+def test_there_is_no_share_of_nothing(rate: float, server_cores: float, expected: str) -> None:
+    load = Load(span=10.0, latencies=[0.1] * 60, answered=60)
+    load.statuses = Counter({200: 60, 429: 40})
+    full = Capacity(rate, server_cores, load_cores=0.0, refusal_cpu_s=0.1)  # refusing takes 0.4
+    values = dict(zip(COLUMNS, cells(load, 3, 0.5, full, 8.0), strict=False))
+    assert (values["of capacity"], values["of left"]) == (expected, "-")

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -296,6 +297,10 @@ def test_nothing_is_built_for_a_trunk_that_was_unloaded() -> None:
         def build(self) -> None:
             built.append(1)
 
+    class Builder:
+        def build(self, batch: Tensor) -> None:
+            built.append(len(batch))
+
     built: list[int] = []
     go, done = threading.Event(), threading.Event()
     in_background(go.wait)
@@ -304,3 +309,10 @@ def test_nothing_is_built_for_a_trunk_that_was_unloaded() -> None:
     go.set()
     assert done.wait(60)
     assert built == []
+    batch, gone = torch.zeros(2), threading.Event()
+    weakref.finalize(batch, gone.set)
+    builder = Builder()
+    in_background(builder.build, batch)
+    del batch
+    assert gone.wait(60)  # although no other job has come
+    assert built == [2]

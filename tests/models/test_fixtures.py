@@ -136,6 +136,24 @@ def test_further_published_forms_give_the_same(name: str, file: str) -> None:
             assert torch.allclose(found[key], golden[key], atol=1e-5, rtol=0), key
 
 
+@pytest.mark.parametrize(("name", "part"), [("beit", "model"), ("sit", "teacher")])
+def test_weights_in_half_precision_give_the_same_outputs(
+    name: str, part: str, tmp_path: Path
+) -> None:
+    folder = folder_of(name)
+    saved = torch.load(folder / "checkpoint.pth", weights_only=False)
+    saved[part] = {key: value.half() for key, value in saved[part].items()}
+    torch.save(saved, tmp_path / "half.pth")
+    hyperparameters = json.loads((folder / "meta.json").read_text())["hyperparameters"]
+    model = load_checkpoint(tmp_path / "half.pth", arguments=hyperparameters)
+    whole, golden, _ = fixture(name)
+    inputs = {key: golden[key] for key in ("pixel_values", "mask") if key in golden}
+    found, expected = model.run(**inputs), whole.run(**inputs)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.allclose(found[key], value, atol=0.02, rtol=0), key
+
+
 def test_a_scale_mae_of_absolute_scale_knows_no_other() -> None:
     model, golden, _ = fixture("scale_mae", absolute_scale=True)
     given = {key: golden[key] for key in ("pixel_values", "noise")}

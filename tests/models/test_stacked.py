@@ -19,12 +19,13 @@ from models.heads.stacked import (
     classify_together,
     stacked,
 )
-from models.inference import HeadCall, run_pass
+from models.inference import HeadCall, _groups, run_pass
 from models.trunks.adapting import create_adapter
 from models.trunks.engines.base import Pass
 from models.trunks.engines.bucketed_pass import BucketedPass, Program
-from models.trunks.engines.cuda_graph import GraphedFunctions
+from models.trunks.engines.cuda_graph import MAX_FUNCTIONS, GraphedFunctions
 from models.trunks.engines.eager import Eager
+from models.trunks.slot_bank import FIRST_CAPACITY
 from models.trunks.timm import TimmTrunk
 from tests.models.test_vqt import KINDS, linear_head, random_head, selecting_head, small_trunk
 
@@ -83,6 +84,17 @@ def test_classifiers_together_find_what_each_finds(trunk: TimmTrunk, best: int) 
 def test_a_cpu_gathers_nothing() -> None:
     plain = classifier(8, 3, True)
     assert stacked(plain, small_trunk(*KINDS["class token"])) is plain
+
+
+def test_a_device_of_an_unknown_kind_gathers_nothing(trunk: TimmTrunk) -> None:
+    plain = classifier(8, 3, True).to("meta")
+    assert stacked(plain, trunk) is plain
+
+
+def test_large_is_what_is_large_with_its_classes_rounded_up(trunk: TimmTrunk) -> None:
+    assert isinstance(stacked(classifier(512, 64, True), trunk), StackedClassifier)
+    plain = classifier(500, 65, True)  # 500 * 65 < 2**15 < 500 * 128
+    assert stacked(plain, trunk) is plain
 
 
 def test_a_classifier_keeps_its_weights_when_others_come_and_go(trunk: TimmTrunk) -> None:
@@ -167,6 +179,18 @@ def test_equal_calls_get_the_most_classes_that_any_row_wants(
         assert len(found["index"]) >= call.top_k
 
 
+@pytest.mark.parametrize(
+    ("rows", "expected"), [([63, 2, 62], [63, 64]), ([1, 63, 1], [64, 1]), ([70, 1], [70, 1])]
+)
+def test_heads_that_compute_together_have_at_most_so_many_rows(
+    trunk: TimmTrunk, rows: Sequence[int], expected: Sequence[int]
+) -> None:
+    heads = [linear_head(trunk, seed) for seed in range(len(rows))]
+    places = {HeadCall.of(head, {}): [(row, 0) for row in range(count)]
+              for head, count in zip(heads, rows, strict=True)}  # fmt: skip
+    assert [sum(map(len, group.values())) for group in _groups(places)] == expected
+
+
 class Recording(Eager):
     """Runs functions that follow passes on inputs of their own, as graphs do."""
 
@@ -212,7 +236,31 @@ def test_recorded_classifiers_find_what_each_finds_in_padded_batches(
         [[expected]] = run_pass(trunk, pixels[row : row + 1], [calls[row]])
         assert not isinstance(found, Exception)
         assert not isinstance(expected, Exception)
-        np.testing.assert_array_equal(found["index"], expected["index"])
+        best = expected["index"]
+        np.testing.assert_array_equal(found["index"][: len(best)], best)
+
+
+@pytest.mark.parametrize(("best", "recorded"), [([1, 3, 16], [6]), ([17, 40], [])])
+def test_few_of_the_best_classes_are_recorded_together_and_many_not(
+    trunk: TimmTrunk, pixels: Tensor, best: Sequence[int], recorded: Sequence[int]
+) -> None:
+    trunk.engine = engine = Recording(trunk)
+    heads = [random_head(trunk, seed, classes=40) for seed in range(2)]
+    for count in best:
+        calls = [[HeadCall.of(heads[row % 2], {"top_k": count})] for row in range(5)]
+        check(trunk, pixels, calls)
+    assert engine.captured == recorded
+
+
+def test_no_more_functions_are_recorded_than_there_is_memory_for() -> None:
+    functions = GraphedFunctions(None)  # type: ignore[arg-type]
+
+    def double(rows: Tensor) -> Mapping[str, Tensor]:
+        return {"double": 2 * rows}
+
+    runs = [functions.get(number, double, (0,)) for number in range(MAX_FUNCTIONS + 1)]
+    assert [run is double for run in runs] == [False] * MAX_FUNCTIONS + [True]
+    assert functions.get(0, double, (0,)) is runs[0]
 
 
 def test_a_function_that_cannot_be_recorded_runs_as_it_is(
@@ -249,3 +297,22 @@ def test_a_function_that_cannot_be_recorded_runs_as_it_is(
     assert captures == [3, 3]
     assert len(caplog.records) == 1
     assert "not run as a graph" in caplog.text
+
+
+def test_a_trunk_counts_the_room_for_further_heads(trunk: TimmTrunk) -> None:
+    weights = trunk.nbytes
+    of_class = 4 * (8 + 1)
+    kept = stacked(classifier(8, 3, True), trunk)
+    gone = stacked(classifier(8, 60, True), trunk)
+    assert isinstance(kept, StackedClassifier)
+    assert trunk.nbytes == weights + (FIRST_CAPACITY - 63) * of_class
+    del gone
+    assert trunk.nbytes == weights + (FIRST_CAPACITY - 3) * of_class
+
+
+def test_a_trunk_counts_the_room_for_further_query_tokens() -> None:
+    trunk = small_trunk(*KINDS["class token"])
+    weights = trunk.nbytes
+    head = random_head(trunk, 0, queries=2)
+    of_token = head.queries.nbytes // 2
+    assert trunk.nbytes == weights + (FIRST_CAPACITY - 2) * of_token

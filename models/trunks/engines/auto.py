@@ -216,6 +216,7 @@ def _jobs() -> "queue.SimpleQueue[_Job | None]":
         torch.set_num_threads(1)
         while (job := jobs.get()) is not None:
             job.run()
+            del job  # else its inputs are kept until the next job comes
 
     def stop() -> None:
         with contextlib.suppress(queue.Empty):

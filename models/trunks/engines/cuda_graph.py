@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # Runs before the capture, in which libraries choose algorithms and allocate workspaces.
 WARM_UPS = 3
+# Functions of one trunk that are recorded, each for up to sixteen sizes of batches.
+MAX_FUNCTIONS = 16
 MIXED_QUERIES = "the rows have different numbers of query tokens"
 
 
@@ -102,7 +104,7 @@ def graphed(
 
 class GraphedFunctions:
     """Functions of tensors that follow passes, as graphs. One whose capture or replay fails is
-    called as it is from then on."""
+    called as it is from then on, and so are those beyond MAX_FUNCTIONS."""
 
     def __init__(self, capture: GraphCapture) -> None:
         self._capture = capture
@@ -111,6 +113,8 @@ class GraphedFunctions:
     def get(self, key: Hashable, function: Pass, rows: Sequence[int]) -> Pass:
         """The function as graphs, see `Engine.recorded`."""
         if (run := self._runs.get(key)) is None:
+            if len(self._runs) >= MAX_FUNCTIONS:
+                return function
             bucketed = BucketedPass(lambda inputs: self._capture(function, inputs), rows)
             run = self._runs.setdefault(key, partial(self._run, key, function, bucketed))
         return run
