@@ -137,6 +137,8 @@ def _of_folder(folder: Path) -> Iterator[Example]:
     for path in sorted(folder.rglob("*")):
         below = path.relative_to(folder)
         if path.suffix.lower() in SUFFIXES and len(below.parts) > 1 and path.is_file():
+            if not _is_text(below.parts[0]):
+                raise InputError(f"the folder {below.parts[0]!r} has no name in UTF-8")
             yield Example(str(below), below.parts[0], path)
 
 
@@ -185,6 +187,11 @@ def _of_archive(archive: zipfile.ZipFile, max_bytes: int) -> list[Example]:
             "the archive has no images; put them into folders named after classes", field="archive"
         )
     return examples
+
+
+def _is_text(name: str) -> bool:
+    """Whether it is Unicode text. Of a file's name, bytes that are not UTF-8 become surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _is_image(path: PurePosixPath) -> bool:

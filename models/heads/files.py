@@ -126,6 +126,9 @@ def decode_head(content: bytes) -> HeadFile:
         tensors = load(content)
         header = json.loads(content[8 : 8 + size])
         metadata = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "null"))
+        json.dumps(metadata, ensure_ascii=False).encode()  # as answers are, with labels of it
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"the head's metadata is not Unicode text: {error}") from error
     except (SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:
         # KeyError: a dtype that torch does not have; the message may hold the whole file
         raise CheckpointError(f"not a readable safetensors file: {str(error)[:200]}") from error

@@ -14,7 +14,7 @@ def load_labels(labels: str | list[str], base: Path) -> tuple[str, ...]:
         base: the folder that a path is relative to.
 
     Raises:
-        CatalogError: neither a known table nor a readable file.
+        CatalogError: neither a known table nor a readable file in UTF-8.
     """
     # imported late, because timm imports torch
     from models.segmentation.label_sets import label_sets, load_label_set
@@ -32,7 +32,15 @@ def load_labels(labels: str | list[str], base: Path) -> tuple[str, ...]:
         lines = (base / labels).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise CatalogError(f"labels {labels!r}: not a known table, and no such file") from error
+    except UnicodeDecodeError as error:
+        raise CatalogError(f"labels {labels!r}: the file is not UTF-8: {error}") from error
     return tuple(line.strip() for line in lines if line.strip())
+
+
+def as_label(name: object) -> str:
+    """A checkpoint's name of a class, with "?" for what is not Unicode text: no answer could hold
+    it."""
+    return str(name).encode(errors="replace").decode()
 
 
 def numbered_labels(count: int) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Fitting heads: what counts as examples, what is learnt, and what goes wrong how."""
 
 import io
+import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -227,6 +228,16 @@ def test_folders_are_classes(folder: Path) -> None:
         read_examples(folder / "cat" / "deep")
 
 
+def test_a_class_has_a_name_that_answers_can_hold(folder: Path) -> None:
+    try:
+        (folder / "dog").rename(folder / os.fsdecode(b"h\xfcnd"))
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 only")
+    with pytest.raises(InputError, match="no name in UTF-8") as caught:
+        read_examples(folder)
+    assert str(caught.value).isascii()
+
+
 def test_a_table_names_paths_and_labels(folder: Path) -> None:
     table = folder / "table.csv"
     table.write_text("path,label,note\ncat/1.png,Katze,\ndog/3.jpg,Hund,x\n", encoding="utf-8-sig")
@@ -289,6 +300,8 @@ def some_head(**changed: object) -> HeadFile:
         (encode_head(some_head(kind="magic")), "a 'magic' head"),
         (encode_head(some_head(task="segment")), "for the task 'segment'"),
         (encode_head(some_head(labels=())), "0 labels"),
+        (encode_head(some_head(labels=("a", "b\ud800"))), "not Unicode text"),
+        (encode_head(some_head(trunk="\udcff")), "not Unicode text"),
         (
             encode_head(some_head(state=HeadState({"w": torch.tensor([float("inf")])}))),
             "not finite",

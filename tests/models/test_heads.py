@@ -15,6 +15,7 @@ from rasterio.features import rasterize
 from shapely.geometry import shape
 
 from models import Registry
+from models.checkpoints.families.transformers_configuration import read_labels
 from models.errors import CatalogError, InputError, TaskError
 from models.heads.embed import Embed
 from models.heads.ranking import best_classes
@@ -26,6 +27,7 @@ from models.reference_outputs import Parts, reference_outputs
 from models.segmentation.masks import encode_mask
 from models.started_pass import StartedPass
 from models.tasks.embed import encode_embedding
+from models.tasks.labels import load_labels
 from models.trunks.devices import Placement
 from models.trunks.timm import TimmTrunk
 from tests.conftest import encode
@@ -227,6 +229,14 @@ def test_labels_come_from_a_file_beside_the_catalog(tmp_path: Path, tiny_catalog
     model = Registry.from_catalog(path, device="cpu").get("tiny")
     best = model.predict([Image.new("RGB", (9, 9))])[0]["predictions"][0]
     assert best["label"] == f"class {best['index']}"
+
+
+def test_labels_are_text_that_answers_can_hold(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_bytes(b"cat\nh\xfcnd\n")
+    with pytest.raises(CatalogError, match="the file is not UTF-8"):
+        load_labels("names.txt", tmp_path)
+    config = {"id2label": {"0": "Hündin", "1": json.loads('"a\\ud800b"')}}
+    assert read_labels(config) == ("Hündin", "a?b")
 
 
 OF_TWO: dict[str, Any] = {"labels": ("background", "foreground"), "background": 0}

@@ -11,6 +11,7 @@ from typing import Any
 from models.checkpoints.containers import Container
 from models.checkpoints.families.configuration import read_configuration
 from models.errors import CheckpointError
+from models.tasks.labels import as_label
 
 SEGMENTOR = "EncoderDecoder"
 TABLES = ("backbone", "neck", "decode_head", "test_cfg")
@@ -149,7 +150,7 @@ def read_segmentor(container: Container, arguments: Mapping[str, Any]) -> Segmen
         keep_ratio=keep_ratio,
         mean=_triple(norm.get("mean")),
         std=_triple(norm.get("std")),
-        labels=[str(name) for name in labels] if isinstance(labels, list) else (),
+        labels=[as_label(name) for name in labels] if isinstance(labels, list) else (),
         palette=data.get("palette") or meta.get("PALETTE"),
         assumed=assumed,
     )

@@ -10,6 +10,7 @@ from models.checkpoints.families.known import flag, number, whole
 from models.errors import CheckpointError
 from models.inputs.crop_transform import INTERPOLATIONS
 from models.inputs.transforms import CropMode, Preprocess
+from models.tasks.labels import as_label
 
 FILE = "config.json"
 PROCESSOR = "preprocessor_config.json"
@@ -57,7 +58,7 @@ def read_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
     if named.keys() != set(map(str, range(len(named)))):  # ConvNeXt's with 21,841 classes
         return ()
-    return tuple(str(named[str(index)]) for index in range(len(named)))
+    return tuple(as_label(named[str(index)]) for index in range(len(named)))
 
 
 def read_preprocess(path: Path, kind: str) -> Preprocess:
