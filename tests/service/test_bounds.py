@@ -122,10 +122,32 @@ def test_numbers_of_an_answer_in_json_are_counted() -> None:
     arrays = [np.zeros((64, MAX_ANSWER_VALUES // 128 + 1), np.float32)] * 2
     as_json = [RequestedOutput("a"), RequestedOutput("b")]
     write: Any = None
-    with pytest.raises(PayloadTooLargeError):
+    with pytest.raises(PayloadTooLargeError, match=r"numbers as JSON.*binary_data"):
         write_infer_response("tiny", request, as_json, arrays, write)
     one_binary = [RequestedOutput("a"), RequestedOutput("b", binary=True)]
     assert len(write_infer_response("tiny", request, one_binary, arrays, write).body) > MIB
+
+
+def test_a_photos_mask_may_be_json() -> None:
+    request = InferenceRequest("7", [], [], {}, None, binary=False, bulk=False)
+    mask = np.zeros((1, 1500, 2000), np.uint8)  # more elements than other numbers may be
+    mask.ravel()[-1] = 255
+    texts = np.array([[b"cat", b"\xff"]], object)
+    arrays = [mask, texts, mask[:, :0], mask[:, :2, :2]]
+    outputs = [RequestedOutput(name) for name in "abc"] + [RequestedOutput("d", binary=True)]
+    write: Any = None
+    body = bytes(write_infer_response("tiny", request, outputs, arrays, write).body)
+    assert body[-4:] == bytes(4)
+    answer = json.loads(body[:-4])
+    assert answer["id"] == "7"
+    written = {output["name"]: output for output in answer["outputs"]}
+    assert written["a"]["shape"] == [1, 1500, 2000]
+    assert np.array_equal(written["a"]["data"], mask.ravel())
+    assert written["b"]["data"] == ["Y2F0", "/w=="]
+    assert written["c"]["data"] == []
+    assert written["d"]["parameters"] == {"binary_data_size": 4}
+    with pytest.raises(PayloadTooLargeError):
+        write_infer_response("tiny", request, outputs[:1] * 6, [mask] * 6, write)
 
 
 def test_an_id_that_is_returned_is_short(tiny: Running) -> None:

@@ -5,7 +5,7 @@ https://github.com/triton-inference-server/server/blob/main/docs/protocol/extens
 
 import base64
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -16,8 +16,8 @@ from pydantic import BaseModel, Field
 from pydantic_core import to_json
 from starlette.datastructures import Headers
 
-from service.errors import BadRequestError, InvalidInputError
-from service.limits import check_answer_size
+from service.errors import BadRequestError, InvalidInputError, PayloadTooLargeError
+from service.limits import MAX_ANSWER_VALUES
 from service.open_inference.inputs import MAX_ID, InputTensor, is_bulk, timeout_ms
 from service.open_inference.metadata import VERSION
 from service.open_inference.outputs import MAX_OUTPUTS, RequestedOutput
@@ -27,6 +27,9 @@ from service.payloads import parse_json_object
 from service.tensors import MAX_DIMENSIONS, datatype_of, pack, to_bytes
 
 HEADER_LENGTH = "inference-header-content-length"
+# So many integers of one byte, such as a mask's, count as one number in JSON: they are short there.
+SMALL = 8
+JSON_PIECE = 2**16  # elements that are written at a time
 _LENGTH = re.compile("[0-9]{1,18}")
 
 Parameters = dict[str, Any]
@@ -148,16 +151,20 @@ def write_infer_response(
     Raises:
         PayloadTooLargeError: too many numbers would be JSON.
     """
-    check_answer_size(
-        sum(
-            array.size
+    _check_json_size(
+        [
+            array
             for output, array in zip(outputs, arrays, strict=True)
             if output.place is None and not _is_binary(output, request)
-        )
+        ]
     )
-    described: list[dict[str, Any]] = []
+    answer = {"model_name": model, "model_version": VERSION}
+    if request.id:
+        answer["id"] = request.id
+    text = [to_json(answer)[:-1], b',"outputs":[']
     binary: list[bytes] = []
-    for output, array in zip(outputs, arrays, strict=True):
+    for position, (output, array) in enumerate(zip(outputs, arrays, strict=True)):
+        text.append(b"," if position else b"")
         entry: dict[str, Any] = {
             "name": output.name,
             "datatype": datatype_of(array),
@@ -175,12 +182,10 @@ def write_infer_response(
             binary.append(to_bytes(array))
             entry["parameters"] = {"binary_data_size": len(binary[-1])}
         else:
-            entry["data"] = [_plain(element) for element in array.ravel().tolist()]
-        described.append(entry)
-    answer = {"model_name": model, "model_version": VERSION, "outputs": described}
-    if request.id:
-        answer["id"] = request.id
-    head = to_json(answer)
+            text += [to_json(entry)[:-1], b',"data":[', *_json_elements(array), b"]}"]
+            continue
+        text.append(to_json(entry))
+    head = b"".join([*text, b"]}"])
     if not binary:
         return Response(head, media_type="application/json")
     return Response(
@@ -188,6 +193,24 @@ def write_infer_response(
         media_type="application/octet-stream",
         headers={HEADER_LENGTH: str(len(head))},
     )
+
+
+def _check_json_size(arrays: Sequence[np.ndarray]) -> None:
+    small = sum(array.size for array in arrays if array.dtype in (np.uint8, np.int8))
+    values = sum(array.size for array in arrays)
+    if values - small + small / SMALL > MAX_ANSWER_VALUES:
+        raise PayloadTooLargeError(
+            f"{values} numbers as JSON; the limit is {MAX_ANSWER_VALUES}, of UINT8 and INT8 "
+            f"{SMALL * MAX_ANSWER_VALUES}. Request the outputs with binary_data"
+        )
+
+
+def _json_elements(array: np.ndarray) -> Iterator[bytes]:
+    """An array's elements as JSON, in pieces: a thread lets others run between them."""
+    flat = array.ravel()
+    for start in range(0, flat.size, JSON_PIECE):
+        elements = [_plain(element) for element in flat[start : start + JSON_PIECE].tolist()]
+        yield (b"," if start else b"") + to_json(elements)[1:-1]
 
 
 def _is_binary(output: RequestedOutput, request: InferenceRequest) -> bool:
