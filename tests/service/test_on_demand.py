@@ -27,6 +27,7 @@ from service.types import Call
 from service.worker import model_loads, on_demand
 from service.worker.loader import Loader
 from service.worker.memory_budget import MemoryBudget
+from service.worker.model_loads import ModelLoads
 from service.worker.on_demand import OnDemand
 from tests.conftest import Running, running, wait_until
 
@@ -473,11 +474,11 @@ def test_who_waits_when_the_server_stops_is_told(loading: Loading) -> None:
         assert len(loading.on_demand._queue) == 2
         serving.cancel()
         await asyncio.wait([serving])
+        go.set()
         waiting.append(asyncio.create_task(loading.use("c")))
         for task in waiting:
             with pytest.raises(UnavailableError, match="stopping"):
                 await asyncio.wait_for(task, 30)
-        go.set()
         await blocking
 
     asyncio.run(stop())
@@ -523,6 +524,20 @@ def test_a_tower_of_a_clip_stays_while_a_head_is_fitted_on_the_other(
     fits.clear()
     asyncio.run(memory.tidy())
     assert not registry.loaded_trunk("clip-image")
+
+
+def test_an_upload_needs_no_more_trunks_than_its_own(
+    loading: Loading, clip: tuple[Path, Any]
+) -> None:
+    registry, memory = clip_budget(clip, loading.loader, set())
+    loads = ModelLoads(registry, memory, loading.loader.run, loading._load)
+    found = loads.first_on("clip-image")
+    assert found
+    assert found.name == "clip"  # it is loaded
+    registry.unload("clip")
+    found = loads.first_on("clip-image")
+    assert found
+    assert found.trunks == ("clip-image",)
 
 
 def test_sizes_are_counted_again_only_once_a_trunk_can_go(
