@@ -87,6 +87,7 @@ async def begin(
     protocol: Any = Protocol(config, ServerState(), {})
     wire = wire or Wire()
     wire.protocol = protocol
+    assert protocol.count("client")  # as the listener does
     protocol.connection_made(wire)
     return protocol, wire
 
