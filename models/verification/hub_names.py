@@ -1,4 +1,7 @@
-"""The names of weights in the files of transformers' hub."""
+"""The names of weights in the files of transformers' hub.
+
+The format that reads such files has a table of its own, so that no mistake is in both.
+"""
 
 import re
 from collections.abc import Mapping

@@ -83,7 +83,8 @@ def check_settings() -> Iterator[Finding]:
         settings = Settings()
     except ValidationError as error:
         for item in error.errors():
-            name = "_".join(["VITRAIL", *map(str, item["loc"])]).upper()
+            field = "_".join(map(str, item["loc"])).upper()
+            name = f"VITRAIL_{field.removeprefix('VITRAIL_')}"  # some locations have the prefix
             yield Finding("settings", "bad", f"{name}: {item['msg']}", f"unset or correct {name}")
         return
     set_here = sorted(f"VITRAIL_{name.upper()}" for name in settings.model_fields_set)

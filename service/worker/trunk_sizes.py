@@ -10,8 +10,8 @@ MIB = 2**20
 
 
 class TrunkSizes:
-    """Bytes of a registry's trunks: their weights, those that their engines hold besides, and those
-    of the heads on them."""
+    """The memory of a registry's trunks in bytes: the weights, what engines hold in addition, and
+    the heads."""
 
     def __init__(self, registry: Registry, head_bytes: Callable[[str], int]) -> None:
         """

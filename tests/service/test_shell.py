@@ -351,6 +351,15 @@ def test_files_are_named_after_the_folder_that_was_given(tmp_path: Path) -> None
     ]
 
 
+@pytest.mark.parametrize(("name", "value"), [("VITRAIL_PRECISION", "x"), ("VITRAIL_PORT", "-1")])
+def test_the_doctor_names_wrong_settings_as_they_are_set(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    [finding] = check_settings()
+    assert finding.advice == f"unset or correct {name}"
+
+
 def test_the_doctor_says_what_is_wrong_and_what_to_do() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

@@ -128,7 +128,7 @@ def _geometry(config: Mapping[str, Any], processor: str) -> tuple[CropMode, tupl
     """How an image is cropped, the (height, width) of the input, and its share of the resized one.
 
     Raises:
-        CheckpointError: the sizes are none that timm's transforms reach.
+        CheckpointError: no transform resizes to one of the sizes and crops to the other.
     """
     size = config.get("size")
     if isinstance(size, int):

@@ -36,7 +36,7 @@ MARK = re.compile(
     r"^((?!transformer\.)\w+\.)?embeddings\.patch_embeddings\.(projection\.)?weight$"
     r"|^vision_model\.embeddings\.patch_embedding\.weight$"
 )
-# What only training, captions or poolers that transformers trains anew use.
+# Not served: the pooler, which published checkpoints leave untrained, and the mask of pre-training.
 DROPPED = ("pooler.", "embeddings.mask_token")
 CLASSIFIERS = ("classifier", "cls_classifier")
 BUFFERS = ("position_ids",)
