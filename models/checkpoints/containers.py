@@ -1,4 +1,7 @@
-"""Safe reading of checkpoint files: safetensors, npz, ONNX, torch. A file's code is never run."""
+"""Safe reading of checkpoint files: safetensors, npz, ONNX, torch, and indices of shards.
+
+A file's code is never run.
+"""
 
 import argparse
 import pickle
@@ -14,6 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from models.checkpoints.shards import SUFFIX as INDEX_SUFFIX
+from models.checkpoints.shards import check_shard, read_index
 from models.checkpoints.torchscript import is_torchscript, read_torchscript
 from models.errors import CheckpointError
 
@@ -71,7 +76,8 @@ class Container:
 
 
 def open_container(path: Path) -> Container:
-    """Read `.safetensors`, `.npz`, `.onnx`, or a torch file (any other suffix).
+    """Read `.safetensors`, `.npz`, `.onnx`, the shards of an `.index.json`, or a torch file (any
+    other suffix).
 
     Raises:
         CheckpointError: the file is missing, damaged, or a pickle that needs code to be run.
@@ -80,6 +86,8 @@ def open_container(path: Path) -> Container:
         raise CheckpointError(f"{path} is a folder; name the checkpoint file in it")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
+    if path.name.endswith(INDEX_SUFFIX):
+        return _open_shards(path)
     match path.suffix:
         case ".safetensors":
             return _open_safetensors(path)
@@ -91,6 +99,20 @@ def open_container(path: Path) -> Container:
         case _:
             _check_zip(path)
             return _open_torch(path)
+
+
+def _open_shards(index: Path) -> Container:
+    """One container of all shards' tensors, its `path` the index's.
+
+    Raises:
+        CheckpointError: a shard is missing or damaged, or has not the tensors that the index says.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, stated in read_index(index).items():
+        shard = open_container(index.parent / name)
+        check_shard(shard.path, frozenset(shard.tensors), stated)
+        tensors |= shard.tensors
+    return Container(index, tensors)
 
 
 def _check_zip(path: Path) -> None:

@@ -7,15 +7,23 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 
+from models.checkpoints.shards import SUFFIX, read_index
 from models.errors import SourceError
 
 CONFIG = "config.json"
 BESIDE = ("preprocessor_config.json", "processor_config.json")
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# In the order in which transformers itself looks for them.
+WEIGHTS = (
+    "model.safetensors",
+    f"model.safetensors{SUFFIX}",
+    "pytorch_model.bin",
+    f"pytorch_model.bin{SUFFIX}",
+)
 
 
 def fetch_transformers(location: str) -> Path | None:
-    """The weights of a repository, with its configurations beside them, in the hub's own cache.
+    """The weights of a repository, or their index, with its configurations and shards beside them,
+    in the hub's own cache.
 
     Args:
         location: `ORGANISATION/NAME`, with `@REVISION` or without.
@@ -25,6 +33,7 @@ def fetch_transformers(location: str) -> Path | None:
 
     Raises:
         SourceError: a file of it cannot be downloaded, such as its weights.
+        CheckpointError: the index of its weights cannot be used.
         OSError: the disk is full.
     """
     name, _, revision = location.partition("@")
@@ -39,12 +48,13 @@ def fetch_transformers(location: str) -> Path | None:
     for file in BESIDE:
         _download(name, file, revision)
     for file in WEIGHTS:
-        if (path := _download(name, file, revision)) is not None:
-            return path
-    raise SourceError(
-        f"hf-hub:{location}: neither {' nor '.join(WEIGHTS)} could be downloaded; sharded weights "
-        "are not supported"
-    )
+        if (path := _download(name, file, revision)) is None:
+            continue
+        for shard in read_index(path) if file.endswith(SUFFIX) else ():
+            if _download(name, shard, revision) is None:
+                raise SourceError(f"hf-hub:{location}: the shard {shard} could not be downloaded")
+        return path
+    raise SourceError(f"hf-hub:{location}: none of {', '.join(WEIGHTS)} could be downloaded")
 
 
 def _download(name: str, file: str, revision: str) -> Path | None:

@@ -1,7 +1,7 @@
 """Files of transformers are served as transformers itself computes them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as _transformers
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from models.assembly import load_checkpoint
@@ -20,9 +21,10 @@ from models.checkpoints.containers import Container
 from models.checkpoints.families.transformers_configuration import read_preprocess
 from models.checkpoints.formats.transformers import matches
 from models.checkpoints.loading import build_towers, read_checkpoint
-from models.errors import CheckpointError
+from models.errors import CheckpointError, SourceError
 from models.inputs.normalize import Normalize
 from models.inputs.transforms import create_transform
+from models.model import Model
 from models.registry import Registry
 from models.trunks.devices import Placement
 
@@ -203,26 +205,104 @@ def test_what_is_not_supported_is_refused(
         load_checkpoint(path)
 
 
-def test_a_repository_of_the_hub_is_served_with_its_class_names(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    snapshot = tmp_path / "models--stub--hotdog" / "snapshots" / "0"
-    (tmp_path / "models--stub--hotdog" / "refs").mkdir(parents=True)
-    (tmp_path / "models--stub--hotdog" / "refs" / "main").write_text("0")
-    names = {0: "hot dog", 1: "not hot dog"}
-    config = transformers.ViTConfig(**SIZES, id2label=names)
-    saved(snapshot, transformers.ViTForImageClassification(config), SQUASHED)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    (tmp_path / "catalog.toml").write_text(
+def stub_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of `hf-hub:stub/hotdog` in a cache of the hub that holds nothing else."""
+    (root / "models--stub--hotdog" / "refs").mkdir(parents=True)
+    (root / "models--stub--hotdog" / "refs" / "main").write_text("0")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root))
+    return root / "models--stub--hotdog" / "snapshots" / "0"
+
+
+def hotdog_of_the_hub(folder: Path) -> Model:
+    (folder / "catalog.toml").write_text(
         '[trunks.hotdog]\nsource = "hf-hub:stub/hotdog"\n'
         '[models.hotdog]\ntrunk = "hotdog"\ntask = "classify"\n'
     )
-    model = Registry(load_catalog(tmp_path / "catalog.toml"), device="cpu").get("hotdog")
-    answer = model.predict([Image.new("RGB", (50, 50), "red")])
-    assert {p["label"] for p in answer[0]["predictions"]} == set(names.values())
+    return Registry(load_catalog(folder / "catalog.toml"), device="cpu").get("hotdog")
+
+
+HOTDOG: Any = transformers.ViTConfig(**SIZES, id2label={0: "hot dog", 1: "not hot dog"})
+
+
+def test_a_repository_of_the_hub_is_served_with_its_class_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = stub_hub(tmp_path, monkeypatch)
+    saved(snapshot, transformers.ViTForImageClassification(HOTDOG), SQUASHED)
+    answer = hotdog_of_the_hub(tmp_path).predict([Image.new("RGB", (50, 50), "red")])
+    names = HOTDOG.id2label.values()
+    assert {p["label"] for p in answer[0]["predictions"]} == set(names)
     converted = tmp_path / "converted.safetensors"
     save_checkpoint(read_checkpoint(snapshot / "model.safetensors", {}), converted)
-    assert read_checkpoint(converted, {}).labels == tuple(names.values())
+    assert read_checkpoint(converted, {}).labels == tuple(names)
+
+
+def sharded(folder: Path, network: Any) -> Path:
+    """The network's files with its weights in several shards, and their index."""
+    network.save_pretrained(folder, max_shard_size="20KB")
+    (folder / "preprocessor_config.json").write_text(json.dumps(SQUASHED))
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    return folder / "model.safetensors.index.json"
+
+
+def as_torch_files(index: Path) -> Path:
+    """The same shards as torch files, as older versions write them."""
+    content = json.loads(index.read_text())
+    places = content["weight_map"]
+    for name in set(places.values()):
+        shard = index.parent / name
+        torch.save(load_file(shard), shard.with_suffix(".bin"))
+        shard.unlink()
+    content["weight_map"] = {k: str(Path(v).with_suffix(".bin")) for k, v in places.items()}
+    index.unlink()
+    index = index.with_name("pytorch_model.bin.index.json")
+    index.write_text(json.dumps(content))
+    return index
+
+
+@pytest.mark.parametrize("convert", [Path, as_torch_files])
+def test_weights_may_be_sharded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, convert: Callable[[Path], Path]
+) -> None:
+    network = transformers.ViTForImageClassification(HOTDOG)
+    whole = load_checkpoint(saved(tmp_path / "whole", network, SQUASHED))
+    snapshot = stub_hub(tmp_path / "hub", monkeypatch)
+    index = convert(sharded(snapshot, network))
+    of_hub = hotdog_of_the_hub(tmp_path)
+    assert load_checkpoint(index).digest == of_hub.digest == whole.digest
+    next(index.parent.glob(f"*-00002-of-*{Path(index.stem).suffixes[0]}")).unlink()
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_checkpoint(index)
+    with pytest.raises(SourceError, match="could not be downloaded"):
+        hotdog_of_the_hub(tmp_path)
+
+
+def test_shards_have_what_their_index_says_and_nothing_else(tmp_path: Path) -> None:
+    network = transformers.ViTForImageClassification(HOTDOG)
+    index = sharded(tmp_path, network)
+    content = json.loads(index.read_text())
+    places: dict[str, str] = content["weight_map"]
+    name, shard = places.copy().popitem()
+    other, elsewhere = next(item for item in places.items() if item[1] != shard)
+    for changed, said in (
+        ({**places, name: elsewhere}, f"{elsewhere}: .* lacks {name}"),
+        ({k: v for k, v in places.items() if k != name}, f"{shard}: .* also has {name}"),
+        ({**places, name: "../" + shard}, "not the name of a shard beside it"),
+        ({**places, name: 3}, "not the name of a shard beside it"),
+        ({**places, name: index.name}, "not the name of a shard beside it"),
+        ({**places, **{str(n): f"{n}.bin" for n in range(1001)}}, "at most 1000"),
+        ({}, "no weight_map"),
+    ):
+        index.write_text(json.dumps({"weight_map": changed}))
+        with pytest.raises(CheckpointError, match=said):
+            load_checkpoint(index)
+    twice = json.dumps({"weight_map": places}).replace(
+        f'"{other}"', f'"{name}": "a.bin", "{other}"'
+    )
+    for text, said in ((twice, "twice"), ("[" * 10**5, "not an index"), (" " * 2**24 + "{}", "16")):
+        index.write_text(text)
+        with pytest.raises(CheckpointError, match=said):
+            load_checkpoint(index)
 
 
 @pytest.mark.parametrize(
