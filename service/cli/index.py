@@ -1,7 +1,8 @@
 """Files of a folder's embeddings, written in parts so that writing can be interrupted and resumed.
 
 `OUTPUT.parts/` holds the parts meanwhile: parquet files of rows in order, and `made_by.json`, which
-names the model. A part is renamed into place once it is complete.
+names the model. A part is renamed into place once it is complete. Images that failed are in no
+part, so that a run that resumes tries them again.
 """
 
 import json
@@ -13,15 +14,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 PART_ROWS = 500
 KEY = b"vitrail"
-SCHEMA = pa.schema(
-    [("path", pa.string()), ("embedding", pa.list_(pa.float32())), ("error", pa.string())]
-)
-FINAL = pa.schema([("path", pa.string()), ("embedding", pa.list_(pa.float32()))])
+SCHEMA = pa.schema([("path", pa.string()), ("embedding", pa.list_(pa.float32()))])
 
 
 class IndexFileError(Exception):
@@ -62,9 +59,9 @@ class IndexWriter:
         """The paths in the parts of an earlier run."""
         return {path for part in self._files() for path in part.column("path").to_pylist()}
 
-    def add(self, path: str, embedding: list[float] | None, error: str | None) -> None:
-        """Add an image's embedding, or its error."""
-        self._rows.append({"path": path, "embedding": embedding, "error": error})
+    def add(self, path: str, embedding: list[float]) -> None:
+        """Add an image's embedding."""
+        self._rows.append({"path": path, "embedding": embedding})
         if len(self._rows) >= PART_ROWS:
             self.flush()
 
@@ -99,39 +96,34 @@ class IndexWriter:
         unfinished.rename(self._parts / f"{number:06}.parquet")
         self._rows = []
 
-    def finish(self) -> tuple[int, int]:
-        """Join all parts to the output, and remove them.
-
-        Returns:
-            The number of rows written, and the number of images that failed.
-        """
+    def finish(self) -> int:
+        """Join all parts to the output, and remove them. Returns the number of rows."""
         self.flush()
         made_by = json.dumps(asdict(self._made_by)) if self._made_by else "{}"
         unfinished = self._output.with_name(self._output.name + ".unfinished")
         if self._output.suffix == ".npy":
             table = unfinished.with_suffix(".parquet")
-            counts = self._write_parquet(table, made_by)
+            rows = self._write_parquet(table, made_by)
             self._write_npy(table, unfinished)
             table.unlink()
             self._output.with_suffix(".made_by.json").write_text(made_by, encoding="utf-8")
         else:
-            counts = self._write_parquet(unfinished, made_by)
+            rows = self._write_parquet(unfinished, made_by)
         unfinished.rename(self._output)
         shutil.rmtree(self._parts, ignore_errors=True)
-        return counts
+        return rows
 
     def _files(self) -> Iterator[pa.Table]:
         for path in sorted(self._parts.glob("*.parquet")):
             yield pq.read_table(path)
 
-    def _write_parquet(self, target: Path, made_by: str) -> tuple[int, int]:
-        rows = failed = 0
-        with pq.ParquetWriter(target, FINAL.with_metadata({KEY: made_by})) as writer:
+    def _write_parquet(self, target: Path, made_by: str) -> int:
+        rows = 0
+        with pq.ParquetWriter(target, SCHEMA.with_metadata({KEY: made_by})) as writer:
             for part in self._files():
-                good = part.filter(pc.is_null(part.column("error")))
-                writer.write_table(good.select(["path", "embedding"]).cast(FINAL))
-                rows, failed = rows + good.num_rows, failed + part.num_rows - good.num_rows
-        return rows, failed
+                writer.write_table(part.cast(SCHEMA))
+                rows += part.num_rows
+        return rows
 
     def _write_npy(self, table: Path, target: Path) -> None:
         """Copy the vectors of a parquet file, in batches, and write the paths beside the output."""

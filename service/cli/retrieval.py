@@ -164,22 +164,23 @@ def _write_index(client: Client, paths: list[Path], output: Path, pooling: str |
             raise typer.Exit(1)
         if done:
             errors.print(f"{len(done)} images are done already", highlight=False)
+        failed = 0
         with Progress(console=errors, disable=not errors.is_terminal) as progress:
             bar = progress.add_task("embed", total=len(files) + len(done), completed=len(done))
             try:
                 for path, entry in client.ask_all(files):
                     if "error" in entry:
                         errors.print(f"{path}: {entry['error']}", markup=False, highlight=False)
-                        writer.add(str(path), None, str(entry["error"]))
+                        failed += 1
                     else:
                         names = ("model", "model_digest", "preprocess_digest")
                         writer.check(MadeBy(**{n: entry[n] for n in names}, pooling=pooling))
-                        writer.add(str(path), entry["embedding"], None)
+                        writer.add(str(path), entry["embedding"])
                     progress.advance(bar)
             except BaseException:
                 writer.flush()  # the next run continues from here
                 raise
-        rows, failed = writer.finish()
+        rows = writer.finish()
     except IndexFileError as error:
         errors.print(str(error), highlight=False)
         raise typer.Exit(1) from error

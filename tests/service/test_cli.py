@@ -164,14 +164,14 @@ def test_an_interrupted_embedding_is_resumed_exactly(tiny_catalog: Path, tmp_pat
     for number in range(1200):
         pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(photos / f"{number:04}.png")
-    (photos / "0700.png").write_bytes(b"no image")
+    (photos / "0100.png").write_bytes(b"no image")
     with running(tiny_catalog) as server:
         server.wait_ready()
         flags = ["--url", server.url, "--model", "tiny-embed"]
         whole = tmp_path / "whole.parquet"
         once = vitrail("embed", str(photos), "--output", str(whole), *flags)
         assert once.returncode == 1  # for the image that is none
-        assert "0700.png" in once.stderr
+        assert "0100.png" in once.stderr
         broken = tmp_path / "broken.parquet"
         parts = tmp_path / "broken.parquet.parts"
         with process("embed", str(photos), "--output", str(broken), *flags) as started:
@@ -182,6 +182,8 @@ def test_an_interrupted_embedding_is_resumed_exactly(tiny_catalog: Path, tmp_pat
         asked = server.metric("vitrail_requests_total", task="embed", outcome="ok")
         again = vitrail("embed", str(photos), "--output", str(broken), *flags)
         assert "done already" in again.stderr
+        assert again.returncode == 1
+        assert "0100.png" in again.stderr  # it has failed before, and is tried again
         assert server.metric("vitrail_requests_total", task="embed", outcome="ok") - asked < 1000
         assert not parts.exists()
         first, second = (pq.read_table(path).to_pydict() for path in (whole, broken))
