@@ -381,6 +381,12 @@ def test_someone_without_photos_fits_and_searches_the_samples(page: Page) -> Non
     page.get_by_role("button", name="Try grass-9.jpg").click()  # it was in no pile
     expect(page.locator("#fitted .bar").first).to_contain_text("grass")
     shoot(page, "classes")
+    page.once("dialog", lambda dialog: dialog.accept())
+    with page.expect_event("dialog") as asked, page.expect_response("**/heads") as answer:
+        page.get_by_role("button", name="Fit").click()
+    assert asked.value.message == "There is a head my-classes. Replace it?"
+    assert answer.value.status == 202
+    expect(page.locator("#progress")).to_contain_text("my-classes is ready", timeout=60_000)
     page.get_by_role("tab", name="Search").click()
     page.get_by_label("Collection", exact=True).fill("samples")
     page.get_by_role("button", name="Index the samples").click()

@@ -85,7 +85,9 @@ async function fit() {
   if (full < 2)
     return showError(new Error("Two classes or more need photos. Drop some on their piles, or use the sample piles."), fitted);
   const name = form.elements.name.value, body = new FormData();
-  const fields = Object.entries({ name, trunk: form.trunk.value, kind: form.kind.value, replace: true });
+  const replace = await exists(name);
+  if (replace && !confirm(`There is a head ${name}. Replace it?`)) return;
+  const fields = Object.entries({ name, trunk: form.trunk.value, kind: form.kind.value, ...(replace && { replace }) });
   const photos = [...contents].flatMap(([pile, own]) => {
     const label = pile.querySelector("input").value.trim();
     return own.map((file, place) => ({ file, place, label }));
@@ -107,6 +109,16 @@ async function fit() {
   } catch (error) {
     progress.textContent = "";
     showError(error, fitted);
+  }
+}
+
+/** Whether there is a head of that name. If that cannot be told, the server refuses to replace one. */
+async function exists(name) {
+  try {
+    await server().send("GET", `/heads/${encodeURIComponent(name)}`);
+    return true;
+  } catch {
+    return false;
   }
 }
 
