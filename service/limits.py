@@ -65,6 +65,7 @@ class Budget:
     Attributes:
         by_protocol: requests in flight, by the entrance they came by.
         peak_bytes: the most bytes since it was last set.
+        parsing: held while a large body is parsed, one at a time.
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
@@ -73,6 +74,7 @@ class Budget:
         self._bytes = Holdings(max(settings.max_bytes_in_flight, settings.max_request_bytes))
         self._max_request_bytes = settings.max_request_bytes
         self.peak_bytes = 0
+        self.parsing = asyncio.Lock()
         self._clock = clock
         # Moving sums over requests that have ended: their bytes, and these times their seconds.
         self._ended_bytes = self._ended_byte_seconds = 0.0
@@ -196,6 +198,16 @@ class Share:
         self._budget.check_made(self, size)
         self.made_bytes += size
         self._budget.count(self, size)
+
+    def give_back_made(self, size: int) -> None:
+        """Give back bytes that were made, before the request ends."""
+        self.made_bytes -= size
+        self._budget.count(self, -size)
+
+    @property
+    def parsing(self) -> asyncio.Lock:
+        """See `Budget`."""
+        return self._budget.parsing
 
     def receive(self, size: int) -> None:
         """Count bytes of a message that has come, which may be more than one request's: its caller

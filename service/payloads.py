@@ -1,24 +1,26 @@
 """JSON objects and base64 text from request bodies.
 
 Parsers hold the interpreter's lock, so that a thread does not help: while a body is parsed, nothing
-else runs. What a body holds is therefore counted before it is parsed.
+else runs. What a body holds is therefore counted before it is parsed, and large bodies are parsed
+one at a time: between two of them others have their turns.
 """
 
 import asyncio
 import binascii
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from pydantic_core import from_json
 
 from service.errors import BadRequestError, InvalidInputError, PayloadTooLargeError, ServiceError
+from service.limits import Share
 
 # Decoding more than this takes milliseconds, so it is done in a thread.
 SLOW_BASE64_CHARACTERS = 256 * 1024
 # A thread lets others run between pieces; of four characters each.
 BASE64_PIECE = 2**18
-# The same of counting JSON text; a thread lets others run between pieces.
+# The same of JSON text; a thread lets others run between the pieces that it counts.
 SLOW_JSON_BYTES = 2**20
 JSON_PIECE_BYTES = 2**18
 # How often characters may occur in JSON, wherever they stand: a body at these limits is parsed in
@@ -27,28 +29,64 @@ JSON_PIECE_BYTES = 2**18
 MAX_JSON_MARKS = 200_000
 MAX_JSON_COMMAS = 1_000_000
 MAX_JSON_ESCAPES = 1_000_000
+# A string with one character beyond Latin-1 takes up to four bytes for each of its characters, and
+# some five times the time. Of large bodies, such strings may have so many bytes together.
+MAX_JSON_WIDE_BYTES = 16 * 2**20
+WIDE_ESCAPE = re.compile(rb"\\u(?:[^0]|.[^0])")
+# The most memory of what a bracket, a brace or a quote begins or ends, and of a value in a list.
+MARK_BYTES = 100
+COMMA_BYTES = 40
 # The time for an integer grows with the square of its digits. What large bodies may hold of them is
 # looked for where a number may begin; small ones are parsed in milliseconds whatever they hold.
 MAX_DIGITS = 100
 LONG_NUMBER = re.compile(rb"[\[,:\s-]\d{%d}" % (MAX_DIGITS + 1))
+# What is searched for first, many times faster.
+ENOUGH_DIGITS = b"0" * (MAX_DIGITS + 1)
+DIGITS_AS_0 = bytes.maketrans(b"0123456789", b"0" * 10)
+
+T = TypeVar("T")
 
 
-async def parse_json_object(content: bytes) -> dict[str, Any]:
+async def parse_json_object(content: bytes, share: Share) -> dict[str, Any]:
     """The JSON object of a request body.
 
+    Args:
+        share: of the request; what the object takes is counted in it: as many bytes as the body has
+            for strings, as many for what base64 in them decodes to, and some for its values.
+
     Raises:
-        PayloadTooLargeError: too many values, or a large body with a number that is too long.
+        PayloadTooLargeError: too many values or wide strings, or a large body with a number that is
+            too long; or too much memory.
+        UnavailableError: all requests together hold too many bytes.
         InvalidInputError: a string is not Unicode.
         BadRequestError: not JSON, or not an object; NaN and Infinity are not JSON.
     """
-    if len(content) <= SLOW_JSON_BYTES:
-        _check_json(content)
-    else:
-        await asyncio.to_thread(_check_json, content)
-    fields = _parse(content)
+    fields = await _counted(_count_object, _parse, content, share)
     if not isinstance(fields, dict):
         raise BadRequestError("the JSON body must be an object")
     return fields
+
+
+async def parse_json_lines(content: bytes, share: Share) -> list[Any]:
+    """The value of each line of NDJSON that is not empty; the error of a line that has none.
+
+    Raises:
+        PayloadTooLargeError: too many values or wide strings in all, or too much memory.
+        UnavailableError: all requests together hold too many bytes.
+    """
+    return await _counted(_count, _parse_lines, content, share)
+
+
+async def _counted(
+    count: Callable[[bytes], int], parse: Callable[[bytes], T], content: bytes, share: Share
+) -> T:
+    """`parse(content)`, once it is known what that takes."""
+    if len(content) <= SLOW_JSON_BYTES:
+        share.make(count(content))
+        return parse(content)
+    async with share.parsing:
+        share.make(await share.in_thread(count, content))
+        return await share.in_thread(parse, content)
 
 
 def _parse(content: bytes) -> Any:
@@ -60,13 +98,7 @@ def _parse(content: bytes) -> Any:
         raise BadRequestError(f"the body is not valid JSON: {error}") from error
 
 
-def parse_json_lines(content: bytes) -> list[Any]:
-    """The value of each line of NDJSON that is not empty; the error of a line that has none.
-
-    Raises:
-        PayloadTooLargeError: too many values in all.
-    """
-    _check_counts(content)
+def _parse_lines(content: bytes) -> list[Any]:
     is_large = len(content) > SLOW_JSON_BYTES
     values: list[Any] = []
     for line in content.split(b"\n"):
@@ -83,20 +115,23 @@ def parse_json_lines(content: bytes) -> list[Any]:
     return values
 
 
-def _check_json(content: bytes) -> None:
-    """
+def _count_object(content: bytes) -> int:
+    """As `_count`, for a body that is one value.
+
     Raises:
-        PayloadTooLargeError: too many values, or a large body with a number that is too long.
+        PayloadTooLargeError: also a large body with a number that is too long.
     """
-    _check_counts(content)
+    size = _count(content)
     if len(content) > SLOW_JSON_BYTES:
         _check_numbers(content)
+    return size
 
 
-def _check_counts(content: bytes) -> None:
-    """
+def _count(content: bytes) -> int:
+    """The most bytes that are made of a body: its values, and what base64 in strings decodes to.
+
     Raises:
-        PayloadTooLargeError: too many values.
+        PayloadTooLargeError: too many values, or too many bytes of wide strings.
     """
     marks = commas = escapes = 0
     for piece in _pieces(content):
@@ -113,6 +148,48 @@ def _check_counts(content: bytes) -> None:
         )
     if escapes > MAX_JSON_ESCAPES:
         raise PayloadTooLargeError(f"the JSON body has more than {MAX_JSON_ESCAPES} escapes")
+    wide = _wide_bytes(content)
+    if wide > MAX_JSON_WIDE_BYTES:
+        raise PayloadTooLargeError(
+            f"the JSON body has {wide} bytes of strings that are not ASCII; the limit is "
+            f"{MAX_JSON_WIDE_BYTES}"
+        )
+    return 2 * len(content) + 3 * wide + MARK_BYTES * marks + COMMA_BYTES * commas
+
+
+def _wide_bytes(content: bytes) -> int:
+    """The bytes of strings that may take more than a byte for each of theirs; of a small body with
+    such a string, all."""
+    if not _is_wide(content):
+        return 0
+    if len(content) <= SLOW_JSON_BYTES:
+        return len(content)
+    return sum(len(text) for text in _strings(content) if _is_wide(text))
+
+
+def _is_wide(text: bytes) -> bool:
+    if not text.isascii():
+        return True
+    return b"\\" in text and any(WIDE_ESCAPE.search(piece) for piece in _pieces(text, 3))
+
+
+def _strings(content: bytes) -> Iterator[bytes]:
+    """The text of each JSON string, without its quotes."""
+    start = content.find(b'"') + 1
+    while start:
+        end = content.find(b'"', start)
+        while end >= 0 and _is_escaped(content, end):
+            end = content.find(b'"', end + 1)
+        yield content[start:] if end < 0 else content[start:end]
+        start = 0 if end < 0 else content.find(b'"', end + 1) + 1
+
+
+def _is_escaped(content: bytes, place: int) -> bool:
+    """Whether an odd number of backslashes is before a place."""
+    first = place
+    while content[first - 1 : first] == b"\\":
+        first -= 1
+    return (place - first) % 2 == 1
 
 
 def _check_numbers(content: bytes) -> None:
@@ -120,13 +197,17 @@ def _check_numbers(content: bytes) -> None:
     Raises:
         PayloadTooLargeError: a number is too long.
     """
-    if any(LONG_NUMBER.search(piece) for piece in _pieces(content)):
+    if any(
+        ENOUGH_DIGITS in piece.translate(DIGITS_AS_0) and LONG_NUMBER.search(piece)
+        for piece in _pieces(content)
+    ):
         raise PayloadTooLargeError(f"the JSON body has a number of over {MAX_DIGITS} digits")
 
 
-def _pieces(content: bytes) -> Iterator[bytes]:
+def _pieces(content: bytes, further: int = 0) -> Iterator[bytes]:
+    """Pieces of a body, each with some further bytes of the next one."""
     for start in range(0, len(content), JSON_PIECE_BYTES):
-        yield content[start : start + JSON_PIECE_BYTES]
+        yield content[start : start + JSON_PIECE_BYTES + further]
 
 
 def decode_base64(text: str, field: str) -> bytes:

@@ -11,6 +11,7 @@ import httpx
 from fastapi import Request
 
 from service.errors import InvalidInputError, PayloadTooLargeError
+from service.gateway.rest.content import share_of
 from service.limits import Share
 from service.settings import Settings
 
@@ -46,7 +47,7 @@ class ImageFetcher:
 
     def for_request(self, request: Request, deadline: float) -> Fetch:
         """`fetch` for a request with a deadline in `time.monotonic` seconds."""
-        share: Share = request.scope["state"]["share"]
+        share = share_of(request)
         return partial(self.fetch, share=share, deadline=deadline)
 
     async def fetch(self, url: str, *, share: Share, deadline: float) -> bytes:

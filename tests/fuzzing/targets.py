@@ -31,6 +31,7 @@ from service.gateway.open_inference.codec import parse_infer_request
 from service.gateway.openai.inputs import EmbeddingsRequest, parse_inputs
 from service.gateway.rest.body import parse_form
 from service.key_file import read_keys
+from service.limits import Budget, Share
 from service.open_inference.inputs import to_inputs
 from service.open_inference.shared_memory import SharedMemory
 from service.parameters import validate
@@ -135,7 +136,9 @@ def try_inference(headers: dict[str, str], data: bytes) -> None:
     # As the server reads headers, which is Latin-1.
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
     request = _run(
-        parse_infer_request(Headers(raw=raw), data, partial(memory.read, limit=MAX_REGION_BYTES))
+        parse_infer_request(
+            Headers(raw=raw), data, partial(memory.read, limit=MAX_REGION_BYTES), _share()
+        )
     )
     to_inputs(request.inputs, settings)
 
@@ -151,14 +154,14 @@ def try_form(data: bytes) -> None:
 
 
 def try_json(data: bytes) -> None:
-    for value in parse_json_lines(data):
+    for value in _run(parse_json_lines(data, _share())):
         if isinstance(value, ServiceError):
             raise value
 
 
 def try_embedding(data: bytes) -> None:
     """A body in the forms of OpenAI, Cohere and TEI: refused if none of them can be."""
-    fields = _run(parse_json_object(data))
+    fields = _run(parse_json_object(data, _share()))
     readers: Sequence[Callable[[], Any]] = (
         lambda: parse_inputs(validate(EmbeddingsRequest, fields)),
         lambda: parse_items(validate(CohereBody, fields)),
@@ -171,6 +174,10 @@ def try_embedding(data: bytes) -> None:
 
 def try_metadata(value: Any) -> None:
     check_metadata(value)
+
+
+def _share() -> Share:
+    return Share(Budget(Settings()), "fuzzing", began=0.0)
 
 
 def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:

@@ -24,7 +24,7 @@ from service.gateway.open_inference.codec import (
     write_infer_response,
 )
 from service.gateway.rest.body import parse_form
-from service.limits import MAX_ANSWER_VALUES
+from service.limits import MAX_ANSWER_VALUES, Budget, Share
 from service.open_inference.inputs import InputTensor, to_inputs
 from service.open_inference.outputs import RequestedOutput
 from service.open_inference.shared_memory import SharedMemory
@@ -57,6 +57,19 @@ def peak_of(function: Callable[[], Any]) -> int:
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+def share() -> Share:
+    """What a lone request holds of a budget of its own."""
+    return Share(Budget(Settings()), "a client", began=0.0)
+
+
+def parsed(content: bytes) -> dict[str, Any]:
+    return asyncio.run(parse_json_object(content, share()))
+
+
+def lines_of(content: bytes) -> list[Any]:
+    return asyncio.run(parse_json_lines(content, share()))
 
 
 def refused(answer: httpx.Response, *statuses: int) -> None:
@@ -218,7 +231,7 @@ def test_json_is_counted_before_it_is_parsed(tiny: Running, content: bytes) -> N
     for path in ("/classify", "/v1/embeddings", INFER, "/heads"):
         headers = {"Content-Type": "application/json"}
         refused(tiny.client.post(path, content=content, headers=headers), 413)
-    assert peak_of(lambda: asyncio.run(parse_json_object(content))) < MIB
+    assert peak_of(lambda: parsed(content)) < MIB
 
 
 @pytest.mark.parametrize(
@@ -350,7 +363,7 @@ json_values = st.recursive(
 
 @given(st.binary(max_size=200) | json_values.map(lambda value: json.dumps(value).encode()))
 def test_any_json_is_read_or_refused(content: bytes) -> None:
-    tolerate(lambda: asyncio.run(parse_json_object(content)))
+    tolerate(lambda: parsed(content))
 
 
 @given(
@@ -382,7 +395,7 @@ def test_any_inference_request_is_read_or_refused(
 
     def read() -> None:
         parsed = asyncio.run(
-            parse_infer_request(headers, head + binary, partial(shared.read, limit=100))
+            parse_infer_request(headers, head + binary, partial(shared.read, limit=100), share())
         )
         to_inputs(parsed.inputs, Settings())
 
@@ -431,27 +444,106 @@ def test_padding_before_the_end_of_base64_is_refused(padding: str) -> None:
 
 def test_json_at_its_limits_is_read() -> None:
     content = b"{" + b'"a": [' + b"[]," * (MAX_JSON_MARKS - 10) + b"[]]}"
-    assert len(asyncio.run(parse_json_object(content))["a"]) == MAX_JSON_MARKS - 9
+    assert len(parsed(content)["a"]) == MAX_JSON_MARKS - 9
     numbers = json.dumps({"a": np.zeros(10**6).tolist()}).encode()
-    assert len(asyncio.run(parse_json_object(numbers))["a"]) == 10**6
+    assert len(parsed(numbers)["a"]) == 10**6
+
+
+EMOJI = "\U0001f600"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps({"a": [[0]] * 60_000}),
+        json.dumps({"a": [[[]]] * 60_000}),
+        json.dumps({"a": [{"": 1.5}] * 60_000}),
+        json.dumps({str(n): {} for n in range(60_000)}),
+        json.dumps({"a": [1.5] * 900_000}),
+        json.dumps({"a": "x" * 2**22}),
+        json.dumps({"a": "x" * 2**22 + EMOJI}),
+        json.dumps({"a": "x" * 2**22 + EMOJI}, ensure_ascii=False),
+        json.dumps({"a": ["x" * 90 + EMOJI] * 30_000}),
+        json.dumps({"a": "x" * 2**19 + EMOJI}),
+    ],
+)
+def test_the_memory_of_json_is_counted_before_it_is_parsed(content: str) -> None:
+    encoded = content.encode()
+    counted = share()
+    tracemalloc.start()
+    try:
+        fields = asyncio.run(parse_json_object(encoded, counted))
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert fields
+    assert taken < counted.made_bytes + 100_000 < 8 * taken
+
+
+def test_large_json_is_parsed_one_at_a_time() -> None:
+    """Nothing else runs while it is parsed, so there is a pause between two of them."""
+    large = json.dumps({"a": "x" * 2**21}).encode()
+
+    async def case() -> None:
+        counted = share()
+        async with counted.parsing:
+            waiting = asyncio.create_task(parse_json_object(large, counted))
+            await parse_json_object(b'{"a": 1}', counted)
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
+        assert len((await waiting)["a"]) == 2**21
+
+    asyncio.run(case())
+
+
+def test_a_body_whose_json_takes_more_than_may_be_held_is_refused() -> None:
+    content = json.dumps({"a": "x" * 2**21}).encode()
+    small = Share(Budget(Settings(max_bytes_in_flight=2**22, max_request_bytes=2**22)), "a", 0.0)
+    small.add(len(content))
+    with pytest.raises(PayloadTooLargeError, match="with the copies"):
+        asyncio.run(parse_json_object(content, small))
+    assert small.made_bytes == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        EMOJI.encode() + b"x" * 2**24,
+        b"\\u2713" + b"x" * 2**24,
+        b"x" * (2**18 - 10) + b"\\u2713" + b"x" * 2**24,  # where the text is taken apart
+        b'\\"' + b"x" * 2**24 + b'\\"\\u2713\\\\',
+    ],
+)
+def test_wide_strings_are_bounded_before_they_are_parsed(text: bytes) -> None:
+    """One character of four bytes makes all others of its string as large."""
+    with pytest.raises(PayloadTooLargeError, match="strings that are not ASCII"):
+        parsed(b'{"a": "' + text + b'"}')
+
+
+def test_large_images_beside_texts_are_not_wide() -> None:
+    image = (b"QUJD" * 16 + b"\\/\\u002b") * 2**18
+    fields = parsed(b'{"b": "\\\\", "a": "' + image + b'", "c": "' + EMOJI.encode() + b'\\""}')
+    assert len(fields["a"]) == 66 * 2**18
+    assert fields["b"] == "\\"
+    assert fields["c"] == f'{EMOJI}"'
 
 
 def test_large_json_holds_no_endless_numbers() -> None:
     long = b"9" * 4000
     content = b'{"a": [' + b", ".join([long] * 300) + b"]}"
     with pytest.raises(ServiceError, match="a number of over 100 digits"):
-        asyncio.run(parse_json_object(content))
+        parsed(content)
     text = b'{"a": "' + long * 300 + b'"}'
-    assert len(asyncio.run(parse_json_object(text))["a"]) == 4000 * 300
+    assert len(parsed(text)["a"]) == 4000 * 300
 
 
 def test_lines_with_endless_numbers_fail_alone() -> None:
     long = b'{"id": ' + b"9" * 400 + b"}"
     many = [b'{"id": "%d", "a": "%s"}' % (n, b"x" * 2**16) for n in range(20)]
-    values = parse_json_lines(b"\n".join([*many, long, b"{not json", b""]))
+    values = lines_of(b"\n".join([*many, long, b"{not json", b""]))
     assert [value["id"] for value in values[:20]] == [str(n) for n in range(20)]
     assert "over 100 digits" in str(values[20])
     assert "not valid JSON" in str(values[21])
     assert values[21].__traceback__ is values[21].__cause__ is None  # whose frames hold the body
-    [bare] = parse_json_lines(b"9" * 2**21)
+    [bare] = lines_of(b"9" * 2**21)
     assert "over 100 digits" in str(bare)

@@ -28,7 +28,7 @@ from service.gateway.dispatch import read_deadline
 from service.gateway.entrance import NDJSON
 from service.gateway.fetch import Fetch
 from service.gateway.rest.body import MAX_FIELDS, collect, load_image, parse_form
-from service.gateway.rest.content import read_body
+from service.gateway.rest.content import read_body, share_of
 from service.limits import check_input_count
 from service.parameters import validate
 from service.payloads import decode_base64, parse_json_lines, parse_json_object
@@ -91,7 +91,7 @@ async def read_entries(request: Request) -> list[Entry] | FolderParameters:
         case "multipart/form-data":
             entries = await _entries_of_form(request, content)
         case "application/json":
-            fields = await parse_json_object(content)
+            fields = await parse_json_object(content, share_of(request))
             if "folder" in fields:
                 return validate(FolderParameters, fields)
             images = fields.pop("images", None)
@@ -102,7 +102,9 @@ async def read_entries(request: Request) -> list[Entry] | FolderParameters:
             check_input_count(request.app.state.settings, len(images))
             entries = await _entries_of_json(request, images)
         case media_type if media_type == NDJSON:
-            lines = await asyncio.to_thread(_lines, content)
+            if (count := content.count(b"\n")) > MAX_LINES:
+                raise PayloadTooLargeError(f"{count} lines; the limit is {MAX_LINES}")
+            lines = await parse_json_lines(content, share_of(request))
             entries = await _entries_of_json(request, lines)
         case _:
             given = collect(request.query_params.multi_items(), frozenset())
@@ -128,7 +130,7 @@ async def read_query(request: Request) -> Query:
             images += sent
             fields |= collect(texts, frozenset())
         case "application/json":
-            fields |= await parse_json_object(content)
+            fields |= await parse_json_object(content, share_of(request))
             listed = fields.pop("images", [])
             if not isinstance(listed, list) or len(listed) > 1:
                 raise InvalidInputError("a search takes one image", field="images")
@@ -202,13 +204,6 @@ async def _parts(request: Request, content: bytes) -> tuple[list[bytes], list[tu
     finally:
         await form.close()
     return images, texts
-
-
-def _lines(content: bytes) -> list[Any]:
-    """The JSON value of each line; the error of one that is not JSON."""
-    if (count := content.count(b"\n")) > MAX_LINES:
-        raise PayloadTooLargeError(f"{count} lines; the limit is {MAX_LINES}")
-    return parse_json_lines(content)
 
 
 def _fetch(request: Request) -> Fetch:

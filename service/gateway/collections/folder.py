@@ -20,6 +20,7 @@ from service.gateway.collections.parameters import (
     FolderParameters,
 )
 from service.gateway.collections.thumbnails import ThumbnailMaker
+from service.gateway.rest.content import share_of
 from service.limits import Share
 from service.search.collection import VectorStore
 from service.search.folders import ImageFile, ImageFolder, Unreadable
@@ -77,7 +78,7 @@ async def _read_page(
 ) -> Page:
     settings: Settings = request.app.state.settings
     folder = ImageFolder(settings.image_folders, parameters.folder)
-    share: Share = request.scope["state"]["share"]
+    share = share_of(request)
     threads: Executor = request.app.state.folder_threads
     thumbnails: ThumbnailMaker = request.app.state.thumbnails
     files, last = await share.in_pool(threads, folder.look, parameters.after, MAX_FILES, deadline)

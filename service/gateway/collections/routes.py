@@ -41,7 +41,7 @@ from service.gateway.collections.vectors import (
 from service.gateway.entrance import refused_early
 from service.gateway.json_response import JsonResponse
 from service.gateway.problems import describe
-from service.gateway.rest.content import read_body
+from service.gateway.rest.content import read_body, read_json, share_of
 from service.gateway.rest.examples import PHOTO
 from service.parameters import validate
 from service.payloads import decode_base64, parse_json_object
@@ -68,7 +68,8 @@ async def create_collection(request: Request, response: Response, name: Name) ->
     """Create a collection of images that `model` embeds: 201. If it exists with that model: 200."""
     deadline = dispatch.read_deadline(request)
     content = await read_body(request)
-    parameters = validate(CollectionParameters, await parse_json_object(content or b"{}"))
+    fields = await parse_json_object(content or b"{}", share_of(request))
+    parameters = validate(CollectionParameters, fields)
     store = await _store(request)
     check_name(name)
     example = decode_base64(PHOTO, "images")  # a model's digests and dimensions come with an answer
@@ -165,7 +166,7 @@ async def delete_image(request: Request, name: Name, image: ImageId) -> None:
 @router.post("/collections/{name}/images/delete", openapi_extra=DELETE)
 async def delete_images(request: Request, name: Name) -> dict[str, int]:
     """Delete up to 1000 images by their ids; `deleted` is how many of them were there."""
-    parameters = validate(DeletionParameters, await parse_json_object(await read_body(request)))
+    parameters = validate(DeletionParameters, await read_json(request))
     store = await _store(request)
     await _get(store, name)
     return {"deleted": await store.remove(name, list(map(check_id, parameters.ids)))}

@@ -20,11 +20,10 @@ from service.gateway.embedding import (
 )
 from service.gateway.entrance import refused_early
 from service.gateway.json_response import JsonResponse, made_of
-from service.gateway.rest.content import read_body
+from service.gateway.rest.content import read_json
 from service.gateway.rest.examples import PHOTO, json_body
 from service.logs import request_id
 from service.parameters import validate
-from service.payloads import parse_json_object
 from service.types import InferResult
 
 router = APIRouter(prefix="/cohere", tags=["dialects"], dependencies=[Depends(require_key)])
@@ -60,7 +59,7 @@ _EMBED = json_body(
 async def embed(request: Request) -> JsonResponse:
     """Embed `texts`, `images` or `inputs` of one text or image each, in one or several types."""
     with dispatch.count_request(request, "embed") as account:
-        body = validate(CohereBody, await parse_json_object(await read_body(request)))
+        body = validate(CohereBody, await read_json(request))
         items = parse_items(body)
         options = {"dimensions": body.output_dimension}
         result = await embed_inputs(request, account, body.model, items, options)

@@ -18,11 +18,10 @@ from service.gateway.entrance import refused_early
 from service.gateway.json_response import JsonResponse, made_of
 from service.gateway.openai.inputs import EmbeddingsRequest, parse_inputs
 from service.gateway.openai.outputs import embeddings_answer
-from service.gateway.rest.content import read_body
+from service.gateway.rest.content import read_json
 from service.gateway.rest.examples import EMBEDDINGS, PHOTO, json_body
 from service.logs import request_id
 from service.parameters import validate
-from service.payloads import parse_json_object
 
 router = APIRouter(prefix="/infinity", tags=["dialects"])
 keyed = [Depends(require_key)]
@@ -127,7 +126,7 @@ async def _read(request: Request) -> dict[str, Any]:
     Raises:
         ServiceError: malformed, over a limit, or too slow.
     """
-    members = await parse_json_object(await read_body(request))
+    members = await read_json(request)
     return {name: value for name, value in members.items() if (name, value) != UNSPECIFIED}
 
 

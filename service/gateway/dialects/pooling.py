@@ -15,11 +15,10 @@ from service.gateway.embedding import embed_inputs, embeddings
 from service.gateway.entrance import refused_early
 from service.gateway.json_response import JsonResponse, made_of
 from service.gateway.openai.inputs import EmbeddingsRequest, parse_inputs
-from service.gateway.rest.content import read_body
+from service.gateway.rest.content import read_json
 from service.gateway.rest.examples import EMBEDDINGS, json_body
 from service.logs import request_id
 from service.parameters import validate
-from service.payloads import parse_json_object
 from service.types import InferResult
 
 router = APIRouter(tags=["dialects"], dependencies=[Depends(require_key)])
@@ -30,7 +29,7 @@ router = APIRouter(tags=["dialects"], dependencies=[Depends(require_key)])
 async def pooling(request: Request) -> JsonResponse:
     """Embed texts and images, in vLLM's form."""
     with dispatch.count_request(request, "embed") as account:
-        body = validate(EmbeddingsRequest, await parse_json_object(await read_body(request)))
+        body = validate(EmbeddingsRequest, await read_json(request))
         options: dict[str, Any] = {"dimensions": body.dimensions}
         inputs = parse_inputs(body)
         result = await embed_inputs(request, account, body.model, inputs, options)

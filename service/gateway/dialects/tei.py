@@ -24,11 +24,10 @@ from service.gateway.embedding import (
 )
 from service.gateway.entrance import refused_early
 from service.gateway.json_response import JsonResponse, made_of
-from service.gateway.rest.content import read_body
+from service.gateway.rest.content import read_json
 from service.gateway.rest.examples import PHOTO, json_body
 from service.gateway.rest.openapi import query_parameters
 from service.parameters import validate
-from service.payloads import parse_json_object
 from service.types import InferResult
 
 B = TypeVar("B", bound=BaseModel)
@@ -146,7 +145,7 @@ async def _read(request: Request, kind: type[B]) -> B:
     Raises:
         ServiceError: malformed, over a limit, or too slow.
     """
-    fields = await parse_json_object(await read_body(request))
+    fields = await read_json(request)
     return validate(kind, {"model": request.query_params.get("model"), **fields})
 
 

@@ -17,7 +17,7 @@ from pydantic_core import to_json
 from starlette.datastructures import Headers
 
 from service.errors import BadRequestError, InvalidInputError, PayloadTooLargeError
-from service.limits import MAX_ANSWER_VALUES
+from service.limits import MAX_ANSWER_VALUES, Share
 from service.open_inference.inputs import MAX_ID, InputTensor, is_bulk, timeout_ms
 from service.open_inference.metadata import VERSION
 from service.open_inference.outputs import MAX_OUTPUTS, RequestedOutput
@@ -90,11 +90,14 @@ class InferenceRequest:
     binary: bool
 
 
-async def parse_infer_request(headers: Headers, content: bytes, read: Read) -> InferenceRequest:
+async def parse_infer_request(
+    headers: Headers, content: bytes, read: Read, share: Share
+) -> InferenceRequest:
     """Parse a body. A header length of 0 means that the whole body is one encoded image.
 
     Args:
         read: reads an input from shared memory.
+        share: of the request.
 
     Raises:
         ServiceError: not JSON, not the protocol's form, or with binary parts of a wrong size.
@@ -108,7 +111,7 @@ async def parse_infer_request(headers: Headers, content: bytes, read: Read) -> I
     if header is not None and length == 0:
         image = InputTensor(name="image", datatype="BYTES", shape=[1], raw=pack([content]))
         return InferenceRequest("", [image], [], {}, None, None, binary=False)
-    parsed = validate(_InferRequest, await parse_json_object(content[:length]))
+    parsed = validate(_InferRequest, await parse_json_object(content[:length], share))
     options = dict(parsed.parameters)
     binary = options.pop("binary_data_output", False)
     timeout = timeout_ms(options.pop("timeout", None))
@@ -126,14 +129,14 @@ async def parse_infer_request(headers: Headers, content: bytes, read: Read) -> I
     )
 
 
-async def parse_region(content: bytes) -> RegionRequest:
+async def parse_region(content: bytes, share: Share) -> RegionRequest:
     """The body that registers a region of shared memory."""
-    return validate(RegionRequest, await parse_json_object(content))
+    return validate(RegionRequest, await parse_json_object(content, share))
 
 
-async def parse_index_request(content: bytes) -> bool:
+async def parse_index_request(content: bytes, share: Share) -> bool:
     """Whether the repository index is limited to ready models. The body may be empty."""
-    return validate(_IndexRequest, await parse_json_object(content or b"{}")).ready
+    return validate(_IndexRequest, await parse_json_object(content or b"{}", share)).ready
 
 
 def write_infer_response(

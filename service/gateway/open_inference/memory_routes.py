@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from service.errors import InvalidInputError
 from service.gateway.auth import require_key
 from service.gateway.open_inference.codec import parse_region
-from service.gateway.rest.content import read_body
+from service.gateway.rest.content import read_body, share_of
 from service.open_inference.shared_memory import CUDA, OwnedMemory, SharedMemory
 
 router = APIRouter(prefix="/v2", include_in_schema=False, dependencies=[Depends(require_key)])
@@ -33,7 +33,7 @@ async def regions(request: Request, region: str = "") -> list[dict[str, Any]]:
 @router.post("/systemsharedmemory/region/{region}/register", response_class=Response)
 async def register(request: Request, region: str) -> Response:
     """Register a region of system shared memory, which inputs and outputs may then name."""
-    given = await parse_region(await read_body(request))
+    given = await parse_region(await read_body(request), share_of(request))
     memory_of(request).register(region, given.key, given.offset, given.byte_size)
     return Response()
 

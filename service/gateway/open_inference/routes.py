@@ -20,9 +20,8 @@ from service.gateway.open_inference.codec import (
 )
 from service.gateway.open_inference.compression import compressed
 from service.gateway.open_inference.memory_routes import memory_of
-from service.gateway.rest.content import read_body
+from service.gateway.rest.content import read_body, share_of
 from service.gateway.rest.examples import INDEX, OPEN_INFERENCE, ModelName, json_body
-from service.limits import Share
 from service.metrics import Metrics
 from service.open_inference.inputs import read_inputs
 from service.open_inference.metadata import (
@@ -51,8 +50,7 @@ def _backend(request: Request) -> Backend:
 def _read(request: Request, place: Place) -> bytes:
     """An input in shared memory, which counts towards the request's bytes."""
     settings: Settings = request.app.state.settings
-    share: Share = request.scope["state"]["share"]
-    share.add(place.byte_size)
+    share_of(request).add(place.byte_size)
     return memory_of(request).read(place, settings.max_request_bytes)
 
 
@@ -116,15 +114,15 @@ async def infer(request: Request, name: ModelName, version: str = "") -> Respons
         deadline, bulk = dispatch.read_deadline(request), dispatch.read_priority(request)
         check_version(version)
         model = await _backend(request).model(name)
+        share = share_of(request)
         parsed = await parse_infer_request(
-            request.headers, await read_body(request), partial(_read, request)
+            request.headers, await read_body(request), partial(_read, request), share
         )
         if parsed.timeout_ms is not None:
             deadline = dispatch.deadline_after(request, parsed.timeout_ms)
         if parsed.bulk is not None:
             bulk = parsed.bulk
         selection = OutputSelection(model, parsed.outputs, parsed.options)
-        share: Share = request.scope["state"]["share"]
         inputs = await read_inputs(parsed.inputs, request.app.state.settings, share)
         infer_request = InferRequest(
             inputs=inputs, calls=selection.calls, deadline=deadline, bulk=bulk
@@ -160,7 +158,7 @@ async def config(request: Request, name: ModelName, version: str = "") -> dict[s
 @router.post("/repository/index", dependencies=keyed, openapi_extra=json_body(INDEX))
 async def index(request: Request) -> JSONResponse:
     """List every model with its state; with `{"ready": true}` only those that are ready."""
-    ready_only = await parse_index_request(await read_body(request))
+    ready_only = await parse_index_request(await read_body(request), share_of(request))
     return JSONResponse(repository_index(await _backend(request).models(), ready_only))
 
 

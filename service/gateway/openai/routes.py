@@ -15,10 +15,9 @@ from service.gateway.entrance import refused_early
 from service.gateway.json_response import JsonResponse, made_of
 from service.gateway.openai.inputs import EmbeddingsRequest, parse_inputs
 from service.gateway.openai.outputs import embeddings_answer
-from service.gateway.rest.content import read_body
+from service.gateway.rest.content import read_json
 from service.gateway.rest.examples import EMBEDDINGS, ModelName, json_body
 from service.parameters import validate
-from service.payloads import parse_json_object
 
 router = APIRouter(tags=["OpenAI"], dependencies=[Depends(require_key)])
 
@@ -46,7 +45,7 @@ async def embeddings(request: Request) -> JsonResponse:
     `modality: image`), or objects `{"text"}` and `{"image"}`; or `messages` with one text or image.
     """
     with dispatch.count_request(request, "embed") as account:
-        body = validate(EmbeddingsRequest, await parse_json_object(await read_body(request)))
+        body = validate(EmbeddingsRequest, await read_json(request))
         options = {"dimensions": body.dimensions or None, "truncate": body.truncate is True}
         inputs = parse_inputs(body)
         result = await embed_inputs(request, account, body.model, inputs, options)

@@ -24,8 +24,8 @@ from service.errors import (
 )
 from service.gateway.dispatch import read_deadline, read_priority
 from service.gateway.fetch import Fetch, ImageFetcher
-from service.gateway.rest.content import read_body
-from service.limits import check_input_count
+from service.gateway.rest.content import read_body, share_of
+from service.limits import Share, check_input_count
 from service.parameters import Parameters, TaskParameters, list_fields, validate
 from service.payloads import decode_base64_apart, parse_json_object
 from service.settings import Settings
@@ -204,7 +204,8 @@ async def _parse_body(
             return await _parse_multipart(request.headers, content, settings, lists)
         case ("application", _, "json"):
             fetcher: ImageFetcher = request.app.state.fetcher
-            return await _parse_json(content, settings, fetcher.for_request(request, deadline))
+            fetch = fetcher.for_request(request, deadline)
+            return await _parse_json(content, settings, fetch, share_of(request))
         case ("application", _, "x-www-form-urlencoded"):
             return await asyncio.to_thread(_parse_urlencoded, content, lists)
         case ("video", _, _):
@@ -262,8 +263,8 @@ def _parse_urlencoded(content: bytes, lists: frozenset[str]) -> _Body:
     return _Body([], collect(fields, lists))
 
 
-async def _parse_json(content: bytes, settings: Settings, fetch: Fetch) -> _Body:
-    fields = await parse_json_object(content)
+async def _parse_json(content: bytes, settings: Settings, fetch: Fetch, share: Share) -> _Body:
+    fields = await parse_json_object(content, share)
     images, videos = fields.pop("images", []), fields.pop("videos", [])
     for name, items in (("images", images), ("videos", videos)):
         if not isinstance(items, list):
@@ -271,6 +272,7 @@ async def _parse_json(content: bytes, settings: Settings, fetch: Fetch) -> _Body
     check_input_count(settings, len(images) + len(videos))  # before any URL is fetched
     encoded = await asyncio.gather(*(load_image(item, fetch) for item in images))
     clips = [await _decode_video(item) for item in videos]
+    share.give_back_made(2 * len(content))  # what was decoded takes no more than the body did
     return _Body([*encoded, *clips], fields)
 
 

@@ -1,7 +1,8 @@
-"""A request's whole body as bytes: within its limits, in time, and without compression."""
+"""A request's whole body, as bytes or JSON: within its limits, in time, and without compression."""
 
 import asyncio
 import zlib
+from typing import Any
 
 from fastapi import Request
 
@@ -12,11 +13,14 @@ from service.errors import (
     UnsupportedMediaTypeError,
 )
 from service.limits import Share
+from service.payloads import parse_json_object
 from service.settings import Settings
 
 ENCODINGS = ("gzip", "deflate")
 # The event loop runs between pieces of a body.
 PIECE_BYTES = 2**20
+# Copying more than this takes milliseconds, so it is done in a thread.
+SLOW_BYTES = 4 * 2**20
 
 
 async def read_body(request: Request) -> bytes:
@@ -35,24 +39,47 @@ async def read_body(request: Request) -> bytes:
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise PayloadTooLargeError(f"the body has {declared} bytes; the limit is {limit}")
-    share: Share = request.scope["state"]["share"]
-    chunks: list[bytes] = []
-    try:
-        async with asyncio.timeout(settings.body_timeout_s):
-            async for chunk in request.stream():
-                share.add(len(chunk))
-                chunks.append(chunk)
-    except TimeoutError as error:
-        raise RequestTimeoutError(
-            f"the body did not arrive within {settings.body_timeout_s:g} s"
-        ) from error
-    content = b"".join(chunks)
+    content = await _receive(request, settings.body_timeout_s)
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding == "identity":
         return content
     if encoding not in ENCODINGS:
         raise UnsupportedMediaTypeError(f"Content-Encoding {encoding!r}; send gzip or deflate")
-    return await _inflate(content, share)
+    return await _inflate(content, share_of(request))
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The JSON object that is the whole body.
+
+    Raises:
+        ServiceError: as `read_body` and `parse_json_object`.
+        ClientDisconnect: the client disconnected.
+    """
+    content, share = await read_body(request), share_of(request)
+    fields = await parse_json_object(content, share)
+    share.give_back_made(len(content))  # of the body, which is not kept
+    return fields
+
+
+def share_of(request: Request) -> Share:
+    """What a request holds of the budget."""
+    share: Share = request.scope["state"]["share"]
+    return share
+
+
+async def _receive(request: Request, timeout_s: float) -> bytes:
+    share = share_of(request)
+    chunks: list[bytes] = []
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for chunk in request.stream():
+                share.add(len(chunk))
+                chunks.append(chunk)
+    except TimeoutError as error:
+        raise RequestTimeoutError(f"the body did not arrive within {timeout_s:g} s") from error
+    if share.bytes <= SLOW_BYTES:
+        return b"".join(chunks)
+    return await share.in_thread(b"".join, chunks)
 
 
 async def _inflate(content: bytes, share: Share) -> bytes:

@@ -12,7 +12,8 @@ from starlette.datastructures import Headers, UploadFile
 
 from service.errors import BadRequestError, InvalidInputError, UnsupportedMediaTypeError
 from service.gateway.rest.body import collect, parse_form
-from service.gateway.rest.content import read_body
+from service.gateway.rest.content import read_body, share_of
+from service.limits import Share
 from service.payloads import decode_base64, parse_json_object
 
 MAX_PARTS = 10_000
@@ -47,7 +48,7 @@ async def read_head_body(request: Request) -> HeadBody:
         case "multipart/form-data":
             body = await _parse_multipart(request.headers, content)
         case "application/json":
-            body = await _parse_json(content)
+            body = await _parse_json(content, share_of(request))
         case "application/zip":
             body = HeadBody({}, archive=content)
         case "application/octet-stream" | "":
@@ -143,8 +144,8 @@ def zip_files(files: Mapping[str, bytes]) -> bytes:
     return content.getvalue()
 
 
-async def _parse_json(content: bytes) -> HeadBody:
-    fields = await parse_json_object(content)
+async def _parse_json(content: bytes, share: Share) -> HeadBody:
+    fields = await parse_json_object(content, share)
     items = fields.pop("images", [])
     if not isinstance(items, list):
         raise BadRequestError("the JSON body must be an object whose images are a list")
