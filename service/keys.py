@@ -90,9 +90,17 @@ class Keys:
                 )
             if key is None or not key.permits(scope):
                 raise PermissionDeniedError("this API key does not permit the call")
+        self.count_request(key)
+        return key
+
+    def count_request(self, key: ApiKey | None) -> None:
+        """Count a request that came without a call of its own, as those of streams do.
+
+        Raises:
+            QuotaExceededError: the key's quota of requests is used up.
+        """
         if key is not None:
             self._quotas.take(key.id, "requests", key.requests_per_s, 1)
-        return key
 
     def count_images(self, key: ApiKey | None, images: int) -> None:
         """Count the images of a request, before they are decoded.

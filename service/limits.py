@@ -102,14 +102,23 @@ class Budget:
                 f"{self.requests} requests are in flight, which is the limit",
                 retry_after_s=RETRY_AFTER_S,
             )
-        share = Share(self, client, self._clock())
         self._requests.take(client, 1)
         self.by_protocol[protocol] += 1
         try:
-            yield share
+            with self.share(client) as share:
+                yield share
         finally:
             self._requests.give_back(client, 1)
             self.by_protocol[protocol] -= 1
+
+    @contextmanager
+    def share(self, client: str) -> Iterator["Share"]:
+        """Bytes that a client holds, given back when the block ends and no thread works with them
+        any more."""
+        share = Share(self, client, self._clock())
+        try:
+            yield share
+        finally:
             share.let_go()
 
     def give_back(self, share: "Share") -> None:

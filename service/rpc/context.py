@@ -40,6 +40,8 @@ ERROR_KEY = "vitrail-error-bin"
 GATEWAY_KEY = "vitrail-gateway"
 # The metadata key of the client on whose behalf a gateway calls.
 CLIENT_KEY = "vitrail-client"
+# Methods that take as long as their clients send.
+STREAMS = ("EmbedStream", "ModelStreamInfer")
 # Statuses that are the server's fault.
 _SERVER_FAULTS = ("INTERNAL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "UNKNOWN")
 
@@ -67,6 +69,12 @@ class Caller:
     key: ApiKey | None = None
     # What the request holds of the budget, once its message has been received.
     share: Share | None = None
+    # Whether it is one request of a stream, which waits while the queue is full.
+    in_stream: bool = False
+
+    def next_request(self) -> "Caller":
+        """The sender of the stream's next request, which starts now."""
+        return replace(self, started=time.monotonic(), in_stream=True)
 
     def deadline(self, settings: Settings, timeout_ms: float) -> float:
         """The earlier one of the request's deadline and the gRPC deadline.
@@ -149,7 +157,7 @@ async def handle_call(
     finally:
         duration_s = round(time.monotonic() - started, 4)
         level = logging.DEBUG if is_gateway else logging.INFO
-        if method != "EmbedStream":
+        if method not in STREAMS:
             level = access_level(level, duration_s, deps.settings.slow_request_s)
         logger.log(
             level,

@@ -1,13 +1,16 @@
 """The Open Inference Protocol's gRPC service."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from google.protobuf.json_format import ParseDict
 
 from service.accounting import counted
-from service.errors import InvalidInputError
+from service.errors import InvalidInputError, ServiceError
 from service.limits import Share
 from service.open_inference.inputs import MAX_ID, InputTensor, is_bulk, read_inputs, timeout_ms
 from service.open_inference.metadata import (
@@ -20,19 +23,23 @@ from service.open_inference.metadata import (
     server_metadata,
 )
 from service.open_inference.outputs import OutputSelection, RequestedOutput
-from service.open_inference.shared_memory import CUDA, OwnedMemory, Region, place_of
-from service.rpc.context import Context, Deps, handle_call
+from service.open_inference.shared_memory import OwnedMemory, place_of
+from service.rpc.context import Caller, Context, Deps, handle_call
+from service.rpc.memory import MemoryCalls
+from service.rpc.streams import in_order, infer
 from service.stubs import open_inference_pb2 as pb
-from service.stubs.open_inference_pb2_grpc import GRPCInferenceServiceServicer
 from service.tensors import datatype_of, to_bytes
 from service.types import InferRequest
 
+# The name under which requests are counted.
+TASK = "open-inference"
 
-class OpenInference(GRPCInferenceServiceServicer):
-    """The protocol's methods, and those of Triton's model repository extension."""
+
+class OpenInference(MemoryCalls):
+    """The protocol's methods, and those of Triton's extensions."""
 
     def __init__(self, deps: Deps) -> None:
-        self._deps = deps
+        super().__init__(deps)
         self._backend = deps.backend
 
     async def ServerLive(
@@ -107,83 +114,67 @@ class OpenInference(GRPCInferenceServiceServicer):
             statistics = model_statistics(models, self._deps.metrics.statistics)
             return ParseDict({"model_stats": statistics}, pb.ModelStatisticsResponse())
 
-    async def SystemSharedMemoryStatus(
-        self, request: pb.SystemSharedMemoryStatusRequest, context: Context
-    ) -> pb.SystemSharedMemoryStatusResponse:
-        async with handle_call(self._deps, context, "SystemSharedMemoryStatus") as caller:
-            found = self._deps.memory.of(caller.key).status(request.name)
-            return pb.SystemSharedMemoryStatusResponse(
-                regions=_by_name(found, "" if caller.key is None else caller.key.id)
-            )
-
-    async def SystemSharedMemoryRegister(
-        self, request: pb.SystemSharedMemoryRegisterRequest, context: Context
-    ) -> pb.SystemSharedMemoryRegisterResponse:
-        async with handle_call(self._deps, context, "SystemSharedMemoryRegister") as caller:
-            self._deps.memory.of(caller.key).register(
-                request.name, request.key, request.offset, request.byte_size
-            )
-            return pb.SystemSharedMemoryRegisterResponse()
-
-    async def SystemSharedMemoryUnregister(
-        self, request: pb.SystemSharedMemoryUnregisterRequest, context: Context
-    ) -> pb.SystemSharedMemoryUnregisterResponse:
-        async with handle_call(self._deps, context, "SystemSharedMemoryUnregister") as caller:
-            self._deps.memory.of(caller.key).unregister(request.name)
-            return pb.SystemSharedMemoryUnregisterResponse()
-
-    async def CudaSharedMemoryStatus(
-        self, request: pb.CudaSharedMemoryStatusRequest, context: Context
-    ) -> pb.CudaSharedMemoryStatusResponse:
-        async with handle_call(self._deps, context, "CudaSharedMemoryStatus"):
-            return pb.CudaSharedMemoryStatusResponse()
-
-    async def CudaSharedMemoryRegister(
-        self, request: pb.CudaSharedMemoryRegisterRequest, context: Context
-    ) -> pb.CudaSharedMemoryRegisterResponse:
-        async with handle_call(self._deps, context, "CudaSharedMemoryRegister"):
-            raise InvalidInputError(CUDA)
-
-    async def CudaSharedMemoryUnregister(
-        self, request: pb.CudaSharedMemoryUnregisterRequest, context: Context
-    ) -> pb.CudaSharedMemoryUnregisterResponse:
-        async with handle_call(self._deps, context, "CudaSharedMemoryUnregister"):
-            return pb.CudaSharedMemoryUnregisterResponse()
-
     async def ModelInfer(
         self, request: pb.ModelInferRequest, context: Context
     ) -> pb.ModelInferResponse:
+        async with handle_call(self._deps, context, "ModelInfer", task=TASK) as caller:
+            return await self._infer(request, caller)
+
+    async def ModelStreamInfer(
+        self, requests: AsyncIterator[pb.ModelInferRequest], context: Context
+    ) -> AsyncIterator[pb.ModelStreamInferResponse]:
+        """Triton's stream, with the order that Triton keeps for models with one response."""
+        async with handle_call(self._deps, context, "ModelStreamInfer") as caller:
+            answers = in_order(requests, partial(self._answer, stream=caller))
+            async with aclosing(answers):
+                async for answer in answers:
+                    yield answer
+
+    async def _answer(
+        self, request: pb.ModelInferRequest, stream: Caller
+    ) -> pb.ModelStreamInferResponse:
+        """The response to one request of a stream, or why there is none."""
+        assert stream.share is not None
+        refusal = ""
+        try:
+            with self._deps.budget.share(stream.share.client) as share:
+                response = await self._infer(request, replace(stream.next_request(), share=share))
+        except ServiceError as error:
+            refusal = error.detail
+            response = pb.ModelInferResponse(
+                model_name=request.model_name,
+                model_version=request.model_version,
+                id=request.id[:MAX_ID],
+            )
+        response.parameters["triton_final_response"].bool_param = True
+        return pb.ModelStreamInferResponse(error_message=refusal, infer_response=response)
+
+    async def _infer(self, request: pb.ModelInferRequest, caller: Caller) -> pb.ModelInferResponse:
         deps = self._deps
-        async with handle_call(deps, context, "ModelInfer", task="open-inference") as caller:
-            knows = deps.backend.knows
-            with counted(deps.metrics, knows, "open-inference", caller.started) as account:
-                account.models = [request.model_name]
-                check_version(request.model_version)
-                if len(request.id) > MAX_ID:
-                    raise InvalidInputError(f"the id has more than {MAX_ID} characters", field="id")
-                model = await deps.backend.model(request.model_name)
-                options = _values(request.parameters)
-                timeout = timeout_ms(options.pop("timeout", 0)) or 0.0
-                account.deadline = caller.deadline(deps.settings, timeout)
-                bulk = bool(is_bulk(options.pop("priority", None)))
-                outputs = [_requested(output) for output in request.outputs]
-                selection = OutputSelection(model, outputs, options)
-                memory = deps.memory.of(caller.key)
-                assert caller.share is not None
-                tensors = self._tensors(request, memory, caller.share)
-                inputs = await read_inputs(tensors, deps.settings, caller.share)
-                deps.keys.count_images(caller.key, len(inputs))
-                result = await deps.backend.infer(
-                    InferRequest(
-                        inputs=inputs,
-                        calls=selection.calls,
-                        deadline=account.deadline,
-                        bulk=bulk,
-                    )
-                )
-                account.answered(result)
-                arrays = selection.collect(result)
-                return _response(request, selection.requested, arrays, memory)
+        with counted(deps.metrics, deps.backend.knows, TASK, caller.started) as account:
+            account.models = [request.model_name]
+            check_version(request.model_version)
+            if len(request.id) > MAX_ID:
+                raise InvalidInputError(f"the id has more than {MAX_ID} characters", field="id")
+            model = await deps.backend.model(request.model_name)
+            options = _values(request.parameters)
+            options.pop("triton_enable_empty_final_response", None)  # there are no empty ones
+            timeout = timeout_ms(options.pop("timeout", 0)) or 0.0
+            account.deadline = caller.deadline(deps.settings, timeout)
+            bulk = bool(is_bulk(options.pop("priority", None)))
+            outputs = [_requested(output) for output in request.outputs]
+            selection = OutputSelection(model, outputs, options)
+            memory = deps.memory.of(caller.key)
+            assert caller.share is not None
+            tensors = self._tensors(request, memory, caller.share)
+            inputs = await read_inputs(tensors, deps.settings, caller.share)
+            infer_request = InferRequest(
+                inputs=inputs, calls=selection.calls, deadline=account.deadline, bulk=bulk
+            )
+            result = await infer(deps, caller, infer_request)
+            account.answered(result)
+            arrays = selection.collect(result)
+            return _response(request, selection.requested, arrays, memory)
 
     def _tensors(
         self, request: pb.ModelInferRequest, memory: OwnedMemory, share: Share
@@ -234,20 +225,6 @@ def _requested(output: pb.ModelInferRequest.InferRequestedOutputTensor) -> Reque
         raise InvalidInputError("classification is a positive number", field="outputs")
     place = place_of(_values(output.parameters))
     return RequestedOutput(output.name, classification=count, place=place)
-
-
-def _by_name(
-    regions: Sequence[Region], owner: str
-) -> dict[str, pb.SystemSharedMemoryStatusResponse.RegionStatus]:
-    """Regions by name; those of other owners, whose names may be the same, by OWNER/NAME."""
-    return {
-        region.name
-        if region.owner == owner
-        else f"{region.owner}/{region.name}": pb.SystemSharedMemoryStatusResponse.RegionStatus(
-            name=region.name, key=region.key, offset=region.offset, byte_size=region.byte_size
-        )
-        for region in regions
-    }
 
 
 def _values(parameters: Mapping[str, pb.InferParameter]) -> dict[str, Any]:

@@ -1,17 +1,17 @@
 """The Vision service: inference, and loading and listing models."""
 
-import asyncio
-import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
+from contextlib import aclosing
+from functools import partial
 
 from models.tasks.table import tasks
 from service.accounting import Account, counted
-from service.errors import InvalidInputError, QueueFullError, QuotaExceededError, ServiceError
+from service.errors import InvalidInputError, ServiceError
 from service.limits import check_input_count
 from service.parameters import MAX_MODELS
 from service.rpc.context import Caller, Context, handle_call
 from service.rpc.heads import HeadCalls
+from service.rpc.streams import in_order, infer
 from service.rpc.wire import (
     Request,
     count_inputs,
@@ -24,8 +24,6 @@ from service.rpc.wire import (
 )
 from service.stubs import vision_pb2 as pb
 from service.types import Call, InferRequest, InferResult, ModelChanges
-
-STREAM_IN_FLIGHT = 32
 
 OneModelRequest = pb.TaskRequest | pb.InferRequest
 
@@ -70,32 +68,12 @@ class Vision(HeadCalls):
     async def EmbedStream(
         self, requests: AsyncIterator[pb.TaskRequest], context: Context
     ) -> AsyncIterator[pb.TaskResponse]:
-        """Up to STREAM_IN_FLIGHT requests at a time. They wait while the queue is full."""
+        """Embed what comes. Requests wait while the queue is full."""
         async with handle_call(self._deps, context, "EmbedStream") as caller:
-            responses: asyncio.Queue[asyncio.Task[pb.TaskResponse] | None]
-            responses = asyncio.Queue(STREAM_IN_FLIGHT)
-
-            async def read() -> None:
-                try:
-                    async for request in requests:
-                        task = asyncio.create_task(self._embed_when_admitted(request, caller))
-                        running.add(task)
-                        task.add_done_callback(running.discard)
-                        await responses.put(task)
-                except Exception:
-                    await responses.put(None)
-                    raise
-                await responses.put(None)  # not when cancelled: nothing empties the queue then
-
-            running: set[asyncio.Task[object]] = set()
-            running.add(reader := asyncio.create_task(read()))
-            try:
-                while (task := await responses.get()) is not None:
-                    yield await task
-                await reader
-            finally:
-                for unfinished in running:
-                    unfinished.cancel()
+            answers = in_order(requests, partial(self._embed, stream=caller))
+            async with aclosing(answers):
+                async for answer in answers:
+                    yield answer
 
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context
@@ -149,21 +127,10 @@ class Vision(HeadCalls):
         call = from_call(request.model, task, request.options)
         return to_task_response(await self._infer(_label(task), request, [call], caller))
 
-    async def _embed_when_admitted(
-        self, request: pb.TaskRequest, stream: Caller
-    ) -> pb.TaskResponse:
+    async def _embed(self, request: pb.TaskRequest, stream: Caller) -> pb.TaskResponse:
         """One request of a stream. If it fails, its results hold the error."""
-        caller = replace(stream, started=time.monotonic())
         try:
-            deadline = caller.deadline(self._deps.settings, request.timeout_ms)
-            while True:
-                try:
-                    return await self._infer_task("embed", request, caller)
-                except (QueueFullError, QuotaExceededError) as error:
-                    wait_s = min(error.retry_after_s or 1, 1.0)
-                    if time.monotonic() + wait_s >= deadline:
-                        raise
-                    await asyncio.sleep(wait_s)
+            return await self._infer_task("embed", request, stream.next_request())
         except ServiceError as error:
             failed = pb.Result(error=to_error(error))
             return pb.TaskResponse(results=[failed] * max(1, count_inputs(request)))
@@ -189,16 +156,14 @@ class Vision(HeadCalls):
         inputs = from_inputs(request)
         if not inputs and not caller.is_gateway:
             raise InvalidInputError("the request has no inputs", field="images")
-        self._deps.keys.count_images(caller.key, len(inputs))
         account.deadline = caller.deadline(self._deps.settings, request.timeout_ms)
-        return await self._deps.backend.infer(
-            InferRequest(
-                inputs=inputs,
-                calls=calls,
-                deadline=account.deadline,
-                bulk=request.priority == pb.PRIORITY_BULK,
-            )
+        infer_request = InferRequest(
+            inputs=inputs,
+            calls=calls,
+            deadline=account.deadline,
+            bulk=request.priority == pb.PRIORITY_BULK,
         )
+        return await infer(self._deps, caller, infer_request)
 
 
 def _label(task: str) -> str:

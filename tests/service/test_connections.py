@@ -267,14 +267,27 @@ def call_without_window(server: Running, path: str) -> socket.socket:
     return client
 
 
-def test_a_stream_over_grpc_that_is_never_read_gives_back_its_place(server: Running) -> None:
-    request = pb.TaskRequest(images=[b"none"]).SerializeToString()
+@pytest.mark.parametrize(
+    ("path", "task", "message"),
+    [
+        ("/vitrail.v1.Vision/EmbedStream", "embed", pb.TaskRequest(images=[b"none"])),
+        (
+            "/inference.GRPCInferenceService/ModelStreamInfer",
+            "open-inference",
+            oip.ModelInferRequest(model_name="none"),
+        ),
+    ],
+)
+def test_a_stream_over_grpc_that_is_never_read_gives_back_its_place(
+    server: Running, path: str, task: str, message: Any
+) -> None:
+    request = message.SerializeToString()
 
     def answered() -> float:
-        return server.metric("vitrail_requests_total", task="embed")
+        return server.metric("vitrail_requests_total", task=task)
 
     before = answered()
-    with call_without_window(server, "/vitrail.v1.Vision/EmbedStream") as client:
+    with call_without_window(server, path) as client:
         client.sendall(frame(0, 0, 1, struct.pack(">xI", len(request)) + request))
         wait_until(lambda: answered() > before)
         time.sleep(2 * INTERVAL_S)  # until the requests in flight have been counted again

@@ -148,6 +148,23 @@ def test_quotas_are_counted_per_key(
     assert classify(guarded, jpegs["coffee"], keys["infer"]).status_code == 200
 
 
+def test_requests_of_streams_wait_for_their_keys_quotas(
+    guarded: Running, keys_file: Path, jpegs: dict[str, bytes]
+) -> None:
+    _, few_requests = create_key(keys_file, ["infer"], requests_per_s=0.001)
+    _, few_images = create_key(keys_file, ["infer"], images_per_s=0.001)
+
+    def codes(key: str, *timeouts_ms: int) -> list[str]:
+        requests = [pb.TaskRequest(images=[jpegs["coffee"]], timeout_ms=ms) for ms in timeouts_ms]
+        answers = vision.EmbedStream(iter(requests), metadata=(("x-api-key", key),))
+        return [answer.results[0].error.code for answer in answers]
+
+    with grpc.insecure_channel(guarded.grpc) as channel:
+        vision: Any = VisionStub(channel)
+        assert codes(few_images, 0, 100) == ["", "quota-exceeded"]
+        assert codes(few_requests, 100) == ["quota-exceeded"]  # the stream itself was one
+
+
 def test_a_bucket_admits_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("service.quotas.time.monotonic", lambda: now)

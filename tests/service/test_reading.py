@@ -25,6 +25,7 @@ from service.rpc.receiving import Receiving
 from service.settings import Settings
 from service.stubs import open_inference_pb2 as oip
 from service.stubs import vision_pb2 as pb
+from service.stubs.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from service.stubs.vision_pb2_grpc import VisionStub
 from tests.conftest import Running, running, wait_until
 
@@ -185,7 +186,13 @@ def test_a_streams_message_that_does_not_come_is_given_up(channel: grpc.Channel)
     silent = stub.EmbedStream(never(), metadata=KEY)
     answered = stub.EmbedStream(chain([pb.TaskRequest(images=[b"none"])], never()), metadata=KEY)
     assert next(answered).results[0].HasField("error")
-    for responses in (silent, answered):
+    infer: Any = GRPCInferenceServiceStub(channel)
+    asked = chain([oip.ModelInferRequest(model_name="none", id="7")], never())
+    refused_one = infer.ModelStreamInfer(asked, metadata=KEY)
+    refusal = next(refused_one)
+    assert "none" in refusal.error_message
+    assert refusal.infer_response.id == "7"
+    for responses in (silent, answered, refused_one):
         status, error = refused(lambda: next(responses))  # noqa: B023
         assert status is grpc.StatusCode.DEADLINE_EXCEEDED
         assert "no message arrived" in error.detail

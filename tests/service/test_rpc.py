@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,12 @@ from PIL import Image
 
 from models.inputs.normalize import Normalize
 from service.rpc.context import ERROR_KEY
+from service.rpc.streams import IN_FLIGHT
+from service.stubs import open_inference_pb2 as oip
 from service.stubs import vision_pb2 as pb
+from service.stubs.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from service.stubs.vision_pb2_grpc import VisionStub
-from service.tensors import from_bytes, to_bytes
+from service.tensors import from_bytes, pack, to_bytes
 from tests.conftest import Running, running, wait_until
 
 
@@ -240,8 +244,14 @@ def test_a_stream_answers_in_order_and_survives_bad_requests(
             assert np.allclose(got, alone[name]["embedding"], atol=1e-5)
 
 
+@pytest.mark.parametrize("answering", ["Vision._embed", "OpenInference._answer"])
 def test_a_stream_that_is_left_leaves_nothing_behind(
-    vision: Any, server: Running, jpegs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    vision: Any,
+    channel: grpc.Channel,
+    server: Running,
+    jpegs: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    answering: str,
 ) -> None:
     trunk = server.backend.trunks.runners["tiny"].trunk
     gate, forward = threading.Event(), trunk.forward
@@ -255,12 +265,26 @@ def test_a_stream_that_is_left_leaves_nothing_behind(
 
     def of_the_stream() -> int:
         names = [task.get_coro().__qualname__ for task in asyncio.all_tasks(loop)]  # type: ignore[union-attr]
-        return sum("EmbedStream" in name or "_embed_when_admitted" in name for name in names)
+        return sum(name.endswith(("in_order.<locals>.read", answering)) for name in names)
 
-    request = pb.TaskRequest(images=[jpegs["coffee"]], model="tiny-embed")
-    call = vision.EmbedStream(iter([request] * 100))
+    image = oip.ModelInferRequest.InferInputTensor(name="image", datatype="BYTES", shape=[1])
+    streams: dict[str, tuple[Any, Any]] = {
+        "Vision._embed": (vision.EmbedStream, pb.TaskRequest(images=[jpegs["coffee"]])),
+        "OpenInference._answer": (
+            GRPCInferenceServiceStub(channel).ModelStreamInfer,
+            oip.ModelInferRequest(
+                model_name="tiny",
+                inputs=[image],
+                raw_input_contents=[pack([jpegs["coffee"]])],
+            ),
+        ),
+    }
+    stream, request = streams[answering]
+    call = stream(iter([request] * 100))
     try:
-        wait_until(lambda: of_the_stream() > 32)  # more than are taken in: its reader is held up
+        wait_until(lambda: of_the_stream() > IN_FLIGHT)  # and its reader, which is held up
+        time.sleep(0.2)
+        assert of_the_stream() <= IN_FLIGHT + 3  # the first one is awaited, the last one waits
         call.cancel()
         wait_until(lambda: of_the_stream() == 0, 20)
     finally:
@@ -275,7 +299,10 @@ def test_a_stream_waits_while_the_queue_is_full(
         with grpc.insecure_channel(small.grpc) as opened:
             requests = [pb.TaskRequest(images=[jpegs["coffee"]]) for _ in range(40)]
             answers = list(VisionStub(opened).EmbedStream(iter(requests)))
+        refused = small.metric("vitrail_queue_refused_images_total")
+        counted = small.metric("vitrail_requests_total", task="embed")
     assert [answer.results[0].error.code for answer in answers] == [""] * 40
+    assert (refused > 0, counted) == (True, 40)
 
 
 def test_models_are_listed_with_the_servers_health(vision: Any, server: Running) -> None:

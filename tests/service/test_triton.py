@@ -36,7 +36,7 @@ from service.open_inference.shared_memory import (
 from service.stubs import open_inference_pb2 as oip
 from service.stubs.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from service.types import InferRequest, InferResult
-from tests.conftest import Running, running
+from tests.conftest import Running, running, wait_until
 from tests.service import triton_shared_memory
 from tests.test_architecture import ROOT
 
@@ -382,21 +382,27 @@ def test_regions_are_owned_over_rest_and_grpc(
             assert listed("second") == ["a"]
 
 
-def test_tritonclient_uses_the_extensions_over_grpc(
-    server: Running,
-    embedding: Any,
-    jpegs: dict[str, bytes],
-    tmp_path: Path,
-    priorities: list[bool],
-) -> None:
+@pytest.fixture
+def chelsea(jpegs: dict[str, bytes], tmp_path: Path) -> str:
+    """The path of a photo."""
     path = tmp_path / "chelsea.jpg"
     path.write_bytes(jpegs["chelsea"])
-    arguments = [server.grpc, str(path), f"/{PREFIX}_grpc"]
-    command = [sys.executable, "-m", "tests.service.triton_grpc_extensions", *arguments]
+    return str(path)
+
+
+def seen_by(program: str, *arguments: str) -> Any:
+    """What a program of this folder prints: what tritonclient saw over gRPC."""
+    command = [sys.executable, "-m", f"tests.service.{program}", *arguments]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     assert ran.returncode == 0, ran.stderr.decode()
+    return json.loads(ran.stdout)
+
+
+def test_tritonclient_uses_the_extensions_over_grpc(
+    server: Running, embedding: Any, chelsea: str, priorities: list[bool]
+) -> None:
+    seen = seen_by("triton_grpc_extensions", server.grpc, chelsea, f"/{PREFIX}_grpc")
     assert priorities == [True, False]
-    seen = json.loads(ran.stdout)
     assert np.allclose(seen["embedding"][0], embedding, atol=1e-6)
     assert np.allclose(seen["shared"][0], embedding, atol=1e-6)
     assert len(seen["beside"]) == 3
@@ -408,3 +414,25 @@ def test_tritonclient_uses_the_extensions_over_grpc(
     assert seen["config"]["input"][0]["data_type"] == "TYPE_STRING"
     [entry] = seen["statistics"]["model_stats"]
     assert int(entry["inference_count"]) >= 2
+
+
+def test_tritonclient_streams_over_grpc(server: Running, embedding: Any, chelsea: str) -> None:
+    def count(outcome: str) -> float:
+        labels = {"task": "open-inference", "outcome": outcome}
+        return server.metric("vitrail_requests_total", **labels)
+
+    before = {outcome: count(outcome) for outcome in ("ok", "invalid")}
+    seen = seen_by("triton_grpc_stream", server.grpc, chelsea)
+    first, bad, unknown, last, labels = seen["in_order"]
+    for number, (name, is_final, values) in ((0, first), (3, last)):
+        assert (name, is_final) == (str(number), True)
+        assert np.allclose(values, embedding, atol=1e-6)
+    assert "image" in bad
+    assert "none" in unknown
+    assert (labels[0], len(labels[2])) == ("4", 5)
+    assert seen["unread"]["ids"] == [str(number) for number in range(100)]
+    assert seen["unread"]["meanwhile"] < 100  # the server stopped reading
+    assert seen["cancelled"] == ["StatusCode.CANCELLED", "7"]
+    assert count("invalid") == before["invalid"] + 2
+    assert count("ok") >= before["ok"] + 3 + 100 + 2
+    wait_until(lambda: server.metric("vitrail_requests_in_flight", protocol="grpc") == 0)
