@@ -144,7 +144,8 @@ def load_checkpoint(
     """Load a checkpoint file as a model, without a catalog.
 
     Args:
-        path: `.safetensors`, `.npz`, `.onnx` or a torch file, in any supported format.
+        path: `.safetensors`, `.npz`, `.onnx`, a torch file or an index of shards, in any supported
+            format.
         arguments: what the file does not say, such as `num_heads` or `architecture`. Names that
             the file does not need are ignored.
         placement: device, dtype and layout; None: float32 on the CPU.

@@ -11,7 +11,12 @@ from models.checkpoints.shards import SUFFIX, read_index
 from models.errors import SourceError
 
 CONFIG = "config.json"
-BESIDE = ("preprocessor_config.json", "processor_config.json")
+BESIDE = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 # In the order in which transformers itself looks for them.
 WEIGHTS = (
     "model.safetensors",

@@ -4,6 +4,7 @@ OpenAI's for CLIP (github.com/openai/CLIP) differs from open_clip's in the names
 tokens, which in a text stand for the tokens themselves.
 """
 
+import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,15 @@ from models.errors import CheckpointError, InputError
 START, END = "<|startoftext|>", "<|endoftext|>"
 # The files beside a checkpoint that tokenizers are read from.
 OWN_FILE = ("tokenizer.json",)
+BOTH_FILES = ("tokenizer.json", "tokenizer_config.json")
 FILES = {
-    "hub": ("tokenizer.json", "tokenizer_config.json"),
+    "hub": BOTH_FILES,
     "sticky-eos": OWN_FILE,
     "leading-cls": OWN_FILE,
+    "siglip": BOTH_FILES,
+    "siglip-2": BOTH_FILES,
 }
+_WITHOUT_PUNCTUATION = str.maketrans("\u2581", " ", string.punctuation)
 _WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
@@ -123,6 +128,29 @@ class StickyEosTokenizer(FileTokenizer):
         return result
 
 
+class SiglipTokenizer(StickyEosTokenizer):
+    """As transformers' class of that name, for SigLIP (arXiv 2303.15343): texts lose their
+    punctuation and upper case before."""
+
+    def _encoded(self, text: str) -> Tensor:
+        return super()._encoded(" ".join(text.lower().translate(_WITHOUT_PUNCTUATION).split()))
+
+
+class Siglip2Tokenizer(FileTokenizer):
+    """As transformers' class of that name, for SigLIP 2 (arXiv 2502.14786): a text's first tokens
+    in lower case, `<eos>`, then `<pad>`, whose id is 0, up to `context_length`."""
+
+    special = "<eos>"
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        result = torch.zeros(len(texts), self.context_length, dtype=torch.long)
+        for row, text in zip(result, texts, strict=True):
+            ids = self._encoded(text.lower())
+            row[: len(ids)] = ids
+            row[len(ids)] = self._special
+        return result
+
+
 class LeadingClsTokenizer(FileTokenizer):
     """As LiT uses BERT's words (arXiv 2111.07991): `[CLS]`, a text's first tokens without an end,
     then zeros up to `context_length`."""
@@ -136,6 +164,14 @@ class LeadingClsTokenizer(FileTokenizer):
             ids = self._encoded(text)
             row[1 : 1 + len(ids)] = ids
         return result
+
+
+KINDS = {
+    "sticky-eos": StickyEosTokenizer,
+    "leading-cls": LeadingClsTokenizer,
+    "siglip": SiglipTokenizer,
+    "siglip-2": Siglip2Tokenizer,
+}
 
 
 class MissingTokenizer:
@@ -167,13 +203,12 @@ def create_tokenizer(
     """The tokenizer of a two-tower checkpoint: texts to int64 ids (N, context_length).
 
     Args:
-        name: `openai`, `cutting`, `open_clip`, `hub` for one of transformers', `sticky-eos` or
-            `leading-cls`.
+        name: `openai`, `cutting`, `open_clip`, `hub` for one of transformers', or a key of `KINDS`.
         source: the hub's name of it, or what it is.
         mode: `tokenizer_mode` of open_clip's configuration.
         options: `tokenizer_kwargs` of open_clip's configuration.
-        folder: where the files of the last three lie.
-        words: entries of the model's table of words, for the last two.
+        folder: where the files of the latter lie.
+        words: entries of the model's table of words, for `KINDS`.
 
     Raises:
         CheckpointError: the files of a tokenizer cannot be used.
@@ -183,8 +218,7 @@ def create_tokenizer(
         if not all((Path(folder) / file).is_file() for file in files):
             return MissingTokenizer(str(source), context_length, files)
         if name != "hub":
-            kind = {"sticky-eos": StickyEosTokenizer, "leading-cls": LeadingClsTokenizer}[name]
-            return kind(Path(folder) / files[0], context_length, words)
+            return KINDS[name](Path(folder) / files[0], context_length, words)
         return HFTokenizer(folder, context_length, tokenizer_mode=mode, **(options or {}))
     if name == "open_clip":
         return SimpleTokenizer(context_length=context_length, **(options or {}))

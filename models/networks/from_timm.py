@@ -6,11 +6,14 @@ from typing import Any
 from timm.layers import get_act_layer
 from timm.models.cait import Cait
 from timm.models.convnext import ConvNeXt
+from timm.models.eva import Eva
 from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
 from timm.models.pit import PoolingVisionTransformer
 from timm.models.resnet import Bottleneck, ResNet
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.tnt import TNT
 from timm.models.xcit import Xcit
+from torch import nn
 
 
 def create_mixer(*, act_layer: str, **arguments: Any) -> MlpMixer:
@@ -18,13 +21,27 @@ def create_mixer(*, act_layer: str, **arguments: Any) -> MlpMixer:
     return MlpMixer(act_layer=get_act_layer(act_layer), **arguments)
 
 
+def create_convnext(*, head_norm_eps: float = 1e-6, **arguments: Any) -> ConvNeXt:
+    """timm's ConvNeXt with an epsilon of the norm after the pooling."""
+    network = ConvNeXt(**arguments)
+    network.head.norm.eps = head_norm_eps
+    return network
+
+
+def create_eva(*, norm_eps: float, **arguments: Any) -> Eva:
+    """timm's ViT with rotary positions, with an epsilon of every layer norm."""
+    return Eva(norm_layer=partial(nn.LayerNorm, eps=norm_eps), **arguments)
+
+
 NETWORKS = {
     "cait": Cait,
-    "convnext": ConvNeXt,
+    "convnext": create_convnext,
+    "eva": create_eva,
     "mixer": create_mixer,
     "pit": PoolingVisionTransformer,
     "resmlp": partial(MlpMixer, block_layer=ResBlock, norm_layer=Affine),
     "resnet": partial(ResNet, Bottleneck),
+    "swin-v2": SwinTransformerV2,
     "tnt": TNT,
     "xcit": Xcit,
 }

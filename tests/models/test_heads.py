@@ -15,7 +15,7 @@ from rasterio.features import rasterize
 from shapely.geometry import shape
 
 from models import Registry
-from models.checkpoints.families.transformers_configuration import read_labels
+from models.checkpoints.families.transformers.configuration import read_labels
 from models.errors import CatalogError, InputError, TaskError
 from models.heads.embed import Embed
 from models.heads.ranking import best_classes

@@ -1,7 +1,7 @@
 """Files of transformers are served as transformers itself computes them."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,19 +10,22 @@ import numpy as np
 import pytest
 import torch
 import transformers as _transformers
+from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
 from models.assembly import load_checkpoint
 from models.catalog import load_catalog
 from models.checkpoints.checkpoint import save_checkpoint
 from models.checkpoints.containers import Container
-from models.checkpoints.families.transformers_configuration import read_preprocess
+from models.checkpoints.families.transformers.processors import read_preprocess
 from models.checkpoints.formats.transformers import matches
 from models.checkpoints.loading import build_towers, read_checkpoint
-from models.errors import CheckpointError, SourceError
+from models.errors import CheckpointError, InputError, SourceError
 from models.inputs.normalize import Normalize
+from models.inputs.tokenizers import create_tokenizer
 from models.inputs.transforms import create_transform
 from models.model import Model
 from models.registry import Registry
@@ -54,10 +57,25 @@ SQUASHED = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, 
 CROPPED = {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 36},
            "crop_size": {"height": 32, "width": 32}, "do_center_crop": True, "resample": 3,
            "image_mean": [0.4, 0.5, 0.6], "image_std": [0.3, 0.2, 0.1]}  # fmt: skip
+CONVNEXT = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 64},
+            "resample": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
+WINDOWS: dict[str, Any] = {
+    "image_size": 32,
+    "patch_size": 2,
+    "embed_dim": 12,
+    "depths": [2, 2],
+    "num_heads": [2, 3],
+    "window_size": 4,
+}
 NETWORKS: dict[str, tuple[Any, Any, Mapping[str, Any]]] = {
     "vit": (
         transformers.ViTConfig(**SIZES, num_labels=5),
         transformers.ViTForImageClassification,
+        SQUASHED,
+    ),
+    "vit_msn": (
+        transformers.ViTMSNConfig(**SIZES, num_labels=5, qkv_bias=False),
+        transformers.ViTMSNForImageClassification,
         SQUASHED,
     ),
     "deit": (
@@ -83,14 +101,86 @@ NETWORKS: dict[str, tuple[Any, Any, Mapping[str, Any]]] = {
         CROPPED,
     ),
     "convnext": (
-        transformers.ConvNextConfig(**STAGES, num_labels=5),
+        transformers.ConvNextConfig(**STAGES, num_labels=5, layer_norm_eps=0.1),
         transformers.ConvNextForImageClassification,
-        {**CROPPED, "image_processor_type": "ConvNextImageProcessor"},
+        CONVNEXT,
     ),
     "convnextv2": (
         transformers.ConvNextV2Config(**STAGES, num_labels=5),
         transformers.ConvNextV2ForImageClassification,
-        {**CROPPED, "image_processor_type": "ConvNextImageProcessor", "size": 384},
+        {**CONVNEXT, "size": 384},
+    ),
+    "resnet": (
+        transformers.ResNetConfig(**STAGES, num_labels=5),
+        transformers.ResNetForImageClassification,
+        CONVNEXT,
+    ),
+    "swin": (
+        transformers.SwinConfig(**WINDOWS, num_labels=5),
+        transformers.SwinForImageClassification,
+        SQUASHED,
+    ),
+    "swin, padded": (
+        transformers.SwinConfig(**WINDOWS | {"window_size": 5}, num_labels=5),
+        transformers.SwinForImageClassification,
+        SQUASHED,
+    ),
+    "swinv2": (
+        transformers.Swinv2Config(**WINDOWS, num_labels=5, pretrained_window_sizes=[3, 2]),
+        transformers.Swinv2ForImageClassification,
+        SQUASHED,
+    ),
+    "beit": (
+        transformers.BeitConfig(**SIZES, num_labels=5, use_relative_position_bias=True),
+        transformers.BeitForImageClassification,
+        SQUASHED,
+    ),
+    "beit, class token": (
+        transformers.BeitConfig(
+            **SIZES,
+            num_labels=5,
+            use_mean_pooling=False,
+            use_absolute_position_embeddings=True,
+            layer_norm_eps=0.1,
+        ),
+        transformers.BeitForImageClassification,
+        SQUASHED,
+    ),
+    "data2vec": (
+        transformers.Data2VecVisionConfig(
+            **SIZES, num_labels=5, use_shared_relative_position_bias=True
+        ),
+        transformers.Data2VecVisionForImageClassification,
+        SQUASHED,
+    ),
+    "siglip": (
+        transformers.SiglipConfig(vision_config=SIZES, num_labels=5),
+        transformers.SiglipForImageClassification,
+        SQUASHED,
+    ),
+}
+ENCODERS: dict[str, tuple[Any, Any, str]] = {
+    "vit_mae": (
+        transformers.ViTMAEConfig(**SIZES, mask_ratio=0.0),
+        transformers.ViTMAEForPreTraining,
+        "vit",
+    ),
+    "dinov3": (
+        transformers.DINOv3ViTConfig(**SIZES, num_register_tokens=2, rope_theta=50.0),
+        transformers.DINOv3ViTModel,
+        "",
+    ),
+    "dinov3, gated": (
+        transformers.DINOv3ViTConfig(
+            **SIZES, use_gated_mlp=True, hidden_act="silu", query_bias=False, value_bias=False
+        ),
+        transformers.DINOv3ViTModel,
+        "",
+    ),
+    "siglip": (
+        transformers.SiglipVisionConfig(**SIZES | {"image_size": 37}),
+        transformers.SiglipVisionModel,
+        "",
     ),
 }
 
@@ -123,6 +213,20 @@ def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
         assert_close(model.run(pixel_values=pixels)["logits"], network(pixels).logits)
 
 
+@pytest.mark.parametrize("name", ENCODERS)
+def test_embeddings_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    config, network_class, inner = ENCODERS[name]
+    network = network_class(config)
+    size = {"height": config.image_size, "width": config.image_size}
+    model = load_checkpoint(saved(tmp_path, network, {**SQUASHED, "size": size}))
+    pixels = torch.randn(2, 3, config.image_size, config.image_size)
+    with torch.inference_mode():
+        theirs = (getattr(network, inner) if inner else network)(pixels)
+        expected = getattr(theirs, "pooler_output", None)
+        expected = theirs.last_hidden_state[:, 0] if expected is None else expected
+        assert_close(model.run(pixel_values=pixels)["embedding"], expected)
+
+
 def test_both_towers_are_those_of_transformers(tmp_path: Path) -> None:
     config = transformers.CLIPConfig(text_config=TEXT, vision_config=SIZES, projection_dim=24)
     network: Any = transformers.CLIPModel(config)
@@ -143,6 +247,100 @@ def test_both_towers_are_those_of_transformers(tmp_path: Path) -> None:
     assert towers.scale == pytest.approx(float(network.logit_scale.detach().exp()))
 
 
+# CLIP's in transformers' files, whose ends have other names than open_clip's.
+CLIPS_WORDS = {
+    {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}.get(word, word): number
+    for word, number in SimpleTokenizer().encoder.items()
+}
+WORDS = ("<pad>", "</s>", "<unk>", "\u2581a", "\u2581photo", "\u2581of", "\u2581cat", "s", ".")
+
+
+def save_words(folder: Path) -> None:
+    """A tokenizer in the files of SigLIP's."""
+    pieces = [(word, -float(rank)) for rank, word in enumerate(WORDS)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.add_special_tokens(list(WORDS[:3]))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    stated = {"tokenizer_class": "SiglipTokenizer", "do_lower_case": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(stated))
+
+
+def save_bytes(folder: Path) -> Callable[[Sequence[str]], Tensor]:
+    """transformers' tokenizer of SigLIP 2 and its files."""
+    letters = ["\u2581", *"abcdefghijklmnopqrstuvwxyz.<>"]
+    vocabulary = {word: n for n, word in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"])}
+    vocabulary |= {letter: n for n, letter in enumerate(letters, 5)}
+    tokenizer = transformers.Siglip2Tokenizer(vocab=vocabulary, merges=[], padding_side="right")
+    ending = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    tokenizer._tokenizer.post_processor = ending
+    tokenizer.save_pretrained(folder)
+    options = {"padding": "max_length", "max_length": 16, "truncation": True}
+    return lambda texts: tokenizer(texts, return_tensors="pt", **options).input_ids
+
+
+def siglip(folder: Path) -> tuple[Any, Path]:
+    torch.manual_seed(0)
+    config = transformers.SiglipConfig(
+        text_config={**TEXT, "vocab_size": 40, "projection_size": 32}, vision_config=SIZES
+    )
+    network: Any = transformers.SiglipModel(config)
+    return network, saved(folder, network, SQUASHED)
+
+
+def test_siglips_scores_are_those_of_transformers(
+    tmp_path: Path, photos: dict[str, Image.Image]
+) -> None:
+    network, path = siglip(tmp_path)
+    checkpoint = read_checkpoint(path, {})
+    assert (checkpoint.format, checkpoint.assumed) == ("transformers", {})
+    model = load_checkpoint(path)
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        model.predict([photos["coffee"]], labels=["a cat"])
+    tokenize = save_bytes(tmp_path)
+    model = load_checkpoint(path)
+    texts = ["A Cat.", "a photo of a cat", "a cat a cat a cat a cat"]
+    pixels = Normalize(model.trunk.preprocess)(
+        create_transform(model.trunk.preprocess)(photos["coffee"])[None]
+    )
+    with torch.inference_mode():
+        ids = tokenize(texts)
+        assert ids[:, -1].tolist() == [0, 1, 1]
+        theirs = network(input_ids=ids, pixel_values=pixels)
+    [answer] = model.predict([photos["coffee"]], labels=texts, templates=["{}"])
+    scores = {item["label"]: item["score"] for item in answer["predictions"]}
+    expected = theirs.logits_per_image.sigmoid()[0].tolist()
+    assert scores == pytest.approx(dict(zip(texts, expected, strict=True)), rel=1e-4)
+
+
+def test_siglips_texts_lose_case_and_punctuation(tmp_path: Path) -> None:
+    save_words(tmp_path)
+    tokenizer = create_tokenizer("siglip", 6, folder=str(tmp_path), words=40)
+    ids = tokenizer(["A  Photo, of: Cats!", "a a a a a a a a", "\u2581Cat </s>"])
+    assert ids.tolist() == [[3, 4, 5, 6, 7, 1], [3, 3, 3, 3, 3, 1], [6, 2, 7, 1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("stated", "said"),
+    [
+        ({"tokenizer_class": "BertTokenizer"}, "tokenizer_class is 'BertTokenizer'"),
+        ({"do_lower_case": False}, "do_lower_case is False"),
+        ({"padding_side": "left"}, "padding_side is 'left'"),
+        ({"tokenizer_class": "GemmaTokenizerFast"}, "padding_side is None"),
+        ({"tokenizer_class": "GemmaTokenizerFast", "padding_side": "right"}, "no token <eos>"),
+    ],
+)
+def test_other_tokenizers_of_siglip_are_refused(
+    tmp_path: Path, stated: Mapping[str, Any], said: str
+) -> None:
+    _, path = siglip(tmp_path)
+    save_words(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **stated}))
+    with pytest.raises(CheckpointError, match=said):
+        load_checkpoint(path)
+
+
 PROCESSORS: dict[str, tuple[Any, dict[str, Any]]] = {
     "vit": (transformers.ViTImageProcessorPil, {}),
     "clip": (transformers.CLIPImageProcessorPil, {"size": {"shortest_edge": 32}, "crop_size": 32}),
@@ -153,6 +351,15 @@ PROCESSORS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "convnext": (transformers.ConvNextImageProcessorPil, {"size": {"shortest_edge": 224}}),
     "convnext-384": (transformers.ConvNextImageProcessorPil, {"size": {"shortest_edge": 384}}),
+    "siglip": (transformers.SiglipImageProcessorPil, {}),
+    "beit": (
+        transformers.BeitImageProcessorPil,
+        {"size": {"height": 256, "width": 256}, "do_center_crop": True},
+    ),
+    "odd crop": (
+        transformers.BitImageProcessorPil,
+        {"size": {"shortest_edge": 354}, "do_normalize": False},
+    ),
 }
 
 
@@ -170,39 +377,114 @@ def test_pixels_are_those_of_transformers(tmp_path: Path, name: str, width: int)
     assert_close(ours, theirs)
 
 
+def test_pixels_of_dinov3_are_within_a_step_of_those_of_transformers(
+    tmp_path: Path, photos: dict[str, Image.Image]
+) -> None:
+    """Its processor resizes numbers that are not rounded to steps of 255, and has no other."""
+    processor = transformers.DINOv3ViTImageProcessor()
+    processor.save_pretrained(tmp_path)
+    preprocess = read_preprocess(tmp_path / "model.safetensors", "dinov3_vit")
+    theirs = processor(photos["coffee"], return_tensors="pt")["pixel_values"]
+    ours = Normalize(preprocess)(create_transform(preprocess)(photos["coffee"])[None])
+    steps = (ours - theirs).abs() * 255 * torch.tensor(preprocess.std)[:, None, None]
+    assert float(steps.max()) <= 1
+
+
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+
+
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("name", "file", "change", "said"),
     [
-        ({"config.json": None}, "config.json is missing"),
-        ({"preprocessor_config.json": None}, "preprocessor_config.json is missing"),
-        ({"config.json": {"model_type": "swin"}}, "'swin' is not supported"),
-        ({"config.json": {"hidden_act": "relu"}}, "only gelu"),
-        ({"config.json": {"num_attention_heads": None}}, "num_attention_heads"),
-        ({"config.json": {"num_channels": 1}}, "num_channels"),
-        ({"config.json": {"problem_type": "regression"}}, "problem_type is regression"),
-        ({"preprocessor_config.json": {"image_processor_type": "LevitImageProcessor"}}, "Levit"),
-        ({"preprocessor_config.json": {"resample": 0}}, "resample is 0"),
-        ({"preprocessor_config.json": {"resample": None}}, "resample is None"),
-        ({"preprocessor_config.json": {"do_resize": False}}, "do_resize"),
-        ({"preprocessor_config.json": {"rescale_factor": 1}}, "not scaled to 0..1"),
-        ({"preprocessor_config.json": {"size": {"longest_edge": 32}}}, "size is"),
-        ({"preprocessor_config.json": {"image_mean": 0.5}}, "image_mean"),
-        ({"preprocessor_config.json": {"do_center_crop": True, "crop_size": 40}}, "crop_size"),
+        ("vit", CONFIG, None, "config.json is missing"),
+        ("vit", CONFIG, {"model_type": "pvt"}, "'pvt' is not supported"),
+        ("vit", CONFIG, {"hidden_act": "relu"}, "only 'gelu'"),
+        ("vit", CONFIG, {"num_attention_heads": None}, "num_attention_heads"),
+        ("vit", CONFIG, {"num_channels": 1}, "num_channels"),
+        ("vit", CONFIG, {"problem_type": "regression"}, "problem_type is regression"),
+        ("vit", CONFIG, {"num_hidden_layers": 1}, "num_hidden_layers is 1"),
+        ("vit", CONFIG, {"qkv_bias": False}, "qkv_bias is False"),
+        ("vit", CONFIG, {"image_size": [64, 16]}, "image_size"),
+        ("vit", CONFIG, {"image_size": 64}, "image_size is 64"),
+        ("vit", CONFIG, {"id2label": {"0": "cat", "1": "dog"}}, "names 2 classes"),
+        ("vit", PROCESSOR, None, "preprocessor_config.json is missing"),
+        ("vit", PROCESSOR, {"image_processor_type": "LevitImageProcessor"}, "Levit"),
+        ("vit", PROCESSOR, {"resample": 0}, "resample is 0"),
+        ("vit", PROCESSOR, {"resample": None}, "resample is None"),
+        ("vit", PROCESSOR, {"do_resize": False}, "do_resize"),
+        ("vit", PROCESSOR, {"do_rescale": False}, "not scaled to 0..1"),
+        ("vit", PROCESSOR, {"rescale_factor": 1}, "not scaled to 0..1"),
+        ("vit", PROCESSOR, {"size": {"longest_edge": 32}}, "size is"),
+        ("vit", PROCESSOR, {"image_mean": 0.5}, "image_mean"),
+        ("vit", PROCESSOR, {"do_center_crop": True, "crop_size": 40}, "crop_size"),
+        ("vit", PROCESSOR, {"do_pad": True}, "do_pad"),
+        ("vit", PROCESSOR, {"do_flip_channel_order": True}, "do_flip_channel_order"),
+        ("vit", PROCESSOR, {"size": 32, "default_to_square": False}, "without a crop"),
+        ("vit", PROCESSOR, {"image_processor_type": "BeitImageProcessor"}, "do_center_crop"),
+        ("registers", CONFIG, {"num_register_tokens": 0}, "num_register_tokens is 0"),
+        ("convnext", CONFIG, {"depths": [1, 1, 1, 1]}, "depths"),
+        ("convnext", PROCESSOR, {"do_center_crop": True, "crop_size": 32}, "crop_size 32"),
+        ("convnext", PROCESSOR, {"size": {"height": 32, "width": 32}}, "size"),
+        ("resnet", CONFIG, {"downsample_in_bottleneck": True}, "downsample_in_bottleneck"),
+        ("resnet", CONFIG, {"downsample_in_first_stage": True}, "downsample_in_first_stage"),
+        ("swin", CONFIG, {"layer_norm_eps": 0.1}, "layer_norm_eps is 0.1"),
+        ("swin", CONFIG, {"window_size": 2}, "window_size is 2"),
+        ("swin", PROCESSOR, {"size": {"height": 8, "width": 8}}, "windows of 4 cells"),
+        ("swin", PROCESSOR, {"size": {"height": 32, "width": 64}}, "only squares"),
+        ("swinv2", CONFIG, {"image_size": 64}, "images are"),
+        ("swinv2", CONFIG, {"window_size": 5}, "not whole windows"),
+        ("beit", CONFIG, {"use_relative_position_bias": None}, "use_relative_position_bias"),
+        ("beit", CONFIG, {"use_mean_pooling": False}, "do not fit"),
+        ("beit", PROCESSOR, {"size": {"height": 64, "width": 64}}, "images are"),
+        ("siglip", CONFIG, {"vision_config": {**SIZES, "layer_norm_eps": 0.1}}, "layer_norm_eps"),
+        ("siglip", CONFIG, {"vision_config": {**SIZES, "hidden_act": "gelu"}}, "hidden_act"),
+        ("siglip", CONFIG, {"vision_config": {**SIZES, "vision_use_head": False}}, "use_head"),
     ],
 )
 def test_what_is_not_supported_is_refused(
-    tmp_path: Path, changed: Mapping[str, Any], said: str
+    tmp_path: Path, name: str, file: str, change: Mapping[str, Any] | None, said: str
 ) -> None:
-    config, network_class, processor = NETWORKS["vit"]
+    config, network_class, processor = NETWORKS[name]
     path = saved(tmp_path, network_class(config), processor)
-    for name, change in changed.items():
-        file = tmp_path / name
-        if change is None:
-            file.unlink()
-        else:
-            file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    _change(tmp_path / file, change)
     with pytest.raises(CheckpointError, match=said):
         load_checkpoint(path)
+
+
+def _change(file: Path, change: Mapping[str, Any] | None) -> None:
+    """Replace values of a JSON object by others, leave out those that are None, or the file."""
+    if change is None:
+        file.unlink()
+    else:
+        content = {**json.loads(file.read_text()), **change}
+        file.write_text(json.dumps({key: v for key, v in content.items() if v is not None}))
+
+
+CLIPS_TEXT = {**TEXT, "hidden_act": "quick_gelu"}
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        (CONFIG, {"text_config": {**CLIPS_TEXT, "eos_token_id": 7}}, "eos_token_id is 7"),
+        (CONFIG, {"text_config": {**CLIPS_TEXT, "hidden_act": "gelu"}}, "different activations"),
+        (CONFIG, {"text_config": {**CLIPS_TEXT, "layer_norm_eps": 0.1}}, "layer_norm_eps"),
+        (CONFIG, {"vision_config": {**SIZES, "image_size": 64}}, "images are"),
+        (PROCESSOR, {"use_square_size": True}, "use_square_size"),
+        ("tokenizer.json", {"model": {"vocab": {"a": 0, "b": 1}}}, "words of tokenizer.json"),
+    ],
+)
+def test_other_clips_are_refused(
+    tmp_path: Path, file: str, change: Mapping[str, Any], said: str
+) -> None:
+    config = transformers.CLIPConfig(text_config=TEXT, vision_config=SIZES, projection_dim=24)
+    path = saved(tmp_path, transformers.CLIPModel(config), CROPPED)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": CLIPS_WORDS}}))
+    _change(tmp_path / PROCESSOR, {"image_processor_type": "CLIPImageProcessor"})
+    read_checkpoint(path, {})
+    _change(tmp_path / file, change)
+    with pytest.raises(CheckpointError, match=said):
+        read_checkpoint(path, {})
 
 
 def stub_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -1,18 +1,17 @@
-"""The configurations that transformers saves beside weights, and the transform that they state."""
+"""The transform that transformers' image processors state beside weights."""
 
-import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from models.checkpoints.families.known import flag, number, whole
+from models.checkpoints.families.transformers.configuration import read_beside
 from models.errors import CheckpointError
 from models.inputs.crop_transform import INTERPOLATIONS
 from models.inputs.transforms import CropMode, Preprocess
-from models.tasks.labels import as_label
 
-FILE = "config.json"
 PROCESSOR = "preprocessor_config.json"
 PROCESSORS = "processor_config.json"  # of CLIPs since transformers 5; it has the other's content
 # By PIL's numbers.
@@ -21,51 +20,33 @@ RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box",
 # sides, and the sides of the crop. By the beginning of their names, which end in `ImageProcessor`,
 # `ImageProcessorFast` and the like, or `FeatureExtractor`; else by the kind of the network.
 ENDING = re.compile(r"(ImageProcessor(Fast|Pil)?|FeatureExtractor)$")
-BY_KIND = {"vit": "ViT", "deit": "DeiT", "dinov2": "Bit", "dinov2_with_registers": "Bit",
-           "convnext": "ConvNext", "convnextv2": "ConvNext", "clip": "CLIP"}  # fmt: skip
-SQUARE = ("ViT", "DeiT")
+BY_KIND = {
+    **dict.fromkeys(("vit", "vit_mae", "vit_msn", "swin", "swinv2"), "ViT"),
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), "Bit"),
+    **dict.fromkeys(("convnext", "convnextv2", "resnet"), "ConvNext"),
+    **dict.fromkeys(("beit", "data2vec-vision"), "Beit"),
+    **dict.fromkeys(("siglip", "siglip_vision_model"), "Siglip"),
+    "deit": "DeiT",
+    "clip": "CLIP",
+    "dinov3_vit": "DINOv3ViT",
+}
+SQUARE = ("ViT", "DeiT", "Beit", "DINOv3ViT")
 CROP = {"DeiT": 224, "Bit": 224, "CLIP": 224}
+# Whose versions crop, or do not, where their file says nothing.
+UNDECIDED = ("Beit",)
+# What the files say to do, and what of it does not change the pixels of an RGB image.
+HARMLESS = ("do_convert_rgb", "do_reduce_labels")
+DONE = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
 CONVNEXT = "ConvNext"
 # From this shorter side on, ConvNeXt's images are squashed to a square instead of being cropped.
 CONVNEXT_WHOLE = 384
 
 
-def read_beside(path: Path, name: str) -> dict[str, Any]:
-    """A JSON object in a file beside a checkpoint; empty if there is no such file.
-
-    Raises:
-        CheckpointError: it is not a JSON object.
-    """
-    file = path.parent / name
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: not a configuration: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: not a configuration")
-    return content
-
-
-def read_labels(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The class names of `config.json`, in order; empty if they are only numbered, or some class
-    has none."""
-    named = config.get("id2label")
-    if not isinstance(named, Mapping) or all(
-        name == f"LABEL_{index}" for index, name in named.items()
-    ):
-        return ()
-    if named.keys() != set(map(str, range(len(named)))):  # ConvNeXt's with 21,841 classes
-        return ()
-    return tuple(as_label(named[str(index)]) for index in range(len(named)))
-
-
 def read_preprocess(path: Path, kind: str) -> Preprocess:
     """The transform that `preprocessor_config.json` beside a checkpoint states.
 
-    Resizes and crops are Pillow's, as with transformers' slow image processors; the fast ones
-    differ from these by up to one step of a pixel's 255.
+    Resizes and crops are Pillow's, as with transformers' image processors of that name; those that
+    use torchvision, DINOv3's only one among them, differ by up to one step of a pixel's 255.
 
     Args:
         kind: `model_type` of the network.
@@ -87,6 +68,11 @@ def read_preprocess(path: Path, kind: str) -> Preprocess:
 
 
 def _preprocess(config: Mapping[str, Any], kind: str) -> Preprocess:
+    steps = {key for key, value in config.items() if key.startswith("do_") and value}
+    if config.get("use_square_size"):
+        steps.add("use_square_size")
+    if unknown := steps - {*DONE, *HARMLESS}:
+        raise CheckpointError(f"{', '.join(sorted(unknown))} is not supported")
     if not flag("do_resize", config.get("do_resize", True)):
         raise CheckpointError("do_resize is false; images of any size are not supported")
     scale = number("rescale_factor", config.get("rescale_factor", 1 / 255))
@@ -132,7 +118,8 @@ def _geometry(config: Mapping[str, Any], processor: str) -> tuple[CropMode, tupl
     """
     size = config.get("size")
     if isinstance(size, int):
-        sides = ("height", "width") if processor in SQUARE else ("shortest_edge",)
+        squared = flag("default_to_square", config.get("default_to_square", processor in SQUARE))
+        sides = ("height", "width") if squared else ("shortest_edge",)
         size = dict.fromkeys(sides, size)
     if not isinstance(size, Mapping) or size.keys() not in (
         {"height", "width"},
@@ -144,27 +131,37 @@ def _geometry(config: Mapping[str, Any], processor: str) -> tuple[CropMode, tupl
         whole("size", size.get("height", size.get("shortest_edge"))),
         whole("size", size.get("width", size.get("shortest_edge"))),
     )
+    crops = config.get("do_center_crop", None if processor in UNDECIDED else processor in CROP)
+    if crops is None:
+        raise CheckpointError("do_center_crop is missing; versions of the processor differ in it")
+    crops = flag("do_center_crop", crops)
     if processor == CONVNEXT:
+        if mode != "center" or (crops and _crop(config, processor) != resized):
+            raise CheckpointError(f"size {size} with crop_size {config.get('crop_size')}")
         if resized[0] >= CONVNEXT_WHOLE:
             return "squash", resized, 1.0
         return mode, resized, number("crop_pct", config.get("crop_pct", 224 / 256))
-    if not flag("do_center_crop", config.get("do_center_crop", processor in CROP)):
+    if not crops:
         if mode == "center":
             raise CheckpointError("images keep their shape without a crop, which is not supported")
         return mode, resized, 1.0
-    crop = config.get("crop_size", CROP.get(processor))
-    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-    if not isinstance(crop, Mapping):
-        raise CheckpointError(f"crop_size is {crop!r}; it must have height and width")
-    cropped = (
-        whole("crop_size", crop.get("height")),
-        whole("crop_size", crop.get("width")),
-    )
+    cropped = _crop(config, processor)
     share = cropped[0] / resized[0]
+    if math.floor(cropped[0] / share) < resized[0]:  # the quotient was rounded up
+        share = math.nextafter(share, 0)
     spec = Preprocess(input_size=cropped, crop_mode=mode, crop_pct=share)
     if share > 1 or spec.scale_size != resized:
         raise CheckpointError(f"size {resized} with crop_size {cropped} is not supported")
     return mode, cropped, share
+
+
+def _crop(config: Mapping[str, Any], processor: str) -> tuple[int, int]:
+    """The (height, width) of the crop."""
+    crop = config.get("crop_size", CROP.get(processor))
+    crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+    if not isinstance(crop, Mapping):
+        raise CheckpointError(f"crop_size is {crop!r}; it must have height and width")
+    return whole("crop_size", crop.get("height")), whole("crop_size", crop.get("width"))
 
 
 def _statistics(config: Mapping[str, Any], name: str) -> tuple[float, float, float]:
