@@ -80,7 +80,7 @@ bench: $(VENV)/dev.stamp ## Run the benchmarks
 	$(BIN)/python -m benchmarks.overload
 
 bench-gpu: $(VENV)/dev.stamp ## Measure and check everything on a GPU, in parts that can be resumed
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[gpu]' torchcodec
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[gpu]'
 	$(BIN)/python -m benchmarks.gpu
 
 chaos: $(VENV)/dev.stamp ## Kill and stop processes under load, and count what is lost

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from models.catalog import Catalog, TrunkEntry
+from models.inputs.nvjpeg import create_jpeg_decoder
 from models.inputs.transforms import resolve_transform
 from models.trunks.calibration import read_calibration
 from models.trunks.devices import Placement, Precision, resolve_precision
@@ -13,12 +14,15 @@ class Placements:
     """Placements by catalog entry.
 
     Raises:
-        CatalogError: an entry names an unknown engine, transform or precision.
+        CatalogError: an entry names an unknown engine, transform or precision, or the default
+            transform is not one of this device.
     """
 
     def __init__(self, catalog: Catalog, defaults: Placement) -> None:
         self._base = catalog.path.parent
         self._defaults = defaults
+        if defaults.transform == "gpu":
+            create_jpeg_decoder(defaults.device)  # refused here rather than for each trunk
         for entry in catalog.trunks.values():
             self.check(entry)
 

@@ -82,7 +82,7 @@ class Settings(BaseSettings):
         "not be written to then, only replaced by renaming. If not set, those in the store are, "
         "and those of `file:` sources are not.",
     )
-    transform: Literal["exact", "fast"] = Field(
+    transform: Literal["exact", "fast", "gpu"] = Field(
         "exact", description="How images are resized, unless the catalog sets it."
     )
     threads: int = Field(0, ge=0, description="CPU threads of all batches; 0 for one per core.")

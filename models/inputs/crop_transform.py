@@ -48,7 +48,7 @@ def create_crop_transform(
         size = resized(*image.size)
         shown, places, sides = [], [], zip(pixels_HWC.shape, reversed(image.size), strict=False)
         for (length, full), side, target in zip(sides, size, input_size, strict=True):
-            window, place = _overlap(side, target, early)
+            window, place = overlap(side, target, early=early)
             shown.append(taps(length, side, window, interpolation, full / image.factor))
             places.append(place)
         window_HWC = resample(pixels_HWC, *shown)[..., :3]
@@ -61,7 +61,7 @@ def create_crop_transform(
     return transform
 
 
-def _overlap(length: int, target: int, early: bool) -> tuple[tuple[int, int], slice]:
+def overlap(length: int, target: int, *, early: bool) -> tuple[tuple[int, int], slice]:
     """Which part of a resized side is shown, and where in the input. Rounds as torchvision does,
     or else down."""
     if length < target:

@@ -171,14 +171,24 @@ def _upper_byte(grey: np.ndarray) -> np.ndarray:
 def cut_sliver(image: Image.Image | ReducedImage, max_ratio: int) -> Image.Image | ReducedImage:
     """Cut the far ends off a very long image, evenly, so that its centre stays where it is."""
     width, height = image.size
-    short, long = sorted(image.size)
-    if long <= short * max_ratio:
-        return image
     factor = image.factor if isinstance(image, ReducedImage) else 1
-    excess = (long - short * max_ratio) // 2 // factor
-    across, down = (excess, 0) if width > height else (0, excess)
+    across, down = sliver_ends(image.size, max_ratio, factor)
+    if across == down == 0:
+        return image
     if isinstance(image, ReducedImage):
         box = (across, down, image.image.width - across, image.image.height - down)
         size = (width - 2 * across * factor, height - 2 * down * factor)
         return ReducedImage(image.image.crop(box), size, factor)
     return image.crop((across, down, width - across, height - down))
+
+
+def sliver_ends(size: tuple[int, int], max_ratio: int, factor: int = 1) -> tuple[int, int]:
+    """The columns on each side, and the rows above and below, that `cut_sliver` cuts off.
+
+    Args:
+        factor: by how much the pixels of an image of this (width, height) are reduced.
+    """
+    width, height = size
+    short, long = sorted(size)
+    excess = max(0, long - short * max_ratio) // 2 // factor
+    return (excess, 0) if width > height else (0, excess)

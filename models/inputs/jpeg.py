@@ -5,6 +5,7 @@ of files are decoded here whose pixels equal Pillow's; the rest is left to Pillo
 """
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 import simplejpeg
@@ -64,7 +65,7 @@ def jpeg_pixels(
         None for files that Pillow must decode: other formats, CMYK, unusual sampling, and those
         with damaged data, about which Pillow decides.
     """
-    if not isinstance(header, JpegImageFile) or not _is_common(header):
+    if not is_common_jpeg(header):
         return None
     width, height = header.size
     factor = _factor(min(width, height), min_side)
@@ -82,15 +83,24 @@ def jpeg_pixels(
         return None
     if pixels_HWC.shape != shape:
         return None
-    orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
-    transposition = UPRIGHT.get(orientation)
-    size = (height, width) if transposition in QUARTER_TURNS else (width, height)
-    return JpegPixels(pixels_HWC, transposition, factor, size)
+    transposition = transposition_of(header)
+    return JpegPixels(pixels_HWC, transposition, factor, upright_size(header.size, transposition))
 
 
-def _is_common(header: JpegImageFile) -> bool:
-    """Whether the file is 8-bit grey, or YCbCr with 4:4:4, 4:2:2 or 4:2:0 sampling."""
-    if header.bits != 8:
+def transposition_of(header: Image.Image) -> Image.Transpose | None:
+    """How the stored pixels become upright; None if they are."""
+    return UPRIGHT.get(header.getexif().get(ExifTags.Base.Orientation, 1))
+
+
+def upright_size(size: tuple[int, int], transposition: Image.Transpose | None) -> tuple[int, int]:
+    """The (width, height) of an image that is stored in (width, height)."""
+    width, height = size
+    return (height, width) if transposition in QUARTER_TURNS else size
+
+
+def is_common_jpeg(header: Image.Image) -> TypeGuard[JpegImageFile]:
+    """Whether the file is a JPEG of 8-bit grey, or of YCbCr with 4:4:4, 4:2:2 or 4:2:0 sampling."""
+    if not isinstance(header, JpegImageFile) or header.bits != 8:
         return False
     is_colour = get_sampling(header) >= 0 and header.info.get("adobe_transform", YCBCR) == YCBCR
     return header.layers == 1 or is_colour

@@ -75,14 +75,18 @@ def taps(
 def resample(pixels_HWC: np.ndarray, rows: Taps, columns: Taps) -> np.ndarray:
     """Resize uint8 pixels (H, W, C) to a window: (len(rows.first), len(columns.first), C) uint8."""
     used_HWC = pixels_HWC[rows.source, columns.source]
-    if _rows_first(pixels_HWC.shape, rows, columns):
+    if rows_first(pixels_HWC.shape[:2], (rows.resized, columns.resized)):
         return _weigh_columns(_weigh(np.ascontiguousarray(used_HWC), rows), columns)
     return _weigh(_weigh_columns(used_HWC, columns), rows)
 
 
-def _rows_first(shape: tuple[int, ...], rows: Taps, columns: Taps) -> bool:
-    """Whether Pillow 13 weighs rows before columns. Between both, it rounds to 8 bits."""
-    fewer_rows, fewer_columns = shape[0] - rows.resized, shape[1] - columns.resized
+def rows_first(size: tuple[int, ...], resized: tuple[int, int]) -> bool:
+    """Whether Pillow 13 weighs rows before columns. Between both, it rounds to 8 bits.
+
+    Args:
+        size, resized: (height, width) before and after.
+    """
+    fewer_rows, fewer_columns = size[0] - resized[0], size[1] - resized[1]
     return fewer_rows > 0 and fewer_rows > 2 * fewer_columns
 
 

@@ -3,7 +3,7 @@
 It has two halves. The transform (resize, crop) works on one image on the CPU and returns uint8,
 which is small to keep in a queue and to copy to a device. `normalize.Normalize` does the
 arithmetic for a whole batch on the trunk's device. Together they equal timm's transform bit for
-bit, unless the transform is `fast`.
+bit, unless the transform is `fast` or `gpu`.
 """
 
 import hashlib
@@ -25,10 +25,11 @@ from models.inputs.crop_transform import INTERPOLATIONS, OVERSAMPLING, create_cr
 from models.inputs.images import cut_sliver
 from models.inputs.letterbox import create_letterbox_transform, letterbox
 from models.inputs.sampling import create_sampling_transform
+from models.inputs.tensor_transform import TensorTransform
 from models.inputs.video import FrameChoice
 
 CropMode = Literal["center", "squash", "border", "letterbox"]
-TransformName = Literal["exact", "fast"]
+TransformName = Literal["exact", "fast", "gpu"]
 ChannelOrder = Literal["rgb", "bgr"]
 # From an RGB image; the fast transform also takes a `ReducedImage`.
 Transform = Callable[[Any], torch.Tensor]
@@ -89,7 +90,8 @@ class Preprocess:
     @property
     def digest(self) -> str:
         """SHA-256 of the transform's settings. Equal digests mean equal input tensors, but for
-        `fast`, where they also depend on the size at which an image was decoded."""
+        `fast`, where they also depend on the size at which an image was decoded, and `gpu`, where
+        they depend on what decoded and resized it."""
         return _digest(self)
 
     @property
@@ -239,18 +241,20 @@ def create_transform(spec: Preprocess) -> Transform:
     """Build the transform: RGB image to (3, height, width) uint8.
 
     Raises:
-        CatalogError: `fast` with a crop mode or interpolation that it does not have; no antialias
-            with any but a bilinear squash.
+        CatalogError: `fast` or `gpu` with a crop mode or interpolation that it does not have; no
+            antialias with any but a bilinear squash.
     """
     has_crop = spec.antialias and (
         spec.crop_mode != "letterbox" and spec.interpolation in INTERPOLATIONS
     )
-    if spec.transform == "fast" and not has_crop:
+    if spec.transform != "exact" and not has_crop:
         raise CatalogError(
-            f"the fast transform has no {spec.crop_mode} with {spec.interpolation}"
+            f"the {spec.transform} transform has no {spec.crop_mode} with {spec.interpolation}"
             f"{'' if spec.antialias else ' without antialias'}; it has center, squash and border "
             f"with {' and '.join(INTERPOLATIONS)}"
         )
+    if spec.transform == "gpu":
+        return _tensor_transform(spec)
     if not spec.antialias:
         steps = (spec.crop_mode, spec.crop_pct, spec.interpolation)
         return create_sampling_transform(spec.input_size, steps, truncate=spec.truncate)
@@ -276,9 +280,20 @@ def _timm_transform(spec: Preprocess) -> Transform:
 
 
 def _crop_transform(spec: Preprocess) -> Transform:
-    # what timm's transform pads with; see `_timm_transform`
+    return create_crop_transform(
+        spec.input_size, spec.interpolation, _fill(spec), spec.resized, early=spec.crop_early
+    )
+
+
+def _tensor_transform(spec: Preprocess) -> TensorTransform:
+    return TensorTransform(
+        spec.input_size, spec.interpolation, _fill(spec), spec.resized, spec.crop_early,
+        MAX_ASPECT_RATIO.get(spec.crop_mode),
+    )  # fmt: skip
+
+
+def _fill(spec: Preprocess) -> tuple[int, int, int]:
+    """What timm's transform pads with; see `_timm_transform`."""
     mean = IMAGENET_DEFAULT_MEAN if spec.crop_mode == "border" else (0.0, 0.0, 0.0)
     red, green, blue = (round(255 * value) for value in mean)
-    return create_crop_transform(
-        spec.input_size, spec.interpolation, (red, green, blue), spec.resized, early=spec.crop_early
-    )
+    return red, green, blue

@@ -7,23 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from models.catalog import TrunkEntry
 from models.errors import EngineError, InputError
 from models.inputs.images import DEFAULT_LIMITS, ImageLimits
-from models.inputs.normalize import Normalize, collate
-from models.inputs.numbers import to_numbers
-from models.inputs.samples import sample_photos
-from models.inputs.transforms import Preprocess, create_transform
+from models.inputs.jpeg_file import JpegFile
 from models.trunks.adapters import AdapterHooks
-from models.trunks.calibration import read_images
 from models.trunks.devices import Placement
 from models.trunks.engines.eager import Eager
 from models.trunks.engines.registry import engine_class
 from models.trunks.features import LAST_OUTPUT, BatchRequest, FeatureRequest, PassPlan
+from models.trunks.jpeg_batch import JpegBatch
 from models.trunks.output import TrunkOutput
 from models.trunks.query_tokens import QueryBatch, QuerySet
 from models.trunks.slot_bank import SlotBank
@@ -170,10 +166,22 @@ class Trunk:
         """
         raise NotImplementedError
 
+    def open_jpeg(self, data: bytes, limits: ImageLimits) -> JpegFile | None:
+        """An encoded image that is decoded in its batch; None if it is to be decoded before.
+
+        Raises:
+            ImageTooLargeError, InputError: it is over a limit, or its header is damaged.
+        """
+        return None
+
     @property
     def min_side(self) -> int | None:
         """Pixels of the shorter side that `prepare` needs of an image; None if it needs all."""
         return None
+
+    def batch(self, inputs: Sequence[Any], *, pin_memory: bool = False) -> Tensor | JpegBatch:
+        """What `prepare` and `open_jpeg` returned, as a batch on the host."""
+        return self.collate(inputs, pin_memory=pin_memory)
 
     def collate(self, inputs: Sequence[Tensor], *, pin_memory: bool = False) -> Tensor:
         """Prepared inputs as the batch that `forward` takes."""
@@ -247,53 +255,3 @@ class Trunk:
         """(B, heads, h, w): the class token's attention to each patch, of several class tokens one
         after another. Together with the attention to other tokens each map sums to 1."""
         raise NotImplementedError(f"{self.architecture} has no class token's attention")
-
-
-class ImageTrunk(Trunk):
-    """What image trunks share: the transform, and how prepared images become a batch."""
-
-    preprocess: Preprocess
-
-    def __init__(
-        self, architecture: str, network: nn.Module, preprocess: Preprocess, placement: Placement
-    ) -> None:
-        preprocess = replace(preprocess, transform=placement.transform)
-        self._transform = create_transform(preprocess)
-        super().__init__(architecture, network, preprocess, placement)
-
-    @property
-    def min_side(self) -> int | None:
-        return self.preprocess.min_side
-
-    def prepare(self, item: Any, limits: ImageLimits = DEFAULT_LIMITS) -> Tensor:
-        """An RGB image as uint8 (3, H, W), or `pixel_values` of that shape as float32.
-
-        Args:
-            item: for the fast transform also a `ReducedImage`.
-        """
-        if isinstance(item, np.ndarray):
-            return to_numbers("pixel_values", item, (3, *self.preprocess.input_size))
-        return self._transform(item)
-
-    def collate(self, inputs: Sequence[Tensor], *, pin_memory: bool = False) -> Tensor:
-        # decoded images are uint8, pixel_values float; a mixed batch is normalised here
-        if len({image.dtype for image in inputs}) > 1:
-            normalize = Normalize(self.preprocess)
-            inputs = [normalize(image[None])[0] for image in inputs]
-        return collate(inputs, pin_memory=pin_memory)
-
-    def blank(self) -> Tensor:
-        return torch.zeros(3, *self.preprocess.input_size, dtype=torch.uint8)
-
-    def samples(self, count: int) -> list[Tensor]:
-        return [self.prepare(photo) for photo in sample_photos(count)]
-
-    def calibration_inputs(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        images = self.placement.calibration
-        if images is None or self.modality != "image":
-            return super().calibration_inputs()
-        sets = (images.calibration, images.held_out)
-        calibration, held_out = (
-            [self.prepare(image) for image in read_images(files, self.min_side)] for files in sets
-        )
-        return calibration, held_out

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from models.inputs.transforms import Preprocess
 from models.networks.dense_clip import can_be_dense, dense_pass
-from models.trunks.base import ImageTrunk
 from models.trunks.devices import Placement
 from models.trunks.features import FeatureRequest, PassPlan
+from models.trunks.image import ImageTrunk
 from models.trunks.image_tokens import (
     block_count,
     check_layers,

@@ -13,10 +13,10 @@ from models.errors import InputError
 from models.inputs.transforms import Preprocess
 from models.networks.patchconvnet import PatchConvNet
 from models.networks.vit import HybridPatches
-from models.trunks.base import ImageTrunk
 from models.trunks.devices import Placement
 from models.trunks.features import BatchRequest, FeatureRequest, PassPlan
 from models.trunks.hooks import BlockHooks
+from models.trunks.image import ImageTrunk
 from models.trunks.image_tokens import check_layers
 from models.trunks.output import TrunkOutput, by_number
 from models.trunks.pixel_input import PixelInput

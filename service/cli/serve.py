@@ -19,7 +19,9 @@ Precision = Annotated[
     typer.Option("--precision", "--dtype", help="auto, float32, bfloat16, float16 or int8."),
 ]
 EngineName = Annotated[str | None, typer.Option(help="Engine of the trunks: auto, eager, ...")]
-TransformName = Annotated[str | None, typer.Option(help="How images are resized: exact or fast.")]
+TransformName = Annotated[
+    str | None, typer.Option(help="How images are resized: exact, fast or gpu.")
+]
 Streams = Annotated[int | None, typer.Option(help="Most batches that run at the same time.")]
 LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.")]
 TlsCert = Annotated[str | None, typer.Option(help="Certificate (PEM) of HTTP and gRPC.")]

@@ -29,7 +29,7 @@ Precision = Annotated[
     str, typer.Option(envvar="VITRAIL_PRECISION", help="auto, float32, bfloat16, ...")
 ]
 EngineName = Annotated[str, typer.Option(envvar="VITRAIL_ENGINE", help="auto, eager, ...")]
-TransformName = Annotated[str, typer.Option(envvar="VITRAIL_TRANSFORM", help="exact or fast.")]
+TransformName = Annotated[str, typer.Option(envvar="VITRAIL_TRANSFORM", help="exact, fast or gpu.")]
 
 
 def verify(

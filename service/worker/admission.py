@@ -76,7 +76,7 @@ class Admission:
             for trunk_pass in plan.passes:
                 counts[trunk_pass.key] += kinds[kind]
         self._check_finish(counts, kinds, claim)
-        self._take_places(counts, claim)
+        self.take_places(counts, claim)
 
     def check_headers(self, trunks: Sequence[str], claim: Claim) -> None:
         """Check what is known of a request before its body is read.
@@ -99,7 +99,7 @@ class Admission:
                 return
         if trunks:  # the last one says why
             self._check_finish(counts, one_image, claim)
-            self._take_places(counts, claim)
+            self.take_places(counts, claim)
             self.release(counts, claim)
 
     def check_decoding(self, plan: ExecutionPlan, kind: str, claim: Claim) -> None:
@@ -160,7 +160,12 @@ class Admission:
             retry_after_s=max(MIN_RETRY_AFTER_S, finish_s - remaining_s),
         )
 
-    def _take_places(self, counts: Mapping[str, int], claim: Claim) -> None:
+    def take_places(self, counts: Mapping[str, int], claim: Claim) -> None:
+        """Take places, by queue, or none at all.
+
+        Raises:
+            QueueFullError, UnloadedError: as `admit`.
+        """
         taken: dict[str, int] = {}
         for name, count in counts.items():
             try:

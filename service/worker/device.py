@@ -17,8 +17,11 @@ from torch import Tensor
 
 from models.started_pass import Row, StartedPass
 from models.trunks.compute_stream import compute_stream, on_stream
+from models.trunks.jpeg_batch import JpegBatch
 from models.trunks.transfers import packed, unpacked
 
+# On the host. Files in it are decoded where it is moved to, on the thread's current stream.
+Batch = Tensor | JpegBatch
 Start = Callable[[Tensor], StartedPass]
 Results = list[list[Row | Exception]]
 
@@ -29,13 +32,15 @@ class Device(Protocol):
     # Whether batches are to be in pinned memory.
     pins_memory: bool
 
-    def run(self, batch: Tensor, start: Start) -> Results:
+    def run(self, batch: Batch, start: Start) -> Results:
         """The results of a pass.
 
         Args:
-            batch: on the host.
             start: starts the pass, given the batch on the device.
         """
+
+
+CPU = torch.device("cpu")
 
 
 class CpuDevice:
@@ -43,15 +48,15 @@ class CpuDevice:
 
     pins_memory = False
 
-    def run(self, batch: Tensor, start: Start) -> Results:
-        started = start(batch)
+    def run(self, batch: Batch, start: Start) -> Results:
+        started = start(batch.to(CPU))
         return started.results(started.tensors)
 
 
 class Streams(Protocol):
     """What `StreamDevice` needs of a GPU. An event is what a stream has reached at some time."""
 
-    def copy_in(self, batch: Tensor) -> tuple[Tensor, Any]:
+    def copy_in(self, batch: Batch) -> tuple[Tensor, Any]:
         """Start to copy to the device. The copy, and the event of its end."""
 
     def computing(self, after: Any) -> AbstractContextManager[None]:
@@ -73,7 +78,7 @@ class StreamDevice:
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
 
-    def run(self, batch: Tensor, start: Start) -> Results:
+    def run(self, batch: Batch, start: Start) -> Results:
         on_device, arrived = self._streams.copy_in(batch)
         with self._streams.computing(arrived):
             started = start(on_device)
@@ -90,7 +95,7 @@ class CudaStreams:
         self._compute = compute_stream(device)
         self._local = threading.local()
 
-    def copy_in(self, batch: Tensor) -> tuple[Tensor, Any]:
+    def copy_in(self, batch: Batch) -> tuple[Tensor, Any]:
         with on_stream(stream := self._copies()):
             copy = batch.to(self._device, non_blocking=True)
             # A pass that fails to start frees it while its first kernels may still read it.

@@ -18,6 +18,7 @@ from models.inference import (
     prepare_pieces,
 )
 from models.inputs.images import ImageLimits
+from models.inputs.jpeg_file import JpegFile
 from models.inputs.tiling import View
 from models.inputs.types import Input, Video, modality_of
 from models.model import Model
@@ -139,10 +140,13 @@ def plan_execution(calls: Sequence[ResolvedCall]) -> ExecutionPlan:
     return ExecutionPlan(calls, list(passes.values()))
 
 
+Prepared = torch.Tensor | JpegFile
+
+
 def prepare_all(
     item: Input, passes: Sequence[TrunkPass], limits: ImageLimits, decoder: ImageDecoder
-) -> tuple[list[list[torch.Tensor]], tuple[int, int]]:
-    """Decode an input and preprocess it for each pass.
+) -> tuple[list[Sequence[Prepared]], tuple[int, int]]:
+    """Decode an input and preprocess it for each pass that does not decode it in its batch.
 
     Returns:
         For each pass the input's pieces, one or several; and the (width, height) of an image.
@@ -150,6 +154,26 @@ def prepare_all(
     Raises:
         InputError: the input cannot be decoded, or the trunk does not take it.
     """
+    files = [_open_jpeg(item, each, limits) for each in passes]
+    rest = [each for each, file in zip(passes, files, strict=True) if file is None]
+    size = next((file.size for file in files if file is not None), (0, 0))
+    decoded: list[list[torch.Tensor]] = []
+    if rest:
+        decoded, size = decode_all(item, rest, limits, decoder)
+    remaining = iter(decoded)
+    return [next(remaining) if file is None else [file] for file in files], size
+
+
+def _open_jpeg(item: Input, trunk_pass: TrunkPass, limits: ImageLimits) -> JpegFile | None:
+    if trunk_pass.view is not None or not isinstance(item, bytes):
+        return None
+    return trunk_pass.trunk.open_jpeg(item, limits)
+
+
+def decode_all(
+    item: Input, passes: Sequence[TrunkPass], limits: ImageLimits, decoder: ImageDecoder
+) -> tuple[list[list[torch.Tensor]], tuple[int, int]]:
+    """Decode an input on the CPU and preprocess it for each pass, as `prepare_all`."""
     if isinstance(item, Video):
         return [[_prepare_clip(item, each.trunk, limits, decoder)] for each in passes], (0, 0)
     min_side = least_side([(each.trunk, each.view) for each in passes])

@@ -18,8 +18,10 @@ from functools import partial
 from typing import Any
 
 from models.errors import ModelsError
+from models.inference import HeadCall
 from models.inputs.images import ImageLimits
 from models.inputs.types import Input, modality_of
+from models.trunks.jpeg_batch import RefusedJpegError
 from service import tracing
 from service.decoding.pool import ImageDecoder
 from service.errors import DeadlineExceededError, InternalError, ServiceError, from_library
@@ -29,10 +31,16 @@ from service.worker.admission import Admission, Claim
 from service.worker.batch_queue import Entry
 from service.worker.batcher import Batcher
 from service.worker.decode_queue import Source
-from service.worker.execution_plan import ExecutionPlan, prepare_all
+from service.worker.execution_plan import (
+    ExecutionPlan,
+    Prepared,
+    TrunkPass,
+    decode_all,
+    prepare_all,
+)
 from service.worker.outbox import Outbox
 from service.worker.postprocess import Decoded, finish_input, is_slow
-from service.worker.runner import Item, ItemResult
+from service.worker.runner import Done, Item, ItemResult
 from service.worker.trunk_keys import name_of
 
 logger = logging.getLogger(__name__)
@@ -142,7 +150,7 @@ class RequestRun:
             failure = _as_service_error(error).with_traceback(None)
             self.deliver(position, ImageResult(error=failure))
         else:
-            self._put(plan, entries)
+            self._put(plan.passes, entries)
 
     def _decode(self, position: int, item: Input, plan: ExecutionPlan) -> list[list[Entry]]:
         """The entries of an input's pieces, for each pass."""
@@ -162,23 +170,35 @@ class RequestRun:
             calls = [call.at_size(size) for call in trunk_pass.calls]
             groups.append(
                 [
-                    Entry(
-                        Item(
-                            trunk_pass.key, piece, calls, partial(running.done, number, place),
-                            self.trace,
-                        ),
-                        self, self._claim.bulk, self._claim.deadline, self._claim.client,
-                    )
+                    self._entry(trunk_pass, piece, calls, partial(running.done, number, place))
                     for place, piece in enumerate(pieces)
                 ]
-            )  # fmt: skip
+            )
             duration = self.shared.metrics.stage_duration.labels("decode", name_of(trunk_pass.key))
             duration.observe(decode_s, tracing.exemplar(self.trace))
         return groups
 
-    def _put(self, plan: ExecutionPlan, groups: Sequence[Sequence[Entry]]) -> None:
+    def _entry(
+        self, trunk_pass: TrunkPass, piece: Prepared, calls: Sequence[HeadCall], done: Done
+    ) -> Entry:
+        item = Item(trunk_pass.key, piece, calls, done, self.trace)
+        return Entry(item, self, self._claim.bulk, self._claim.deadline, self._claim.client)
+
+    def decode_again(self, item: Input, trunk_pass: TrunkPass, done: Done) -> None:
+        """Decode an image whose file the device has refused, and put it into its queue again.
+
+        Raises:
+            ModelsError, ServiceError: it cannot be decoded, or the queue is full.
+        """
+        shared = self.shared
+        [[piece]], size = decode_all(item, [trunk_pass], shared.limits, shared.decoder)
+        calls = [call.at_size(size) for call in trunk_pass.calls]
+        shared.admission.take_places({trunk_pass.key: 1}, self._claim)
+        self._put([trunk_pass], [[self._entry(trunk_pass, piece, calls, done)]])
+
+    def _put(self, passes: Sequence[TrunkPass], groups: Sequence[Sequence[Entry]]) -> None:
         self._entries += itertools.chain(*groups)
-        for trunk_pass, entries in zip(plan.passes, groups, strict=True):
+        for trunk_pass, entries in zip(passes, groups, strict=True):
             self.shared.batcher.put(trunk_pass.key, entries)
         if self.is_ended:  # `end` may have come before these entries were there
             self._drop_waiting()
@@ -220,6 +240,10 @@ class _RunningInput:
 
     def done(self, number: int, place: int, result: ItemResult | Exception) -> None:
         """Take the result of a piece, by its pass and its place. The last one ends the input."""
+        if isinstance(result, RefusedJpegError):
+            again = partial(self._decode_again, number, place)
+            self._run.shared.pool.submit(self._run.within, again)
+            return
         if isinstance(result, Exception):
             error = _as_service_error(result)
             self._run.deliver(self._position, ImageResult(error=error))
@@ -231,6 +255,17 @@ class _RunningInput:
             self._run.shared.pool.submit(self._run.within, self._finish)
         else:
             self._run.within(self._finish)
+
+    def _decode_again(self, number: int, place: int) -> None:
+        if self._run.is_ended:
+            return
+        try:
+            self._run.decode_again(
+                self._decoded.item, self._plan.passes[number], partial(self.done, number, place)
+            )
+        except Exception as error:
+            failure = _as_service_error(error).with_traceback(None)
+            self._run.deliver(self._position, ImageResult(error=failure))
 
     def _finish(self) -> None:
         shared, started = self._run.shared, time.monotonic()

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from models.inference import HeadCall, start_pass
+from models.inputs.jpeg_file import JpegFile
 from models.started_pass import Row
 from models.trunks.base import Trunk
 from models.trunks.device_errors import is_lost, is_out_of_memory
 from models.trunks.devices import one_thread
+from models.trunks.jpeg_batch import JpegBatch, RefusedJpegError
 from service import tracing
 from service.metrics import Metrics
 from service.worker.batch_queue import BatchQueue
@@ -50,15 +52,16 @@ class Item:
 
     Args:
         trunk: the key of the trunk's queue.
-        prepared: as the trunk's `prepare` returns it.
+        prepared: as the trunk's `prepare` or `open_jpeg` returns it.
         calls: the heads; none for probes and warm-ups.
-        done: called with the result, or with the error of an item that was dropped from its queue.
-            It is called in a lane's thread, must be quick, and must not raise.
+        done: called with the result, or with the error of an item that was dropped from its queue,
+            or with RefusedJpegError if the CPU has to decode its file. It is called in a lane's
+            thread, must be quick, and must not raise.
         trace: the span of its request, if that is recorded.
     """
 
     trunk: str
-    prepared: Tensor
+    prepared: Tensor | JpegFile
     calls: Sequence[HeadCall]
     done: "Done"
     trace: "SpanContext | None" = None
@@ -152,7 +155,8 @@ class Runner:
             tracing.add_batch(self.name, size, waited, started, ended)
         for entry, rows in zip(batch.entries, results, strict=True):
             queue_s = batch.started - entry.enqueued
-            entry.payload.done(ItemResult(rows, queue_s, compute_s, size))
+            refusal = next((row for row in rows if isinstance(row, RefusedJpegError)), None)
+            entry.payload.done(refusal or ItemResult(rows, queue_s, compute_s, size))
 
     def blank_item(self) -> "tuple[Item, Future[ItemResult]]":
         """A blank input without heads, to check that the trunk works, and its result."""
@@ -198,7 +202,7 @@ class Runner:
         splits = self.trunk.splits_adapters or any(
             call.head.request.queries is not None for item in items for call in item.calls
         )
-        sizes: dict[tuple[torch.Size, bool], list[int]] = defaultdict(list)
+        sizes: dict[tuple[tuple[int, ...], bool], list[int]] = defaultdict(list)
         for place, item in enumerate(items):
             sizes[item.prepared.shape, splits and item.has_adapter].append(place)
         results: list[list[Row | Exception]] = [[]] * len(items)
@@ -210,10 +214,13 @@ class Runner:
 
     def _run_pass(self, items: Sequence[Item]) -> list[list[Row | Exception]]:
         with one_thread():
-            batch = self.trunk.collate(
+            batch = self.trunk.batch(
                 [item.prepared for item in items], pin_memory=self._device.pins_memory
             )
         calls = [item.calls for item in items]
         results = self._device.run(batch, lambda moved: start_pass(self.trunk, moved, calls))
         self.last_passed = time.monotonic()
+        if isinstance(batch, JpegBatch):
+            for row in batch.refused:
+                results[row] = [RefusedJpegError()] * len(calls[row])
         return results

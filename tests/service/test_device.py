@@ -11,10 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.inputs.images import DEFAULT_LIMITS
+from models.inputs.transforms import Preprocess
 from models.started_pass import StartedPass
+from models.trunks import jpeg_batch
+from models.trunks.jpeg_batch import JpegBatch
 from models.trunks.transfers import PACKED_NUMBERS, packed, unpacked
-from service.worker.device import StreamDevice
+from service.worker.device import CPU, Batch, StreamDevice
 from tests.conftest import wait_until
+from tests.models.test_gpu_transform import decode_jpegs, jpeg_inputs
 
 
 class StandInStreams:
@@ -26,10 +31,11 @@ class StandInStreams:
         self._lock = threading.Lock()
         self._now = 0
 
-    def copy_in(self, batch: Tensor) -> tuple[Tensor, int]:
-        number = int(batch[0, 0])
+    def copy_in(self, batch: Batch) -> tuple[Tensor, int]:
+        copy = batch.to(CPU).clone()
+        number = int(copy.flatten()[0])
         self.log.append(("in", number))
-        return batch.clone(), number
+        return copy, number
 
     @contextmanager
     def computing(self, after: int) -> Iterator[None]:
@@ -78,6 +84,33 @@ def test_a_batch_is_started_while_another_computes() -> None:
     assert rows[2][0]["sum"] == np.float32(4)  # type: ignore[index]
     assert rows[2][1]["large"].shape == (PACKED_NUMBERS + 1,)  # type: ignore[index]
     assert [kind for kind, number in streams.log if number == 2] == ["in", "compute", "out"]
+
+
+def test_a_lane_decodes_its_files_while_another_computes(
+    monkeypatch: pytest.MonkeyPatch, jpegs: dict[str, bytes]
+) -> None:
+    decoding, go_on = threading.Event(), threading.Event()
+
+    def decode(files: Sequence[bytes]) -> list[Tensor]:
+        decoding.set()
+        assert go_on.wait(30)
+        return decode_jpegs(files)
+
+    monkeypatch.setattr(jpeg_batch, "create_jpeg_decoder", lambda device: decode)
+    inputs = jpeg_inputs(Preprocess(input_size=(96, 96), transform="gpu"))
+    file = inputs.open(jpegs["coffee"], DEFAULT_LIMITS)
+    assert file is not None
+    streams = StandInStreams()
+    device = StreamDevice(streams)
+    with ThreadPoolExecutor(2) as lanes:
+        first = lanes.submit(device.run, JpegBatch(inputs, {0: file}, {}), started)
+        assert decoding.wait(30)
+        streams.finish[1].set()
+        assert len(lanes.submit(device.run, batch_of(1), started).result(30)) == 3
+        assert not first.done()
+        streams.finish = dict.fromkeys(range(256), streams.finish[1])
+        go_on.set()
+        assert len(first.result(30)) == 1
 
 
 def test_a_pass_that_fails_to_start_leaves_the_device_to_the_next_one() -> None:
