@@ -44,11 +44,14 @@ def catalog(options: Options, network: str) -> Path:
     return path
 
 
-def load_trunk(options: Options, network: str, engine: str, precision: str) -> Trunk:
+def load_trunk(
+    options: Options, network: str, engine: str, precision: str, transform: str = "exact"
+) -> Trunk:
     """The network's trunk, with the pass of its classifier built."""
     registry = Registry.from_catalog(
-        catalog(options, network), device=str(options.device), engine=engine, precision=precision
-    )
+        catalog(options, network), device=str(options.device), engine=engine, precision=precision,
+        transform=transform,
+    )  # fmt: skip
     model = registry.get(network)
     model.build()
     return model.trunk

@@ -100,7 +100,12 @@ class Served:
 
 @asynccontextmanager
 async def served(
-    options: Options, network: str, engine: str, precision: str, **more: Any
+    options: Options,
+    network: str,
+    engine: str,
+    precision: str,
+    transform: str = "exact",
+    **more: Any,
 ) -> AsyncIterator[Served]:
     """A backend that serves a network, ready."""
     worker = WorkerOptions(
@@ -113,7 +118,7 @@ async def served(
     resolved = worker.resolve(options.device.type)
     registry = Registry.from_catalog(
         catalog(options, network),
-        device=str(options.device), engine=engine, precision=precision,
+        device=str(options.device), engine=engine, precision=precision, transform=transform,
         threads=resolved.threads, streams=resolved.streams,
     )  # fmt: skip
     backend = LocalBackend(registry, worker, Metrics(CollectorRegistry()))

@@ -16,14 +16,19 @@ from torch import Tensor
 from benchmarks.gpu.__main__ import main, run_limited
 from benchmarks.gpu.bundle import load, report
 from benchmarks.gpu.options import Options, Rows, UnfinishedError
+from benchmarks.gpu.parts import served
 from benchmarks.gpu.parts.heads import heads
 from benchmarks.gpu.parts.recovery import recovery
 from benchmarks.gpu.server import Served
 from benchmarks.gpu.serving import busy_and_gap
+from benchmarks.photos import jpegs
+from models import placements
+from models.trunks import jpeg_batch
 from models.trunks.engines.eager import Eager
 from models.trunks.features import PassPlan
 from tests.conftest import wait_until
 from tests.models.test_fixtures import fixture
+from tests.models.test_gpu_transform import decode_jpegs
 
 
 def test_a_part_is_measured_added_to_the_bundle_and_plotted(
@@ -210,3 +215,22 @@ def test_a_part_that_fails_is_in_the_table(tmp_path: Path) -> None:
     }
     report(bundle, tmp_path)
     assert "ended with status 1" in (tmp_path / "table.md").read_text()
+
+
+def test_the_transform_of_a_gpu_is_served_and_compared_with_the_exact_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (jpeg_batch, placements, served):  # which CPUs do not have
+        monkeypatch.setattr(module, "create_jpeg_decoder", lambda device: decode_jpegs)
+    options = Options(
+        tmp_path, torch.device("cpu"), ("tiny",), ("eager",), ("float32",),
+        batches=(2,), clients=2, seconds=0.02, quick=True, shared=tmp_path,
+    )  # fmt: skip
+    decoded, compared, row = served._by_gpu(options, jpegs())
+    assert decoded["images_per_s"] > 0
+    assert (compared["photos"], compared["not_decoded"]) == (16, 0)
+    assert 0 < compared["largest_difference"] <= 2
+    assert compared["logit_error"] < 0.01
+    assert compared["least_cosine"] > 0.999
+    assert (row["transform"], row["ran"]) == ("gpu", "eager")
+    assert row["images_per_s"] > 0

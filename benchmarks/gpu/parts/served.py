@@ -4,20 +4,25 @@ import math
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from prometheus_client import CollectorRegistry
+from torch.nn.functional import cosine_similarity
 
 from benchmarks.gpu.networks import load_trunk
 from benchmarks.gpu.options import Options, Row, Rows
 from benchmarks.gpu.serving import ceiling_of, serve, served_networks, verdict
 from benchmarks.gpu.timing import rate_of
-from benchmarks.photos import jpegs
-from models.inference import decode
-from models.inputs.images import DEFAULT_LIMITS
+from benchmarks.photos import SIZES, encode, jpegs
+from benchmarks.photos import photos as sample_photos
+from models.errors import CatalogError
+from models.inputs.images import DEFAULT_LIMITS, decode_image
+from models.inputs.nvjpeg import create_jpeg_decoder
 from models.trunks.base import Trunk
+from models.trunks.jpeg_batch import JpegBatch
 from service.decoding.pool import create_decoder
 from service.metrics import Metrics
 from service.types import Call
@@ -48,7 +53,8 @@ def tensor_in(options: Options) -> Rows:
 
 
 def jpeg_in(options: Options) -> Rows:
-    """Decoding alone; then served in process: JPEG files in, by each way of decoding."""
+    """Decoding alone; then served in process: JPEG files in, by each way of decoding. Last the
+    transform `gpu`: decoding alone, served, and how far it is from the exact transform."""
     photos = jpegs()
     rows: dict[str, list[Row]] = defaultdict(list)
     decoded: dict[str, float] = {}
@@ -66,7 +72,7 @@ def jpeg_in(options: Options) -> Rows:
     for network, own in rows.items():
         bound = min(decoded[network], ceiling_of(options, network) or math.inf)
         yield from verdict(options, network, own, bound, 0.9)
-    yield from _nvjpeg(options, photos)
+    yield from _by_gpu(options, photos)
 
 
 def mixed(options: Options) -> Rows:
@@ -101,26 +107,50 @@ def _decoding_rate(options: Options, trunk: Trunk, photos: list[bytes], where: s
     return count / (time.perf_counter() - started)
 
 
-def _nvjpeg(options: Options, photos: list[bytes]) -> Rows:
-    """Decoding alone on the GPU, and how far its pixels are from the exact ones."""
-    if not options.is_gpu:
-        yield {"decoding": "nvJPEG", "refused": "needs a GPU"}
-        return
+def _by_gpu(options: Options, photos: list[bytes]) -> Rows:
     try:
-        from torchcodec.decoders import decode_jpeg
-    except (ImportError, RuntimeError) as error:
-        yield {"decoding": "nvJPEG", "refused": f"pip install torchcodec: {error}"[:300]}
+        decode = create_jpeg_decoder(options.device)
+    except CatalogError as error:
+        yield {"transform": "gpu", "refused": str(error)}
         return
-    files = [torch.frombuffer(bytearray(photo), dtype=torch.uint8) for photo in photos * 16]
-    rate = rate_of(options, lambda: decode_jpeg(files, device=options.device), len(files))
-    row = {"decoding": "nvJPEG, in batches, without a transform", "images_per_s": rate}
-    yield {**row, "largest_difference": _largest_difference(decode_jpeg, photos, options)}
+    files = photos * (1 if options.quick else 16)
+    rate = rate_of(options, lambda: decode(files), len(files))
+    yield {"decoding": "nvJPEG, in batches, without a transform", "images_per_s": rate}
+    samples = [encode(photo) for photo in sample_photos(SIZES["small"])]
+    for network in options.networks:
+        trunk = load_trunk(options, network, "eager", "float32", "gpu")
+        batch = _batch(trunk, files)
+        rate = rate_of(options, partial(batch.to, options.device), len(files))
+        row = {"network": network, "decoding": "nvJPEG, with the transform", "images_per_s": rate}
+        yield {**row, **_error(options, network, trunk, samples)}
+    for network, engine in served_networks(options):
+        for row in serve(options, network, engine, lambda _: photos, transform="gpu"):
+            yield {**row, "transform": "gpu"}
 
 
-def _largest_difference(decode_jpeg: Any, photos: list[bytes], options: Options) -> float:
-    """The most levels of 255 by which a pixel of nvJPEG's differs from the exact decoder's."""
-    differences = []
-    for photo, found in zip(photos, decode_jpeg(photos, device=options.device), strict=True):
-        exact = torch.from_numpy(np.array(decode(photo, DEFAULT_LIMITS))).permute(2, 0, 1)
-        differences.append(int((found.cpu().int() - exact.int()).abs().max()))
-    return max(differences)
+def _batch(trunk: Trunk, files: list[bytes]) -> JpegBatch:
+    batch = trunk.batch([trunk.open_jpeg(data, DEFAULT_LIMITS) for data in files])
+    assert isinstance(batch, JpegBatch)
+    return batch
+
+
+@torch.inference_mode()
+def _error(options: Options, network: str, trunk: Trunk, files: list[bytes]) -> Row:
+    """How far pixels and logits of the transform `gpu` are from the exact ones, in float32."""
+    batch = _batch(trunk, files)
+    found = batch.to(options.device)
+    exact = load_trunk(options, network, "eager", "float32")
+    prepared = [exact.prepare(decode_image(data)) for data in files]
+    expected = exact.collate(prepared).to(options.device)
+    levels = (found.int() - expected.int()).abs().float()
+    ours, theirs = (trunk.classify(trunk.forward(pixels)).float() for pixels in (found, expected))
+    return {
+        "photos": len(files),
+        "not_decoded": len(batch.refused),
+        "largest_difference": levels.max().item(),
+        "mean_difference": levels.mean().item(),
+        "share_that_differs": (levels > 0).float().mean().item(),
+        "logit_error": ((ours - theirs).abs().max() / theirs.abs().max()).item(),
+        "top1_agreement": (ours.argmax(1) == theirs.argmax(1)).float().mean().item(),
+        "least_cosine": cosine_similarity(ours, theirs).min().item(),
+    }
