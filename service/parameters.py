@@ -129,8 +129,9 @@ def _detail(error: Mapping[str, Any], model: type[BaseModel]) -> str:
     name = str(error["loc"][-1])
     if name.startswith("{"):
         return "JSON needs the header Content-Type: application/json"
-    known = model.model_fields if len(error["loc"]) == 1 and len(name) <= MAX_NAME else ()
-    similar = get_close_matches(name, known, 1)
+    if len(error["loc"]) > 1 or len(name) > MAX_NAME:
+        return "no such parameter"
+    similar = get_close_matches(name, model.model_fields, 1)
     return f"no such parameter; did you mean {similar[0]}?" if similar else "no such parameter"
 
 

@@ -1,5 +1,6 @@
 """The ASGI application."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
@@ -28,6 +29,8 @@ from service.open_inference.shared_memory import SharedMemory
 from service.sampling import sampling
 from service.search.opening import StoreOpener
 from service.settings import Settings
+
+HEADS_READ = 4
 
 
 def create_app(
@@ -81,6 +84,8 @@ def create_app(
     app.state.collections = StoreOpener(settings.collections)
     # Of their own: a network mount that hangs holds up requests for folders alone.
     app.state.folder_threads = ThreadPoolExecutor(2, "folders")
+    # What is read of heads' files is counted only when it is written to a connection.
+    app.state.reading_heads = asyncio.Semaphore(HEADS_READ)
     app.state.thumbnails = ThumbnailMaker(settings, metrics)
     install_handlers(app)
     modules = (

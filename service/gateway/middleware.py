@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service import tracing
 from service.audit import audit, key_field
 from service.clients import identify
-from service.errors import UnavailableError
+from service.errors import PayloadTooLargeError, ServiceError
 from service.gateway.problems import internal_problem, problem_response
 from service.gateway.security_headers import add_security_headers
 from service.limits import Budget
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vitrail.access")
 
+MAX_QUERY_FIELDS = 2000
 _QUIET = ("/healthz", "/readyz", "/metrics")
 
 
@@ -79,16 +80,18 @@ class RequestContext:
                 audit(action, status=status, client=client, key=key)
 
     def _admitted(self, scope: Scope, stack: ExitStack) -> ASGIApp:
-        """The application, or a refusal if too many requests are in flight. Health is always
-        reported."""
+        """The application, or a refusal if too many requests are in flight, or if the query has too
+        many fields. Health is always reported."""
         budget: Budget = scope["app"].state.budget
         if scope["path"] in _QUIET or scope["path"].startswith("/v2/health/"):
             return self.app
         try:
+            if scope["query_string"].count(b"&") >= MAX_QUERY_FIELDS:  # before it is taken apart
+                raise PayloadTooLargeError(f"the query has more than {MAX_QUERY_FIELDS} fields")
             # by address: keys are not looked up yet
             client = identify(None, scope["client"][0] if scope["client"] else "")
             scope["state"]["share"] = stack.enter_context(budget.request("http", client))
-        except UnavailableError as error:
+        except ServiceError as error:
             return problem_response(error, scope["path"])
         return self.app
 

@@ -3,11 +3,13 @@
 import asyncio
 import logging
 import time
+from functools import partial
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.gateway.disconnect import disconnect
+from service.gateway.in_pieces import InPieces
 from service.gateway.loop_turns import LoopTurns
 from service.holdings import Holdings
 
@@ -17,31 +19,15 @@ logger = logging.getLogger(__name__)
 MAX_HEADER_BYTES = 64 * 1024
 # Every look at a header goes through all of them.
 MAX_HEADERS = 256
+# Each chunk of a body takes a call. So many may be small; the others have so many bytes on average.
+FEW_CHUNKS = 1000
+MIN_CHUNK_BYTES = 32
 # Requests that wait on a connection for the answers of those before them.
 MAX_PIPELINED = 32
 # Time for the answer that a body was too slow, before its connection is closed.
 ANSWER_MARGIN_S = 2.0
 # Time for a client of TLS to say that it has seen the end of its idle connection.
 CLOSE_S = 2.0
-# What is written to TLS at once.
-PIECE_BYTES = 64 * 1024
-
-
-class InPieces:
-    """A TLS transport that is written to in pieces: of what it gets at once, all is passed on to
-    the transport below, and nothing counts as unsent."""
-
-    def __init__(self, transport: Any) -> None:
-        self._transport = transport
-        transport.set_write_buffer_limits(high=PIECE_BYTES)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def write(self, data: bytes) -> None:
-        view = memoryview(data)
-        for start in range(0, len(view), PIECE_BYTES):
-            self._transport.write(view[start : start + PIECE_BYTES])
 
 
 class ImpatientProtocol(HttpToolsProtocol):
@@ -51,6 +37,7 @@ class ImpatientProtocol(HttpToolsProtocol):
     A connection waits for one thing at a time, which one timer limits: for headers, for a body with
     its trailers, or after stray bytes for the next request. It does not close a connection whose
     requests before are being answered. Reading of the answer, also after `close`, has another.
+    While an answer waits to be read, no further request of its connection is begun.
     uvicorn limits the time of connections that are idle after an answer, `read_body` answers to
     bodies that are too slow.
     """
@@ -69,6 +56,8 @@ class ImpatientProtocol(HttpToolsProtocol):
     _write_timer: asyncio.TimerHandle | None = None
     _unread_bytes = 0
     _header_bytes = 0
+    _chunks = 0
+    _body_bytes = 0
     _in_message = False
     _in_body = False
     _has_begun = False
@@ -122,8 +111,10 @@ class ImpatientProtocol(HttpToolsProtocol):
         self._start_timer(self.header_timeout_s)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_body:  # a trailer; nobody reads them
-            self._count(len(name) + len(value))
+        if self._in_body:  # a trailer; nobody reads them, and there are no more than headers
+            self._count(max(len(name) + len(value), MAX_HEADER_BYTES // MAX_HEADERS))
+            if self.transport.is_closing():
+                raise ValueError("too many trailers")  # ends the parsing
             return
         if len(self.headers) >= MAX_HEADERS:
             raise ValueError("too many headers")  # answered with 400
@@ -131,6 +122,7 @@ class ImpatientProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_body, self._header_bytes = True, 0
+        self._chunks = self._body_bytes = 0
         self._start_timer(self.body_timeout_s + ANSWER_MARGIN_S)
         super().on_headers_complete()
         if not self.pipeline:
@@ -145,7 +137,14 @@ class ImpatientProtocol(HttpToolsProtocol):
             self._restart_timer()  # for what is behind this request, and may not have been read
         super().on_response_complete()
 
+    def on_chunk_header(self) -> None:
+        self._chunks += 1
+        if self._chunks > FEW_CHUNKS + self._body_bytes // MIN_CHUNK_BYTES:
+            self.transport.close()
+            raise ValueError("too many small chunks")  # ends the parsing
+
     def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
         self._pieces.append(body)
 
     def on_message_complete(self) -> None:
@@ -182,6 +181,18 @@ class ImpatientProtocol(HttpToolsProtocol):
         if (request := self._answering) is not None and not request.response_complete:
             request.disconnected = True  # what it writes from now on is dropped
             disconnect(request.scope)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        super()._start_asgi_task(cycle, partial(self._once_read, app))
+
+    async def _once_read(self, app: Any, *request: Any) -> None:
+        """Call the application once the answers before have been read. What it would make meanwhile
+        is counted only when it is written."""
+        if self.flow.write_paused:
+            await self.flow.drain()
+            if self.transport.is_closing():
+                return
+        await app(*request)
 
     def _pass_on_pieces(self) -> None:
         """Pass on what was received of a body, all chunks at once: uvicorn copies the body for each

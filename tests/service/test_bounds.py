@@ -255,6 +255,12 @@ def test_elements_are_counted_before_each_is_checked(
     refused(tiny.client.post(path, content=content), 413)
 
 
+def test_a_long_unknown_name_is_not_compared_with_those_that_exist() -> None:
+    """It took a second for a million characters, in which nothing else ran."""
+    fields = {"k" * MIB: 1}
+    assert peak_of(lambda: validate(task_parameters("classify"), fields)) < 16 * MIB
+
+
 def test_a_wrong_vector_has_one_error() -> None:
     with pytest.raises(InvalidParametersError) as caught:
         validate(QueryParameters, {"vector": ["a"] * 1000})
@@ -286,6 +292,11 @@ def test_what_looks_like_a_boundary_is_counted(tiny: Running) -> None:
     content = part + b"\r\n--bX" * 100_000 + b"\r\n--b--\r\n"
     headers = {"Content-Type": "multipart/form-data; boundary=b"}
     refused(tiny.client.post("/classify", content=content, headers=headers), 413)
+
+
+def test_the_fields_of_a_query_are_counted_before_they_are_taken_apart(tiny: Running) -> None:
+    for path in ("/classify", "/models", "/no/such/path"):
+        refused(tiny.client.post(path + "?" + "a&" * 2000), 413)
 
 
 @pytest.mark.parametrize("count", [900, 30_000])

@@ -18,12 +18,17 @@ import grpc
 import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import CollectorRegistry
 
 from service.errors import UnavailableError
+from service.gateway.app import HEADS_READ, create_app
 from service.gateway.ports import listeners
 from service.gateway.protocol import MAX_HEADER_BYTES, MAX_HEADERS, MAX_PIPELINED
 from service.gateway.server import DrainingServer, create_server
 from service.limits import MAX_RETRY_AFTER_S, RETRY_AFTER_S, Budget
+from service.metrics import Metrics
+from service.remote.backend import RemoteBackend
+from service.remote.metrics import RemoteMetrics
 from service.sampling import INTERVAL_S
 from service.settings import Settings
 from service.stubs import open_inference_pb2 as oip
@@ -162,6 +167,26 @@ def test_answers_that_are_never_read_are_bounded_together() -> None:
             deaf.append(one)
         wait_until(lambda: any(_is_reset(one) for one in deaf))
         assert client.get("/healthz").status_code == 200
+
+
+def test_few_files_of_heads_are_read_at_once() -> None:
+    """What is read of them is counted only when it is written."""
+    settings = Settings(workers=("127.0.0.1:1",))
+    metrics = Metrics(CollectorRegistry())
+    app = create_app(settings, RemoteBackend(settings, RemoteMetrics(metrics.registry)), metrics)
+
+    async def case() -> None:
+        for _ in range(HEADS_READ):
+            await app.state.reading_heads.acquire()
+        to_app = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=to_app, base_url="http://gateway") as client:
+            waiting = asyncio.create_task(client.get("/heads/a/head.safetensors"))
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
+            app.state.reading_heads.release()
+            assert (await waiting).status_code == 503  # no worker is there
+
+    asyncio.run(case())
 
 
 def _is_reset(client: socket.socket, sent: bytes = b"\r\n") -> bool:

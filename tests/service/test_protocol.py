@@ -8,12 +8,14 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+from service.gateway.in_pieces import PIECE_BYTES
 from service.gateway.loop_turns import LoopTurns
-from service.gateway.protocol import PIECE_BYTES, ImpatientProtocol
+from service.gateway.protocol import ImpatientProtocol
 from service.holdings import Holdings
 
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n"
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+CHUNKED = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 LONG_S = 600.0
 
 
@@ -25,6 +27,7 @@ class Wire:
         self.written: list[bytes] = []
         self.protocol: Any = None
         self.ended: list[str] = []
+        self.asked: list[str] = []  # the paths that the application was called for
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         return object() if self.is_tls and name == "sslcontext" else default
@@ -69,8 +72,10 @@ async def begin(
     unread: Holdings | None = None,
 ) -> tuple[Any, Wire]:
     """A connection to an application that answers all requests with this body."""
+    wire = wire or Wire()
 
     async def app(scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
+        wire.asked.append(scope["path"])
         if gate is not None:
             await gate.wait()
         headers = [(b"content-length", b"%d" % len(body))]
@@ -85,7 +90,6 @@ async def begin(
     Protocol.unread = unread or Holdings(10**6)
     config = uvicorn.Config(app, timeout_keep_alive=int(LONG_S), ws="none", log_config=None)
     protocol: Any = Protocol(config, ServerState(), {})
-    wire = wire or Wire()
     wire.protocol = protocol
     assert protocol.count("client")  # as the listener does
     protocol.connection_made(wire)
@@ -150,6 +154,73 @@ def test_one_answer_of_any_size_may_wait_but_no_further_one() -> None:
         assert unread.taken == wires[0].get_write_buffer_size()
         wires[0].protocol.resume_writing()
         assert unread.taken == 0
+
+    run(case())
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["pipelined", "later"])
+def test_a_request_begins_once_the_answer_before_is_read(at_once: bool) -> None:
+    """Its answer would be held, too, and is counted only when it is written."""
+
+    async def case() -> None:
+        protocol, wire = await begin(bytes(200_000))
+        protocol.data_received(GET + GET.replace(b"/ ", b"/second ", 1) * at_once)
+        while b"".join(wire.written).count(bytes(200_000)) < 1:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        if not at_once:
+            protocol.data_received(GET.replace(b"/ ", b"/second ", 1))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert wire.asked == ["/"]
+        wire.written.clear()
+        protocol.resume_writing()
+        await answered(wire)
+        assert wire.asked == ["/", "/second"]
+
+    run(case())
+
+
+def test_a_request_behind_an_answer_that_is_never_read_does_not_begin(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def case() -> None:
+        protocol, wire = await begin(bytes(200_000), body_timeout_s=0.01)
+        protocol.data_received(GET + GET)
+        await wire.end("aborted")
+        protocol.connection_lost(None)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert wire.asked == ["/"]
+
+    run(case())
+    assert "ASGI" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"1\r\nx\r\n" * 1100, b"0\r\n" + b"a:b\r\n" * 300],
+    ids=["chunks", "trailers"],
+)
+def test_many_small_parts_of_a_body_end_its_connection(body: bytes) -> None:
+    """Each takes a call: a few megabytes of them stopped the event loop for half a second."""
+
+    async def case() -> None:
+        gate = asyncio.Event()
+        protocol, wire = await begin(gate=gate)
+        protocol.data_received(CHUNKED + body)
+        assert wire.ended
+        gate.set()
+        await answered(wire)
+
+    run(case())
+
+
+def test_chunks_of_some_bytes_are_read() -> None:
+    async def case() -> None:
+        protocol, wire = await begin(gate=asyncio.Event())
+        protocol.data_received(CHUNKED + b"1\r\nx\r\n" * 900 + b"28\r\n%s\r\n" % bytes(40) * 9000)
+        assert not wire.ended
+        assert len(protocol.cycle.body) == 900 + 9000 * 40
 
     run(case())
 

@@ -35,7 +35,8 @@ async def get_head(request: Request, name: HeadName) -> dict[str, Any]:
 async def read_head(request: Request, name: HeadName, part: HeadPart) -> Response:
     """Download `head.safetensors`; for a head that was fitted here also `report.json`,
     `curve.png` and `confusion.png`."""
-    content = await _heads(request).read(name, part)
+    async with request.app.state.reading_heads:
+        content = await _heads(request).read(name, part)
     media_type = MEDIA_TYPES.get(part.rpartition(".")[2], "application/octet-stream")
     return Response(content, media_type=media_type)
 
