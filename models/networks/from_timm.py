@@ -9,7 +9,7 @@ from timm.models.convnext import ConvNeXt
 from timm.models.eva import Eva
 from timm.models.mlp_mixer import Affine, MlpMixer, ResBlock
 from timm.models.pit import PoolingVisionTransformer
-from timm.models.resnet import Bottleneck, ResNet
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.tnt import TNT
 from timm.models.xcit import Xcit
@@ -41,6 +41,7 @@ NETWORKS = {
     "pit": PoolingVisionTransformer,
     "resmlp": partial(MlpMixer, block_layer=ResBlock, norm_layer=Affine),
     "resnet": partial(ResNet, Bottleneck),
+    "resnet-basic": partial(ResNet, BasicBlock),
     "swin-v2": SwinTransformerV2,
     "tnt": TNT,
     "xcit": Xcit,

@@ -115,6 +115,21 @@ NETWORKS: dict[str, tuple[Any, Any, Mapping[str, Any]]] = {
         transformers.ResNetForImageClassification,
         CONVNEXT,
     ),
+    "resnet, basic": (
+        transformers.ResNetConfig(**STAGES, num_labels=5, layer_type="basic"),
+        transformers.ResNetForImageClassification,
+        CONVNEXT,
+    ),
+    "mobilenet_v2": (
+        transformers.MobileNetV2Config(num_labels=5, depth_multiplier=0.35),
+        transformers.MobileNetV2ForImageClassification,
+        {**CROPPED, "image_processor_type": "MobileNetV2ImageProcessor"},
+    ),
+    "mobilenet_v2, padded evenly": (
+        transformers.MobileNetV2Config(num_labels=5, depth_multiplier=0.35, tf_padding=False),
+        transformers.MobileNetV2ForImageClassification,
+        {**CROPPED, "image_processor_type": "MobileNetV2ImageProcessor"},
+    ),
     "swin": (
         transformers.SwinConfig(**WINDOWS, num_labels=5),
         transformers.SwinForImageClassification,
@@ -175,6 +190,11 @@ ENCODERS: dict[str, tuple[Any, Any, str]] = {
             **SIZES, use_gated_mlp=True, hidden_act="silu", query_bias=False, value_bias=False
         ),
         transformers.DINOv3ViTModel,
+        "",
+    ),
+    "dinov3 convnext": (
+        transformers.DINOv3ConvNextConfig(**STAGES, image_size=64),
+        transformers.DINOv3ConvNextModel,
         "",
     ),
     "siglip": (
@@ -352,6 +372,7 @@ PROCESSORS: dict[str, tuple[Any, dict[str, Any]]] = {
     "convnext": (transformers.ConvNextImageProcessorPil, {"size": {"shortest_edge": 224}}),
     "convnext-384": (transformers.ConvNextImageProcessorPil, {"size": {"shortest_edge": 384}}),
     "siglip": (transformers.SiglipImageProcessorPil, {}),
+    "mobilenet_v2": (transformers.MobileNetV2ImageProcessorPil, {}),
     "beit": (
         transformers.BeitImageProcessorPil,
         {"size": {"height": 256, "width": 256}, "do_center_crop": True},
@@ -427,6 +448,8 @@ CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
         ("convnext", PROCESSOR, {"size": {"height": 32, "width": 32}}, "size"),
         ("resnet", CONFIG, {"downsample_in_bottleneck": True}, "downsample_in_bottleneck"),
         ("resnet", CONFIG, {"downsample_in_first_stage": True}, "downsample_in_first_stage"),
+        ("mobilenet_v2", CONFIG, {"output_stride": 16}, "output_stride is 16"),
+        ("mobilenet_v2", CONFIG, {"depth_multiplier": 0.4}, "mobilenetv2_040"),
         ("swin", CONFIG, {"layer_norm_eps": 0.1}, "layer_norm_eps is 0.1"),
         ("swin", CONFIG, {"window_size": 2}, "window_size is 2"),
         ("swin", PROCESSOR, {"size": {"height": 8, "width": 8}}, "windows of 4 cells"),

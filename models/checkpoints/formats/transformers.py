@@ -1,5 +1,6 @@
 """Checkpoints of Hugging Face's transformers (github.com/huggingface/transformers): ViT, DeiT,
-DINOv2, DINOv3, ViT-MSN, ViT-MAE, BEiT, data2vec, Swin, ConvNeXt, ResNet, CLIP, SigLIP.
+DINOv2, DINOv3, ViT-MSN, ViT-MAE, BEiT, data2vec, Swin, ConvNeXt, ResNet, MobileNetV2,
+CLIP, SigLIP.
 
 `model.safetensors` or `pytorch_model.bin`, whole or as an index of shards, with `config.json`,
 which states the network, and `preprocessor_config.json`, which states the transform. Other
@@ -20,6 +21,7 @@ from models.checkpoints.families.transformers import (
     clip,
     convnext,
     dinov3,
+    mobilenet,
     resnet,
     siglip,
     swin,
@@ -40,9 +42,11 @@ MARK = re.compile(
     r"^((?!transformer\.)\w+\.)?embeddings\.patch_embeddings\.(projection\.)?weight$"
     r"|^(vision_model\.)?embeddings\.patch_embedding\.weight$"
     r"|^(resnet\.)?embedder\.embedder\.convolution\.weight$"
+    r"|^(mobilenet_v2\.)?conv_stem\.first_conv\.convolution\.weight$"
+    r"|^(model\.)?stages\.0\.downsample_layers\.0\.weight$"
 )
 CLASSIFIERS = ("classifier", "cls_classifier", "classifier.1")
-FAMILIES = (vit, beit, swin, dinov3, convnext, resnet, clip, siglip)
+FAMILIES = (vit, beit, swin, dinov3, convnext, resnet, mobilenet, clip, siglip)
 CONVERTERS: Mapping[str, Converter] = {
     kind: convert for family in FAMILIES for kind, convert in family.CONVERTERS.items()
 }

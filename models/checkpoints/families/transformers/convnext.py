@@ -1,4 +1,4 @@
-"""transformers' ConvNeXt and ConvNeXt V2."""
+"""transformers' ConvNeXt and ConvNeXt V2, and DINOv3 with a ConvNeXt."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,6 +29,14 @@ NAMES: Names = (
     (r"^layernorm\.", "norm."),
     (r"^classifier\.", "head."),
 )
+DINOV3: Names = (
+    (r"^(?:model\.)?stages\.(\d)\.downsample_layers\.", r"downsample_layers.\1."),
+    (r"^(?:model\.)?stages\.(\d)\.layers\.", r"stages.\1."),
+    (r"\.depthwise_conv\.", ".dwconv."),
+    (r"\.layer_norm\.", ".norm."),
+    (r"\.pointwise_conv(\d)\.", r".pwconv\1."),
+    (r"^layer_norm\.", "norm."),
+)
 DEFAULTS = {"depths": [3, 3, 9, 3]}
 
 
@@ -50,4 +58,21 @@ def _convnext(
     return replace(checkpoint, arguments={**checkpoint.arguments, "head_norm_eps": eps})
 
 
-CONVERTERS: dict[str, Converter] = {"convnext": _convnext, "convnextv2": _convnext}
+def _dinov3(container: Container, config: Mapping[str, Any], preprocess: Preprocess) -> Checkpoint:
+    known = Known({"img_size": list(preprocess.input_size)})
+    checkpoint = convnext_checkpoint(NAME, renamed(container.tensors, DINOV3), known)
+    require(
+        {**DEFAULTS, **config},
+        hidden_act="gelu",
+        num_channels=3,
+        depths=checkpoint.arguments["depths"],
+        layer_norm_eps=1e-6,
+    )
+    return checkpoint
+
+
+CONVERTERS: dict[str, Converter] = {
+    "convnext": _convnext,
+    "convnextv2": _convnext,
+    "dinov3_convnext": _dinov3,
+}

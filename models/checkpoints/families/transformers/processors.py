@@ -28,10 +28,11 @@ BY_KIND = {
     **dict.fromkeys(("siglip", "siglip_vision_model"), "Siglip"),
     "deit": "DeiT",
     "clip": "CLIP",
-    "dinov3_vit": "DINOv3ViT",
+    **dict.fromkeys(("dinov3_vit", "dinov3_convnext"), "DINOv3ViT"),
+    "mobilenet_v2": "MobileNetV2",
 }
 SQUARE = ("ViT", "DeiT", "Beit", "DINOv3ViT")
-CROP = {"DeiT": 224, "Bit": 224, "CLIP": 224}
+CROP = {"DeiT": 224, "Bit": 224, "CLIP": 224, "MobileNetV2": 224}
 # Whose versions crop, or do not, where their file says nothing.
 UNDECIDED = ("Beit",)
 # What the files say to do, and what of it does not change the pixels of an RGB image.

@@ -1,6 +1,7 @@
-"""transformers' ResNets with bottlenecks."""
+"""transformers' ResNets."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from models.checkpoints.checkpoint import Checkpoint
@@ -34,16 +35,17 @@ def _resnet(container: Container, config: Mapping[str, Any], preprocess: Preproc
     kept, dropped = split(container.tensors, "resnet.", ())
     known = Known({"img_size": list(preprocess.input_size)})
     checkpoint = resnet_checkpoint(NAME, renamed(kept, NAMES), known, dropped=dropped)
+    basic = config.get("layer_type") == "basic"
     require(
         {**DEFAULTS, **config},
         num_channels=3,
         hidden_act="relu",
-        layer_type="bottleneck",
+        layer_type="basic" if basic else "bottleneck",
         downsample_in_bottleneck=False,
         downsample_in_first_stage=False,
         depths=checkpoint.arguments["layers"],
     )
-    return checkpoint
+    return replace(checkpoint, architecture="resnet-basic") if basic else checkpoint
 
 
 CONVERTERS: dict[str, Converter] = {"resnet": _resnet}
