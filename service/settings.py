@@ -222,7 +222,7 @@ class Settings(BaseSettings):
     shared_memory: str = Field(
         "",
         description="What the keys of system shared memory that Triton's clients may register "
-        "begin with; if empty, shared memory is turned off.",
+        "begin with. They may then register CUDA shared memory, too. If empty, neither.",
     )
     slow_request_s: float = Field(
         0, ge=0, description="Seconds after which a request is logged as a warning; 0 for never."

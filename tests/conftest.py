@@ -40,6 +40,8 @@ from service.gateway.server import create_server
 from service.keys import Keys
 from service.limits import Budget
 from service.metrics import Metrics
+from service.open_inference.cuda import Cuda
+from service.open_inference.shared_memory import SharedMemory
 from service.remote.backend import RemoteBackend
 from service.remote.metrics import RemoteMetrics
 from service.rpc.server import RpcServer
@@ -248,8 +250,14 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
 
 
 @contextmanager
-def running(catalog: Path, *, apart: bool = False, **overrides: Any) -> Iterator[Running]:
-    """Serve a catalog on free ports: in one piece, or a gateway and a worker with gRPC between."""
+def running(
+    catalog: Path, *, apart: bool = False, cuda: Any = Cuda, **overrides: Any
+) -> Iterator[Running]:
+    """Serve a catalog on free ports: in one piece, or a gateway and a worker with gRPC between.
+
+    Args:
+        cuda: connects to the devices whose memory clients may share; not to those of a gateway.
+    """
     port = free_port()
     settings = Settings(catalog=str(catalog), device="cpu", grpc_port=port, **overrides)
     address = f"127.0.0.1:{port}"
@@ -258,10 +266,13 @@ def running(catalog: Path, *, apart: bool = False, **overrides: Any) -> Iterator
     backend = LocalBackend(registry, settings.worker_options, metrics)
     metrics.registry.register(BackendCollector(backend))
     if not apart:
-        budget = Budget(settings)
-        rpc = RpcServer(backend, settings, metrics, budget=budget)
+        shared: dict[str, Any] = {
+            "budget": Budget(settings),
+            "memory": SharedMemory(settings.shared_memory, cuda),
+        }
+        rpc = RpcServer(backend, settings, metrics, **shared)
         app = create_app(
-            settings, backend, metrics, rpc.serving(address), budget=budget, stop_beside=rpc.stop
+            settings, backend, metrics, rpc.serving(address), **shared, stop_beside=rpc.stop
         )
         with serving(app, settings) as (url, client):
             yield Running(url, client, backend, address)

@@ -19,6 +19,7 @@ EXTENSIONS = (
     "model_configuration",
     "statistics",
     "system_shared_memory",
+    "cuda_shared_memory",
 )
 PLATFORM = "vitrail_torch"
 # The names of data types in configurations, where they differ from `TYPE_` and the protocol's.

@@ -1,9 +1,6 @@
-"""Triton's system shared memory extension: tensors in POSIX shared memory of this machine.
+"""Triton's shared memory extensions: tensors in memory of this machine or of its CUDA devices.
 
 https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_shared_memory.md
-
-Regions are read and written as files, not mapped: a client that shortens one gets an error, where a
-mapping would end the process.
 
 A region belongs to the API key that registered it. Other keys can neither use, list nor unregister
 it, and cannot register its memory. Without keys all callers are one owner.
@@ -11,47 +8,33 @@ it, and cannot register its memory. Without keys all callers are one owner.
 Memory itself belongs to nobody until it is registered: the system does not know of API keys. Whose
 it is can be told by its name alone, so `PREFIX` + the id of an API key + `:` + anything can be
 registered with that key only, where keys are used. Other names are had by the first who registers
-them.
+them. CUDA's memory has no name: it is had by the first who registers its handle.
 """
 
-import os
-import stat
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from service.errors import (
     ConflictError,
     InvalidInputError,
-    NotFoundError,
     PayloadTooLargeError,
     PermissionDeniedError,
 )
 from service.keys import ApiKey
+from service.open_inference.cuda import Cuda
+from service.open_inference.cuda_memory import HANDLE_BYTES, CudaRegion, CudaThread, Devices
+from service.open_inference.region import Region, unknown
+from service.open_inference.system_memory import SystemRegion
 
-FOLDER = Path("/dev/shm")  # nosec B108: where the system keeps shared memory
 MAX_REGIONS = 1024
 # Of one owner.
 MAX_OWN_REGIONS = 128
 MAX_OWN_BYTES = 4 * 2**30
 MAX_NAME = 256  # characters
-CUDA = "CUDA shared memory is not supported; use system shared memory, or send the tensors"
 
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """A part of a shared memory object, as a client registered it.
-
-    Args:
-        owner: the id of an API key; empty for callers without one.
-    """
-
-    owner: str
-    name: str
-    key: str
-    offset: int
-    byte_size: int
+R = TypeVar("R", bound=Region)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +68,15 @@ def place_of(parameters: Mapping[str, Any]) -> Place | None:
 class SharedMemory:
     """The regions that clients have registered with this process."""
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, cuda: Callable[[], Devices] = Cuda) -> None:
         """
         Args:
-            prefix: what the keys that clients may register begin with; if empty, they may none.
+            prefix: what the keys that clients may register begin with; if empty, they may register
+                nothing, CUDA's memory included.
+            cuda: connects to this process's CUDA devices.
         """
         self.prefix = prefix.removeprefix("/")
+        self.cuda = CudaThread(cuda)
         self.regions: dict[tuple[str, str], Region] = {}  # by owner and name
 
     def of(self, key: ApiKey | None) -> "OwnedMemory":
@@ -106,58 +92,73 @@ class OwnedMemory:
         self._owner = "" if key is None else key.id
         self._is_admin = key is not None and key.permits("admin")
 
-    def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
-        """Register a region.
+    async def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
+        """Register a region of system shared memory.
 
         Raises:
             ServiceError: not allowed, too many regions or bytes, the name is taken, the memory is
                 another owner's, or there is no such memory.
         """
-        memory = self._memory
-        if not memory.prefix:
-            raise InvalidInputError(
-                "shared memory is turned off; VITRAIL_SHARED_MEMORY says which keys clients may use"
-            )
-        plain = key.removeprefix("/")
-        if not plain.startswith(memory.prefix) or "/" in plain or "\0" in plain:
-            raise InvalidInputError(
-                f"the key {key!r} does not begin with {memory.prefix!r}", field="key"
-            )
-        owner, colon, _ = plain.removeprefix(memory.prefix).partition(":")
+        self._check_is_on()
+        plain, prefix = key.removeprefix("/"), self._memory.prefix
+        if not plain.startswith(prefix) or "/" in plain or "\0" in plain:
+            raise InvalidInputError(f"the key {key!r} does not begin with {prefix!r}", field="key")
+        owner, colon, _ = plain.removeprefix(prefix).partition(":")
         if colon and self._owner and owner != self._owner:
             raise PermissionDeniedError(f"the key {key!r} is for the API key with the id {owner!r}")
-        if not 0 < len(name) <= MAX_NAME or offset < 0 or byte_size < 1:
-            raise InvalidInputError(
-                f"a region has a name of up to {MAX_NAME} characters, an offset and a size",
-                field="byte_size",
+        if offset < 0:
+            raise InvalidInputError("an offset is not negative", field="offset")
+        await self._add(
+            SystemRegion(
+                owner=self._owner, name=name, byte_size=byte_size, key=plain, offset=offset
             )
-        region = Region(self._owner, name, plain, offset, byte_size)
-        self._check_room(region)
-        descriptor = _open(region, os.O_RDWR)
-        try:
-            _check_end(descriptor, region, offset + byte_size)
-        finally:
-            os.close(descriptor)
-        memory.regions[self._owner, name] = region
+        )
 
-    def unregister(self, name: str = "") -> None:
-        """Forget a region, or all of the owner's. An admin's key also names those of others."""
-        for region in self._find(name) if name else self._own():
+    async def register_cuda(self, name: str, handle: bytes, device_id: int, byte_size: int) -> None:
+        """Register a region of CUDA shared memory.
+
+        Args:
+            handle: a cudaIpcMemHandle_t.
+
+        Raises:
+            ServiceError: as `register`, or CUDA cannot open the handle.
+        """
+        self._check_is_on()
+        if len(handle) != HANDLE_BYTES:
+            raise InvalidInputError(
+                f"the raw handle has {len(handle)} bytes, not {HANDLE_BYTES}", field="raw_handle"
+            )
+        if device_id < 0:
+            raise InvalidInputError("a device_id is not negative", field="device_id")
+        await self._add(
+            CudaRegion(
+                owner=self._owner, name=name, byte_size=byte_size, handle=handle,
+                device_id=device_id, cuda=self._memory.cuda,
+            )
+        )  # fmt: skip
+
+    async def unregister(self, kind: type[Region], name: str = "") -> None:
+        """Forget a region, or all of the owner's of a kind. An admin's key also names those of
+        others. What reads or writes one now is waited for."""
+        regions = self._find(kind, name) if name else self._own(kind)
+        for region in regions:
             del self._memory.regions[region.owner, region.name]
+        await asyncio.shield(asyncio.gather(*(region.close() for region in regions)))
 
-    def status(self, name: str = "") -> list[Region]:
-        """The owner's regions, or those of that name. An admin's key sees those of others, too.
+    def status(self, kind: type[R], name: str = "") -> list[R]:
+        """The owner's regions of a kind, or those of that name. An admin's key sees those of
+        others, too.
 
         Raises:
             NotFoundError: no region has that name.
         """
         if not name:
-            return list(self._memory.regions.values()) if self._is_admin else self._own()
-        if not (found := self._find(name)):
-            raise _unknown(name)
+            return self._all(kind) if self._is_admin else self._own(kind)
+        if not (found := self._find(kind, name)):
+            raise unknown(name)
         return found
 
-    def read(self, place: Place, limit: int) -> bytes:
+    async def read(self, place: Place, limit: int) -> bytes:
         """The bytes at a place.
 
         Args:
@@ -170,18 +171,9 @@ class OwnedMemory:
         _check_inside(region, place.offset, place.byte_size)
         if place.byte_size > limit:
             raise PayloadTooLargeError(f"the tensor has {place.byte_size} bytes; limit {limit}")
-        descriptor = _open(region, os.O_RDONLY)
-        try:
-            start = region.offset + place.offset
-            _check_end(descriptor, region, start + place.byte_size)
-            content = os.pread(descriptor, place.byte_size, start)
-        finally:
-            os.close(descriptor)
-        if len(content) != place.byte_size:
-            raise InvalidInputError(f"the region {region.name!r} was shortened")
-        return content
+        return await region.read(place.offset, place.byte_size)
 
-    def write(self, place: Place, content: bytes) -> None:
+    async def write(self, place: Place, content: bytes) -> None:
         """Write a tensor to its place.
 
         Raises:
@@ -194,33 +186,50 @@ class OwnedMemory:
                 f"the output has {len(content)} bytes; its shared memory has {place.byte_size}",
                 field="outputs",
             )
-        descriptor = _open(region, os.O_RDWR)
-        try:
-            start = region.offset + place.offset
-            _check_end(descriptor, region, start + len(content))  # writing would extend it
-            written = os.pwrite(descriptor, content, start)
-        except OSError as error:
-            raise InvalidInputError(
-                f"the region {region.name!r} cannot be written: {error.strerror}"
-            ) from error
-        finally:
-            os.close(descriptor)
-        if written != len(content):
-            raise InvalidInputError(f"the region {region.name!r} has no memory for the output")
+        await region.write(place.offset, content)
 
     def _get(self, name: str) -> Region:
         if (region := self._memory.regions.get((self._owner, name))) is None:
-            raise _unknown(name)
+            raise unknown(name)
         return region
 
-    def _own(self) -> list[Region]:
-        return [each for each in self._memory.regions.values() if each.owner == self._owner]
+    def _all(self, kind: type[R]) -> list[R]:
+        return [each for each in self._memory.regions.values() if isinstance(each, kind)]
 
-    def _find(self, name: str) -> list[Region]:
+    def _own(self, kind: type[R]) -> list[R]:
+        return [each for each in self._all(kind) if each.owner == self._owner]
+
+    def _find(self, kind: type[R], name: str) -> list[R]:
         """The owner's region of that name. If there is none, an admin's key finds others'."""
-        named = [region for region in self._memory.regions.values() if region.name == name]
+        named = [region for region in self._all(kind) if region.name == name]
         own = [region for region in named if region.owner == self._owner]
         return own or (named if self._is_admin else [])
+
+    async def _add(self, region: Region) -> None:
+        """
+        Raises:
+            ServiceError: the region cannot be added, or its memory cannot be opened.
+        """
+        if not 0 < len(region.name) <= MAX_NAME or region.byte_size < 1:
+            raise InvalidInputError(
+                f"a region has a name of up to {MAX_NAME} characters and at least one byte",
+                field="byte_size",
+            )
+        self._check_room(region)
+        regions, place = self._memory.regions, (region.owner, region.name)
+        regions[place] = region  # before it is open, so that nobody else takes its name
+        try:
+            await region.open()
+        except BaseException:
+            if regions.get(place) is region:
+                del regions[place]
+            raise
+
+    def _check_is_on(self) -> None:
+        if not self._memory.prefix:
+            raise InvalidInputError(
+                "shared memory is turned off; VITRAIL_SHARED_MEMORY says which keys clients may use"
+            )
 
     def _check_room(self, new: Region) -> None:
         """
@@ -230,11 +239,10 @@ class OwnedMemory:
         regions = self._memory.regions
         if (self._owner, new.name) in regions:
             raise ConflictError(f"a region {new.name!r} is registered", field="name")
-        if any(each.key == new.key and each.owner != self._owner for each in regions.values()):
-            raise ConflictError(
-                f"the shared memory {new.key!r} is registered by another API key", field="key"
-            )
-        own = self._own()
+        others = (each for each in regions.values() if each.owner != self._owner)
+        if any(each.memory == new.memory for each in others):
+            raise ConflictError(f"{new.memory} is registered by another API key", field="key")
+        own = [each for each in regions.values() if each.owner == self._owner]
         if len(own) >= MAX_OWN_REGIONS or len(regions) >= MAX_REGIONS:
             raise PayloadTooLargeError(
                 f"{len(own)} regions are registered with this API key and {len(regions)} "
@@ -247,37 +255,12 @@ class OwnedMemory:
             )
 
 
-def _unknown(name: str) -> NotFoundError:
-    return NotFoundError(f"no shared memory region {name!r} is registered", field="name")
-
-
-def _open(region: Region, flags: int) -> int:
-    try:
-        descriptor = os.open(FOLDER / region.key, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise InvalidInputError(
-            f"the shared memory {region.key!r} cannot be opened: {error.strerror}", field="key"
-        ) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise InvalidInputError(f"{region.key!r} is not shared memory", field="key")
-    return descriptor
-
-
 def _check_inside(region: Region, offset: int, size: int) -> None:
     if offset + size > region.byte_size:
         raise InvalidInputError(
             f"{size} bytes from {offset} are not inside the region {region.name!r}, which has "
             f"{region.byte_size}",
             field="shared_memory_byte_size",
-        )
-
-
-def _check_end(descriptor: int, region: Region, end: int) -> None:
-    if (size := os.fstat(descriptor).st_size) < end:
-        raise InvalidInputError(
-            f"the shared memory {region.key!r} has {size} bytes, fewer than {end}",
-            field="byte_size",
         )
 
 

@@ -166,7 +166,7 @@ class OpenInference(MemoryCalls):
             selection = OutputSelection(model, outputs, options)
             memory = deps.memory.of(caller.key)
             assert caller.share is not None
-            tensors = self._tensors(request, memory, caller.share)
+            tensors = await self._tensors(request, memory, caller.share)
             inputs = await read_inputs(tensors, deps.settings, caller.share)
             infer_request = InferRequest(
                 inputs=inputs, calls=selection.calls, deadline=account.deadline, bulk=bulk
@@ -174,9 +174,9 @@ class OpenInference(MemoryCalls):
             result = await infer(deps, caller, infer_request)
             account.answered(result)
             arrays = selection.collect(result)
-            return _response(request, selection.requested, arrays, memory)
+            return await _response(request, selection.requested, arrays, memory)
 
-    def _tensors(
+    async def _tensors(
         self, request: pb.ModelInferRequest, memory: OwnedMemory, share: Share
     ) -> list[InputTensor]:
         """The inputs, with their contents: those in shared memory, which count as bytes of the
@@ -188,7 +188,7 @@ class OpenInference(MemoryCalls):
             content: bytes | None
             if (place := place_of(_values(tensor.parameters))) is not None:
                 share.add(place.byte_size)
-                content = memory.read(place, left)
+                content = await memory.read(place, left)
                 left -= place.byte_size
             else:
                 content = next(raw, None) if request.raw_input_contents else None
@@ -235,7 +235,7 @@ def _values(parameters: Mapping[str, pb.InferParameter]) -> dict[str, Any]:
     }
 
 
-def _response(
+async def _response(
     request: pb.ModelInferRequest,
     outputs: Sequence[RequestedOutput],
     arrays: list[np.ndarray],
@@ -246,7 +246,7 @@ def _response(
     for number, output in enumerate(outputs):
         parameters.append({})
         if output.place is not None:
-            memory.write(output.place, contents[number])
+            await memory.write(output.place, contents[number])
             parameters[-1] = {
                 "shared_memory_region": pb.InferParameter(string_param=output.place.region),
                 "shared_memory_offset": pb.InferParameter(int64_param=output.place.offset),

@@ -134,11 +134,10 @@ def test_numbers_of_an_answer_in_json_are_counted() -> None:
     request = InferenceRequest("", [], [], {}, None, binary=False, bulk=False)
     arrays = [np.zeros((64, MAX_ANSWER_VALUES // 128 + 1), np.float32)] * 2
     as_json = [RequestedOutput("a"), RequestedOutput("b")]
-    write: Any = None
     with pytest.raises(PayloadTooLargeError, match=r"numbers as JSON.*binary_data"):
-        write_infer_response("tiny", request, as_json, arrays, write)
+        write_infer_response("tiny", request, as_json, arrays, [])
     one_binary = [RequestedOutput("a"), RequestedOutput("b", binary=True)]
-    assert len(write_infer_response("tiny", request, one_binary, arrays, write).body) > MIB
+    assert len(write_infer_response("tiny", request, one_binary, arrays, []).body) > MIB
 
 
 def test_a_photos_mask_may_be_json() -> None:
@@ -148,8 +147,7 @@ def test_a_photos_mask_may_be_json() -> None:
     texts = np.array([[b"cat", b"\xff"]], object)
     arrays = [mask, texts, mask[:, :0], mask[:, :2, :2]]
     outputs = [RequestedOutput(name) for name in "abc"] + [RequestedOutput("d", binary=True)]
-    write: Any = None
-    body = bytes(write_infer_response("tiny", request, outputs, arrays, write).body)
+    body = bytes(write_infer_response("tiny", request, outputs, arrays, []).body)
     assert body[-4:] == bytes(4)
     answer = json.loads(body[:-4])
     assert answer["id"] == "7"
@@ -160,7 +158,7 @@ def test_a_photos_mask_may_be_json() -> None:
     assert written["c"]["data"] == []
     assert written["d"]["parameters"] == {"binary_data_size": 4}
     with pytest.raises(PayloadTooLargeError):
-        write_infer_response("tiny", request, outputs[:1] * 6, [mask] * 6, write)
+        write_infer_response("tiny", request, outputs[:1] * 6, [mask] * 6, [])
 
 
 def test_an_id_that_is_returned_is_short(tiny: Running) -> None:

@@ -1,15 +1,17 @@
 """Triton's extensions with tritonclient: configuration, statistics, UINT8, compression and shared
 memory, over HTTP and gRPC."""
 
+import asyncio
+import base64
 import gzip
 import json
 import os
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -33,21 +35,29 @@ from service.open_inference.shared_memory import (
     Place,
     SharedMemory,
 )
+from service.open_inference.system_memory import SystemRegion
 from service.stubs import open_inference_pb2 as oip
 from service.stubs.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from service.types import InferRequest, InferResult
 from tests.conftest import Running, running, wait_until
 from tests.service import triton_shared_memory
+from tests.service.cuda_stand_in import StandIn
 from tests.test_architecture import ROOT
 
 PREFIX = f"vitrail_test_{os.getpid()}"
+T = TypeVar("T")
 # Closed ones stay: their destructor fails in another thread, such as a server's.
 CLIENTS: list[Any] = []
 
 
 @pytest.fixture(scope="module")
-def server(tiny_catalog: Path) -> Iterator[Running]:
-    with running(tiny_catalog, shared_memory=PREFIX) as started:
+def devices() -> StandIn:
+    return StandIn()
+
+
+@pytest.fixture(scope="module")
+def server(tiny_catalog: Path, devices: StandIn) -> Iterator[Running]:
+    with running(tiny_catalog, shared_memory=PREFIX, cuda=lambda: devices) as started:
         started.wait_ready()
         yield started
 
@@ -245,31 +255,67 @@ def test_tensors_come_and_go_in_shared_memory(
     client.unregister_system_shared_memory("photos")
     with pytest.raises(InferenceServerException, match="no shared memory region"):
         client.infer("tiny-embed", [there])
-    with pytest.raises(InferenceServerException, match="CUDA"):
-        client.register_cuda_shared_memory("gpu", b"aGFuZGxl", 0, 64)
-    client.unregister_cuda_shared_memory()
+
+
+def test_tensors_come_and_go_in_memory_of_a_device(
+    client: Any, embedding: Any, jpegs: dict[str, bytes], devices: StandIn
+) -> None:
+    image = encoded(jpegs["chelsea"])
+    handle, held = devices.allocate(image.nbytes + 4096)
+    held[: image.nbytes] = image.tobytes()
+    size = len(held)
+    client.register_cuda_shared_memory("gpu", base64.b64encode(handle), 1, size)
+    [entry] = client.get_cuda_shared_memory_status()
+    assert entry == {"owner": "", "name": "gpu", "device_id": 1, "byte_size": size}
+    assert client.get_system_shared_memory_status() == []
+    there = triton.InferInput("image", image.shape, "UINT8")
+    there.set_shared_memory("gpu", image.nbytes)
+    wanted = triton.InferRequestedOutput("embedding")
+    wanted.set_shared_memory("gpu", 4096, offset=image.nbytes)
+    answer = client.infer("tiny-embed", [there], outputs=[wanted])
+    assert answer.get_output("embedding")["parameters"]["shared_memory_region"] == "gpu"
+    written = np.frombuffer(held, np.float32, len(embedding), image.nbytes)
+    assert np.allclose(written, embedding, atol=1e-6)
+    wrong: list[Callable[[], Any]] = [
+        lambda: client.register_cuda_shared_memory("more", base64.b64encode(handle), 1, size + 1),
+        lambda: client.register_cuda_shared_memory("gpu", base64.b64encode(handle), 1, size),
+        lambda: client.register_cuda_shared_memory("short", b"aGFuZGxl", 0, 64),
+        lambda: client.get_cuda_shared_memory_status("more"),
+    ]
+    for call in wrong:
+        with pytest.raises(InferenceServerException):
+            call()
+    client.unregister_cuda_shared_memory("gpu")
+    assert not devices.opened
+    with pytest.raises(InferenceServerException, match="no shared memory region"):
+        client.infer("tiny-embed", [there])
+
+
+def done(work: Coroutine[Any, Any, T]) -> T:
+    """What a call returns that waits for a device alone."""
+    return asyncio.run(work)
 
 
 def test_only_memory_under_the_settings_prefix_is_registered(region: tuple[str, Any]) -> None:
     key, _ = region
     with pytest.raises(InvalidInputError, match="turned off"):
-        SharedMemory("").of(None).register("a", key, 0, 64)
+        done(SharedMemory("").of(None).register("a", key, 0, 64))
     memory = SharedMemory(PREFIX).of(None)
     for other in ("/elsewhere", f"/../{PREFIX}", f"/{PREFIX}/../passwd", ""):
         with pytest.raises(InvalidInputError, match="begin with"):
-            memory.register("a", other, 0, 64)
+            done(memory.register("a", other, 0, 64))
     with pytest.raises(InvalidInputError, match="cannot be opened"):
-        memory.register("a", f"/{PREFIX}_none", 0, 64)
+        done(memory.register("a", f"/{PREFIX}_none", 0, 64))
     with pytest.raises(InvalidInputError, match="fewer than"):
-        memory.register("a", key, 1, 2**17)
-    memory.register("a", key, 0, 2**17)
+        done(memory.register("a", key, 1, 2**17))
+    done(memory.register("a", key, 0, 2**17))
     with pytest.raises(PayloadTooLargeError):
-        memory.read(Place("a", 1024), 1023)
+        done(memory.read(Place("a", 1024), 1023))
     os.truncate(f"/dev/shm{key}", 100)  # a mapping would end the process here
     with pytest.raises(InvalidInputError, match="fewer than"):
-        memory.read(Place("a", 1024), 2**20)
+        done(memory.read(Place("a", 1024), 2**20))
     with pytest.raises(InvalidInputError, match="fewer than"):
-        memory.write(Place("a", 1024), bytes(1024))
+        done(memory.write(Place("a", 1024), bytes(1024)))
     assert os.stat(f"/dev/shm{key}").st_size == 100
     os.truncate(f"/dev/shm{key}", 2**17)
 
@@ -282,27 +328,27 @@ def test_a_region_is_its_owners_alone(region: tuple[str, Any]) -> None:
     key, _ = region
     memory = SharedMemory(PREFIX)
     own, other = memory.of(api_key("own")), memory.of(api_key("other"))
-    own.register("a", key, 0, 2**17)
+    done(own.register("a", key, 0, 2**17))
     for use in (
-        lambda: other.read(Place("a", 64), 64),
-        lambda: other.write(Place("a", 64), bytes(64)),
-        lambda: other.status("a"),
+        lambda: done(other.read(Place("a", 64), 64)),
+        lambda: done(other.write(Place("a", 64), bytes(64))),
+        lambda: other.status(SystemRegion, "a"),
     ):
         with pytest.raises(NotFoundError):
             use()
     with pytest.raises(ConflictError, match="another API key"):
-        other.register("b", key, 0, 64)
-    other.unregister("a")
-    other.unregister()
-    assert other.status() == []
-    assert [found.owner for found in own.status()] == ["own"]
+        done(other.register("b", key, 0, 64))
+    done(other.unregister(SystemRegion, "a"))
+    done(other.unregister(SystemRegion))
+    assert other.status(SystemRegion) == []
+    assert [found.owner for found in own.status(SystemRegion)] == ["own"]
     admin = memory.of(api_key("root", "admin"))
-    assert [found.name for found in admin.status()] == ["a"]
-    admin.unregister()  # its own
-    assert own.status("a")
-    admin.unregister("a")
-    assert own.status() == []
-    other.register("a", key, 0, 64)
+    assert [found.name for found in admin.status(SystemRegion)] == ["a"]
+    done(admin.unregister(SystemRegion))  # its own
+    assert own.status(SystemRegion, "a")
+    done(admin.unregister(SystemRegion, "a"))
+    assert own.status(SystemRegion) == []
+    done(other.register("a", key, 0, 64))
 
 
 def test_memory_that_is_named_after_an_api_key_is_for_that_key_alone() -> None:
@@ -313,9 +359,9 @@ def test_memory_that_is_named_after_an_api_key_is_for_that_key_alone() -> None:
         memory = SharedMemory(PREFIX)
         for other in (api_key("other"), api_key("root", "admin"), api_key("o")):
             with pytest.raises(PermissionDeniedError, match="'own'"):
-                memory.of(other).register("squatted", key, 0, 64)
-        memory.of(api_key("own")).register("photos", key, 0, 64)
-        SharedMemory(PREFIX).of(None).register("photos", key, 0, 64)  # where no keys are used
+                done(memory.of(other).register("squatted", key, 0, 64))
+        done(memory.of(api_key("own")).register("photos", key, 0, 64))
+        done(SharedMemory(PREFIX).of(None).register("photos", key, 0, 64))  # where no keys are used
     finally:
         path.unlink()
 
@@ -325,13 +371,13 @@ def test_an_owners_regions_are_bounded(region: tuple[str, Any]) -> None:
     memory = SharedMemory(PREFIX)
     own = memory.of(api_key("own"))
     with pytest.raises(PayloadTooLargeError, match=str(MAX_OWN_BYTES)):
-        own.register("large", key, 0, MAX_OWN_BYTES + 1)
+        done(own.register("large", key, 0, MAX_OWN_BYTES + 1))
     for number in range(MAX_OWN_REGIONS):
-        own.register(str(number), key, 0, 64)
+        done(own.register(str(number), key, 0, 64))
     with pytest.raises(PayloadTooLargeError, match=f"{MAX_OWN_REGIONS} regions"):
-        own.register("more", key, 0, 64)
-    own.unregister("0")
-    own.register("more", key, 0, 64)
+        done(own.register("more", key, 0, 64))
+    done(own.unregister(SystemRegion, "0"))
+    done(own.register("more", key, 0, 64))
 
 
 def test_regions_are_owned_over_rest_and_grpc(
@@ -373,6 +419,9 @@ def test_regions_are_owned_over_rest_and_grpc(
             with pytest.raises(grpc.RpcError, match="cannot be opened"):
                 stub.SystemSharedMemoryRegister(register, metadata=[("x-api-key", "second")])
             register.key = key
+            with pytest.raises(grpc.RpcError, match="another API key"):  # of REST and gRPC together
+                stub.SystemSharedMemoryRegister(register, metadata=[("x-api-key", "second")])
+            assert ask("first", "POST", f"{regions}/unregister").is_success
             stub.SystemSharedMemoryRegister(register, metadata=[("x-api-key", "second")])
             assert [listed(user) for user in ("first", "second", "root")] == [
                 [], ["a"], ["api-key-2/a"]
@@ -399,16 +448,19 @@ def seen_by(program: str, *arguments: str) -> Any:
 
 
 def test_tritonclient_uses_the_extensions_over_grpc(
-    server: Running, embedding: Any, chelsea: str, priorities: list[bool]
+    server: Running, embedding: Any, chelsea: str, priorities: list[bool], devices: StandIn
 ) -> None:
-    seen = seen_by("triton_grpc_extensions", server.grpc, chelsea, f"/{PREFIX}_grpc")
-    assert priorities == [True, False]
+    handle, held = devices.allocate(8192)
+    arguments = [server.grpc, chelsea, f"/{PREFIX}_grpc", base64.b64encode(handle).decode()]
+    seen = seen_by("triton_grpc_extensions", *arguments)
+    assert priorities == [True, False, False]
     assert np.allclose(seen["embedding"][0], embedding, atol=1e-6)
     assert np.allclose(seen["shared"][0], embedding, atol=1e-6)
     assert len(seen["beside"]) == 3
     assert seen["regions"] == ["in", "out"]
     assert seen["after"] == []
-    assert "not supported" in seen["cuda"]
+    assert seen["cuda"] == {"regions": {"gpu": [0, 8192]}, "after": {}}
+    assert np.allclose(np.frombuffer(held, np.float32, len(embedding)), embedding, atol=1e-6)
     assert seen["config"]["max_batch_size"] == 64
     assert int(seen["config"]["dynamic_batching"]["priority_levels"]) == 2
     assert seen["config"]["input"][0]["data_type"] == "TYPE_STRING"

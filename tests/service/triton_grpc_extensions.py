@@ -1,4 +1,4 @@
-"""What `test_triton.py` asks with tritonclient over gRPC; ADDRESS IMAGE KEY.
+"""What `test_triton.py` asks with tritonclient over gRPC; ADDRESS IMAGE KEY HANDLE.
 
 A process of its own, as `triton_grpc.py` says. Prints what it saw as JSON.
 """
@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 from tritonclient import grpc as triton
-from tritonclient.utils import InferenceServerException
 
 from tests.service import triton_shared_memory
 
 
-def main(address: str, path: str, key: str) -> dict[str, Any]:
+def main(address: str, path: str, key: str, handle: str) -> dict[str, Any]:
     shared = triton_shared_memory.load()
     client = triton.InferenceServerClient(address)
     image = Path(path).read_bytes()
@@ -45,24 +44,31 @@ def main(address: str, path: str, key: str) -> dict[str, Any]:
         "shared": read.tolist(),
         "beside": list(answer.as_numpy("tokens").shape),
         "regions": sorted(client.get_system_shared_memory_status().regions),
-        "cuda": _cuda_error(client),
+        "cuda": _cuda(client, there, handle),
         "config": client.get_model_config("tiny", as_json=True)["config"],
         "statistics": client.get_inference_statistics("tiny-embed", as_json=True),
     }
     client.unregister_system_shared_memory()
-    client.unregister_cuda_shared_memory()
     seen["after"] = sorted(client.get_system_shared_memory_status().regions)
     for each in (region, result):
         shared.destroy_shared_memory_region(each)
     return seen
 
 
-def _cuda_error(client: Any) -> str:
-    try:
-        client.register_cuda_shared_memory("gpu", b"aGFuZGxl", 0, 64)
-    except InferenceServerException as error:
-        return str(error.message())
-    return "OK"
+def _cuda(client: Any, image: Any, handle: str) -> dict[str, Any]:
+    """The regions of a device's memory before and after an output was written there."""
+
+    def regions() -> dict[str, list[int]]:
+        found = client.get_cuda_shared_memory_status().regions
+        return {name: [each.device_id, each.byte_size] for name, each in found.items()}
+
+    client.register_cuda_shared_memory("gpu", handle, 0, 8192)
+    wanted = triton.InferRequestedOutput("embedding")
+    wanted.set_shared_memory("gpu", 8192)
+    client.infer("tiny-embed", [image], outputs=[wanted])
+    before = regions()
+    client.unregister_cuda_shared_memory()
+    return {"regions": before, "after": regions()}
 
 
 if __name__ == "__main__":

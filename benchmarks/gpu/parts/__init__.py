@@ -10,6 +10,7 @@ from benchmarks.gpu.parts.lone import lone
 from benchmarks.gpu.parts.recovery import recovery
 from benchmarks.gpu.parts.rivals import rivals
 from benchmarks.gpu.parts.served import jpeg_in, mixed, tensor_in
+from benchmarks.gpu.parts.shared_memory import shared_memory
 from benchmarks.gpu.parts.soak import soak
 from benchmarks.gpu.parts.waiting import waiting
 
@@ -24,6 +25,7 @@ PARTS: dict[str, Callable[[Options], Rows]] = {
     "lone": lone,
     "mixed": mixed,
     "heads": heads,
+    "shared-memory": shared_memory,
     "rivals": rivals,
     "recovery": recovery,
     "soak": soak,

@@ -5,7 +5,7 @@ https://github.com/triton-inference-server/server/blob/main/docs/protocol/extens
 
 import base64
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -33,7 +33,7 @@ JSON_PIECE = 2**16  # elements that are written at a time
 _LENGTH = re.compile("[0-9]{1,18}")
 
 Parameters = dict[str, Any]
-Read = Callable[[Place], bytes]
+Read = Callable[[Place], Awaitable[bytes]]
 
 
 class _Input(BaseModel):
@@ -58,14 +58,6 @@ class _InferRequest(BaseModel):
 
 class _IndexRequest(BaseModel):
     ready: bool = False
-
-
-class RegionRequest(BaseModel):
-    """A region of shared memory: bytes of the object `key`."""
-
-    key: str
-    offset: int = 0
-    byte_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,18 +112,13 @@ async def parse_infer_request(
         raise InvalidInputError("binary_data_output is a boolean", field="binary_data_output")
     return InferenceRequest(
         parsed.id,
-        _inputs(parsed.inputs, memoryview(content)[length:], read),
+        await _inputs(parsed.inputs, memoryview(content)[length:], read),
         [_requested(output) for output in parsed.outputs],
         options,
         timeout,
         bulk,
         binary,
     )
-
-
-async def parse_region(content: bytes, share: Share) -> RegionRequest:
-    """The body that registers a region of shared memory."""
-    return validate(RegionRequest, await parse_json_object(content, share))
 
 
 async def parse_index_request(content: bytes, share: Share) -> bool:
@@ -144,12 +131,12 @@ def write_infer_response(
     request: InferenceRequest,
     outputs: Sequence[RequestedOutput],
     arrays: Sequence[np.ndarray],
-    write: Callable[[Place, bytes], None],
+    placed: list[tuple[Place, bytes]],
 ) -> Response:
     """The response: JSON, followed by the outputs that were requested as binary.
 
     Args:
-        write: writes an output to shared memory.
+        placed: gets the outputs that belong into shared memory.
 
     Raises:
         PayloadTooLargeError: too many numbers would be JSON.
@@ -175,7 +162,7 @@ def write_infer_response(
         }
         if output.place is not None:
             content = to_bytes(array)
-            write(output.place, content)
+            placed.append((output.place, content))
             entry["parameters"] = {
                 "shared_memory_region": output.place.region,
                 "shared_memory_offset": output.place.offset,
@@ -220,7 +207,7 @@ def _is_binary(output: RequestedOutput, request: InferenceRequest) -> bool:
     return request.binary if output.binary is None else output.binary
 
 
-def _inputs(inputs: Sequence[_Input], binary: memoryview, read: Read) -> list[InputTensor]:
+async def _inputs(inputs: Sequence[_Input], binary: memoryview, read: Read) -> list[InputTensor]:
     tensors, position = [], 0
     for item in inputs:
         raw = None
@@ -235,7 +222,7 @@ def _inputs(inputs: Sequence[_Input], binary: memoryview, read: Read) -> list[In
             raw = bytes(binary[position : position + size])
             position += size
         elif (place := place_of(item.parameters)) is not None:
-            raw = read(place)
+            raw = await read(place)
         elif item.data is None:
             raise InvalidInputError(f"{item.name} has neither data nor binary_data_size")
         values = _flat(item.data or [])

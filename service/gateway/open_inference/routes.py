@@ -47,11 +47,11 @@ def _backend(request: Request) -> Backend:
     return backend
 
 
-def _read(request: Request, place: Place) -> bytes:
+async def _read(request: Request, place: Place) -> bytes:
     """An input in shared memory, which counts towards the request's bytes."""
     settings: Settings = request.app.state.settings
     share_of(request).add(place.byte_size)
-    return memory_of(request).read(place, settings.max_request_bytes)
+    return await memory_of(request).read(place, settings.max_request_bytes)
 
 
 def _statistics(request: Request, models: Sequence[ModelDescription]) -> dict[str, Any]:
@@ -128,13 +128,15 @@ async def infer(request: Request, name: ModelName, version: str = "") -> Respons
             inputs=inputs, calls=selection.calls, deadline=deadline, bulk=bulk
         )
         result = await dispatch.infer(request, infer_request, account)
-        write = memory_of(request).write
+        placed: list[tuple[Place, bytes]] = []
 
         def respond() -> Response:
             arrays = selection.collect(result)
-            return write_infer_response(name, parsed, selection.requested, arrays, write)
+            return write_infer_response(name, parsed, selection.requested, arrays, placed)
 
         response = await made_of(result, respond)
+        for place, content in placed:
+            await memory_of(request).write(place, content)
         return await compressed(response, request.headers.get("accept-encoding", ""))
 
 
