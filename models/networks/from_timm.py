@@ -21,10 +21,11 @@ def create_mixer(*, act_layer: str, **arguments: Any) -> MlpMixer:
     return MlpMixer(act_layer=get_act_layer(act_layer), **arguments)
 
 
-def create_convnext(*, head_norm_eps: float = 1e-6, **arguments: Any) -> ConvNeXt:
-    """timm's ConvNeXt with an epsilon of the norm after the pooling."""
+def create_convnext(*, head_norm_eps: float | None = None, **arguments: Any) -> ConvNeXt:
+    """timm's ConvNeXt, with an own epsilon of the norm after the pooling, if there is one."""
     network = ConvNeXt(**arguments)
-    network.head.norm.eps = head_norm_eps
+    if head_norm_eps is not None:
+        network.head.norm.eps = head_norm_eps
     return network
 
 
