@@ -26,6 +26,9 @@ REFUSED = {
 # Images in a batch of the rival's. Its processes decode the images of a batch one by one.
 RIVAL_BATCHES = (8, 32)
 
+# A server that has just started may answer nothing in less.
+LEAST_S = 2.0
+
 
 def rivals(options: Options) -> Rows:
     """Vitrail by each engine, and LitServe with a process for each core; why others are missing."""
@@ -39,7 +42,8 @@ def rivals(options: Options) -> Rows:
         yield {"server": name, "refused": reason}
     if problem := _install(options):
         yield {"server": RIVAL, "refused": problem}
-    loads = Loads([options.clients], [], options.seconds, options.seconds / 2)
+    seconds = max(options.seconds, LEAST_S)
+    loads = Loads([options.clients], [], seconds, seconds / 2)
     with LoadProcess() as generator:
         for server, engine, batch in _variants(options, is_installed=not problem):
             launcher = Launcher(
