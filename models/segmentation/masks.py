@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ from models.errors import InputError
 Output = Literal["png", "rle", "polygons", "mask", "overlay"]
 
 OVERLAY_SHARE = 0.55
+# Rows of an overlay that are mixed at a time: numbers of eight bytes are made of their pixels.
+OVERLAY_ROWS = 64
 
 
 def encode_mask(
@@ -57,14 +60,18 @@ def encode_mask(
         if mask_HW.dtype != np.uint8:
             raise InputError("a PNG holds 255 classes at most; use output=rle", field="output")
         return _bytes_of(_png(mask_HW, palette))
-    encode = _rle if output == "rle" else _polygons
     if background == 0 and len(labels) == 2:
-        return _bytes_of(json.dumps(encode(mask_HW != 0)).encode())
-    key = "rle" if output == "rle" else "polygons"
+        place = (mask_HW != 0).astype(np.uint8)
+        alone = _rle(place) if output == "rle" else _polygons(place, 0).get(1, [])
+        return _bytes_of(json.dumps(alone).encode())
+    if output == "rle":
+        present = set(np.unique(mask_HW).tolist()) - {background}
+        by_class: dict[int, Any] = {index: _rle(mask_HW == index) for index in present}
+    else:
+        by_class = _polygons(mask_HW, background)
     entries = [
-        {"index": index, "label": labels[index], key: encode(mask_HW == index)}
-        for index in np.unique(mask_HW).tolist()
-        if index != background
+        {"index": index, "label": labels[index], output: by_class[index]}
+        for index in sorted(by_class)
     ]
     return _bytes_of(json.dumps(entries).encode())
 
@@ -105,14 +112,27 @@ def _overlay(
 ) -> Image.Image:
     """The image, greyed where there is background, blended with the classes' colours elsewhere."""
     pixels = np.asarray(image)
-    result = (pixels // 2 + 96).astype(np.uint8)
+    result = np.empty_like(pixels)
+    for start in range(0, len(pixels), OVERLAY_ROWS):
+        rows = slice(start, start + OVERLAY_ROWS)
+        result[rows] = _overlaid(mask_HW[rows], pixels[rows], palette, background)
+    return Image.fromarray(result)
+
+
+def _overlaid(
+    mask_HW: np.ndarray,
+    pixels_HWC: np.ndarray,
+    palette: Sequence[Sequence[int]],
+    background: int,
+) -> np.ndarray:
+    result = (pixels_HWC // 2 + 96).astype(np.uint8)
     for index in np.unique(mask_HW).tolist():
         if index != background:
             place = mask_HW == index
             colour = np.array(palette[index], np.float32)
-            mixed = pixels[place] * (1 - OVERLAY_SHARE) + colour * OVERLAY_SHARE
+            mixed = pixels_HWC[place] * (1 - OVERLAY_SHARE) + colour * OVERLAY_SHARE
             result[place] = mixed.astype(np.uint8)
-    return Image.fromarray(result)
+    return result
 
 
 def _rle(place_HW: np.ndarray) -> dict[str, Any]:
@@ -120,7 +140,10 @@ def _rle(place_HW: np.ndarray) -> dict[str, Any]:
     return {"size": [int(n) for n in encoded["size"]], "counts": encoded["counts"].decode()}
 
 
-def _polygons(place_HW: np.ndarray) -> list[Any]:
+def _polygons(mask_HW: np.ndarray, background: int) -> dict[int, list[Any]]:
+    """The polygons of each class. Found together: a pass holds the interpreter's lock for long."""
+    by_class: defaultdict[int, list[Any]] = defaultdict(list)
     # 4-connected outlines along pixel edges never touch themselves, so each polygon is valid
-    outlines = shapes(place_HW.astype(np.uint8), mask=place_HW, connectivity=4)
-    return [geometry["coordinates"] for geometry, _ in outlines]
+    for geometry, index in shapes(mask_HW, mask=mask_HW != background, connectivity=4):
+        by_class[int(index)].append(geometry["coordinates"])
+    return by_class

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as coco
-from rasterio.features import rasterize
+from rasterio.features import rasterize, shapes
 from shapely.geometry import shape
 from torch.nn.functional import interpolate
 
@@ -171,6 +171,35 @@ def test_masks_of_many_classes_survive_every_form() -> None:
     assert Image.open(io.BytesIO(overlay.tobytes())).size == (40, 30)
     with pytest.raises(InputError, match="255 classes"):
         encode_mask(mask.astype(np.uint16), "png", palette, **options)
+
+
+def test_an_overlay_takes_little_more_than_its_pixels() -> None:
+    mask = np.full((1000, 1000), 1, np.uint8)
+    photo = Image.new("RGB", (1000, 1000), "white")
+    options: dict[str, Any] = {"labels": ["a", "b"], "background": 0, "image": photo}
+    tracemalloc.start()
+    try:
+        overlay = encode_mask(mask, "overlay", [[0, 0, 0], [200, 100, 0]], **options)
+        assert tracemalloc.get_traced_memory()[1] < 4 * mask.size * 3
+    finally:
+        tracemalloc.stop()
+    pixels = np.asarray(Image.open(io.BytesIO(overlay.tobytes())))
+    assert np.unique(pixels.reshape(-1, 3), axis=0).tolist() == [[224, 169, 114]]
+
+
+def test_the_polygons_of_all_classes_are_found_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        passes.append(1)
+        return shapes(*arguments, **options)
+
+    monkeypatch.setattr("models.segmentation.masks.shapes", counted)
+    mask = np.arange(100, dtype=np.uint8).repeat(4).reshape(20, 20)
+    options: dict[str, Any] = {"labels": ["a"] * 100, "background": UNLABELLED}
+    by_class = json.loads(encode_mask(mask, "polygons", [], **options).tobytes())
+    assert [item["index"] for item in by_class] == list(range(100))
+    assert len(passes) == 1
 
 
 def test_label_sets_have_a_colour_for_each_name() -> None:
