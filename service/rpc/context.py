@@ -145,6 +145,8 @@ async def handle_call(
             yield replace(caller, share=share)
         status = "OK"
     except ServiceError as error:
+        # Its frames hold the whole message, and would until the garbage collector finds the cycle.
+        error.__traceback__ = error.__cause__ = error.__context__ = None
         status = error.grpc
         await _abort(context, error)
     except (asyncio.CancelledError, grpc.aio.AbortError):

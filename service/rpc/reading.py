@@ -69,6 +69,7 @@ class Incoming:
         try:
             async with asyncio.timeout(seconds), self._reader.receiving():
                 content = await anext(self._received, None)
+                await self._forget()
         except TimeoutError as error:
             raise RequestTimeoutError(f"the message did not arrive within {seconds:g} s") from error
         if content is None:
@@ -86,6 +87,13 @@ class Incoming:
         All that are unanswered may hold as much as one request. A message that would be more waits,
         and so does the client then, for nothing else of the stream is received.
         """
+        try:
+            async for message in self._messages():
+                yield message
+        finally:
+            await self._forget()
+
+    async def _messages(self) -> AsyncIterator[Message]:
         max_bytes = self._reader.settings.max_request_bytes
         while (content := await self._next()) is not None:
             assert self._share is not None
@@ -111,6 +119,12 @@ class Incoming:
             raise RequestTimeoutError(f"no message arrived within {seconds:g} s") from error
         finally:
             self._patience = None
+
+    async def _forget(self) -> None:
+        """End gRPC's generator, which holds the last message, and is in a cycle with what holds it:
+        only the garbage collector would free it, which counts objects and not bytes."""
+        generator: Any = aiter(self._received)
+        await generator.aclose()
 
     def _limit_waiting(self) -> None:
         if self._patience is None or self._patience.expired() or self._unanswered:

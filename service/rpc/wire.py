@@ -108,8 +108,15 @@ def from_call(model: str, task: str, options: Struct) -> Call:
 
 
 def from_options(options: Struct) -> dict[str, Any]:
-    """A Struct as plain values."""
-    return MessageToDict(options)
+    """A Struct as plain values.
+
+    Raises:
+        InvalidInputError: a number is not finite.
+    """
+    try:
+        return MessageToDict(options)
+    except ValueError as error:
+        raise InvalidInputError("options have finite numbers", field="options") from error
 
 
 def _from_input(tensor: pb.Tensor) -> np.ndarray:

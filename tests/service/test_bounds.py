@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gc
 import json
 import tracemalloc
 from collections.abc import Callable
@@ -45,6 +46,8 @@ from service.tensors import DTYPES, from_bytes, pack, unpack
 from tests.conftest import Running
 
 INFER = "/v2/models/tiny/infer"
+CLASSIFY = "/vitrail.v1.Vision/Classify"
+MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
 MIB = 2**20
 
 
@@ -179,6 +182,42 @@ def test_tensors_of_vision_have_numbers(tiny: Running, shape: list[int]) -> None
                 stub.Classify(request)
             error: Any = caught.value
             assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("method", [CLASSIFY, MODEL_INFER])
+@pytest.mark.parametrize("content", [b"\x12\x00" * MIB, b"\x0b" + bytes(2 * MIB)])
+def test_a_refused_message_is_not_kept(tiny: Running, method: str, content: bytes) -> None:
+    """Nor is it until the garbage collector runs: that counts objects, however large they are."""
+
+    def refuse() -> None:
+        with grpc.insecure_channel(tiny.grpc) as channel:
+            call: Any = channel.unary_unary(method)
+            with pytest.raises(grpc.RpcError):
+                call(content, timeout=60)
+
+    refuse()
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        for _ in range(5):
+            refuse()
+        assert tracemalloc.get_traced_memory()[0] < 2 * MIB
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_options_over_grpc_are_finite(tiny: Running, jpegs: dict[str, bytes], value: float) -> None:
+    request = pb.TaskRequest(model="tiny", images=[jpegs["rocket"]])
+    request.options.update({"top_k": value})
+    with grpc.insecure_channel(tiny.grpc) as channel:
+        stub: Any = VisionStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Classify(request, timeout=60)
+    error: Any = caught.value
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 @pytest.mark.parametrize("value", [1e400, 1e39, "nan", None, True, "1", [1], {}, -(2**70)])
