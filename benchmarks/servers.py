@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -32,6 +33,7 @@ class Server:
         environment: variables in addition to this process's.
         folder: the working folder; None for this process's.
         log: a file for its output; None for this process's output.
+        authority: the CA of its certificate, if it speaks TLS.
 
     Attributes:
         mark: the value of the variable `MARK` in the environments of all its processes.
@@ -46,10 +48,13 @@ class Server:
         environment: Mapping[str, str] | None = None,
         folder: Path | None = None,
         log: Path | None = None,
+        authority: Path | None = None,
     ) -> None:
         self.port = port
         self._command = command
-        self._ready = f"http://127.0.0.1:{port}{ready}"
+        scheme = "http" if authority is None else "https"
+        self._ready = f"{scheme}://127.0.0.1:{port}{ready}"
+        self._verify = ssl.create_default_context(cafile=authority)
         self.mark = uuid.uuid4().hex
         self._environment = {**os.environ, **(environment or {}), MARK: self.mark}
         self._folder = folder
@@ -83,7 +88,7 @@ class Server:
         end = time.monotonic() + START_S
         while time.monotonic() < end:
             try:
-                if httpx.get(self._ready).status_code == 200:
+                if httpx.get(self._ready, verify=self._verify).status_code == 200:
                     return
             except httpx.HTTPError:
                 pass
