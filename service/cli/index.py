@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 PART_ROWS = 500
@@ -115,7 +116,8 @@ class IndexWriter:
 
     def _files(self) -> Iterator[pa.Table]:
         for path in sorted(self._parts.glob("*.parquet")):
-            yield pq.read_table(path)
+            part = pq.read_table(path)  # earlier versions have failed images in it, with an error
+            yield part.filter(pc.field("embedding").is_valid()).select(SCHEMA.names)
 
     def _write_parquet(self, target: Path, made_by: str) -> int:
         rows = 0

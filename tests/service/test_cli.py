@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 from models import Registry, load_checkpoint
 from models.catalog import load_catalog
 from service.cli import app
+from service.cli.index import IndexWriter, MadeBy, read_index
 from service.cli.retrieval import _condition
 from tests.conftest import answers, free_port, process, running, wait_until
 from tests.models.test_fixtures import GOLDENS
@@ -197,6 +199,23 @@ def test_an_interrupted_embedding_is_resumed_exactly(tiny_catalog: Path, tmp_pat
         other = vitrail("embed", str(photos), "--output", str(tmp_path / "other.parquet"), *flags)
         assert other.returncode == 1
         assert "was begun with model tiny" in other.stderr
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.npy"])
+def test_the_parts_of_an_earlier_version_are_continued(tmp_path: Path, name: str) -> None:
+    """They had a column of errors, and rows of images that failed."""
+    output = tmp_path / name
+    (parts := tmp_path / f"{name}.parts").mkdir()
+    old = {"path": ["1", "2"], "embedding": [[1.0, 2.0], None], "error": [None, "no image"]}
+    pq.write_table(pa.table(old), parts / "000000.parquet")
+    writer = IndexWriter(output)
+    assert writer.done() == {"1"}
+    writer.check(MadeBy("m", "sha256:m", "sha256:p"))
+    writer.add("2", [3.0, 4.0])
+    assert writer.finish() == 2
+    index = read_index(output)
+    assert index.paths == ["1", "2"]
+    assert np.array_equal(index.vectors, [[1, 2], [3, 4]])
 
 
 def test_an_index_is_brought_up_to_date(tiny_catalog: Path, tmp_path: Path) -> None:
