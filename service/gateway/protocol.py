@@ -183,14 +183,15 @@ class ImpatientProtocol(HttpToolsProtocol):
             disconnect(request.scope)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        super()._start_asgi_task(cycle, partial(self._once_read, app))
+        super()._start_asgi_task(cycle, partial(self._once_read, cycle, app))
 
-    async def _once_read(self, app: Any, *request: Any) -> None:
+    async def _once_read(self, cycle: RequestResponseCycle, app: Any, *request: Any) -> None:
         """Call the application once the answers before have been read. What it would make meanwhile
         is counted only when it is written."""
         if self.flow.write_paused:
             await self.flow.drain()
             if self.transport.is_closing():
+                cycle.disconnected = True  # else uvicorn logs that there is no answer
                 return
         await app(*request)
 
