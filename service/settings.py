@@ -120,7 +120,7 @@ class Settings(BaseSettings):
         ge=1,
         description="Most bytes that all requests in flight may have sent, with copies of tensors; "
         "beyond it, requests get 503. A request that takes more alone gets 413: one of FP16 "
-        "numbers takes three times what it sends.",
+        "numbers takes three times what it sends, and so does JSON while it is parsed.",
     )
     max_requests_in_flight: int = Field(
         2048, ge=1, description="Most requests in flight; beyond it, requests get 503."

@@ -100,12 +100,12 @@ async def read_entries(request: Request) -> list[Entry] | FolderParameters:
                     'send {"images": [...]} or {"folder": "..."} alone', field="images"
                 )
             check_input_count(request.app.state.settings, len(images))
-            entries = await _entries_of_json(request, images)
+            entries = await _entries_of_json(request, images, len(content))
         case media_type if media_type == NDJSON:
             if (count := content.count(b"\n")) > MAX_LINES:
                 raise PayloadTooLargeError(f"{count} lines; the limit is {MAX_LINES}")
             lines = await parse_json_lines(content, share_of(request))
-            entries = await _entries_of_json(request, lines)
+            entries = await _entries_of_json(request, lines, len(content))
         case _:
             given = collect(request.query_params.multi_items(), frozenset())
             _refuse_others(given, "id", "metadata")
@@ -124,7 +124,7 @@ async def read_query(request: Request) -> Query:
     content = await read_body(request)
     fields = collect(request.query_params.multi_items(), frozenset())
     images: list[bytes | ServiceError] = []
-    match _media_type(request):
+    match media_type := _media_type(request):
         case "multipart/form-data":
             sent, texts = await _parts(request, content)
             images += sent
@@ -142,6 +142,8 @@ async def read_query(request: Request) -> Query:
     parameters = validate(QueryParameters, fields)
     if parameters.image is not None:
         images.append(await load_image(parameters.image, _fetch(request)))
+    if media_type == JSON:  # what was decoded takes no more than the body did
+        share_of(request).give_back_made(2 * len(content))
     queries: list[bytes | str | np.ndarray] = []
     for image in images:
         if isinstance(image, ServiceError):
@@ -211,9 +213,13 @@ def _fetch(request: Request) -> Fetch:
     return fetch
 
 
-async def _entries_of_json(request: Request, items: Sequence[Any]) -> list[Entry]:
+async def _entries_of_json(request: Request, items: Sequence[Any], size: int) -> list[Entry]:
     """Objects of an image with `id`, `metadata` and `thumbnail`, or the error of one that could not
-    be read. A wrong one does not fail the others."""
+    be read. A wrong one does not fail the others.
+
+    Args:
+        size: bytes of the body, which is not kept.
+    """
     fetch = _fetch(request)
 
     async def entry(item: Any) -> Entry:
@@ -229,6 +235,7 @@ async def _entries_of_json(request: Request, items: Sequence[Any]) -> list[Entry
     entries: list[Entry] = []
     for start in range(0, len(items), TOGETHER):  # other requests get their turns between
         entries += await asyncio.gather(*map(entry, items[start : start + TOGETHER]))
+    share_of(request).give_back_made(2 * size)  # what was decoded takes no more than the body did
     return entries
 
 

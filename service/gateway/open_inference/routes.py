@@ -1,6 +1,7 @@
 """The Open Inference Protocol over REST, with its binary tensor extension."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -118,12 +119,16 @@ async def infer(request: Request, name: ModelName, version: str = "") -> Respons
         parsed = await parse_infer_request(
             request.headers, await read_body(request), partial(_read, request), share
         )
+        made_of_json = share.made_bytes
         if parsed.timeout_ms is not None:
             deadline = dispatch.deadline_after(request, parsed.timeout_ms)
         if parsed.bulk is not None:
             bulk = parsed.bulk
         selection = OutputSelection(model, parsed.outputs, parsed.options)
         inputs = await read_inputs(parsed.inputs, request.app.state.settings, share)
+        if not isinstance(inputs[0], str):  # else these are what JSON made
+            parsed = replace(parsed, inputs=())  # whose values are not kept
+            share.give_back_made(made_of_json)
         infer_request = InferRequest(
             inputs=inputs, calls=selection.calls, deadline=deadline, bulk=bulk
         )

@@ -150,6 +150,7 @@ async def _parse_json(content: bytes, share: Share) -> HeadBody:
     if not isinstance(items, list):
         raise BadRequestError("the JSON body must be an object whose images are a list")
     labelled = await asyncio.to_thread(lambda: [_labelled(item) for item in items])
+    share.give_back_made(len(content))  # of the base64, which is not kept
     return HeadBody(fields, labelled=labelled)
 
 
