@@ -6,10 +6,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import partial
 from typing import Any, Literal, TypeVar
 
+from service.client_turns import ClientTurns
 from service.errors import PayloadTooLargeError, UnavailableError
 from service.holdings import Holdings
 from service.settings import Settings
@@ -65,7 +66,7 @@ class Budget:
     Attributes:
         by_protocol: requests in flight, by the entrance they came by.
         peak_bytes: the most bytes since it was last set.
-        parsing: held while a large body is parsed, one at a time.
+        parsing: has one place, held while a large body is parsed.
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
@@ -74,7 +75,7 @@ class Budget:
         self._bytes = Holdings(max(settings.max_bytes_in_flight, settings.max_request_bytes))
         self._max_request_bytes = settings.max_request_bytes
         self.peak_bytes = 0
-        self.parsing = asyncio.Lock()
+        self.parsing = ClientTurns(1)
         self._clock = clock
         # Moving sums over requests that have ended: their bytes, and these times their seconds.
         self._ended_bytes = self._ended_byte_seconds = 0.0
@@ -213,10 +214,9 @@ class Share:
         self.made_bytes -= size
         self._budget.count(self, -size)
 
-    @property
-    def parsing(self) -> asyncio.Lock:
-        """See `Budget`."""
-        return self._budget.parsing
+    def parsing(self) -> AbstractAsyncContextManager[None]:
+        """Waits for the client's turn to parse a large body; a context in which it parses."""
+        return self._budget.parsing.place(self.client)
 
     def receive(self, size: int) -> None:
         """Count bytes of a message that has come, which may be more than one request's: its caller

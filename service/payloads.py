@@ -1,14 +1,15 @@
 """JSON objects and base64 text from request bodies.
 
 Parsers hold the interpreter's lock, so that a thread does not help: while a body is parsed, nothing
-else runs. What a body holds is therefore counted before it is parsed, and large bodies are parsed
-one at a time: between two of them others have their turns.
+else runs. What a body holds is therefore counted before it is parsed. Bodies that take long are
+parsed one at a time, and clients take turns: between two of them other work has its turn.
 """
 
 import asyncio
 import binascii
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from pydantic_core import from_json
@@ -20,8 +21,11 @@ from service.limits import Share
 SLOW_BASE64_CHARACTERS = 256 * 1024
 # A thread lets others run between pieces; of four characters each.
 BASE64_PIECE = 2**18
-# The same of JSON text; a thread lets others run between the pieces that it counts.
+# JSON text that is larger, or of which more is made, is counted and parsed in a thread of its own.
+# The thread lets others run between the pieces that it counts.
 SLOW_JSON_BYTES = 2**20
+SLOW_JSON_MADE_BYTES = 3 * 2**20
+PARSER = ThreadPoolExecutor(1, "json")
 JSON_PIECE_BYTES = 2**18
 # How often characters may occur in JSON, wherever they stand: a body at these limits is parsed in
 # about 0.1 s. Arrays, objects and strings cost most. Commas bound the numbers, such as those of
@@ -81,12 +85,12 @@ async def _counted(
     count: Callable[[bytes], int], parse: Callable[[bytes], T], content: bytes, share: Share
 ) -> T:
     """`parse(content)`, once it is known what that takes."""
-    if len(content) <= SLOW_JSON_BYTES:
-        share.make(count(content))
+    if len(content) <= SLOW_JSON_BYTES and (size := count(content)) <= SLOW_JSON_MADE_BYTES:
+        share.make(size)
         return parse(content)
-    async with share.parsing:
-        share.make(await share.in_thread(count, content))
-        return await share.in_thread(parse, content)
+    async with share.parsing():
+        share.make(await share.in_pool(PARSER, count, content))
+        return await share.in_pool(PARSER, parse, content)
 
 
 def _parse(content: bytes) -> Any:
@@ -174,14 +178,19 @@ def _is_wide(text: bytes) -> bool:
 
 
 def _strings(content: bytes) -> Iterator[bytes]:
-    """The text of each JSON string, without its quotes."""
-    start = content.find(b'"') + 1
+    """The text of each JSON string, without its quotes. Without an end it is the rest of its line:
+    no string holds a newline, and lines of NDJSON are parsed apart."""
+    start, line_end = content.find(b'"') + 1, 0
     while start:
-        end = content.find(b'"', start)
+        if line_end < start:
+            line_end = content.find(b"\n", start)
+            line_end = len(content) if line_end < 0 else line_end
+        end = content.find(b'"', start, line_end)
         while end >= 0 and _is_escaped(content, end):
-            end = content.find(b'"', end + 1)
-        yield content[start:] if end < 0 else content[start:end]
-        start = 0 if end < 0 else content.find(b'"', end + 1) + 1
+            end = content.find(b'"', end + 1, line_end)
+        end = line_end if end < 0 else end
+        yield content[start:end]
+        start = content.find(b'"', end + 1) + 1
 
 
 def _is_escaped(content: bytes, place: int) -> bool:

@@ -18,6 +18,7 @@ from google.protobuf.descriptor_pool import Default
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
+from service.client_turns import ClientTurns
 from service.clients import client, identify, peer_address
 from service.errors import (
     BadRequestError,
@@ -29,7 +30,6 @@ from service.errors import (
 from service.holdings import Holdings
 from service.limits import RETRY_AFTER_S, Share
 from service.rpc.counting import check_message
-from service.rpc.receiving import Receiving
 from service.settings import Settings
 
 # Calls that receive a message at a time. gRPC does not say how large one is until it is there.
@@ -149,7 +149,7 @@ class MessageReader(grpc.aio.ServerInterceptor):
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self._receiving = Receiving(MAX_RECEIVING)
+        self._receiving = ClientTurns(MAX_RECEIVING)
         # Calls without `handle_call`: counted apart, so that health is reported at any load.
         self._open_calls = Holdings(settings.max_requests_in_flight)
         self._handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}

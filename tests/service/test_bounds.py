@@ -4,6 +4,7 @@ import asyncio
 import base64
 import gc
 import json
+import threading
 import tracemalloc
 from collections.abc import Callable
 from functools import partial
@@ -33,6 +34,7 @@ from service.parameters import task_parameters, validate
 from service.payloads import (
     BASE64_PIECE,
     MAX_JSON_MARKS,
+    PARSER,
     decode_base64,
     parse_json_lines,
     parse_json_object,
@@ -332,7 +334,7 @@ def test_what_looks_like_a_boundary_is_counted(tiny: Running) -> None:
 
 
 def test_the_fields_of_a_query_are_counted_before_they_are_taken_apart(tiny: Running) -> None:
-    for path in ("/classify", "/models", "/no/such/path"):
+    for path in ("/classify", "/models", "/no/such/path", "/healthz", "/v2/health/live"):
         refused(tiny.client.post(path + "?" + "a&" * 2000), 413)
 
 
@@ -534,11 +536,51 @@ def test_large_json_is_parsed_one_at_a_time() -> None:
 
     async def case() -> None:
         counted = share()
-        async with counted.parsing:
+        async with counted.parsing():
             waiting = asyncio.create_task(parse_json_object(large, counted))
             await parse_json_object(b'{"a": 1}', counted)
             await asyncio.sleep(0.1)
             assert not waiting.done()
+        assert len((await waiting)["a"]) == 2**21
+
+    asyncio.run(case())
+
+
+def test_small_json_that_takes_long_waits_for_its_turn() -> None:
+    """Ten bodies of 0.6 MiB, each with 200,000 arrays, held the event loop up for two seconds."""
+    small = b'{"a": [' + b"[]," * 100_000 + b"[]]}"
+
+    async def case() -> None:
+        counted = share()
+        async with counted.parsing():
+            waiting = asyncio.create_task(parse_json_object(small, counted))
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
+        assert len((await waiting)["a"]) == 100_001
+
+    asyncio.run(case())
+
+
+def test_json_waits_for_a_parser_whose_request_was_cancelled() -> None:
+    large, began, gate = b'{"a": "' + b"x" * 2**21 + b'"}', threading.Event(), threading.Event()
+
+    def work() -> None:
+        began.set()
+        gate.wait(20)
+
+    async def parse(counted: Share) -> None:
+        async with counted.parsing():
+            await counted.in_pool(PARSER, work)
+
+    async def case() -> None:
+        counted = share()
+        cancelled = asyncio.create_task(parse(counted))
+        await asyncio.to_thread(began.wait)
+        cancelled.cancel()
+        waiting = asyncio.create_task(parse_json_object(large, counted))
+        await asyncio.sleep(0.1)
+        assert (cancelled.cancelled(), waiting.done()) == (True, False)
+        gate.set()
         assert len((await waiting)["a"]) == 2**21
 
     asyncio.run(case())
@@ -566,6 +608,8 @@ def test_wide_strings_are_bounded_before_they_are_parsed(text: bytes) -> None:
     """One character of four bytes makes all others of its string as large."""
     with pytest.raises(PayloadTooLargeError, match="strings that are not ASCII"):
         parsed(b'{"a": "' + text + b'"}')
+    with pytest.raises(PayloadTooLargeError, match="strings that are not ASCII"):
+        lines_of(b'"\n{"a": "' + text + b'"}')  # the first quote has no other in its line
 
 
 def test_large_images_beside_texts_are_not_wide() -> None:

@@ -16,12 +16,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.client_turns import ClientTurns
 from service.clients import client
 from service.errors import BadRequestError, PayloadTooLargeError, ServiceError
 from service.rpc.context import ERROR_KEY
 from service.rpc.counting import MAX_VALUES, check_message
 from service.rpc.reading import MessageReader
-from service.rpc.receiving import Receiving
 from service.settings import Settings
 from service.stubs import open_inference_pb2 as oip
 from service.stubs import vision_pb2 as pb
@@ -219,7 +219,7 @@ def test_slow_messages_of_one_client_do_not_keep_others_from_receiving() -> None
 
 def test_clients_who_never_send_leave_a_place_to_receive_for_the_next() -> None:
     async def run() -> None:
-        receiving, never, began = Receiving(16), asyncio.Event(), Counter[str]()
+        receiving, never, began = ClientTurns(16), asyncio.Event(), Counter[str]()
 
         async def receive(name: str) -> None:
             async with receiving.place(name):
@@ -337,7 +337,7 @@ def test_a_broken_message_is_what_protobuf_refuses() -> None:
 
 def test_a_caller_that_is_cancelled_as_its_place_becomes_free_holds_nobody_up() -> None:
     async def main() -> None:
-        receiving = Receiving(1)
+        receiving = ClientTurns(1)
 
         async def receive() -> str:
             async with receiving.place("b"):

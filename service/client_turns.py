@@ -1,4 +1,4 @@
-"""Places for calls that receive a message."""
+"""Turns between clients for what few may do at a time."""
 
 import asyncio
 from collections import Counter, deque
@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 
-class Receiving:
-    """So many calls receive a message at a time; the others wait.
+class ClientTurns:
+    """So many calls have a place at a time; the others wait.
 
     A client may take half of the places that other clients leave, and always one if there is one.
     Clients that wait take turns.
