@@ -11,8 +11,8 @@ HANDLE_BYTES = 64  # of a cudaIpcMemHandle_t
 class Shared(Protocol):
     """Some bytes."""
 
-    def write(self, content: bytes) -> None:
-        """Write from the beginning on."""
+    def write(self, content: bytes, start: int = 0) -> None:
+        """Write from `start` on."""
 
     def read(self, start: int, size: int) -> bytes:
         """`size` bytes from `start` on."""
@@ -26,8 +26,8 @@ class SystemMemory(AbstractContextManager["SystemMemory"]):
         assert self._memory.buf is not None
         self._content = self._memory.buf
 
-    def write(self, content: bytes) -> None:
-        self._content[: len(content)] = content
+    def write(self, content: bytes, start: int = 0) -> None:
+        self._content[start : start + len(content)] = content
 
     def read(self, start: int, size: int) -> bytes:
         return bytes(self._content[start : start + size])
@@ -54,9 +54,11 @@ class DeviceMemory(AbstractContextManager["DeviceMemory"]):
         made = self._checked(runtime.cudaIpcGetMemHandle(self._address))
         self.handle = ctypes.string_at(made.getPtr(), HANDLE_BYTES)
 
-    def write(self, content: bytes) -> None:
+    def write(self, content: bytes, start: int = 0) -> None:
         source = ctypes.cast(ctypes.c_char_p(content), ctypes.c_void_p).value
-        self._copy(self._address, source, len(content))
+        self._copy(self._address + start, source, len(content))
+        # The copy may return before the device has it, and another process reads it.
+        self._checked(self._runtime.cudaStreamSynchronize(0))
 
     def read(self, start: int, size: int) -> bytes:
         buffer = ctypes.create_string_buffer(size)

@@ -4,12 +4,15 @@ torch for CUDA needs the same package: https://nvidia.github.io/cuda-python/cuda
 """
 
 import ctypes
+import logging
 from typing import Any
 
 import numpy as np
 
-from service.errors import InvalidInputError
+from service.errors import InternalError, InvalidInputError
 from service.open_inference.cuda_memory import HANDLE_BYTES
+
+logger = logging.getLogger(__name__)
 
 
 class Cuda:
@@ -30,7 +33,7 @@ class Cuda:
         self._runtime: Any = runtime
 
     def count(self) -> int:
-        count: int = self._checked("cudaGetDeviceCount")
+        count: int = self._checked("cudaGetDeviceCount", blames_client=True)
         return count
 
     def open(self, device: int, handle: bytes) -> int:
@@ -38,7 +41,7 @@ class Cuda:
         made = self._runtime.cudaIpcMemHandle_t()
         ctypes.memmove(made.getPtr(), handle, HANDLE_BYTES)
         flags = self._runtime.cudaIpcMemLazyEnablePeerAccess
-        address: int = self._checked("cudaIpcOpenMemHandle", made, flags)
+        address: int = self._checked("cudaIpcOpenMemHandle", made, flags, blames_client=True)
         return address
 
     def size(self, device: int, address: int) -> int:
@@ -61,15 +64,27 @@ class Cuda:
         kind = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         self._checked("cudaSetDevice", device)
         self._checked("cudaMemcpy", address, source, len(content), kind)
+        # From pageable memory the copy returns when it is staged, before the device has it. Another
+        # process reads it, which no stream of this one orders.
+        self._checked("cudaStreamSynchronize", 0)
 
     def close(self, device: int, address: int) -> None:
         self._checked("cudaSetDevice", device)
         self._checked("cudaIpcCloseMemHandle", address)
 
-    def _checked(self, name: str, *arguments: Any) -> Any:
-        """What a call of the runtime returns."""
+    def _checked(self, name: str, *arguments: Any, blames_client: bool = False) -> Any:
+        """What a call of the runtime returns.
+
+        Raises:
+            InvalidInputError: the call failed, and does so because of what the client named.
+            InternalError: another call failed.
+        """
         error, *values = getattr(self._runtime, name)(*arguments)
         if error:
             _, text = self._runtime.cudaGetErrorString(error)
-            raise InvalidInputError(f"CUDA shared memory: {name}: {text.decode()}")
+            reason = f"CUDA shared memory: {name}: {text.decode()}"
+            if blames_client:
+                raise InvalidInputError(reason)
+            logger.error(reason)
+            raise InternalError("CUDA shared memory could not be used")
         return values[0] if values else None

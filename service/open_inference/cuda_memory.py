@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from service.errors import InvalidInputError
+from service.errors import ConflictError, InvalidInputError
 from service.open_inference.region import Region, unknown
 
 HANDLE_BYTES = 64  # of a cudaIpcMemHandle_t
@@ -20,7 +20,8 @@ T = TypeVar("T")
 
 
 class Devices(Protocol):
-    """This process's CUDA devices. Methods raise InvalidInputError with CUDA's reason."""
+    """This process's CUDA devices. `count`, `open` and `size` raise InvalidInputError with CUDA's
+    reason, the others InternalError."""
 
     def count(self) -> int:
         """How many there are, at least one."""
@@ -50,6 +51,7 @@ class CudaThread:
         Args:
             connect: called before each use, in the thread.
         """
+        self.opened: set[CudaRegion] = set()  # only the thread reads and changes it
         self._connect = connect
         self._pool = ThreadPoolExecutor(1, "cuda-memory")
 
@@ -76,6 +78,7 @@ class CudaRegion(Region):
     cuda: CudaThread
     # Where it is in this process; None while it is not open. Only the thread reads and sets it.
     address: int | None = None
+    end: int = 0  # of its allocation, which tells whether two regions are of the same
 
     @property
     def memory(self) -> str:
@@ -112,7 +115,16 @@ class CudaRegion(Region):
             )
         address = devices.open(self.device_id, self.handle)
         try:
-            if (size := devices.size(self.device_id, address)) < self.byte_size:
+            size = devices.size(self.device_id, address)
+            self.end = address + size
+            # Two handles may differ in bytes that CUDA does not read. Addresses are those of one
+            # space for all devices.
+            others = (each for each in self.cuda.opened if each.owner != self.owner)
+            if any(each.end == self.end for each in others):
+                raise ConflictError(
+                    f"{self.memory} is registered by another API key", field="raw_handle"
+                )
+            if size < self.byte_size:
                 raise InvalidInputError(
                     f"the CUDA memory has {size} bytes, fewer than {self.byte_size}",
                     field="byte_size",
@@ -121,10 +133,12 @@ class CudaRegion(Region):
             devices.close(self.device_id, address)
             raise
         self.address = address
+        self.cuda.opened.add(self)
 
     def _close(self, devices: Devices) -> None:
         if self.address is not None:
             address, self.address = self.address, None
+            self.cuda.opened.discard(self)
             devices.close(self.device_id, address)
 
     def _address_of(self, offset: int) -> int:

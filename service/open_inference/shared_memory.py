@@ -8,7 +8,7 @@ it, and cannot register its memory. Without keys all callers are one owner.
 Memory itself belongs to nobody until it is registered: the system does not know of API keys. Whose
 it is can be told by its name alone, so `PREFIX` + the id of an API key + `:` + anything can be
 registered with that key only, where keys are used. Other names are had by the first who registers
-them. CUDA's memory has no name: it is had by the first who registers its handle.
+them. CUDA's memory has no name: it is had by the first who registers a handle of it.
 """
 
 import asyncio

@@ -2,12 +2,23 @@
 `shared-memory`, with real ones; `test_triton.py` asks a server."""
 
 import asyncio
+import ctypes
+import sys
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from service.errors import ConflictError, InvalidInputError, NotFoundError, PayloadTooLargeError
+from service.errors import (
+    ConflictError,
+    InternalError,
+    InvalidInputError,
+    NotFoundError,
+    PayloadTooLargeError,
+)
+from service.open_inference.cuda import Cuda
 from service.open_inference.cuda_memory import CudaRegion
 from service.open_inference.shared_memory import OwnedMemory, Place, SharedMemory
 from tests.conftest import wait_until
@@ -142,14 +153,79 @@ def test_a_handles_memory_is_its_owners_alone(devices: StandIn) -> None:
 
     async def run() -> None:
         await own.register_cuda("a", handle, 0, 64)
-        with pytest.raises(ConflictError, match="another API key"):
-            await other.register_cuda("b", handle, 0, 64)
+        # the second is other bytes of which CUDA makes the same memory
+        for named in (handle, handle[:-1] + b"\0"):
+            with pytest.raises(ConflictError, match="another API key"):
+                await other.register_cuda("b", named, 0, 64)
         with pytest.raises(NotFoundError):
             await other.read(Place("a", 64), 64)
         await other.unregister(CudaRegion, "a")
         assert [region.name for region in own.status(CudaRegion)] == ["a"]
         await admin.unregister(CudaRegion, "a")
         await other.register_cuda("b", handle, 0, 64)
+        await other.register_cuda("c", handle[:-1] + b"\0", 0, 64)  # twice its own
 
     asyncio.run(run())
-    assert devices.calls == ["open", "close", "open"]
+    assert devices.calls == ["open", "open", "close", "close", "open", "open"]
+
+
+class Runtime:
+    """A stand-in for the bindings of CUDA's runtime, one of whose calls may fail."""
+
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyDeviceToHost=2, cudaMemcpyHostToDevice=1)
+    cudaIpcMemLazyEnablePeerAccess = 1
+
+    def __init__(self, failing: str = "") -> None:
+        self.failing = failing
+        self.calls: list[str] = []
+
+    def cudaIpcMemHandle_t(self) -> Any:
+        self.handle = bytearray(64)
+        return SimpleNamespace(getPtr=lambda: (ctypes.c_char * 64).from_buffer(self.handle))
+
+    def cudaGetErrorString(self, error: int) -> tuple[int, bytes]:
+        return 0, b"a reason"
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: object) -> tuple[int, int]:
+            self.calls.append(name)
+            return int(name == self.failing), 1
+
+        return call
+
+
+def cuda_with(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    bindings = SimpleNamespace(driver=None, runtime=runtime)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    return Cuda()
+
+
+def test_a_write_has_arrived_when_it_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime()
+    cuda_with(runtime, monkeypatch).write(0, 1, b"content")
+    assert runtime.calls == ["cudaSetDevice", "cudaMemcpy", "cudaStreamSynchronize"]
+
+
+@pytest.mark.parametrize(
+    ("failing", "error"),
+    [
+        ("cudaGetDeviceCount", InvalidInputError),
+        ("cudaIpcOpenMemHandle", InvalidInputError),
+        ("cudaMemcpy", InternalError),
+        ("cudaStreamSynchronize", InternalError),
+        ("cudaIpcCloseMemHandle", InternalError),
+    ],
+)
+def test_only_what_a_client_names_is_its_error(
+    failing: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = cuda_with(Runtime(failing), monkeypatch)
+
+    def use() -> None:
+        cuda.count()
+        cuda.open(0, bytes(64))
+        cuda.write(0, 1, b"content")
+        cuda.close(0, 1)
+
+    with pytest.raises(error, match="CUDA shared memory"):
+        use()

@@ -84,18 +84,21 @@ def _device(
 
 
 def _compared(options: Options, client: Any, model: str, pixels: np.ndarray, memory: Shared) -> Row:
-    """What comes of images in memory against images in the body, and the time of each."""
+    """What comes of images in memory against images in the body, and the time of each. The error is
+    the largest of all requests; each finds NaNs where its output goes."""
     memory.write(pixels.tobytes())
     plain = _ask(client, model, pixels, shared=False).as_numpy("embedding")
-    _ask(client, model, pixels, shared=True)
-    there = np.frombuffer(memory.read(pixels.nbytes, plain.nbytes), np.float32)
-    error = float(np.abs(there.reshape(plain.shape) - plain).max() / np.abs(plain).max())
     times: dict[bool, list[float]] = {False: [], True: []}
+    errors = []
     for _ in range(3 if options.quick else 50):
+        memory.write(np.full_like(plain, np.nan).tobytes(), pixels.nbytes)
         for shared, own in times.items():
             started = time.perf_counter()
             _ask(client, model, pixels, shared=shared)
             own.append(time.perf_counter() - started)
+        there = np.frombuffer(memory.read(pixels.nbytes, plain.nbytes), np.float32)
+        errors.append(np.abs(there.reshape(plain.shape) - plain).max() / np.abs(plain).max())
+    error = float(np.max(errors))  # NaN if any is
     return {
         "network": options.networks[0],
         "images": IMAGES,
