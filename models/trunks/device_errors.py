@@ -4,6 +4,8 @@ After some errors every later CUDA call of the process fails, whatever it is for
 poisoned, or the GPU has gone. Only a new process can use the device again.
 """
 
+import re
+
 import torch
 
 from models.trunks.compute_stream import compute_stream
@@ -14,6 +16,12 @@ CUDA = ("CUDA error", "CUDA driver error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuD
 CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 # What compilers write, in errors of their own types: Triton's, and Inductor's around torch's.
 COMPILERS_MEMORY = ("Triton Error [CUDA]: out of memory", "CUDA out of memory")
+# What torchcodec writes with nvJPEG's NVJPEG_STATUS_ALLOCATOR_FAILURE. nvJPEG allocates memory
+# itself, beside torch's allocator.
+# https://docs.nvidia.com/cuda/nvjpeg/index.html#nvjpeg-api-return-codes
+NVJPEG_MEMORY = re.compile(
+    r"Failed to (?:initialize|create|attach|parse|decode|transfer)[\w ]*: 5\b"
+)
 # CUDA's words for errors that stay, from `cudaGetErrorString`. A call after one of these may hang,
 # so they are known by name.
 # https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html
@@ -47,11 +55,13 @@ def is_cuda_error(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device's memory ran out: in torch's allocator, or in CUDA itself. The capture of
-    a graph in which that happens ends with an error of its own, whose context it is."""
+    """Whether the device's memory ran out: in torch's allocator, in CUDA itself, or in nvJPEG. The
+    capture of a graph in which that happens ends with an error of its own, whose context it is."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if any(words in str(error) for words in (CPU_MEMORY, *COMPILERS_MEMORY)):
+        return True
+    if isinstance(error, RuntimeError) and NVJPEG_MEMORY.search(str(error)):
         return True
     if not is_cuda_error(error):
         return False
