@@ -1,7 +1,6 @@
 """nvJPEG, by torchcodec: JPEG files of a batch to pixels on an NVIDIA GPU."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,7 +38,13 @@ def torchcodec_decoder(device: torch.device) -> DecodeJpegs:
         ) from error
     except (ImportError, OSError, RuntimeError) as error:  # its libraries do not load
         raise CatalogError(f"torchcodec cannot be loaded: {error}") from error
-    decode: DecodeJpegs = partial(decode_jpeg, mode="UNCHANGED", device=device)
+
+    def decode(files: Sequence[bytes]) -> list[Tensor]:
+        # Given bytes, torchcodec turns warnings off by `catch_warnings`, which is not thread-safe.
+        tensors = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in files]
+        decoded: list[Tensor] = decode_jpeg(tensors, mode="UNCHANGED", device=device)
+        return decoded
+
     try:
         decode([PHOTO.read_bytes()])
     except RuntimeError as error:

@@ -22,8 +22,10 @@ from models.trunks.transfers import finish_writes
 
 logger = logging.getLogger(__name__)
 
-# Pixels that are decoded at a time, or those of one larger image: 200 MB as uint8.
+# Pixels that are decoded at a time: 200 MB as uint8.
 MAX_PIXELS = 2**26
+# Pixels of a file: a batch holds up to 256, which a lane decodes while others' images wait.
+MAX_FILE_PIXELS = 2**23
 
 TURNS: dict[Image.Transpose, Callable[[Tensor], Tensor]] = {
     Image.Transpose.FLIP_LEFT_RIGHT: lambda pixels: pixels.flip(2),
@@ -62,7 +64,9 @@ class JpegInputs:
             ImageTooLargeError, InputError: as `open_image`.
         """
         file = open_jpeg(data, limits, (3, *self.input_size))
-        return file if file is not None and self.transform.fits_gpu(*file.size) else None
+        if file is None or file.pixels > MAX_FILE_PIXELS:
+            return None
+        return file if self.transform.fits_gpu(*file.size) else None
 
 
 class JpegBatch:
@@ -98,13 +102,15 @@ class JpegBatch:
         for portion in _portions(self._files):
             decoded = self._decode([self._files[row].data for row in portion], device)
             for row, pixels_CHW in zip(portion, decoded, strict=True):
-                if pixels_CHW is None:
+                file = self._files[row]
+                # Another size is not the one that was checked.
+                if pixels_CHW is None or pixels_CHW.shape[:0:-1] != file.stored_size:
                     self.refused.append(row)
                     continue
-                if (transposition := self._files[row].transposition) is not None:
-                    pixels_CHW = TURNS[transposition](pixels_CHW)
+                if file.transposition is not None:
+                    pixels_CHW = TURNS[file.transposition](pixels_CHW)
                 self._inputs.transform.write(pixels_CHW, values[row])
-            del decoded  # its memory is for the next portion
+            del decoded, pixels_CHW  # their memory is for the next portion
         batch = values.to(torch.uint8, memory_format=torch.channels_last)
         if any(row.dtype != torch.uint8 for row in self._rest.values()):
             batch = self._inputs.normalize(batch)
