@@ -96,6 +96,12 @@ class Metrics:
             ("trunk", "reason"),
             registry=registry,
         )
+        self.refused_files = Counter(
+            "vitrail_device_refused_files",
+            "JPEG files that the device did not decode, so that a CPU did or said what is wrong.",
+            ("trunk",),
+            registry=registry,
+        )
         self.decoder_deaths = Counter(
             "vitrail_decoder_deaths",
             "Decoding processes that died and were replaced.",
@@ -167,6 +173,7 @@ class Metrics:
         for reason in REFUSAL_REASONS:
             self.refused.labels(trunk, reason)
         self.batch_size.labels(trunk)
+        self.refused_files.labels(trunk)
         self.trunk_failures.labels(trunk)
 
     def prune(self, known: Callable[[str], bool]) -> None:

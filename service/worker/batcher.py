@@ -97,6 +97,12 @@ class Batcher:
                 self._sweep(queue)
             queue.places.take(client, count, bulk=bulk)
 
+    def admit_again(self, name: str, client: str, *, bulk: bool) -> None:
+        """Take a place for an image that was admitted and is to be put once more, beyond the
+        queue's capacity if it must. Called while the batch that had the image is running."""
+        with self._lock:
+            self._scheduler.queues[name].places.extend(client, 1, bulk=bulk)
+
     def has_place(self, name: str, client: str, *, bulk: bool) -> bool:
         """Whether a place is free for this client. True for a queue that does not exist."""
         with self._lock:

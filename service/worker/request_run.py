@@ -185,15 +185,25 @@ class RequestRun:
         return Entry(item, self, self._claim.bulk, self._claim.deadline, self._claim.client)
 
     def decode_again(self, item: Input, trunk_pass: TrunkPass, done: Done) -> None:
-        """Decode an image whose file the device has refused, and put it into its queue again.
+        """Have the CPU decode an image whose file the device has refused, and put it into its queue
+        again. Called before the batch that had it ends: its queue is there until then."""
+        self.shared.batcher.admit_again(trunk_pass.key, self._claim.client, bulk=self._claim.bulk)
+        decode = partial(self.within, partial(self._decode_refused, item, trunk_pass, done))
+        self.shared.admission.decoding.add(
+            Source(self._claim.client, self._claim.bulk, modality_of(item), decode, 1)
+        )
 
-        Raises:
-            ModelsError, ServiceError: it cannot be decoded, or the queue is full.
-        """
+    def _decode_refused(self, item: Input, trunk_pass: TrunkPass, done: Done) -> None:
         shared = self.shared
-        [[piece]], size = decode_all(item, [trunk_pass], shared.limits, shared.decoder)
+        try:
+            if self.is_ended:
+                raise DeadlineExceededError("the request ended before the input was decoded")
+            [[piece]], size = decode_all(item, [trunk_pass], shared.limits, shared.decoder)
+        except Exception as error:
+            shared.admission.release({trunk_pass.key: 1}, self._claim)
+            done(_as_service_error(error).with_traceback(None))
+            return
         calls = [call.at_size(size) for call in trunk_pass.calls]
-        shared.admission.take_places({trunk_pass.key: 1}, self._claim)
         self._put([trunk_pass], [[self._entry(trunk_pass, piece, calls, done)]])
 
     def _put(self, passes: Sequence[TrunkPass], groups: Sequence[Sequence[Entry]]) -> None:
@@ -241,8 +251,8 @@ class _RunningInput:
     def done(self, number: int, place: int, result: ItemResult | Exception) -> None:
         """Take the result of a piece, by its pass and its place. The last one ends the input."""
         if isinstance(result, RefusedJpegError):
-            again = partial(self._decode_again, number, place)
-            self._run.shared.pool.submit(self._run.within, again)
+            again = partial(self.done, number, place)
+            self._run.decode_again(self._decoded.item, self._plan.passes[number], again)
             return
         if isinstance(result, Exception):
             error = _as_service_error(result)
@@ -255,17 +265,6 @@ class _RunningInput:
             self._run.shared.pool.submit(self._run.within, self._finish)
         else:
             self._run.within(self._finish)
-
-    def _decode_again(self, number: int, place: int) -> None:
-        if self._run.is_ended:
-            return
-        try:
-            self._run.decode_again(
-                self._decoded.item, self._plan.passes[number], partial(self.done, number, place)
-            )
-        except Exception as error:
-            failure = _as_service_error(error).with_traceback(None)
-            self._run.deliver(self._position, ImageResult(error=failure))
 
     def _finish(self) -> None:
         shared, started = self._run.shared, time.monotonic()

@@ -221,6 +221,7 @@ class Runner:
         results = self._device.run(batch, lambda moved: start_pass(self.trunk, moved, calls))
         self.last_passed = time.monotonic()
         if isinstance(batch, JpegBatch):
+            self._metrics.refused_files.labels(self.name).inc(len(batch.refused))
             for row in batch.refused:
                 results[row] = [RefusedJpegError()] * len(calls[row])
         return results

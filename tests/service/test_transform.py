@@ -1,6 +1,6 @@
 """The transforms `fast` and `gpu` in a server: what is decoded, what is answered and reported."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from models.inputs.jpeg_file import JpegFile
 from models.trunks import jpeg_batch
 from models.trunks.base import Trunk
 from service.decoding.pool import ThreadDecoder
-from service.worker.execution_plan import TrunkPass, prepare_all
+from service.worker import request_run
+from service.worker.execution_plan import TrunkPass, decode_all, prepare_all
 from tests.conftest import Running, encode, running
 from tests.models.test_gpu_transform import damaged, decode_jpegs
 
@@ -60,6 +61,7 @@ task = "classify"
 [defaults]
 classify = "exact"
 """
+COUNTER = "vitrail_device_refused_files_total"
 STARTUP = 'startup = ["fast", "exact", "gpu"]\n'
 
 
@@ -76,9 +78,11 @@ class StandInDecoder:
     def __init__(self) -> None:
         self.decoded = 0
         self.refused = b"none"
+        self.before_refusal: Callable[[], None] = lambda: None
 
     def __call__(self, files: Sequence[bytes]) -> list[torch.Tensor]:
         if self.refused in files:
+            self.before_refusal()
             raise RuntimeError("nvjpegDecode failed: 4")
         images = decode_jpegs(files)
         self.decoded += len(images)
@@ -202,16 +206,38 @@ def test_a_damaged_file_fails_alone(
 
 
 def test_the_cpu_decodes_what_the_device_refuses(
-    server: Running, on_device: StandInDecoder, jpegs: dict[str, bytes]
+    server: Running,
+    on_device: StandInDecoder,
+    jpegs: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """In its client's turn, and also if others have taken all places meanwhile."""
     expected = classify(server, "gpu", jpegs["coffee"], jpegs["rocket"])
-    before, on_device.refused = on_device.decoded, jpegs["coffee"]
+    before, counted = on_device.decoded, server.metric(COUNTER, trunk="gpu")
+    backend = server.backend
+    places = backend.batcher._scheduler.queues["gpu"].places
+    turns = []
+
+    def decode(*arguments: Any) -> Any:
+        turns.append(backend._pipeline.admission.decoding.state()["decoding_inputs"])
+        return decode_all(*arguments)
+
+    monkeypatch.setattr(request_run, "decode_all", decode)
+    monkeypatch.setattr(on_device, "refused", jpegs["coffee"])
+
+    def take_all() -> None:
+        if "other" not in places.interactive:
+            places.extend("other", 2 * places.capacity, bulk=False)
+
+    monkeypatch.setattr(on_device, "before_refusal", take_all)
     try:
         found = classify(server, "gpu", jpegs["coffee"], jpegs["rocket"])
     finally:
-        on_device.refused = b"none"
+        places.give_back("other", 2 * places.capacity, bulk=False)
     assert on_device.decoded == before + 1
-    assert server.backend.batcher.depth()["gpu"] == 0  # places are taken again
+    assert [list(turn.values()) for turn in turns] == [[1]]
+    assert server.metric(COUNTER, trunk="gpu") == counted + 1
+    assert backend.batcher.depth()["gpu"] == 0  # places are given back
     for one, other in zip(expected, found, strict=True):
         assert scores(one) == pytest.approx(scores(other), abs=1e-6)
 
