@@ -6,6 +6,8 @@
 #       The same with PyTorch's CPU-only build of torch, which is gigabytes smaller.
 #   docker build -t vitrail-ray --build-arg EXTRAS=postgres,ray .
 #       The same with Ray, for `vitrail ray`.
+#   docker build -t vitrail-gpu --build-arg EXTRAS=postgres,gpu .
+#       The same with torchao and torchcodec, for int8, fp8 and JPEG decoding on NVIDIA GPUs.
 #   docker build -t vitrail-gateway --target gateway .
 #       Only the gateway, without torch.
 #

@@ -6,7 +6,7 @@
 #
 # BASE=debian       makes the base image with debootstrap, where no registry of images can be reached
 # TORCH_INDEX_URL   the index that torch is installed from, for a CPU-only build
-# EXTRAS            extras of the whole service: postgres, ray, int8
+# EXTRAS            extras of the whole service: postgres, ray, int8, gpu
 set -eu
 cd "$(dirname "$0")/.."
 

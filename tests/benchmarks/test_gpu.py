@@ -226,8 +226,10 @@ def test_the_transform_of_a_gpu_is_served_and_compared_with_the_exact_one(
         tmp_path, torch.device("cpu"), ("tiny",), ("eager",), ("float32",),
         batches=(2,), clients=2, seconds=0.02, quick=True, shared=tmp_path,
     )  # fmt: skip
-    decoded, compared, row = served._by_gpu(options, jpegs())
+    decoded, cut, compared, damaged, row = served._by_gpu(options, jpegs())
     assert decoded["images_per_s"] > 0
+    assert cut["refused"]  # by the stand-in
+    assert damaged["not_decoded"] == 1
     assert (compared["photos"], compared["not_decoded"]) == (16, 0)
     assert 0 < compared["largest_difference"] <= 2
     assert compared["logit_error"] < 0.01

@@ -20,7 +20,7 @@ from benchmarks.photos import SIZES, encode, jpegs
 from benchmarks.photos import photos as sample_photos
 from models.errors import CatalogError
 from models.inputs.images import DEFAULT_LIMITS, decode_image
-from models.inputs.nvjpeg import create_jpeg_decoder
+from models.inputs.nvjpeg import DecodeJpegs, create_jpeg_decoder
 from models.trunks.base import Trunk
 from models.trunks.jpeg_batch import JpegBatch
 from service.decoding.pool import create_decoder
@@ -117,15 +117,48 @@ def _by_gpu(options: Options, photos: list[bytes]) -> Rows:
     rate = rate_of(options, lambda: decode(files), len(files))
     yield {"decoding": "nvJPEG, in batches, without a transform", "images_per_s": rate}
     samples = [encode(photo) for photo in sample_photos(SIZES["small"])]
+    yield _cut_off(decode, samples)
     for network in options.networks:
         trunk = load_trunk(options, network, "eager", "float32", "gpu")
         batch = _batch(trunk, files)
         rate = rate_of(options, partial(batch.to, options.device), len(files))
         row = {"network": network, "decoding": "nvJPEG, with the transform", "images_per_s": rate}
         yield {**row, **_error(options, network, trunk, samples)}
+        batch = _batch(trunk, [_refused(files[0]), *files[1:]])
+        rate = rate_of(options, partial(batch.to, options.device), len(files))
+        decoding = "nvJPEG, with the transform, one file refused"
+        yield {
+            "network": network,
+            "decoding": decoding,
+            "images_per_s": rate,
+            "not_decoded": len(batch.refused),
+        }
     for network, engine in served_networks(options):
         for row in serve(options, network, engine, lambda _: photos, transform="gpu"):
             yield {**row, "transform": "gpu"}
+
+
+def _cut_off(decode: DecodeJpegs, photos: list[bytes]) -> Row:
+    """Whether a file that is cut off in its middle has the same pixels after each of two photos of
+    its size: others would be what the memory held before."""
+    cut, *others = photos[:3]
+    cut = cut[: len(cut) // 2].rstrip(b"\xff") + b"\xff\xd9"
+    row: Row = {"decoding": "nvJPEG, a file that is cut off"}
+    found = []
+    for other in others:
+        decode([other])
+        try:
+            found.append(decode([cut])[0].cpu())  # its memory is for the next one
+        except RuntimeError as error:
+            return {**row, "refused": str(error)}
+    is_same = torch.equal(*found)
+    return {**row, "is_same": is_same, "holds": is_same}
+
+
+def _refused(data: bytes) -> bytes:
+    """The file with a scan of a component that it does not have."""
+    component = data.index(b"\xff\xda") + 5
+    return data[:component] + b"\x09" + data[component + 1 :]
 
 
 def _batch(trunk: Trunk, files: list[bytes]) -> JpegBatch:
