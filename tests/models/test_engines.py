@@ -191,7 +191,7 @@ def test_auto_takes_over_once_it_is_built_and_says_so() -> None:
         assert report.agreement.top1_agreement == 1
 
 
-@pytest.mark.parametrize(("usual", "is_chosen"), [(0.8, True), (1.2, False)])
+@pytest.mark.parametrize(("usual", "is_chosen"), [(0.8, True), (1.05, True), (1.2, False)])
 def test_a_few_slow_trials_do_not_decide(usual: float, is_chosen: bool) -> None:
     engine = small_trunk("auto").engine
     assert isinstance(engine, Auto)
