@@ -50,7 +50,7 @@ class TrunkEntry:
     calibration: str | None = None
     # What runs its passes, see `models/trunks/engines`.
     engine: str | None = None
-    # How images are resized: `exact` or `fast`.
+    # How images are resized: `exact`, `fast` or `gpu`.
     transform: str | None = None
     # Images in a pass: a number, or one by kind of device (`{cpu = 4}`).
     max_batch_size: int | Mapping[str, int] | None = None

@@ -83,7 +83,9 @@ class Settings(BaseSettings):
         "and those of `file:` sources are not.",
     )
     transform: Literal["exact", "fast", "gpu"] = Field(
-        "exact", description="How images are resized, unless the catalog sets it."
+        "exact",
+        description="How images are resized, unless the catalog sets it; `gpu` also decodes common "
+        "JPEG files on the GPU.",
     )
     threads: int = Field(0, ge=0, description="CPU threads of all batches; 0 for one per core.")
     streams: int = Field(
@@ -221,8 +223,9 @@ class Settings(BaseSettings):
     )
     shared_memory: str = Field(
         "",
-        description="What the keys of system shared memory that Triton's clients may register "
-        "begin with. They may then register CUDA shared memory, too. If empty, neither.",
+        description="The beginning of the keys of system shared memory that Triton's clients may "
+        "register. If it is set, clients may also register CUDA shared memory; if empty, shared "
+        "memory is off.",
     )
     slow_request_s: float = Field(
         0, ge=0, description="Seconds after which a request is logged as a warning; 0 for never."

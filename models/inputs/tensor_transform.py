@@ -1,7 +1,7 @@
 """The transform `gpu`: resize and crop in float32 by torch, on the device that the pixels are on.
 
-On CPUs it transforms what no GPU decodes. As Pillow's, it rounds to levels after each of the two
-directions. Pillow's weights are whole numbers, so a few values differ by one level.
+On CPUs it transforms what no GPU decodes. Like Pillow it rounds to levels after each of the two
+directions. Pillow's weights are whole numbers, so a few values differ, by up to two levels.
 """
 
 import math

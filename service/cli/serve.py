@@ -16,7 +16,7 @@ Models = Annotated[str | None, typer.Option(help="Models to load at start, comma
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Precision = Annotated[
     str | None,
-    typer.Option("--precision", "--dtype", help="auto, float32, bfloat16, float16 or int8."),
+    typer.Option("--precision", "--dtype", help="auto, float32, bfloat16, float16, int8 or fp8."),
 ]
 EngineName = Annotated[str | None, typer.Option(help="Engine of the trunks: auto, eager, ...")]
 TransformName = Annotated[

@@ -30,6 +30,8 @@ from service.sampling import sampling
 from service.search.opening import StoreOpener
 from service.settings import Settings
 
+# Files of heads that are read at a time: a file's bytes are counted only once they are written to a
+# connection.
 HEADS_READ = 4
 
 
@@ -84,7 +86,6 @@ def create_app(
     app.state.collections = StoreOpener(settings.collections)
     # Of their own: a network mount that hangs holds up requests for folders alone.
     app.state.folder_threads = ThreadPoolExecutor(2, "folders")
-    # What is read of heads' files is counted only when it is written to a connection.
     app.state.reading_heads = asyncio.Semaphore(HEADS_READ)
     app.state.thumbnails = ThumbnailMaker(settings, metrics)
     install_handlers(app)

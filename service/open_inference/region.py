@@ -33,7 +33,7 @@ class Region(ABC):
         """Check that there is such memory, and that it has as many bytes.
 
         Raises:
-            InvalidInputError: it is not so.
+            InvalidInputError: there is none, or it is too small.
         """
 
     @abstractmethod

@@ -228,7 +228,7 @@ class OwnedMemory:
     def _check_is_on(self) -> None:
         if not self._memory.prefix:
             raise InvalidInputError(
-                "shared memory is turned off; VITRAIL_SHARED_MEMORY says which keys clients may use"
+                "shared memory is turned off; VITRAIL_SHARED_MEMORY turns it on"
             )
 
     def _check_room(self, new: Region) -> None:
