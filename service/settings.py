@@ -83,9 +83,7 @@ class Settings(BaseSettings):
         "and those of `file:` sources are not.",
     )
     transform: Literal["exact", "fast", "gpu"] = Field(
-        "exact",
-        description="How images are resized, unless the catalog sets it; `gpu` also decodes common "
-        "JPEG files on the GPU.",
+        "exact", description="How images are resized, unless the catalog sets it."
     )
     threads: int = Field(0, ge=0, description="CPU threads of all batches; 0 for one per core.")
     streams: int = Field(
@@ -223,9 +221,8 @@ class Settings(BaseSettings):
     )
     shared_memory: str = Field(
         "",
-        description="The beginning of the keys of system shared memory that Triton's clients may "
-        "register. If it is set, clients may also register CUDA shared memory; if empty, shared "
-        "memory is off.",
+        description="The beginning of the keys of system shared memory that clients of `/v2` may "
+        "register. If it is set, they may also register CUDA shared memory; if empty, neither.",
     )
     slow_request_s: float = Field(
         0, ge=0, description="Seconds after which a request is logged as a warning; 0 for never."
