@@ -17,8 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.datastructures import Headers
+from starlette.requests import Request
 
 from service.errors import InvalidParametersError, PayloadTooLargeError, ServiceError
+from service.gateway import dispatch
 from service.gateway.collections.parameters import QueryParameters
 from service.gateway.open_inference.codec import (
     InferenceRequest,
@@ -26,6 +28,7 @@ from service.gateway.open_inference.codec import (
     write_infer_response,
 )
 from service.gateway.rest.body import parse_form
+from service.gateway.rest.content import share_of
 from service.limits import MAX_ANSWER_VALUES, Budget, Share
 from service.open_inference.inputs import InputTensor, to_inputs
 from service.open_inference.outputs import RequestedOutput
@@ -45,6 +48,7 @@ from service.stubs import vision_pb2 as pb
 from service.stubs.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from service.stubs.vision_pb2_grpc import VisionStub
 from service.tensors import DTYPES, from_bytes, pack, unpack
+from service.types import InferResult
 from tests.conftest import Running
 
 INFER = "/v2/models/tiny/infer"
@@ -226,6 +230,24 @@ def test_options_over_grpc_are_finite(tiny: Running, jpegs: dict[str, bytes], va
 def test_data_that_is_no_finite_number_is_refused(tiny: Running, value: Any) -> None:
     body = tensor("pixel_values", "FP32", [1, 3, 1, 1], data=[0.5, value, 0.5])
     refused(tiny.client.post(INFER, content=json.dumps(body)), 400, 422)
+
+
+def test_what_json_made_is_not_counted_while_its_inputs_are_in_work(
+    tiny: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """33 images of 3 MiB as JSON filled 512 MiB."""
+    made: list[int] = []
+
+    async def infer(request: Request, *others: Any) -> InferResult:
+        made.append(share_of(request).made_bytes)
+        return await sent(request, *others)
+
+    sent = dispatch.infer
+    monkeypatch.setattr(dispatch, "infer", infer)
+    size = 3 * 32 * 32
+    body = tensor("pixel_values", "FP32", [1, 3, 32, 32], data=[0.5] * size)
+    tiny.client.post(INFER, json=body)
+    assert made == [4 * size]  # as float32; whatever the model makes of them
 
 
 def test_text_among_lists_is_not_taken_apart(tiny: Running) -> None:

@@ -196,6 +196,26 @@ def test_a_request_behind_an_answer_that_is_never_read_does_not_begin(
     assert "ASGI" not in caplog.text
 
 
+def test_a_request_behind_an_answer_that_is_read_as_its_connection_closes_does_not_begin(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def case() -> None:
+        protocol, wire = await begin(bytes(200_000))
+        protocol.data_received(GET + GET)
+        while b"".join(wire.written).count(bytes(200_000)) < 1:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)  # the second one waits now
+        wire.close()
+        wire.written.clear()
+        protocol.resume_writing()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert wire.asked == ["/"]
+
+    run(case())
+    assert "ASGI" not in caplog.text
+
+
 @pytest.mark.parametrize(
     "body",
     [b"1\r\nx\r\n" * 1100, b"0\r\n" + b"a:b\r\n" * 300],
