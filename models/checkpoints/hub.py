@@ -4,8 +4,8 @@ import errno
 import json
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from models.checkpoints.shards import SUFFIX, read_index
 from models.errors import SourceError
@@ -50,22 +50,37 @@ def fetch_transformers(location: str) -> Path | None:
     # timm's configurations have an architecture
     if not isinstance(content, dict) or "model_type" not in content or "architecture" in content:
         return None
+    commit = config.parent.name  # a branch may move before the last file is here
     for file in BESIDE:
-        _download(name, file, revision)
+        _download(name, file, commit)
     for file in WEIGHTS:
-        if (path := _download(name, file, revision)) is None:
+        if (path := _download(name, file, commit)) is None:
             continue
         for shard in read_index(path) if file.endswith(SUFFIX) else ():
-            if _download(name, shard, revision) is None:
+            if _download(name, shard, commit) is None:
                 raise SourceError(f"hf-hub:{location}: the shard {shard} could not be downloaded")
         return path
     raise SourceError(f"hf-hub:{location}: none of {', '.join(WEIGHTS)} could be downloaded")
 
 
-def _download(name: str, file: str, revision: str) -> Path | None:
-    """A file of a repository; None if it has no such file, or neither it nor the hub is there."""
+def _download(name: str, file: str, commit: str) -> Path | None:
+    """A file of a repository; None if it has no such file, or with HF_HUB_OFFLINE the cache.
+
+    Raises:
+        SourceError: it cannot be downloaded, or whether there is one cannot be told, since the hub
+            cannot be reached.
+        OSError: the disk is full.
+    """
     try:
-        return Path(hf_hub_download(name, file, revision=revision or None))
+        return Path(hf_hub_download(name, file, revision=commit))
+    except LocalEntryNotFoundError as error:  # the hub cannot be reached
+        known = try_to_load_from_cache(name, file, revision=commit) is not None  # that it has none
+        if known or constants.is_offline_mode():
+            return None
+        raise SourceError(
+            f"hf-hub:{name}: {file} could not be downloaded: {error}. With HF_HUB_OFFLINE=1 "
+            "what is in the cache is used"
+        ) from error
     except EntryNotFoundError:
         return None
     except Exception as error:  # of many kinds

@@ -10,7 +10,7 @@ from models.errors import CheckpointError
 SUFFIX = ".index.json"
 MAX_INDEX_BYTES = 2**24
 MAX_SHARDS = 1000
-SHARD = re.compile(r"[\w-][\w.-]*\.(safetensors|bin)")
+SHARD = re.compile(r"[\w-][\w.-]{0,200}\.(safetensors|bin)", re.ASCII)  # names that disks take
 
 
 def read_index(path: Path) -> Mapping[str, frozenset[str]]:
@@ -34,7 +34,9 @@ def read_index(path: Path) -> Mapping[str, frozenset[str]]:
     shards: dict[str, set[str]] = {}
     for name, shard in places.items():
         if not isinstance(shard, str) or not SHARD.fullmatch(shard):
-            raise CheckpointError(f"{path}: {shard!r} is not the name of a shard beside it")
+            raise CheckpointError(
+                f"{path}: {str(shard)[:100]!r} is not the name of a shard beside it"
+            )
         shards.setdefault(shard, set()).add(name)
     if len(shards) > MAX_SHARDS:
         raise CheckpointError(f"{path}: {len(shards)} shards; at most {MAX_SHARDS} are supported")

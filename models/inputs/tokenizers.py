@@ -5,7 +5,7 @@ tokens, which in a text stand for the tokens themselves.
 """
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ FILES = {
     "siglip-2": BOTH_FILES,
 }
 _WITHOUT_PUNCTUATION = str.maketrans("\u2581", " ", string.punctuation)
+# Names that T5's vocabularies end with, which models need not have words for.
+_EXTRA = regex.compile(r"\u2581?<extra_id_\d+>")
 _WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
@@ -73,7 +75,8 @@ def bound_words(tokenizer: Any) -> None:
 
 class FileTokenizer:
     """A `tokenizer.json` whose special tokens are added here. The names of tokens that were added
-    to the model's, such as T5's `<extra_id_0>`, are ordinary text.
+    to the model's, such as T5's `<extra_id_0>`, are ordinary text. Where those are in the
+    vocabulary itself, ids beyond the model's words are refused as they occur.
 
     Args:
         words: the entries of the model's table of words.
@@ -89,6 +92,7 @@ class FileTokenizer:
 
     def __init__(self, path: Path, context_length: int, words: int) -> None:
         self.context_length = context_length
+        self._words = words
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises no class of its own
@@ -101,7 +105,8 @@ class FileTokenizer:
             raise CheckpointError(f"{path}: this tokenizer has no token {self.special}")
         self._special = number
         added = self._tokenizer.get_added_tokens_decoder()
-        used = {number, *self._tokenizer.get_vocab(with_added_tokens=False).values()}
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
+        used = {number, *(n for name, n in vocabulary.items() if not _EXTRA.fullmatch(name))}
         used |= {number for number, token in added.items() if not token.special}
         if max(used) >= words:
             raise CheckpointError(
@@ -109,9 +114,17 @@ class FileTokenizer:
             )
 
     def _encoded(self, text: str) -> Tensor:
-        """The ids of a text's first tokens, one fewer than `context_length`."""
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return torch.tensor(ids[: self.context_length - 1], dtype=torch.long)
+        """The ids of a text's first tokens, one fewer than `context_length`.
+
+        Raises:
+            InputError: one of them is beyond the model's words.
+        """
+        encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        ids = encoded.ids[: self.context_length - 1]
+        if ids and max(ids) >= self._words:
+            token = encoded.tokens[ids.index(max(ids))]
+            raise InputError(f"this model has no word for {token!r}", field="texts")
+        return torch.tensor(ids, dtype=torch.long)
 
 
 class StickyEosTokenizer(FileTokenizer):
@@ -141,6 +154,11 @@ class Siglip2Tokenizer(FileTokenizer):
     in lower case, `<eos>`, then `<pad>`, whose id is 0, up to `context_length`."""
 
     special = "<eos>"
+
+    def __init__(self, path: Path, context_length: int, words: int) -> None:
+        super().__init__(path, context_length, words)
+        if (number := self._tokenizer.token_to_id("<pad>")) != 0:
+            raise CheckpointError(f"{path}: the id of <pad> is {number}; only 0 is supported")
 
     def __call__(self, texts: list[str]) -> Tensor:
         result = torch.zeros(len(texts), self.context_length, dtype=torch.long)
@@ -175,19 +193,16 @@ KINDS = {
 
 
 class MissingTokenizer:
-    """Stands for a tokenizer that is not beside its model's file: texts are refused."""
+    """Stands for a tokenizer that is not beside its model's file, or cannot be used: texts are
+    refused with the reason."""
 
-    def __init__(self, source: str, context_length: int, files: Sequence[str]) -> None:
+    def __init__(self, source: str, context_length: int, reason: str) -> None:
         self.source = source
         self.context_length = context_length
-        self._files = " and ".join(files)
+        self._reason = reason
 
     def __call__(self, texts: list[str]) -> Tensor:
-        raise InputError(
-            f"this model takes token ids alone: its tokenizer, {self.source}, is not here. Put its "
-            f"{self._files} beside the checkpoint",
-            field="texts",
-        )
+        raise InputError(f"this model takes token ids alone: {self._reason}", field="texts")
 
 
 def create_tokenizer(
@@ -199,16 +214,19 @@ def create_tokenizer(
     options: Mapping[str, Any] | None = None,
     folder: str = "",
     words: int = 0,
+    reason: str = "",
 ) -> Any:
     """The tokenizer of a two-tower checkpoint: texts to int64 ids (N, context_length).
 
     Args:
-        name: `openai`, `cutting`, `open_clip`, `hub` for one of transformers', or a key of `KINDS`.
+        name: `openai`, `cutting`, `open_clip`, `hub` for one of transformers', a key of `KINDS`, or
+            `unusable`.
         source: the hub's name of it, or what it is.
         mode: `tokenizer_mode` of open_clip's configuration.
         options: `tokenizer_kwargs` of open_clip's configuration.
         folder: where the files of the latter lie.
         words: entries of the model's table of words, for `KINDS`.
+        reason: why it is `unusable`.
 
     Raises:
         CheckpointError: the files of a tokenizer cannot be used.
@@ -216,10 +234,16 @@ def create_tokenizer(
     if name in FILES:
         files = FILES[name]
         if not all((Path(folder) / file).is_file() for file in files):
-            return MissingTokenizer(str(source), context_length, files)
+            missing = (
+                f"its tokenizer, {source}, is not here. Put its {' and '.join(files)} beside the "
+                "checkpoint"
+            )
+            return MissingTokenizer(str(source), context_length, missing)
         if name != "hub":
             return KINDS[name](Path(folder) / files[0], context_length, words)
         return HFTokenizer(folder, context_length, tokenizer_mode=mode, **(options or {}))
+    if name == "unusable":
+        return MissingTokenizer(str(source), context_length, reason)
     if name == "open_clip":
         return SimpleTokenizer(context_length=context_length, **(options or {}))
     return {"openai": OpenAITokenizer, "cutting": CuttingTokenizer}[name](context_length)

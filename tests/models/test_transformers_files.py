@@ -3,13 +3,17 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from shutil import rmtree
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers as _transformers
+from huggingface_hub import constants
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from safetensors.torch import load_file
@@ -22,6 +26,7 @@ from models.checkpoints.checkpoint import save_checkpoint
 from models.checkpoints.containers import Container
 from models.checkpoints.families.transformers.processors import read_preprocess
 from models.checkpoints.formats.transformers import matches
+from models.checkpoints.hub import fetch_transformers
 from models.checkpoints.loading import build_towers, read_checkpoint
 from models.errors import CheckpointError, InputError, SourceError
 from models.inputs.normalize import Normalize
@@ -334,10 +339,36 @@ def test_siglips_scores_are_those_of_transformers(
 
 
 def test_siglips_texts_lose_case_and_punctuation(tmp_path: Path) -> None:
+    """By what transformers' class documents; no ids are compared with it, which needs a
+    SentencePiece file."""
     save_words(tmp_path)
     tokenizer = create_tokenizer("siglip", 6, folder=str(tmp_path), words=40)
     ids = tokenizer(["A  Photo, of: Cats!", "a a a a a a a a", "\u2581Cat </s>"])
     assert ids.tolist() == [[3, 4, 5, 6, 7, 1], [3, 3, 3, 3, 3, 1], [6, 2, 7, 1, 1, 1]]
+
+
+def test_names_of_t5s_vocabulary_may_have_no_words(tmp_path: Path) -> None:
+    """As in multilingual SigLIP's files, whose tokenizer has a hundred pieces beyond its words."""
+    save_words(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"].append(["\u2581<extra_id_0>", 0.0])
+    content["normalizer"] = {"type": "NFKC"}
+    file.write_text(json.dumps(content))
+    tokenizer = create_tokenizer("siglip", 6, folder=str(tmp_path), words=len(WORDS))
+    assert tokenizer(["a cat <extra_id_0>"])[0].tolist()[:2] == [3, 6]
+    with pytest.raises(InputError, match="no word for '\u2581<extra_id_0>'"):
+        tokenizer(["a cat \uff1cextra\uff3fid\uff3f0\uff1e"])
+    with pytest.raises(CheckpointError, match="ids up to 8, the model 8 words"):
+        create_tokenizer("siglip", 6, folder=str(tmp_path), words=len(WORDS) - 1)
+
+
+def test_siglip_2_pads_with_the_id_0(tmp_path: Path) -> None:
+    save_bytes(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text().replace("<pad>", "<gap>"))
+    with pytest.raises(CheckpointError, match="the id of <pad> is None"):
+        create_tokenizer("siglip-2", 6, folder=str(tmp_path), words=40)
 
 
 @pytest.mark.parametrize(
@@ -347,18 +378,44 @@ def test_siglips_texts_lose_case_and_punctuation(tmp_path: Path) -> None:
         ({"do_lower_case": False}, "do_lower_case is False"),
         ({"padding_side": "left"}, "padding_side is 'left'"),
         ({"tokenizer_class": "GemmaTokenizerFast"}, "padding_side is None"),
-        ({"tokenizer_class": "GemmaTokenizerFast", "padding_side": "right"}, "no token <eos>"),
+        ({"pad_token": "<pad>"}, "pad_token is '<pad>'"),
+        ({"pad_token": {"content": "<unk>"}}, "pad_token is '<unk>'"),
     ],
 )
-def test_other_tokenizers_of_siglip_are_refused(
-    tmp_path: Path, stated: Mapping[str, Any], said: str
+def test_texts_are_refused_where_siglips_tokenizer_is_another(
+    tmp_path: Path, photos: dict[str, Image.Image], stated: Mapping[str, Any], said: str
 ) -> None:
     _, path = siglip(tmp_path)
     save_words(tmp_path)
     file = tmp_path / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **stated}))
-    with pytest.raises(CheckpointError, match=said):
+    model = load_checkpoint(path)
+    with pytest.raises(InputError, match=said):
+        model.predict([photos["coffee"]], labels=["a cat"])
+    file.write_text(json.dumps({"tokenizer_class": "GemmaTokenizerFast", "padding_side": "right"}))
+    with pytest.raises(CheckpointError, match="no token <eos>"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["swin", "swinv2"])
+def test_swin_pre_trained_for_masked_images_embeds(tmp_path: Path, name: str) -> None:
+    kinds = {
+        "swin": (transformers.SwinConfig, transformers.SwinForMaskedImageModeling),
+        "swinv2": (transformers.Swinv2Config, transformers.Swinv2ForMaskedImageModeling),
+    }
+    config_class, network_class = kinds[name]
+    network = network_class(config_class(**WINDOWS, encoder_stride=4))
+    model = load_checkpoint(saved(tmp_path, network, SQUASHED))
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        expected = getattr(network, name)(pixels).last_hidden_state.mean(1)
+        assert_close(model.run(pixel_values=pixels)["embedding"], expected)
+
+
+def test_beit_pre_trained_for_masked_images_is_refused(tmp_path: Path) -> None:
+    network = transformers.BeitForMaskedImageModeling(transformers.BeitConfig(**SIZES))
+    with pytest.raises(CheckpointError, match="its pooling is not trained"):
+        load_checkpoint(saved(tmp_path, network, SQUASHED))
 
 
 PROCESSORS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -456,6 +513,7 @@ CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
         ("swin", PROCESSOR, {"size": {"height": 32, "width": 64}}, "only squares"),
         ("swinv2", CONFIG, {"image_size": 64}, "images are"),
         ("swinv2", CONFIG, {"window_size": 5}, "not whole windows"),
+        ("swinv2", CONFIG, {"pretrained_window_sizes": [3]}, "there are 2 stages"),
         ("beit", CONFIG, {"use_relative_position_bias": None}, "use_relative_position_bias"),
         ("beit", CONFIG, {"use_mean_pooling": False}, "do not fit"),
         ("beit", PROCESSOR, {"size": {"height": 64, "width": 64}}, "images are"),
@@ -510,12 +568,15 @@ def test_other_clips_are_refused(
         read_checkpoint(path, {})
 
 
+COMMIT = "0" * 40
+
+
 def stub_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of `hf-hub:stub/hotdog` in a cache of the hub that holds nothing else."""
     (root / "models--stub--hotdog" / "refs").mkdir(parents=True)
-    (root / "models--stub--hotdog" / "refs" / "main").write_text("0")
+    (root / "models--stub--hotdog" / "refs" / "main").write_text(COMMIT)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root))
-    return root / "models--stub--hotdog" / "snapshots" / "0"
+    return root / "models--stub--hotdog" / "snapshots" / COMMIT
 
 
 def hotdog_of_the_hub(folder: Path) -> Model:
@@ -540,6 +601,69 @@ def test_a_repository_of_the_hub_is_served_with_its_class_names(
     converted = tmp_path / "converted.safetensors"
     save_checkpoint(read_checkpoint(snapshot / "model.safetensors", {}), converted)
     assert read_checkpoint(converted, {}).labels == tuple(names)
+
+
+def moving_hub(asked: list[str], broken: Event) -> HTTPServer:
+    """A hub on which `main` is another commit at each request."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            revision, _, file = self.path.partition("/resolve/")[2].partition("/")
+            if file:
+                asked.append(f"{revision} {file}")
+            commit = f"{len(asked):040}" if revision == "main" else revision
+            content = {"config.json": b'{"model_type": "vit"}', "model.safetensors": b"x"}.get(file)
+            # a status that its client does not try again for
+            self.send_response(418 if broken.is_set() else 404 if content is None else 200)
+            self.send_header("X-Repo-Commit", commit)
+            self.send_header("ETag", f'"{file}"')
+            if content is None and not broken.is_set():
+                self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", str(len(content or b"")))
+            self.end_headers()
+            if self.command == "GET" and content:
+                self.wfile.write(content)
+
+        do_GET = do_HEAD
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    return HTTPServer(("127.0.0.1", 0), Handler)
+
+
+def test_files_of_the_hub_are_of_one_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    broken = Event()
+    hub = moving_hub(asked, broken)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    url = f"http://127.0.0.1:{hub.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    thread = Thread(target=hub.serve_forever)
+    thread.start()
+    try:
+        path = fetch_transformers("stub/hotdog")
+        assert path is not None
+        assert path.name == "model.safetensors"
+        others = {name.split()[0] for name in asked if not name.endswith(" config.json")}
+        assert others == {path.parent.name}
+        # What the hub is known not to have is left out where it does not answer, and nothing else.
+        broken.set()
+        assert fetch_transformers("stub/hotdog") == path
+        rmtree(tmp_path / "models--stub--hotdog" / ".no_exist")
+        with pytest.raises(SourceError, match=r"preprocessor_config\.json could not be downloaded"):
+            fetch_transformers("stub/hotdog")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert fetch_transformers("stub/hotdog") == path
+    finally:
+        hub.shutdown()
+        thread.join()
+        hub.server_close()
 
 
 def sharded(folder: Path, network: Any) -> Path:
@@ -593,6 +717,7 @@ def test_shards_have_what_their_index_says_and_nothing_else(tmp_path: Path) -> N
         ({**places, name: elsewhere}, f"{elsewhere}: .* lacks {name}"),
         ({k: v for k, v in places.items() if k != name}, f"{shard}: .* also has {name}"),
         ({**places, name: "../" + shard}, "not the name of a shard beside it"),
+        ({**places, name: "n" * 300 + ".bin"}, f"'{'n' * 100}' is not the name"),
         ({**places, name: 3}, "not the name of a shard beside it"),
         ({**places, name: index.name}, "not the name of a shard beside it"),
         ({**places, **{str(n): f"{n}.bin" for n in range(1001)}}, "at most 1000"),
@@ -620,6 +745,15 @@ def test_shards_have_what_their_index_says_and_nothing_else(tmp_path: Path) -> N
          ("center", (224, 224), 1.0)),
         ("dinov2", {"size": 224, "image_processor_type": "ViTImageProcessorFast",
                     "do_center_crop": None}, ("squash", (224, 224), 1.0)),
+        ("swin", {"size": 224}, ("squash", (224, 224), 1.0)),
+        ("swinv2", {"size": 224}, ("squash", (224, 224), 1.0)),
+        ("beit", {"size": 224, "do_center_crop": False}, ("squash", (224, 224), 1.0)),
+        ("data2vec-vision", {"size": 224, "do_center_crop": False},
+         ("squash", (224, 224), 1.0)),
+        ("dinov3_vit", {"size": 224}, ("squash", (224, 224), 1.0)),
+        ("siglip", {"size": {"height": 224, "width": 224}}, ("squash", (224, 224), 1.0)),
+        ("resnet", {"size": 224}, ("center", (224, 224), 0.875)),
+        ("mobilenet_v2", {"size": 256}, ("center", (224, 224), 0.875)),
     ],
 )  # fmt: skip
 def test_what_a_processor_does_not_say_is_its_kinds_default(
@@ -636,6 +770,10 @@ def test_a_processor_of_images_and_texts_comes_first(tmp_path: Path) -> None:
     nested = {"image_processor": {**SQUASHED, "size": {"height": 48, "width": 48}}}
     (tmp_path / "processor_config.json").write_text(json.dumps(nested))
     assert read_preprocess(tmp_path / "model.safetensors", "clip").input_size == (48, 48)
+    nested["image_processor"]["do_pad"] = True
+    (tmp_path / "processor_config.json").write_text(json.dumps(nested))
+    with pytest.raises(CheckpointError, match=r"/processor_config\.json: do_pad"):
+        read_preprocess(tmp_path / "model.safetensors", "clip")
 
 
 def test_another_format_with_such_names_is_left_alone(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from models.checkpoints.families.transformers.configuration import (
     split,
 )
 from models.checkpoints.families.transformers.names import Names, renamed
+from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
 
 NAMES: Names = (
@@ -49,6 +50,8 @@ DROPPED = ("embeddings.mask_token",)
 
 
 def _beit(container: Container, config: Mapping[str, Any], preprocess: Preprocess) -> Checkpoint:
+    if any(key.startswith("lm_head.") for key in container.tensors):
+        raise CheckpointError("pre-trained for masked images; its pooling is not trained")
     kept, dropped = split(container.tensors, PREFIXES[config["model_type"]], DROPPED)
     pools = flag("use_mean_pooling", config.get("use_mean_pooling", True))
     heads = whole("num_attention_heads", config.get("num_attention_heads"))

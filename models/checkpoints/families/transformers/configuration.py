@@ -85,8 +85,20 @@ def require_size(preprocess: Preprocess, size: int) -> None:
     """
     if preprocess.input_size != (size, size):
         raise CheckpointError(
-            f"images are {preprocess.input_size} pixels in preprocessor_config.json, and {size} in "
-            f"{FILE}"
+            f"images are {preprocess.input_size} pixels by the image processor's file, and {size} "
+            f"in {FILE}"
+        )
+
+
+def require_positions(size: int, network: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        CheckpointError: `size`, in pixels, has other patches than the weights have positions for.
+    """
+    patch = network["patch_size"]
+    if size // patch != network["img_size"] // patch:
+        raise CheckpointError(
+            f"image_size is {size}; the weights have positions for {network['img_size']} pixels"
         )
 
 

@@ -13,7 +13,9 @@ from models.inputs.crop_transform import INTERPOLATIONS
 from models.inputs.transforms import CropMode, Preprocess
 
 PROCESSOR = "preprocessor_config.json"
-PROCESSORS = "processor_config.json"  # of CLIPs since transformers 5; it has the other's content
+PROCESSORS = (
+    "processor_config.json"  # of two towers since transformers 5; it has the other's content
+)
 # By PIL's numbers.
 RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 # What image processors do where their file says nothing: whether a `size` of one number is of both
@@ -56,6 +58,7 @@ def read_preprocess(path: Path, kind: str) -> Preprocess:
         CheckpointError: there is none, or it has an option that is not supported.
     """
     nested = read_beside(path, PROCESSORS).get("image_processor")
+    name = PROCESSORS if isinstance(nested, dict) else PROCESSOR
     config = nested if isinstance(nested, dict) else read_beside(path, PROCESSOR)
     if not config:
         raise CheckpointError(
@@ -65,7 +68,7 @@ def read_preprocess(path: Path, kind: str) -> Preprocess:
     try:
         return _preprocess({k: v for k, v in config.items() if v is not None}, kind)
     except CheckpointError as error:
-        raise CheckpointError(f"{path.parent / PROCESSOR}: {error}") from error
+        raise CheckpointError(f"{path.parent / name}: {error}") from error
 
 
 def _preprocess(config: Mapping[str, Any], kind: str) -> Preprocess:

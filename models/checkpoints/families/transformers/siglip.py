@@ -17,6 +17,7 @@ from models.checkpoints.families.transformers.configuration import (
     Converter,
     read_beside,
     require,
+    require_positions,
     require_size,
     side,
 )
@@ -61,6 +62,8 @@ TOKENIZERS = {
     "GemmaTokenizer": "siglip-2",
     "Siglip2Tokenizer": "siglip-2",
 }
+PADDING = {"siglip": "</s>", "siglip-2": "<pad>"}
+TOKENIZER_FILE = "tokenizer_config.json"
 
 
 def _siglip(container: Container, config: Mapping[str, Any], preprocess: Preprocess) -> Checkpoint:
@@ -99,7 +102,7 @@ def _siglip(container: Container, config: Mapping[str, Any], preprocess: Preproc
             "image": {**arguments, "architecture": "lit-vit"},
             "text": text_arguments,
             "tokenizer": {
-                "name": _tokenizer(container),
+                **_tokenizer(container),
                 "source": f"a vocabulary of {words} words",
                 "words": words,
                 "folder": str(container.path.parent.absolute()),
@@ -129,12 +132,9 @@ def _image_arguments(
         raise CheckpointError("vision_use_head is false, which is not supported")
     heads = whole("num_attention_heads", config.get("num_attention_heads", 12))
     network = vit_arguments(state, {"num_heads": heads})
-    size, patch = side(config, "image_size", 224), network["patch_size"]
+    size = side(config, "image_size", 224)
     require_size(preprocess, size)
-    if size // patch != network["img_size"] // patch:
-        raise CheckpointError(
-            f"image_size is {size}; the weights have positions for {network['img_size']} pixels"
-        )
+    require_positions(size, network)
     _require_as_published(config, network["depth"])
     require(config, num_channels=3, vision_use_head=True)
     return {
@@ -180,23 +180,47 @@ def _text(
     }
 
 
-def _tokenizer(container: Container) -> str:
-    """The name of the tokenizer beside a file, for `create_tokenizer`.
+def _tokenizer(container: Container) -> dict[str, str]:
+    """The tokenizer beside a file as arguments of `create_tokenizer`. Images do not need it, so one
+    that cannot be used is only named with the reason.
 
+    Raises:
+        CheckpointError: its configuration cannot be read.
+    """
+    config = read_beside(container.path, TOKENIZER_FILE)
+    if not config:
+        return {"name": "siglip"}  # for the error of texts, if there is none beside the file
+    try:
+        return {"name": _tokenizer_name(config)}
+    except CheckpointError as error:
+        return {"name": "unusable", "reason": f"{TOKENIZER_FILE}: {error}"}
+
+
+def _tokenizer_name(config: Mapping[str, Any]) -> str:
+    """
     Raises:
         CheckpointError: it is none of SigLIP's.
     """
-    config = read_beside(container.path, "tokenizer_config.json")
-    if not config:
-        return "siglip"  # for the error of texts, if there is none beside the file
     name = str(config.get("tokenizer_class")).removesuffix("Fast")
     if name not in TOKENIZERS:
-        raise CheckpointError(f"tokenizer_class is {name!r}; it is {' or '.join(TOKENIZERS)}")
-    require(config, do_lower_case=True, add_bos_token=False, add_eos_token=True)
+        raise CheckpointError(f"tokenizer_class is {name!r}; supported are {', '.join(TOKENIZERS)}")
+    for option, value in (
+        ("do_lower_case", True),
+        ("add_bos_token", False),
+        ("add_eos_token", True),
+    ):
+        if config.get(option) not in (None, value):
+            raise CheckpointError(f"{option} is {config[option]!r}; only {value} is supported")
     # transformers' default is another for those of SigLIP 2
     stated = config.get("padding_side", "right" if name == "SiglipTokenizer" else None)
     if stated != "right":
         raise CheckpointError(f"padding_side is {stated!r}; only 'right' is supported")
+    pad = config.get("pad_token", PADDING[TOKENIZERS[name]])
+    pad = pad.get("content") if isinstance(pad, Mapping) else pad
+    if pad != PADDING[TOKENIZERS[name]]:
+        raise CheckpointError(
+            f"pad_token is {pad!r}; only {PADDING[TOKENIZERS[name]]!r} is supported"
+        )
     return TOKENIZERS[name]
 
 

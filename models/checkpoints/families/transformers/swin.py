@@ -42,7 +42,8 @@ SECOND: Names = (
     (r"\.continuous_position_bias_mlp\.", ".cpb_mlp."),
     (r"^head\.", "head.fc."),
 )
-DROPPED = ("embeddings.mask_token",)
+# What pre-training by SimMIM needs.
+DROPPED = ("embeddings.mask_token", "decoder.")
 # Constants, which older versions store.
 BUFFERS = ("relative_position_index", "relative_coords_table")
 DEFAULTS = {"depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "window_size": 7}
@@ -84,7 +85,13 @@ def _swin_v2(container: Container, config: Mapping[str, Any], preprocess: Prepro
     require_size(preprocess, size)
     heads = wholes("num_heads", config.get("num_heads"))
     stages = range(len(heads))
-    pretrained = config.get("pretrained_window_sizes", [0] * len(heads))
+    pretrained = wholes(
+        "pretrained_window_sizes", config.get("pretrained_window_sizes", [0] * len(heads)), 0
+    )
+    if len(pretrained) < len(heads):  # of a longer list transformers uses the beginning
+        raise CheckpointError(
+            f"pretrained_window_sizes is {pretrained}; there are {len(heads)} stages"
+        )
     head = state.get("head.fc.weight")
     network = {
         "img_size": size,
@@ -96,7 +103,7 @@ def _swin_v2(container: Container, config: Mapping[str, Any], preprocess: Prepro
         ],
         "num_heads": heads,
         "window_size": window,
-        "pretrained_window_sizes": wholes("pretrained_window_sizes", pretrained, 0),
+        "pretrained_window_sizes": pretrained[: len(heads)],
         "mlp_ratio": mlp_ratio(len(state["layers.0.blocks.0.mlp.fc1.weight"]), dim),
         "qkv_bias": flag("qkv_bias", config.get("qkv_bias", True)),
         "num_classes": 0 if head is None else len(head),

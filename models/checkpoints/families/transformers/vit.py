@@ -11,12 +11,12 @@ from models.checkpoints.families.transformers.configuration import (
     NAME,
     Converter,
     require,
+    require_positions,
     side,
     split,
 )
 from models.checkpoints.families.transformers.names import Names, renamed
 from models.checkpoints.families.vit import vit_checkpoint
-from models.errors import CheckpointError
 from models.inputs.transforms import Preprocess
 
 NAMES: Names = (
@@ -77,11 +77,7 @@ def _vit(container: Container, config: Mapping[str, Any], preprocess: Preprocess
     )
     network = checkpoint.arguments
     patch = network["patch_size"]
-    if side(config, "image_size", 224) // patch != network["img_size"] // patch:
-        raise CheckpointError(
-            f"image_size is {config.get('image_size', 224)}; the weights have positions for "
-            f"{network['img_size']} pixels"
-        )
+    require_positions(side(config, "image_size", 224), network)
     require(
         {**DEFAULTS, **config, "patch_size": side(config, "patch_size", patch)},
         hidden_act="gelu",
