@@ -49,15 +49,16 @@ class ServiceError(Exception):
         retry_after_s: float | None = None,
     ) -> None:
         super().__init__(detail)
-        self.detail = _cut(detail, MAX_DETAIL)
+        self.detail = cut(detail, MAX_DETAIL)
         named = [FieldError(field, detail)] if field else fields
         self.fields = [
-            FieldError(_cut(e.field, MAX_FIELD), _cut(e.detail, MAX_DETAIL)) for e in named
+            FieldError(cut(e.field, MAX_FIELD), cut(e.detail, MAX_DETAIL)) for e in named
         ]
         self.retry_after_s = retry_after_s
 
 
-def _cut(text: str, length: int) -> str:
+def cut(text: str, length: int) -> str:
+    """A text of at most so many characters, 3 or more; a longer one ends in dots."""
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 

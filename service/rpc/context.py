@@ -24,7 +24,7 @@ from service.logs import access_level, choose_request_id, request_id
 from service.metrics import Metrics
 from service.open_inference.shared_memory import SharedMemory
 from service.rpc.reading import begin
-from service.rpc.wire import to_error
+from service.rpc.wire import to_trailer
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -207,7 +207,8 @@ def _client(key: ApiKey | None, metadata: Mapping[str, str], peer: str) -> str:
 
 
 async def _abort(context: Context, error: ServiceError) -> None:
+    text, told = to_trailer(error)
     context.set_trailing_metadata(
-        (("x-request-id", request_id.get()), (ERROR_KEY, to_error(error).SerializeToString()))
+        (("x-request-id", request_id.get()), (ERROR_KEY, told.SerializeToString()))
     )
-    await context.abort(grpc.StatusCode[error.grpc], error.detail)
+    await context.abort(grpc.StatusCode[error.grpc], text)

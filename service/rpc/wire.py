@@ -4,8 +4,10 @@
 """
 
 import json
+import string
 from collections.abc import Iterable, Mapping
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from google.protobuf.json_format import MessageToDict
@@ -14,7 +16,15 @@ from google.protobuf.struct_pb2 import Struct
 from models.description import HeadDescription
 from models.inputs.types import Input, Latent, Seed, Video
 from models.tasks.table import tasks
-from service.errors import BY_SLUG, FieldError, InternalError, InvalidInputError, ServiceError
+from service.errors import (
+    BY_SLUG,
+    MAX_DETAIL,
+    FieldError,
+    InternalError,
+    InvalidInputError,
+    ServiceError,
+    cut,
+)
 from service.parameters import validated_call
 from service.stubs import vision_pb2 as pb
 from service.tensors import check_finite, datatype_of, element_count, from_bytes, to_bytes
@@ -28,6 +38,10 @@ from service.types import (
 )
 
 Output = Mapping[str, np.ndarray] | ServiceError
+# Of the 8 KiB of a trailer: the status' text in percent-encoding, and the error before base64.
+MAX_TEXT_BYTES = 2000
+MAX_ERROR_BYTES = 4000
+_UNQUOTED = string.punctuation.replace("%", "") + " "
 Request = pb.TaskRequest | pb.InferRequest | pb.PredictRequest
 
 
@@ -179,6 +193,24 @@ def to_error(error: ServiceError) -> pb.Error:
         fields=[pb.FieldError(field=item.field, detail=item.detail) for item in error.fields],
         retry_after_s=error.retry_after_s,
     )
+
+
+def to_trailer(error: ServiceError) -> tuple[str, pb.Error]:
+    """The text of a call's status, and the error for its trailing metadata.
+
+    Of long ones the ends of the texts are left out, and fields after the tenth: gRPC's clients
+    refuse trailers over 8 KiB, and report RESOURCE_EXHAUSTED instead of the status.
+    """
+    text, told, length = error.detail, to_error(error), MAX_DETAIL
+    while len(quote(text, safe=_UNQUOTED)) > MAX_TEXT_BYTES:
+        text = cut(text, len(text) // 2)
+    while told.ByteSize() > MAX_ERROR_BYTES:
+        length //= 2
+        told.detail = cut(told.detail, length)
+        del told.fields[10:]
+        for item in told.fields:
+            item.field, item.detail = cut(item.field, length), cut(item.detail, length)
+    return text, told
 
 
 def from_error(error: pb.Error) -> ServiceError:

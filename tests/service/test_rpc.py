@@ -153,6 +153,14 @@ NAN = np.full((3, 160, 160), np.nan, np.float32)
         (pb.TaskRequest(images=[b"x"] * 9), "INVALID_ARGUMENT", "payload-too-large"),
         (pb.TaskRequest(images=[b"x"], model="none"), "NOT_FOUND", "not-found"),
         (
+            pb.TaskRequest(
+                images=[b"x"],
+                options=options(**{"\U0001f600" * 900 + str(n): 1 for n in range(99)}),
+            ),
+            "INVALID_ARGUMENT",
+            "invalid-parameters",
+        ),
+        (
             pb.TaskRequest(images=[b"x"], model="tiny-embed"),
             "INVALID_ARGUMENT",
             "invalid-input",
@@ -197,6 +205,14 @@ def test_wrong_requests_get_their_status(
 ) -> None:
     got, error = refused(vision.Classify, request_)
     assert (got.name, error.code) == (status, code)
+
+
+@pytest.mark.parametrize("letter", ["n", "\U0001f600", "\U000e0001"])
+def test_names_of_any_length_get_their_status(channel: grpc.Channel, letter: str) -> None:
+    stub: Any = GRPCInferenceServiceStub(channel)
+    request = oip.ModelMetadataRequest(name=letter * 10_000)
+    status, error = refused(stub.ModelMetadata, request)
+    assert (status.name, error.code) == ("NOT_FOUND", "not-found")
 
 
 def test_tasks_that_no_model_does_are_told(vision: Any, jpegs: dict[str, bytes]) -> None:
