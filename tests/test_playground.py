@@ -305,6 +305,7 @@ def test_piles_are_filled_and_fitting_needs_a_key(page: Page, tmp_path: Path) ->
 def test_photos_are_indexed_and_found_by_words_and_by_a_photo(page: Page, folder: Path) -> None:
     page.get_by_role("tab", name="Search").click()
     page.locator("#collection select").select_option("lite0-minilm")
+    expect(page.locator("#indexed")).to_contain_text("no collection photos")
     (folder / "notes.txt").touch()
     page.get_by_label("Photos to add").set_input_files(folder / "notes.txt")
     expect(page.locator("#indexed")).to_contain_text("No images")
