@@ -132,7 +132,7 @@ def _huffman_tables(content: bytes) -> set[int] | None:
         codes, free = sum(counts), 1
         for count in counts:
             free = 2 * free - count
-            if free < 1:  # more codes than there are of that length, of which ones alone are none
+            if free < 1:  # too many codes of that length; one of ones alone is not allowed
                 return None
         if len(content) < HUFFMAN_HEAD + codes or not codes or content[0] & 0xEE:
             return None

@@ -331,8 +331,8 @@ def test_images_are_generated(server: Running, name: str) -> None:
         return [_picture(result["image"]) for result in answer.json()["results"]]
 
     drawn = ask(n=3, seed=5)
-    assert np.abs(drawn[1] - ask(seed=6)[0]).max() <= 1
-    assert np.abs(drawn[0] - drawn[1]).max() > 1
+    assert _equal_when_rounded(drawn[1], ask(seed=6)[0])
+    assert not _equal_when_rounded(drawn[0], drawn[1])
     latent = golden["latent"]
     for found, reference in zip(ask(latent=latent.tolist()), golden["images"], strict=True):
         wanted = np.rint(reference.clamp(0, 1).permute(1, 2, 0).numpy() * 255)
@@ -340,11 +340,16 @@ def test_images_are_generated(server: Running, name: str) -> None:
     assert len(ask()) == 1
     [by_library] = model.predict([5])
     assert model.predict([Seed(5)]) == [by_library]
-    # a pass of one image and one of several may round a value differently
-    assert np.abs(_picture(by_library["image"]) - drawn[0]).max() <= 1
+    assert _equal_when_rounded(_picture(by_library["image"]), drawn[0])
     [by_library] = model.predict([Latent(latent[0].numpy())])
-    alone = ask(latent=latent[0].tolist())[0]
-    assert np.abs(_picture(by_library["image"]) - alone).max() <= 1
+    np.testing.assert_array_equal(_picture(by_library["image"]), ask(latent=latent[0].tolist())[0])
+
+
+def _equal_when_rounded(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether pictures are equal but for one level in up to a hundredth of their values: a pass of
+    one image and one of several may differ in the last bit before they are rounded."""
+    difference = np.abs(one - other)
+    return bool(difference.max() <= 1 and (difference > 0).mean() <= 0.01)
 
 
 def test_generating_takes_parameters_in_every_way(server: Running) -> None:

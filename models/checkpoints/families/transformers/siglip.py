@@ -199,7 +199,7 @@ def _tokenizer(container: Container) -> dict[str, str]:
 def _tokenizer_name(config: Mapping[str, Any]) -> str:
     """
     Raises:
-        CheckpointError: it is none of SigLIP's.
+        CheckpointError: it is not a tokenizer of SigLIP or SigLIP 2.
     """
     name = str(config.get("tokenizer_class")).removesuffix("Fast")
     if name not in TOKENIZERS:
