@@ -30,6 +30,7 @@ class Load:
         statuses: the number of requests by status; 0 for those without an answer.
         answers: for each request, by its number, the body of the last answer.
         cpu_s: the load generator's own processor time.
+        lags: how late requests of an open loop were sent, in seconds.
     """
 
     span: float = 0.0
@@ -39,6 +40,7 @@ class Load:
     statuses: Counter[int] = field(default_factory=Counter)
     answers: dict[int, bytes] = field(default_factory=dict)
     cpu_s: float = 0.0
+    lags: list[float] = field(default_factory=list)
 
     @property
     def rate(self) -> float:
@@ -170,6 +172,7 @@ async def open_loop(port: int, requests: list[bytes], rate: float, seconds: floa
 
     async def arrival(due: float, number: int) -> None:
         await asyncio.sleep(due - time.monotonic())
+        load.lags.append(time.monotonic() - due)
         connection = idle.pop() if idle else _Connection(port)
         status, body = await connection.send(requests[number])
         idle.append(connection)

@@ -27,6 +27,10 @@ class Holdings:
         """Whether a client can take so much more."""
         return self.taken + count <= self._limit(client, count)
 
+    def has_share(self, client: str) -> bool:
+        """Whether a client holds at least as much as clients do on average."""
+        return self._held[client] * len(self._held) >= self.taken
+
     def take(self, client: str, count: int) -> None:
         """Count what a client takes."""
         self._held[client] += count

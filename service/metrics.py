@@ -116,6 +116,11 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
+        self.shed = Counter(
+            "vitrail_shed_requests",
+            "Requests refused unread, because the event loop of a gateway was behind.",
+            registry=registry,
+        )
         self.in_flight = Gauge(
             "vitrail_requests_in_flight",
             "Requests that are being received or answered, sampled twice a second.",

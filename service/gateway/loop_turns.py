@@ -9,15 +9,23 @@ import asyncio
 import time
 from collections.abc import Callable
 
+REMEMBERED_S = 1.0
+
 
 class LoopTurns:
     """Measures a turn of the loop whenever something is received, one at a time."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        thread_clock: Callable[[], float] = time.thread_time,
+    ) -> None:
         self._clock = clock
+        self._thread_clock = thread_clock
         self._is_measuring = False
         self._ended = 0.0
         self._seconds = 0.0
+        self._work_s = 0.0
 
     def received(self, loop: asyncio.AbstractEventLoop) -> None:
         """Measure the turn that begins now, unless one is being measured."""
@@ -29,10 +37,16 @@ class LoopTurns:
         """The length of the last turn; 0 if it ended longer ago than it took."""
         return self._seconds if self._clock() - self._ended <= self._seconds else 0.0
 
-    def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
-        loop.call_soon(self._end, self._clock())
+    def work_s(self) -> float:
+        """The processor time of the loop's thread in the last turn; 0 if that is a while ago.
+        What other threads hold the loop up with is not in it."""
+        return self._work_s if self._clock() - self._ended <= REMEMBERED_S else 0.0
 
-    def _end(self, began: float) -> None:
+    def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
+        loop.call_soon(self._end, self._clock(), self._thread_clock())
+
+    def _end(self, began: float, work_began: float) -> None:
         self._ended = self._clock()
+        self._work_s = self._thread_clock() - work_began
         self._seconds = self._ended - began
         self._is_measuring = False

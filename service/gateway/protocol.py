@@ -11,6 +11,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from service.gateway.disconnect import disconnect
 from service.gateway.in_pieces import InPieces
 from service.gateway.loop_turns import LoopTurns
+from service.gateway.shedding import Shedding
 from service.holdings import Holdings
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class ImpatientProtocol(HttpToolsProtocol):
     held: Holdings  # connections
     unread: Holdings  # bytes of answers that wait to be read
     turns: LoopTurns
+    shedding: Shedding
     _address: str | None = None
     # The request that is being answered. Those that came behind it on the connection wait, and
     # uvicorn's `cycle` is the last of them.
@@ -183,6 +185,8 @@ class ImpatientProtocol(HttpToolsProtocol):
             disconnect(request.scope)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if self._address and self.shedding.wants(cycle.scope["method"], self._address):
+            app = self.shedding.refuse
         super()._start_asgi_task(cycle, partial(self._once_read, cycle, app))
 
     async def _once_read(self, cycle: RequestResponseCycle, app: Any, *request: Any) -> None:

@@ -13,14 +13,19 @@ MAX_READ = 256
 READ_S = 1.0
 READ_BYTES = 64 * 1024
 
-_PROBLEM = json.dumps(
-    {
+
+def problem(detail: str) -> bytes:
+    """The body of a 503 that is made before the application is asked."""
+    body = {
         "type": f"urn:vitrail:problem:{UnavailableError.slug}",
         "title": UnavailableError.title,
         "status": UnavailableError.status,
-        "detail": "too many connections",
+        "detail": detail,
     }
-).encode()
+    return json.dumps(body).encode()
+
+
+_PROBLEM = problem("too many connections")
 _ANSWER = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/problem+json\r\n"
     b"Retry-After: 1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"

@@ -23,6 +23,7 @@ from service.gateway.listener import Listener
 from service.gateway.loop_turns import LoopTurns
 from service.gateway.ports import listeners, separate_listeners
 from service.gateway.protocol import ImpatientProtocol
+from service.gateway.shedding import Shedding
 from service.holdings import Holdings
 from service.settings import Settings
 from service.tls import server_context
@@ -45,6 +46,7 @@ def create_server(app: FastAPI, settings: Settings) -> "DrainingServer":
         held = Holdings(settings.max_connections)
         unread = Holdings(settings.max_bytes_in_flight)
         turns = LoopTurns()
+        shedding = Shedding(held, turns, app.state.metrics)
 
     context = server_context(settings)
     config = uvicorn.Config(

@@ -31,6 +31,19 @@ def test_a_long_turn_is_measured_and_soon_forgotten() -> None:
     assert asyncio.run(measure()) == [0.0, 0.5, 0.0]
 
 
+def test_the_work_of_the_loops_thread_is_remembered_for_a_second() -> None:
+    clock, thread_clock = iter([10.0, 10.4, 11.3, 11.5]), iter([2.0, 2.03])
+
+    async def measure() -> list[float]:
+        turns = LoopTurns(lambda: next(clock), lambda: next(thread_clock))
+        turns.received(asyncio.get_running_loop())
+        for _ in range(3):
+            await asyncio.sleep(0)
+        return [turns.work_s(), turns.work_s()]
+
+    assert asyncio.run(measure()) == [pytest.approx(0.03), 0.0]
+
+
 def test_what_waited_for_the_loop_has_less_time_left(
     tiny_catalog: Path, jpegs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import uvicorn
+from prometheus_client import CollectorRegistry
 from uvicorn.server import ServerState
 
 from service.gateway.in_pieces import PIECE_BYTES
 from service.gateway.loop_turns import LoopTurns
 from service.gateway.protocol import ImpatientProtocol
+from service.gateway.shedding import Shedding
 from service.holdings import Holdings
+from service.metrics import Metrics
 
 HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n"
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -85,6 +88,7 @@ async def begin(
     class Protocol(ImpatientProtocol):
         held = Holdings(10)
         turns = LoopTurns()
+        shedding = Shedding(held, turns, Metrics(CollectorRegistry()))
 
     Protocol.header_timeout_s, Protocol.body_timeout_s = header_timeout_s, body_timeout_s
     Protocol.unread = unread or Holdings(10**6)

@@ -1,0 +1,59 @@
+"""Refuses requests at little cost while the event loop is behind.
+
+A refusal by the application takes routing, admission and an answer. With ten times the requests
+that a server can do, refusals alone would make the turns of the loop so long that nothing is
+answered in time.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from service.errors import UnavailableError
+from service.gateway.loop_turns import LoopTurns
+from service.gateway.refused import problem
+from service.holdings import Holdings
+from service.metrics import Metrics
+
+# Work of the loop's thread in one turn beyond which it is behind. A lane's batch is less.
+MAX_WORK_S = 0.02
+# The requests of so few connections cannot make the turns long for more than a moment.
+FEW_CONNECTIONS = 256
+
+_PROBLEM = problem("too many requests at once")
+_HEADERS = [
+    (b"content-type", b"application/problem+json"),
+    (b"content-length", b"%d" % len(_PROBLEM)),
+    (b"retry-after", b"1"),
+]
+
+
+class Shedding:
+    """Chooses the requests that are refused."""
+
+    def __init__(self, held: Holdings, turns: LoopTurns, metrics: Metrics) -> None:
+        """
+        Args:
+            held: the connections of each client.
+        """
+        self._held = held
+        self._turns = turns
+        self._shed = metrics.shed
+
+    def wants(self, method: str, client: str) -> bool:
+        """Whether a request is to be refused: the loop is behind, and the client has no fewer
+        connections than others. Health and metrics are answered in any case."""
+        return (
+            method == "POST"
+            and self._held.taken > FEW_CONNECTIONS
+            and self._turns.work_s() > MAX_WORK_S
+            and self._held.has_share(client)
+        )
+
+    async def refuse(
+        self, scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]
+    ) -> None:
+        """An ASGI application that answers 503."""
+        self._shed.inc()
+        status = UnavailableError.status
+        await send({"type": "http.response.start", "status": status, "headers": _HEADERS})
+        await send({"type": "http.response.body", "body": _PROBLEM})
