@@ -7,7 +7,8 @@ answered, and what became of the rest. `--full` takes five minutes for each row 
 
 The load generator is a process on the same machine. Its own processor time, which the server then
 lacks, is in the column `load`; `others` is what the machine's other processes took, which should be
-next to nothing. All are in cores.
+next to nothing. All are in cores. `lag` is how late 99 % of the requests were sent at most; it is
+in the latencies.
 
 Refusing takes time, too. What one refusal costs is measured first, with requests whose deadline
 nothing can meet. `of what is left` is goodput as a share of the capacity less what the refusals of
@@ -31,7 +32,7 @@ HOPELESS_MS = 1  # no deadline that anything meets
 FULL_S = 300.0
 COLUMNS = (
     "offered", "deadline", "goodput", "of capacity", "of left", "p50", "p99", "200", "429", "504",
-    "other", "unanswered", "load", "server", "others", "memory",
+    "other", "unanswered", "lag", "load", "server", "others", "memory",
 )  # fmt: skip
 
 
@@ -143,6 +144,7 @@ def cells(
         yield str(statuses[status])
     yield str(statuses.total() - sum(statuses[status] for status in (0, 200, 429, 504)))
     yield str(statuses[0])
+    yield f"{1000 * percentile(load.lags, 0.99):.0f} ms"
 
 
 def share(goodput: float, rate: float) -> str:

@@ -12,6 +12,7 @@ def test_only_answers_in_time_count_and_every_request_is_accounted_for() -> None
     load = Load(span=10.0, latencies=[0.1] * 60 + [0.9] * 20, answered=80)
     load.statuses = Counter({200: 80, 429: 15, 504: 3, 503: 1, 0: 1})
     load.cpu_s = 1.0
+    load.lags = [0.001] * 98 + [0.02] * 2
     full = Capacity(rate=10.0, server_cores=1.9, load_cores=0.02, refusal_cpu_s=0.1)
     row = (*cells(load, 3, 0.5, full, 8.0), *cores(load, 12.0, 15.0, 8.0), "1024 MiB")
     values = dict(zip(COLUMNS, row, strict=True))
@@ -21,6 +22,7 @@ def test_only_answers_in_time_count_and_every_request_is_accounted_for() -> None
     assert values["of left"] == f"{60 / (1 - 0.27 / 1.9):.0f} %"
     counts = [values[name] for name in ("200", "429", "504", "other", "unanswered")]
     assert counts == ["80", "15", "3", "1", "1"]
+    assert values["lag"] == "20 ms"
     taken = [values[name] for name in ("load", "server", "others")]
     assert taken == ["0.10", "1.20", "0.20"]
 

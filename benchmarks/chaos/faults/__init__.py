@@ -28,5 +28,7 @@ FAULTS = {
     "port taken": Fault(machine.port_taken),
     "clock jumps": Fault(machine.clock_jumps),
     "clients never read": Fault(clients.clients_never_read),
-    "supervisor killed": Fault(processes.supervisor_killed, cuts=True, refuses=True),
+    "supervisor killed": Fault(
+        processes.supervisor_killed, cuts=True, refuses=True, stops_all=True
+    ),
 }

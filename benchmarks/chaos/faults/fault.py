@@ -21,8 +21,10 @@ class Fault:
             server answers otherwise than it should.
         cuts: whether connections end with the process that the fault is about.
         refuses: whether it leaves no worker for a while.
+        stops_all: whether it leaves no gateway for a while, so that nothing answers `/healthz`.
     """
 
     inject: Callable[[Target], None]
     cuts: bool = False
     refuses: bool = False
+    stops_all: bool = False
