@@ -138,6 +138,8 @@ class Target:
     def _is_whole(self) -> bool:
         if len(self.pids("worker")) < WORKERS or len(self.pids("gateway")) < GATEWAYS:
             return False
+        if not all(_listens(pid, self.port) for pid in self.pids("gateway")):
+            return False
         try:  # on several connections, so that both gateways are asked
             answers = [httpx.get(f"{self.url}/readyz", timeout=10).json() for _ in range(4)]
         except (httpx.TransportError, ValueError):
@@ -169,6 +171,23 @@ def _link(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:  # another file system
         shutil.copy2(source, target)
+
+
+def _listens(pid: int, port: int) -> bool:
+    """Whether a process looks for connections to a port of this machine: `fdinfo` of its epoll
+    instances (see proc(5)) has the inode of the port's listening socket. Gateways share the socket,
+    so that another one answers while this one starts."""
+    inodes = {
+        f"ino:{int(fields[9]):x}"
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]
+        if (fields := line.split())[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port
+    }
+    with suppress(OSError):  # it has ended
+        for entry in Path(f"/proc/{pid}/fdinfo").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                if inodes & set(entry.read_text().split()):
+                    return True
+    return False
 
 
 @contextmanager

@@ -50,15 +50,23 @@ def post(client: httpx.Client, path: str, *images: bytes, **options: Any) -> htt
     return client.post(path, files=[("image", ("x", image)) for image in images], **options)
 
 
+PAUSE_S = 0.2
+
+
 @dataclass
 class Load:
-    """Clients that ask without pause, each answer counted by its status."""
+    """Clients that ask again and again, each answer counted by its status.
+
+    They pause between `more` and the next one, to leave the processor to what a test waits for,
+    such as a process that starts.
+    """
 
     url: str
     image: bytes
     statuses: Counter[int] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
+    pause_s: float = 0.0
 
     def run(self) -> None:
         with httpx.Client(base_url=self.url, timeout=60) as client:
@@ -67,6 +75,7 @@ class Load:
                 self.statuses[response.status_code] += 1
                 if response.status_code != 200:
                     self.failures.append(response.text)
+                self.stop.wait(self.pause_s)
 
 
 @contextmanager
@@ -85,8 +94,10 @@ def load(url: str, image: bytes, clients: int = 6) -> Iterator[Load]:
 
 def more(made: Load, count: int) -> None:
     """Until so many more answers have come."""
+    made.pause_s = 0.0
     target = made.statuses.total() + count
     wait_until(lambda: made.statuses.total() >= target)
+    made.pause_s = PAUSE_S
 
 
 # -- workers with different models -----------------------------------------------------------
