@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from starlette.requests import ClientDisconnect
 
 from service import tracing
-from service.errors import ServiceError
+from service.errors import QueueFullError, ServiceError
 from service.metrics import Metrics
 from service.types import InferRequest, InferResult
 
@@ -49,6 +49,8 @@ def counted(
         yield account
     except ServiceError as error:
         outcome = error.outcome
+        if isinstance(error, QueueFullError):
+            metrics.queue_full_at = time.monotonic()
         raise
     except (ClientDisconnect, asyncio.CancelledError):
         outcome = "timeout" if time.monotonic() >= account.deadline else "cancelled"

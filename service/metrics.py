@@ -4,6 +4,7 @@ Label values are bounded: models and trunks of the catalog, tasks, and the const
 that are not in the catalog are counted as `unknown`.
 """
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable
@@ -51,6 +52,8 @@ class Metrics:
         self._labels: set[str] = set()
         # By label, of requests that named one model.
         self.statistics: dict[str, ModelStatistics] = defaultdict(ModelStatistics)
+        # When a request was last refused for a full queue, in `time.monotonic` seconds.
+        self.queue_full_at = -math.inf
         self.requests = Counter(
             "vitrail_requests",
             "Requests, by outcome.",

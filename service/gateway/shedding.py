@@ -5,6 +5,7 @@ that a server can do, refusals alone would make the turns of the loop so long th
 answered in time.
 """
 
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -18,6 +19,9 @@ from service.metrics import Metrics
 MAX_WORK_S = 0.02
 # The requests of so few connections cannot make the turns long for more than a moment.
 FEW_CONNECTIONS = 256
+# How long a queue counts as full after a request was refused for it. A loop that is behind while
+# all queues have places is busy with what it can do.
+FULL_S = 1.0
 
 _PROBLEM = problem("too many requests at once")
 _HEADERS = [
@@ -37,15 +41,16 @@ class Shedding:
         """
         self._held = held
         self._turns = turns
-        self._shed = metrics.shed
+        self._metrics = metrics
 
     def wants(self, method: str, client: str) -> bool:
-        """Whether a request is to be refused: the loop is behind, and the client has no fewer
-        connections than others. Health and metrics are answered in any case."""
+        """Whether a request is to be refused: queues are full, the loop is behind, and the client
+        has no fewer connections than others. Health and metrics are answered in any case."""
         return (
             method == "POST"
             and self._held.taken > FEW_CONNECTIONS
             and self._turns.work_s() > MAX_WORK_S
+            and time.monotonic() - self._metrics.queue_full_at < FULL_S
             and self._held.has_share(client)
         )
 
@@ -53,7 +58,7 @@ class Shedding:
         self, scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]
     ) -> None:
         """An ASGI application that answers 503."""
-        self._shed.inc()
+        self._metrics.shed.inc()
         status = UnavailableError.status
         await send({"type": "http.response.start", "status": status, "headers": _HEADERS})
         await send({"type": "http.response.body", "body": _PROBLEM})

@@ -1,12 +1,15 @@
 """Requests are refused unread while the event loop is behind, and only those of who floods it."""
 
+import time
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
 
+from service.accounting import counted
+from service.errors import QueueFullError, ServiceError, UnavailableError
 from service.gateway.loop_turns import LoopTurns
-from service.gateway.shedding import FEW_CONNECTIONS, MAX_WORK_S, Shedding
+from service.gateway.shedding import FEW_CONNECTIONS, FULL_S, MAX_WORK_S, Shedding
 from service.holdings import Holdings
 from service.metrics import Metrics
 from tests.conftest import running
@@ -16,21 +19,23 @@ BEHIND_S = 2 * MAX_WORK_S
 
 
 @pytest.mark.parametrize(
-    ("method", "client", "flood", "work_s", "expected"),
+    ("method", "client", "flood", "work_s", "full_for_s", "expected"),
     [
-        ("POST", "flood", FEW_CONNECTIONS, BEHIND_S, True),
-        ("POST", "one", FEW_CONNECTIONS, BEHIND_S, False),
-        ("GET", "flood", FEW_CONNECTIONS, BEHIND_S, False),
-        ("POST", "flood", FEW_CONNECTIONS, MAX_WORK_S, False),
-        ("POST", "flood", FEW_CONNECTIONS - 1, BEHIND_S, False),
+        ("POST", "flood", FEW_CONNECTIONS, BEHIND_S, 0, True),
+        ("POST", "one", FEW_CONNECTIONS, BEHIND_S, 0, False),
+        ("GET", "flood", FEW_CONNECTIONS, BEHIND_S, 0, False),
+        ("POST", "flood", FEW_CONNECTIONS, MAX_WORK_S, 0, False),
+        ("POST", "flood", FEW_CONNECTIONS - 1, BEHIND_S, 0, False),
+        ("POST", "flood", FEW_CONNECTIONS, BEHIND_S, FULL_S, False),
     ],
-    ids=["flood", "another client", "health", "not behind", "few connections"],
+    ids=["flood", "another client", "health", "not behind", "few connections", "not full"],
 )
 def test_who_is_refused(
     method: str,
     client: str,
     flood: int,
     work_s: float,
+    full_for_s: float,
     expected: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -38,8 +43,9 @@ def test_who_is_refused(
     held.take("flood", flood)
     held.take("one", 1)
     monkeypatch.setattr(LoopTurns, "work_s", lambda turns: work_s)
-    shedding = Shedding(held, LoopTurns(), Metrics(CollectorRegistry()))
-    assert shedding.wants(method, client) is expected
+    metrics = Metrics(CollectorRegistry())
+    metrics.queue_full_at = time.monotonic() - full_for_s
+    assert Shedding(held, LoopTurns(), metrics).wants(method, client) is expected
 
 
 def test_many_clients_with_a_connection_each_are_refused_alike(
@@ -49,7 +55,22 @@ def test_many_clients_with_a_connection_each_are_refused_alike(
     for number in range(FEW_CONNECTIONS + 1):
         held.take(str(number), 1)
     monkeypatch.setattr(LoopTurns, "work_s", lambda turns: BEHIND_S)
-    assert Shedding(held, LoopTurns(), Metrics(CollectorRegistry())).wants("POST", "7")
+    metrics = Metrics(CollectorRegistry())
+    metrics.queue_full_at = time.monotonic()
+    assert Shedding(held, LoopTurns(), metrics).wants("POST", "7")
+
+
+def test_refusals_for_a_full_queue_are_noticed() -> None:
+    metrics = Metrics(CollectorRegistry())
+    began = time.monotonic()
+    for error in (UnavailableError("x"), QueueFullError("x")):
+        assert metrics.queue_full_at < began
+        with (
+            pytest.raises(ServiceError),
+            counted(metrics, lambda name: False, "classify", began),
+        ):
+            raise error
+    assert metrics.queue_full_at >= began
 
 
 def test_the_connection_of_a_refused_request_stays(
