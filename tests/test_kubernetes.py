@@ -210,6 +210,13 @@ def test_pods_keep_to_the_restricted_standard(name: str) -> None:
     assert spec["terminationGracePeriodSeconds"] >= 10 + sum(map(int, drain))
 
 
+@pytest.mark.parametrize("name", PODS)
+def test_no_service_sets_a_setting(name: str) -> None:
+    """Of a Service named vitrail, service links would set VITRAIL_PORT to tcp://ADDRESS:PORT."""
+    spec, _ = PODS[name]
+    assert spec["enableServiceLinks"] is False
+
+
 @pytest.mark.parametrize("name", VALUES)
 def test_selectors_find_their_pods(name: str) -> None:
     manifests = rendered(name)

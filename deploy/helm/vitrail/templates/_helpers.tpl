@@ -5,6 +5,8 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 
 {{- define "vitrail.pod" -}}
 automountServiceAccountToken: false
+{{- /* For a Service named vitrail they would set VITRAIL_PORT, to tcp://ADDRESS:PORT. */}}
+enableServiceLinks: false
 terminationGracePeriodSeconds: {{ add .Values.drainDelaySeconds .Values.drainSeconds 15 }}
 {{- with .Values.imagePullSecrets }}
 imagePullSecrets: {{- toYaml . | nindent 2 }}
