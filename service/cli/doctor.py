@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
-from service.cli.starting import check_port
+from service.cli.starting import check_port, setting_problems
 from service.cli.tables import table_console
 
 GIB = 2**30
@@ -77,18 +77,21 @@ def check_settings() -> Iterator[Finding]:
     from models.catalog import load_catalog
     from models.catalog_content import without_secrets
     from models.errors import ModelsError
-    from service.settings import Settings
+    from service.settings import Settings, unknown_variables
 
     try:
         settings = Settings()
     except ValidationError as error:
-        for item in error.errors():
-            field = "_".join(map(str, item["loc"])).upper()
-            name = f"VITRAIL_{field.removeprefix('VITRAIL_')}"  # some locations have the prefix
-            yield Finding("settings", "bad", f"{name}: {item['msg']}", f"unset or correct {name}")
+        for variable, problem in setting_problems(error):
+            found = f"{variable}: {problem}" if variable else problem
+            yield Finding(
+                "settings", "bad", found, f"unset or correct {variable}" if variable else ""
+            )
         return
     set_here = sorted(f"VITRAIL_{name.upper()}" for name in settings.model_fields_set)
     yield Finding("settings", "ok", ", ".join(set_here) or "all at their defaults")
+    for problem in unknown_variables(settings, os.environ):
+        yield Finding("settings", "warning", problem, "correct or unset it")
     try:
         catalog = load_catalog(settings.catalog)
         found = f"{without_secrets(settings.catalog)}: {len(catalog.models)} models"

@@ -1,5 +1,7 @@
 """Settings and error reports of the commands that start a process."""
 
+import logging
+import os
 import socket
 import sys
 from collections.abc import Iterator, Mapping
@@ -9,7 +11,7 @@ from typing import Any
 import typer
 from pydantic import ValidationError
 
-from service.settings import Settings
+from service.settings import Settings, unknown_variables
 
 
 def read_settings(flags: Mapping[str, Any]) -> Settings:
@@ -26,11 +28,21 @@ def read_settings(flags: Mapping[str, Any]) -> Settings:
     try:
         settings = Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
-        for item in error.errors():
-            typer.echo(f"{'.'.join(map(str, item['loc']))}: {item['msg']}", err=True)
+        for variable, problem in setting_problems(error):
+            typer.echo(f"vitrail: {variable}{': ' if variable else ''}{problem}", err=True)
         raise typer.Exit(2) from error
     configure_logs(settings.log_level)
+    for problem in unknown_variables(settings, os.environ):
+        logging.getLogger("service").warning(problem)
     return settings
+
+
+def setting_problems(error: ValidationError) -> Iterator[tuple[str, str]]:
+    """The variable of each wrong setting and what is wrong with it; no variable where several
+    settings do not fit together."""
+    for item in error.errors():
+        name = str(item["loc"][0]).upper().removeprefix("VITRAIL_") if item["loc"] else ""
+        yield f"VITRAIL_{name}" if name else "", item["msg"].removeprefix("Value error, ")
 
 
 def check_port(host: str, port: int, flag: str) -> None:

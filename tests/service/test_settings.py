@@ -3,8 +3,9 @@ import subprocess
 import pytest
 from pydantic import ValidationError
 
+from service.cli.starting import setting_problems
 from service.processes.child_settings import assigned_gpus, child_environment, worker_settings
-from service.settings import Settings
+from service.settings import Settings, unknown_variables
 from service.worker_options import WorkerOptions, usable_cores
 
 
@@ -75,3 +76,36 @@ def test_each_local_worker_sees_one_gpu(
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: answer)
     assert assigned_gpus(Settings(), 3) == gpus
     assert assigned_gpus(Settings(device="cuda:1"), 3) == [None] * 3
+
+
+def test_misspelt_variables_are_named() -> None:
+    names = ["VITRAIL_API_KEY", "VITRAIL_MAX_QUE_SIZE", "VITRAIL_STORE", "VITRAIL_PORT", "HOME"]
+    assert list(unknown_variables(Settings(), names)) == [
+        "VITRAIL_API_KEY is not a setting; did you mean VITRAIL_API_KEYS?",
+        "VITRAIL_MAX_QUE_SIZE is not a setting; did you mean VITRAIL_MAX_QUEUE_SIZE?",
+    ]
+    assert list(unknown_variables(Settings(api_keys="a"), names[:1])) == []
+    assert list(unknown_variables(Settings(), ["VITRAIL_SERVICE_HOST"])) == [
+        "VITRAIL_SERVICE_HOST is not a setting"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "variable", "problem"),
+    [
+        ({"VITRAIL_PORT": "tcp://10.0.0.1:80"}, "VITRAIL_PORT", "should be a valid integer"),
+        ({"VITRAIL_DTYPE": "int3"}, "VITRAIL_PRECISION", "should be 'auto'"),
+        ({"VITRAIL_WORKERS": "gpu-a"}, "VITRAIL_WORKERS", "'gpu-a' is not host:port"),
+        ({"VITRAIL_TLS_CERT": "a.pem"}, "", "set both of tls_cert and tls_key, or neither"),
+    ],
+)
+def test_errors_name_the_variable(
+    monkeypatch: pytest.MonkeyPatch, wrong: dict[str, str], variable: str, problem: str
+) -> None:
+    for name, value in wrong.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValidationError) as error:
+        Settings()
+    [(named, text)] = setting_problems(error.value)
+    assert named == variable
+    assert text.removeprefix("Input ").startswith(problem)
