@@ -77,7 +77,8 @@ def check_settings() -> Iterator[Finding]:
     from models.catalog import load_catalog
     from models.catalog_content import without_secrets
     from models.errors import ModelsError
-    from service.settings import Settings, unknown_variables
+    from service.settings import Settings
+    from service.unknown_variables import unknown_variables
 
     try:
         settings = Settings()

@@ -11,7 +11,8 @@ from typing import Any
 import typer
 from pydantic import ValidationError
 
-from service.settings import Settings, unknown_variables
+from service.settings import Settings
+from service.unknown_variables import unknown_variables
 
 
 def read_settings(flags: Mapping[str, Any]) -> Settings:

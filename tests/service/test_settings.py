@@ -5,7 +5,8 @@ from pydantic import ValidationError
 
 from service.cli.starting import setting_problems
 from service.processes.child_settings import assigned_gpus, child_environment, worker_settings
-from service.settings import Settings, unknown_variables
+from service.settings import Settings
+from service.unknown_variables import unknown_variables
 from service.worker_options import WorkerOptions, usable_cores
 
 
