@@ -101,7 +101,11 @@ def open_image(data: bytes, limits: ImageLimits) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise InputError(f"not an image in a served format ({', '.join(FORMATS)})") from error
+        served = f"a served format ({', '.join(FORMATS)})"
+        if data[4:8] == b"ftyp":  # ISO/IEC 14496-12: what phones write, unless told otherwise
+            detail = f"HEIC, AVIF and video files are not in {served}; send JPEG"
+            raise InputError(detail) from error
+        raise InputError(f"not an image in {served}") from error
     except Exception as error:  # Pillow's parsers raise many types on damaged headers
         raise InputError(f"the image's header cannot be read: {error}") from error
     _check_size(image.size, limits)

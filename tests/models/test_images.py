@@ -49,6 +49,11 @@ def test_exif_orientation_is_applied() -> None:
     assert upright.getpixel((10, 35)) == (255, 255, 255)
 
 
+def test_formats_of_phones_are_refused_by_name() -> None:
+    with pytest.raises(InputError, match=r"HEIC, AVIF and video files are not .* send JPEG"):
+        decode_image(encode(Image.new("RGB", (8, 8)), "AVIF"))
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_what_is_transparent_is_white(mode: str) -> None:
     clear = Image.new("RGBA", (4, 4), (200, 0, 0, 0)).convert(mode)
