@@ -283,6 +283,9 @@ def test_a_stopped_gateway_does_not_outlive_its_supervisor() -> None:
             gateways = descendants(supervisor.pid)
             assert len(gateways) == 2
             os.kill(gateways[0], signal.SIGSTOP)
+            # the kernel ends those that have stopped by then, and a busy machine stops them late
+            status = Path(f"/proc/{gateways[0]}/status")
+            wait_until(lambda: "State:\tT" in status.read_text())
         finally:
             supervisor.kill()
     wait_until(lambda: alive(gateways) == [])
