@@ -367,7 +367,7 @@ def test_models_are_listed_pulled_and_inspected(tiny_catalog: Path) -> None:
 def test_wrong_settings_end_the_start_with_a_line_each() -> None:
     done = vitrail("serve", "--port", "99999")
     assert done.returncode == 2
-    assert done.stderr.startswith("port: ")
+    assert done.stderr.startswith("vitrail: VITRAIL_PORT: ")
     done = vitrail("serve", "--catalog", "nowhere.toml")
     assert done.returncode == 2
     assert "no such file" in done.stderr
