@@ -12,6 +12,11 @@ from models.tasks.table import get_task, tasks
 from service.errors import FieldError, InvalidInputError, InvalidParametersError
 from service.types import Call
 
+# REST's ways to send an image, for errors.
+HOW_TO_SEND = (
+    "send images as file parts `image` (curl -F image=@FILE), one as the body, or in JSON as "
+    '{"images": [{"base64": "..."}]}'
+)
 MAX_MODELS = 256
 # A request has fewer fields than this, and an answer names no more of those that are invalid.
 MAX_FIELDS = 1000
@@ -129,6 +134,8 @@ def _detail(error: Mapping[str, Any], model: type[BaseModel]) -> str:
     name = str(error["loc"][-1])
     if name.startswith("{"):
         return "JSON needs the header Content-Type: application/json"
+    if name == "image":
+        return f"no such parameter; {HOW_TO_SEND}"
     if len(error["loc"]) > 1 or len(name) > MAX_NAME:
         return "no such parameter"
     similar = get_close_matches(name, model.model_fields, 1)

@@ -33,8 +33,8 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=65535,
-        description="Port for loading and unloading models, which are nowhere else then; 0 for the "
-        "REST port.",
+        description="Port for loading and unloading models and for /debug/queues, which are then "
+        "nowhere else; 0 for the REST port.",
     )
     workers: Names = Field(
         (),

@@ -44,6 +44,8 @@ TRAINING_ENTRIES = ("optimizer", "optimizer_state", "scaler", "lr_scheduler", "s
 # A zip archive may unpack to so many times its size, plus ROOM_BYTES: weights hardly compress.
 MAX_COMPRESSION = 20
 ROOM_BYTES = 2**20
+# Downloads that broke off are the usual reason, and what the libraries say does not tell.
+CUT_OFF = "is it cut off? Compare its size with the publisher's"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,9 @@ def _open_safetensors(path: Path) -> Container:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return Container(path, tensors, file.metadata() or {})
     except (SafetensorError, KeyError) as error:  # KeyError: a dtype that torch does not have
-        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
+        raise CheckpointError(
+            f"{path}: not a readable safetensors file: {error}; {CUT_OFF}"
+        ) from error
 
 
 def _open_npz(path: Path) -> Container:
@@ -178,7 +182,7 @@ def _open_torch(path: Path) -> Container:
             "could run code. Save its state dict alone, preferably as .safetensors."
         ) from error
     except Exception as error:  # torch's own unpickler raises many types
-        raise CheckpointError(f"{path}: not a readable torch file: {error}") from error
+        raise CheckpointError(f"{path}: not a readable torch file: {error}; {CUT_OFF}") from error
     tensors, wrapper = _find_state_dict(path, content)
     entries = content if wrapper else {}
     sets = {

@@ -209,6 +209,9 @@ def test_wrong_parameters_are_named(tiny: Running, jpegs: dict[str, bytes]) -> N
     assert mistyped["detail"] == "topk: no such parameter; did you mean top_k?"
     unlabelled = problem(tiny.client.post("/classify", data={'{"top_k": 3}': ""}), 422)
     assert "Content-Type: application/json" in unlabelled["detail"]
+    for body in ({"image": "aGVsbG8="}, {}):
+        unsent = problem(tiny.client.post("/classify", json=body), 422)
+        assert '{"images": [{"base64": "..."}]}' in unsent["detail"]
 
 
 def test_unknown_models_routes_and_methods(tiny: Running, jpegs: dict[str, bytes]) -> None:

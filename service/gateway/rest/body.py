@@ -26,7 +26,7 @@ from service.gateway.dispatch import read_deadline, read_priority
 from service.gateway.fetch import Fetch, ImageFetcher
 from service.gateway.rest.content import read_body, share_of
 from service.limits import Share, check_input_count
-from service.parameters import Parameters, TaskParameters, list_fields, validate
+from service.parameters import HOW_TO_SEND, Parameters, TaskParameters, list_fields, validate
 from service.payloads import decode_base64_apart, parse_json_object
 from service.settings import Settings
 from service.types import InferRequest
@@ -73,7 +73,7 @@ async def read_request(
     validated = validate(parameters, fields)
     inputs = validated.inputs()
     if inputs is None and not body.inputs:
-        raise InvalidInputError("the request holds no image", field="image")
+        raise InvalidInputError(f"the request holds no image; {HOW_TO_SEND}", field="image")
     if inputs is not None and body.inputs:
         [name, *others] = sorted(validated.input_fields)
         field = "parameters" if others else name
