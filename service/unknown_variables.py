@@ -1,4 +1,4 @@
-"""Environment variables that are named as settings are, and are none."""
+"""Finds misspelt settings: variables that begin with `VITRAIL_` and are not settings."""
 
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
@@ -7,11 +7,12 @@ from service.settings import Settings
 
 
 def unknown_variables(settings: Settings, names: Iterable[str]) -> Iterator[str]:
-    """What is wrong with variables whose names begin as the settings' do and are none of theirs.
+    """A message for each variable that begins with `VITRAIL_` and is not known.
 
     Args:
-        settings: the settings that were read. The variables of commands that call a server pass
-            where it has keys; without, `VITRAIL_API_KEY` may be meant for `VITRAIL_API_KEYS`.
+        settings: the settings that were read. If they have keys, `VITRAIL_API_KEY` and
+            `VITRAIL_ADMIN_KEY` are known: commands that call a server read them. Without keys, they
+            may be meant for `VITRAIL_API_KEYS` and `VITRAIL_ADMIN_KEYS`.
         names: the names of environment variables.
     """
     known = [f"VITRAIL_{name.upper()}" for name in Settings.model_fields]

@@ -58,29 +58,30 @@ os.environ["VITRAIL_ENGINE"] = "eager"
 for _name in ("service", "models"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 
-# Files that take minutes, longest first. They start first, so that both processes of
-# `make test` end together.
-LONG_FILES = (
-    "test_supervisor",
+# The slowest files, slowest first. They start first, so that both processes of `make test` end
+# together.
+SLOW_FILES = (
     "test_cli",
-    "test_remote",
+    "test_supervisor",
     "test_heads",
-    "test_deploy",
-    "test_ray",
-    "test_docs",
     "test_catalog_watch",
-    "test_chaos",
+    "test_remote",
+    "test_playground",
+    "test_engine",
+    "test_deploy",
     "test_zero_shot",
+    "test_ray",
+    "test_chaos",
     "test_collections",
+    "test_fixtures",
     "test_proto",
     "test_kubernetes",
-    "test_playground",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Move the tests of long files to the front."""
-    places = {name: place for place, name in enumerate(LONG_FILES)}
+    """Move the tests of slow files to the front."""
+    places = {name: place for place, name in enumerate(SLOW_FILES)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 

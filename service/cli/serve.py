@@ -110,7 +110,8 @@ def gateway(
         {"workers": workers, "host": host, "port": port, "grpc_port": grpc_port,
          "log_level": log_level, "tls_cert": tls_cert, "tls_key": tls_key,
          "tls_client_ca": tls_client_ca, "worker_ca": worker_ca, "worker_cert": worker_cert,
-         "worker_key": worker_key}
+         "worker_key": worker_key},
+        warns=supervised is None,
     )  # fmt: skip
     if not settings.workers:
         raise typer.BadParameter("no workers; set --workers or VITRAIL_WORKERS")
@@ -163,7 +164,8 @@ def worker(
         {"host": host, "grpc_port": port, "metrics_port": metrics_port, "catalog": catalog,
          "models": models, "device": device, "precision": precision, "engine": engine,
          "transform": transform, "streams": streams, "log_level": log_level, "tls_cert": tls_cert,
-         "tls_key": tls_key, "tls_client_ca": tls_client_ca}
+         "tls_key": tls_key, "tls_client_ca": tls_client_ca},
+        warns=supervised is None,
     )  # fmt: skip
     if supervised is not None:
         _end_with_parent(settings, supervised)

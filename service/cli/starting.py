@@ -15,11 +15,13 @@ from service.settings import Settings
 from service.unknown_variables import unknown_variables
 
 
-def read_settings(flags: Mapping[str, Any]) -> Settings:
+def read_settings(flags: Mapping[str, Any], *, warns: bool = True) -> Settings:
     """Read the settings from flags and the environment, and configure the log.
 
     Args:
         flags: values by setting; None for a flag that is not set.
+        warns: log a warning for each variable that is not a setting. A supervisor has done so for
+            its children.
 
     Raises:
         typer.Exit: a setting is invalid.
@@ -33,8 +35,9 @@ def read_settings(flags: Mapping[str, Any]) -> Settings:
             typer.echo(f"vitrail: {variable}{': ' if variable else ''}{problem}", err=True)
         raise typer.Exit(2) from error
     configure_logs(settings.log_level)
-    for problem in unknown_variables(settings, os.environ):
-        logging.getLogger("service").warning(problem)
+    if warns:
+        for problem in unknown_variables(settings, os.environ):
+            logging.getLogger("service").warning(problem)
     return settings
 
 

@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
+# How long the work of the last turn counts where no further turn is measured.
 REMEMBERED_S = 1.0
 
 
@@ -38,8 +39,8 @@ class LoopTurns:
         return self._seconds if self._clock() - self._ended <= self._seconds else 0.0
 
     def work_s(self) -> float:
-        """The processor time of the loop's thread in the last turn; 0 if that is a while ago.
-        What other threads hold the loop up with is not in it."""
+        """The processor time of the loop's thread in the last turn, without pauses that other
+        threads cause; 0 if it ended more than a second ago."""
         return self._work_s if self._clock() - self._ended <= REMEMBERED_S else 0.0
 
     def _begin(self, loop: asyncio.AbstractEventLoop) -> None:

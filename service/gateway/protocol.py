@@ -185,7 +185,7 @@ class ImpatientProtocol(HttpToolsProtocol):
             disconnect(request.scope)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        if self._address and self.shedding.wants(cycle.scope["method"], self._address):
+        if self._address and self.shedding.sheds(cycle.scope["method"], self._address):
             app = self.shedding.refuse
         super()._start_asgi_task(cycle, partial(self._once_read, cycle, app))
 

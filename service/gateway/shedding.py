@@ -15,7 +15,8 @@ from service.gateway.refused import problem
 from service.holdings import Holdings
 from service.metrics import Metrics
 
-# Work of the loop's thread in one turn beyond which it is behind. A lane's batch is less.
+# Processor time of the loop's thread in one turn beyond which it is behind: that of some 70
+# refusals.
 MAX_WORK_S = 0.02
 # The requests of so few connections cannot make the turns long for more than a moment.
 FEW_CONNECTIONS = 256
@@ -43,9 +44,9 @@ class Shedding:
         self._turns = turns
         self._metrics = metrics
 
-    def wants(self, method: str, client: str) -> bool:
-        """Whether a request is to be refused: queues are full, the loop is behind, and the client
-        has no fewer connections than others. Health and metrics are answered in any case."""
+    def sheds(self, method: str, client: str) -> bool:
+        """Whether a request is refused: queues are full, the loop is behind, and the client has at
+        least the average number of connections. Health and metrics are answered in any case."""
         return (
             method == "POST"
             and self._held.taken > FEW_CONNECTIONS

@@ -50,6 +50,7 @@ def post(client: httpx.Client, path: str, *images: bytes, **options: Any) -> htt
     return client.post(path, files=[("image", ("x", image)) for image in images], **options)
 
 
+# Of a client between two requests while a test waits for something else.
 PAUSE_S = 0.2
 
 

@@ -1,4 +1,4 @@
-"""Requests are refused unread while the event loop is behind, and only those of who floods it."""
+"""While the event loop is behind, requests of clients with many connections are refused unread."""
 
 import time
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_who_is_refused(
     monkeypatch.setattr(LoopTurns, "work_s", lambda turns: work_s)
     metrics = Metrics(CollectorRegistry())
     metrics.queue_full_at = time.monotonic() - full_for_s
-    assert Shedding(held, LoopTurns(), metrics).wants(method, client) is expected
+    assert Shedding(held, LoopTurns(), metrics).sheds(method, client) is expected
 
 
 def test_many_clients_with_a_connection_each_are_refused_alike(
@@ -57,7 +57,7 @@ def test_many_clients_with_a_connection_each_are_refused_alike(
     monkeypatch.setattr(LoopTurns, "work_s", lambda turns: BEHIND_S)
     metrics = Metrics(CollectorRegistry())
     metrics.queue_full_at = time.monotonic()
-    assert Shedding(held, LoopTurns(), metrics).wants("POST", "7")
+    assert Shedding(held, LoopTurns(), metrics).sheds("POST", "7")
 
 
 def test_refusals_for_a_full_queue_are_noticed() -> None:
@@ -79,7 +79,7 @@ def test_the_connection_of_a_refused_request_stays(
     with running(tiny_catalog) as server:
         server.wait_ready()
         refused = True
-        monkeypatch.setattr(Shedding, "wants", lambda *_: refused)
+        monkeypatch.setattr(Shedding, "sheds", lambda *_: refused)
         answer = post(server, "/classify", jpegs["coffee"])
         assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
         assert answer.json()["type"] == "urn:vitrail:problem:unavailable"

@@ -96,6 +96,22 @@ def test_labels_may_be_scored_each_by_itself(
         assert got[label] == pytest.approx(float(logit.sigmoid()), abs=1e-5)
 
 
+@pytest.mark.parametrize("labels", ['["a cat", "a dog"]', "['a cat']"])
+def test_a_list_in_one_field_is_refused(
+    server: Running, jpegs: dict[str, bytes], labels: str
+) -> None:
+    answer = ask(server, jpegs["coffee"], labels=labels)
+    assert answer.status_code == 422
+    assert "repeat the field" in answer.json()["detail"]
+    files = [("image", ("x", jpegs["coffee"]))]
+    in_query = server.client.post("/zero-shot", params={"labels": labels}, files=files)
+    assert in_query.status_code == 422
+    assert scores(ask(server, jpegs["coffee"], labels=["[MASK]", "a [b]"])).keys() == {
+        "[MASK]",
+        "a [b]",
+    }
+
+
 def test_grpc_gives_the_same(server: Running, jpegs: dict[str, bytes]) -> None:
     options = Struct()
     options.update({"labels": LABELS})

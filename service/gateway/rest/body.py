@@ -181,11 +181,18 @@ def collect(items: list[tuple[str, str]], lists: frozenset[str]) -> dict[str, An
     """Form or query fields by name; those of `lists` may be repeated.
 
     Raises:
-        InvalidInputError: another field is repeated.
+        InvalidInputError: another field is repeated, or a list is written as JSON, which would be
+            one text.
     """
     fields: dict[str, Any] = {}
     for name, value in items:
         if name in lists:
+            if value.startswith(('["', "['")) and value.endswith(('"]', "']")):
+                raise InvalidInputError(
+                    f"{name} is a list in brackets, which would be one text; repeat the field for "
+                    "each element, or send the request as JSON",
+                    field=name,
+                )
             fields.setdefault(name, []).append(value)
         elif name in fields:
             raise InvalidInputError(f"{name} is given twice", field=name)
