@@ -2,16 +2,23 @@
 
 import asyncio
 import contextvars
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import AbstractAsyncContextManager, contextmanager
+from contextlib import (
+    AbstractContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
 from functools import partial
 from typing import Any, Literal, TypeVar
 
 from service.client_turns import ClientTurns
-from service.errors import PayloadTooLargeError, UnavailableError
+from service.errors import DeadlineExceededError, PayloadTooLargeError, UnavailableError
 from service.holdings import Holdings
 from service.settings import Settings
 
@@ -183,7 +190,12 @@ class Budget:
 
 
 class Share:
-    """What one request holds of the budget."""
+    """What one request holds of the budget.
+
+    Attributes:
+        deadline: of waiting for a turn, in `time.monotonic` seconds.
+        while_connected: a context that ends a wait in it when the client disconnects.
+    """
 
     def __init__(self, budget: Budget, client: str, began: float) -> None:
         """
@@ -191,6 +203,8 @@ class Share:
             began: by the budget's clock.
         """
         self.client = client
+        self.deadline = math.inf
+        self.while_connected: Callable[[], AbstractContextManager[None]] = nullcontext
         self.bytes = 0
         self.made_bytes = 0
         self.began = began
@@ -214,9 +228,24 @@ class Share:
         self.made_bytes -= size
         self._budget.count(self, -size)
 
-    def parsing(self) -> AbstractAsyncContextManager[None]:
-        """Waits for the client's turn to parse a large body; a context in which it parses."""
-        return self._budget.parsing.place(self.client)
+    @asynccontextmanager
+    async def parsing(self) -> AsyncIterator[None]:
+        """Waits for the client's turn to parse a large body; a context in which it parses.
+
+        Raises:
+            DeadlineExceededError: the deadline passed before its turn.
+        """
+        wait_s = None if self.deadline == math.inf else self.deadline - time.monotonic()
+        async with AsyncExitStack() as stack:
+            try:
+                with self.while_connected():
+                    async with asyncio.timeout(wait_s):
+                        await stack.enter_async_context(self._budget.parsing.place(self.client))
+            except TimeoutError as error:
+                raise DeadlineExceededError(
+                    "the deadline passed before the body was parsed"
+                ) from error
+            yield
 
     def receive(self, size: int) -> None:
         """Count bytes of a message that has come, which may be more than one request's: its caller

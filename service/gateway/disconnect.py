@@ -7,18 +7,12 @@ for ASGI's `http.disconnect` would take a second task for every request.
 import asyncio
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import ClientDisconnect
 
-_KEY = "vitrail.work"
-
-
-@dataclass(slots=True)
-class _Work:
-    task: "asyncio.Task[Any]"
-    is_disconnected: bool = False
+_TASK = "vitrail.task"
+_IS_DISCONNECTED = "vitrail.disconnected"
 
 
 @contextmanager
@@ -26,25 +20,28 @@ def cancelled_by_disconnect(scope: MutableMapping[str, Any]) -> Iterator[None]:
     """A context that `disconnect` cancels.
 
     Raises:
-        ClientDisconnect: the client disconnected.
+        ClientDisconnect: the client disconnected, in the context or before it.
     """
+    state = scope["state"]
+    if _IS_DISCONNECTED in state:
+        raise ClientDisconnect
     task = asyncio.current_task()
     assert task is not None
-    work = scope["state"][_KEY] = _Work(task)
+    state[_TASK] = task
     try:
         yield
     except asyncio.CancelledError as error:
-        if not work.is_disconnected:
+        if _IS_DISCONNECTED not in state:
             raise
         task.uncancel()
         raise ClientDisconnect from error
     finally:
-        del scope["state"][_KEY]
+        del state[_TASK]
 
 
 def disconnect(scope: Mapping[str, Any]) -> None:
     """Cancel what runs for a request. Called by the server when its connection is lost."""
-    work: _Work | None = scope.get("state", {}).get(_KEY)
-    if work is not None:
-        work.is_disconnected = True
-        work.task.cancel()
+    state = scope.get("state", {})
+    state[_IS_DISCONNECTED] = True
+    if (task := state.get(_TASK)) is not None:
+        task.cancel()

@@ -154,6 +154,10 @@ class ImpatientProtocol(HttpToolsProtocol):
         self._in_message = False
         self._stop_timer()
         super().on_message_complete()
+        # uvicorn pauses after a large piece until the next one is asked for, and there is none: a
+        # disconnect would not be seen.
+        if not self.pipeline:
+            self.flow.resume_reading()
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -5,8 +5,11 @@ import base64
 import gc
 import json
 import threading
+import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,11 +20,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.datastructures import Headers
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from service.errors import InvalidParametersError, PayloadTooLargeError, ServiceError
 from service.gateway import dispatch
 from service.gateway.collections.parameters import QueryParameters
+from service.gateway.disconnect import cancelled_by_disconnect, disconnect
 from service.gateway.open_inference.codec import (
     InferenceRequest,
     parse_infer_request,
@@ -42,6 +46,7 @@ from service.payloads import (
     parse_json_lines,
     parse_json_object,
 )
+from service.sampling import INTERVAL_S
 from service.settings import Settings
 from service.stubs import open_inference_pb2 as oip
 from service.stubs import vision_pb2 as pb
@@ -49,12 +54,13 @@ from service.stubs.open_inference_pb2_grpc import GRPCInferenceServiceStub
 from service.stubs.vision_pb2_grpc import VisionStub
 from service.tensors import DTYPES, from_bytes, pack, unpack
 from service.types import InferResult
-from tests.conftest import Running
+from tests.conftest import Running, wait_until
 
 INFER = "/v2/models/tiny/infer"
 CLASSIFY = "/vitrail.v1.Vision/Classify"
 MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
 MIB = 2**20
+AS_JSON = {"Content-Type": "application/json"}
 
 
 def peak_of(function: Callable[[], Any]) -> int:
@@ -606,6 +612,47 @@ def test_json_waits_for_a_parser_whose_request_was_cancelled() -> None:
         assert len((await waiting)["a"]) == 2**21
 
     asyncio.run(case())
+
+
+@contextmanager
+def busy_parser(server: Running) -> Iterator[bytes]:
+    """A context in which a request keeps the JSON parser busy; a body that has to wait for it."""
+    body, gate = json.dumps({"images": ["x" * 2**21]}).encode(), threading.Event()
+    wait_until(lambda: bytes_in_flight(server) == 0)  # of the tests before
+    with ThreadPoolExecutor(1) as sender:
+        PARSER.submit(gate.wait, 60)
+        try:
+            first = sender.submit(server.client.post, "/classify", content=body, headers=AS_JSON)
+            wait_until(lambda: bytes_in_flight(server) == len(body))  # it has its place
+            yield body
+        finally:
+            gate.set()
+        assert first.result().status_code == 422
+
+
+def bytes_in_flight(server: Running) -> float:
+    return server.metric("vitrail_request_bytes_in_flight")
+
+
+def test_a_body_waits_for_the_parser_until_its_deadline(tiny: Running) -> None:
+    with busy_parser(tiny) as body:
+        headers = AS_JSON | {"X-Timeout-Ms": "200"}
+        refused(tiny.client.post("/classify", content=body, headers=headers, timeout=20), 504)
+
+
+def test_a_body_whose_client_has_gone_does_not_wait_for_the_parser(tiny: Running) -> None:
+    with busy_parser(tiny) as body:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{tiny.url}/classify", content=body, headers=AS_JSON, timeout=0.5)
+        time.sleep(2 * INTERVAL_S)  # until the bytes in flight have been counted again
+        wait_until(lambda: bytes_in_flight(tiny) == len(body), 10)
+
+
+def test_nothing_is_begun_for_a_client_that_has_gone() -> None:
+    scope: dict[str, Any] = {"state": {}}
+    disconnect(scope)
+    with pytest.raises(ClientDisconnect), cancelled_by_disconnect(scope):
+        pytest.fail("begun")
 
 
 def test_a_body_whose_json_takes_more_than_may_be_held_is_refused() -> None:

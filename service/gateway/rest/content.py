@@ -2,16 +2,21 @@
 
 import asyncio
 import zlib
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from fastapi import Request
 
 from service.errors import (
     BadRequestError,
+    InvalidInputError,
     PayloadTooLargeError,
     RequestTimeoutError,
     UnsupportedMediaTypeError,
 )
+from service.gateway.disconnect import cancelled_by_disconnect
+from service.gateway.dispatch import read_deadline
 from service.limits import Share
 from service.payloads import parse_json_object
 from service.settings import Settings
@@ -24,7 +29,8 @@ SLOW_BYTES = 4 * 2**20
 
 
 async def read_body(request: Request) -> bytes:
-    """The whole body, without its `Content-Encoding`: gzip or deflate.
+    """The whole body, without its `Content-Encoding`: gzip or deflate. The wait for its turn to be
+    parsed ends at the request's deadline, and when the client disconnects.
 
     Raises:
         UnsupportedMediaTypeError: another encoding.
@@ -35,6 +41,10 @@ async def read_body(request: Request) -> bytes:
         ClientDisconnect: the client disconnected.
     """
     settings: Settings = request.app.state.settings
+    share = share_of(request)
+    with suppress(InvalidInputError):  # routes with a deadline refuse the header themselves
+        share.deadline = read_deadline(request)
+    share.while_connected = partial(cancelled_by_disconnect, request.scope)
     limit = settings.max_request_bytes
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
@@ -45,7 +55,7 @@ async def read_body(request: Request) -> bytes:
         return content
     if encoding not in ENCODINGS:
         raise UnsupportedMediaTypeError(f"Content-Encoding {encoding!r}; send gzip or deflate")
-    return await _inflate(content, share_of(request))
+    return await _inflate(content, share)
 
 
 async def read_json(request: Request) -> dict[str, Any]:
