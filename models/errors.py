@@ -21,6 +21,10 @@ class ImageTooLargeError(InputError):
     """An image over the byte, pixel or side limit, refused before it is decoded."""
 
 
+class ModalityError(InputError):
+    """The model does not take images, texts or whatever the input is."""
+
+
 class TaskError(InputError):
     """The model does not do the requested task."""
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from models.checkpoints.checkpoint import HeadState
-from models.errors import InputError, TaskError
+from models.errors import InputError, ModalityError, TaskError
 from models.heads.base import Head
 from models.heads.embed import Embed
 from models.heads.lora import adapted_heads
@@ -142,12 +142,12 @@ class Model:
         """The trunk that takes `image`, `text`, `video` or `latent` inputs.
 
         Raises:
-            InputError: the model takes only others.
+            ModalityError: the model takes only others.
         """
         if modality not in self.modalities:
             takes = " and ".join(f"{each}s" for each in self.modalities)
             field = {"text": "texts"}.get(modality, modality)
-            raise InputError(f"model {self.name!r} takes {takes}, not {modality}s", field=field)
+            raise ModalityError(f"model {self.name!r} takes {takes}, not {modality}s", field=field)
         if modality == "text" and self.text is not None:
             return self.text
         return self.trunk

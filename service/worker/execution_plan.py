@@ -1,14 +1,15 @@
 """A request's calls, resolved to heads and grouped into the trunk passes that they share."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 
 from models.catalog import ModelEntry
-from models.errors import ModelsError
+from models.errors import ModalityError, ModelsError
 from models.heads.base import Head
 from models.inference import (
     HeadCall,
@@ -26,9 +27,12 @@ from models.registry import Registry
 from models.trunks.adapters import Adapter
 from models.trunks.base import Trunk
 from service.decoding.pool import ImageDecoder
-from service.errors import from_library
+from service.errors import InvalidInputError, from_library
 from service.types import Call, ModelUsed
 from service.worker.trunk_keys import key_of
+
+# Models that an error names because they take what another one does not.
+MAX_OTHERS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +97,21 @@ def resolve(registry: Registry, call: Call, modality: str) -> ResolvedCall:
     """
     try:
         return resolve_for(registry.ready(model_entry(registry, call).name), call, modality)
+    except ModalityError as error:
+        others = ", ".join(islice(_takers(registry, modality, call.task), MAX_OTHERS))
+        hint = f"; models that take {modality}s: {others}" if others else ""
+        raise InvalidInputError(f"{error}{hint}", field=error.field) from error
     except ModelsError as error:
         raise from_library(error) from error
+
+
+def _takers(registry: Registry, modality: str, task: str | None) -> Iterator[str]:
+    """The catalog's loaded models that take a modality for a task, or for any if None."""
+    for name in sorted(registry.declared):
+        with suppress(ModelsError):  # it is not loaded
+            model = registry.ready(name)
+            if modality in model.modalities and (task is None or task in model.tasks):
+                yield name
 
 
 def model_entry(registry: Registry, call: Call) -> ModelEntry:

@@ -284,7 +284,7 @@ def test_wrong_use_is_told(
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ({"texts": ["a"], "model": "images"}, "takes images, not texts"),
+        ({"texts": ["a"], "model": "images"}, "takes images, not texts; models that take texts: "),
         ({"texts": []}, "texts"),
         ({"texts": [" "]}, "empty"),
         ({"texts": ["x" * 20_000]}, "characters"),
