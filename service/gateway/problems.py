@@ -68,6 +68,8 @@ def install_handlers(app: FastAPI) -> None:
         path = request.url.path
         slug = HTTPStatus(error.status_code).phrase.lower().replace(" ", "-")
         detail = f"{request.method} {path}: {error.detail}"
+        if error.status_code in (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED):
+            detail += "; /docs lists all routes"
         body = {
             "type": "about:blank",
             "title": str(error.detail),

@@ -219,8 +219,11 @@ def test_unknown_models_routes_and_methods(tiny: Running, jpegs: dict[str, bytes
     assert "nope" in body["detail"]
     problem(tiny.client.post("/predict?models=tiny&models=nope", content=jpegs["coffee"]), 404)
     problem(tiny.client.post("/segment", content=jpegs["coffee"]), 404)
-    problem(tiny.client.get("/nowhere"), 404)
-    problem(tiny.client.get("/classify"), 405)
+    for path, status in (("/nowhere", 404), ("/classify", 405)):
+        body = problem(tiny.client.get(path), status)
+        assert body["detail"].startswith(f"GET {path}: ")
+        assert "/docs" in body["detail"]
+    assert tiny.client.get("/docs").status_code == 200
 
 
 def bomb() -> bytes:
