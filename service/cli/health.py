@@ -4,6 +4,9 @@ from typing import Annotated
 
 import typer
 
+# In gRPC's errors about a server that speaks only HTTP/1.1, without TLS and with it.
+NOT_GRPC = ("HTTP/2", "ALPN")
+
 
 def health(
     address: Annotated[str, typer.Argument(help="host:port or unix:path of a gRPC server.")],
@@ -24,7 +27,11 @@ def health(
         credentials = channel_credentials(Settings())
         serving = check_health(address, service, timeout_s, credentials)
     except grpc.RpcError as error:
-        said = (error.details() or error.code().name) if isinstance(error, grpc.Call) else error
+        has_status = isinstance(error, grpc.Call)
+        said = str((error.details() or error.code().name) if has_status else error)
+        if any(sign in said for sign in NOT_GRPC):
+            port = Settings.model_fields["grpc_port"].default
+            said = f"this port does not speak gRPC; the gRPC port is {port} by default"
         typer.echo(f"{address}: {said}", err=True)
         raise typer.Exit(1) from error
     typer.echo("serving" if serving else "not serving")

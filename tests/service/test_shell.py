@@ -30,7 +30,7 @@ from service.cli.doctor import check_settings
 from service.cli.pictures import Picture, picture_of
 from service.cli.segment import file_names
 from service.settings import Settings
-from tests.conftest import answers, encode, free_port, process, running, wait_until
+from tests.conftest import Running, answers, encode, free_port, process, running, wait_until
 
 VITRAIL = [sys.executable, "-m", "service.cli"]
 
@@ -130,6 +130,15 @@ def test_a_newcomer_sees_where_to_start_and_plain_errors() -> None:
     refused = said("health", f"127.0.0.1:{free_port()}")
     assert "Connection refused" in refused
     assert len(refused.splitlines()) == 1
+
+
+def test_health_of_an_http_port_says_that_it_does_not_speak_grpc(tiny: Running) -> None:
+    address = str(tiny.client.base_url).removeprefix("http://")
+    result = CliRunner().invoke(app, ["health", address])
+    assert result.exit_code == 1
+    assert result.output == (
+        f"{address}: this port does not speak gRPC; the gRPC port is 8001 by default\n"
+    )
 
 
 def test_an_index_whose_server_goes_away_says_how_to_go_on(tmp_path: Path) -> None:
