@@ -46,7 +46,8 @@ def bulk(
     from service.errors import ServiceError
     from service.parameters import validated_call
 
-    settings = read_settings({"catalog": catalog, "device": device, "log_level": "warning"})
+    flags = {"catalog": catalog, "device": device, "log_level": "warning"}
+    settings = read_settings(flags, serves=False)
     try:
         with report_errors():
             known = load_catalog(settings.catalog)

@@ -15,13 +15,14 @@ from service.settings import Settings
 from service.unknown_variables import unknown_variables
 
 
-def read_settings(flags: Mapping[str, Any], *, warns: bool = True) -> Settings:
+def read_settings(flags: Mapping[str, Any], *, warns: bool = True, serves: bool = True) -> Settings:
     """Read the settings from flags and the environment, and configure the log.
 
     Args:
         flags: values by setting; None for a flag that is not set.
         warns: log a warning for each variable that is not a setting. A supervisor has done so for
             its children.
+        serves: whether the process is a server.
 
     Raises:
         typer.Exit: a setting is invalid.
@@ -36,7 +37,7 @@ def read_settings(flags: Mapping[str, Any], *, warns: bool = True) -> Settings:
         raise typer.Exit(2) from error
     configure_logs(settings.log_level)
     if warns:
-        for problem in unknown_variables(settings, os.environ):
+        for problem in unknown_variables(settings, os.environ, serves=serves):
             logging.getLogger("service").warning(problem)
     return settings
 

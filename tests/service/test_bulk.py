@@ -49,12 +49,18 @@ def rows(output: Path) -> dict[str, dict[str, object]]:
 
 
 def test_a_folder_becomes_rows_and_a_second_run_does_nothing(
-    tiny_catalog: Path, folder: Path, tmp_path: Path, jpegs: dict[str, bytes]
+    tiny_catalog: Path,
+    folder: Path,
+    tmp_path: Path,
+    jpegs: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("VITRAIL_API_KEY", "of the commands that call a server")
     output = tmp_path / "out"
     first = bulk(tiny_catalog, "classify", folder, output, "--shard-size", "4")
     assert first.exit_code == 0, first.output
     assert "10 images in 3 shards, 1 failed" in first.output
+    assert "VITRAIL_API_KEY" not in first.output
     found = rows(output)
     assert len(found) == ds.dataset(output, format="parquet").count_rows() == 10
     broken = found.pop(str(folder / "1/broken.png"))

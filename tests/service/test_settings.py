@@ -86,6 +86,7 @@ def test_misspelt_variables_are_named() -> None:
         "VITRAIL_MAX_QUE_SIZE is not a setting; did you mean VITRAIL_MAX_QUEUE_SIZE?",
     ]
     assert list(unknown_variables(Settings(api_keys="a"), names[:1])) == []
+    assert list(unknown_variables(Settings(), names[:1], serves=False)) == []
     assert list(unknown_variables(Settings(), ["VITRAIL_SERVICE_HOST"])) == [
         "VITRAIL_SERVICE_HOST is not a setting"
     ]
