@@ -119,8 +119,7 @@ class Child:
             env=self._environment,
             stdin=self._stdin,
             pass_fds=(*self._files, watch.write),
-            # So that Ctrl-C reaches only the supervisor. In its session, so that the kernel ends a
-            # child that is stopped when the supervisor dies: its group is orphaned then.
+            # So that Ctrl-C reaches only the supervisor.
             process_group=0,
         )  # fmt: skip
         watch.close_write()

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -283,12 +283,38 @@ def test_a_stopped_gateway_does_not_outlive_its_supervisor() -> None:
             gateways = descendants(supervisor.pid)
             assert len(gateways) == 2
             os.kill(gateways[0], signal.SIGSTOP)
-            # the kernel ends those that have stopped by then, and a busy machine stops them late
-            status = Path(f"/proc/{gateways[0]}/status")
-            wait_until(lambda: "State:\tT" in status.read_text())
         finally:
             supervisor.kill()
     wait_until(lambda: alive(gateways) == [])
+
+
+def test_a_stopped_process_is_continued_when_its_supervisor_dies() -> None:
+    """It is in this process's group, in which the kernel does nothing about stopped processes."""
+    stopped = (
+        "import os, signal, time\n"
+        "from service.processes.parent_watch import end_with_parent\n"
+        "end_with_parent(0, os.pipe()[1])\n"
+        "os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "time.sleep(60)\n"
+    )
+    program = (
+        "import subprocess, sys\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {stopped!r}], stdin=subprocess.PIPE)\n"
+        "print(child.pid, flush=True)\n"
+        "child.wait()\n"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as supervisor:
+        assert supervisor.stdout is not None
+        child = int(supervisor.stdout.readline())
+        status = Path(f"/proc/{child}/status")
+        wait_until(lambda: "State:\tT" in status.read_text())
+        supervisor.kill()
+    try:
+        wait_until(lambda: alive([child]) == [])
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
 
 
 def test_a_worker_outlives_its_supervisor_no_longer_than_gateways_drain() -> None:
