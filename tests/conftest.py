@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from models import Registry
 from models.checkpoints.store import Store
 from models.errors import SourceError
 from models.networks.masked import MaskedDecoder
+from service.garbage import look_at_all_objects
 from service.gateway.app import create_app
 from service.gateway.server import create_server
 from service.keys import Keys
@@ -99,6 +102,29 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         os._exit(exitstatus)
 
     session.config.add_cleanup(threading.Thread(target=end, daemon=True).start)
+
+
+# For clients of http:// addresses: httpx's own reads the certificates of all authorities, which
+# takes longer than most requests here.
+PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+# How many servers stop before the collector looks at all objects again.
+STOPS = 10
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _seldom_looks_at_all_objects() -> Iterator[None]:
+    """A server that stops lets the garbage collector look at all objects, which takes half a second
+    of the next one's start. Here hundreds start in one process."""
+    stopped = count(1)
+
+    def look() -> None:
+        if next(stopped) % STOPS == 0:
+            look_at_all_objects()
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("service.worker.backend.look_at_all_objects", look)
+        yield
 
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
@@ -268,12 +294,21 @@ class Running:
         wait_until(lambda: self.client.get("/readyz").status_code == 200)
 
 
+# Between two looks of `wait_until`.
+MAX_PAUSE_S = 0.05
+
+
 def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
-    """Poll until true; fails the test if that never happens."""
+    """Poll until true; fails the test if that never happens.
+
+    The pauses get longer, to leave the processor to what the test waits for.
+    """
     end = time.monotonic() + timeout_s
+    pause_s = 0.01
     while not condition():
         assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
+        time.sleep(pause_s)
+        pause_s = min(1.2 * pause_s, MAX_PAUSE_S)
 
 
 @contextmanager
@@ -327,7 +362,7 @@ def serving(app: FastAPI, settings: Settings) -> Iterator[tuple[str, httpx.Clien
     thread.start()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
-        with httpx.Client(base_url=url, timeout=60) as client:
+        with httpx.Client(base_url=url, timeout=60, verify=PLAIN) as client:
             yield url, client
     finally:
         server.should_exit = True
@@ -392,7 +427,7 @@ def free_port() -> int:
 def answers(url: str) -> bool:
     """Whether a GET is answered with 200."""
     try:
-        return httpx.get(url).status_code == 200
+        return httpx.get(url, verify=PLAIN).status_code == 200
     except httpx.HTTPError:
         return False
 

@@ -27,7 +27,7 @@ from service.worker import catalog_watch
 from service.worker.backend import LocalBackend
 from service.worker.catalog_watch import CatalogWatch
 from service.worker.loader import Loader
-from tests.conftest import Running, free_port, gateway, running, serving_rpc, wait_until
+from tests.conftest import PLAIN, Running, free_port, gateway, running, serving_rpc, wait_until
 from tests.service.test_heads import make, upload  # noqa: F401
 
 BASE = """
@@ -130,7 +130,7 @@ class Load:
 
     def _ask(self) -> None:
         headers = {"X-API-Key": "admin"}
-        with httpx.Client(base_url=self._url, timeout=60, headers=headers) as client:
+        with httpx.Client(base_url=self._url, verify=PLAIN, timeout=60, headers=headers) as client:
             while not self._stop.is_set():
                 self.answers.append(self._send(client))
 

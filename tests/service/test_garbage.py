@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from service.garbage import look_at_all_objects
 from service.worker import head_store
 from service.worker.head_store import HeadStore
 from tests.conftest import running, wait_until
@@ -18,6 +19,7 @@ def test_only_loads_leave_objects_out(tiny_catalog: Path, monkeypatch: pytest.Mo
         syncs.append(sync(self))
         return syncs[-1]
 
+    monkeypatch.setattr("service.worker.backend.look_at_all_objects", look_at_all_objects)
     monkeypatch.setattr(HeadStore, "_sync", counted)
     monkeypatch.setattr(head_store, "INTERVAL_S", 0.01)
     with running(tiny_catalog) as server:

@@ -37,14 +37,34 @@ from tests.models.test_fixtures import GOLDENS
 WAYS = ["in one process", "gateway and worker apart"]
 
 
-@pytest.fixture(params=WAYS)
-def server(tiny_catalog: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
-    folder = str(tmp_path / "heads")
+@pytest.fixture(scope="module", params=WAYS)
+def started(
+    tiny_catalog: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Running]:
+    folder = str(tmp_path_factory.mktemp("heads"))
     apart = "apart" in request.param
-    with running(tiny_catalog, apart=apart, heads_folder=folder, admin_keys="admin") as started:
-        started.wait_ready()
-        started.client.headers["Authorization"] = "Bearer admin"
-        yield started
+    with running(tiny_catalog, apart=apart, heads_folder=folder, admin_keys="admin") as server:
+        server.wait_ready()
+        server.client.headers["Authorization"] = "Bearer admin"
+        yield server
+
+
+@pytest.fixture
+def server(started: Running) -> Iterator[Running]:
+    """A server without heads: what a test leaves is removed."""
+    yield started
+
+    def emptied() -> bool:
+        heads = started.client.get("/heads").json()["heads"]
+        for head in heads:
+            started.client.delete(f"/heads/{head['name']}")
+        return not heads
+
+    wait_until(emptied)
+
+
+def heads_folder(server: Running) -> Path:
+    return server.backend.heads._folder.root
 
 
 @pytest.fixture(scope="module")
@@ -194,9 +214,10 @@ def test_heads_come_and_go_under_traffic(
 
 
 def test_a_head_is_added_and_told_without_looking_at_the_others(
-    server: Running, make: Callable[..., HeadFile]
+    server: Running, make: Callable[..., HeadFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server.backend.heads._folder._next_scan = math.inf  # the folder is not read any more
+    # the folder is not read any more
+    monkeypatch.setattr(server.backend.heads._folder, "_next_scan", math.inf)
 
     def differences(since: str) -> tuple[list[str], list[str], str]:
         with grpc.insecure_channel(server.grpc) as channel:
@@ -320,7 +341,7 @@ def test_a_full_disk_is_an_answer(
         assert upload(server, "late", make()).status_code == 507
         assert begin_fit(server, "later", tinted_zip()).status_code == 507
     assert upload(server, "late", make()).status_code == 201
-    assert not list(server.backend.heads._folder.root.glob(".tmp-*"))
+    assert not list(heads_folder(server).glob(".tmp-*"))
 
 
 def test_heads_have_a_bound_together(
@@ -361,7 +382,7 @@ def test_waiting_fits_have_a_bound_and_leave_nothing_behind(
         assert begin_fit(server, name, content.getvalue()).status_code == 202
         assert settle(server, name)["state"] == "failed"
     wait_until(lambda: server.client.get("/heads/three").status_code == 404)
-    assert not list(server.backend.heads._folder.root.glob(".*.lock"))
+    assert not list(heads_folder(server).glob(".*.lock"))
 
 
 def test_a_damaged_archive_is_the_clients_error(server: Running) -> None:
@@ -438,6 +459,7 @@ def test_changing_heads_needs_the_admin_key_where_there_is_one(
 
 
 def test_a_head_is_fitted_in_the_background(server: Running) -> None:
+    fitted = server.metric("vitrail_fits_total", outcome="ok")
     response = begin_fit(server, "tints", tinted_zip(20), epochs=20, seed=1)
     assert response.status_code == 202, response.text
     assert response.json()["state"] in ("queued", "fitting")
@@ -456,7 +478,7 @@ def test_a_head_is_fitted_in_the_background(server: Running) -> None:
             answer = classify(server, "tints", tinted(label, 7000 + seed)).json()
             right += answer["results"][0]["predictions"][0]["label"] == label
     assert right >= 18
-    assert server.metric("vitrail_fits_total", outcome="ok") == 1
+    assert server.metric("vitrail_fits_total", outcome="ok") == fitted + 1
     assert server.client.get("/heads/tints/secret").status_code == 404
     assert server.client.get("/heads/..%2Ftiny/head.safetensors").status_code == 404
 
@@ -562,11 +584,10 @@ def test_two_fits_at_once_and_one_given_up(server: Running, jpegs: dict[str, byt
 
 
 def test_the_folder_is_what_is_served(
-    server: Running, make: Callable[..., HeadFile], tmp_path: Path, jpegs: dict[str, bytes]
+    server: Running, make: Callable[..., HeadFile], jpegs: dict[str, bytes]
 ) -> None:
     """As after `vitrail fit`, or where several workers share one."""
-    folder = tmp_path / "heads"
-    folder.mkdir(exist_ok=True)
+    folder = heads_folder(server)
     (folder / "dropped.safetensors").write_bytes(encode_head(make()))
     (folder / "broken.safetensors").write_bytes(b"broken")
     (folder / "stranger.safetensors").write_bytes(encode_head(make(trunk_digest="sha256:other")))

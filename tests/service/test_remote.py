@@ -28,7 +28,16 @@ from service.metrics import Metrics
 from service.settings import Settings
 from service.types import InferRequest, InferResult
 from service.worker.backend import LocalBackend
-from tests.conftest import answers, free_port, gateway, process, running, serving_rpc, wait_until
+from tests.conftest import (
+    PLAIN,
+    answers,
+    free_port,
+    gateway,
+    process,
+    running,
+    serving_rpc,
+    wait_until,
+)
 
 BLOCKER = """
 import sys
@@ -51,7 +60,7 @@ def post(client: httpx.Client, path: str, *images: bytes, **options: Any) -> htt
 
 
 # Of a client between two requests while a test waits for something else.
-PAUSE_S = 0.2
+PAUSE_S = 0.5
 
 
 @dataclass
@@ -70,7 +79,7 @@ class Load:
     pause_s: float = 0.0
 
     def run(self) -> None:
-        with httpx.Client(base_url=self.url, timeout=60) as client:
+        with httpx.Client(base_url=self.url, timeout=60, verify=PLAIN) as client:
             while not self.stop.is_set():
                 response = post(client, "/classify", self.image)
                 self.statuses[response.status_code] += 1
@@ -317,6 +326,7 @@ def test_requests_wait_for_the_only_worker_to_come_back(
                 wait_until(lambda: bool(outstanding.search(client.get("/metrics").text)))
                 worker.kill()
                 worker.wait()
+                wait_until(lambda: client.get("/readyz").status_code == 503)
                 late = post(client, "/classify", jpegs["rocket"])
                 assert late.status_code == 503  # this one was never accepted
                 assert late.headers["Retry-After"]

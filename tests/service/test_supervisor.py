@@ -29,7 +29,7 @@ from service.processes.run_folder import LOCK, run_folder
 from service.processes.supervisor import _Supervisor
 from service.settings import Settings
 from service.types import Health
-from tests.conftest import answers, free_port, process, wait_until
+from tests.conftest import PLAIN, answers, free_port, process, wait_until
 from tests.service.test_remote import load, more, post
 
 START_S = 120
@@ -71,7 +71,7 @@ def healthy(url: str) -> int:
     While all gateways start, the connection waits for the first that has.
     """
     try:
-        reasons = httpx.get(f"{url}/readyz", timeout=60).json()["reasons"]
+        reasons = httpx.get(f"{url}/readyz", timeout=60, verify=PLAIN).json()["reasons"]
         up = re.findall(r"^vitrail_gateway_worker_up\{.*\} 1\.0$", metrics(url), re.MULTILINE)
     except httpx.HTTPError:
         return 0
@@ -79,7 +79,7 @@ def healthy(url: str) -> int:
 
 
 def metrics(url: str) -> str:
-    return httpx.get(f"{url}/metrics", timeout=60).text
+    return httpx.get(f"{url}/metrics", timeout=60, verify=PLAIN).text
 
 
 def pids(supervisor: "subprocess.Popen[bytes]", kind: str) -> set[int]:
@@ -169,7 +169,7 @@ def test_what_hangs_is_replaced_and_nothing_fails(
         os.kill(pid, signal.SIGSTOP)
     wait_until(lambda: len(pids(supervisor, "gateway") - stopped) == 2)
     wait_until(lambda: healthy(url) == 2, START_S)
-    with httpx.Client(base_url=url) as client:
+    with httpx.Client(base_url=url, verify=PLAIN) as client:
         assert post(client, "/classify", jpegs["coffee"]).status_code == 200
 
 
@@ -237,7 +237,7 @@ def test_several_gateways_share_a_port_and_count_as_one(
     wait_until(lambda: total("worker_up") == 2)
     before = counted()
     for _ in range(40):  # each on a connection of its own, so that both gateways get some
-        with httpx.Client(base_url=url) as client:
+        with httpx.Client(base_url=url, verify=PLAIN) as client:
             assert post(client, "/classify", jpegs["coffee"]).status_code == 200
     after = [count + 40 for count in before]
     assert counted() == after

@@ -4,6 +4,7 @@ Of a checkpoint of timm's training script the exponential average is served, as 
 """
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import open_clip
@@ -57,7 +58,8 @@ def convert(container: Container, arguments: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def _own_keys(architecture: str) -> set[str]:
+@cache
+def _own_keys(architecture: str) -> frozenset[str]:
     """The keys of the architecture's state dict, without allocating its weights."""
     with torch.device("meta"):
-        return set(timm.create_model(architecture).state_dict())
+        return frozenset(timm.create_model(architecture).state_dict())
