@@ -1,5 +1,6 @@
 """While the event loop is behind, requests of clients with many connections are refused unread."""
 
+import re
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from service.gateway.loop_turns import LoopTurns
 from service.gateway.shedding import FEW_CONNECTIONS, FULL_S, MAX_WORK_S, Shedding
 from service.holdings import Holdings
 from service.metrics import Metrics
-from tests.conftest import running
+from tests.conftest import running, wait_until
 from tests.service.test_engine import post
 
 BEHIND_S = 2 * MAX_WORK_S
@@ -74,15 +75,23 @@ def test_refusals_for_a_full_queue_are_noticed() -> None:
 
 
 def test_the_connection_of_a_refused_request_stays(
-    tiny_catalog: Path, jpegs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    tiny_catalog: Path,
+    jpegs: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with running(tiny_catalog) as server:
         server.wait_ready()
         refused = True
         monkeypatch.setattr(Shedding, "sheds", lambda *_: refused)
-        answer = post(server, "/classify", jpegs["coffee"])
-        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
-        assert answer.json()["type"] == "urn:vitrail:problem:unavailable"
+        for sent, request_id in (('my-"id"', 'my-"id"'), ("not an id", "[0-9a-f]{32}")):
+            headers = {"X-Request-ID": sent}
+            answer = post(server, "/classify", jpegs["coffee"], headers=headers)
+            assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+            assert answer.json()["type"] == "urn:vitrail:problem:unavailable"
+            assert re.fullmatch(request_id, answer.json()["request_id"])
+            assert answer.headers["X-Request-ID"] == answer.json()["request_id"]
+        wait_until(lambda: "too many requests at once: 2 were refused unread" in caplog.text)
         refused = False
         assert post(server, "/classify", jpegs["coffee"]).status_code == 200
-        assert "vitrail_shed_requests_total 1.0" in server.client.get("/metrics").text
+        assert "vitrail_shed_requests_total 2.0" in server.client.get("/metrics").text
