@@ -35,7 +35,13 @@ def _check_url(url: str) -> str:
 
 Paths = Annotated[list[Path], typer.Argument(exists=True, help="Images, or folders of images.")]
 Url = Annotated[
-    str, typer.Option(envvar="VITRAIL_URL", help="URL of the server.", callback=_check_url)
+    str,
+    typer.Option(
+        envvar="VITRAIL_URL",
+        help="URL of the server; by default port 8000 of this machine.",
+        show_default=False,  # it is cut off in narrow terminals
+        callback=_check_url,
+    ),
 ]
 Key = Annotated[
     str | None, typer.Option(envvar="VITRAIL_API_KEY", help="API key, if the server requires one.")

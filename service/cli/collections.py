@@ -62,9 +62,10 @@ def index(
 ) -> None:
     """Add images to a collection, which `vitrail search NAME` searches.
 
-    An image's id is its path; the whole one, if it was given with `..`. Files that are there
-    already, with the same size and time, are left as they are: run it again to add what is new or
-    changed, or to continue after an interruption.
+    An image's id is its path; the whole one, if it was given with `..`. Files
+    that are there already, with the same size and time, are left as they are:
+    run it again to add what is new or changed, or to continue after an
+    interruption.
     """
     missing = [path for path in paths if not on_server and not path.exists()]
     if missing:

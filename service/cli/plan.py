@@ -40,8 +40,9 @@ def plan(
 ) -> None:
     """Plan devices for a load: placement, utilization, predicted and simulated latency.
 
-    The prediction is a queueing model's; the simulation runs the server's own scheduler in virtual
-    time. Decoding, the network and other requests' bursts are not in it.
+    The prediction is a queueing model's; the simulation runs the server's own
+    scheduler in virtual time. Decoding, the network and other requests' bursts
+    are not in it.
     """
     from service.planning.load import read_loads
     from service.planning.measured import measured_loads

@@ -49,8 +49,8 @@ def tune(
 ) -> None:
     """Measure which engine, precision, transform, streams and batch size are the fastest here.
 
-    Requests run through the same queues and threads as in a server, without HTTP. The machine
-    should be idle.
+    Requests run through the same queues and threads as in a server, without
+    HTTP. The machine should be idle.
     """
     from models.catalog import load_catalog
     from models.catalog_file import check_writable, update_trunk

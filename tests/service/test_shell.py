@@ -11,14 +11,17 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
@@ -118,6 +121,26 @@ def test_tables_and_help_fit_the_terminal() -> None:
                 columns != "60",
                 columns == "120",
             )
+
+
+def commands(command: Any, *path: str) -> Iterator[tuple[str, ...]]:
+    yield path
+    for name, each in getattr(command, "commands", {}).items():
+        yield from commands(each, *path, name)
+
+
+@pytest.mark.parametrize("path", list(commands(typer.main.get_command(app))), ids=" ".join)
+def test_the_help_of_every_command_is_whole_at_80_columns(
+    path: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = CliRunner().invoke(app, [*path, "--help"]).output.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not [line for line in lines if "…" in line]
+    # between the usage and the boxes: a line is not broken long before the terminal ends
+    prose = [line.strip() for line in lines[2:] if not line.startswith(("╭", "│", "╰"))]
+    for line, following in pairwise(prose):
+        assert not line or not following or len(f" {line} {following.split()[0]}") > 70, line
 
 
 def test_a_newcomer_sees_where_to_start_and_plain_errors() -> None:
