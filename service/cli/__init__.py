@@ -1,5 +1,6 @@
 """The `vitrail` command. Heavy imports wait until a command needs them."""
 
+import signal
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -91,4 +92,6 @@ def options(
 
 def main() -> None:
     """Entry point."""
+    # Only a supervisor does something about it. Other processes would end at once.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     app()

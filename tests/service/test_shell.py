@@ -56,6 +56,7 @@ def test_a_server_greets_a_person_with_a_summary(tiny_catalog: Path) -> None:
     with subprocess.Popen(command, stderr=theirs, env=os.environ | {"TERM": "dumb"}) as server:
         os.close(theirs)
         text = read_terminal(ours, "Ctrl-C")
+        server.send_signal(signal.SIGUSR1)  # it has no workers to restart
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
     os.close(ours)
