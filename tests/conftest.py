@@ -433,11 +433,13 @@ def answers(url: str) -> bool:
 
 
 @pytest.fixture(scope="session")
-def demo_server(demo: Registry) -> Iterator[str]:
-    """`vitrail serve` with the demo catalog, in a process of its own; its URL."""
+def demo_server(demo: Registry, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`vitrail serve` with the demo catalog and collections, in a process of its own; its URL."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    with process("serve", "--port", str(port), "--log-level", "warning") as server:
+    arguments = ("serve", "--port", str(port), "--log-level", "warning")
+    store = str(tmp_path_factory.mktemp("collections"))
+    with process(*arguments, VITRAIL_COLLECTIONS=store) as server:
         wait_until(lambda: answers(f"{url}/readyz") or server.poll() is not None, 120)
         assert server.poll() is None
         yield url

@@ -39,7 +39,8 @@ def run_embed(task: Task, invocation: Invocation) -> None:
         run_task(task, invocation)
         return
     pooling: str | None = invocation.options["pooling"]
-    _write_index(invocation.client(task, Client), invocation.paths, invocation.output, pooling)
+    with invocation.client(task, Client) as client:
+        _write_index(client, invocation.paths, invocation.output, pooling)
 
 
 def search(
@@ -134,8 +135,8 @@ def _search_file(
         errors.print(str(error), highlight=False)
         raise typer.Exit(1) from error
     parameters = {"model": contents.made_by.model, "pooling": contents.made_by.pooling}
-    client = Client(url, key, "embed", parameters)
-    entry = client.ask(image) if image is not None else client.ask_text(str(text))
+    with Client(url, key, "embed", parameters) as client:
+        entry = client.ask(image) if image is not None else client.ask_text(str(text))
     if "error" in entry:
         errors.print(str(entry["error"]), markup=False, highlight=False)
         raise typer.Exit(1)

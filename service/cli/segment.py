@@ -23,10 +23,10 @@ def run_segment(task: Task, invocation: Invocation, *, overlays: bool) -> None:
     if invocation.options["output"] not in (None, "png"):
         raise typer.BadParameter("a folder as --output takes masks of --form png")
     folder.mkdir(parents=True, exist_ok=True)
-    masks = invocation.client(task, MaskClient)
-    masks.folder, masks.overlays = folder, overlays
-    masks.names = file_names(invocation.paths)
-    masks.run(invocation.paths, invocation.as_json, None, task.line, show=invocation.show)
+    with invocation.client(task, MaskClient) as masks:
+        masks.folder, masks.overlays = folder, overlays
+        masks.names = file_names(invocation.paths)
+        masks.run(invocation.paths, invocation.as_json, None, task.line, show=invocation.show)
 
 
 class MaskClient(Client):

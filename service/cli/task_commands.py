@@ -59,10 +59,10 @@ Run = Callable[..., None]
 
 def run_task(task: Task, invocation: Invocation) -> None:
     """Print a line for each image, or write a table."""
-    client = invocation.client(task, Client)
-    client.run(
-        invocation.paths, invocation.as_json, invocation.output, task.line, show=invocation.show
-    )
+    with invocation.client(task, Client) as client:
+        client.run(
+            invocation.paths, invocation.as_json, invocation.output, task.line, show=invocation.show
+        )
 
 
 def task_command(
