@@ -2,7 +2,7 @@
 
 import errno
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 from models import errors as library
 
@@ -55,6 +55,12 @@ class ServiceError(Exception):
             FieldError(cut(e.field, MAX_FIELD), cut(e.detail, MAX_DETAIL)) for e in named
         ]
         self.retry_after_s = retry_after_s
+
+    def kept(self) -> Self:
+        """The error to be kept for an answer: without its traceback, whose frames hold all that was
+        being read, and would until the garbage collector finds the cycle."""
+        self.__traceback__ = self.__cause__ = self.__context__ = None
+        return self
 
 
 def cut(text: str, length: int) -> str:

@@ -14,7 +14,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    field_validator,
+)
 
 logger = logging.getLogger("vitrail.audit")
 
@@ -51,7 +59,15 @@ class KeyRecord(BaseModel):
 class _Content(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    keys: tuple[KeyRecord, ...]
+    keys: Annotated[tuple[KeyRecord, ...], FailFast()]
+
+    @field_validator("keys")
+    @classmethod
+    def _check_differ(cls, keys: tuple[KeyRecord, ...]) -> tuple[KeyRecord, ...]:
+        for member in ("id", "sha256"):
+            if len({getattr(record, member) for record in keys}) < len(keys):
+                raise ValueError(f"two keys have the same {member}")
+        return keys
 
 
 def digest_key(key: str) -> str:

@@ -72,10 +72,21 @@ class Keys:
             The key; None if the scope is open and no known key was sent.
 
         Raises:
+            ServiceError: as `check`, or the key's quota of requests is used up.
+        """
+        key = self.check(scope, api_key, authorization, token)
+        self.count_request(key)
+        return key
+
+    def check(
+        self, scope: Scope, api_key: str | None, authorization: str | None, token: str | None = None
+    ) -> ApiKey | None:
+        """As `authorize`, without counting a request.
+
+        Raises:
             UnauthenticatedError: no key.
             PermissionDeniedError: an unknown or expired key, one without the scope, or the scope is
                 turned off.
-            QuotaExceededError: the key's quota of requests is used up.
         """
         if scope == "admin" and not self._has_admins:
             raise PermissionDeniedError(
@@ -90,7 +101,6 @@ class Keys:
                 )
             if key is None or not key.permits(scope):
                 raise PermissionDeniedError("this API key does not permit the call")
-        self.count_request(key)
         return key
 
     def count_request(self, key: ApiKey | None) -> None:

@@ -113,9 +113,7 @@ def _parse_lines(content: bytes) -> list[Any]:
                 _check_numbers(b"\n" + line)
             values.append(_parse(line))
         except ServiceError as error:
-            # Its frames hold the whole body, and this list, which holds the error.
-            error.__traceback__ = error.__cause__ = error.__context__ = None
-            values.append(error)
+            values.append(error.kept())
     return values
 
 

@@ -61,8 +61,9 @@ class Quotas:
         if per_s is None:
             return
         bucket = self._buckets.get((key_id, unit))
-        if bucket is None or bucket.per_s != per_s:
+        if bucket is None:
             bucket = self._buckets[key_id, unit] = Bucket(per_s)
+        bucket.per_s = per_s  # which may have changed; what was taken stays taken
         if wait_s := bucket.take(count):
             raise QuotaExceededError(
                 f"this key's quota of {per_s:g} {unit} per second is used up", retry_after_s=wait_s

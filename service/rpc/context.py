@@ -4,9 +4,10 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -66,6 +67,8 @@ class Caller:
     started: float
     # Infinite if the call has none.
     grpc_deadline: float
+    # The caller's key as it is now: a stream may outlast it.
+    find_key: Callable[[], ApiKey | None]
     key: ApiKey | None = None
     # What the request holds of the budget, once its message has been received.
     share: Share | None = None
@@ -73,8 +76,12 @@ class Caller:
     in_stream: bool = False
 
     def next_request(self) -> "Caller":
-        """The sender of the stream's next request, which starts now."""
-        return replace(self, started=time.monotonic(), in_stream=True)
+        """The sender of the stream's next request, which starts now.
+
+        Raises:
+            PermissionDeniedError: the key was revoked or has expired since.
+        """
+        return replace(self, key=self.find_key(), started=time.monotonic(), in_stream=True)
 
     def deadline(self, settings: Settings, timeout_ms: float) -> float:
         """The earlier one of the request's deadline and the gRPC deadline.
@@ -129,13 +136,13 @@ async def handle_call(
     try:
         if scope == "admin" and deps.settings.admin_port and not deps.keys.for_gateways:
             raise PermissionDeniedError("admin calls are on the admin port, over REST")
-        key = deps.keys.authorize(
-            scope, metadata.get("x-api-key"), metadata.get("authorization"), token
-        )
+        sent = (scope, metadata.get("x-api-key"), metadata.get("authorization"), token)
+        key = deps.keys.authorize(*sent)
         client.set(_client(key, metadata if is_gateway else {}, context.peer()))
         remaining_s = context.time_remaining()
         grpc_deadline = math.inf if remaining_s is None else started + remaining_s
-        caller = Caller(is_gateway, started, grpc_deadline, key)
+        find_key = partial(deps.keys.check, *sent)
+        caller = Caller(is_gateway, started, grpc_deadline, find_key, key)
         if task is not None:
             _check_admission(deps, caller, task)
         # by address, as over HTTP, where the key is not known yet
@@ -145,10 +152,8 @@ async def handle_call(
             yield replace(caller, share=share)
         status = "OK"
     except ServiceError as error:
-        # Its frames hold the whole message, and would until the garbage collector finds the cycle.
-        error.__traceback__ = error.__cause__ = error.__context__ = None
         status = error.grpc
-        await _abort(context, error)
+        await _abort(context, error.kept())
     except (asyncio.CancelledError, grpc.aio.AbortError):
         raise
     except Exception:

@@ -34,10 +34,13 @@ from service.errors import (
     InsufficientStorageError,
     InvalidInputError,
     NotFoundError,
+    ServiceError,
 )
 from service.gateway.collections import folder as folder_pages
+from service.gateway.collections.bodies import _entry
 from service.gateway.collections.folder import _read, read_page
 from service.gateway.collections.parameters import FolderParameters
+from service.gateway.rest.body import load_image
 from service.limits import Budget
 from service.search.collection import Collection, Item
 from service.search.folders import ImageFile, ImageFolder, Unreadable
@@ -397,6 +400,17 @@ def test_lines_of_ndjson_fail_alone(
     assert all(400 <= result["error"]["status"] < 500 for result in results[80:])
     assert results[80]["id"] == "broken"
     assert server.client.get(photos_collection).json()["images"] == 84
+
+
+def test_what_is_wrong_with_an_image_keeps_nothing_of_the_body() -> None:
+    """Else a small body of many lists and long texts stays in memory until the answer."""
+
+    async def load() -> bytes | ServiceError:
+        return await load_image({"base64": "A" * 101}, fetch=None)  # type: ignore[arg-type]
+
+    for error in (asyncio.run(load()), _entry(b"image", "id", [[]] * 100).image):
+        assert isinstance(error, ServiceError)
+        assert (error.__traceback__, error.__cause__, error.__context__) == (None, None, None)
 
 
 def test_images_are_listed_page_by_page(

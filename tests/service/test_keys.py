@@ -1,10 +1,12 @@
 """Keys of a file: scopes, quotas, expiry and reloading, over REST and gRPC; the workers' token."""
 
+import base64
 import json
 import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+from pydantic import ValidationError
 
 from service.errors import QuotaExceededError
 from service.key_file import create_key, read_keys, revoke_key
@@ -41,10 +44,15 @@ def keys(keys_file: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module", params=["in one process", "gateway and worker apart"])
 def guarded(
-    tiny_catalog: Path, keys_file: Path, keys: dict[str, str], request: pytest.FixtureRequest
+    tiny_catalog: Path,
+    keys_file: Path,
+    keys: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest,
 ) -> Iterator[Running]:
     apart = "apart" in request.param
-    settings = {"keys_file": str(keys_file), "worker_token": TOKEN}
+    collections = str(tmp_path_factory.mktemp("collections"))
+    settings = {"keys_file": str(keys_file), "worker_token": TOKEN, "collections": collections}
     with running(tiny_catalog, apart=apart, **settings) as server:
         server.wait_ready()
         yield server
@@ -165,6 +173,48 @@ def test_requests_of_streams_wait_for_their_keys_quotas(
         assert codes(few_requests, 100) == ["quota-exceeded"]  # the stream itself was one
 
 
+def test_a_stream_ends_with_its_key(
+    guarded: Running, keys_file: Path, jpegs: dict[str, bytes]
+) -> None:
+    record, key = create_key(keys_file, ["infer"])
+
+    def requests() -> Iterator[pb.TaskRequest]:
+        yield pb.TaskRequest(images=[jpegs["coffee"]])
+        answered.wait(60)
+        revoke_key(keys_file, record.id)
+        yield pb.TaskRequest(images=[jpegs["coffee"]])
+
+    answered = threading.Event()
+    with grpc.insecure_channel(guarded.grpc) as channel:
+        vision: Any = VisionStub(channel)
+        answers = vision.EmbedStream(requests(), metadata=(("x-api-key", key),))
+        assert next(answers).results[0].error.code == ""
+        answered.set()
+        assert next(answers).results[0].error.code == "permission-denied"
+
+
+def test_images_for_a_collection_are_counted_once_and_together(
+    guarded: Running, keys_file: Path, jpegs: dict[str, bytes]
+) -> None:
+    """More of them than a request has elsewhere are embedded in several parts."""
+    _, key = create_key(keys_file, ["collections"], images_per_s=0.5)
+    _, other = create_key(keys_file, ["collections"])
+    path = "/collections/counted"
+    put = guarded.client.put(path, json={}, headers={"X-API-Key": other})
+    assert put.status_code == 201
+    line = json.dumps({"base64": base64.b64encode(jpegs["coffee"]).decode()})
+    lines = f"{line}\n" * (Settings().max_images + 1)
+    headers = {"X-API-Key": key, "Content-Type": "application/x-ndjson"}
+
+    def add() -> httpx.Response:
+        return guarded.client.post(f"{path}/images", content=lines, headers=headers, timeout=60)
+
+    assert add().status_code == 200
+    refused = add()
+    assert refused.status_code == 429
+    assert int(refused.headers["Retry-After"]) > 2 * Settings().max_images - 60
+
+
 def test_a_bucket_admits_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("service.quotas.time.monotonic", lambda: now)
@@ -185,6 +235,9 @@ def test_a_bucket_admits_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
         quotas.take("a", "images", 1, 1)
     quotas.take("b", "images", 1, 1)
     quotas.take("a", "images", None, 1)
+    for per_s in (2, 1):  # the file has another quota now
+        with pytest.raises(QuotaExceededError):
+            quotas.take("a", "images", per_s, 1)
 
 
 def test_changes_and_attempts_are_audited(
@@ -333,6 +386,12 @@ def test_a_broken_file_stops_the_start_and_a_missing_one_admits_nobody(tmp_path:
         keys.authorize("infer", "guess", None)
     _, key = create_key(file, ["infer"])
     assert keys.authorize("infer", key, None)
-    file.write_text('{"keys": [{"id": "x"}]}')
-    with pytest.raises(OSError, match="not a file of keys"):
+    twice = json.loads(file.read_text())["keys"] * 2
+    file.write_text(json.dumps({"keys": [twice[0], twice[1] | {"scopes": ["admin"]}]}))
+    with pytest.raises(OSError, match="two keys have the same id"):
         Keys(Settings(keys_file=str(file)))
+    file.write_text('{"keys": [{"id": "x"}, {"id": "y"}]}')
+    with pytest.raises(OSError, match="not a file of keys") as error:
+        Keys(Settings(keys_file=str(file)))
+    assert isinstance(error.value.__cause__, ValidationError)
+    assert {each["loc"][1] for each in error.value.__cause__.errors()} == {0}  # stops there

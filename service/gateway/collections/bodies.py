@@ -184,10 +184,11 @@ async def _entries_of_form(request: Request, content: bytes) -> list[Entry]:
             raise InvalidInputError(f"{len(images)} images and {len(values)} of {name}", field=name)
     ids: Sequence[str | None] = given["id"] or [None] * len(images)
     metadata = given["metadata"] or ["{}"] * len(images)
-    return [
-        _entry(image, name, _parsed(text))
-        for image, name, text in zip(images, ids, metadata, strict=True)
-    ]
+    entries: list[Entry] = []
+    for image, image_id, text in zip(images, ids, metadata, strict=True):
+        entries.append(_entry(image, image_id, _parsed(text)))
+        await asyncio.sleep(0)  # a field takes up to 5 ms
+    return entries
 
 
 async def _parts(request: Request, content: bytes) -> tuple[list[bytes], list[tuple[str, str]]]:
@@ -251,7 +252,7 @@ def _entry(
             return Entry(name if isinstance(name, str) else "", image, {})
         return Entry(check_new_id(name), image, checked, _thumbnail(thumbnail))
     except ServiceError as error:
-        return Entry("", error, {})
+        return Entry("", error.kept(), {})
 
 
 def _thumbnail(value: object) -> bytes | None:

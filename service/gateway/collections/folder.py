@@ -118,11 +118,11 @@ async def _read(
     try:
         share.add(size)  # before it is read: that goes on when the request is cancelled
     except PayloadTooLargeError as error:
-        return error
+        return error.kept()
     try:
         image = await share.in_pool(threads, folder.read, file, limit)
         share.add(len(image) - size)  # it may have changed meanwhile
     except (InvalidInputError, PayloadTooLargeError) as error:
         share.remove(size)
-        return error
+        return error.kept()
     return image

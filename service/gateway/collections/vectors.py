@@ -10,6 +10,8 @@ from fastapi import Request
 from models.inputs.types import Input
 from service.errors import ConflictError, InvalidInputError, QueueFullError, ServiceError
 from service.gateway import dispatch
+from service.gateway.auth import count_images
+from service.gateway.disconnect import cancelled_by_disconnect
 from service.parameters import validated_call
 from service.search.collection import Collection
 from service.types import ImageResult, InferRequest, InferResult
@@ -23,10 +25,20 @@ async def embed(
     *,
     bulk: bool = False,
 ) -> InferResult:
-    """Embed inputs, a chunk at a time; bulk ones wait while the queue is full."""
-    size = request.app.state.settings.max_images
+    """Embed inputs, a chunk at a time; bulk ones wait while the queue is full.
+
+    Raises:
+        ServiceError: the request as a whole was refused.
+        ClientDisconnect: the client disconnected.
+    """
+    state = request.app.state
+    size = state.settings.max_images
     images: list[ImageResult] = []
-    with dispatch.count_request(request, "embed") as account:
+    with (
+        dispatch.count_request(request, "embed") as account,
+        cancelled_by_disconnect(request.scope),
+    ):
+        count_images(request, len(inputs))  # once: a chunk may be sent several times
         for start in range(0, len(inputs), size):
             chunk = InferRequest(
                 inputs=inputs[start : start + size],
@@ -34,9 +46,10 @@ async def embed(
                 deadline=deadline,
                 bulk=bulk,
             )
+            account.requested(chunk)
             while True:
                 try:
-                    result = await dispatch.infer(request, chunk, account)
+                    result = await dispatch.send(state.backend, chunk, size)
                     break
                 except QueueFullError as error:
                     wait_s = min(error.retry_after_s or 1, 1.0)

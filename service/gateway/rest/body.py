@@ -173,7 +173,7 @@ async def load_image(item: Any, fetch: Fetch) -> bytes | ServiceError:
             case {"url": str(url), **rest} if not rest:
                 return await fetch(url)
     except ServiceError as error:
-        return error
+        return error.kept()
     return InvalidInputError('an image is {"base64": "..."} or {"url": "..."}', field="images")
 
 
@@ -290,5 +290,5 @@ async def _decode_video(item: Any) -> Video | ServiceError:
             case {"base64": str(text), **rest} if not rest:
                 return Video(await decode_base64_apart(text, "videos"))
     except ServiceError as error:
-        return error
+        return error.kept()
     return InvalidInputError('a video is {"base64": "..."}', field="videos")
