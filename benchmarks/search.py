@@ -56,7 +56,7 @@ async def measure(store: VectorStore, vectors: np.ndarray, queries: np.ndarray) 
     started = time.perf_counter()
     for start in range(0, count, BATCH):
         block = vectors[start : start + BATCH]
-        await store.add("benchmark", [Item(str(start + n), row) for n, row in enumerate(block)])
+        await store.add(collection, [Item(str(start + n), row) for n, row in enumerate(block)])
     added = time.perf_counter()
     if isinstance(store, LanceStore):
         await store.maintain("benchmark")
@@ -64,7 +64,7 @@ async def measure(store: VectorStore, vectors: np.ndarray, queries: np.ndarray) 
     found, seconds = [], []
     for query in queries:
         began = time.perf_counter()
-        hits = await store.search("benchmark", query, NEIGHBOURS, {})
+        hits = await store.search(collection, query, NEIGHBOURS, {})
         seconds.append(time.perf_counter() - began)
         found.append({int(hit.id) for hit in hits})
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

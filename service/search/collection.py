@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from service.errors import InvalidInputError
+from service.errors import ConflictError, InvalidInputError
 
 MAX_COLLECTIONS = 1000
 MAX_IMAGES = 10_000_000
@@ -68,7 +68,9 @@ class Hit:
 class VectorStore(Protocol):
     """Stores collections. What a method has stored survives the end of the process.
 
-    Methods of a collection that does not exist raise NotFoundError.
+    Methods of a collection that does not exist raise NotFoundError. Those that take what a model
+    made take the collection that it was made for, and raise ConflictError if there is another one
+    of that name by now.
     """
 
     async def create(self, collection: Collection) -> bool:
@@ -83,7 +85,7 @@ class VectorStore(Protocol):
     async def delete(self, name: str) -> None:
         """Delete a collection."""
 
-    async def add(self, name: str, items: Sequence[Item]) -> None:
+    async def add(self, collection: Collection, items: Sequence[Item]) -> None:
         """Add images, whose ids differ; one with an id that is there replaces the other."""
 
     async def remove(self, name: str, images: Sequence[str]) -> int:
@@ -98,7 +100,7 @@ class VectorStore(Protocol):
 
     async def search(
         self,
-        name: str,
+        collection: Collection,
         query: np.ndarray,
         count: int,
         where: Metadata,
@@ -114,6 +116,15 @@ class VectorStore(Protocol):
 
     async def close(self) -> None:
         """Close files and connections."""
+
+
+def check_same(wanted: Collection, found: Collection) -> None:
+    """
+    Raises:
+        ConflictError: the collection that was found is another one.
+    """
+    if found != wanted:
+        raise ConflictError(f"the collection {wanted.name!r} was created anew meanwhile")
 
 
 def check_name(name: str) -> str:

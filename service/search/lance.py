@@ -2,17 +2,21 @@
 
 https://lancedb.github.io/lancedb/. Each collection is a table; its schema's metadata says what the
 collection is. A write adds a version of the table, which is complete or absent after a kill.
+Deletion and creation are excluded while a table is used: Lance names files by their paths, so that
+what began with a table would write into the next one of its name.
 """
 
 import asyncio
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import shutil
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import lancedb
 import numpy as np
@@ -21,11 +25,21 @@ from lancedb.index import BTree, IvfFlat, IvfRq
 from lancedb.query import ColumnOrdering
 
 from service.errors import DISK_FULL, InsufficientStorageError, NotFoundError
-from service.search.collection import Collection, Hit, Item, Metadata, canonical
+from service.search.collection import (
+    Collection,
+    Hit,
+    Item,
+    Metadata,
+    canonical,
+    check_same,
+)
+from service.search.locks import CollectionLocks
 
 logger = logging.getLogger(__name__)
 
 KEY = b"vitrail"
+# Folders beside the tables: files of locks, and tables that are being deleted.
+LOCKS, DELETED = ".locks", ".deleted"
 THUMBNAIL = "thumbnail"  # a column that the tables of older versions do not have
 BY_ID = ColumnOrdering(column_name="id")
 # From so many images on, an index finds them; below, every vector is compared.
@@ -47,8 +61,10 @@ FEWEST_BITS = 128
 class LanceStore:
     """A folder of LanceDB tables."""
 
-    def __init__(self, connection: Any) -> None:
+    def __init__(self, connection: Any, folder: Path) -> None:
         self._db = connection
+        self._folder = folder
+        self._locks = CollectionLocks(folder / LOCKS)
         self._writes: dict[str, int] = {}
         self._maintained: dict[str, asyncio.Task[None]] = {}
         self._maintaining = asyncio.Lock()  # one at a time: it takes all cores
@@ -56,15 +72,20 @@ class LanceStore:
     @classmethod
     async def open(cls, folder: Path) -> "LanceStore":
         """Open the folder, or create it."""
-        await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
+        await asyncio.to_thread(_prepare, folder)
         # zero: a read sees what other processes have written
-        return cls(await lancedb.connect_async(folder, read_consistency_interval=timedelta(0)))
+        connection = await lancedb.connect_async(folder, read_consistency_interval=timedelta(0))
+        return cls(connection, folder)
 
     async def create(self, collection: Collection) -> bool:
+        with suppress(NotFoundError):  # most often it is there, and its users need not be waited for
+            async with self._table(collection.name):
+                return False
         schema = _schema(collection)
         try:
-            with _disk_errors():
-                await self._db.create_table(collection.name, schema=schema)
+            async with self._locks.changing(collection.name):
+                with _disk_errors():
+                    await self._db.create_table(collection.name, schema=schema)
         except ValueError as error:
             if "already exists" in str(error):
                 return False
@@ -81,62 +102,67 @@ class LanceStore:
         return found
 
     async def get(self, name: str) -> tuple[Collection, int]:
-        table = await self._table(name)
-        schema = await table.schema()
-        return Collection(**json.loads(schema.metadata[KEY])), await table.count_rows()
+        async with self._table(name) as table:
+            return _collection(await table.schema()), await table.count_rows()
 
     async def delete(self, name: str) -> None:
-        await self._table(name)
         if (running := self._maintained.pop(name, None)) is not None:
             running.cancel()
-        await self._db.drop_table(name, ignore_missing=True)
+        gone = self._folder / DELETED / uuid4().hex
+        async with self._locks.changing(name):
+            await self._open(name)
+            # at once, so that a kill does not leave a part of it
+            (self._folder / f"{name}.lance").rename(gone)
+        await asyncio.to_thread(shutil.rmtree, gone, ignore_errors=True)
 
-    async def add(self, name: str, items: Sequence[Item]) -> None:
-        table = await self._table(name)
-        with _disk_errors():
-            schema = await _complete(table)
-        rows = _rows(items, schema)
-        merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
-        with _disk_errors():
-            await merge.execute(rows)
-        self._written(name)
+    async def add(self, collection: Collection, items: Sequence[Item]) -> None:
+        async with self._table(collection.name) as table:
+            check_same(collection, _collection(await table.schema()))
+            with _disk_errors():
+                schema = await _complete(table)
+            rows = _rows(items, schema)
+            merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
+            with _disk_errors():
+                await merge.execute(rows)
+        self._written(collection.name)
 
     async def remove(self, name: str, images: Sequence[str]) -> int:
-        table = await self._table(name)
-        with _disk_errors():
-            result = await table.delete(_id_in(images))
+        async with self._table(name) as table:
+            with _disk_errors():
+                result = await table.delete(_id_in(images))
         self._written(name)
         return int(result.num_deleted_rows)
 
     async def images(self, name: str, after: str, count: int) -> Mapping[str, Metadata]:
-        table = await self._table(name)
-        query = table.query().select(["id", "metadata"]).order_by([BY_ID]).limit(count)
-        return await _metadata(query.where(f"id > {_quoted(after)}"))
+        async with self._table(name) as table:
+            query = table.query().select(["id", "metadata"]).order_by([BY_ID]).limit(count)
+            return await _metadata(query.where(f"id > {_quoted(after)}"))
 
     async def find(self, name: str, ids: Sequence[str]) -> Mapping[str, Metadata]:
         if not ids:
             return {}
-        table = await self._table(name)
-        return await _metadata(table.query().select(["id", "metadata"]).where(_id_in(ids)))
+        async with self._table(name) as table:
+            return await _metadata(table.query().select(["id", "metadata"]).where(_id_in(ids)))
 
     async def search(
         self,
-        name: str,
+        collection: Collection,
         query: np.ndarray,
         count: int,
         where: Metadata,
         *,
         thumbnails: bool = False,
     ) -> Sequence[Hit]:
-        table = await self._table(name)
-        thumbnails = thumbnails and THUMBNAIL in (await table.schema()).names
-        search = table.query().nearest_to(query).distance_type("cosine").limit(count)
-        search = search.nprobes(PROBES).refine_factor(REFINE)
-        columns = ["id", "metadata", "_distance", *([THUMBNAIL] if thumbnails else [])]
-        search = search.select(columns)
-        if where:
-            tags = ", ".join(map(_quoted, _tags(where)))
-            search = search.where(f"array_has_all(tags, [{tags}])")
+        async with self._table(collection.name) as table:
+            check_same(collection, _collection(schema := await table.schema()))
+            search = table.query().nearest_to(query).distance_type("cosine").limit(count)
+            search = search.nprobes(PROBES).refine_factor(REFINE)
+            shown = [THUMBNAIL] if thumbnails and THUMBNAIL in schema.names else []
+            search = search.select(["id", "metadata", "_distance", *shown])
+            if where:
+                tags = ", ".join(map(_quoted, _tags(where)))
+                search = search.where(f"array_has_all(tags, [{tags}])")
+            rows = await search.to_list()
         return [
             Hit(
                 row["id"],
@@ -144,7 +170,7 @@ class LanceStore:
                 json.loads(row["metadata"]),
                 row.get(THUMBNAIL),
             )
-            for row in await search.to_list()
+            for row in rows
         ]
 
     async def close(self) -> None:
@@ -162,7 +188,13 @@ class LanceStore:
             if not (page := answer.page_token or ""):
                 return names
 
-    async def _table(self, name: str) -> Any:
+    @asynccontextmanager
+    async def _table(self, name: str) -> AsyncIterator[Any]:
+        """A context in which a table is used, and not deleted."""
+        async with self._locks.using(name):
+            yield await self._open(name)
+
+    async def _open(self, name: str) -> Any:
         try:
             return await self._db.open_table(name)
         except ValueError as error:
@@ -179,8 +211,8 @@ class LanceStore:
     async def maintain(self, name: str) -> None:
         """Join small files, remove old versions, and build or extend the index."""
         try:
-            async with self._maintaining:
-                await self._maintain(await self._table(name))
+            async with self._maintaining, self._table(name) as table:
+                await self._maintain(table)
         except Exception:  # it is tried again after more writes; searches are exact until then
             logger.exception("maintenance of the collection %s failed", name)
 
@@ -193,6 +225,18 @@ class LanceStore:
             await table.create_index("vector", config=_index(await table.schema()))
         if "id" not in indexed:  # a write looks for the ids that it replaces
             await table.create_index("id", config=BTree())
+
+
+def _prepare(folder: Path) -> None:
+    """Create what a folder lacks, and remove what was left of deletions."""
+    for inner in (folder / LOCKS, folder / DELETED):
+        inner.mkdir(parents=True, exist_ok=True)
+    for left in (folder / DELETED).iterdir():
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _collection(schema: pa.Schema) -> Collection:
+    return Collection(**json.loads(schema.metadata[KEY]))
 
 
 async def _complete(table: Any) -> pa.Schema:

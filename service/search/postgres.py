@@ -15,7 +15,7 @@ from psycopg.types.json import Jsonb
 from psycopg_pool import AsyncConnectionPool
 
 from service.errors import NotFoundError, UnavailableError
-from service.search.collection import Collection, Hit, Item, Metadata
+from service.search.collection import Collection, Hit, Item, Metadata, check_same
 
 T = TypeVar("T")
 MAX_CONNECTIONS = 8
@@ -122,19 +122,12 @@ class PostgresStore:
 
     async def get(self, name: str) -> tuple[Collection, int]:
         async def describe(connection: AsyncConnection[Any]) -> tuple[Collection, int]:
-            found = await connection.execute(
-                "SELECT name, model, model_digest, preprocess_digest, dimensions "
-                "FROM vitrail_collections WHERE name = %s",
-                (name,),
-            )
-            if (row := await found.fetchone()) is None:
-                raise _missing(name)
+            found = await _locked(connection, name)
             counted = await connection.execute(
                 sql.SQL("SELECT count(*) FROM {}").format(_table(name))
             )
             [count] = await counted.fetchone() or [0]
-            keys = ("name", "model", "model_digest", "preprocess_digest", "dimensions")
-            return Collection(**dict(zip(keys, row, strict=True))), count
+            return found, count
 
         return await self._do(name, describe)
 
@@ -147,12 +140,12 @@ class PostgresStore:
                 raise _missing(name)
             await connection.execute(sql.SQL("DROP TABLE {}").format(_table(name)))
 
-    async def add(self, name: str, items: Sequence[Item]) -> None:
+    async def add(self, collection: Collection, items: Sequence[Item]) -> None:
         statement = sql.SQL(
             "INSERT INTO {} (id, embedding, metadata, thumbnail) VALUES (%s, %s::vector, %s, %s) "
             "ON CONFLICT (id) DO UPDATE SET embedding = excluded.embedding, "
             "metadata = excluded.metadata, thumbnail = excluded.thumbnail"
-        ).format(_table(name))
+        ).format(_table(collection.name))
         rows = [
             (item.id, _text(item.embedding), Jsonb(dict(item.metadata)), item.thumbnail)
             for item in items
@@ -161,10 +154,11 @@ class PostgresStore:
         rows.sort(key=lambda row: str(row[0]))
 
         async def insert(connection: AsyncConnection[Any]) -> None:
+            check_same(collection, await _locked(connection, collection.name))
             async with connection.cursor() as cursor:
                 await cursor.executemany(statement, rows)
 
-        await self._do(name, insert)
+        await self._do(collection.name, insert)
 
     async def remove(self, name: str, images: Sequence[str]) -> int:
         statement = sql.SQL("DELETE FROM {} WHERE id = ANY(%s)").format(_table(name))
@@ -192,7 +186,7 @@ class PostgresStore:
 
     async def search(
         self,
-        name: str,
+        collection: Collection,
         query: np.ndarray,
         count: int,
         where: Metadata,
@@ -203,20 +197,40 @@ class PostgresStore:
         statement = sql.SQL(
             "SELECT id, 1 - (embedding <=> %(query)s::vector), metadata, {} FROM {} "
             "WHERE metadata @> %(where)s ORDER BY embedding <=> %(query)s::vector LIMIT %(count)s"
-        ).format(thumbnail, _table(name))
+        ).format(thumbnail, _table(collection.name))
         values = {"query": _text(query), "where": Jsonb(dict(where)), "count": count}
 
         async def select(connection: AsyncConnection[Any]) -> Sequence[Hit]:
+            check_same(collection, await _locked(connection, collection.name))
             # a filter that few images pass: the index goes on until there are enough
             await connection.execute("SET LOCAL hnsw.iterative_scan = strict_order")
             await connection.execute(f"SET LOCAL hnsw.ef_search = {max(100, min(count, 1000))}")
             found = await connection.execute(statement, values)
             return [Hit(*row) for row in await found.fetchall()]
 
-        return await self._do(name, select)
+        return await self._do(collection.name, select)
 
     async def close(self) -> None:
         await self._pool.close()
+
+
+async def _locked(connection: AsyncConnection[Any], name: str) -> Collection:
+    """A collection, whose table is not deleted until the transaction ends.
+
+    Raises:
+        NotFoundError: it does not exist.
+        psycopg.errors.UndefinedTable: as well.
+    """
+    await connection.execute(sql.SQL("LOCK TABLE {} IN ACCESS SHARE MODE").format(_table(name)))
+    found = await connection.execute(
+        "SELECT name, model, model_digest, preprocess_digest, dimensions "
+        "FROM vitrail_collections WHERE name = %s",
+        (name,),
+    )
+    if (row := await found.fetchone()) is None:
+        raise _missing(name)
+    keys = ("name", "model", "model_digest", "preprocess_digest", "dimensions")
+    return Collection(**dict(zip(keys, row, strict=True)))
 
 
 async def _prepare(pool: AsyncConnectionPool[AsyncConnection[Any]]) -> None:

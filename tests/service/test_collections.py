@@ -11,9 +11,13 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -30,11 +34,13 @@ from typer.testing import CliRunner
 from service.cli import app
 from service.cli.collections import Outcome, _add_server_folders, _gone, _is_missing
 from service.errors import (
+    ConflictError,
     DeadlineExceededError,
     InsufficientStorageError,
     InvalidInputError,
     NotFoundError,
     ServiceError,
+    UnavailableError,
 )
 from service.gateway.collections import folder as folder_pages
 from service.gateway.collections.bodies import _entry
@@ -42,9 +48,10 @@ from service.gateway.collections.folder import _read, read_page
 from service.gateway.collections.parameters import FolderParameters
 from service.gateway.rest.body import load_image
 from service.limits import Budget
-from service.search.collection import Collection, Item
+from service.search.collection import Collection, Item, VectorStore
 from service.search.folders import ImageFile, ImageFolder, Unreadable
-from service.search.lance import LanceStore
+from service.search.lance import DELETED, LanceStore
+from service.search.locks import CollectionLocks
 from service.search.postgres import PostgresStore
 from service.settings import Settings
 from tests.conftest import Running, answers, encode, free_port, process, running, wait_until
@@ -140,7 +147,7 @@ def test_long_names_that_begin_alike_are_two_collections(
         assert server.client.delete(path).status_code == 204
 
 
-def make_older_table(url: str, name: str) -> None:
+def make_older_table(url: str, name: str) -> Collection:
     """A collection in PostgreSQL as older versions made it, with one image."""
     table = psycopg.sql.Identifier(f"vitrail_collection_{name}"[:63])
     columns = "(id text PRIMARY KEY, embedding vector(2) NOT NULL, metadata jsonb NOT NULL)"
@@ -150,6 +157,14 @@ def make_older_table(url: str, name: str) -> None:
         database.execute(psycopg.sql.SQL("CREATE TABLE {} " + columns).format(table))
         kept = psycopg.sql.SQL("INSERT INTO {} VALUES ('a', '[1,0]', '{{}}')")
         database.execute(kept.format(table))
+    return small(name)
+
+
+def small(name: str, model_digest: str = "sha256:0", dimensions: int = 2) -> Collection:
+    return Collection(
+        name=name, model="clip", model_digest=model_digest, preprocess_digest="sha256:1",
+        dimensions=dimensions,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["old", "o" * 63])
@@ -160,11 +175,11 @@ def test_tables_of_older_versions_are_brought_up_to_date(postgres: str, name: st
     async def upgrade() -> None:
         store = await PostgresStore.open(postgres)
         await store.close()
-        make_older_table(postgres, name)
+        made = make_older_table(postgres, name)
         for _ in range(2):  # what is up to date stays as it is
             store = await PostgresStore.open(postgres)
-            await store.add(name, [Item("b", unit, {}, b"small")])
-            found = await store.search(name, unit, 2, {}, thumbnails=True)
+            await store.add(made, [Item("b", unit, {}, b"small")])
+            found = await store.search(made, unit, 2, {}, thumbnails=True)
             assert {hit.id: hit.thumbnail for hit in found} == {"a": None, "b": b"small"}
             await store.close()
         store = await PostgresStore.open(postgres)
@@ -185,12 +200,12 @@ def test_a_table_that_an_older_server_makes_meanwhile_is_brought_up_to_date(post
         with psycopg.connect(postgres) as database:
             database.execute("DROP TABLE vitrail_collection_gone")
         try:
-            [hit] = await store.search("searched", unit, 2, {}, thumbnails=True)
+            [hit] = await store.search(small("searched"), unit, 2, {}, thumbnails=True)
             assert hit.thumbnail is None
             make_older_table(postgres, "late")
-            await store.add("late", [Item("b", unit, {}, b"small")])
-            await store.add("added", [Item("b", unit, {}, b"small")])
-            found = await store.search("added", unit, 2, {}, thumbnails=True)
+            await store.add(small("late"), [Item("b", unit, {}, b"small")])
+            await store.add(small("added"), [Item("b", unit, {}, b"small")])
+            found = await store.search(small("added"), unit, 2, {}, thumbnails=True)
             assert {hit.id: hit.thumbnail for hit in found} == {"a": None, "b": b"small"}
             again = await PostgresStore.open(postgres)
             names = [collection.name for collection, _ in await again.collections()]
@@ -211,26 +226,149 @@ def test_a_table_that_an_older_server_makes_meanwhile_is_brought_up_to_date(post
 def test_a_lance_table_of_an_older_version_gets_its_column_once(tmp_path: Path) -> None:
     """Also if several servers add to it at the same time."""
     unit = np.array([1, 0], np.float32)
-    made = Collection(name="c", model="m", model_digest="d", preprocess_digest="p", dimensions=2)
+    made = small("c")
 
     async def add() -> None:
         stores = [await LanceStore.open(tmp_path) for _ in range(4)]
         await stores[0].create(made)
-        await stores[0].add("c", [Item("old", unit)])
+        await stores[0].add(made, [Item("old", unit)])
         table = await (await lancedb.connect_async(tmp_path)).open_table("c")
         await table.drop_columns(["thumbnail"])
-        [hit] = await stores[0].search("c", unit, 1, {}, thumbnails=True)
+        [hit] = await stores[0].search(made, unit, 1, {}, thumbnails=True)
         assert hit.thumbnail is None
         items = [[Item(str(number), unit, {}, b"small")] for number in range(4)]
-        await asyncio.gather(*(store.add("c", i) for store, i in zip(stores, items, strict=True)))
+        await asyncio.gather(*(store.add(made, i) for store, i in zip(stores, items, strict=True)))
         for store in stores:
-            found = await store.search("c", unit, 9, {}, thumbnails=True)
+            found = await store.search(made, unit, 9, {}, thumbnails=True)
             shown = {hit.id: hit.thumbnail for hit in found}
             assert shown == {"old": None} | {str(number): b"small" for number in range(4)}
             assert await store.get("c") == (made, 5)
             await store.close()
 
     asyncio.run(add())
+
+
+@pytest.fixture(params=["lancedb", "postgres"])
+def open_store(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> Callable[[], Coroutine[Any, Any, VectorStore]]:
+    """Opens one store, as each of several processes does."""
+    if request.param == "lancedb":
+        return partial(LanceStore.open, tmp_path)
+    return partial(PostgresStore.open, request.getfixturevalue("postgres"))
+
+
+def test_what_was_made_for_one_collection_is_not_taken_for_the_next_of_its_name(
+    open_store: Callable[[], Coroutine[Any, Any, VectorStore]],
+) -> None:
+    old, new = small("again"), small("again", "sha256:2", 3)
+
+    async def create_again() -> None:
+        one, other = await open_store(), await open_store()
+        await one.create(old)
+        await other.add(old, [Item("a", np.array([1, 0], np.float32))])
+        await one.delete("again")
+        await one.create(new)
+        await one.add(new, [Item("b", np.array([1, 0, 0], np.float32))])
+        with pytest.raises(ConflictError):
+            await other.add(old, [Item("a", np.array([1, 0], np.float32))])
+        with pytest.raises(ConflictError):
+            await other.search(old, np.array([1, 0], np.float32), 9, {})
+        [hit] = await other.search(new, np.array([1, 0, 0], np.float32), 9, {})
+        assert hit.id == "b"
+        await other.delete("again")
+        await one.close()
+        await other.close()
+
+    asyncio.run(create_again())
+
+
+def test_collections_can_be_deleted_and_created_while_they_are_used(
+    open_store: Callable[[], Coroutine[Any, Any, VectorStore]],
+) -> None:
+    """By several processes. Whatever is done finds a whole collection, or none."""
+    unit = np.array([1, 0], np.float32)
+    done: Counter[str] = Counter()
+
+    async def use(store: VectorStore, random: Random) -> None:
+        made = small(f"used{random.randrange(2)}")
+        items = [Item(str(number), unit) for number in range(random.choice([1, 50]))]
+        works: list[Callable[[], Awaitable[object]]] = [
+            lambda: store.create(made),
+            lambda: store.delete(made.name),
+            lambda: store.add(made, items),
+            lambda: store.add(made, items),
+            lambda: store.search(made, unit, 9, {}),
+            lambda: store.remove(made.name, ["0"]),
+            lambda: store.images(made.name, "", 9),
+            lambda: store.get(made.name),
+            store.collections,
+        ]
+        number = random.randrange(len(works))
+        with suppress(NotFoundError):
+            await works[number]()
+            done[str(number)] += 1
+
+    async def use_all() -> None:
+        stores = [await open_store() for _ in range(2)]
+
+        async def client(seed: int) -> None:
+            random = Random(seed)
+            for _ in range(50):
+                await use(stores[seed % 2], random)
+
+        await asyncio.gather(*map(client, range(6)))
+        for name in ("used0", "used1"):
+            with suppress(NotFoundError):
+                await stores[0].delete(name)
+        for store in stores:
+            await store.close()
+
+    asyncio.run(use_all())
+    assert len(done) == 9
+
+
+def test_what_a_killed_deletion_left_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / DELETED / "one" / "data"
+    left.mkdir(parents=True)
+
+    async def reopen() -> None:
+        await (await LanceStore.open(tmp_path)).close()
+
+    asyncio.run(reopen())
+    assert not left.parent.exists()
+
+
+def test_who_changes_a_collection_waits_for_its_users_and_comes_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locks, other = CollectionLocks(tmp_path), CollectionLocks(tmp_path)
+    order: list[str] = []
+
+    async def change() -> None:
+        async with other.changing("c"):
+            order.append("change")
+
+    async def use() -> None:
+        async with locks.using("c"):
+            order.append("use")
+
+    async def meet() -> None:
+        async with locks.using("c"), other.using("c"):
+            changing = asyncio.create_task(change())
+            await asyncio.sleep(0)
+            using = asyncio.create_task(use())
+            await asyncio.sleep(0)
+            assert not order
+        await asyncio.gather(changing, using)
+        assert order == ["change", "use"]
+        monkeypatch.setattr("service.search.locks.WAIT_S", 0)
+        async with locks.using("c"):
+            with pytest.raises(UnavailableError):
+                await change()
+        await use()
+
+    asyncio.run(meet())
 
 
 @pytest.mark.parametrize(
@@ -854,9 +992,7 @@ def test_what_was_added_survives_a_kill(
 
 def test_a_full_disk_is_an_error_of_its_own(tmp_path: Path) -> None:
     """Files cannot grow here for a moment, which the system reports as it does a full disk."""
-    collection = Collection(
-        name="c", model="m", model_digest="d", preprocess_digest="p", dimensions=8
-    )
+    collection = small("c", dimensions=8)
     item = Item("x", np.ones(8, np.float32))
 
     async def fill() -> None:
@@ -866,10 +1002,10 @@ def test_a_full_disk_is_an_error_of_its_own(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
         try:
             with pytest.raises(InsufficientStorageError):
-                await store.add("c", [item])
+                await store.add(collection, [item])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        await store.add("c", [item])
+        await store.add(collection, [item])
         await store.close()
 
     asyncio.run(fill())

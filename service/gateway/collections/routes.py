@@ -188,7 +188,9 @@ async def search(request: Request, name: Name) -> dict[str, Any]:
         result = await embed(request, collection.model, [query.by], deadline)
         check_digests(collection, result)
         vector = vector_of(result.images[0])
-    hits = await store.search(name, vector, query.count, query.where, thumbnails=query.thumbnails)
+    hits = await store.search(
+        collection, vector, query.count, query.where, thumbnails=query.thumbnails
+    )
     found: list[dict[str, Any]] = [
         {"id": hit.id, "score": _cosine(hit.score), "metadata": hit.metadata} for hit in hits
     ]
@@ -246,7 +248,7 @@ async def _add(
         except ServiceError as error:
             results.append(_failed(entry, error))
     if items:
-        await store.add(collection.name, list(items.values()))
+        await store.add(collection, list(items.values()))
     return results
 
 
