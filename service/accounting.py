@@ -3,6 +3,7 @@
 import asyncio
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -79,8 +80,10 @@ def _label(metrics: Metrics, models: list[str], known: Callable[[str], bool]) ->
 
 
 def _count_images(metrics: Metrics, result: InferResult) -> None:
-    for image in result.images:
-        for position, used in enumerate(result.models):
-            output = image.outputs[position] if image.outputs else image.error
-            outcome = output.outcome if isinstance(output, ServiceError) else "ok"
-            metrics.images.labels(used.task, metrics.label(used.name), outcome).inc()
+    for position, used in enumerate(result.models):
+        outputs = (each.outputs[position] if each.outputs else each.error for each in result.images)
+        outcomes = Counter(
+            output.outcome if isinstance(output, ServiceError) else "ok" for output in outputs
+        )
+        for outcome, count in outcomes.items():
+            metrics.images.labels(used.task, metrics.label(used.name), outcome).inc(count)

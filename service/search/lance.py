@@ -78,7 +78,9 @@ class LanceStore:
         return cls(connection, folder)
 
     async def create(self, collection: Collection) -> bool:
-        with suppress(NotFoundError):  # most often it is there, and its users need not be waited for
+        with suppress(
+            NotFoundError
+        ):  # most often it is there, and its users need not be waited for
             async with self._table(collection.name):
                 return False
         schema = _schema(collection)
