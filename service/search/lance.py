@@ -12,7 +12,6 @@ import logging
 import shutil
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,17 +29,23 @@ from service.search.collection import (
     Hit,
     Item,
     Metadata,
-    canonical,
     check_same,
+)
+from service.search.lance_rows import (
+    THUMBNAIL,
+    collection_of,
+    has_all,
+    id_in,
+    quoted,
+    rows_of,
+    schema_of,
 )
 from service.search.locks import CollectionLocks
 
 logger = logging.getLogger(__name__)
 
-KEY = b"vitrail"
 # Folders beside the tables: files of locks, and tables that are being deleted.
 LOCKS, DELETED = ".locks", ".deleted"
-THUMBNAIL = "thumbnail"  # a column that the tables of older versions do not have
 BY_ID = ColumnOrdering(column_name="id")
 # From so many images on, an index finds them; below, every vector is compared.
 INDEXED_FROM = 50_000
@@ -78,12 +83,11 @@ class LanceStore:
         return cls(connection, folder)
 
     async def create(self, collection: Collection) -> bool:
-        with suppress(
-            NotFoundError
-        ):  # most often it is there, and its users need not be waited for
+        # most often it is there, and its users need not be waited for
+        with suppress(NotFoundError):
             async with self._table(collection.name):
                 return False
-        schema = _schema(collection)
+        schema = schema_of(collection)
         try:
             async with self._locks.changing(collection.name):
                 with _disk_errors():
@@ -105,7 +109,7 @@ class LanceStore:
 
     async def get(self, name: str) -> tuple[Collection, int]:
         async with self._table(name) as table:
-            return _collection(await table.schema()), await table.count_rows()
+            return collection_of(await table.schema()), await table.count_rows()
 
     async def delete(self, name: str) -> None:
         if (running := self._maintained.pop(name, None)) is not None:
@@ -119,10 +123,10 @@ class LanceStore:
 
     async def add(self, collection: Collection, items: Sequence[Item]) -> None:
         async with self._table(collection.name) as table:
-            check_same(collection, _collection(await table.schema()))
+            check_same(collection, collection_of(await table.schema()))
             with _disk_errors():
                 schema = await _complete(table)
-            rows = _rows(items, schema)
+            rows = rows_of(items, schema)
             merge = table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
             with _disk_errors():
                 await merge.execute(rows)
@@ -131,20 +135,20 @@ class LanceStore:
     async def remove(self, name: str, images: Sequence[str]) -> int:
         async with self._table(name) as table:
             with _disk_errors():
-                result = await table.delete(_id_in(images))
+                result = await table.delete(id_in(images))
         self._written(name)
         return int(result.num_deleted_rows)
 
     async def images(self, name: str, after: str, count: int) -> Mapping[str, Metadata]:
         async with self._table(name) as table:
             query = table.query().select(["id", "metadata"]).order_by([BY_ID]).limit(count)
-            return await _metadata(query.where(f"id > {_quoted(after)}"))
+            return await _metadata(query.where(f"id > {quoted(after)}"))
 
     async def find(self, name: str, ids: Sequence[str]) -> Mapping[str, Metadata]:
         if not ids:
             return {}
         async with self._table(name) as table:
-            return await _metadata(table.query().select(["id", "metadata"]).where(_id_in(ids)))
+            return await _metadata(table.query().select(["id", "metadata"]).where(id_in(ids)))
 
     async def search(
         self,
@@ -156,14 +160,13 @@ class LanceStore:
         thumbnails: bool = False,
     ) -> Sequence[Hit]:
         async with self._table(collection.name) as table:
-            check_same(collection, _collection(schema := await table.schema()))
+            check_same(collection, collection_of(schema := await table.schema()))
             search = table.query().nearest_to(query).distance_type("cosine").limit(count)
             search = search.nprobes(PROBES).refine_factor(REFINE)
             shown = [THUMBNAIL] if thumbnails and THUMBNAIL in schema.names else []
             search = search.select(["id", "metadata", "_distance", *shown])
             if where:
-                tags = ", ".join(map(_quoted, _tags(where)))
-                search = search.where(f"array_has_all(tags, [{tags}])")
+                search = search.where(has_all(where))
             rows = await search.to_list()
         return [
             Hit(
@@ -237,10 +240,6 @@ def _prepare(folder: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _collection(schema: pa.Schema) -> Collection:
-    return Collection(**json.loads(schema.metadata[KEY]))
-
-
 async def _complete(table: Any) -> pa.Schema:
     """The schema of a table, which gets the column that older versions' tables lack."""
     for left in reversed(range(TRIES)):
@@ -273,17 +272,6 @@ def _disk_errors() -> Iterator[None]:
         raise
 
 
-def _schema(collection: Collection) -> pa.Schema:
-    fields = [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("vector", pa.list_(pa.float32(), collection.dimensions)),
-        pa.field("metadata", pa.string()),
-        pa.field("tags", pa.list_(pa.string())),
-        pa.field(THUMBNAIL, pa.binary()),
-    ]
-    return pa.schema(fields, metadata={KEY: json.dumps(asdict(collection)).encode()})
-
-
 def _index(schema: pa.Schema) -> IvfRq | IvfFlat:
     """The index of vectors: RaBitQ's one bit for each dimension (arXiv 2405.12497), which needs a
     multiple of eight and is coarse for few; else the vectors themselves."""
@@ -291,28 +279,3 @@ def _index(schema: pa.Schema) -> IvfRq | IvfFlat:
     if dimensions % 8 == 0 and dimensions >= FEWEST_BITS:
         return IvfRq(distance_type="cosine")
     return IvfFlat(distance_type="cosine")
-
-
-def _rows(items: Sequence[Item], schema: pa.Schema) -> pa.Table:
-    flat = pa.array(np.concatenate([item.embedding for item in items]).astype(np.float32))
-    columns = {
-        "id": [item.id for item in items],
-        "vector": pa.FixedSizeListArray.from_arrays(flat, schema.field("vector").type.list_size),
-        "metadata": [json.dumps(dict(item.metadata)) for item in items],
-        "tags": [_tags(item.metadata) for item in items],
-        THUMBNAIL: [item.thumbnail for item in items],
-    }
-    return pa.table({name: columns[name] for name in schema.names}, schema=schema)
-
-
-def _tags(metadata: Metadata) -> list[str]:
-    """Each field with its value, as one text that a filter can look for."""
-    return [f"{canonical(name)}:{canonical(value)}" for name, value in metadata.items()]
-
-
-def _id_in(ids: Sequence[str]) -> str:
-    return f"id IN ({', '.join(map(_quoted, ids))})"
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
