@@ -2,17 +2,16 @@
 
 import io
 import json
-from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import cv2
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
-from rasterio.features import shapes
 
 from models.errors import InputError
+from models.segmentation.polygons import polygons_by_class
 
 Output = Literal["png", "rle", "polygons", "mask", "overlay"]
 
@@ -49,7 +48,7 @@ def encode_mask(
         image: the RGB image, which `overlay` requires.
 
     Raises:
-        InputError: more classes than a PNG's palette can have.
+        InputError: more classes than a PNG's palette can have, or polygons of too many corners.
     """
     if output == "mask":
         return mask_HW
@@ -60,20 +59,20 @@ def encode_mask(
         if mask_HW.dtype != np.uint8:
             raise InputError("a PNG holds 255 classes at most; use output=rle", field="output")
         return _bytes_of(_png(mask_HW, palette))
-    if background == 0 and len(labels) == 2:
-        place = (mask_HW != 0).astype(np.uint8)
-        alone = _rle(place) if output == "rle" else _polygons(place, 0).get(1, [])
-        return _bytes_of(json.dumps(alone).encode())
-    if output == "rle":
-        present = set(np.unique(mask_HW).tolist()) - {background}
-        by_class: dict[int, Any] = {index: _rle(mask_HW == index) for index in present}
+    is_binary = background == 0 and len(labels) == 2
+    if output == "polygons":
+        by_class = polygons_by_class(mask_HW, background)
     else:
-        by_class = _polygons(mask_HW, background)
+        present = {1} if is_binary else set(np.unique(mask_HW).tolist()) - {background}
+        by_class = {index: _rle(mask_HW == index) for index in present}
+    if is_binary:
+        return _bytes_of(by_class.get(1, b"[]"))
     entries = [
-        {"index": index, "label": labels[index], output: by_class[index]}
+        b'{"index": %d, "label": %s, "%s": %s}'
+        % (index, json.dumps(labels[index]).encode(), output.encode(), by_class[index])
         for index in sorted(by_class)
     ]
-    return _bytes_of(json.dumps(entries).encode())
+    return _bytes_of(b"[" + b", ".join(entries) + b"]")
 
 
 def without_specks(mask_HW: np.ndarray, min_area: int, background: int) -> np.ndarray:
@@ -135,15 +134,7 @@ def _overlaid(
     return result
 
 
-def _rle(place_HW: np.ndarray) -> dict[str, Any]:
+def _rle(place_HW: np.ndarray) -> bytes:
     encoded = coco.encode(np.asfortranarray(place_HW, dtype=np.uint8))
-    return {"size": [int(n) for n in encoded["size"]], "counts": encoded["counts"].decode()}
-
-
-def _polygons(mask_HW: np.ndarray, background: int) -> dict[int, list[Any]]:
-    """The polygons of each class. Found together: a pass holds the interpreter's lock for long."""
-    by_class: defaultdict[int, list[Any]] = defaultdict(list)
-    # 4-connected outlines along pixel edges never touch themselves, so each polygon is valid
-    for geometry, index in shapes(mask_HW, mask=mask_HW != background, connectivity=4):
-        by_class[int(index)].append(geometry["coordinates"])
-    return by_class
+    size = [int(n) for n in encoded["size"]]
+    return json.dumps({"size": size, "counts": encoded["counts"].decode()}).encode()

@@ -5,7 +5,6 @@ takes too much processor time ends it by SIGPROF, in the middle of whatever C co
 """
 
 import json
-import resource
 import signal
 import socket
 import sys
@@ -15,6 +14,7 @@ from dataclasses import replace
 
 from PIL import Image
 
+from models.child import limit_memory
 from models.errors import ImageTooLargeError, InputError
 from models.inputs.images import ImageLimits, decoding_errors, open_image, to_upright_rgb
 from models.inputs.jpeg import jpeg_pixels
@@ -34,7 +34,7 @@ def main() -> None:
     memory = SharedMemory(limits, int(memory_file))
     channel = socket.socket(fileno=int(channel_file))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the worker drains first
-    _limit_memory(limits)
+    limit_memory(MARGIN_BYTES + BYTES_PER_PIXEL * limits.max_pixels)
     with suppress(ConnectionError):  # the worker was killed
         while message := channel.recv(MAX_BYTES):
             job = Job.decode(message)
@@ -47,14 +47,6 @@ def main() -> None:
                 channel.send(decoded.encode())
                 if decoded.more and not channel.recv(MAX_BYTES):
                     return
-
-
-def _limit_memory(limits: ImageLimits) -> None:
-    with open("/proc/self/statm") as file:
-        own = int(file.read().split()[0]) * resource.getpagesize()
-    limit = own + MARGIN_BYTES + BYTES_PER_PIXEL * limits.max_pixels
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def _decode(data: bytes, job: Job, limits: ImageLimits, pixels: memoryview) -> Iterator[Decoded]:

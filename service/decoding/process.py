@@ -1,7 +1,6 @@
 """One decoding process, as its worker sees it."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from models.child import child_environment
 from models.inputs.images import ImageLimits
 from models.inputs.video import FrameChoice
 from service.decoding.memory import SharedMemory
@@ -53,12 +53,7 @@ class DecodingProcess:
             pass_fds=files,
             stdin=subprocess.DEVNULL,
             process_group=0,  # as the supervisor's children have, see `processes/child.py`
-            env={
-                # without the settings, which hold keys
-                **{k: v for k, v in os.environ.items() if not k.startswith("VITRAIL_")},
-                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                "OPENBLAS_NUM_THREADS": "1",  # numpy would reserve memory for its threads
-            },
+            env=child_environment(),
         )  # fmt: skip
         theirs.close()
 

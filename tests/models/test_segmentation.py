@@ -3,7 +3,16 @@
 import base64
 import io
 import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
 import tracemalloc
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +40,17 @@ from models.heads.semantic import Semantic
 from models.inference import HeadCall, run_rows
 from models.inputs.normalize import Normalize
 from models.model import Model
+from models.segmentation import polygons
 from models.segmentation.decoders import create_decoder
 from models.segmentation.label_sets import label_sets, load_label_set, palette_of
 from models.segmentation.masks import encode_mask, without_specks
+from models.segmentation.polygons import count_vertices, polygons_by_class
 from models.segmentation.resample import UNLABELLED, label_map
 from models.segmentation.windows import Windows
 from models.tasks.labels import load_labels
+from models.tasks.table import get_task
 from models.trunks.features import merge
+from tests.conftest import wait_until
 from tests.models.test_fixtures import fixture
 
 RANDOM = np.random.default_rng(0)
@@ -194,12 +207,109 @@ def test_the_polygons_of_all_classes_are_found_in_one_pass(monkeypatch: pytest.M
         passes.append(1)
         return shapes(*arguments, **options)
 
-    monkeypatch.setattr("models.segmentation.masks.shapes", counted)
+    monkeypatch.setattr("models.segmentation.polygons.shapes", counted)
     mask = np.arange(100, dtype=np.uint8).repeat(4).reshape(20, 20)
     options: dict[str, Any] = {"labels": ["a"] * 100, "background": UNLABELLED}
     by_class = json.loads(encode_mask(mask, "polygons", [], **options).tobytes())
     assert [item["index"] for item in by_class] == list(range(100))
     assert len(passes) == 1
+
+
+@pytest.mark.parametrize("bound", ["LARGE_PIXELS", "MANY_VERTICES"])
+def test_the_polygons_of_a_large_mask_are_found_in_another_process(
+    monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
+    """GDAL would keep all other threads of this one waiting."""
+    mask = np.random.default_rng(0).choice([0, 3, UNLABELLED], (30, 40)).astype(np.uint8)
+    here = polygons_by_class(mask, UNLABELLED)
+    monkeypatch.setattr(polygons, "shapes", lambda *_, **__: pytest.fail("found here"))
+    monkeypatch.setattr(polygons, bound, 1)
+    assert polygons_by_class(mask, UNLABELLED) == here
+    turned = np.tile(mask, 2)[::-1, ::2].astype(np.uint16)
+    assert polygons_by_class(turned, 3).keys() == {0, UNLABELLED}
+
+
+@contextmanager
+def killing(most: int) -> Iterator[None]:
+    """A context in which up to so many processes are killed that find polygons for this one."""
+    killed: set[int] = set()
+    stop = threading.Event()
+
+    def kill() -> None:
+        while not stop.wait(0.01) and len(killed) < most:
+            for children in Path("/proc/self/task").glob("*/children"):
+                for pid in set(map(int, children.read_text().split())) - killed:
+                    if b"polygons" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                        os.kill(pid, signal.SIGKILL)
+                        killed.add(pid)
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(kill)
+        try:
+            yield
+        finally:
+            stop.set()
+
+
+def test_a_process_that_dies_is_replaced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = np.eye(9, dtype=np.uint8)
+    here = polygons_by_class(mask, 0)
+    monkeypatch.setattr(polygons, "LARGE_PIXELS", 0)
+    with killing(1):
+        assert polygons_by_class(mask, 0) == here
+    with killing(2), pytest.raises(InputError, match="too much time or memory"):
+        polygons_by_class(mask, 0)
+
+
+def test_a_process_for_polygons_is_limited_and_ends_with_its_parent() -> None:
+    command = [sys.executable, "-m", "models.segmentation.polygons", "9", "9", "|u1", "0"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        unlimited = resource.RLIM_INFINITY
+        wait_until(lambda: resource.prlimit(process.pid, resource.RLIMIT_AS)[0] != unlimited)
+        assert resource.prlimit(process.pid, resource.RLIMIT_CPU)[0] == polygons.MAX_CPU_S
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(20) == 1
+
+
+def test_rings_are_parsed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one is, no other thread runs."""
+    parsed: list[str] = []
+
+    def loads(text: str) -> Any:
+        parsed.append(text)
+        return json.JSONDecoder().decode(text)
+
+    mask = np.random.default_rng(0).choice([0, 1, 2], (30, 40)).astype(np.uint8)
+    size = {"size": np.array([40, 30]), **dict.fromkeys(("index", "label", "pixels"), np.array([]))}
+    for of_mask, labels in (
+        (mask, ["a", 'b"\\\n[[1.0]]', "c"]),
+        (mask % 2, ["no", "yes"]),
+        (mask * 0, ["no", "yes"]),
+    ):
+        options: dict[str, Any] = {"labels": labels, "background": 0}
+        encoded = encode_mask(of_mask, "polygons", [], **options)
+        expected = json.loads(encoded.tobytes())
+        with monkeypatch.context() as patched:
+            patched.setattr(json, "loads", loads)
+            assert get_task("segment").render({**size, "polygons": encoded})["mask"] == expected
+    assert len(parsed) > 300
+    assert max(map(len, parsed)) < 5000
+
+
+def test_vertices_are_counted_before_polygons_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a noisy mask of 4 million pixels took 0.8 GiB, and the answer 58 MB."""
+    noise = np.pad(
+        np.random.default_rng(0).integers(0, 9, (600, 70)).astype(np.uint8), 1
+    )  # more than ROWS
+    found = [json.loads(text) for text in polygons_by_class(noise, UNLABELLED).values()]
+    outlines = [ring for polygons in found for rings in polygons for ring in rings]
+    around = 4  # the mask's own corners
+    assert count_vertices(noise) + around == sum(len(ring) - 1 for ring in outlines)
+    monkeypatch.setattr(polygons, "MAX_VERTICES", count_vertices(noise) - 1)
+    monkeypatch.setattr(polygons, "shapes", lambda *_, **__: pytest.fail("found all the same"))
+    with pytest.raises(InputError, match=r"vertices.*min_area"):
+        polygons_by_class(noise, 0)
 
 
 def test_label_sets_have_a_colour_for_each_name() -> None:
