@@ -1,5 +1,6 @@
 """What catalogs are read from: a file, a folder of files, a URL, or an object store."""
 
+import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -52,7 +53,7 @@ def read_content(location: str | Path) -> dict[str, Any]:
             of another type, or in two files.
     """
     contents: dict[str, dict[str, Any]] = {}
-    for name, file in _read_files(location):
+    for name, file in read_files(location):
         try:
             contents[name] = tomllib.loads(file.decode())
         except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or beyond limits
@@ -107,7 +108,7 @@ def _merge(contents: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def _read_files(location: str | Path) -> Iterator[tuple[str, bytes]]:
+def read_files(location: str | Path) -> Iterator[tuple[str, bytes]]:
     """The names and contents of a catalog's files: one, or those of a folder, `*.toml`.
 
     Raises:
@@ -117,16 +118,30 @@ def _read_files(location: str | Path) -> Iterator[tuple[str, bytes]]:
         yield without_secrets(location), _read_url(str(location))
         return
     path = Path(location)
-    files = sorted(path.glob("*.toml")) if path.is_dir() else [path]
-    if not files:
-        raise CatalogError(f"catalog {path}: the folder has no *.toml")
-    for file in files:
+    if not path.is_dir():
+        yield str(path), _read_file(path)
+        return
+    is_empty = True
+    for file in sorted(path.glob("*.toml")):
         try:
-            if file.stat().st_size > MAX_BYTES:
-                raise CatalogError(f"catalog {file}: it has more than {MAX_BYTES} bytes")
-            yield str(file), file.read_bytes()
-        except OSError as error:
-            raise CatalogError(f"catalog {file}: {error.strerror}") from error
+            content = _read_file(file)
+        except CatalogError:
+            if not os.path.lexists(file):  # removed since the folder was listed
+                continue
+            raise
+        is_empty = False
+        yield str(file), content
+    if is_empty:
+        raise CatalogError(f"catalog {path}: the folder has no *.toml")
+
+
+def _read_file(file: Path) -> bytes:
+    try:
+        if file.stat().st_size > MAX_BYTES:
+            raise CatalogError(f"catalog {file}: it has more than {MAX_BYTES} bytes")
+        return file.read_bytes()
+    except OSError as error:
+        raise CatalogError(f"catalog {file}: {error.strerror}") from error
 
 
 def _read_url(url: str) -> bytes:

@@ -13,7 +13,7 @@ import pytest
 from models import catalog_content
 from models.catalog import Catalog, load_catalog
 from models.catalog_changes import Edition, changes
-from models.catalog_content import without_secrets
+from models.catalog_content import read_files, without_secrets
 from models.checkpoints.sources import parse_source
 from models.errors import CatalogError, ModelNotFoundError, SourceError
 
@@ -162,6 +162,18 @@ def test_a_folder_is_all_of_its_files(tmp_path: Path) -> None:
     (empty := tmp_path / "empty").mkdir()
     with pytest.raises(CatalogError, match=r"no \*\.toml"):
         load_catalog(empty)
+    (empty / "lost.toml").symlink_to(empty / "nowhere")
+    with pytest.raises(CatalogError, match=r"lost\.toml: No such file"):
+        load_catalog(empty)
+
+
+def test_a_file_that_is_removed_while_its_folder_is_read_is_not_missed(tmp_path: Path) -> None:
+    (tmp_path / "one.toml").write_text(GOOD)
+    (removed := tmp_path / "two.toml").write_text(GOOD)
+    files = read_files(tmp_path)
+    assert next(files) == (str(tmp_path / "one.toml"), GOOD.encode())
+    removed.unlink()
+    assert list(files) == []
 
 
 def test_a_catalog_comes_from_a_url_or_an_object_store(

@@ -282,8 +282,8 @@ def test_a_catalog_that_cannot_be_read_changes_nothing(
     server: Running, folder: Folder, jpegs: dict[str, bytes]
 ) -> None:
     folder.write("typo", '[trunks.typo]\nsauce = "file:typo.safetensors"\n')
-    wait_until(lambda: server.metric("vitrail_catalog_failures") == 1)
-    assert "unknown sauce" in server.backend.watch.error
+    wait_until(lambda: "unknown sauce" in server.backend.watch.error)
+    assert server.metric("vitrail_catalog_failures") == 1
     assert ask(server.client, "steady", jpegs["coffee"]).status_code == 200
     folder.remove("typo")
     wait_until(lambda: server.metric("vitrail_catalog_failures") == 0)
