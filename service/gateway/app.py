@@ -15,6 +15,7 @@ from service.gateway.dialects import cohere, immich, infinity, pooling, tei
 from service.gateway.entrance import Entrance
 from service.gateway.error_responses import document_errors
 from service.gateway.fetch import ImageFetcher
+from service.gateway.lateness import Lateness
 from service.gateway.middleware import RequestContext
 from service.gateway.open_inference import memory_routes
 from service.gateway.open_inference import routes as open_inference_routes
@@ -78,6 +79,7 @@ def create_app(
     app.state.document = None  # the API's, once it was asked for
     app.state.keys = keys or Keys(settings)
     app.state.budget = budget or Budget(settings)
+    app.state.lateness = Lateness()
     app.state.memory = memory or SharedMemory(settings.shared_memory)
     app.state.backend = backend
     app.state.stop_beside = stop_beside

@@ -10,6 +10,7 @@ from service.backend import Backend
 from service.errors import InvalidInputError, ServiceError
 from service.gateway.auth import count_images
 from service.gateway.disconnect import cancelled_by_disconnect
+from service.gateway.lateness import Lateness
 from service.limits import MAX_TIMEOUT_MS
 from service.settings import Settings
 from service.types import ImageResult, InferRequest, InferResult
@@ -83,15 +84,20 @@ def read_deadline(request: Request) -> float:
 
 
 def deadline_after(request: Request, timeout_ms: float) -> float:
-    """The deadline in `time.monotonic` seconds, that long after the request's arrival.
+    """The deadline in `time.monotonic` seconds: that long after the request's arrival, less the
+    reserve that is kept while answers come late.
 
     Raises:
         InvalidInputError: not a positive number.
     """
     if not 0 < timeout_ms < float("inf"):
         raise InvalidInputError(f"timeout is {timeout_ms} ms; it must be a positive number")
-    started: float = request.scope["state"]["started"]
-    return started + min(timeout_ms, MAX_TIMEOUT_MS) / 1e3
+    timeout_s = min(timeout_ms, MAX_TIMEOUT_MS) / 1e3
+    state = request.scope["state"]
+    lateness: Lateness = request.app.state.lateness
+    deadline: float = state["started"] + timeout_s
+    state["deadline"] = deadline
+    return deadline - lateness.reserve_s(timeout_s)
 
 
 def read_priority(request: Request) -> bool:

@@ -52,6 +52,8 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if status == 200 and "deadline" in scope["state"]:
+                    scope["app"].state.lateness.answered(scope["state"]["deadline"])
                 sent = MutableHeaders(scope=message)
                 sent["X-Request-ID"] = current
                 add_security_headers(sent, encrypted=scope["scheme"] == "https")
