@@ -5,7 +5,7 @@ import contextlib
 import json
 import socket
 
-from service.errors import UnavailableError
+from service.errors import ServiceError, UnavailableError
 
 # A connection that is closed while bytes arrive is reset, and its client may lose the answer. So
 # they are read and dropped for a while, of that many connections.
@@ -14,18 +14,18 @@ READ_S = 1.0
 READ_BYTES = 64 * 1024
 
 
-def problem(detail: str) -> bytes:
-    """The body of a 503 that is made before the application is asked."""
+def problem(error: type[ServiceError], detail: str) -> bytes:
+    """The body of a refusal that is made before the application is asked."""
     body = {
-        "type": f"urn:vitrail:problem:{UnavailableError.slug}",
-        "title": UnavailableError.title,
-        "status": UnavailableError.status,
+        "type": f"urn:vitrail:problem:{error.slug}",
+        "title": error.title,
+        "status": error.status,
         "detail": detail,
     }
     return json.dumps(body).encode()
 
 
-_PROBLEM = problem("too many connections")
+_PROBLEM = problem(UnavailableError, "too many connections")
 _ANSWER = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/problem+json\r\n"
     b"Retry-After: 1\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"

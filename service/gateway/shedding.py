@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from service.errors import UnavailableError
+from service.errors import QueueFullError
 from service.gateway.loop_turns import LoopTurns
 from service.gateway.refused import problem
 from service.holdings import Holdings
@@ -33,7 +33,7 @@ FULL_S = 1.0
 
 LOG_S = 1.0  # between two log lines
 
-_PROBLEM = problem("too many requests at once")
+_PROBLEM = problem(QueueFullError, "too many requests at once")
 
 
 class Shedding:
@@ -63,7 +63,7 @@ class Shedding:
     async def refuse(
         self, scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]
     ) -> None:
-        """An ASGI application that answers 503."""
+        """An ASGI application that answers 429."""
         self._count()
         sent = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
         request_id = choose_request_id(sent.decode("latin-1"))
@@ -74,7 +74,7 @@ class Shedding:
             (b"retry-after", b"1"),
             (b"x-request-id", request_id.encode()),
         ]
-        status = UnavailableError.status
+        status = QueueFullError.status
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 

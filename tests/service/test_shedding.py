@@ -87,8 +87,8 @@ def test_the_connection_of_a_refused_request_stays(
         for sent, request_id in (('my-"id"', 'my-"id"'), ("not an id", "[0-9a-f]{32}")):
             headers = {"X-Request-ID": sent}
             answer = post(server, "/classify", jpegs["coffee"], headers=headers)
-            assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
-            assert answer.json()["type"] == "urn:vitrail:problem:unavailable"
+            assert (answer.status_code, answer.headers["Retry-After"]) == (429, "1")
+            assert answer.json()["type"] == "urn:vitrail:problem:queue-full"
             assert re.fullmatch(request_id, answer.json()["request_id"])
             assert answer.headers["X-Request-ID"] == answer.json()["request_id"]
         wait_until(lambda: "too many requests at once: 2 were refused unread" in caplog.text)
