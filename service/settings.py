@@ -118,9 +118,9 @@ class Settings(BaseSettings):
     max_bytes_in_flight: int = Field(
         512 * 2**20,
         ge=1,
-        description="Most bytes that all requests in flight may have sent, with copies of tensors; "
-        "beyond it, requests get 503. A request that takes more alone gets 413: one of FP16 "
-        "numbers takes three times what it sends, and so does JSON while it is parsed.",
+        description="Most bytes of all requests in flight, with copies of tensors and with large "
+        "answers; beyond it, requests get 503. One that takes more alone gets 413: FP16 numbers "
+        "take three times what was sent, and so do JSON while it is parsed, and masks in JSON.",
     )
     max_requests_in_flight: int = Field(
         2048, ge=1, description="Most requests in flight; beyond it, requests get 503."

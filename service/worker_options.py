@@ -24,6 +24,7 @@ class WorkerOptions:
     max_batch_size: int = 0
     max_queue_size: int = 256
     max_queue_delay_ms: float = 0.0
+    max_bytes_in_flight: int = 512 * 2**20
     max_image_bytes: int = 20 * 2**20
     max_image_pixels: int = 50_000_000
     max_image_side: int = 16_384

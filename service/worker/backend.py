@@ -77,7 +77,7 @@ class LocalBackend:
         )  # fmt: skip
         self._pipeline = Pipeline(
             self.batcher, metrics, self._pool, self.options.decode_threads, self._limits,
-            self.decoder,
+            self.decoder, self.options.max_bytes_in_flight,
         )  # fmt: skip
         embedder = TextEmbedder(self._pipeline, self.options.max_batch_size)
         self._prompts = PromptCache(embedder.embed, options.label_cache_bytes, metrics)

@@ -12,6 +12,7 @@ from service.decoding.pool import ImageDecoder
 from service.metrics import Metrics
 from service.types import ImageResult
 from service.worker.admission import Admission, Claim
+from service.worker.answer_memory import AnswerMemory
 from service.worker.batcher import Batcher
 from service.worker.decode_queue import DecodeQueue
 from service.worker.execution_plan import ExecutionPlan
@@ -31,17 +32,20 @@ class Pipeline:
         pool_size: int,
         limits: ImageLimits,
         decoder: ImageDecoder,
+        answer_bytes: int,
     ) -> None:
         """
         Args:
             pool: prepares inputs, with images from `decoder`, and runs what heads finish slowly.
             pool_size: the threads of one client; the pool has one more.
+            answer_bytes: the most bytes of answers in flight.
         """
         self.admission = Admission(batcher, DecodeQueue(pool, pool_size), metrics)
         self._metrics = metrics
         self._pool = pool
         self._limits = limits
         self._decoder = decoder
+        self._answers = AnswerMemory(answer_bytes)
         self._outbox: Outbox | None = None
 
     async def run(
@@ -65,7 +69,7 @@ class Pipeline:
             self._outbox = Outbox(asyncio.get_running_loop())
         shared = Shared(
             self.admission.batcher, self.admission, self._metrics, self._pool, self._limits,
-            self._decoder, self._outbox,
+            self._decoder, self._outbox, self._answers,
         )  # fmt: skip
         run = RequestRun(shared, plans, inputs, claim)
         try:

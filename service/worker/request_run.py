@@ -28,6 +28,7 @@ from service.errors import DeadlineExceededError, InternalError, ServiceError, f
 from service.metrics import Metrics
 from service.types import ImageResult
 from service.worker.admission import Admission, Claim
+from service.worker.answer_memory import AnswerMemory
 from service.worker.batch_queue import Entry
 from service.worker.batcher import Batcher
 from service.worker.decode_queue import Source
@@ -57,6 +58,7 @@ class Shared:
     limits: ImageLimits
     decoder: ImageDecoder
     outbox: Outbox
+    answers: AnswerMemory
 
 
 class RequestRun:
@@ -261,19 +263,28 @@ class _RunningInput:
         self._results[number][place] = result
         if next(self._ended) < self._total or self._run.is_ended:
             return
-        if is_slow(self._plan):
-            self._run.shared.pool.submit(self._run.within, self._finish)
-        else:
+        if not is_slow(self._plan):
             self._run.within(self._finish)
+            return
+        rows = [row for pieces in self._results for piece in pieces for row in piece.rows]
+        try:
+            self._run.shared.answers.hold(rows)  # what waits in the pool takes memory, too
+            self._run.shared.pool.submit(self._run.within, self._finish)
+        except ServiceError as error:
+            self._run.deliver(self._position, ImageResult(error=error))
 
     def _finish(self) -> None:
+        if self._run.is_ended:
+            return
         shared, started = self._run.shared, time.monotonic()
         try:
             result = finish_input(
                 self._plan, self._results, self._decoded, shared.limits, shared.metrics
             )
+            shared.answers.hold(result.outputs)
         except Exception as error:
             result = ImageResult(error=_as_service_error(error))
+        self._results.clear()  # the entries of the request refer to this until it ends
         tracing.add_stage("postprocess", self._run.trace, started, time.monotonic())
         self._run.deliver(self._position, result)
 

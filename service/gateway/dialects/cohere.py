@@ -63,7 +63,7 @@ async def embed(request: Request) -> JsonResponse:
         items = parse_items(body)
         options = {"dimensions": body.output_dimension}
         result = await embed_inputs(request, account, body.model, items, options)
-        return await made_of(result, _answer, result, items, body.embedding_types)
+        return await made_of(request, result, _answer, result, items, body.embedding_types)
 
 
 def _answer(

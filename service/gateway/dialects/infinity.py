@@ -115,6 +115,7 @@ async def _embed(request: Request, members: dict[str, str]) -> JsonResponse:
         options = {"dimensions": body.dimensions or None}
         result = await embed_inputs(request, account, body.model, parse_inputs(body), options)
         return await made_of(
+            request,
             result,
             lambda: JsonResponse(embeddings_answer(result, body.encoding_format) | _identity()),
         )

@@ -33,7 +33,7 @@ async def pooling(request: Request) -> JsonResponse:
         options: dict[str, Any] = {"dimensions": body.dimensions}
         inputs = parse_inputs(body)
         result = await embed_inputs(request, account, body.model, inputs, options)
-        return await made_of(result, _answer, result, body.encoding_format)
+        return await made_of(request, result, _answer, result, body.encoding_format)
 
 
 def _answer(result: InferResult, encoding: str) -> JsonResponse:

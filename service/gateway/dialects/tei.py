@@ -107,7 +107,9 @@ async def embed(request: Request) -> JsonResponse:
         options = {"normalize": body.normalize, "dimensions": body.dimensions}
         result = await _embed(request, account, body.model, texts, options)
         return await made_of(
-            result, lambda: JsonResponse([row.tolist() for row in embeddings(result, "inputs")])
+            request,
+            result,
+            lambda: JsonResponse([row.tolist() for row in embeddings(result, "inputs")]),
         )
 
 

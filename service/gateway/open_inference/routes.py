@@ -139,7 +139,7 @@ async def infer(request: Request, name: ModelName, version: str = "") -> Respons
             arrays = selection.collect(result)
             return write_infer_response(name, parsed, selection.requested, arrays, placed)
 
-        response = await made_of(result, respond)
+        response = await made_of(request, result, respond)
         for place, content in placed:
             await memory_of(request).write(place, content)
         return await compressed(response, request.headers.get("accept-encoding", ""))

@@ -50,7 +50,7 @@ async def embeddings(request: Request) -> JsonResponse:
         inputs = parse_inputs(body)
         result = await embed_inputs(request, account, body.model, inputs, options)
         return await made_of(
-            result, lambda: JsonResponse(embeddings_answer(result, body.encoding_format))
+            request, result, lambda: JsonResponse(embeddings_answer(result, body.encoding_format))
         )
 
 

@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -22,13 +23,14 @@ from service.gateway.entrance import NDJSON
 from service.gateway.json_response import made_of
 from service.gateway.problems import describe
 from service.gateway.rest.body import read_request
+from service.gateway.rest.content import share_of
 from service.gateway.rest.responses import digests, first_output
 from service.parameters import TaskParameters, task_parameters
 from service.types import ImageResult, InferRequest, InferResult
 
 IN_FLIGHT = 32
 
-Answers = Sequence["asyncio.Task[InferResult]"]
+Answers = deque["asyncio.Task[InferResult]"]
 
 
 async def stream_task(request: Request, task: Task) -> StreamingResponse:
@@ -44,16 +46,16 @@ async def stream_task(request: Request, task: Task) -> StreamingResponse:
         account.requested(infer_request)
         count_images(request, len(infer_request.inputs))
         room = asyncio.Semaphore(IN_FLIGHT)
-        answers = [
+        answers: Answers = deque(
             asyncio.create_task(_answer(backend, replace(infer_request, inputs=[item]), room))
             for item in infer_request.inputs
-        ]
+        )
         stack.callback(_cancel, answers)
         # An input's own failure is in its result. An exception concerns the calls, so all inputs.
-        await asyncio.wait(answers[:1])
+        await asyncio.wait([answers[0]])
         if (error := answers[0].exception()) is not None:
             raise error
-        lines = _lines(task, parameters, answers, account, stack.pop_all())
+        lines = _lines(request, task, parameters, answers, account, stack.pop_all())
         return StreamingResponse(lines, media_type=NDJSON)
 
 
@@ -77,24 +79,39 @@ def _cancel(answers: Answers) -> None:
 
 
 async def _lines(
-    task: Task, parameters: TaskParameters, answers: Answers, account: Account, stack: ExitStack
+    request: Request,
+    task: Task,
+    parameters: TaskParameters,
+    answers: Answers,
+    account: Account,
+    stack: ExitStack,
 ) -> AsyncIterator[bytes]:
-    options = parameters.render_options()
+    options, share = parameters.render_options(), share_of(request)
     images: list[ImageResult] = []
     with stack:
-        for position, answer in enumerate(answers):
+        for position in range(len(answers)):
             line: dict[str, Any] = {"index": position}
+            made_before = share.made_bytes
             try:
-                result = await answer
+                result = await answers.popleft()
                 used = result.models[0]
-                images += result.images
+                images += map(_without_arrays, result.images)
                 account.answered(InferResult(result.models, images))
                 line["model"] = used.name
                 output = first_output(result.images[0])
                 if isinstance(output, ServiceError):
                     raise output
                 line |= digests(task, used)
-                line |= await made_of(result, partial(task.render, output, **options))
+                line |= await made_of(request, result, partial(task.render, output, **options))
             except ServiceError as error:
                 line["error"] = describe(error)
             yield to_json(line) + b"\n"
+            share.give_back_made(share.made_bytes - made_before)
+
+
+def _without_arrays(image: ImageResult) -> ImageResult:
+    """What is counted of a result, which must not keep its memory."""
+    return replace(
+        image,
+        outputs=[output if isinstance(output, ServiceError) else {} for output in image.outputs],
+    )

@@ -36,7 +36,7 @@ async def _answer_task(request: Request, task: Task) -> Response:
         parameters, infer_request = await read_request(request, task_parameters(task.name))
         result = await dispatch.infer(request, infer_request, account)
         result.raise_if_all_failed()
-        return await made_of(result, task_response, request, task, parameters, result)
+        return await made_of(request, result, task_response, request, task, parameters, result)
 
 
 for _task in tasks().values():
@@ -61,4 +61,4 @@ async def predict(request: Request) -> Response:
         parameters, infer_request = await read_request(request, PredictParameters, body)
         result = await dispatch.infer(request, infer_request, account)
         result.raise_if_all_failed()
-        return await made_of(result, predict_response, request, parameters, result)
+        return await made_of(request, result, predict_response, request, parameters, result)
