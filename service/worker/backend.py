@@ -140,6 +140,7 @@ class LocalBackend:
         await asyncio.to_thread(self._fit_jobs.close)
         await asyncio.to_thread(self.batcher.close)
         self._pool.shutdown()
+        self._pipeline.close()
         self.decoder.close()
         self._loader.close()
         look_at_all_objects()  # a program that starts another backend wants the memory back

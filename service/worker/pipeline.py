@@ -4,7 +4,8 @@ import asyncio
 import math
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 
 from models.inputs.images import ImageLimits
 from models.inputs.types import Input
@@ -18,6 +19,7 @@ from service.worker.decode_queue import DecodeQueue
 from service.worker.execution_plan import ExecutionPlan
 from service.worker.outbox import Outbox
 from service.worker.request_run import RequestRun, Shared
+from service.worker.runner import use_threads
 
 
 class Pipeline:
@@ -36,17 +38,22 @@ class Pipeline:
     ) -> None:
         """
         Args:
-            pool: prepares inputs, with images from `decoder`, and runs what heads finish slowly.
+            pool: prepares inputs, with images from `decoder`.
             pool_size: the threads of one client; the pool has one more.
             answer_bytes: the most bytes of answers in flight.
         """
         self.admission = Admission(batcher, DecodeQueue(pool, pool_size), metrics)
         self._metrics = metrics
-        self._pool = pool
+        # Apart from those that decode, which would wait for masks of many megapixels.
+        self._finishers = ThreadPoolExecutor(pool_size, "finish", partial(use_threads, 1))
         self._limits = limits
         self._decoder = decoder
         self._answers = AnswerMemory(answer_bytes)
         self._outbox: Outbox | None = None
+
+    def close(self) -> None:
+        """Wait for what is being finished."""
+        self._finishers.shutdown()
 
     async def run(
         self,
@@ -68,7 +75,7 @@ class Pipeline:
         if self._outbox is None:
             self._outbox = Outbox(asyncio.get_running_loop())
         shared = Shared(
-            self.admission.batcher, self.admission, self._metrics, self._pool, self._limits,
+            self.admission.batcher, self.admission, self._metrics, self._finishers, self._limits,
             self._decoder, self._outbox, self._answers,
         )  # fmt: skip
         run = RequestRun(shared, plans, inputs, claim)

@@ -54,7 +54,7 @@ class Shared:
     batcher: Batcher
     admission: Admission
     metrics: Metrics
-    pool: Executor
+    finishers: Executor
     limits: ImageLimits
     decoder: ImageDecoder
     outbox: Outbox
@@ -268,8 +268,8 @@ class _RunningInput:
             return
         rows = [row for pieces in self._results for piece in pieces for row in piece.rows]
         try:
-            self._run.shared.answers.hold(rows)  # what waits in the pool takes memory, too
-            self._run.shared.pool.submit(self._run.within, self._finish)
+            self._run.shared.answers.hold(rows)  # what waits takes memory, too
+            self._run.shared.finishers.submit(self._run.within, self._finish)
         except ServiceError as error:
             self._run.deliver(self._position, ImageResult(error=error))
 

@@ -3,7 +3,9 @@
 import base64
 import io
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,11 @@ from models.checkpoints.store import Store
 from models.heads.files import HeadFile, encode_head
 from service.stubs import vision_pb2 as pb
 from service.stubs.vision_pb2_grpc import VisionStub
-from tests.conftest import CLIP_CATALOG, Running, encode, running
+from service.types import ImageResult
+from service.worker import request_run
+from service.worker.execution_plan import ExecutionPlan
+from service.worker.postprocess import finish_input, is_slow
+from tests.conftest import CLIP_CATALOG, Running, encode, running, wait_until
 from tests.models.test_fixtures import GOLDENS
 
 WAYS = ["in one process", "gateway and worker apart"]
@@ -115,6 +121,29 @@ def test_all_forms_show_one_mask(server: Running, model: str, jpegs: dict[str, b
         assert [item["pixels"] for item in answer["classes"]] == np.bincount(
             mask.ravel(), minlength=2
         ).tolist()
+
+
+def test_decoding_does_not_wait_for_masks(
+    server: Running, jpegs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_finish, waiting = threading.Event(), []
+
+    def slowly(plan: ExecutionPlan, *arguments: Any) -> ImageResult:
+        if is_slow(plan):
+            waiting.append(plan)
+            assert may_finish.wait(60)
+        return finish_input(plan, *arguments)
+
+    monkeypatch.setattr(request_run, "finish_input", slowly)
+    with ThreadPoolExecutor(16) as clients:
+        masks = [clients.submit(segment, server, jpegs["rocket"], model="cut") for _ in range(16)]
+        try:
+            wait_until(lambda: len(waiting) >= server.backend.options.decode_threads)
+            answer = server.client.post("/classify", content=jpegs["coffee"])
+        finally:
+            may_finish.set()
+        assert answer.status_code == 200
+        assert all("mask" in mask.result() for mask in masks)
 
 
 def test_small_regions_can_be_left_out(server: Running, jpegs: dict[str, bytes]) -> None:
