@@ -149,7 +149,7 @@ def test_the_readmes_commands_for_folders_work(demo_server: str, folder: Path) -
 
 @pytest.mark.weights
 def test_the_example_with_qdrant_finds_the_photo(demo_server: str, folder: Path) -> None:
-    pages = blocks(ROOT / "docs/guides/retrieval.md", "python")
+    pages = blocks(ROOT / "docs/guides/embeddings.md", "python")
     [example] = [content for content in pages if "qdrant" in content]
     found = run([sys.executable, "-c", example.replace(f"http://{DEMO_URL}", demo_server)], folder)
     assert [line.split()[1] for line in found.splitlines()] == [
