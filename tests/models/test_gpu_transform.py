@@ -1,5 +1,6 @@
 """The transform `gpu`, on CPU tensors: its pixels, which files wait for their batch, how a batch is
-decoded, and where the transform is refused. What only a GPU does is in docs/guides/gpu-measuring.md."""
+decoded, and where the transform is refused.
+What only a GPU does is in docs/guides/gpu-measuring.md."""
 
 import io
 import sys

@@ -1,5 +1,6 @@
 """How lanes use a device with streams: a stand-in whose work takes until the test lets it end. What
-only CUDA itself does (pinned copies, events, graphs) needs a GPU, see docs/guides/gpu-measuring.md."""
+only CUDA itself does (pinned copies, events, graphs) needs a GPU, see
+docs/guides/gpu-measuring.md."""
 
 import threading
 from collections.abc import Iterator, Sequence
