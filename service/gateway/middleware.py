@@ -52,8 +52,8 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if status == 200 and "deadline" in scope["state"]:
-                    scope["app"].state.lateness.answered(scope["state"]["deadline"])
+                if status == 200 and "due" in scope["state"]:
+                    scope["app"].state.lateness.answered(scope["state"]["due"])
                 sent = MutableHeaders(scope=message)
                 sent["X-Request-ID"] = current
                 add_security_headers(sent, encrypted=scope["scheme"] == "https")

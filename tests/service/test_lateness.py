@@ -2,12 +2,14 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from service.gateway import lateness
+from service.gateway.json_response import made_of
 from service.gateway.lateness import MAX_RESERVE_S, STEP_S, Lateness
-from service.types import InferRequest, InferResult
+from service.gateway.rest import task_routes
 from tests.conftest import running
 from tests.service.test_engine import post
 
@@ -53,20 +55,23 @@ def test_a_request_after_a_late_answer_has_less_time(
         monkeypatch.setattr(lateness, name, value)
     with running(tiny_catalog) as server:
         server.wait_ready()
-        infer, delay_s = server.backend.infer, 0.0
+        delay_s = 0.0
 
-        async def slow(request: InferRequest) -> InferResult:
-            result = await infer(request)
+        async def slowly(*arguments: Any) -> Any:
+            answer = await made_of(*arguments)
             await asyncio.sleep(delay_s)
-            return result
+            return answer
 
-        monkeypatch.setattr(server.backend, "infer", slow)
+        monkeypatch.setattr(task_routes, "made_of", slowly)
 
         def ask(timeout_ms: int) -> int:
             headers = {"X-Timeout-Ms": str(timeout_ms)}
             return post(server, "/classify", jpegs["coffee"], headers=headers).status_code
 
-        assert ask(500_000) == 200  # in time, which changes nothing
+        # Neither what asks no model nor what is in time changes anything.
+        headers = {"X-Timeout-Ms": "0.001"}
+        assert server.client.post("/v2/repository/index", headers=headers).status_code == 200
+        assert ask(500_000) == 200
         delay_s = 3.1
         assert ask(3_000) == 200
         delay_s = 0.0
